@@ -1,0 +1,3 @@
+from ember_mlx.cli import main
+
+main()

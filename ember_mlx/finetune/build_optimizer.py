@@ -1,0 +1,84 @@
+"""The optimizer of a run: mlx-lm's choice for the body, ours for the token tables."""
+
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx_lm.tuner.utils import build_schedule
+
+from ember_mlx.errors import InputError
+from ember_mlx.optimizers import Ember
+from ember_mlx.pairing import PairedOptimizer
+
+
+def build_optimizer(model: nn.Module, args, tables) -> optim.Optimizer:
+    """A PairedOptimizer, or the body's optimizer alone when no table trains."""
+    body = body_optimizer(args)
+    if tables:
+        return PairedOptimizer(model, tables=table_optimizer(args), rest=body)
+    body.init(model.trainable_parameters())
+    return body
+
+
+def body_optimizer(args) -> optim.Optimizer:
+    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings over these defaults of ours.
+
+    Adam and AdamW correct their bias, as PyTorch's do (MLX's do not unless told to), and Adafactor takes the learning
+    rate that it was given (MLX's ignores it unless told not to).
+    """
+    name = args.optimizer.lower()
+    optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
+    defaults = {
+        "adam": {"bias_correction": True},
+        "adamw": {"bias_correction": True},
+        "adafactor": {"relative_step": False},
+    }
+    settings = defaults.get(name, {}) | (args.optimizer_config.get(name) or {})
+    try:
+        return optimizer_class(learning_rate=body_learning_rate(args), **settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer_config: {name}: {settings}: {error}") from error
+
+
+def table_optimizer(args) -> optim.Optimizer:
+    """Ember, or another for comparison; with a fixed learning rate, ``--table-learning-rate``, in every case."""
+    learning_rate = table_learning_rate(args)
+    decay = args.table_weight_decay
+    beta2 = 0.999 if args.table_beta2 is None else args.table_beta2
+    if args.table_optimizer == "ember":
+        return Ember(learning_rate, beta2=beta2, weight_decay=decay)
+    if args.table_optimizer == "adamw":
+        return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
+    if args.table_optimizer == "adafactor":
+        return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
+    return optim.SGD(learning_rate, weight_decay=decay)
+
+
+def body_learning_rate(args):
+    """A number, or the schedule that the YAML key lr_schedule describes."""
+    return _schedule("lr_schedule", args.lr_schedule) if args.lr_schedule else args.learning_rate
+
+
+def table_learning_rate(args):
+    """A number, the schedule of table_lr_schedule, or the body's schedule scaled to start at --table-learning-rate."""
+    if args.table_lr_schedule:
+        return _schedule("table_lr_schedule", args.table_lr_schedule)
+    if not args.lr_schedule:
+        return args.table_learning_rate
+    body = _schedule("lr_schedule", args.lr_schedule)
+    start = args.lr_schedule["arguments"][0]
+    if not start:
+        raise InputError(
+            f"lr_schedule {args.lr_schedule}: it starts at 0, so the tables cannot follow it in proportion: describe "
+            "theirs as table_lr_schedule"
+        )
+    scale = args.table_learning_rate / start
+    return lambda step: scale * body(step)
+
+
+def _schedule(key, description):
+    try:
+        return build_schedule(description)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"{key} {description}: {type(error).__name__} {error}; it takes the name of a schedule of mlx.optimizers "
+            "and its arguments, as mlx_lm.lora does"
+        ) from error

@@ -1,0 +1,165 @@
+"""The options of ``ember-mlx train``: those of the installed ``mlx_lm.lora``, as they are, and the token tables'."""
+
+import argparse
+import copy
+import difflib
+import math
+import types
+from pathlib import Path
+
+import yaml
+from mlx_lm import lora
+from mlx_lm.cli_ui import rprint
+from mlx_lm.utils import _parse_size
+
+from ember_mlx.errors import InputError
+
+# Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
+TABLE_DEFAULTS = {
+    "train_tables": "auto",
+    "table_optimizer": "ember",
+    "table_learning_rate": 1e-3,
+    "table_lr_schedule": None,
+    "table_weight_decay": 0.0,
+    "table_beta2": None,
+    "dequantize_tables": False,
+    "overwrite": False,
+}
+AT_LEAST = {
+    "batch_size": 1,
+    "iters": 1,
+    "steps_per_report": 1,
+    "steps_per_eval": 1,
+    "save_every": 1,
+    "grad_accumulation_steps": 1,
+    "max_seq_length": 2,
+    "learning_rate": 0,
+    "table_learning_rate": 0,
+    "table_weight_decay": 0,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """mlx_lm.lora's parser and a group of our own. Every default is None, so that a YAML file can tell "not given"."""
+    parser = lora.build_parser()
+    parser.prog = "ember-mlx train"
+    parser.description = "Fine-tune with mlx-lm (LoRA, DoRA or full) and train the token tables too, with Ember."
+    group = parser.add_argument_group("token tables")
+    group.add_argument(
+        "--train-tables",
+        choices=["auto", "embedding", "head", "none"],
+        help="Which token tables to train. Default: auto, all there are.",
+    )
+    group.add_argument(
+        "--table-optimizer",
+        choices=["ember", "adamw", "adafactor", "sgd"],
+        help="Optimizer for the tables. Default: ember; the others are for comparison.",
+    )
+    group.add_argument(
+        "--table-learning-rate",
+        type=float,
+        help=f"Learning rate of the tables. Default: {TABLE_DEFAULTS['table_learning_rate']}. If the YAML file has an "
+        "lr_schedule, the tables follow it at this scale, unless it has a table_lr_schedule too.",
+    )
+    group.add_argument("--table-weight-decay", type=float, help="Decoupled weight decay of the tables. Default: 0.")
+    group.add_argument("--table-beta2", type=float, help="Decay of the second moment, ember and adamw. Default: 0.999.")
+    group.add_argument(
+        "--dequantize-tables",
+        action="store_true",
+        help="For a quantized model: train its tables in the dtype that they dequantize to.",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="Replace the run that --adapter-path holds. Default: refuse."
+    )
+    # mlx-lm gives three flags a default here, which hides what a YAML file says of them.
+    parser.set_defaults(**dict.fromkeys(_defaults()))
+    parser.error = _raise_one_line
+    return parser
+
+
+def parse(arguments: list[str]) -> types.SimpleNamespace:
+    """Options from the command line, then from the YAML file of ``--config``, then the defaults.
+
+    Raises:
+        InputError: for a value that cannot be, naming the option.
+    """
+    parser = build_parser()
+    options = vars(parser.parse_args(arguments))
+    if options["config"]:
+        for key, value in _read_yaml(options["config"], parser).items():
+            if options.get(key) is None:
+                options[key] = value
+    # `train` is the command's name: only a YAML file's "train: false" asks for a test alone.
+    if options["train"] is None:
+        options["train"] = True
+    for key, value in _defaults().items():
+        if options.get(key) is None:
+            options[key] = copy.deepcopy(value)
+    args = types.SimpleNamespace(**options)
+    check(args)
+    return args
+
+
+def check(args):
+    """Refuse values out of range before anything is loaded."""
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if not least <= value < math.inf:
+            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}")
+    for name in ("val_batches", "test_batches"):
+        if getattr(args, name) < 1 and getattr(args, name) != -1:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")
+    if args.table_beta2 is not None:
+        if args.table_optimizer not in ("ember", "adamw"):
+            raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
+        if not 0 <= args.table_beta2 < 1:
+            raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _defaults():
+    # The default of 16 layers is more than many models have: what None means is settled once the model is known.
+    return lora.CONFIG_DEFAULTS | TABLE_DEFAULTS | {"num_layers": None}
+
+
+def _raise_one_line(message):
+    raise InputError(f"{message}; ember-mlx train --help lists the options")
+
+
+def _read_yaml(path, parser):
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: there is no such file")
+    try:
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), lora.yaml_loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--config {path}: must hold `option: value` lines, as mlx_lm.lora takes them")
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in config.items():
+        near = difflib.get_close_matches(str(key), _defaults(), n=1, cutoff=0.8)
+        if near and near != [key]:
+            rprint(f"Warning: --config {path}: {key} is not an option; did you mean {near[0]}?")
+        if key in actions and value is not None:
+            config[key] = _typed(f"--config {path}: {key}: {value}", value, actions[key])
+    return config
+
+
+def _typed(where, value, action):
+    """The value as the command line would have read it."""
+    if action.type is _parse_size:
+        return _parse_size(str(value))
+    if action.type in (int, float):
+        try:
+            typed = action.type(value)
+        except (TypeError, ValueError):
+            typed = None
+        if typed is None or (typed != value and value == value):
+            raise InputError(f"{where} must be {'a whole number' if action.type is int else 'a number'}")
+        return typed
+    if action.choices and str(value).lower() not in action.choices:
+        raise InputError(f"{where} must be one of {', '.join(action.choices)}")
+    return str(value).lower() if action.choices else value

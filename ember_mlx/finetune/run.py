@@ -1,0 +1,228 @@
+"""A run: mlx-lm's own steps in mlx-lm's own order, with the token tables among what trains."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.cli_ui import make_console, rprint
+from mlx_lm.lora import evaluate_model
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
+from mlx_lm.tuner.utils import print_trainable_parameters
+from mlx_lm.utils import save_config
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import adapters
+from ember_mlx.finetune.build_optimizer import build_optimizer
+from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
+from ember_mlx.finetune.trainable import choose_tables, make_trainable
+
+
+def run(args) -> Result | None:
+    """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
+
+    Nothing is written before all that can be checked has been.
+
+    Returns:
+        What came of the training, or None after a test alone.
+
+    Raises:
+        InputError: for anything in ``args``, the data or the model that cannot be used.
+    """
+    if not (args.train or args.test):
+        raise InputError("train: false and test: false: nothing to do; ask for at least one")
+    check_data_folder(args)
+    if args.train:
+        _check_adapter_folder(args)
+    np.random.seed(args.seed)
+    reporting = _reporting_callbacks(args)
+    rprint("Loading pretrained model")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+    rprint("Loading datasets")
+    train_set, valid_set, test_set = load_data(args, tokenizer)
+    result = None
+    if args.train:
+        result = train_model(args, model, train_set, valid_set, reporting)
+    elif args.adapter_path != "":
+        adapters.apply_adapter(model, Path(args.adapter_path), config)
+    if args.test:
+        rprint("Testing")
+        evaluate_model(args, model, test_set)
+    return result
+
+
+def train_model(args, model, train_set, valid_set, reporting: TrainingCallback | None = None) -> Result:
+    """Train ``model`` and save what was trained to ``args.adapter_path``."""
+    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
+    args.token_tables = [table.path for table in tables]
+    mx.random.seed(args.seed)
+    make_trainable(model, args, tables)
+    if args.resume_adapter_file is not None:
+        _resume(model, Path(args.resume_adapter_file))
+    optimizer = build_optimizer(model, args, tables)
+    trained = what_trains(model, optimizer, tables, args)
+    print_trainable_parameters(model)
+    rprint(f"\n{format_table(trained)}\n")
+
+    folder = Path(args.adapter_path)
+    leader = mx.distributed.init().rank() == 0
+    if leader:
+        _clear(folder)
+        save_config(vars(args).copy(), folder / adapters.CONFIG)
+
+    def save(steps_done):
+        if leader:
+            written = adapters.save_adapter(folder, model, args.fine_tune_type, f"{steps_done:07d}_")
+            adapters.save_adapter(folder, model, args.fine_tune_type)
+            names = ", ".join(path.name for path in written)
+            make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{names}[/ui.muted]")
+
+    batches = Batches(args.save_every, save)
+    record = Record(reporting, optimizer, table_rate=bool(tables))
+    mx.reset_peak_memory()
+    train(
+        model=model,
+        optimizer=optimizer,
+        train_dataset=CacheDataset(train_set),
+        val_dataset=CacheDataset(valid_set),
+        args=_training_args(args, folder),
+        iterate_batches=batches,
+        training_callback=record,
+    )
+    peak_memory = mx.get_peak_memory()
+    if args.iters % args.save_every == 0:
+        save(args.iters)
+    elif leader:
+        adapters.save_adapter(folder, model, args.fine_tune_type)
+    losses = record.training
+    if valid_set:
+        losses = [*record.validation, _evaluate_on_first_batches(args, model, valid_set, batches)]
+    result = Result(
+        loss_name="Validation loss" if valid_set else "Training loss",
+        loss_before=losses[0],
+        loss_after=losses[-1],
+        peak_memory=peak_memory,
+        state_bytes=sum(line.state_bytes for line in trained),
+        adam_bytes=sum(line.adam_bytes for line in trained),
+        files=adapters.holds_a_run(folder),
+    )
+    rprint(f"\n{format_result(result)}")
+    return result
+
+
+class Batches:
+    """mlx-lm's ``iterate_batches``; between two steps its loop asks for a batch, and there the run is saved.
+
+    Args:
+        save_every (int): Save after every that many steps.
+        save (callable): Called with the number of steps done.
+    """
+
+    def __init__(self, save_every, save):
+        self.save_every = save_every
+        self.save = save
+        self.first_evaluation = None  # NumPy's random state, from which an evaluation draws its batches
+
+    def __call__(self, dataset, batch_size, max_seq_length, loop=False, **options):
+        if not loop:
+            self.first_evaluation = self.first_evaluation or np.random.get_state()
+            yield from iterate_batches(dataset, batch_size, max_seq_length, loop=False, **options)
+            return
+        for steps_done, batch in enumerate(iterate_batches(dataset, batch_size, max_seq_length, loop=True, **options)):
+            if steps_done and steps_done % self.save_every == 0:
+                self.save(steps_done)
+            yield batch
+
+
+class Record(TrainingCallback):
+    """Keeps the losses, adds the tables' learning rate, and hands both on to mlx-lm's reporting services."""
+
+    def __init__(self, reporting, optimizer, table_rate):
+        self.reporting = reporting
+        self.optimizer = optimizer
+        self.table_rate = table_rate
+        self.validation, self.training = [], []
+
+    def on_train_loss_report(self, train_info):
+        self.training.append(train_info["train_loss"])
+        if self.table_rate:
+            train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
+        if self.reporting:
+            self.reporting.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info):
+        self.validation.append(val_info["val_loss"])
+        if self.reporting:
+            self.reporting.on_val_loss_report(val_info)
+
+
+def _check_adapter_folder(args):
+    folder = Path(args.adapter_path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--adapter-path {folder}: is a file; give a folder")
+    if adapters.holds_a_run(folder) and not args.overwrite:
+        raise InputError(
+            f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it"
+        )
+
+
+def _clear(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in adapters.holds_a_run(folder):
+        path.unlink()
+
+
+def _reporting_callbacks(args):
+    try:
+        return get_reporting_callbacks(
+            args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"--report-to {args.report_to}: {error}") from error
+
+
+def _resume(model, path):
+    """Trained weights of an earlier run, its tables beside them included."""
+    tables = path.with_name(path.name.replace(adapters.ADAPTERS, adapters.TABLES))
+    rprint(f"Loading fine-tuned weights from {path}")
+    for file in (path, tables) if tables != path and tables.exists() else (path,):
+        if not file.is_file():
+            raise InputError(f"--resume-adapter-file {file}: there is no such file")
+        weights = mx.load(str(file))
+        # What this run does not train, it would not save either.
+        trainable = model.trainable_parameters()
+        adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}, among what trains here")
+        mx.eval(weights)  # now: the file may be the one that --overwrite is about to replace
+
+
+def _training_args(args, folder):
+    return TrainingArgs(
+        batch_size=args.batch_size,
+        iters=args.iters,
+        val_batches=args.val_batches,
+        steps_per_report=args.steps_per_report,
+        steps_per_eval=args.steps_per_eval,
+        steps_per_save=args.iters + 1,  # Batches saves: mlx-lm would put tables where its own loader refuses them
+        adapter_file=folder / adapters.ADAPTERS,
+        max_seq_length=args.max_seq_length,
+        grad_checkpoint=args.grad_checkpoint,
+        grad_accumulation_steps=args.grad_accumulation_steps,
+        clear_cache_threshold=args.clear_cache_threshold,
+    )
+
+
+def _evaluate_on_first_batches(args, model, valid_set, batches):
+    """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
+    np.random.set_state(batches.first_evaluation)
+    return evaluate(
+        model=model,
+        dataset=CacheDataset(valid_set),
+        batch_size=args.batch_size,
+        num_batches=args.val_batches,
+        max_seq_length=args.max_seq_length,
+        iterate_batches=iterate_batches,
+        clear_cache_threshold=args.clear_cache_threshold,
+    )

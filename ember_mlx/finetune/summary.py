@@ -1,0 +1,116 @@
+"""What a run says of itself: what trains before it, and what came of it after."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One line of the table: parameters that one optimizer trains.
+
+    ``state_bytes`` is what the optimizer keeps for them, ``adam_bytes`` what MLX's Adam would: two arrays of each
+    parameter's shape and dtype.
+    """
+
+    what: str
+    optimizer: str
+    learning_rate: str
+    parameters: int
+    state_bytes: int
+    adam_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run. Losses are nats a token, over the validation batches or, without a set, the training's."""
+
+    loss_name: str
+    loss_before: float
+    loss_after: float
+    peak_memory: int
+    state_bytes: int
+    adam_bytes: int
+    files: list[Path]
+
+
+def what_trains(model, optimizer, tables, args) -> list[Trained]:
+    """A line for each token table and one for the rest."""
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    lines = []
+    for table in tables:
+        rows, columns = table.shape
+        lines.append(
+            Trained(
+                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
+                type(optimizer.tables).__name__,
+                _rate(optimizer.tables),
+                rows * columns,
+                optimizer.state_bytes(table.path),
+                2 * parameters.pop(table.path).nbytes,
+            )
+        )
+    if parameters:
+        body = optimizer.rest if tables else optimizer
+        lines.append(
+            Trained(
+                _body(args),
+                type(body).__name__,
+                _rate(body),
+                sum(parameter.size for parameter in parameters.values()),
+                sum(array.nbytes for _, array in tree_flatten(body.state)),
+                2 * sum(parameter.nbytes for parameter in parameters.values()),
+            )
+        )
+    return lines
+
+
+def format_table(lines: list[Trained]) -> str:
+    rows = [["trains", "optimizer", "learning rate", "parameters", "optimizer state", "Adam would keep"]]
+    for line in lines:
+        sizes = [f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)]
+        rows.append([line.what, line.optimizer, line.learning_rate, *sizes])
+    total = [sum(getattr(line, field) for line in lines) for field in ("parameters", "state_bytes", "adam_bytes")]
+    rows.append(["in all", "", "", f"{total[0]:,}", format_bytes(total[1]), format_bytes(total[2])])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
+    text = ["  ".join(place(cell, width) for place, cell, width in zip(left, row, widths, strict=True)) for row in rows]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(line.rstrip() for line in text)
+
+
+def format_result(result: Result) -> str:
+    files = "\n".join(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files)
+    return (
+        f"{result.loss_name} {result.loss_before:.3f} before, {result.loss_after:.3f} after, in nats a token.\n"
+        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(result.state_bytes)}, where "
+        f"Adam would keep {format_bytes(result.adam_bytes)}.\n{files}"
+    )
+
+
+def format_bytes(count: int) -> str:
+    """In powers of 1000, as macOS and mlx-lm count memory."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def _body(args):
+    layers = "layer" if args.num_layers == 1 else "layers"
+    if args.fine_tune_type == "full":
+        return f"the rest ({args.num_layers} {layers}, norms)"
+    return f"{args.fine_tune_type} in {args.num_layers} {layers}, rank {args.lora_parameters['rank']}"
+
+
+def _rate(optimizer: optim.Optimizer):
+    scheduled = ", scheduled" if "learning_rate" in optimizer._schedulers else ""
+    return f"{optimizer.learning_rate.item():.3g}{scheduled}"
+
+
+def _dtype(dtype):
+    return str(dtype).rpartition(".")[2]
