@@ -102,8 +102,8 @@ class Ember(Optimizer):
 
     def __init__(self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0):
         super().__init__()
-        _check("beta2", beta2, 0 <= beta2 < 1, "0 <= beta2 < 1, usually 0.999")
-        _check("eps", eps, SMALLEST_NORMAL <= eps < math.inf, "a positive number, usually 1e-8")
+        _check("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999")
+        _check("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
         self.beta2 = beta2
         self.eps = eps
         self._schedule("learning_rate", learning_rate)
@@ -111,7 +111,7 @@ class Ember(Optimizer):
 
     def init(self, parameters):
         for path, parameter in tree_flatten(parameters):
-            if parameter.ndim != 2 or not mx.issubdtype(parameter.dtype, mx.floating):
+            if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
                 raise InputError(
                     f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
                     "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
@@ -144,7 +144,7 @@ class Ember(Optimizer):
         if callable(value):
             self._maybe_schedule(name, lambda step: mx.array(value(step), mx.float32))
         else:
-            _check(name, value, 0 <= value < math.inf, "a finite number, zero or more")
+            _check(name, value, 0, math.inf, "a finite number, zero or more, or a schedule")
             self._maybe_schedule(name, float(value))
 
     def _check_state(self, parameters):
@@ -161,6 +161,10 @@ class Ember(Optimizer):
                     )
 
 
-def _check(name, value, allowed, range_in_words):
+def _check(name, value, least, below, in_words):
+    try:
+        allowed = least <= value < below
+    except TypeError:
+        allowed = False
     if not allowed:
-        raise InputError(f"Ember({name}={value}): must be {range_in_words}")
+        raise InputError(f"Ember({name}={value!r}): must be {in_words}")
