@@ -105,8 +105,7 @@ def train_model(args, model, train_set, valid_set, reporting: TrainingCallback |
         loss_before=losses[0],
         loss_after=losses[-1],
         peak_memory=peak_memory,
-        state_bytes=sum(line.state_bytes for line in trained),
-        adam_bytes=sum(line.adam_bytes for line in trained),
+        trained=trained,
         files=adapters.holds_a_run(folder),
     )
     rprint(f"\n{format_result(result)}")

@@ -9,12 +9,13 @@ from mlx.utils import tree_flatten
 
 @dataclass(frozen=True)
 class Trained:
-    """One line of the table: parameters that one optimizer trains.
+    """One line of the table: parameters that one optimizer trains; a token table by its path, or the rest, by None.
 
     ``state_bytes`` is what the optimizer keeps for them, ``adam_bytes`` what MLX's Adam would: two arrays of each
     parameter's shape and dtype.
     """
 
+    table: str | None
     what: str
     optimizer: str
     learning_rate: str
@@ -31,8 +32,7 @@ class Result:
     loss_before: float
     loss_after: float
     peak_memory: int
-    state_bytes: int
-    adam_bytes: int
+    trained: list[Trained]
     files: list[Path]
 
 
@@ -44,6 +44,7 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
         rows, columns = table.shape
         lines.append(
             Trained(
+                table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
                 type(optimizer.tables).__name__,
                 _rate(optimizer.tables),
@@ -56,6 +57,7 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
         body = optimizer.rest if tables else optimizer
         lines.append(
             Trained(
+                None,
                 _body(args),
                 type(body).__name__,
                 _rate(body),
@@ -72,7 +74,7 @@ def format_table(lines: list[Trained]) -> str:
     for line in lines:
         sizes = [f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)]
         rows.append([line.what, line.optimizer, line.learning_rate, *sizes])
-    total = [sum(getattr(line, field) for line in lines) for field in ("parameters", "state_bytes", "adam_bytes")]
+    total = _total(lines)
     rows.append(["in all", "", "", f"{total[0]:,}", format_bytes(total[1]), format_bytes(total[2])])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     left = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
@@ -83,10 +85,11 @@ def format_table(lines: list[Trained]) -> str:
 
 def format_result(result: Result) -> str:
     files = "\n".join(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files)
+    _, kept, adam = _total(result.trained)
     return (
         f"{result.loss_name} {result.loss_before:.3f} before, {result.loss_after:.3f} after, in nats a token.\n"
-        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(result.state_bytes)}, where "
-        f"Adam would keep {format_bytes(result.adam_bytes)}.\n{files}"
+        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(kept)}, where Adam would keep "
+        f"{format_bytes(adam)}.\n{files}"
     )
 
 
@@ -98,6 +101,10 @@ def format_bytes(count: int) -> str:
             break
         size, unit = size / 1000, larger
     return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def _total(lines):
+    return [sum(getattr(line, field) for line in lines) for field in ("parameters", "state_bytes", "adam_bytes")]
 
 
 def _body(args):

@@ -1,0 +1,29 @@
+import pytest
+from tiny_models import write_data, write_model
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Model folders by name and a data folder; nothing may write into them."""
+    root = tmp_path_factory.mktemp("folders")
+    return {
+        "untied": write_model(root / "untied"),
+        "tied": write_model(root / "tied", tied=True),
+        "quantized": write_model(root / "quantized", quantized=True),
+        "deeper": write_model(root / "deeper", layers=3),
+        "data": write_data(root / "data"),
+        "text": write_data(root / "text", kind="text"),
+    }
+
+
+@pytest.fixture
+def parse(folders, tmp_path):
+    """Options of a short run on the tiny model: parse("--iters", 3, ...), with keywords for other folders."""
+    from ember_mlx.finetune import options
+
+    def parse(*arguments, model="untied", data="data", adapter="adapters"):
+        paths = {"--model": folders[model], "--data": folders[data], "--adapter-path": tmp_path / adapter}
+        short = {"--iters": 3, "--batch-size": 2, "--val-batches": 2, "--steps-per-report": 1}
+        return options.parse([str(word) for pair in (paths | short).items() for word in pair] + [*map(str, arguments)])
+
+    return parse

@@ -1,0 +1,156 @@
+"""Adapter folders: loaded whole or refused by the tensor that does not fit; fused into folders for stock mlx-lm."""
+
+import json
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm import fuse as mlx_lm_fuse
+
+from ember_mlx import InputError, cli, load
+from ember_mlx.finetune.run import run
+
+IDS = mx.array([[4, 60, 70, 80, 90]])
+
+
+def fuse(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "fuse", *map(str, arguments)])
+    cli.main()
+
+
+def fused_in_memory(model):
+    layers = [(path, module.fuse()) for path, module in model.named_modules() if hasattr(module, "fuse")]
+    model.update_modules(tree_unflatten(layers))
+    return model
+
+
+@pytest.mark.parametrize("base", ["untied", "tied"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_a_fused_folder_gives_the_same_logits_in_stock_mlx_lm(parse, folders, tmp_path, monkeypatch, base, kind):
+    run(parse("--fine-tune-type", kind, "--table-learning-rate", 1e-2, "--learning-rate", 1e-2, model=base))
+    adapter = tmp_path / "adapters"
+    fuse(monkeypatch, "--model", folders[base], "--adapter-path", adapter, "--save-path", tmp_path / "fused")
+    model, _ = load(folders[base], adapter_path=adapter)
+    unfused = model(IDS)
+    stock, _ = mlx_lm.load(str(tmp_path / "fused"))
+    if kind == "full":
+        assert mx.array_equal(stock(IDS), unfused)
+    else:
+        assert mx.array_equal(stock(IDS), fused_in_memory(model)(IDS))
+        # x (W + B A) and x W + (x B) A differ by rounding, whoever computes them.
+        assert mx.allclose(stock(IDS), unfused, atol=1e-4)
+    untrained, _ = load(folders[base])
+    assert not mx.allclose(untrained(IDS), unfused, atol=1e-2)
+
+
+def test_a_quantized_model_with_trained_tables_is_loaded_and_fused(parse, folders, tmp_path, monkeypatch):
+    run(parse("--dequantize-tables", "--table-learning-rate", 1e-2, model="quantized"))
+    adapter = tmp_path / "adapters"
+    mlx_lm.load(str(folders["quantized"]), adapter_path=str(adapter))  # the LoRA part, on the quantized tables
+    model, _, config = load(folders["quantized"], adapter_path=adapter, return_config=True)
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert type(model.lm_head) is nn.Linear
+    assert config["quantization"]["lm_head"] is False
+    fuse(monkeypatch, "--model", folders["quantized"], "--adapter-path", adapter, "--save-path", tmp_path / "fused")
+    stock, _ = mlx_lm.load(str(tmp_path / "fused"))
+    assert type(stock.lm_head) is nn.Linear
+    assert type(stock.layers[0].mlp.up_proj) is nn.QuantizedLinear
+    assert mx.array_equal(stock(IDS), fused_in_memory(model)(IDS))
+
+
+def test_tables_alone_are_saved_loaded_and_fused(parse, folders, tmp_path, monkeypatch):
+    run(parse("--num-layers", 0, "--table-learning-rate", 1e-2))
+    adapter = tmp_path / "adapters"
+    assert mx.load(str(adapter / "adapters.safetensors")) == {}
+    model, _ = load(folders["untied"], adapter_path=adapter)
+    mlx_lm.load(str(folders["untied"]), adapter_path=str(adapter))
+    fuse(monkeypatch, "--model", folders["untied"], "--adapter-path", adapter, "--save-path", tmp_path / "fused")
+    stock, _ = mlx_lm.load(str(tmp_path / "fused"))
+    assert mx.array_equal(stock(IDS), model(IDS))
+
+
+def test_an_adapter_of_stock_mlx_lm_loads_here(parse, folders, tmp_path):
+    from mlx_lm import lora
+
+    args = parse()
+    args.num_layers = 2
+    lora.run(args)
+    stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(tmp_path / "adapters"))
+    ours, _ = load(folders["untied"], adapter_path=tmp_path / "adapters")
+    assert mx.array_equal(stock(IDS), ours(IDS))
+
+
+def test_fuse_replaces_nothing_without_overwrite(parse, folders, tmp_path, monkeypatch, capsys):
+    run(parse())
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "mine.txt").write_text("mine")
+    arguments = [
+        "--model",
+        folders["untied"],
+        "--adapter-path",
+        tmp_path / "adapters",
+        "--save-path",
+        tmp_path / "fused",
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        fuse(monkeypatch, *arguments)
+    assert exit_.value.code == 2
+    assert "is there already; give another path, or --overwrite" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "fused").iterdir()] == ["mine.txt"]
+    fuse(monkeypatch, *arguments, "--overwrite")
+    mlx_lm.load(str(tmp_path / "fused"))
+    assert mlx_lm_fuse.load is mlx_lm.load
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "message"),
+    [
+        ("lora", "tied", "lm_head.weight is no such parameter"),
+        ("lora", "deeper", r"model.layers.2.* \(and 13 more\) is not in adapters.safetensors"),
+        ("full", "tied", "lm_head.weight: not an adapter parameter in the model"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_by_the_tensor(parse, folders, tmp_path, kind, base, message):
+    run(parse("--fine-tune-type", kind, "--num-layers", -1))
+    adapter = tmp_path / "adapters"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"num_layers": -1}))
+    with pytest.raises(InputError, match=message):
+        load(folders[base], adapter_path=adapter)
+
+
+def test_a_table_of_another_shape_is_refused(parse, folders, tmp_path):
+    run(parse())
+    file = tmp_path / "adapters" / "token_tables.safetensors"
+    tables = {name: array[:-1] + 0 for name, array in mx.load(str(file)).items()}
+    mx.eval(tables)
+    mx.save_safetensors(str(file), tables)
+    with pytest.raises(InputError, match=r"weight has shape \(259, 32\), but \(260, 32\) in this model"):
+        load(folders["untied"], adapter_path=tmp_path / "adapters")
+
+
+def test_an_adapter_folder_that_is_not_whole_is_refused(parse, folders, tmp_path):
+    run(parse())
+    adapter = tmp_path / "adapters"
+    with pytest.raises(InputError, match="there is no adapter_config.json in it"):
+        load(folders["untied"], adapter_path=tmp_path)
+    (adapter / "token_tables.safetensors").rename(adapter / "elsewhere")
+    with pytest.raises(InputError, match="there is no token_tables.safetensors in it"):
+        load(folders["untied"], adapter_path=adapter)
+    (adapter / "token_tables.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(InputError, match="token_tables.safetensors cannot be read"):
+        load(folders["untied"], adapter_path=adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="adapter_config.json is not JSON"):
+        load(folders["untied"], adapter_path=adapter)
+
+
+def test_a_loaded_model_is_ready_to_write(parse, folders, tmp_path):
+    run(parse())
+    model, tokenizer = load(folders["untied"], adapter_path=tmp_path / "adapters")
+    assert not model.training
+    assert mlx_lm.generate(model, tokenizer, "a", max_tokens=2) is not None
+    assert [name for name, _ in tree_flatten(model.parameters()) if "lora_a" in name]

@@ -1,0 +1,99 @@
+"""Options: mlx_lm.lora's, taken from it, and the token tables'."""
+
+import pytest
+from mlx_lm import lora
+
+from ember_mlx import InputError
+from ember_mlx.finetune import options
+
+
+def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
+    theirs = {flag: action for action in lora.build_parser()._actions for flag in action.option_strings}
+    ours = {flag: action for action in options.build_parser()._actions for flag in action.option_strings}
+    assert theirs.keys() < ours.keys()
+    for flag, action in theirs.items():
+        assert (ours[flag].type, ours[flag].choices, ours[flag].dest) == (action.type, action.choices, action.dest)
+
+
+def test_the_defaults_are_those_of_mlx_lm():
+    args = vars(options.parse([]))
+    differing = {key for key, value in lora.CONFIG_DEFAULTS.items() if args[key] != value}
+    # `train` is the command's name; how many layers the default means is settled when the model is known.
+    assert differing == {"train", "num_layers"}
+
+
+def test_the_defaults_of_mlx_lm_are_not_changed_by_a_run():
+    options.parse([]).lora_parameters["rank"] = 99
+    assert options.parse([]).lora_parameters["rank"] != 99
+
+
+def test_yaml_gives_what_the_command_line_does_not(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("iters: 7\nbatch_size: 3\nlearning_rate: 1e-4\ntable_learning_rate: 1e-2\noptimizer: AdamW\n")
+    args = options.parse(["--config", str(config), "--batch-size", "5"])
+    assert (args.iters, args.batch_size, args.learning_rate, args.table_learning_rate) == (7, 5, 1e-4, 1e-2)
+    assert args.optimizer == "adamw"
+
+
+def test_yaml_keys_that_mlx_lm_drops_work_here(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("clear_cache_threshold: 2GB\ntrust_remote_code: true\n")
+    args = options.parse(["--config", str(config)])
+    assert args.clear_cache_threshold == 2 * 10**9
+    assert args.trust_remote_code is True
+
+
+def test_yaml_keys_that_only_mlx_lm_knows_are_passed_on(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("prompt_feature: question\nlora_parameters: {rank: 4, scale: 10.0, dropout: 0.1}\n")
+    args = options.parse(["--config", str(config)])
+    assert args.prompt_feature == "question"
+    assert args.lora_parameters == {"rank": 4, "scale": 10.0, "dropout": 0.1}
+
+
+def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("table_learning_rates: 1\n")
+    options.parse(["--config", str(config)])
+    assert "did you mean table_learning_rate?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iters: many\n", "iters: many must be a whole number"),
+        ("iters: 2.5\n", "iters: 2.5 must be a whole number"),
+        ("learning_rate: fast\n", "learning_rate: fast must be a number"),
+        ("train_tables: both\n", "must be one of auto, embedding, head, none"),
+        ("fine_tune_type: half\n", "must be one of lora, dora, full"),
+        ("- a\n- list\n", "must hold `option: value` lines"),
+        ("a: [1\n", "is not YAML"),
+    ],
+)
+def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    with pytest.raises(InputError, match=message):
+        options.parse(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--config /nowhere.yaml", "--config /nowhere.yaml: there is no such file"),
+        ("--learning-rate nan", "--learning-rate nan: must be a number of at least 0"),
+        ("--learning-rate -1", "--learning-rate -1.0: must"),
+        ("--table-learning-rate inf", "--table-learning-rate inf: must"),
+        ("--table-weight-decay nan", "--table-weight-decay nan: must"),
+        ("--table-beta2 1", "--table-beta2 1.0: must be at least 0 and below 1"),
+        ("--table-beta2 0.9 --table-optimizer sgd", "--table-beta2: sgd has no beta2"),
+        ("--batch-size 0", "--batch-size 0: must be a number of at least 1"),
+        ("--iters 0", "--iters 0: must"),
+        ("--val-batches 0", "--val-batches 0: must be at least 1, or -1"),
+        ("--train-tables both", "argument --train-tables: invalid choice: 'both'"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag; ember-mlx train --help lists the options"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_name(arguments, message):
+    with pytest.raises(InputError, match=message):
+        options.parse(arguments.split())

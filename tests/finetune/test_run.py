@@ -1,0 +1,241 @@
+"""A run: the same as mlx_lm.lora's where that is asked for, and what it leaves behind."""
+
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm import lora
+from mlx_lm.tuner.trainer import default_loss, evaluate
+
+from ember_mlx import InputError, load
+from ember_mlx.finetune import run as run_module
+from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.run import run
+
+IDS = mx.array([[4, 60, 70, 80, 90]])
+
+
+def arrays(folder, name="adapters.safetensors"):
+    return mx.load(str(folder / name))
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, kind):
+    common = ["--train-tables", "none", "--fine-tune-type", kind, "--iters", 5, "--grad-accumulation-steps", 2]
+    args = parse(*common, adapter="ours")
+    # The one thing that we set otherwise: MLX's Adam leaves its bias.
+    args.optimizer_config = {"adam": {"bias_correction": False}}
+    run(args)
+    theirs = parse(*common, adapter="theirs")
+    theirs.num_layers = 2
+    lora.run(theirs)
+    ours, reference = arrays(tmp_path / "ours"), arrays(tmp_path / "theirs")
+    assert ours.keys() == reference.keys()
+    assert all(mx.array_equal(array, reference[name]) for name, array in ours.items())
+
+
+def test_tables_that_train_lower_the_loss_more_than_frozen_ones(parse):
+    rate = ["--table-learning-rate", 1e-2, "--iters", 10]
+    frozen = run(parse("--train-tables", "none", *rate, adapter="none"))
+    trained = run(parse(*rate, adapter="auto"))
+    assert frozen.loss_before == trained.loss_before
+    assert trained.loss_after < frozen.loss_after - 0.2
+
+
+def test_a_lora_adapter_loads_in_stock_mlx_lm_and_its_tables_lie_beside(parse, folders, tmp_path):
+    result = run(parse())
+    folder = tmp_path / "adapters"
+    assert names_in(folder) == ["adapter_config.json", "adapters.safetensors", "token_tables.safetensors"]
+    assert sorted(result.files) == sorted(folder.iterdir())
+    assert set(arrays(folder, "token_tables.safetensors")) == {"model.embed_tokens.weight", "lm_head.weight"}
+    stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(folder))
+    ours, _ = load(folders["untied"], adapter_path=folder)
+    differing = [
+        name
+        for (name, a), (_, b) in zip(tree_flatten(stock.parameters()), tree_flatten(ours.parameters()), strict=True)
+        if not mx.array_equal(a, b)
+    ]
+    assert sorted(differing) == ["lm_head.weight", "model.embed_tokens.weight"]
+
+
+def test_a_full_adapter_loads_in_stock_mlx_lm_as_it_is(parse, folders, tmp_path):
+    run(parse("--fine-tune-type", "full"))
+    folder = tmp_path / "adapters"
+    assert names_in(folder) == ["adapter_config.json", "adapters.safetensors"]
+    stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(folder))
+    ours, _ = load(folders["untied"], adapter_path=folder)
+    assert mx.array_equal(stock(IDS), ours(IDS))
+    base = dict(tree_flatten(load(folders["untied"])[0].parameters()))
+    assert base.keys() == arrays(folder).keys()
+    assert [name for name, array in arrays(folder).items() if mx.array_equal(array, base[name])] == []
+
+
+def test_checkpoints_are_written_between_steps_as_mlx_lm_names_them(parse, folders, tmp_path):
+    run(parse("--iters", 4, "--save-every", 2, "--fine-tune-type", "full"))
+    run(parse("--iters", 2, "--save-every", 2, "--fine-tune-type", "full", adapter="two"))
+    folder = tmp_path / "adapters"
+    assert {"0000002_adapters.safetensors", "0000004_adapters.safetensors"} < set(names_in(folder))
+    for name, array in arrays(tmp_path / "two").items():
+        assert mx.array_equal(array, arrays(folder, "0000002_adapters.safetensors")[name])
+    for name, array in arrays(folder).items():
+        assert mx.array_equal(array, arrays(folder, "0000004_adapters.safetensors")[name])
+
+
+def test_checkpoints_of_a_lora_run_have_their_tables_beside_them(parse, tmp_path):
+    run(parse("--iters", 3, "--save-every", 2))
+    assert names_in(tmp_path / "adapters") == [
+        "0000002_adapters.safetensors",
+        "0000002_token_tables.safetensors",
+        "adapter_config.json",
+        "adapters.safetensors",
+        "token_tables.safetensors",
+    ]
+
+
+def test_the_loss_after_is_of_the_same_batches_as_the_loss_before(parse, folders, tmp_path, monkeypatch):
+    drawn = []
+
+    def recording(**options):
+        batches = options["iterate_batches"]
+
+        def wrapped(**arguments):
+            for batch in batches(**arguments):
+                drawn[-1].append(batch)
+                yield batch
+
+        drawn.append([])
+        return evaluate(**(options | {"iterate_batches": wrapped}))
+
+    monkeypatch.setattr("mlx_lm.tuner.trainer.evaluate", recording)
+    monkeypatch.setattr(run_module, "evaluate", recording)
+    result = run(parse("--steps-per-eval", 2))
+    first, *_, last = drawn
+    assert len(first) == 2
+    assert all(mx.array_equal(a[0], b[0]) for a, b in zip(first, last, strict=True))
+    # And it is the loss of the weights that were saved.
+    model, _ = load(folders["untied"], adapter_path=tmp_path / "adapters")
+    losses = [default_loss(model, *batch) for batch in last]
+    mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert result.loss_after == pytest.approx(mean.item(), abs=1e-5)
+
+
+def test_a_run_goes_on_from_an_adapter_file_and_its_tables(parse, folders, tmp_path):
+    run(parse(adapter="first"))
+    run(parse("--resume-adapter-file", tmp_path / "first" / "adapters.safetensors", "--learning-rate", 0,
+              "--table-learning-rate", 0, adapter="second"))  # fmt: skip
+    for name in ("adapters.safetensors", "token_tables.safetensors"):
+        for path, array in arrays(tmp_path / "first", name).items():
+            assert mx.array_equal(array, arrays(tmp_path / "second", name)[path]), path
+
+
+def test_overwriting_the_folder_that_is_resumed_from_loses_nothing(parse, tmp_path):
+    run(parse())
+    before = {name: mx.array(array) for name, array in arrays(tmp_path / "adapters").items()}
+    mx.eval(before)
+    file = tmp_path / "adapters" / "adapters.safetensors"
+    run(parse("--resume-adapter-file", file, "--overwrite", "--learning-rate", 0))
+    assert all(mx.array_equal(array, arrays(tmp_path / "adapters")[name]) for name, array in before.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train-tables", "none"], "token_tables.safetensors.*weight is no such parameter"),
+        (["--fine-tune-type", "full"], "lora_. is no such parameter"),
+    ],
+)
+def test_resuming_what_this_run_does_not_train_is_refused(parse, tmp_path, arguments, message):
+    run(parse(adapter="first"))
+    file = tmp_path / "first" / "adapters.safetensors"
+    with pytest.raises(InputError, match=message):
+        run(parse("--resume-adapter-file", file, *arguments, adapter="second"))
+    assert not (tmp_path / "second").exists()
+    with pytest.raises(InputError, match="there is no such file"):
+        run(parse("--resume-adapter-file", tmp_path / "nothing", adapter="second"))
+
+
+def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_is_given(parse, tmp_path):
+    run(parse("--save-every", 1))
+    folder = tmp_path / "adapters"
+    (folder / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match="already holds another run; give another path, or --overwrite"):
+        run(parse())
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    run(parse("--overwrite", "--fine-tune-type", "full"))
+    assert names_in(folder) == ["adapter_config.json", "adapters.safetensors", "notes.txt"]
+
+
+def test_the_config_tells_what_stock_mlx_lm_needs_and_which_tables_trained(parse, tmp_path):
+    run(parse())
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (config["fine_tune_type"], config["num_layers"], config["lora_parameters"]["rank"]) == ("lora", 2, 8)
+    assert config["token_tables"] == ["model.embed_tokens.weight", "lm_head.weight"]
+
+
+def test_mlx_lms_options_that_it_drops_arrive_at_its_loop(parse, monkeypatch):
+    seen = {}
+    real = run_module.train
+
+    def spy(**options):
+        seen.update(options)
+        return real(**options)
+
+    monkeypatch.setattr(run_module, "train", spy)
+    run(parse("--clear-cache-threshold", "3MB"))
+    assert seen["args"].clear_cache_threshold == 3 * 10**6
+
+
+def test_reports_go_to_the_services_with_both_learning_rates(parse, monkeypatch):
+    reports = []
+
+    class Service:
+        on_train_loss_report = reports.append
+        on_val_loss_report = reports.append
+
+    monkeypatch.setattr(run_module, "get_reporting_callbacks", lambda *args, **options: Service)
+    run(parse("--learning-rate", 0.5, "--table-learning-rate", 0.25, "--iters", 2))
+    training = [report for report in reports if "train_loss" in report]
+    assert [(r["learning_rate"], r["table_learning_rate"]) for r in training] == [(0.5, 0.25)] * 2
+    assert [report["iteration"] for report in reports if "val_loss" in report] == [0, 1]
+
+
+def test_an_unknown_reporting_service_is_refused(parse):
+    with pytest.raises(InputError, match="--report-to nowhere: nowhere callback doesn't exist"):
+        run(parse("--report-to", "nowhere"))
+
+
+def test_without_a_validation_set_the_training_losses_are_told(parse, folders, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_bytes((folders["data"] / "train.jsonl").read_bytes())
+    result = run(parse("--data", data))
+    assert result.loss_name == "Training loss"
+    assert np.isfinite([result.loss_before, result.loss_after]).all()
+
+
+def test_a_yaml_file_can_ask_for_a_test_alone(parse, folders, tmp_path, capsys):
+    run(parse())
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_bytes((folders["data"] / "valid.jsonl").read_bytes())
+    (tmp_path / "test.yaml").write_text("train: false\ntest: true\n")
+    assert run(parse("--config", tmp_path / "test.yaml", "--data", data)) is None
+    assert "Test loss" in capsys.readouterr().out
+    (tmp_path / "test.yaml").write_text("train: false\n")
+    with pytest.raises(InputError, match="nothing to do"):
+        run(parse("--config", tmp_path / "test.yaml"))
+
+
+def test_a_model_that_does_not_load_is_an_input_error(parse, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for model, message in ((tmp_path / "empty", "mlx-lm cannot load it"), ("/no/such/model", "no such folder here")):
+        with pytest.raises(InputError, match=message):
+            load_base(model)

@@ -1,0 +1,111 @@
+"""The command line, by running it."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import ember_mlx
+from ember_mlx import cli
+
+
+def command(*arguments, module="ember_mlx"):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def short_run(folders, adapter, model="untied"):
+    options = {"--model": folders[model], "--data": folders["data"], "--adapter-path": adapter}
+    options |= {"--iters": 3, "--batch-size": 2, "--val-batches": 2}
+    return [str(word) for pair in options.items() for word in pair]
+
+
+def test_train_generate_and_fuse_as_a_person_would(folders, tmp_path):
+    adapter, fused = tmp_path / "adapters", tmp_path / "fused"
+    trained = command("train", *short_run(folders, adapter))
+    assert trained.returncode == 0, trained.stderr
+    for said in ("lm_head (head, 260 x 32 float32)", "Ember", "Adam would keep", "before", "Peak memory", str(adapter)):
+        assert said in trained.stdout
+    model = ["--model", folders["untied"], "--adapter-path", adapter]
+    text = ["--prompt", "train 3", "--max-tokens", "8", "--temp", "0"]
+    generated = command("generate", *model, *text)
+    assert generated.returncode == 0, generated.stderr
+    assert command("fuse", *model, "--save-path", fused).returncode == 0
+    stock = command("generate", "--model", fused, *text, module="mlx_lm")
+    written = [output.stdout.split("==========")[1] for output in (generated, stock)]
+    assert written[0] == written[1]
+
+
+def test_help_and_version_need_no_model():
+    assert command("--version").stdout.strip() == version("ember-mlx")
+    assert "ember-mlx train" in command("--help").stdout
+    options = command("train", "--help").stdout
+    assert "--train-tables" in options
+    assert "--lora-parameters" not in options
+    assert "--grad-checkpoint" in options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model /no/such/model", "model /no/such/model: no such folder here"),
+        ("--data /no/such/folder/at/all", "--data /no/such/folder/at/all: there is no such folder"),
+        ("--data {untied}", "there is no train.jsonl in it"),
+        ("--data {broken}", "train.jsonl line 2 is not JSON"),
+        ("--table-beta2 1.5", "--table-beta2 1.5: must be at least 0 and below 1"),
+        ("--table-learning-rate nan", "--table-learning-rate nan: must be a number of at least 0"),
+        ("--table-weight-decay -1", "--table-weight-decay -1.0: must be a number of at least 0"),
+        ("--learning-rate nan", "--learning-rate nan: must be a number of at least 0"),
+        ("--model {quantized}", "are quantized, and a quantized table cannot be trained: add --dequantize-tables"),
+        ("--model {tied} --train-tables head", "--train-tables head: the head is the embedding"),
+        ("--num-layers 17", "--num-layers 17: the model has 2 layers"),
+        ("--adapter-path {taken}", "already holds another run; give another path, or --overwrite"),
+        ("--batch-size 64", "the train set has 12 rows, fewer than --batch-size 64"),
+        ("--iters many", "argument --iters: invalid int value: 'many'"),
+    ],
+)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    folders, tmp_path, monkeypatch, capsys, arguments, message
+):
+    broken, taken = tmp_path / "broken", tmp_path / "taken"
+    broken.mkdir()
+    (broken / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    taken.mkdir()
+    (taken / "adapters.safetensors").write_text("of another run")
+    words = arguments.format(broken=broken, taken=taken, **folders).split()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "train", *short_run(folders, tmp_path / "new"), *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.startswith("ember-mlx train: error: ")
+    assert errors.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (taken / "adapters.safetensors").read_text() == "of another run"
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("generate", ["--prompt", "a"]), ("fuse", [])])
+def test_an_adapter_of_another_model_is_one_line_and_exit_code_2(folders, tmp_path, name, arguments):
+    adapter = tmp_path / "adapters"
+    assert command("train", *short_run(folders, adapter)).returncode == 0
+    refused = command(name, "--model", folders["tied"], "--adapter-path", adapter, *arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(f"ember-mlx {name}: error: adapter {adapter}: token_tables")
+    assert "lm_head.weight is no such parameter of this model" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_unknown_command_is_refused():
+    refused = command("fine-tune")
+    assert refused.returncode == 2
+    assert "fine-tune is none of its commands: train, generate, fuse, demo" in refused.stderr
+
+
+def test_the_public_names_are_those_listed():
+    public = {name for name in dir(ember_mlx) if not name.startswith("_")}
+    submodules = {"cli", "demo", "errors", "finetune", "optimizers", "pairing", "token_tables"}
+    assert set(ember_mlx.__all__) <= public <= set(ember_mlx.__all__) | submodules
