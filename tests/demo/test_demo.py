@@ -1,0 +1,37 @@
+"""The demo, by running it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import mlx_lm
+
+from ember_mlx import load
+
+
+def test_the_demo_does_what_it_says_in_under_90_seconds(tmp_path):
+    keep = tmp_path / "kept"
+    command = [sys.executable, "-m", "ember_mlx", "demo", "--keep", str(keep)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^([a-z ]+?)  +(\S.*)$", done.stdout, re.MULTILINE))
+    before, after = ([float(loss) for loss in rows[f"validation loss {when}"].split()] for when in ("before", "after"))
+    assert before[0] == before[1]
+    assert max(after) < before[0] - 1
+    # V + D numbers a table for Ember, 2 V D for AdamW.
+    assert rows["optimizer state of the tables"].split("  ")[0] == "33.79 kB"
+    assert rows["optimizer state of the tables"].endswith("8.39 MB")
+    assert {"prompt", "in the library", "before"} < rows.keys()
+    assert int(re.search(r"(\d+) s in all", done.stdout)[1]) < 90
+
+    # What it kept is an ordinary model, data set and adapter.
+    model, _ = load(keep / "model", adapter_path=keep / "Ember")
+    assert "lora_a" in model.layers[0].mlp.up_proj
+    mlx_lm.load(str(keep / "model"), adapter_path=str(keep / "AdamW"))
+    rows = (keep / "data" / "train.jsonl").read_text().splitlines()
+    assert all(json.loads(row).keys() == {"prompt", "completion"} for row in rows)
+
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert "is there already; give a new folder" in refused.stderr
