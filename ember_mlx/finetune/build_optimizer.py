@@ -5,7 +5,6 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx.errors import InputError
-from ember_mlx.finetune.options import TABLE_RATE
 from ember_mlx.optimizers import Ember
 from ember_mlx.pairing import PairedOptimizer
 
@@ -63,8 +62,6 @@ def table_learning_rate(args):
     if args.table_lr_schedule:
         return _schedule("table_lr_schedule", args.table_lr_schedule)
     body = body_learning_rate(args)
-    if args.table_learning_rate is None:
-        return (lambda step: TABLE_RATE * body(step)) if callable(body) else TABLE_RATE * body
     if not callable(body):
         return args.table_learning_rate
     start = args.lr_schedule["arguments"][0]

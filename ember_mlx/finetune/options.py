@@ -18,16 +18,13 @@ from ember_mlx.errors import InputError
 TABLE_DEFAULTS = {
     "train_tables": "auto",
     "table_optimizer": "ember",
-    "table_learning_rate": None,
+    "table_learning_rate": 1e-4,
     "table_lr_schedule": None,
     "table_weight_decay": 0.0,
     "table_beta2": None,
     "dequantize_tables": False,
     "overwrite": False,
 }
-# What --table-learning-rate is when it is not given, as a multiple of --learning-rate.
-TABLE_RATE = 10
-
 AT_LEAST = {
     "batch_size": 1,
     "iters": 1,
@@ -61,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--table-learning-rate",
         type=float,
-        help=f"Learning rate of the tables. Default: {TABLE_RATE} times the body's. If the YAML file has an "
+        help=f"Learning rate of the tables. Default: {TABLE_DEFAULTS['table_learning_rate']}. If the YAML file has an "
         "lr_schedule, the tables follow it at this scale, unless it has a table_lr_schedule too.",
     )
     group.add_argument("--table-weight-decay", type=float, help="Decoupled weight decay of the tables. Default: 0.")
@@ -107,7 +104,7 @@ def check(args):
     """Refuse values out of range before anything is loaded."""
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
+        if not least <= value < math.inf:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least}")
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:

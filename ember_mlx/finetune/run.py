@@ -34,7 +34,8 @@ def run(args) -> Result | None:
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     check_data_folder(args)
-    if args.train:
+    leader = mx.distributed.init().rank() == 0
+    if args.train and leader:  # the others might find what the leader has begun to write
         _check_adapter_folder(args)
     np.random.seed(args.seed)
     reporting = _reporting_callbacks(args)

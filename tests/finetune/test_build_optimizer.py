@@ -59,15 +59,6 @@ def test_tables_none_leaves_the_bodys_optimizer_alone(parse):
             assert type(optimizer.tables) is Ember
 
 
-def test_the_tables_learn_at_ten_times_the_bodys_rate_unless_told_otherwise(parse):
-    args = parse("--learning-rate", 1e-3)
-    assert table_learning_rate(args) == pytest.approx(1e-2)
-    args.lr_schedule = WARMUP_AND_COSINE
-    body, tables = body_optimizer(args)._schedulers["learning_rate"], table_learning_rate(args)
-    for step in range(12):
-        assert tables(mx.array(step)).item() == pytest.approx(10 * body(mx.array(step)).item())
-
-
 def test_adamw_on_the_body_is_pytorchs(parse):
     torch = pytest.importorskip("torch")
     optimizer = body_optimizer(parse("--optimizer", "adamw", "--learning-rate", 0.1))
@@ -107,7 +98,7 @@ def test_the_tables_can_have_a_schedule_of_their_own(parse):
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(parse, schedule, message):
-    args = parse("--table-learning-rate", 1e-2)
+    args = parse()
     args.lr_schedule = schedule
     with pytest.raises(InputError, match=message):
         table_learning_rate(args)
