@@ -1,9 +1,34 @@
 """Ember for MLX: train the token tables of language models, at the price of V + D numbers of state."""
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune.adapters import load
-from ember_mlx.optimizers import Ember
-from ember_mlx.pairing import PairedOptimizer
-from ember_mlx.token_tables import TokenTable, find_token_tables
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ember_mlx.errors import InputError
+    from ember_mlx.finetune.adapters import load
+    from ember_mlx.optimizers import Ember
+    from ember_mlx.pairing import PairedOptimizer
+    from ember_mlx.token_tables import TokenTable, find_token_tables
 
 __all__ = ["Ember", "InputError", "PairedOptimizer", "TokenTable", "find_token_tables", "load"]
+
+# Imported when asked for: mlx-lm takes seconds, which an optimizer alone need not wait for, and the command line must
+# be able to say so where MLX has no backend.
+_MODULES = {
+    "Ember": "optimizers",
+    "InputError": "errors",
+    "PairedOptimizer": "pairing",
+    "TokenTable": "token_tables",
+    "find_token_tables": "token_tables",
+    "load": "finetune.adapters",
+}
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -1,5 +1,6 @@
 """The command line, by running it."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -105,7 +106,26 @@ def test_an_unknown_command_is_refused():
     assert "fine-tune is none of its commands: train, generate, fuse, demo" in refused.stderr
 
 
-def test_the_public_names_are_those_listed():
-    public = {name for name in dir(ember_mlx) if not name.startswith("_")}
-    submodules = {"cli", "demo", "errors", "finetune", "optimizers", "pairing", "token_tables"}
-    assert set(ember_mlx.__all__) <= public <= set(ember_mlx.__all__) | submodules
+def test_the_public_names_are_those_listed_and_all_are_there():
+    assert ember_mlx.__all__ == sorted(ember_mlx._MODULES)
+    for name in ember_mlx.__all__:
+        assert getattr(ember_mlx, name).__name__ == name
+        assert name in dir(ember_mlx)
+    with pytest.raises(AttributeError, match="has no attribute 'Amber'"):
+        _ = ember_mlx.Amber
+
+
+def test_without_a_backend_of_mlx_it_says_what_to_install(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    refused = subprocess.run(
+        [sys.executable, "-m", "ember_mlx", "train"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "mlx has no backend here (libmlx.so" in refused.stderr
+    assert "pip install 'ember-mlx[cpu]'" in refused.stderr
+    assert refused.stderr.count("\n") == 1

@@ -76,8 +76,9 @@ def _check_rows(path, args):
                         f"{messages}, or {text}"
                     )
             for key in keys:
-                kind = list if key == messages else str
-                if not isinstance(row, dict) or not isinstance(row.get(key), kind) or not row[key]:
-                    raise InputError(f"{where} has no {key} of one or more {'turns' if kind is list else 'characters'}")
+                if not isinstance(row, dict) or not isinstance(row.get(key), str | list):
+                    raise InputError(f"{where} has no {key}, which the first line has: mend or remove that line")
+                if not row[key] and key in (messages, text):
+                    raise InputError(f"{where} has an empty {key}: mend or remove that line")
     if keys is None:
         raise InputError(f"--data {path.parent}: {path.name} is empty: put one row a line there, as JSON")

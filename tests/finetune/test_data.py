@@ -24,9 +24,8 @@ def check(folder, train="", valid=None, **options):
     [
         ('{"prompt": "a", "completion": ', "line 2 is not JSON"),
         ("", "line 2 is not JSON"),
-        ('{"prompt": "a"}', "line 2 has no completion of one or more characters"),
-        ('{"prompt": 7, "completion": "b"}', "line 2 has no prompt of one or more characters"),
-        ('{"prompt": "a", "completion": ""}', "line 2 has no completion"),
+        ('{"prompt": "a"}', "line 2 has no completion, which the first line has"),
+        ('{"prompt": 7, "completion": "b"}', "line 2 has no prompt"),
         ('["prompt", "completion"]', "line 2 has no prompt"),
     ],
 )
@@ -39,7 +38,11 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 def test_the_kind_of_rows_is_that_of_the_first_line(tmp_path):
     check(tmp_path, '{"messages": [{"role": "user", "content": "a"}]}\n')
-    check(tmp_path, '{"text": "a"}\n{"text": "b"}\n')
+    check(tmp_path, '{"text": "a"}\n{"text": "b", "source": "c"}\n')
+    check(tmp_path, '{"prompt": "", "completion": "a"}\n')
+    for kind, nothing in (("text", ""), ("messages", [])):
+        with pytest.raises(InputError, match=f"line 2 has an empty {kind}"):
+            check(tmp_path, "".join(json.dumps({kind: value}) + "\n" for value in ("a", nothing)))
     check(tmp_path, '{"question": "a", "completion": "b"}', prompt_feature="question")
     with pytest.raises(InputError, match="line 1 is of no kind that mlx-lm trains on: it needs the keys prompt and"):
         check(tmp_path, '{"question": "a"}')
