@@ -1,11 +1,12 @@
 """The command line: which command, and errors in one line."""
 
+import json
 import os
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
 USAGE = """\
 ember-mlx: fine-tune language models with mlx-lm and train their token tables too, with the Ember optimizer
@@ -50,12 +51,25 @@ def fuse(arguments):
 
     from ember_mlx.errors import InputError
 
+    if {"-h", "--help"} & set(arguments):
+        print("ember-mlx fuse also takes --overwrite: replace the model that --save-path holds\n")
     theirs = [argument for argument in arguments if argument != "--overwrite"]
-    with _argv("fuse", theirs):
-        save_path = Path(parse_arguments().save_path)
-    if save_path.exists() and theirs == arguments and (save_path.is_file() or any(save_path.iterdir())):
-        raise InputError(f"--save-path {save_path}: is there already; give another path, or --overwrite")
+    with _replaced(sys, "argv", ["ember-mlx fuse", *theirs]):
+        args = parse_arguments()
+    folder = Path(args.save_path)
+    if folder.resolve() == Path(args.model).resolve():
+        raise InputError(f"--save-path {folder}: is the model itself; give another path")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--save-path {folder}: is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()) and "--overwrite" not in arguments:
+        raise InputError(f"--save-path {folder}: is there already; give another path, or --overwrite")
     _mlx_lm_command("fuse", theirs)
+    # mlx-lm loads every model*.safetensors that it finds, those of an earlier, larger model too.
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in shards:
+            path.unlink()
+    print(f"The fused model is in {folder}")
 
 
 def demo(arguments):
@@ -69,12 +83,18 @@ def _mlx_lm_command(name, arguments):
     from ember_mlx.finetune.adapters import load
 
     module = import_module(f"mlx_lm.{name}")
-    with mock.patch.object(module, "load", load), _argv(name, arguments):
+    with _replaced(module, "load", load), _replaced(sys, "argv", [f"ember-mlx {name}", *arguments]):
         module.main()
 
 
-def _argv(command, arguments):
-    return mock.patch.object(sys, "argv", [f"ember-mlx {command}", *arguments])
+@contextmanager
+def _replaced(module, name, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _run(command, function, arguments):
@@ -89,14 +109,13 @@ def _run(command, function, arguments):
 
     try:
         function(arguments)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full
         sys.exit(_one_line(f"ember-mlx {command}", str(error)))
+    except KeyboardInterrupt:
+        _one_line(f"ember-mlx {command}", "interrupted; what was saved before is kept")
+        sys.exit(130)
 
 
 def _one_line(what, message):
     print(f"{what}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-if __name__ == "__main__":
-    main()

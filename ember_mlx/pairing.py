@@ -1,8 +1,8 @@
 """Ember on the token tables and any other MLX optimizer on the rest, as one optimizer."""
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ember_mlx.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
@@ -31,8 +31,9 @@ class PairedOptimizer(Optimizer):
         optimizer.state = mx.load("optimizer.safetensors")
 
     Raises:
-        InputError: (a ``ValueError``) when no token table is trainable, when a gradient is of a parameter that was not
-            trainable at the start, and when an assigned state does not fit name by name.
+        InputError: (a ``ValueError``) when no token table is trainable, when one stands in the model twice, when a
+            gradient is of a parameter that was not trainable at the start, and when an assigned state does not fit name
+            by name.
 
     Example:
         >>> optimizer = PairedOptimizer(model, tables=Ember(1e-3), rest=AdamW(1e-5, bias_correction=True))
@@ -40,14 +41,19 @@ class PairedOptimizer(Optimizer):
     """
 
     def __init__(self, model, tables: Optimizer, rest: Optimizer):
+        for name, optimizer in {"tables": tables, "rest": rest}.items():
+            if not isinstance(optimizer, Optimizer):
+                raise InputError(f"PairedOptimizer({name}={optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         if tables is rest:
             raise InputError("PairedOptimizer: tables and rest are one and the same optimizer: make two")
         self.tables = tables
         self.rest = rest
+        found = {table.path for table in find_token_tables(model)}
         trainable = dict(tree_flatten(model.trainable_parameters()))
-        self._table_paths = frozenset(table.path for table in find_token_tables(model) if table.path in trainable)
+        self._table_paths = frozenset(found & trainable.keys())
         if not self._table_paths:
             raise InputError(_no_table(model))
+        _refuse_shared(model, self._table_paths)
         self._rest_paths = frozenset(trainable) - self._table_paths
         self._state = {"tables": tables.state, "rest": rest.state}
         self.init(trainable)
@@ -56,13 +62,15 @@ class PairedOptimizer(Optimizer):
         """Make the state of ``parameters``; what is there already stays. Done when the optimizer is made."""
         tables, rest = self._split(parameters)
         self.tables.init(tables)
-        self.rest.init(rest)
+        self.rest.init(self._as_rest_takes_it(rest))
 
     def apply_gradients(self, gradients, parameters):
         tables, rest = self._split(gradients)
-        parameters = dict(tree_flatten(parameters))
-        updated = self.tables.apply_gradients(tables, parameters) | self.rest.apply_gradients(rest, parameters)
-        return tree_unflatten(list(updated.items()))
+        flat = dict(tree_flatten(parameters))
+        updated = self.tables.apply_gradients(tables, flat)
+        rest_parameters = self._as_rest_takes_it({path: flat[path] for path in rest})
+        updated |= tree_flatten(self.rest.apply_gradients(self._as_rest_takes_it(rest), rest_parameters))
+        return tree_map_with_path(lambda path, _: updated[path], gradients)
 
     def side_of(self, path):
         """The optimizer that trains the parameter at ``path``."""
@@ -74,10 +82,6 @@ class PairedOptimizer(Optimizer):
             f"PairedOptimizer: {path} was not trainable when the optimizer was made, so no side has state for it: "
             "freeze it, or make a new PairedOptimizer after unfreezing it"
         )
-
-    def state_bytes(self, path):
-        """Bytes of state kept for the parameter at ``path``."""
-        return sum(value.nbytes for _, value in tree_flatten(self.side_of(path).state.get(path, {})))
 
     @property
     def state(self):
@@ -98,8 +102,7 @@ class PairedOptimizer(Optimizer):
                     f"must be {own[name].shape} and {own[name].dtype}: assign the state of this model"
                 )
         # In place, name by name: a compiled step holds these very containers.
-        for side, optimizer in (("tables", self.tables), ("rest", self.rest)):
-            _fill(optimizer.state, new, side)
+        _fill(self._state, new)
 
     @property
     def step(self):
@@ -129,14 +132,30 @@ class PairedOptimizer(Optimizer):
             (tables if self.side_of(path) is self.tables else rest)[path] = array
         return tables, rest
 
+    def _as_rest_takes_it(self, flat):
+        """MultiOptimizer makes trees of what it gets, so its parts must be trees too."""
+        return tree_unflatten(list(flat.items())) if flat and isinstance(self.rest, MultiOptimizer) else flat
 
-def _fill(container, arrays, prefix):
-    for key, value in container.items():
-        name = f"{prefix}.{key}"
+
+def _fill(container, arrays, prefix=""):
+    for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+        name = f"{prefix}{key}"
         if isinstance(value, mx.array):
             container[key] = arrays[name]
         else:
-            _fill(value, arrays, name)
+            _fill(value, arrays, f"{name}.")
+
+
+def _refuse_shared(model, table_paths):
+    """A module in two places has two names, and MLX gives its gradient to one of them only."""
+    seen = {}
+    for path, module in model.named_modules():
+        first = seen.setdefault(id(module), path)
+        if first != path and {f"{first}.weight", f"{path}.weight"} & table_paths:
+            raise InputError(
+                f"PairedOptimizer: {first} and {path} are one and the same module, so its gradient could go to either "
+                "side: keep it in one place, and call it from there"
+            )
 
 
 def _no_table(model):

@@ -150,7 +150,7 @@ def _heads(
 
 
 def _pads(rows: int, vocabulary: int) -> bool:
-    # Published paddings add less than 2 % or a few hundred rows; allowing more would take other projections for heads.
+    # Published paddings add a few percent or a few hundred rows; allowing much more would take other projections.
     return 0 < rows - vocabulary <= max(256, vocabulary // 8)
 
 

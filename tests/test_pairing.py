@@ -215,7 +215,73 @@ def test_one_optimizer_cannot_be_both_sides():
         PairedOptimizer(tiny_llama(), tables=optimizer, rest=optimizer)
 
 
-def test_bytes_of_state_are_counted_by_parameter():
-    optimizer = paired(tiny_llama())
-    assert optimizer.state_bytes("lm_head.weight") == 4 * (260 + 32)
-    assert optimizer.state_bytes("model.norm.weight") == 2 * 4 * 32
+@pytest.mark.parametrize("wrong", [None, Ember, "ember"])
+def test_what_is_no_optimizer_is_refused_by_name(wrong):
+    with pytest.raises(InputError, match="PairedOptimizer.tables="):
+        PairedOptimizer(tiny_llama(), tables=wrong, rest=adamw())
+    with pytest.raises(InputError, match="an mlx.nn.Module is needed"):
+        PairedOptimizer(wrong, tables=Ember(1e-3), rest=adamw())
+
+
+RESTS = {
+    "adamw": lambda: optim.AdamW(1e-3),
+    "lion": lambda: optim.Lion(1e-4),
+    "adafactor": lambda: optim.Adafactor(1e-3, relative_step=False),
+    "sgd": lambda: optim.SGD(1e-3, momentum=0.9),
+    "muon": lambda: optim.Muon(1e-3),
+    "muon and adamw": lambda: optim.MultiOptimizer(
+        [optim.Muon(1e-3), optim.AdamW(1e-3)], [lambda path, _: "mlp" in path]
+    ),
+}
+
+
+@pytest.mark.parametrize("rest", RESTS)
+def test_any_optimizer_of_mlx_can_train_the_rest(rest):
+    def make(model):
+        return PairedOptimizer(model, tables=Ember(1e-2), rest=RESTS[rest]())
+
+    model = tiny_llama()
+    optimizer = make(model)
+    before = weights(model)
+    assert train(model, optimizer, 3, compiled=True) == 1
+    assert differing(before, weights(model)) == list(before)
+    saved = dict(tree_flatten(optimizer.state))
+    other = make(model)
+    other.state = saved
+    assert not differing(saved, dict(tree_flatten(other.state)))
+    # And both go on alike.
+    gradients = gradients_of(model)
+    first, second = (o.apply_gradients(gradients, model.parameters()) for o in (optimizer, other))
+    assert not differing(dict(tree_flatten(first)), dict(tree_flatten(second)))
+
+
+class Toy(nn.Module):
+    """A language model whose modules stand in dicts, under names that look like places in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.parts = {"0": nn.Linear(8, 8), "5": nn.Linear(8, 8), "a.b": nn.Linear(8, 8)}
+        self.head = nn.Linear(8, 50)
+
+    def __call__(self, x):
+        x = self.embed(x)
+        for part in self.parts.values():
+            x = part(x)
+        return self.head(x)
+
+
+def test_modules_may_stand_in_dicts_under_any_name():
+    model = Toy()
+    optimizer = PairedOptimizer(model, tables=Ember(1e-2), rest=optim.SGD(1e-1))
+    before = weights(model)
+    _, gradients = nn.value_and_grad(model, loss)(model, tokens() % 50)
+    optimizer.update(model, gradients)
+    assert len(differing(before, weights(model))) == len(before)
+
+
+def test_a_table_that_stands_in_two_places_is_refused():
+    model = Toy()
+    model.decoder_embed = model.embed
+    with pytest.raises(InputError, match="embed and decoder_embed are one and the same module|decoder_embed and embed"):
+        PairedOptimizer(model, tables=Ember(1e-2), rest=optim.SGD(1e-1))

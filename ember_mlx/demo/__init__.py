@@ -11,7 +11,7 @@ from mlx_lm import generate
 from mlx_lm.utils import save
 
 from ember_mlx.demo.corpus import finetuning_pairs
-from ember_mlx.errors import InputError
+from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import load, load_base
 from ember_mlx.finetune.run import run
@@ -42,7 +42,7 @@ def main(arguments: list[str]):
     parser.add_argument(
         "--keep", metavar="FOLDER", help="Keep the data, the model and both adapters in this new folder."
     )
-    keep = parser.parse_args(arguments).keep
+    keep = with_one_line_errors(parser).parse_args(arguments).keep
     if keep is None:
         with tempfile.TemporaryDirectory() as folder:
             demo(Path(folder))

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and models made from it: save, load, fuse.
+"""What a run leaves behind, and the model made from it: save and load.
 
 An adapter folder is mlx-lm's: ``adapter_config.json`` and ``adapters.safetensors``. Beside a LoRA or DoRA adapter the
 trained tables lie in ``token_tables.safetensors``, because stock mlx-lm takes nothing but adapter matrices in the first
@@ -15,6 +15,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import save_config
 
 from ember_mlx.errors import InputError
 from ember_mlx.finetune.trainable import dequantize_modules
@@ -23,6 +24,7 @@ from ember_mlx.token_tables import find_token_tables
 ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
+REMEDY = "use the model that it was trained on"
 RUN_FILE = re.compile(r"adapter_config\.json|(\.partial_)?(\d{7,}_)?(adapters|token_tables)\.safetensors")
 
 
@@ -43,11 +45,10 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
         InputError: (a ``ValueError``) when there is no such model or adapter, or when the two do not match; it names
             the tensor.
     """
-    if adapter_path is not None:
-        _read_config(Path(adapter_path))
+    adapter_config = None if adapter_path is None else _read_config(Path(adapter_path))
     model, tokenizer, config = load_base(path_or_hf_repo, **options)
     if adapter_path is not None:
-        apply_adapter(model, Path(adapter_path), config)
+        apply_adapter(model, Path(adapter_path), config, adapter_config)
         model.eval()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -67,60 +68,80 @@ def load_base(path_or_hf_repo, **options):
         ) from error
 
 
-def save_adapter(folder: Path, model: nn.Module, fine_tune_type: str, prefix: str = "") -> list[Path]:
-    """Write the trainable parameters of ``model``; each file appears whole or not at all.
+class Saver:
+    """Writes the trainable parameters of ``model`` to ``folder``; each file appears whole or not at all.
 
-    ``prefix`` is "" for the adapter itself and "0000100_" for a checkpoint, as mlx-lm names them.
+    The first save, not the start of the run, takes the place of an earlier run in the folder: one that breaks off
+    before it has anything to save loses nothing.
     """
-    weights = dict(tree_flatten(model.trainable_parameters()))
-    tables = {}
-    if fine_tune_type != "full":
-        paths = {table.path for table in find_token_tables(model)}
-        tables = {name: weights.pop(name) for name in paths & weights.keys()}
-    written = []
-    for name, arrays in ((TABLES, tables), (ADAPTERS, weights)):
-        if arrays or name == ADAPTERS:
-            partial = folder / f".partial_{prefix}{name}"
-            mx.save_safetensors(str(partial), arrays)
-            os.replace(partial, folder / f"{prefix}{name}")
-            written.insert(0, folder / f"{prefix}{name}")
-    return written
+
+    def __init__(self, folder: Path, model: nn.Module, args):
+        self.folder = folder
+        self.model = model
+        self.options = vars(args).copy()
+        self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
+        self.replaced = run_files(folder)
+        self.saved = False
+        folder.mkdir(parents=True, exist_ok=True)
+        # mlx-lm's loop ends by writing everything, tables and all, into one file: this one, which nobody reads.
+        self.scratch = folder / f".partial_{ADAPTERS}"
+
+    def save(self, steps_done: int, checkpoint: bool) -> list[str]:
+        """Save what is trained so far, as a checkpoint named as mlx-lm does too if asked for; the names written."""
+        written = []
+        for prefix in ("", f"{steps_done:07d}_") if checkpoint else ("",):
+            weights = dict(tree_flatten(self.model.trainable_parameters()))
+            tables = {name: weights.pop(name) for name in self.table_paths}
+            for name, arrays in ((ADAPTERS, weights), (TABLES, tables)):
+                if arrays or name == ADAPTERS:
+                    mx.save_safetensors(str(self.scratch), arrays)
+                    os.replace(self.scratch, self.folder / f"{prefix}{name}")
+                    written.append(f"{prefix}{name}")
+        if not self.saved:
+            save_config(self.options, self.folder / CONFIG)
+            for path in self.replaced:
+                if path.name not in (CONFIG, *written):
+                    path.unlink(missing_ok=True)
+        self.saved = True
+        return written
 
 
-def holds_a_run(folder: Path) -> list[Path]:
-    """The files of an earlier run in ``folder``."""
+def run_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that a run wrote: this one or an earlier one."""
     return sorted(path for path in folder.glob("*") if RUN_FILE.fullmatch(path.name))
 
 
-def apply_adapter(model: nn.Module, folder: Path, config: dict):
-    """Load the adapter of ``folder`` into ``model``, its token tables included."""
-    adapter_config = _read_config(folder)
-    adapters = _read_arrays(folder / ADAPTERS)
+def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None):
+    """Load the adapter of ``folder`` into ``model``, its token tables included; ``config`` is the model's."""
+    adapter_config = adapter_config or _read_config(folder)
+    adapters = read_arrays(folder / ADAPTERS)
     full = adapter_config.get("fine_tune_type", "lora") == "full"
-    has_tables = adapter_config.get("token_tables") and not full
-    tables = _read_arrays(folder / TABLES) if has_tables else {}
+    trained = set() if full else set(adapter_config.get("token_tables") or ())
+    tables = read_arrays(folder / TABLES) if trained else {}
+    for name in sorted(trained ^ tables.keys()):
+        is_there = "there, though its run did not train it" if name in tables else "missing"
+        raise InputError(f"adapter {folder}: {TABLES}: {name} is {is_there}; give the folder of a finished run")
     # A run of tables alone has no LoRA layers: mlx-lm would put them into all layers for num_layers 0.
     if adapters or not tables:
         try:
             load_adapters(model, str(folder))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}") from error
+            raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}; {REMEDY}") from error
         if not full:
             _refuse_missing(folder, model, adapters)
     _dequantize(model, tables, config)
-    load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}")
+    load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
 
 
-def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str):
+def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str):
     """``model.load_weights``, strict about what is there to load: names and shapes must be among ``parameters``."""
     parameters = dict(tree_flatten(parameters))
     for name, array in weights.items():
         if name not in parameters:
-            raise InputError(f"{where}: {name} is no such parameter of this model; use the model it was trained on")
+            raise InputError(f"{where}: {name} is not among the parameters to load; {remedy}")
         if array.shape != parameters[name].shape:
             raise InputError(
-                f"{where}: {name} has shape {array.shape}, but {parameters[name].shape} in this model; use the model "
-                "it was trained on"
+                f"{where}: {name} has shape {array.shape}, but {parameters[name].shape} in this model; {remedy}"
             )
     model.load_weights(list(weights.items()), strict=False)
 
@@ -130,17 +151,21 @@ def _read_config(folder):
     if not path.is_file():
         raise InputError(f"adapter {folder}: there is no {CONFIG} in it; give the --adapter-path of a finished run")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"adapter {folder}: {CONFIG} is not JSON ({error}); train again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"adapter {folder}: {CONFIG} holds no options; train again")
+    return config
 
 
-def _read_arrays(path):
+def read_arrays(path: Path) -> dict:
+    """The arrays of a safetensors file, by name."""
     if not path.is_file():
-        raise InputError(f"adapter {path.parent}: there is no {path.name} in it; give the folder of a finished run")
+        raise InputError(f"adapter {path.parent}: there is no file {path.name} in it; give that of a finished run")
     try:
-        return mx.load(str(path))
-    except RuntimeError as error:
+        return mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
         raise InputError(f"adapter {path.parent}: {path.name} cannot be read ({error}); train again") from error
 
 
@@ -160,11 +185,11 @@ def _refuse_missing(folder, model, adapters):
     if missing:
         raise InputError(
             f"adapter {folder} does not match the model: {missing[0]} (and {len(missing) - 1} more) is not in "
-            f"{ADAPTERS}; use the model that it was trained on"
+            f"{ADAPTERS}; {REMEDY}"
         )
 
 
 def _first_lines(error):
     lines = [line.strip() for line in str(error).splitlines()]
     more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-    return " ".join(lines[:2]) + more + "; use the model that it was trained on"
+    return " ".join(lines[:2]) + more

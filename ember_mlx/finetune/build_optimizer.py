@@ -1,5 +1,8 @@
 """The optimizer of a run: mlx-lm's choice for the body, ours for the token tables."""
 
+import math
+
+import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
@@ -31,15 +34,16 @@ def body_optimizer(args) -> optim.Optimizer:
         "adamw": {"bias_correction": True},
         "adafactor": {"relative_step": False},
     }
-    settings = defaults.get(name, {}) | (args.optimizer_config.get(name) or {})
+    asked = args.optimizer_config.get(name) or {}
+    learning_rate = body_learning_rate(args)
     try:
-        return optimizer_class(learning_rate=body_learning_rate(args), **settings)
+        return optimizer_class(learning_rate=learning_rate, **defaults.get(name, {}) | asked)
     except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer_config: {name}: {settings}: {error}") from error
+        raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
 
 
 def table_optimizer(args) -> optim.Optimizer:
-    """Ember, or another for comparison; with a fixed learning rate, ``--table-learning-rate``, in every case."""
+    """Ember, or another for comparison; in every case at ``--table-learning-rate`` and with no scaling of its own."""
     learning_rate = table_learning_rate(args)
     decay = args.table_weight_decay
     beta2 = 0.999 if args.table_beta2 is None else args.table_beta2
@@ -54,30 +58,33 @@ def table_optimizer(args) -> optim.Optimizer:
 
 def body_learning_rate(args):
     """A number, or the schedule that the YAML key lr_schedule describes."""
-    return _schedule("lr_schedule", args.lr_schedule) if args.lr_schedule else args.learning_rate
+    return _schedule("lr_schedule", args.lr_schedule, args.iters) if args.lr_schedule else args.learning_rate
 
 
 def table_learning_rate(args):
-    """A number, the schedule of table_lr_schedule, or the body's schedule scaled to start at --table-learning-rate."""
+    """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
     if args.table_lr_schedule:
-        return _schedule("table_lr_schedule", args.table_lr_schedule)
+        return _schedule("table_lr_schedule", args.table_lr_schedule, args.iters)
     body = body_learning_rate(args)
     if not callable(body):
         return args.table_learning_rate
-    start = args.lr_schedule["arguments"][0]
-    if not start:
-        raise InputError(
-            f"lr_schedule {args.lr_schedule}: it starts at 0, so the tables cannot follow it in proportion: describe "
-            "theirs as table_lr_schedule"
-        )
-    scale = args.table_learning_rate / start
+    scale = args.table_learning_rate / peak(body, args.iters)
     return lambda step: scale * body(step)
 
 
-def _schedule(key, description):
+def peak(schedule, iters: int) -> float:
+    """The highest learning rate of a schedule within ``iters`` steps."""
+    return mx.max(schedule(mx.arange(iters))).item()
+
+
+def _schedule(key, description, iters):
     try:
-        return build_schedule(description)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        schedule = build_schedule(description)
+        rates = schedule(mx.arange(iters))
+        if not mx.all((rates >= 0) & (rates < math.inf)).item() or not rates.max().item() > 0:
+            raise ValueError("its learning rates are not all finite and at least 0, or never above 0")
+        return schedule
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{key} {description}: {type(error).__name__} {error}; it takes the name of a schedule of mlx.optimizers "
             "and its arguments, as mlx_lm.lora does"

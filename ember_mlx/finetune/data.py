@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from mlx_lm.tuner.datasets import load_dataset
@@ -10,7 +11,7 @@ from ember_mlx.errors import InputError
 
 # The kinds of rows that mlx-lm takes; the names can be changed in its YAML file, as these keys.
 FEATURES = {"prompt_feature": "prompt", "completion_feature": "completion", "chat_feature": "messages"}
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 def check_data_folder(args):
@@ -18,12 +19,13 @@ def check_data_folder(args):
 
     Hub data sets (``hf_dataset`` in the YAML file, or an ``owner/name`` that is no folder) are left to mlx-lm.
     """
-    if getattr(args, "hf_dataset", None):
-        return
     folder = Path(args.data)
-    if not folder.exists():
-        if not HUB_NAME.fullmatch(str(args.data)):
+    if getattr(args, "hf_dataset", None) or not folder.exists():
+        if not getattr(args, "hf_dataset", None) and not HUB_NAME.fullmatch(args.data):
             raise InputError(f"--data {args.data}: there is no such folder; it must hold train.jsonl")
+        if find_spec("datasets") is None:
+            what = "hf_dataset" if getattr(args, "hf_dataset", None) else f"--data {args.data}: is no folder here, and"
+            raise InputError(f"{what} a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
     wanted = [("train", args.train), ("test", args.test)]
     for name, needed in wanted:
@@ -38,11 +40,11 @@ def load_data(args, tokenizer):
     """mlx-lm's train, valid and test sets; each that will be used has at least a batch of rows."""
     try:
         train, valid, test = load_dataset(args, tokenizer)
-    except ImportError as error:
-        raise InputError(
-            f"--data {args.data}: {error}; data sets of the hub need: pip install 'mlx-lm[train]'"
-        ) from error
-    except (ValueError, OSError) as error:
+        for rows in (train, valid, test):
+            if rows:
+                rows.process(rows[0])  # a tokenizer without a chat template says so here, and not in the middle
+    # Whatever the hub's client or the chat template raises: the user gave data that cannot be used.
+    except Exception as error:
         raise InputError(f"--data {args.data}: {' '.join(str(error).split())}") from error
     used = [("train", train if args.train else []), ("valid", valid if args.train else [])]
     used.append(("test", test if args.test else []))
@@ -65,7 +67,7 @@ def _check_rows(path, args):
         for number, line in enumerate(lines, start=1):
             where = f"--data {path.parent}: {path.name} line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise InputError(f"{where} is not JSON ({error}): mend or remove that line") from error
             if keys is None:
@@ -75,10 +77,25 @@ def _check_rows(path, args):
                         f"{where} is of no kind that mlx-lm trains on: it needs the keys {prompt} and {completion}, or "
                         f"{messages}, or {text}"
                     )
+                if args.mask_prompt and keys == (text,):
+                    raise InputError(
+                        f"--mask-prompt: {where} has {text} and so no prompt; leave --mask-prompt out, or use rows of "
+                        f"{prompt} and {completion}"
+                    )
             for key in keys:
-                if not isinstance(row, dict) or not isinstance(row.get(key), str | list):
+                if not isinstance(row, dict) or key not in row:
                     raise InputError(f"{where} has no {key}, which the first line has: mend or remove that line")
-                if not row[key] and key in (messages, text):
-                    raise InputError(f"{where} has an empty {key}: mend or remove that line")
+                kind = {messages: list, text: str}.get(key, object)
+                if not isinstance(row[key], kind) or (kind is not object and not row[key]):
+                    raise InputError(f"{where} has no {key} that can be trained on: mend or remove that line")
+            if keys == (messages,):
+                _check_turns(where, row[messages], args.mask_prompt)
     if keys is None:
         raise InputError(f"--data {path.parent}: {path.name} is empty: put one row a line there, as JSON")
+
+
+def _check_turns(where, turns, mask_prompt):
+    if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        raise InputError(f"{where} has a message without a role: mend or remove that line")
+    if mask_prompt and len(turns) < 2:
+        raise InputError(f"{where} has one message, of which --mask-prompt leaves nothing: mend or remove that line")

@@ -7,12 +7,11 @@ import math
 import types
 from pathlib import Path
 
-import yaml
 from mlx_lm import lora
 from mlx_lm.cli_ui import rprint
 from mlx_lm.utils import _parse_size
 
-from ember_mlx.errors import InputError
+from ember_mlx.errors import InputError, with_one_line_errors
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
 TABLE_DEFAULTS = {
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--table-learning-rate",
         type=float,
         help=f"Learning rate of the tables. Default: {TABLE_DEFAULTS['table_learning_rate']}. If the YAML file has an "
-        "lr_schedule, the tables follow it at this scale, unless it has a table_lr_schedule too.",
+        "lr_schedule, the tables follow it with this as its peak, unless it has a table_lr_schedule too.",
     )
     group.add_argument("--table-weight-decay", type=float, help="Decoupled weight decay of the tables. Default: 0.")
     group.add_argument("--table-beta2", type=float, help="Decay of the second moment, ember and adamw. Default: 0.999.")
@@ -71,10 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--overwrite", action="store_true", help="Replace the run that --adapter-path holds. Default: refuse."
     )
-    # mlx-lm gives three flags a default here, which hides what a YAML file says of them.
+    for action in parser._actions:
+        if action.type is _parse_size:
+            action.type = _size
+    # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(_defaults()))
-    parser.error = _raise_one_line
-    return parser
+    return with_one_line_errors(parser)
 
 
 def parse(arguments: list[str]) -> types.SimpleNamespace:
@@ -89,9 +90,9 @@ def parse(arguments: list[str]) -> types.SimpleNamespace:
         for key, value in _read_yaml(options["config"], parser).items():
             if options.get(key) is None:
                 options[key] = value
-    # `train` is the command's name: only a YAML file's "train: false" asks for a test alone.
+    # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
-        options["train"] = True
+        options["train"] = not options["test"]
     for key, value in _defaults().items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
@@ -106,6 +107,13 @@ def check(args):
         value = getattr(args, name)
         if not least <= value < math.inf:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least}")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
+    if args.train and args.grad_accumulation_steps > args.iters:
+        raise InputError(
+            f"--grad-accumulation-steps {args.grad_accumulation_steps}: is more than --iters {args.iters}, so nothing "
+            "would be learned; use at most that"
+        )
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")
@@ -114,6 +122,20 @@ def check(args):
             raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
         if not 0 <= args.table_beta2 < 1:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
+    for name in ("lora_parameters", "optimizer_config"):
+        if not isinstance(getattr(args, name), dict):
+            raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
+    if args.fine_tune_type != "full":
+        _check_lora_parameters(args.lora_parameters)
+
+
+def _check_lora_parameters(lora):
+    ranges = {"rank": (1, "a whole number of at least 1"), "scale": (-math.inf, "a number"), "dropout": (0, "0 to 1")}
+    for name, (least, in_words) in ranges.items():
+        value = lora.get(name, least)  # what is missing, mlx-lm names
+        below = 1 if name == "dropout" else math.inf
+        if not isinstance(value, int if name == "rank" else int | float) or not least <= value < below:
+            raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")
 
 
 def flag(name: str) -> str:
@@ -125,16 +147,12 @@ def _defaults():
     return lora.CONFIG_DEFAULTS | TABLE_DEFAULTS | {"num_layers": None}
 
 
-def _raise_one_line(message):
-    raise InputError(f"{message}; ember-mlx train --help lists the options")
-
-
 def _read_yaml(path, parser):
     if not Path(path).is_file():
         raise InputError(f"--config {path}: there is no such file")
     try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), lora.yaml_loader)
-    except yaml.YAMLError as error:
+        config = lora.yaml.load(Path(path).read_text(encoding="utf-8"), lora.yaml_loader)
+    except (lora.yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise InputError(f"--config {path}: must hold `option: value` lines, as mlx_lm.lora takes them")
@@ -150,16 +168,29 @@ def _read_yaml(path, parser):
 
 def _typed(where, value, action):
     """The value as the command line would have read it."""
-    if action.type is _parse_size:
-        return _parse_size(str(value))
-    if action.type in (int, float):
-        try:
-            typed = action.type(value)
-        except (TypeError, ValueError):
-            typed = None
-        if typed is None or (typed != value and value == value):
-            raise InputError(f"{where} must be {'a whole number' if action.type is int else 'a number'}")
-        return typed
-    if action.choices and str(value).lower() not in action.choices:
-        raise InputError(f"{where} must be one of {', '.join(action.choices)}")
-    return str(value).lower() if action.choices else value
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise InputError(f"{where} must be true or false")
+        return value
+    if action.choices:
+        if str(value).lower() not in action.choices:
+            raise InputError(f"{where} must be one of {', '.join(action.choices)}")
+        return str(value).lower()
+    if action.type is str and not isinstance(value, str):
+        raise InputError(f"{where} must be text")
+    try:
+        typed = action.type(str(value) if action.type is _size else value)
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        typed = None
+    changed = action.type is int and typed != value
+    if typed is None or changed or isinstance(value, bool):
+        kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
+        raise InputError(f"{where} must be {kind}")
+    return typed
+
+
+def _size(text):
+    try:
+        return _parse_size(text)
+    except (ArithmeticError, KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 500MB or 2GB") from None

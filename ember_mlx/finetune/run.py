@@ -1,5 +1,7 @@
 """A run: mlx-lm's own steps in mlx-lm's own order, with the token tables among what trains."""
 
+import math
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,14 +12,13 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
 from mlx_lm.tuner.utils import print_trainable_parameters
-from mlx_lm.utils import save_config
 
 from ember_mlx.errors import InputError
 from ember_mlx.finetune import adapters
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
-from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
 
 
 def run(args) -> Result | None:
@@ -34,8 +35,10 @@ def run(args) -> Result | None:
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     check_data_folder(args)
-    leader = mx.distributed.init().rank() == 0
-    if args.train and leader:  # the others might find what the leader has begun to write
+    workers = mx.distributed.init().size()
+    if args.batch_size % workers:
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
+    if args.train:
         _check_adapter_folder(args)
     np.random.seed(args.seed)
     reporting = _reporting_callbacks(args)
@@ -57,6 +60,8 @@ def run(args) -> Result | None:
 
 def train_model(args, model, train_set, valid_set, reporting: TrainingCallback | None = None) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
+    if args.fine_tune_type == "full":
+        refuse_quantized(model)
     tables = choose_tables(model, args.train_tables, args.dequantize_tables)
     args.token_tables = [table.path for table in tables]
     mx.random.seed(args.seed)
@@ -68,17 +73,13 @@ def train_model(args, model, train_set, valid_set, reporting: TrainingCallback |
     print_trainable_parameters(model)
     rprint(f"\n{format_table(trained)}\n")
 
-    folder = Path(args.adapter_path)
-    leader = mx.distributed.init().rank() == 0
-    if leader:
-        _clear(folder)
-        save_config(vars(args).copy(), folder / adapters.CONFIG)
+    saver = adapters.Saver(Path(args.adapter_path), model, args)
 
-    def save(steps_done):
+    leader = mx.distributed.init().rank() == 0
+
+    def save(steps_done, checkpoint=True):
         if leader:
-            written = adapters.save_adapter(folder, model, args.fine_tune_type, f"{steps_done:07d}_")
-            adapters.save_adapter(folder, model, args.fine_tune_type)
-            names = ", ".join(path.name for path in written)
+            names = ", ".join(saver.save(steps_done, checkpoint))
             make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{names}[/ui.muted]")
 
     batches = Batches(args.save_every, save)
@@ -89,15 +90,12 @@ def train_model(args, model, train_set, valid_set, reporting: TrainingCallback |
         optimizer=optimizer,
         train_dataset=CacheDataset(train_set),
         val_dataset=CacheDataset(valid_set),
-        args=_training_args(args, folder),
+        args=_training_args(args, saver.scratch),
         iterate_batches=batches,
         training_callback=record,
     )
     peak_memory = mx.get_peak_memory()
-    if args.iters % args.save_every == 0:
-        save(args.iters)
-    elif leader:
-        adapters.save_adapter(folder, model, args.fine_tune_type)
+    save(args.iters, checkpoint=args.iters % args.save_every == 0)
     losses = record.training
     if valid_set:
         losses = [*record.validation, _evaluate_on_first_batches(args, model, valid_set, batches)]
@@ -107,7 +105,7 @@ def train_model(args, model, train_set, valid_set, reporting: TrainingCallback |
         loss_after=losses[-1],
         peak_memory=peak_memory,
         trained=trained,
-        files=adapters.holds_a_run(folder),
+        files=adapters.run_files(saver.folder) if leader else [],
     )
     rprint(f"\n{format_result(result)}")
     return result
@@ -147,6 +145,7 @@ class Record(TrainingCallback):
         self.validation, self.training = [], []
 
     def on_train_loss_report(self, train_info):
+        _refuse_non_finite("training", train_info["train_loss"], train_info["iteration"])
         self.training.append(train_info["train_loss"])
         if self.table_rate:
             train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
@@ -154,25 +153,33 @@ class Record(TrainingCallback):
             self.reporting.on_train_loss_report(train_info)
 
     def on_val_loss_report(self, val_info):
+        _refuse_non_finite("validation", val_info["val_loss"], val_info["iteration"])
         self.validation.append(val_info["val_loss"])
         if self.reporting:
             self.reporting.on_val_loss_report(val_info)
 
 
-def _check_adapter_folder(args):
-    folder = Path(args.adapter_path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--adapter-path {folder}: is a file; give a folder")
-    if adapters.holds_a_run(folder) and not args.overwrite:
+def _refuse_non_finite(which, loss, iteration):
+    """Before the next save: a NaN never leaves the weights again."""
+    if not math.isfinite(loss):
         raise InputError(
-            f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it"
+            f"the {which} loss is {loss} at iteration {iteration}; the weights are not saved. Lower the learning "
+            "rates, or look for rows with nothing to learn: with --mask-prompt, prompts as long as --max-seq-length"
         )
 
 
-def _clear(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in adapters.holds_a_run(folder):
-        path.unlink()
+def _check_adapter_folder(args):
+    if not args.adapter_path:
+        raise InputError("--adapter-path '': give a folder to save to")
+    folder = Path(args.adapter_path)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--adapter-path {folder}: {there} is no folder that can be written to; give another path")
+    if adapters.run_files(folder) and not args.overwrite:
+        raise InputError(
+            f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
+            "the first save of this one"
+        )
 
 
 def _reporting_callbacks(args):
@@ -188,17 +195,17 @@ def _resume(model, path):
     """Trained weights of an earlier run, its tables beside them included."""
     tables = path.with_name(path.name.replace(adapters.ADAPTERS, adapters.TABLES))
     rprint(f"Loading fine-tuned weights from {path}")
+    if not path.is_file():
+        raise InputError(f"--resume-adapter-file {path}: there is no such file; give an {adapters.ADAPTERS}")
     for file in (path, tables) if tables != path and tables.exists() else (path,):
-        if not file.is_file():
-            raise InputError(f"--resume-adapter-file {file}: there is no such file")
-        weights = mx.load(str(file))
+        weights = adapters.read_arrays(file)
         # What this run does not train, it would not save either.
         trainable = model.trainable_parameters()
-        adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}, among what trains here")
-        mx.eval(weights)  # now: the file may be the one that --overwrite is about to replace
+        remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
+        adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
-def _training_args(args, folder):
+def _training_args(args, adapter_file):
     return TrainingArgs(
         batch_size=args.batch_size,
         iters=args.iters,
@@ -206,7 +213,7 @@ def _training_args(args, folder):
         steps_per_report=args.steps_per_report,
         steps_per_eval=args.steps_per_eval,
         steps_per_save=args.iters + 1,  # Batches saves: mlx-lm would put tables where its own loader refuses them
-        adapter_file=folder / adapters.ADAPTERS,
+        adapter_file=adapter_file,
         max_seq_length=args.max_seq_length,
         grad_checkpoint=args.grad_checkpoint,
         grad_accumulation_steps=args.grad_accumulation_steps,
@@ -216,8 +223,9 @@ def _training_args(args, folder):
 
 def _evaluate_on_first_batches(args, model, valid_set, batches):
     """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
+    random_state = np.random.get_state()
     np.random.set_state(batches.first_evaluation)
-    return evaluate(
+    loss = evaluate(
         model=model,
         dataset=CacheDataset(valid_set),
         batch_size=args.batch_size,
@@ -226,3 +234,5 @@ def _evaluate_on_first_batches(args, model, valid_set, batches):
         iterate_batches=iterate_batches,
         clear_cache_threshold=args.clear_cache_threshold,
     )
+    np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
+    return loss

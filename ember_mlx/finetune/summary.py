@@ -6,6 +6,8 @@ from pathlib import Path
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
+from ember_mlx.finetune.build_optimizer import peak
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -47,9 +49,9 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
                 table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
                 type(optimizer.tables).__name__,
-                _rate(optimizer.tables),
+                _rate(optimizer.tables, args),
                 rows * columns,
-                optimizer.state_bytes(table.path),
+                sum(array.nbytes for array in optimizer.tables.state[table.path].values()),
                 2 * parameters.pop(table.path).nbytes,
             )
         )
@@ -60,9 +62,9 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
                 None,
                 _body(args),
                 type(body).__name__,
-                _rate(body),
+                _rate(body, args),
                 sum(parameter.size for parameter in parameters.values()),
-                sum(array.nbytes for _, array in tree_flatten(body.state)),
+                sum(array.nbytes for _, array in tree_flatten(body.state) if array.ndim),
                 2 * sum(parameter.nbytes for parameter in parameters.values()),
             )
         )
@@ -85,9 +87,10 @@ def format_table(lines: list[Trained]) -> str:
 
 def format_result(result: Result) -> str:
     files = "\n".join(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files)
+    same = ", on the same batches" if result.loss_name == "Validation loss" else ""
     _, kept, adam = _total(result.trained)
     return (
-        f"{result.loss_name} {result.loss_before:.3f} before, {result.loss_after:.3f} after, in nats a token.\n"
+        f"{result.loss_name} {result.loss_before:.3f} before, {result.loss_after:.3f} after, in nats a token{same}.\n"
         f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(kept)}, where Adam would keep "
         f"{format_bytes(adam)}.\n{files}"
     )
@@ -114,9 +117,9 @@ def _body(args):
     return f"{args.fine_tune_type} in {args.num_layers} {layers}, rank {args.lora_parameters['rank']}"
 
 
-def _rate(optimizer: optim.Optimizer):
-    scheduled = ", scheduled" if "learning_rate" in optimizer._schedulers else ""
-    return f"{optimizer.learning_rate.item():.3g}{scheduled}"
+def _rate(optimizer: optim.Optimizer, args):
+    schedule = optimizer._schedulers.get("learning_rate")
+    return f"up to {peak(schedule, args.iters):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 
 
 def _dtype(dtype):

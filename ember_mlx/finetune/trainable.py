@@ -58,6 +58,16 @@ def dequantize_modules(model: nn.Module, module_paths: list[str]):
         model.update_modules(tree_unflatten([(path, dequantize_model(holder).child)]))
 
 
+def refuse_quantized(model: nn.Module):
+    """``full`` trains every parameter, and quantized ones cannot be trained."""
+    quantized = next((path for path, module in model.named_modules() if hasattr(module, "bits")), None)
+    if quantized is not None:
+        raise InputError(
+            f"--fine-tune-type full: {quantized} is quantized, and quantized weights cannot be trained: use "
+            "--fine-tune-type lora, or a model that is not quantized"
+        )
+
+
 def make_trainable(model: nn.Module, args, tables: list[TokenTable]):
     """Freeze and unfreeze, or put LoRA layers in. Sets ``args.num_layers`` to the number of layers that train.
 
@@ -74,8 +84,12 @@ def make_trainable(model: nn.Module, args, tables: list[TokenTable]):
         if args.num_layers:
             try:
                 linear_to_lora_layers(model, args.num_layers, args.lora_parameters, args.fine_tune_type == "dora")
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"lora_parameters {args.lora_parameters}: {error}") from error
+            if not tree_flatten(model.trainable_parameters()):
+                raise InputError(
+                    f"lora_parameters: keys {args.lora_parameters.get('keys')}: no layer has such a module"
+                )
     modules = dict(model.named_modules())
     for table in tables:
         modules[table.module_path].unfreeze(keys=[table.path.rpartition(".")[2]], recurse=False)
@@ -94,12 +108,6 @@ def _number_of_layers(args, there):
 
 
 def _unfreeze_all(model, args, table_paths):
-    quantized = next((path for path, module in model.named_modules() if hasattr(module, "bits")), None)
-    if quantized is not None:
-        raise InputError(
-            f"--fine-tune-type full: {quantized} is quantized, and quantized weights cannot be trained: use "
-            "--fine-tune-type lora, or a model that is not quantized"
-        )
     model.unfreeze()
     frozen_layers = len(model.layers) - args.num_layers
     for layer in model.layers[:frozen_layers]:

@@ -93,7 +93,8 @@ class Ember(Optimizer):
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
 
-    A callable is a schedule: it gets the number of steps done and returns the value for the next one.
+    A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
+    ``mx.compile``, call ``init``: state that first appears in the first step is compiled for anew in the second.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, and, when it first sees the parameters, for one that
@@ -153,11 +154,11 @@ class Ember(Optimizer):
         for path, parameter in tree_flatten(parameters):
             for name, length in zip(("r", "c"), parameter.shape, strict=True):
                 found = state.get(f"{path}.{name}")
-                if found is None or found.shape != (length,):
-                    has = f"no {name}" if found is None else f"{name} of shape {found.shape}"
+                if found is None or found.shape != (length,) or found.dtype != mx.float32:
+                    has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
                     raise InputError(
                         f"Ember: the state has {has} for {path} of shape {parameter.shape}, which needs {name} of "
-                        f"shape ({length},): load the state of this model"
+                        f"shape ({length},) and dtype float32: load the state of this model"
                     )
 
 

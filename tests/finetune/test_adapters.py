@@ -100,15 +100,24 @@ def test_fuse_replaces_nothing_without_overwrite(parse, folders, tmp_path, monke
     assert exit_.value.code == 2
     assert "is there already; give another path, or --overwrite" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "fused").iterdir()] == ["mine.txt"]
+    # A shard of an earlier, larger model: mlx-lm would load it over the new weights.
+    base = folders["untied"] / "model.safetensors"
+    (tmp_path / "fused" / "model-00002-of-00002.safetensors").write_bytes(base.read_bytes())
+    with pytest.raises(SystemExit):
+        fuse(monkeypatch, *arguments[:-1], folders["untied"], "--overwrite")
+    assert "is the model itself" in capsys.readouterr().err
     fuse(monkeypatch, *arguments, "--overwrite")
-    mlx_lm.load(str(tmp_path / "fused"))
+    stock, _ = mlx_lm.load(str(tmp_path / "fused"))
+    model, _ = load(folders["untied"], adapter_path=tmp_path / "adapters")
+    assert mx.array_equal(stock(IDS), fused_in_memory(model)(IDS))
+    assert (tmp_path / "fused" / "mine.txt").read_text() == "mine"
     assert mlx_lm_fuse.load is mlx_lm.load
 
 
 @pytest.mark.parametrize(
     ("kind", "base", "message"),
     [
-        ("lora", "tied", "lm_head.weight is no such parameter"),
+        ("lora", "tied", "lm_head.weight is not among the parameters to load"),
         ("lora", "deeper", r"model.layers.2.* \(and 13 more\) is not in adapters.safetensors"),
         ("full", "tied", "lm_head.weight: not an adapter parameter in the model"),
     ],
@@ -138,10 +147,17 @@ def test_an_adapter_folder_that_is_not_whole_is_refused(parse, folders, tmp_path
     with pytest.raises(InputError, match="there is no adapter_config.json in it"):
         load(folders["untied"], adapter_path=tmp_path)
     (adapter / "token_tables.safetensors").rename(adapter / "elsewhere")
-    with pytest.raises(InputError, match="there is no token_tables.safetensors in it"):
+    with pytest.raises(InputError, match="there is no file token_tables.safetensors in it"):
         load(folders["untied"], adapter_path=adapter)
     (adapter / "token_tables.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(InputError, match="token_tables.safetensors cannot be read"):
+        load(folders["untied"], adapter_path=adapter)
+    tables = {"lm_head.weight": mx.zeros((260, 32))}
+    mx.save_safetensors(str(adapter / "token_tables.safetensors"), tables)
+    with pytest.raises(InputError, match="model.embed_tokens.weight is missing"):
+        load(folders["untied"], adapter_path=adapter)
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(InputError, match="adapter_config.json holds no options"):
         load(folders["untied"], adapter_path=adapter)
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter_config.json is not JSON"):
@@ -149,8 +165,10 @@ def test_an_adapter_folder_that_is_not_whole_is_refused(parse, folders, tmp_path
 
 
 def test_a_loaded_model_is_ready_to_write(parse, folders, tmp_path):
-    run(parse())
+    args = parse()
+    args.lora_parameters["dropout"] = 0.5
+    run(args)
     model, tokenizer = load(folders["untied"], adapter_path=tmp_path / "adapters")
-    assert not model.training
+    assert not [name for name, module in model.named_modules() if module.training]
     assert mlx_lm.generate(model, tokenizer, "a", max_tokens=2) is not None
     assert [name for name, _ in tree_flatten(model.parameters()) if "lora_a" in name]

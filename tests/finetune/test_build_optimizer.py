@@ -7,7 +7,13 @@ import pytest
 from tiny_models import tiny_llama
 
 from ember_mlx import Ember, InputError, PairedOptimizer
-from ember_mlx.finetune.build_optimizer import body_optimizer, build_optimizer, table_learning_rate, table_optimizer
+from ember_mlx.finetune.build_optimizer import (
+    body_optimizer,
+    build_optimizer,
+    peak,
+    table_learning_rate,
+    table_optimizer,
+)
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
 
 WARMUP_AND_COSINE = {"name": "cosine_decay", "warmup": 2, "warmup_init": 1e-7, "arguments": [1e-5, 10, 1e-7]}
@@ -75,11 +81,14 @@ def test_adamw_on_the_body_is_pytorchs(parse):
 
 
 def test_the_tables_follow_the_bodys_schedule_at_their_own_scale(parse):
-    args = parse("--table-learning-rate", 1e-2)
-    args.lr_schedule = WARMUP_AND_COSINE
-    body, tables = body_optimizer(args)._schedulers["learning_rate"], table_learning_rate(args)
-    for step in range(12):
-        assert tables(mx.array(step)).item() == pytest.approx(1000 * body(mx.array(step)).item())
+    rising = {"name": "linear_schedule", "arguments": [0.0, 1e-5, 8]}
+    for schedule in (WARMUP_AND_COSINE, rising):
+        args = parse("--table-learning-rate", 1e-2, "--iters", 12)
+        args.lr_schedule = schedule
+        body, tables = body_optimizer(args)._schedulers["learning_rate"], table_learning_rate(args)
+        assert peak(body, args.iters) == pytest.approx(1e-5)
+        for step in range(12):
+            assert tables(mx.array(step)).item() == pytest.approx(1000 * body(mx.array(step)).item())
 
 
 def test_the_tables_can_have_a_schedule_of_their_own(parse):
@@ -94,13 +103,20 @@ def test_the_tables_can_have_a_schedule_of_their_own(parse):
     [
         ({"name": "sine", "arguments": [1]}, "lr_schedule .*sine.*: AttributeError"),
         ({"name": "cosine_decay"}, "lr_schedule .*: KeyError 'arguments'"),
-        ({"name": "linear_schedule", "arguments": [0.0, 1.0, 5]}, "starts at 0.*table_lr_schedule"),
+        ({"name": "cosine_decay", "arguments": ["fast", 10]}, "lr_schedule .*: (TypeError|ValueError)"),
+        ({"name": "linear_schedule", "arguments": [0.0, 0.0, 5]}, "lr_schedule .*never above 0"),
+        ({"name": "cosine_decay", "arguments": [float("nan"), 10]}, "lr_schedule .*not all finite"),
+        ({"name": "linear_schedule", "arguments": [1.0, -1.0, 3]}, "lr_schedule .*at least 0"),
+        (3, "lr_schedule 3: TypeError"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(parse, schedule, message):
     args = parse()
     args.lr_schedule = schedule
     with pytest.raises(InputError, match=message):
+        body_optimizer(args)
+    args.lr_schedule, args.table_lr_schedule = None, schedule
+    with pytest.raises(InputError, match=f"table_{message}"):
         table_learning_rate(args)
 
 
@@ -108,4 +124,7 @@ def test_an_optimizer_config_that_does_not_fit_is_refused(parse):
     args = parse()
     args.optimizer_config = {"adam": {"momentum": 0.9}}
     with pytest.raises(InputError, match="optimizer_config: adam: .*momentum"):
+        body_optimizer(args)
+    args.optimizer_config = {"adam": 3}
+    with pytest.raises(InputError, match="optimizer_config: adam: 3"):
         body_optimizer(args)

@@ -12,7 +12,9 @@ def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
     ours = {flag: action for action in options.build_parser()._actions for flag in action.option_strings}
     assert theirs.keys() < ours.keys()
     for flag, action in theirs.items():
-        assert (ours[flag].type, ours[flag].choices, ours[flag].dest) == (action.type, action.choices, action.dest)
+        assert (ours[flag].choices, ours[flag].dest, ours[flag].nargs) == (action.choices, action.dest, action.nargs)
+        # Sizes are read by mlx-lm's function too, behind one that turns what it raises into a message.
+        assert ours[flag].type is (options._size if flag == "--clear-cache-threshold" else action.type)
 
 
 def test_the_defaults_are_those_of_mlx_lm():
@@ -20,6 +22,13 @@ def test_the_defaults_are_those_of_mlx_lm():
     differing = {key for key, value in lora.CONFIG_DEFAULTS.items() if args[key] != value}
     # `train` is the command's name; how many layers the default means is settled when the model is known.
     assert differing == {"train", "num_layers"}
+
+
+def test_as_in_mlx_lm_test_alone_does_not_train():
+    asked = {(): (True, False), ("--test",): (False, True), ("--train", "--test"): (True, True)}
+    for arguments, (train, test) in asked.items():
+        args = options.parse(list(arguments))
+        assert (args.train, args.test) == (train, test)
 
 
 def test_the_defaults_of_mlx_lm_are_not_changed_by_a_run():
@@ -65,6 +74,17 @@ def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
         ("iters: 2.5\n", "iters: 2.5 must be a whole number"),
         ("learning_rate: fast\n", "learning_rate: fast must be a number"),
         ("train_tables: both\n", "must be one of auto, embedding, head, none"),
+        ("overwrite: 'no'\n", "overwrite: no must be true or false"),
+        ("mask_prompt: 2\n", "mask_prompt: 2 must be true or false"),
+        ("batch_size: true\n", "batch_size: True must be a whole number"),
+        ("data: 3\n", "data: 3 must be text"),
+        ("clear_cache_threshold: abc\n", "clear_cache_threshold: abc must be a size such as 2GB"),
+        ("lora_parameters: 3\n", "lora_parameters 3: must hold"),
+        ("optimizer_config: 3\n", "optimizer_config 3: must hold"),
+        ("lora_parameters: {rank: 2.5, scale: 1.0}\n", "rank: 2.5 must be a whole number of at least 1"),
+        ("lora_parameters: {rank: 0, scale: 1.0}\n", "rank: 0 must be a whole number of at least 1"),
+        ("lora_parameters: {rank: 2, scale: .nan}\n", "scale: nan must be a number"),
+        ("lora_parameters: {rank: 2, scale: 1.0, dropout: 1.5}\n", "dropout: 1.5 must be 0 to 1"),
         ("fine_tune_type: half\n", "must be one of lora, dora, full"),
         ("- a\n- list\n", "must hold `option: value` lines"),
         ("a: [1\n", "is not YAML"),
@@ -89,6 +109,9 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
         ("--table-beta2 0.9 --table-optimizer sgd", "--table-beta2: sgd has no beta2"),
         ("--batch-size 0", "--batch-size 0: must be a number of at least 1"),
         ("--iters 0", "--iters 0: must"),
+        ("--seed -1", "--seed -1: must be at least 0 and below"),
+        ("--clear-cache-threshold -1", "'-1' must be a size such as 500MB"),
+        ("--grad-accumulation-steps 8 --iters 4", "is more than --iters 4, so nothing would be learned"),
         ("--val-batches 0", "--val-batches 0: must be at least 1, or -1"),
         ("--train-tables both", "argument --train-tables: invalid choice: 'both'"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; ember-mlx train --help lists the options"),

@@ -1,6 +1,7 @@
 """A run: the same as mlx_lm.lora's where that is asked for, and what it leaves behind."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx_lm
@@ -27,8 +28,12 @@ def names_in(folder):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, kind):
+def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, capsys, kind):
+    data = tmp_path / "data"
+    shutil.copytree(folders["data"], data)
+    shutil.copy(data / "valid.jsonl", data / "test.jsonl")
     common = ["--train-tables", "none", "--fine-tune-type", kind, "--iters", 5, "--grad-accumulation-steps", 2]
+    common += ["--data", data, "--train", "--test", "--test-batches", 1]
     args = parse(*common, adapter="ours")
     # The one thing that we set otherwise: MLX's Adam leaves its bias.
     args.optimizer_config = {"adam": {"bias_correction": False}}
@@ -39,6 +44,10 @@ def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, 
     ours, reference = arrays(tmp_path / "ours"), arrays(tmp_path / "theirs")
     assert ours.keys() == reference.keys()
     assert all(mx.array_equal(array, reference[name]) for name, array in ours.items())
+    # The test draws its batches from the random state that the training left.
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Test loss")]
+    assert len(said) == 2
+    assert said[0] == said[1]
 
 
 def test_tables_that_train_lower_the_loss_more_than_frozen_ones(parse):
@@ -147,8 +156,8 @@ def test_overwriting_the_folder_that_is_resumed_from_loses_nothing(parse, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train-tables", "none"], "token_tables.safetensors.*weight is no such parameter"),
-        (["--fine-tune-type", "full"], "lora_. is no such parameter"),
+        (["--train-tables", "none"], "token_tables.safetensors.*weight is not among .*use the --fine-tune-type, --tra"),
+        (["--fine-tune-type", "full"], "lora_. is not among the parameters to load"),
     ],
 )
 def test_resuming_what_this_run_does_not_train_is_refused(parse, tmp_path, arguments, message):
@@ -157,8 +166,12 @@ def test_resuming_what_this_run_does_not_train_is_refused(parse, tmp_path, argum
     with pytest.raises(InputError, match=message):
         run(parse("--resume-adapter-file", file, *arguments, adapter="second"))
     assert not (tmp_path / "second").exists()
-    with pytest.raises(InputError, match="there is no such file"):
-        run(parse("--resume-adapter-file", tmp_path / "nothing", adapter="second"))
+    for nothing in (tmp_path / "nothing", tmp_path / "first"):
+        with pytest.raises(InputError, match="there is no such file; give an adapters.safetensors"):
+            run(parse("--resume-adapter-file", nothing, adapter="second"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="adapters.safetensors cannot be read"):
+        run(parse("--resume-adapter-file", file, adapter="second"))
 
 
 def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_is_given(parse, tmp_path):
@@ -173,6 +186,41 @@ def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_is_given(parse, tmp_
     assert names_in(folder) == ["adapter_config.json", "adapters.safetensors", "notes.txt"]
 
 
+def test_a_run_that_breaks_off_before_its_first_save_loses_nothing_of_the_earlier_one(parse, tmp_path, monkeypatch):
+    run(parse("--save-every", 1))
+    folder = tmp_path / "adapters"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def broken(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_lm.tuner.trainer.evaluate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(parse("--overwrite"))
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        run(parse(adapter="new"))
+    monkeypatch.undo()
+    run(parse(adapter="new"))
+
+
+@pytest.mark.parametrize("arguments", [["--learning-rate", 1e30], ["--table-learning-rate", 1e30]])
+def test_weights_that_are_no_numbers_are_not_saved(parse, tmp_path, arguments):
+    with pytest.raises(InputError, match="loss is (nan|inf) at iteration .*the weights are not saved"):
+        run(parse(*arguments, "--iters", 6))
+    assert names_in(tmp_path / "adapters") == []
+
+
+@pytest.mark.parametrize("path", ["", "file", "file/below"])
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(parse, tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    args = parse()
+    args.adapter_path = str(tmp_path / path) if path else ""
+    with pytest.raises(InputError, match="--adapter-path .*(give a folder|no folder that can be written to)"):
+        run(args)
+    assert names_in(tmp_path) == ["file"]
+
+
 def test_the_config_tells_what_stock_mlx_lm_needs_and_which_tables_trained(parse, tmp_path):
     run(parse())
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
@@ -180,7 +228,7 @@ def test_the_config_tells_what_stock_mlx_lm_needs_and_which_tables_trained(parse
     assert config["token_tables"] == ["model.embed_tokens.weight", "lm_head.weight"]
 
 
-def test_mlx_lms_options_that_it_drops_arrive_at_its_loop(parse, monkeypatch):
+def test_the_options_of_the_loop_arrive_there_those_that_mlx_lm_drops_too(parse, monkeypatch):
     seen = {}
     real = run_module.train
 
@@ -189,8 +237,13 @@ def test_mlx_lms_options_that_it_drops_arrive_at_its_loop(parse, monkeypatch):
         return real(**options)
 
     monkeypatch.setattr(run_module, "train", spy)
-    run(parse("--clear-cache-threshold", "3MB"))
-    assert seen["args"].clear_cache_threshold == 3 * 10**6
+    asked = {"--clear-cache-threshold": "3MB", "--max-seq-length": 77, "--steps-per-eval": 5, "--val-batches": 1}
+    asked |= {"--grad-accumulation-steps": 2, "--steps-per-report": 4, "--iters": 2}
+    run(parse(*[word for pair in asked.items() for word in pair], "--grad-checkpoint"))
+    args = seen["args"]
+    assert (args.clear_cache_threshold, args.max_seq_length, args.steps_per_eval) == (3 * 10**6, 77, 5)
+    assert (args.val_batches, args.grad_accumulation_steps, args.steps_per_report) == (1, 2, 4)
+    assert (args.iters, args.batch_size, args.grad_checkpoint) == (2, 2, True)
 
 
 def test_reports_go_to_the_services_with_both_learning_rates(parse, monkeypatch):

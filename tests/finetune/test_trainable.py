@@ -8,12 +8,14 @@ from mlx_lm.utils import load_model
 from tiny_models import tiny_llama
 
 from ember_mlx import InputError, find_token_tables
-from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def trainable(model, args):
+    if args.fine_tune_type == "full":
+        refuse_quantized(model)
     tables = choose_tables(model, args.train_tables, args.dequantize_tables)
     make_trainable(model, args, tables)
     return {name for name, _ in tree_flatten(model.trainable_parameters())}
@@ -58,10 +60,21 @@ def test_num_layers_counts_from_the_end_and_zero_means_none(parse, asked, layers
     assert outside == ({"model.norm.weight"} if kind == "full" else set())
 
 
-def test_the_default_of_16_layers_is_no_error_on_a_smaller_model(parse):
-    args = parse()
-    trainable(tiny_llama(), args)
-    assert args.num_layers == 2
+@pytest.mark.parametrize(("kind", "layers", "trained"), [("lora", 2, 2), ("lora", 17, 16), ("full", 17, 17)])
+def test_the_default_is_16_layers_or_as_many_as_there_are_and_for_full_all(parse, kind, layers, trained):
+    args = parse("--fine-tune-type", kind)
+    names = trainable(tiny_llama(layers=layers), args)
+    assert args.num_layers == trained
+    assert split(names)[1] == set(range(layers - trained, layers))
+
+
+def test_full_leaves_out_what_has_no_gradient(parse):
+    model = tiny_llama()
+    model.model.buckets = mx.arange(4)
+    model.model.norm.tables = [mx.zeros((2,), mx.int32)]
+    names = trainable(model, parse("--fine-tune-type", "full"))
+    assert "model.norm.weight" in names
+    assert not {name for name in names if "buckets" in name or "tables" in name}
 
 
 def test_a_tied_table_is_the_embedding(parse):
@@ -87,7 +100,11 @@ def test_quantized_tables_train_once_dequantized(parse, folders):
     ("model", "arguments", "message"),
     [
         ("quantized", [], "model.embed_tokens.weight and lm_head.weight are quantized.*--dequantize-tables"),
-        ("quantized", ["--fine-tune-type", "full", "--dequantize-tables"], "full: model.layers.* is quantized"),
+        (
+            "quantized",
+            ["--fine-tune-type", "full", "--dequantize-tables"],
+            "full: .* is quantized, and quantized weights cannot",
+        ),
         ("tied", ["--train-tables", "head"], "the head is the embedding.*use --train-tables embedding"),
         ("untied", ["--num-layers", 3], "--num-layers 3: the model has 2 layers"),
         ("untied", ["--num-layers", 0, "--train-tables", "none"], "nothing is left to train"),
@@ -111,6 +128,9 @@ def test_lora_parameters_that_mlx_lm_refuses_are_an_input_error(parse):
     args = parse()
     args.lora_parameters = {"rank": 8, "alpha": 16}
     with pytest.raises(InputError, match="missing required key 'scale'"):
+        trainable(tiny_llama(), args)
+    args.lora_parameters = {"rank": 8, "scale": 1.0, "dropout": 0.0, "keys": ["nowhere"]}
+    with pytest.raises(InputError, match="no layer has such a module"):
         trainable(tiny_llama(), args)
 
 
