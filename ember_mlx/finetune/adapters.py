@@ -25,7 +25,7 @@ ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
 REMEDY = "use the model that it was trained on"
-RUN_FILE = re.compile(r"adapter_config\.json|(\.partial_)?(\d{7,}_)?(adapters|token_tables)\.safetensors")
+RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
 
 
 def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
@@ -118,7 +118,8 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
     full = adapter_config.get("fine_tune_type", "lora") == "full"
     trained = set() if full else set(adapter_config.get("token_tables") or ())
     tables = read_arrays(folder / TABLES) if trained else {}
-    for name in sorted(trained ^ tables.keys()):
+    if trained != tables.keys():
+        name = min(trained ^ tables.keys())
         is_there = "there, though its run did not train it" if name in tables else "missing"
         raise InputError(f"adapter {folder}: {TABLES}: {name} is {is_there}; give the folder of a finished run")
     # A run of tables alone has no LoRA layers: mlx-lm would put them into all layers for num_layers 0.

@@ -20,15 +20,15 @@ def check_data_folder(args):
     Hub data sets (``hf_dataset`` in the YAML file, or an ``owner/name`` that is no folder) are left to mlx-lm.
     """
     folder = Path(args.data)
-    if getattr(args, "hf_dataset", None) or not folder.exists():
-        if not getattr(args, "hf_dataset", None) and not HUB_NAME.fullmatch(args.data):
+    described = getattr(args, "hf_dataset", None)
+    if described or not folder.exists():
+        if not described and not HUB_NAME.fullmatch(args.data):
             raise InputError(f"--data {args.data}: there is no such folder; it must hold train.jsonl")
         if find_spec("datasets") is None:
-            what = "hf_dataset" if getattr(args, "hf_dataset", None) else f"--data {args.data}: is no folder here, and"
-            raise InputError(f"{what} a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
+            what = "hf_dataset: " if described else f"--data {args.data}: is no folder here, and "
+            raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
-    wanted = [("train", args.train), ("test", args.test)]
-    for name, needed in wanted:
+    for name, needed in (("train", args.train), ("test", args.test)):
         if needed and not (folder / f"{name}.jsonl").is_file():
             raise InputError(f"--data {args.data}: there is no {name}.jsonl in it; put one row a line there, as JSON")
     for name in ("train", "valid", "test"):

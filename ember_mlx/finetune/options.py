@@ -129,10 +129,14 @@ def check(args):
         _check_lora_parameters(args.lora_parameters)
 
 
-def _check_lora_parameters(lora):
-    ranges = {"rank": (1, "a whole number of at least 1"), "scale": (-math.inf, "a number"), "dropout": (0, "0 to 1")}
+def _check_lora_parameters(parameters):
+    ranges = {
+        "rank": (1, "a whole number of at least 1"),
+        "scale": (-math.inf, "a number"),
+        "dropout": (0, "at least 0 and below 1"),
+    }
     for name, (least, in_words) in ranges.items():
-        value = lora.get(name, least)  # what is missing, mlx-lm names
+        value = parameters.get(name, least)  # what is missing, mlx-lm names
         below = 1 if name == "dropout" else math.inf
         if not isinstance(value, int if name == "rank" else int | float) or not least <= value < below:
             raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")

@@ -74,7 +74,6 @@ def train_model(args, model, train_set, valid_set, reporting: TrainingCallback |
     rprint(f"\n{format_table(trained)}\n")
 
     saver = adapters.Saver(Path(args.adapter_path), model, args)
-
     leader = mx.distributed.init().rank() == 0
 
     def save(steps_done, checkpoint=True):

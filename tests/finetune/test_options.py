@@ -84,7 +84,7 @@ def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
         ("lora_parameters: {rank: 2.5, scale: 1.0}\n", "rank: 2.5 must be a whole number of at least 1"),
         ("lora_parameters: {rank: 0, scale: 1.0}\n", "rank: 0 must be a whole number of at least 1"),
         ("lora_parameters: {rank: 2, scale: .nan}\n", "scale: nan must be a number"),
-        ("lora_parameters: {rank: 2, scale: 1.0, dropout: 1.5}\n", "dropout: 1.5 must be 0 to 1"),
+        ("lora_parameters: {rank: 2, scale: 1.0, dropout: 1.5}\n", "dropout: 1.5 must be at least 0 and below 1"),
         ("fine_tune_type: half\n", "must be one of lora, dora, full"),
         ("- a\n- list\n", "must hold `option: value` lines"),
         ("a: [1\n", "is not YAML"),
