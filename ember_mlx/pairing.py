@@ -148,10 +148,10 @@ def _fill(container, arrays, prefix=""):
 
 def _refuse_shared(model, table_paths):
     """A module in two places has two names, and MLX gives its gradient to one of them only."""
-    seen = {}
+    seen, owners = {}, {path.rpartition(".")[0] for path in table_paths}
     for path, module in model.named_modules():
         first = seen.setdefault(id(module), path)
-        if first != path and {f"{first}.weight", f"{path}.weight"} & table_paths:
+        if first != path and {first, path} & owners:
             raise InputError(
                 f"PairedOptimizer: {first} and {path} are one and the same module, so its gradient could go to either "
                 "side: keep it in one place, and call it from there"

@@ -7,8 +7,9 @@ from architectures.build import Case, examine, model_files
 from architectures.configs import NEEDS_METAL, NOT_BUILT, NOT_TIED
 from architectures.trace import trace_token_tables
 from mlx.utils import tree_flatten
-from mlx_lm.models import gemma3_text, gpt2, llama
+from mlx_lm.models import gemma3_text, gpt2
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from tiny_models import tiny_llama
 
 from ember_mlx.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, TokenTable, find_token_tables
@@ -48,15 +49,6 @@ class Args:
         self.__dict__.update(fields)
 
 
-def tiny_llama(tied: bool = False) -> nn.Module:
-    return llama.Model(
-        llama.ModelArgs(
-            model_type="llama", hidden_size=D, num_hidden_layers=2, intermediate_size=96, num_attention_heads=2,
-            rms_norm_eps=1e-5, vocab_size=V, tie_word_embeddings=tied,
-        )
-    )  # fmt: skip
-
-
 def tiny_gpt2(positions: int) -> nn.Module:
     return gpt2.Model(
         gpt2.ModelArgs(
@@ -75,7 +67,7 @@ UNTIED = {"embed.weight": "embedding", "out.weight": "head"}
 
 class TestHandMade:
     def test_record(self):
-        model = tiny_llama()
+        model = tiny_llama(vocabulary=V, hidden=D)
         model.set_dtype(mx.bfloat16)
         assert find_token_tables(model) == [
             TokenTable("model.embed_tokens.weight", "embedding", (V, D), mx.bfloat16, quantized=False),
@@ -235,7 +227,7 @@ class TestWrapped:
         [("affine", 32, 4, mx.float16), ("affine", 64, 3, mx.float16), ("mxfp4", 32, 4, mx.bfloat16)],
     )
     def test_quantized(self, tied, mode, group_size, bits, dtype):
-        model = tiny_llama(tied)
+        model = tiny_llama(tied, vocabulary=V, hidden=D)
         model.set_dtype(mx.float16)
         plain = find_token_tables(model)
         # Some layers are 96 wide, which not every group size divides.
@@ -254,7 +246,7 @@ class TestWrapped:
     @pytest.mark.parametrize("use_dora", [False, True])
     @pytest.mark.parametrize("quantize", [False, True])
     def test_adapters_around_tables(self, quantize, use_dora):
-        model = tiny_llama()
+        model = tiny_llama(vocabulary=V, hidden=D)
         if quantize:
             nn.quantize(model, 32, 4)
         keys = ["self_attn.q_proj", "model.embed_tokens", "lm_head"]

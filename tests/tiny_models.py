@@ -18,12 +18,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def llama_config(tied, layers=LAYERS, vocabulary=260):
+def llama_config(tied, layers=LAYERS, vocabulary=260, hidden=HIDDEN):
     return {
         "model_type": "llama",
-        "hidden_size": HIDDEN,
+        "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "intermediate_size": 64,
+        "intermediate_size": 96,
         "num_attention_heads": 2,
         "rms_norm_eps": 1e-5,
         "vocab_size": vocabulary,

@@ -99,7 +99,7 @@ def _format(results, examples, completions):
         ("", *(f"{name} on the tables" for name in results)),
         ("validation loss before", *(f"{result.loss_before:.3f}" for result in results.values())),
         ("validation loss after", *(f"{result.loss_after:.3f}" for result in results.values())),
-        ("optimizer state of the tables", *(format_bytes(_table_state(result)) for result in results.values())),
+        ("optimizer state of the tables", *(format_bytes(result.table_state_bytes) for result in results.values())),
         ("peak memory", *(format_bytes(result.peak_memory) for result in results.values())),
     ]
     lines = ["", *(f"{name:<30}{left:>22}{right:>22}" for name, left, right in rows), ""]
@@ -108,7 +108,3 @@ def _format(results, examples, completions):
         said |= {name: texts[i] for name, texts in completions.items()}
         lines += [*(f"{name:<16}{text}" for name, text in said.items()), ""]
     return "\n".join(lines)
-
-
-def _table_state(result):
-    return sum(line.state_bytes for line in result.trained if line.table)

@@ -88,10 +88,10 @@ class Saver:
 
     def save(self, steps_done: int, checkpoint: bool) -> list[str]:
         """Save what is trained so far, as a checkpoint named as mlx-lm does too if asked for; the names written."""
+        weights = dict(tree_flatten(self.model.trainable_parameters()))
+        tables = {name: weights.pop(name) for name in self.table_paths}
         written = []
         for prefix in ("", f"{steps_done:07d}_") if checkpoint else ("",):
-            weights = dict(tree_flatten(self.model.trainable_parameters()))
-            tables = {name: weights.pop(name) for name in self.table_paths}
             for name, arrays in ((ADAPTERS, weights), (TABLES, tables)):
                 if arrays or name == ADAPTERS:
                     mx.save_safetensors(str(self.scratch), arrays)

@@ -37,6 +37,11 @@ class Result:
     trained: list[Trained]
     files: list[Path]
 
+    @property
+    def table_state_bytes(self) -> int:
+        """Bytes of optimizer state that were kept for the token tables."""
+        return sum(line.state_bytes for line in self.trained if line.table)
+
 
 def what_trains(model, optimizer, tables, args) -> list[Trained]:
     """A line for each token table and one for the rest."""

@@ -34,7 +34,7 @@ def run_row(arguments):
         "loss_before": round(result.loss_before, 4),
         "loss_after": round(result.loss_after, 4),
         "peak_memory": result.peak_memory,
-        "table_state": sum(line.state_bytes for line in result.trained if line.table),
+        "table_state": result.table_state_bytes,
         "state": sum(line.state_bytes for line in result.trained),
         "seconds": round(time.perf_counter() - start, 1),
     }
