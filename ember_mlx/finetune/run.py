@@ -21,10 +21,11 @@ from ember_mlx.finetune.summary import Result, format_result, format_table, what
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
 
 
-def run(args) -> Result | None:
+def run(args, training_callback: TrainingCallback | None = None) -> Result | None:
     """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
 
-    Nothing is written before all that can be checked has been.
+    Nothing is written before all that can be checked has been. ``training_callback`` hears of every report, beside
+    the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
     Returns:
         What came of the training, or None after a test alone.
@@ -41,7 +42,7 @@ def run(args) -> Result | None:
     if args.train:
         _check_adapter_folder(args)
     np.random.seed(args.seed)
-    reporting = _reporting_callbacks(args)
+    callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
     rprint("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
     model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
@@ -49,7 +50,7 @@ def run(args) -> Result | None:
     train_set, valid_set, test_set = load_data(args, tokenizer)
     result = None
     if args.train:
-        result = train_model(args, model, train_set, valid_set, reporting)
+        result = train_model(args, model, train_set, valid_set, callbacks)
     elif args.adapter_path != "":
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
@@ -58,7 +59,7 @@ def run(args) -> Result | None:
     return result
 
 
-def train_model(args, model, train_set, valid_set, reporting: TrainingCallback | None = None) -> Result:
+def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallback]) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     if args.fine_tune_type == "full":
         refuse_quantized(model)
@@ -82,7 +83,7 @@ def train_model(args, model, train_set, valid_set, reporting: TrainingCallback |
             make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{names}[/ui.muted]")
 
     batches = Batches(args.save_every, save)
-    record = Record(reporting, optimizer, table_rate=bool(tables))
+    record = Record(callbacks, optimizer, table_rate=bool(tables))
     mx.reset_peak_memory()
     train(
         model=model,
@@ -135,10 +136,10 @@ class Batches:
 
 
 class Record(TrainingCallback):
-    """Keeps the losses, adds the tables' learning rate, and hands both on to mlx-lm's reporting services."""
+    """Keeps the losses, adds the tables' learning rate, and hands both on to other callbacks."""
 
-    def __init__(self, reporting, optimizer, table_rate):
-        self.reporting = reporting
+    def __init__(self, callbacks, optimizer, table_rate):
+        self.callbacks = callbacks
         self.optimizer = optimizer
         self.table_rate = table_rate
         self.validation, self.training = [], []
@@ -148,14 +149,14 @@ class Record(TrainingCallback):
         self.training.append(train_info["train_loss"])
         if self.table_rate:
             train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
-        if self.reporting:
-            self.reporting.on_train_loss_report(train_info)
+        for callback in self.callbacks:
+            callback.on_train_loss_report(train_info)
 
     def on_val_loss_report(self, val_info):
         _refuse_non_finite("validation", val_info["val_loss"], val_info["iteration"])
         self.validation.append(val_info["val_loss"])
-        if self.reporting:
-            self.reporting.on_val_loss_report(val_info)
+        for callback in self.callbacks:
+            callback.on_val_loss_report(val_info)
 
 
 def _refuse_non_finite(which, loss, iteration):

@@ -246,15 +246,20 @@ def test_the_options_of_the_loop_arrive_there_those_that_mlx_lm_drops_too(parse,
     assert (args.iters, args.batch_size, args.grad_checkpoint) == (2, 2, True)
 
 
-def test_reports_go_to_the_services_with_both_learning_rates(parse, monkeypatch):
-    reports = []
+def test_reports_go_to_the_services_and_to_a_callback_with_both_learning_rates(parse, monkeypatch):
+    reports, own = [], []
 
     class Service:
         on_train_loss_report = reports.append
         on_val_loss_report = reports.append
 
+    class Own:
+        on_train_loss_report = own.append
+        on_val_loss_report = own.append
+
     monkeypatch.setattr(run_module, "get_reporting_callbacks", lambda *args, **options: Service)
-    run(parse("--learning-rate", 0.5, "--table-learning-rate", 0.25, "--iters", 2))
+    run(parse("--learning-rate", 0.5, "--table-learning-rate", 0.25, "--iters", 2), training_callback=Own)
+    assert own == reports
     training = [report for report in reports if "train_loss" in report]
     assert [(r["learning_rate"], r["table_learning_rate"]) for r in training] == [(0.5, 0.25)] * 2
     assert [report["iteration"] for report in reports if "val_loss" in report] == [0, 1]
