@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from gradient_streams import RARE_EVERY, SILENT_STEPS, STREAMS, gradient_stream, round_to_bfloat16
-from oracle_float64 import EmberOracle
-from tolerances import FORMATS, TOLERANCES, unit_in_the_last_place, worst
+
+from ember_mlx.parity.gradient_streams import RARE_EVERY, SILENT_STEPS, STREAMS, gradient_stream, round_to_bfloat16
+from ember_mlx.parity.oracle_float64 import EmberOracle
+from ember_mlx.parity.tolerances import FORMATS, TOLERANCES, unit_in_the_last_place, worst
 
 
 def test_two_steps_of_a_2_by_2_table_are_as_computed_by_hand():

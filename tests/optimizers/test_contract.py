@@ -8,12 +8,12 @@ import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
 import pytest
-from gradient_streams import gradient_stream
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from optimizers.contract import OPTIMIZERS
-from tolerances import unit_in_the_last_place
 
 from ember_mlx.errors import InputError
+from ember_mlx.parity.gradient_streams import gradient_stream
+from ember_mlx.parity.tolerances import unit_in_the_last_place
 
 DTYPES = ["float32", "bfloat16", "float16"]
 SHAPES = {"model.embed_tokens.weight": (24, 8), "lm_head.weight": (5, 3)}

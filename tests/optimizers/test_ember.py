@@ -8,12 +8,12 @@ import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
 import pytest
-from gradient_streams import SILENT_STEPS, STREAMS, gradient_stream
 from mlx.utils import tree_map
-from oracle_float64 import EmberOracle
-from tolerances import bound, weight_bound, worst
 
 from ember_mlx.optimizers import Ember
+from ember_mlx.parity.gradient_streams import SILENT_STEPS, STREAMS, gradient_stream
+from ember_mlx.parity.oracle_float64 import EmberOracle
+from ember_mlx.parity.tolerances import bound, weight_bound, worst
 
 DTYPES = ["float32", "bfloat16", "float16"]
 SHAPE = (24, 8)

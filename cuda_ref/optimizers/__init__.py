@@ -1,0 +1,5 @@
+"""Optimizers, one file each."""
+
+from cuda_ref.optimizers.ember import Ember
+
+__all__ = ["Ember"]

@@ -1,0 +1,143 @@
+"""Ember's step in Triton: no table-sized scratch, where plain operations make float32 copies of the gradient.
+
+Three kernels. The first reads the gradient once: each program takes consecutive rows, finishes their ``r`` and leaves
+its sums of squares of the columns; the second adds these up, in order, into ``c``; the third reads gradient and table
+and writes the table. No atomics: the same input gives the same bits. All arithmetic is float32.
+"""
+
+import math
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a Mac, or a CPU build of PyTorch
+    triton = None
+
+__all__ = ["available", "ember_step"]
+
+ROWS_PER_PROGRAM = 128  # at least: the sums that a program leaves are D float32 numbers
+MOST_PROGRAMS = 1024
+TILE = 8192  # elements of the table that a program holds at a time
+
+
+def available():
+    """Whether Triton is installed; it needs a GPU, or TRITON_INTERPRET=1 before the first import of it."""
+    return triton is not None
+
+
+def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=None):
+    """As ``ember_step`` of ``cuda_ref.optimizers.ember``, except that ``w``, ``r`` and ``c`` are overwritten."""
+    rows, columns = w.shape
+    rows_per_program = max(ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_PROGRAMS))
+    programs = triton.cdiv(rows, rows_per_program)
+    columns_per_tile = triton.next_power_of_2(columns)
+    rows_per_tile = max(1, TILE // columns_per_tile)
+    table = {
+        "ROWS_PER_PROGRAM": rows_per_program,
+        "ROWS": rows_per_tile,
+        "COLUMNS": columns_per_tile,
+        "num_warps": 8 if columns_per_tile <= TILE else 32,
+    }
+    forget = 1 - beta2
+
+    column_sums = torch.empty((programs, columns), dtype=torch.float32, device=w.device)
+    with _on_device_of(w):
+        if programs:
+            _row_means_and_column_sums[(programs,)](g, *g.stride(), r, column_sums, rows, columns, forget, **table)
+        column_grid = (triton.cdiv(columns, 32),)
+        sums = {"PROGRAMS": programs, "ROWS": 256, "COLUMNS": 32}
+        if shards is None:
+            _column_means[column_grid](column_sums, c, rows, columns, forget, **sums)
+        else:
+            column_mean = torch.zeros_like(c)
+            _column_means[column_grid](column_sums, column_mean, rows, columns, 1.0, **sums)
+            c.lerp_(shards.mean_over_all_rows(column_mean), forget)
+        if programs:
+            log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
+            _update_table[(programs,)](
+                w, *w.stride(), g, *g.stride(), r, c, t, rows, columns,
+                learning_rate, log_beta2, eps, weight_decay,
+                LEARNING_RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), **table,
+            )  # fmt: skip
+    return w, r, c
+
+
+if triton is not None:
+
+    @triton.jit
+    def _row_means_and_column_sums(
+        g, g_row, g_column, r, column_sums, rows, columns, forget,
+        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0)
+        j = tl.arange(0, COLUMNS).to(tl.int64)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+            i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
+            x = _load(g, i, g_row, j, g_column, inside, columns)
+            squares = x * x
+            sums += squares
+            moment = tl.load(r + i, mask=inside, other=0)
+            tl.store(r + i, moment + forget * (tl.sum(squares, 1) / columns - moment), mask=inside)
+        tl.store(column_sums + program.to(tl.int64) * columns + j, tl.sum(sums, 0), mask=j < columns)
+
+    @triton.jit
+    def _column_means(
+        column_sums, c, rows, columns, forget, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, PROGRAMS, ROWS):
+            i = first + tl.arange(0, ROWS).to(tl.int64)
+            sums += _load(column_sums, i, columns, j, 1, i < PROGRAMS, columns)
+        moment = tl.load(c + j, mask=j < columns, other=0)
+        tl.store(c + j, moment + forget * (tl.sum(sums, 0) / rows - moment), mask=j < columns)
+
+    @triton.jit
+    def _update_table(
+        w, w_row, w_column, g, g_row, g_column, r, c, t, rows, columns,
+        learning_rate, log_beta2, eps, weight_decay,
+        LEARNING_RATE_IS_TENSOR: tl.constexpr,
+        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        # Backwards: the last rows that the first kernel read are the likeliest to be in the cache still.
+        program = tl.num_programs(0) - 1 - tl.program_id(0)
+        if LEARNING_RATE_IS_TENSOR:
+            learning_rate = tl.load(learning_rate).to(tl.float32)
+        j = tl.arange(0, COLUMNS).to(tl.int64)
+        column_moment = tl.load(c + j, mask=j < columns, other=0)
+        s = tl.maximum(tl.sum(column_moment) / columns, 1e-30)
+        scale = s * _one_minus_exp(tl.load(t) * log_beta2)
+        b = tl.sqrt_rn(column_moment)
+        decay = 1 - learning_rate * weight_decay
+        for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+            i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
+            a = tl.sqrt_rn(tl.load(r + i, mask=inside, other=0) / scale)
+            update = _load(g, i, g_row, j, g_column, inside, columns) / (a[:, None] * b[None, :] + eps)
+            new = decay * _load(w, i, w_row, j, w_column, inside, columns) - learning_rate * update
+            place = w + i[:, None] * w_row + j[None, :] * w_column
+            tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+
+    @triton.jit
+    def _rows_of(program, tile, rows, ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr):
+        """The rows of one tile, 64-bit since a table may have more than 2^31 elements, and which of them exist."""
+        within = tile + tl.arange(0, ROWS)
+        i = program.to(tl.int64) * ROWS_PER_PROGRAM + within
+        return i, (within < ROWS_PER_PROGRAM) & (i < rows)
+
+    @triton.jit
+    def _load(table, i, row_stride, j, column_stride, inside, columns):
+        place = table + i[:, None] * row_stride + j[None, :] * column_stride
+        return tl.load(place, mask=inside[:, None] & (j < columns)[None, :], other=0).to(tl.float32)
+
+    @triton.jit
+    def _one_minus_exp(x):
+        """1 - exp(x) for x <= 0: near 0 by its series, which loses no digits there."""
+        series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+        return tl.where(x > -0.5, series, 1 - tl.exp(x))
+
+
+def _on_device_of(tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()

@@ -1,0 +1,1 @@
+"""Parity: every implementation of Ember, in every framework, against one float64 oracle."""
