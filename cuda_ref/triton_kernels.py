@@ -6,6 +6,7 @@ and writes the table. No atomics: the same input gives the same bits. All arithm
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 
@@ -17,49 +18,53 @@ except ImportError:  # a Mac, or a CPU build of PyTorch
 
 __all__ = ["available", "ember_step"]
 
-ROWS_PER_PROGRAM = 128  # at least: the sums that a program leaves are D float32 numbers
-MOST_PROGRAMS = 1024
-TILE = 8192  # elements of the table that a program holds at a time
+# How the work is cut, measured on an H100 (examples/benchmarks/cuda_table_step.py). The first kernel leaves D float32
+# sums a program, which is the scratch memory; the last leaves nothing, and more programs balance better.
+STATISTICS_ROWS_PER_PROGRAM = 96  # at least
+MOST_STATISTICS_PROGRAMS = 1056  # 8 for each of its 132 multiprocessors
+UPDATE_ROWS_PER_PROGRAM = 32
 
 
-def available():
-    """Whether Triton is installed; it needs a GPU, or TRITON_INTERPRET=1 before the first import of it."""
-    return triton is not None
+def available(device=None):
+    """Whether Triton is installed and runs there: on a GPU, or anywhere if TRITON_INTERPRET=1 was set on its import."""
+    if triton is None or device is None or device.type == "cuda":
+        return triton is not None
+    return not isinstance(tl.sum, triton.JITFunction)
 
 
 def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=None):
     """As ``ember_step`` of ``cuda_ref.optimizers.ember``, except that ``w``, ``r`` and ``c`` are overwritten."""
     rows, columns = w.shape
-    rows_per_program = max(ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_PROGRAMS))
+    forget = 1.0 - beta2
+    log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
+    rows_per_program = max(STATISTICS_ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_STATISTICS_PROGRAMS))
     programs = triton.cdiv(rows, rows_per_program)
-    columns_per_tile = triton.next_power_of_2(columns)
-    rows_per_tile = max(1, TILE // columns_per_tile)
-    table = {
-        "ROWS_PER_PROGRAM": rows_per_program,
-        "ROWS": rows_per_tile,
-        "COLUMNS": columns_per_tile,
-        "num_warps": 8 if columns_per_tile <= TILE else 32,
-    }
-    forget = 1 - beta2
-
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=w.device)
-    with _on_device_of(w):
-        if programs:
-            _row_means_and_column_sums[(programs,)](g, *g.stride(), r, column_sums, rows, columns, forget, **table)
-        column_grid = (triton.cdiv(columns, 32),)
-        sums = {"PROGRAMS": programs, "ROWS": 256, "COLUMNS": 32}
-        if shards is None:
-            _column_means[column_grid](column_sums, c, rows, columns, forget, **sums)
-        else:
-            column_mean = torch.zeros_like(c)
-            _column_means[column_grid](column_sums, column_mean, rows, columns, 1.0, **sums)
+    column_mean = c if shards is None else torch.zeros_like(c)
+    # Triton takes plain floats: an integer 1 or a NumPy number would make another kernel, or none.
+    eps, weight_decay = float(eps), float(weight_decay)
+    learning_rate = learning_rate.to(w.device) if isinstance(learning_rate, torch.Tensor) else float(learning_rate)
+
+    # A compiled step sets the device itself.
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(w):
+        if rows:
+            _row_means_and_column_sums[(programs,)](
+                g, *g.stride(), r, column_sums, rows, columns, forget,
+                ROWS_PER_PROGRAM=rows_per_program, **_tile(columns, elements=16384, warps=4),
+            )  # fmt: skip
+        _column_means[(triton.cdiv(columns, 16),)](
+            column_sums, column_mean, rows, columns, forget if shards is None else 1.0,
+            PROGRAMS=programs, ROWS=1024, COLUMNS=16, num_warps=8,
+        )  # fmt: skip
+        if shards is not None:
             c.lerp_(shards.mean_over_all_rows(column_mean), forget)
-        if programs:
-            log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
-            _update_table[(programs,)](
+        if rows:
+            _update_table[(triton.cdiv(rows, UPDATE_ROWS_PER_PROGRAM),)](
                 w, *w.stride(), g, *g.stride(), r, c, t, rows, columns,
                 learning_rate, log_beta2, eps, weight_decay,
-                LEARNING_RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), **table,
+                LEARNING_RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
+                ROWS_PER_PROGRAM=UPDATE_ROWS_PER_PROGRAM,
+                **_tile(columns, elements=4096 if columns <= 2048 else 8192, warps=16),
             )  # fmt: skip
     return w, r, c
 
@@ -71,6 +76,7 @@ if triton is not None:
         g, g_row, g_column, r, column_sums, rows, columns, forget,
         ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
+        forget = tl.cast(forget, tl.float32)  # torch.compile passes numbers in 64 bits
         program = tl.program_id(0)
         j = tl.arange(0, COLUMNS).to(tl.int64)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -87,6 +93,7 @@ if triton is not None:
     def _column_means(
         column_sums, c, rows, columns, forget, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     ):
+        forget = tl.cast(forget, tl.float32)
         j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, PROGRAMS, ROWS):
@@ -105,10 +112,12 @@ if triton is not None:
         # Backwards: the last rows that the first kernel read are the likeliest to be in the cache still.
         program = tl.num_programs(0) - 1 - tl.program_id(0)
         if LEARNING_RATE_IS_TENSOR:
-            learning_rate = tl.load(learning_rate).to(tl.float32)
+            learning_rate = tl.load(learning_rate)
+        learning_rate, log_beta2 = tl.cast(learning_rate, tl.float32), tl.cast(log_beta2, tl.float32)
+        eps, weight_decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32)
         j = tl.arange(0, COLUMNS).to(tl.int64)
         column_moment = tl.load(c + j, mask=j < columns, other=0)
-        s = tl.maximum(tl.sum(column_moment) / columns, 1e-30)
+        s = tl.maximum(tl.sum(column_moment) / columns, 1e-30, propagate_nan=tl.PropagateNan.ALL)
         scale = s * _one_minus_exp(tl.load(t) * log_beta2)
         b = tl.sqrt_rn(column_moment)
         decay = 1 - learning_rate * weight_decay
@@ -139,5 +148,11 @@ if triton is not None:
         return tl.where(x > -0.5, series, 1 - tl.exp(x))
 
 
-def _on_device_of(tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
+def _tile(columns, elements, warps):
+    """Whole rows, padded to a power of two: about that many elements, and more warps where one row has more."""
+    width = triton.next_power_of_2(columns)
+    return {
+        "ROWS": max(1, elements // width),
+        "COLUMNS": width,
+        "num_warps": min(32, warps * max(1, width // elements)),
+    }

@@ -1,10 +1,18 @@
+import os
+
 import pytest
-from tiny_models import write_data, write_model
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's interpreter then runs the kernels of cuda_ref; it must be known before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Model folders by name and a data folder; nothing may write into them."""
+    from tiny_models import write_data, write_model  # needs MLX, which cuda_ref's tests do without
+
     root = tmp_path_factory.mktemp("folders")
     return {
         "untied": write_model(root / "untied"),

@@ -19,14 +19,14 @@ import math
 import torch
 from torch.optim import Optimizer
 
-from cuda_ref import triton_kernels
+from cuda_ref import sharding, triton_kernels
+from cuda_ref.optimizers.checks import OPTIONS, check_gradient, check_group, check_state_dict, fault_of, name_of
 from ember_mlx.errors import InputError
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
-SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
 def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=None):
@@ -43,7 +43,7 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=No
         shards (RowShards, optional): Of a table whose rows lie on several ranks; ``w``, ``g``, ``r`` are this rank's.
 
     Returns:
-        The new ``w`` in its own dtype, and the new ``r`` and ``c``.
+        ``w``, overwritten block by block, so that no second table is needed, and the new ``r`` and ``c``.
     """
     row_mean, column_mean = mean_squares(g)
     if shards is not None:
@@ -51,7 +51,9 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=No
     r = update_second_moment(r, row_mean, beta2)
     c = update_second_moment(c, column_mean, beta2)
     a, b = denominator_factors(r, c, t, beta2)
-    return update_table(w, g, a, b, learning_rate, eps, weight_decay), r, c
+    for rows in blocks(w):
+        w[rows] = update_table(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay)
+    return w, r, c
 
 
 def mean_squares(g):
@@ -80,12 +82,9 @@ def denominator_factors(r, c, t, beta2):
 
 def update_table(w, g, a, b, learning_rate, eps, weight_decay):
     """The step itself, in float32, with one cast at the end to the dtype of ``w``."""
-    updated = torch.empty_like(w)
-    for rows in blocks(w):
-        decayed = (1 - learning_rate * weight_decay) * w[rows].to(torch.float32)
-        update = g[rows].to(torch.float32) / (a[rows, None] * b + eps)
-        updated[rows] = decayed - learning_rate * update
-    return updated
+    decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
+    update = g.to(torch.float32) / (a[:, None] * b + eps)
+    return (decayed - learning_rate * update).to(w.dtype)
 
 
 def blocks(table):
@@ -105,36 +104,58 @@ class Ember(Optimizer):
 
     Args:
         params (iterable): The tables, or groups of them, or named tables, as any PyTorch optimizer takes them.
-        lr (float or Tensor): The learning rate :math:`\eta`, about the size of an element's step.
+        lr (float or Tensor): The learning rate :math:`\eta`, about the size of an element's step. A tensor is one
+            float32 number, ``torch.tensor(1e-3)``, on the CPU or where the tables are.
         beta2 (float): The decay :math:`\beta_2` of the second moment. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
             the kernels where a table is on a CUDA device and Triton is installed. Default: ``"auto"``.
+        row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: every table given is this rank's slice
+            of the rows, and the slices lie on the ranks of this group in their order. All ranks make the optimizer
+            together. Tables sharded by FSDP2 are found without it.
+
+    Of a sharded table ``r`` lies like the rows, as a DTensor, ``c`` is the same on every rank, and a step needs one
+    all-reduce of D float32 numbers. Slices that do not lie as ``torch.chunk`` cuts them have a plain ``r`` each, which
+    ``torch.distributed.checkpoint`` would take for copies of one: there, save the state of each rank on its own.
 
     A step reads nothing back from the GPU, so a CUDA graph can hold it: give ``lr`` as a tensor on the GPU if it is to
     change between replays, and do one step before the capture.
 
     Raises:
-        InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D floating table, a
-            gradient that is sparse or of another shape or device, and state of another table; nothing is written then.
+        InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D table of those dtypes,
+            a gradient that is sparse or of another shape or device, state of another table; nothing is written then.
+            On every rank where ranks that share a table disagree on the step or the options, which is looked at in the
+            first step and in the first one after ``load_state_dict`` or ``add_param_group``.
     """
 
-    def __init__(self, params, lr, beta2=0.999, eps=1e-8, weight_decay=0.0, implementation="auto"):
+    def __init__(
+        self, params, lr, beta2=0.999, eps=1e-8, weight_decay=0.0, implementation="auto", row_shard_group=None
+    ):
         if implementation not in ("auto", "eager", "triton"):
             raise InputError(f"Ember(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
         if implementation == "triton" and not triton_kernels.available():
             raise InputError("Ember(implementation='triton'): Triton is not installed; 'auto' does without it")
         self.implementation = implementation
+        self.row_shard_group = row_shard_group
+        self._shards = {}  # of the tables that are sharded
+        self._agreed = False  # whether the ranks have been found to agree since the last change
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_group(self.param_groups[-1])
+            fault = fault_of(self._check_group, group)
+            if self.row_shard_group is not None:
+                found = sharding.shards_of_slices(group["params"], self.row_shard_group, fault)
+                self._shards.update(zip(group["params"], found, strict=True))
+            if fault is not None:
+                raise fault
         except InputError:
             self.param_groups.pop()
             raise
+        self._agreed = False
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -143,109 +164,117 @@ class Ember(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(group, []) for group in self.param_groups]
-        for group, tables in groups:  # all of them, before anything is written
-            self._init_group(group, tables)
-        for group, tables in groups:
-            for w in tables:
-                self._step_table(w, group)
+        self._init_group()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is not None:
+                    self._step_table(w, group)
         return loss
 
-    def _init_group(self, group, tables):
-        """Check the group, put its tables that have a gradient into ``tables``, make their state: (V,) and (D,).
+    def _init_group(self):
+        """Check every group, before anything is written; make the state of tables that have their first gradient.
 
         The name is PyTorch's: ``torch.compile`` runs a method of this name as it stands, once.
         """
-        _check_group(group)
-        for w in group["params"]:
-            if w.grad is None:
-                continue
-            _check_gradient(w)
-            tables.append(w)
-            if not self.state[w]:
-                rows, columns = w.shape
+        if self._agreed:
+            self._check_step()
+        else:
+            self._agree()
+        for _, w, _ in self._named_tables():
+            if w.grad is not None and not self.state[w]:
+                shards = self._shards.get(w)
+                rows, columns = w.shape if shards is None else (shards.rows, w.shape[1])
+                r = torch.zeros(rows, dtype=torch.float32, device=w.device)
                 self.state[w]["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
-                self.state[w]["r"] = torch.zeros(rows, dtype=torch.float32, device=w.device)
+                self.state[w]["r"] = r if shards is None else shards.lay_out(r)
                 self.state[w]["c"] = torch.zeros(columns, dtype=torch.float32, device=w.device)
+
+    def _agree(self):
+        """Find the sharded tables, and that all ranks are about to take the same step on them."""
+        self._find_shards()
+        fault = fault_of(self._check_step)
+        for communicator in dict.fromkeys(shards.communicator for shards in self._shards.values()):
+            facts = {"the implementation": self.implementation}
+            for name, w, group in self._named_tables() if fault is None else ():
+                if w in self._shards and self._shards[w].communicator is communicator:
+                    facts |= sharding.facts_of_table(name, w, self.state.get(w), {o: group[o] for o in OPTIONS})
+            sharding.agree(communicator, "Ember.step", facts, fault)
+        if fault is not None:
+            raise fault
+        self._agreed = True
+
+    def _check_step(self):
+        for group in self.param_groups:
+            self._check_group(group)
+            for w in group["params"]:
+                check_gradient(w)
+
+    def _find_shards(self):
+        for _, w, _ in self._named_tables():
+            if w not in self._shards and sharding.is_dtensor(w):
+                self._shards[w] = sharding.shards_of_dtensor(w)
 
     def _step_table(self, w, group):
         state = self.state[w]
+        shards = self._shards.get(w) if self._shards else None
         state["step"] += 1
         use_triton = self.implementation == "triton" or (
-            self.implementation == "auto" and w.is_cuda and triton_kernels.available()
+            self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
         )
         step = triton_kernels.ember_step if use_triton else ember_step
-        old = w, state["r"], state["c"]
-        new = step(
-            w,
-            w.grad,
-            state["r"],
-            state["c"],
-            state["step"],
-            group["lr"],
-            group["beta2"],
-            group["eps"],
-            group["weight_decay"],
-        )
+        w, g, r, c = w, w.grad, state["r"], state["c"]
+        if shards is not None:
+            w, g, r = (sharding.local_part(tensor) for tensor in (w, g, r))
+            shards = shards if shards.communicator is not None else None  # this rank has all rows
+        old = w, r, c
+        new = step(w, g, r, c, state["step"], *(group[option] for option in OPTIONS), shards)
         for before, after in zip(old, new, strict=True):
             if after is not before:
                 before.copy_(after)
 
     def load_state_dict(self, state_dict):
         """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [w for group in self.param_groups for w in group["params"]]
-        saved = {w: state_dict["state"].get(i, {}) for i, w in zip(saved_ids, parameters, strict=False)}
-        for w, state in saved.items():
-            _check_state(w, state)
-        super().load_state_dict(state_dict)
-        for w, state in saved.items():  # PyTorch casts state to the dtype of its parameter
-            for name, value in state.items():
-                self.state[w][name] = value.to(device=w.device, dtype=torch.float32, copy=True)
+        self._find_shards()
+        saved = {}
 
+        def check(_, state_dict):  # what the user's own hooks have made of it
+            saved.update(check_state_dict(state_dict, self.param_groups, self._shards, self._check_group))
 
-def _check_group(group):
-    for name, value in {"lr": group["lr"], "weight_decay": group["weight_decay"]}.items():
-        if not isinstance(value, torch.Tensor):  # to look at one on the GPU would wait for it
-            _check(name, value, 0, math.inf, "a finite number, zero or more")
-    _check("beta2", group["beta2"], 0, 1, "at least 0 and below 1, usually 0.999")
-    _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
-    for number, w in enumerate(group["params"]):
-        if w.ndim != 2 or not w.numel() or not w.is_floating_point():
-            name = group["param_names"][number] if "param_names" in group else f"parameter {number}"
-            raise InputError(
-                f"Ember: {name} has shape {tuple(w.shape)} and dtype {w.dtype}; Ember takes 2-D floating token tables "
-                "only: give this parameter to another optimizer, for example with cuda_ref.PairedOptimizer"
-            )
+        def keep_float32(_):  # PyTorch has cast the state to the dtype of its parameter
+            for w, state in saved.items():
+                self.state[w] = self._state_of(w, state)
 
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(keep_float32, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._agreed = False
 
-def _check_gradient(w):
-    g = w.grad
-    if g.layout != torch.strided:
-        raise InputError(f"Ember: the gradient of a table {tuple(w.shape)} is sparse ({g.layout}); "
-                         "Ember takes dense ones: make the embedding with sparse=False")  # fmt: skip
-    if g.shape != w.shape or g.device != w.device:
-        raise InputError(
-            f"Ember: a table of shape {tuple(w.shape)} on {w.device} has a gradient of shape {tuple(g.shape)} on "
-            f"{g.device}: both must be the same"
-        )
+    def _state_of(self, w, saved):
+        """A copy of saved state as this rank keeps it."""
+        shards = self._shards.get(w)
+        state = {}
+        for name in ("step", "r", "c"):
+            lies_like_rows = name == "r" and shards is not None
+            value = shards.rows_of(saved[name]) if lies_like_rows else sharding.whole(saved[name])
+            value = value.to(device=w.device, dtype=torch.float32, copy=True)
+            state[name] = shards.lay_out(value) if lies_like_rows else value
+        return state
 
+    def __getstate__(self):
+        """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""
+        own = {"implementation": self.implementation, "row_shard_group": self.row_shard_group}
+        return super().__getstate__() | own | {"_shards": {}, "_agreed": False}
 
-def _check_state(w, state):
-    for name, shape in {"step": (), "r": (w.shape[0],), "c": (w.shape[1],)}.items() if state else ():
-        found = tuple(state[name].shape) if name in state else None
-        if found != shape:
-            has = f"no {name}" if found is None else f"{name} of shape {found}"
-            raise InputError(
-                f"Ember.load_state_dict: the state has {has} for a table of shape {tuple(w.shape)}, which needs "
-                f"shape {shape}: load the state of this model"
-            )
+    def _named_tables(self):
+        for number, group in enumerate(self.param_groups):
+            for position, w in enumerate(group["params"]):
+                yield f"{name_of(group, position)} (group {number})", w, group
 
-
-def _check(name, value, least, below, in_words):
-    try:
-        allowed = least <= value < below
-    except TypeError:
-        allowed = False
-    if not allowed:
-        raise InputError(f"Ember({name}={value!r}): must be {in_words}")
+    def _check_group(self, group):
+        check_group(group, self.implementation, self.row_shard_group)

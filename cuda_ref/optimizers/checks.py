@@ -1,0 +1,136 @@
+"""What ``Ember`` asks of options, tables, gradients and loaded state: else InputError, before anything is written."""
+
+import math
+from numbers import Real
+
+import torch
+
+from cuda_ref import sharding, triton_kernels
+from ember_mlx.errors import InputError
+
+__all__ = ["OPTIONS", "check_gradient", "check_group", "check_state_dict", "fault_of", "name_of"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tables and of gradients, in any mix
+OPTIONS = ("lr", "beta2", "eps", "weight_decay")
+SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
+
+
+def check_group(group, implementation, row_shard_group):
+    """The options and the tables of one parameter group."""
+    _check_learning_rate(group)
+    _check("weight_decay", group["weight_decay"], 0, math.inf, "a finite number, zero or more")
+    _check("beta2", group["beta2"], 0, 1, "at least 0 and below 1, usually 0.999")
+    _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
+    for number, w in enumerate(group["params"]):
+        # A slice of a table may have no rows.
+        is_table = w.ndim == 2 and bool(w.numel() if row_shard_group is None else w.shape[1])
+        if not is_table or w.dtype not in DTYPES:
+            raise InputError(
+                f"Ember: {name_of(group, number)} has shape {tuple(w.shape)} and dtype {w.dtype}; Ember takes 2-D "
+                "token tables in float32, bfloat16 or float16 only: give this parameter to another optimizer, for "
+                "example with cuda_ref.PairedOptimizer"
+            )
+        if implementation == "triton" and not triton_kernels.available(w.device):
+            raise InputError(
+                f"Ember(implementation='triton'): {name_of(group, number)} is on {w.device}, and Triton needs a CUDA "
+                "device: move the model there before, or take 'auto'"
+            )
+        if row_shard_group is not None and sharding.is_dtensor(w):
+            raise InputError(
+                f"Ember(row_shard_group=...): {name_of(group, number)} is a DTensor, which says itself how its rows "
+                "lie: give it to an Ember without row_shard_group; a slice of rows that is sharded again is not "
+                "supported"
+            )
+
+
+def fault_of(check, *arguments):
+    """The InputError that ``check`` raises, or None."""
+    try:
+        check(*arguments)
+    except InputError as fault:
+        return fault
+    return None
+
+
+def name_of(group, number):
+    return group["param_names"][number] if "param_names" in group else f"parameter {number}"
+
+
+def _check_learning_rate(group):
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor):
+        devices = {str(w.device) for w in group["params"]}
+        if lr.ndim or lr.dtype not in (torch.float32, torch.float64) or {str(lr.device)} - devices - {"cpu"}:
+            raise InputError(
+                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}: must be "
+                f"one float32 number, torch.tensor(1e-3), on the CPU or where the tables are ({', '.join(devices)})"
+            )
+        if lr.device.type != "cpu":  # to look at its value would wait for the GPU
+            return
+        lr = lr.item()
+    _check("lr", lr, 0, math.inf, "a finite number, zero or more")
+
+
+def check_gradient(w):
+    g = w.grad
+    if g is None:
+        return
+    if g.layout != torch.strided:
+        raise InputError(f"Ember: the gradient of a table {tuple(w.shape)} is sparse ({g.layout}); "
+                         "Ember takes dense ones: make the embedding with sparse=False")  # fmt: skip
+    if g.dtype not in DTYPES:
+        raise InputError(f"Ember: the gradient of a table {tuple(w.shape)} has dtype {g.dtype}; "
+                         "Ember takes float32, bfloat16 and float16")  # fmt: skip
+    if g.shape != w.shape or g.device != w.device:
+        raise InputError(
+            f"Ember: a table of shape {tuple(w.shape)} on {w.device} has a gradient of shape {tuple(g.shape)} on "
+            f"{g.device}: both must be the same"
+        )
+    if sharding.is_dtensor(w) and (w.device_mesh, w.placements) != (g.device_mesh, g.placements):
+        raise InputError(
+            f"Ember: a table with the placements {w.placements} has a gradient with {g.placements}: both must be the "
+            "same, as fully_shard leaves them"
+        )
+
+
+def check_state_dict(state_dict, groups, shards, check_group):
+    """What ``load_state_dict`` gets, for these ``groups``; return the saved state of each table that has any."""
+    saved_groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in groups]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
+    if saved_sizes != sizes:
+        raise InputError(
+            f"Ember.load_state_dict: the state is of groups of {saved_sizes} tables, this optimizer has groups of "
+            f"{sizes}: make it with the groups that were saved"
+        )
+    found = {}
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        missing = [option for option in OPTIONS if option not in saved_group]
+        if missing:
+            raise InputError(
+                f"Ember.load_state_dict: a group of the state has no {missing[0]}: load the state of an Ember"
+            )
+        check_group(saved_group | {"params": group["params"]})
+        for i, w in zip(saved_group["params"], group["params"], strict=True):
+            state = state_dict["state"].get(i)
+            if state:
+                _check_state(w, state, shards.get(w))
+                found[w] = state
+    return found
+
+
+def _check_state(w, state, shards):
+    rows, columns = (w.shape[0] if shards is None else shards.total_rows), w.shape[1]
+    for name, shape in {"step": (), "r": (rows,), "c": (columns,)}.items():
+        found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else None
+        plain_part = name == "r" and shards is not None and shards.mesh is None and found == (shards.rows,)
+        if found != shape and not plain_part:
+            has = f"no tensor {name}" if found is None else f"{name} of shape {found}"
+            raise InputError(
+                f"Ember.load_state_dict: the state has {has} for a table of shape {tuple(w.shape)}, which needs "
+                f"shape {shape}: load the state of this model"
+            )
+
+
+def _check(name, value, least, below, in_words):
+    if not isinstance(value, Real) or not least <= value < below:
+        raise InputError(f"Ember({name}={value!r}): must be {in_words}")
