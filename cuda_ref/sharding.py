@@ -1,22 +1,201 @@
-"""Tables whose rows lie on several ranks: what this rank holds, and the one sum that all of them need."""
+"""Tables whose rows lie on several ranks: how they lie there, the one sum that all ranks need, and what must agree.
+
+Two ways are known. FSDP2 (``fully_shard``) makes each table a DTensor, which says itself how it lies. In a
+vocabulary-parallel model each rank has a plain tensor, its slice of the rows, and ``row_shard_group`` says who has the
+others.
+"""
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["RowShards"]
+from ember_mlx.errors import InputError
+
+__all__ = [
+    "RowShards",
+    "agree",
+    "facts_of_table",
+    "is_dtensor",
+    "local_part",
+    "shards_of_dtensor",
+    "shards_of_slices",
+    "whole",
+]
+
+_communicators = {}
 
 
 @dataclass(frozen=True)
 class RowShards:
-    """How the rows of one table lie on the ranks of ``group``: ``rows`` here, ``total_rows`` on all of them."""
+    """How the rows of one table lie on the ranks.
 
-    group: dist.ProcessGroup
+    Attributes:
+        communicator (ProcessGroup): The ranks that share the rows, on a communicator of Ember's own; None where this
+            rank has all of them.
+        rows, first_row, total_rows (int): The rows here, which may be none; the first of them; and those of all ranks.
+        mesh, placements: How ``r`` lies as a DTensor, so that ``torch.distributed.checkpoint`` can move it; None where
+            no DTensor lies like this, and ``r`` is a plain tensor of the rows here.
+    """
+
+    communicator: "dist.ProcessGroup | None"
     rows: int
+    first_row: int
     total_rows: int
+    mesh: "dist.DeviceMesh | None" = None
+    placements: tuple = ()
 
     def mean_over_all_rows(self, column_mean):
         """The mean over the rows of all ranks, from those of each rank: one all-reduce of D float32 numbers."""
-        column_sum = column_mean * self.rows if self.rows else column_mean.zero_()
-        dist.all_reduce(column_sum, group=self.group)
-        return column_sum / self.total_rows
+        share = column_mean * (self.rows / self.total_rows) if self.rows else torch.zeros_like(column_mean)
+        dist.all_reduce(share, group=self.communicator)
+        return share
+
+    def lay_out(self, r):
+        """``r`` of the rows here, (rows,), as the state keeps it: the rank's part of a DTensor of all rows, (V,)."""
+        if self.mesh is None:
+            return r
+        from torch.distributed.tensor import DTensor
+
+        shape = torch.Size((self.total_rows,))
+        return DTensor.from_local(r, self.mesh, self.placements, run_check=False, shape=shape, stride=(1,))
+
+    def rows_of(self, saved):
+        """The rows here, (rows,), of a saved ``r``: a DTensor, a plain tensor of all rows, or of those here alone."""
+        if is_dtensor(saved):
+            if (saved.device_mesh, saved.placements) == (self.mesh, self.placements):
+                return saved.to_local()
+            saved = whole(saved)
+        return saved[self.first_row : self.first_row + self.rows] if len(saved) == self.total_rows else saved
+
+
+def is_dtensor(tensor):
+    """Whether it is a DTensor, without the 0.8 s that importing them takes."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor):
+    """What this rank holds of a DTensor, the storage itself; a plain tensor is that already."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def whole(tensor):
+    """All of a DTensor, gathered from all ranks; a plain tensor is that already."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def shards_of_dtensor(w):
+    """The RowShards of a DTensor that is sharded by rows, over one dimension of its mesh, and otherwise replicated."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    by_rows = [dim for dim, placement in enumerate(w.placements) if type(placement) is Shard and placement.dim == 0]
+    rest = [placement for dim, placement in enumerate(w.placements) if dim not in by_rows]
+    if len(by_rows) > 1 or not all(type(placement) is Replicate for placement in rest):
+        raise InputError(
+            f"Ember: a table of shape {tuple(w.shape)} has the placements {w.placements}; Ember takes tables sharded "
+            "by rows over one dimension of the mesh, (Shard(0),), replicated over the others: for example fully_shard "
+            "without a shard_placement_fn, and no tensor parallelism of this table besides"
+        )
+    mesh, placements, total_rows = w.device_mesh, tuple(w.placements), w.shape[0]
+    if w.device.type != mesh.device_type:
+        raise InputError(
+            f"Ember: a table of shape {tuple(w.shape)} is on {w.device} and its ranks meet on {mesh.device_type}; "
+            "Ember takes no offloaded tables: shard this one without an offload_policy"
+        )
+    if not by_rows:
+        return RowShards(None, total_rows, 0, total_rows, mesh, placements)
+    group, rank = mesh.get_group(by_rows[0]), mesh.get_local_rank(by_rows[0])
+    rows_of_ranks = _chunks(total_rows, group.size())
+    first_row = sum(rows_of_ranks[:rank])
+    return RowShards(_own_communicator(group), rows_of_ranks[rank], first_row, total_rows, mesh, placements)
+
+
+def shards_of_slices(tables, group, fault=None):
+    """The RowShards of plain tables, each of which has a slice of its rows on every rank of ``group``, by rank.
+
+    All ranks call it together. ``fault`` is an InputError that this rank has found: then every rank raises one.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise InputError(
+            f"Ember(row_shard_group={group!r}): must be a ProcessGroup that this rank is in; of a DeviceMesh give "
+            "its get_group()"
+        )
+    communicator, rank = _own_communicator(group), group.rank()
+    facts = {"the number of tables": len(tables)}
+    if fault is None:
+        facts |= {f"columns and dtype of table {number}": (w.shape[1], w.dtype) for number, w in enumerate(tables)}
+    mine = [] if fault else [len(w) for w in tables]
+    # By rank of the group: the communicator may have its ranks in another order.
+    by_rank = sorted(agree(communicator, "Ember(row_shard_group=...)", facts, fault, (rank, mine)))
+    found = []
+    for number, w in enumerate(tables):
+        rows_of_ranks = [rows[number] for _, rows in by_rank]
+        total_rows = sum(rows_of_ranks)
+        if not total_rows:
+            raise InputError(f"Ember(row_shard_group=...): table {number} has no rows on any rank: it needs one")
+        mesh = placements = None
+        if communicator is not None and rows_of_ranks == _chunks(total_rows, len(rows_of_ranks)):
+            from torch.distributed.tensor import DeviceMesh, Shard
+
+            mesh, placements = DeviceMesh.from_group(group, w.device.type), (Shard(0),)
+        first_row = sum(rows_of_ranks[:rank])
+        found.append(RowShards(communicator, len(w), first_row, total_rows, mesh, placements))
+    return found
+
+
+def agree(communicator, call, facts, fault=None, own=None):
+    """Compare ``facts``, names and values, over the ranks; return what each gives as ``own``, in their order.
+
+    All ranks call it together. Raises InputError on every one of them if they differ, or if one has a ``fault``.
+    """
+    everyone = [(fault and str(fault), facts, own)]
+    if communicator is not None:
+        everyone *= communicator.size()
+        dist.all_gather_object(everyone, (fault and str(fault), facts, own), group=communicator)
+    if fault is not None:
+        raise fault
+    ranks = [0] if communicator is None else dist.get_process_group_ranks(communicator)
+    for rank, (their_fault, _, _) in zip(ranks, everyone, strict=True):
+        if their_fault is not None:
+            raise InputError(f"{call}: rank {rank} cannot go on: {their_fault}")
+    for name in dict.fromkeys(name for _, theirs, _ in everyone for name in theirs):
+        mine = everyone[0][1].get(name)
+        for rank, (_, theirs, _) in zip(ranks, everyone, strict=True):
+            if repr(theirs.get(name)) != repr(mine):  # by repr, as a NaN must be equal to a NaN
+                raise InputError(
+                    f"{call}: the ranks disagree on {name}: rank {ranks[0]} has {mine!r}, rank {rank} has "
+                    f"{theirs.get(name)!r}: give every rank the same, and load the same checkpoint on all"
+                )
+    return [theirs for _, _, theirs in everyone]
+
+
+def facts_of_table(name, w, state, options):
+    """What must be the same on all ranks before a step of a table, by name. Reads numbers back from the GPU."""
+    facts = {
+        "having a gradient": w.grad is not None,
+        "the step": float(state["step"]) if state else 0.0,
+        "the sum of c": float(state["c"].sum()) if state else 0.0,
+    }
+    facts |= {option: float(value) for option, value in options.items()}
+    return {f"{fact} of {name}": value for fact, value in facts.items()}
+
+
+def _own_communicator(group):
+    """The ranks of ``group`` on a communicator of Ember's own, made once; None for a single rank.
+
+    On a shared one, Ember's sums could be issued in another order on another rank than those that FSDP has under way.
+    """
+    ranks, backend = dist.get_process_group_ranks(group), str(dist.get_backend_config(group))
+    if len(ranks) == 1:
+        return None
+    world, communicator = _communicators.get((*ranks, backend), (None, None))
+    if world is not dist.group.WORLD:  # none yet, or of a world that was destroyed since
+        communicator = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc="ember")
+        _communicators[*ranks, backend] = dist.group.WORLD, communicator
+    return communicator
+
+
+def _chunks(rows, ranks):
+    """How many of the rows each rank has where they lie as DTensor lays them, which is as ``torch.chunk`` does."""
+    each = -(-rows // ranks)
+    return [min(each, max(0, rows - rank * each)) for rank in range(ranks)]

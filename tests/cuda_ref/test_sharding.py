@@ -1,0 +1,80 @@
+"""Sharded tables: 2 and 3 processes run sharded_checks.py together, and each check of theirs is a test here.
+
+    python -m pytest tests/cuda_ref/test_sharding.py -s
+
+prints the numbers. Where every rank can have a GPU the processes use CUDA and NCCL, otherwise the CPU and gloo.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("sharded_checks.py")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "04_fsdp2_with_torchrun.py"
+CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(), re.MULTILINE)
+DEADLINE = 120  # seconds
+
+
+def run(ranks, folder):
+    """What each rank found: check -> numbers or traceback; and what it printed."""
+    environment = os.environ | {"WORLD_SIZE": str(ranks), "CHECK_FOLDER": str(folder)}
+    if torch.cuda.device_count() < ranks:
+        environment["TRITON_INTERPRET"] = "1"  # the kernels on the CPU, where Triton is installed
+    processes = []
+    for rank in range(ranks):
+        with open(folder / f"rank{rank}.log", "w") as log:
+            command, own = [sys.executable, str(SCRIPT)], environment | {"RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+    end = time.monotonic() + DEADLINE
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()  # one that waits for another for ever; nothing for one that has ended
+        process.wait()
+    found = []
+    for rank in range(ranks):
+        results = folder / f"rank{rank}.json"
+        printed = (folder / f"rank{rank}.log").read_text()[-2000:]
+        found.append((json.loads(results.read_text()) if results.exists() else {}, printed))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return functools.cache(lambda ranks: run(ranks, tmp_path_factory.mktemp(f"{ranks}_ranks")))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("check", CHECKS)
+def test_sharded_tables(check, ranks, found):
+    failed = [f"rank {rank}: {r[check]['traceback']}" for rank, (r, _) in enumerate(found(ranks))
+              if "traceback" in r.get(check, {})]  # fmt: skip
+    assert not failed, "\n".join(failed)
+    for rank, (results, printed) in enumerate(found(ranks)):
+        assert check in results, f"rank {rank} never finished {check}; it printed\n{printed}"
+    results, _ = found(ranks)[0]
+    print(f"\n{check}, {ranks} ranks, {results['device']}: passed in {results[check]['seconds']:.1f} s")
+    for case, errors in results[check]["numbers"].items():
+        print(f"  {case}: " + ", ".join(f"{name} {error:.2f}" for name, error in errors.items()) + " of the allowed")
+
+
+@pytest.mark.parametrize("processes", [0, 2], ids=["python", "torchrun"])
+def test_the_example_learns_and_goes_on_from_its_checkpoint(processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+    command, threads = [sys.executable, *launcher, str(EXAMPLE)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] - 0.5
+    assert "loaded: loss" in done.stdout
+    before, after = (float(line.split("loss ")[1]) for line in done.stdout.splitlines() if "ed: loss" in line)
+    assert before == after
+    assert f"on {processes or 1} rank" in done.stdout
