@@ -15,6 +15,7 @@ ember-mlx: fine-tune language models with mlx-lm and train their token tables to
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
   ember-mlx fuse      merge an adapter into an ordinary model folder: the options of mlx_lm.fuse, and --overwrite
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
+  ember-mlx parity    compare every implementation that runs here, MLX's and PyTorch's, with a float64 oracle
   ember-mlx --version
 
 ember-mlx COMMAND --help tells the options of each."""
@@ -24,7 +25,7 @@ def main():
     """Entry point. Exit code 0; 2 for bad input, with one line that says what and what to do."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
-    commands = {"train": train, "generate": generate, "fuse": fuse, "demo": demo}
+    commands = {"train": train, "generate": generate, "fuse": fuse, "demo": demo, "parity": parity}
     if command in ("-h", "--help"):
         print(USAGE)
     elif command in ("-v", "--version"):
@@ -78,6 +79,12 @@ def demo(arguments):
     run_demo(arguments)
 
 
+def parity(arguments):
+    from ember_mlx.parity.command import main as run_parity
+
+    sys.exit(run_parity(arguments))
+
+
 def _mlx_lm_command(name, arguments):
     """mlx-lm's own command with our ``load`` in the place of its own: the one thing it cannot do is load tables."""
     from ember_mlx.finetune.adapters import load
@@ -100,11 +107,8 @@ def _replaced(module, name, value):
 def _run(command, function, arguments):
     # As mlx_lm.lora sets it, for the tokenizers' threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as error:
-        extras = "pip install 'ember-mlx[cpu]', or [cuda12] or [cuda13] with an NVIDIA GPU"
-        sys.exit(_one_line(f"ember-mlx {command}", f"mlx has no backend here ({error}): {extras}"))
+    if command != "parity":  # which says itself what it can do without
+        _require_mlx(command)
     from ember_mlx.errors import InputError
 
     try:
@@ -114,6 +118,14 @@ def _run(command, function, arguments):
     except KeyboardInterrupt:
         _one_line(f"ember-mlx {command}", "interrupted; what was saved before is kept")
         sys.exit(130)
+
+
+def _require_mlx(command):
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        extras = "pip install 'ember-mlx[cpu]', or [cuda12] or [cuda13] with an NVIDIA GPU"
+        sys.exit(_one_line(f"ember-mlx {command}", f"mlx has no backend here ({error}): {extras}"))
 
 
 def _one_line(what, message):

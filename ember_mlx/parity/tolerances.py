@@ -1,9 +1,9 @@
 """How far a float32 optimizer may be from the float64 oracle: one table, each bound with its reason.
 
 The bounds are derived from the arithmetic: the sizes of roundings, and how they add up. ``measured`` is the largest
-error seen, as a part of the bound (MLX 0.32.4 on an x86-64 CPU): a bound far above what is measured would hide faults,
-and one right at it would break on the next machine. Only the rounding to the dtype of the parameter, at most half a
-unit, is reached by nature.
+error seen, as a part of the bound (MLX 0.32.4 and PyTorch 2.13 on an x86-64 CPU): a bound far above what is measured
+would hide faults, and one right at it would break on the next machine. Only the rounding to the dtype of the parameter,
+at most half a unit, is reached by nature.
 """
 
 from dataclasses import dataclass
@@ -52,14 +52,14 @@ TOLERANCES = {
         once=MEAN_OF_SQUARES,
         per_root_step=RUNNING_MEAN,
         absolute=SMALLEST_NORMAL,
-        measured=0.39,
+        measured=0.41,
         reason="a mean over a row, then a running mean; squares of gradients under 1e-19 are subnormal or flushed",
     ),
     ("c", "float32"): Tolerance(
         once=MEAN_OF_SQUARES,
         per_root_step=RUNNING_MEAN,
         absolute=SMALLEST_NORMAL,
-        measured=0.53,
+        measured=0.55,
         reason="a mean over a column, then a running mean; squares of gradients under 1e-19 are subnormal or flushed",
     ),
     ("c of many rows", "float32"): Tolerance(
@@ -78,7 +78,7 @@ TOLERANCES = {
             measured=measured,
             reason="the errors of r, c and s through a root, a dozen float32 operations, and one rounding to the dtype",
         )
-        for dtype, measured in {"float32": 0.25, "bfloat16": 1.00, "float16": 1.00}.items()
+        for dtype, measured in {"float32": 0.26, "bfloat16": 1.00, "float16": 1.00}.items()
     },
     **{
         # On top of the error of the step: see weight_bound.
@@ -102,14 +102,16 @@ def unit_in_the_last_place(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.exp2(exponent - float(fraction_bits))
 
 
-def bound(quantity: str, dtype: str, expected: np.ndarray, steps: int) -> np.ndarray:
-    """The largest error allowed of each element after that many steps."""
+def bound(quantity: str, dtype: str, expected: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
+    """The largest error allowed of each element after that many steps, one number or an array beside ``expected``."""
     tolerance = TOLERANCES[quantity, dtype]
-    relative = tolerance.once + tolerance.per_root_step * np.sqrt(min(steps, MEMORY))
+    relative = tolerance.once + tolerance.per_root_step * np.sqrt(np.minimum(steps, MEMORY))
     return relative * np.abs(expected) + tolerance.units * unit_in_the_last_place(expected, dtype) + tolerance.absolute
 
 
-def weight_bound(dtype: str, before: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int) -> np.ndarray:
+def weight_bound(
+    dtype: str, before: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int | np.ndarray
+) -> np.ndarray:
     """The largest error allowed of weights that one step, the last of ``steps``, took from ``before`` to ``expected``.
 
     ``change`` is what that step subtracted; its error counts whether or not the weight is large beside it.

@@ -1,0 +1,140 @@
+"""``ember-mlx parity`` by running it, and on machines that lack a framework."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ember_mlx import cli
+from ember_mlx.parity import command, suite
+
+SHORT = ("--stream", "random", "--steps", "1", "--dtype", "float32", "bfloat16")
+TORCH = ("torch eager cpu", "torch eager cuda", "torch compiled cpu", "torch compiled cuda", "triton")
+
+
+def one_of(quantity="r", **changed):
+    numbers = {"ulps": 3.0, "relative": 2e-7, "allowed_ulps": 20.0, "of_allowed": 0.25}
+    about = {"implementation": "mlx cpu", "against": suite.ORACLE, "stream": "random", "shape": (24, 8)}
+    where = {"dtype": "float32", "first_step": 2, "steps": 10}
+    return suite.Comparison(**(about | where | numbers | {"quantity": quantity} | changed))
+
+
+def run(tmp_path, *arguments, without=()):
+    """The command in a process of its own, where importing any of ``without`` fails."""
+    for name in without:
+        path = tmp_path / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"raise ImportError('No module named {name}')")
+    return subprocess.run(
+        [sys.executable, "-m", "ember_mlx", "parity", *arguments],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_without_torch_the_rest_is_compared_and_torch_is_not_here(tmp_path):
+    path = tmp_path / "report.json"
+    done = run(tmp_path, *SHORT, "--json", path, without=["torch"])
+    assert done.returncode == 0, done.stderr
+    assert "not here: " in done.stdout
+    assert "torch eager cpu and" in done.stdout
+    assert "(PyTorch: No module named torch)" in done.stdout
+    assert done.stdout.count(" pass ") >= 4
+    report = json.loads(path.read_text())
+    assert "mlx cpu" in report["run_here"]
+    assert {name: report["not_here"][name] for name in TORCH} == dict.fromkeys(TORCH, "PyTorch: No module named torch")
+
+
+def test_without_mlx_pytorch_is_compared(tmp_path):
+    pytest.importorskip("torch")
+    done = run(tmp_path, *SHORT, "--implementation", "torch eager cpu", without=["mlx.core"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" pass ") == 5
+
+
+def test_without_both_nothing_can_be_compared(tmp_path):
+    refused = run(tmp_path, *SHORT, without=["torch", "mlx.core"])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("ember-mlx parity: error: nothing can be compared here: mlx cpu and mlx metal and")
+    assert refused.stderr.count("\n") == 1
+    assert not refused.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--implementation", "jax"], "--implementation 'jax': there is none of that name; there are mlx cpu, mlx"),
+        (
+            ["--implementation", "triton interpreted"],
+            "--implementation 'triton interpreted': is not here (needs TRITON",
+        ),
+        (["--stream", "noise"], "--stream 'noise': there is none of that name; there are 'zero', 'ones'"),
+        (["--steps", "0"], "--steps 0: must be from 1 to 1010"),
+        (["--steps", "65", "--stream", "real head"], "--steps 65: must be from 1 to 64"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--json", "/no/such/folder/report.json"], "--json /no/such/folder/report.json: there is no folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "parity", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert errors.startswith(f"ember-mlx parity: error: {message}")
+    assert errors.count("\n") == 1
+
+
+def test_a_fail_is_shown_written_and_exit_code_1(monkeypatch, capsys, tmp_path):
+    comparisons = [one_of(), one_of(dtype="float16", ulps=2.0, of_allowed=1.5), one_of("w")]
+    comparisons.append(one_of("all", ulps=float("inf"), of_allowed=float("inf"), error="RuntimeError: no kernel"))
+    monkeypatch.setattr(suite, "run", lambda *arguments: iter(comparisons))
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "parity", "--json", str(tmp_path / "report.json")])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    printed = capsys.readouterr().out
+    assert "4 comparisons, 2 failed" in printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"machine", "versions", "date", "seed", "not_here", "recordings"} <= set(report)
+    assert report["failed"] == 2
+    assert [row["passed"] for row in report["comparisons"]] == [True, False, True, False]
+    assert report["comparisons"][1]["dtype"] == "float16"
+    assert report["comparisons"][3]["ulps"] is None
+    assert report["comparisons"][3]["error"] == "RuntimeError: no kernel"
+
+
+def test_no_comparison_is_not_a_pass(monkeypatch, capsys):
+    monkeypatch.setattr(suite, "run", lambda *arguments: iter(()))
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "parity"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "nothing is left to compare" in capsys.readouterr().err
+
+
+def test_the_table_shows_the_worst_of_each_group_and_a_fail_before_anything():
+    lines = command.format_table(
+        [
+            one_of(ulps=3.0),
+            one_of(ulps=5.0, of_allowed=0.4, dtype="bfloat16", first_step=1, steps=1),
+            one_of("w", ulps=9.0),
+            one_of("w", ulps=0.6, allowed_ulps=0.5, of_allowed=1.2, dtype="float16"),
+            one_of(against="recorded triton on a GPU", ulps=1.0, stream="tiny"),
+            one_of(against="recorded triton on a GPU", ulps=2.0, stream="huge"),
+        ]
+    ).splitlines()
+    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[2:]]
+    where = "bfloat16, step 1, 24 x 8"
+    assert cells[0] == ["mlx cpu", "random", "r", "5", "20", "2.0e-07", "0.40", "pass", where]
+    assert cells[1][2:8] == ["w", "0.6", "0.5", "2.0e-07", "1.20", "FAIL"]
+    assert cells[2][:4] == ["mlx cpu / recorded triton on a GPU", "all streams", "r", "2"]
+    assert cells[2][-1] == "huge, float32, steps 2-10, 24 x 8"
+    assert len(cells) == 3
