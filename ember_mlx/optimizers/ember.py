@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
+from ember_mlx import kernels
 from ember_mlx.errors import InputError
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
@@ -52,10 +53,14 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay):
 
 def mean_squares(g):
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32."""
-    g2 = mx.square(g.astype(mx.float32))
-    rows = g2.shape[0]
-    column_sums = [g2[i : i + ROWS_PER_BLOCK].sum(axis=0) for i in range(0, rows, ROWS_PER_BLOCK)]
-    return g2.mean(axis=1), mx.stack(column_sums).sum(axis=0) / rows
+    if kernels.usable(g.dtype):
+        return kernels.mean_squares(g)
+    row_means, column_sums = [], []
+    for rows in blocks(g):
+        g2 = mx.square(g[rows].astype(mx.float32))
+        row_means.append(g2.mean(axis=1))
+        column_sums.append(g2.sum(axis=0))
+    return mx.concatenate(row_means), mx.stack(column_sums).sum(axis=0) / g.shape[0]
 
 
 def update_second_moment(moment, mean_square, beta2):
@@ -77,6 +82,11 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay):
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
     update = g.astype(mx.float32) / (a[:, None] * b + eps)
     return (decayed - learning_rate * update).astype(w.dtype)
+
+
+def blocks(table):
+    """Slices of its rows."""
+    return [slice(first, first + ROWS_PER_BLOCK) for first in range(0, len(table), ROWS_PER_BLOCK)]
 
 
 class Ember(Optimizer):
@@ -103,6 +113,7 @@ class Ember(Optimizer):
 
     def __init__(self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0):
         super().__init__()
+        kernels.usable()  # tries them now: a first step may be one that MLX is tracing
         _check("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999")
         _check("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
         self.beta2 = beta2

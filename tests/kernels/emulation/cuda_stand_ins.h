@@ -1,0 +1,43 @@
+// CUDA as far as the kernels use it, for g++. One block runs at a time, so `__shared__` memory may be static.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "threads.h"
+
+using std::int32_t;
+using std::int64_t;
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        memcpy(&value, &wide, 4);
+        return value;
+    }
+};
+
+template <typename Number>
+struct PerAxis {  // by value, as MLX passes shapes and strides
+    Number numbers[8];
+    Number operator[](int axis) const { return numbers[axis]; }
+};
+using Shape = PerAxis<int32_t>;
+using Strides = PerAxis<int64_t>;
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __shared__ static
+inline uint3 index_in_block() { return attributes().thread_position_in_threadgroup; }
+inline uint3 index_of_block() { return attributes().threadgroup_position_in_grid; }
+inline uint3 size_of_block() { return attributes().threads_per_threadgroup; }
+#define threadIdx index_in_block()
+#define blockIdx index_of_block()
+#define blockDim size_of_block()
+
+inline void __syncthreads() { wait_for_threadgroup(true); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) { return exchange(value, mask); }
