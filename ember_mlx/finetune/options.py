@@ -22,6 +22,7 @@ TABLE_DEFAULTS = {
     "table_weight_decay": 0.0,
     "table_beta2": None,
     "dequantize_tables": False,
+    "chunked_loss": False,
     "overwrite": False,
 }
 AT_LEAST = {
@@ -66,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--dequantize-tables",
         action="store_true",
         help="For a quantized model: train its tables in the dtype that they dequantize to.",
+    )
+    group.add_argument(
+        "--chunked-loss",
+        action="store_true",
+        help="The same loss without ever holding all logits: far less memory with long sequences and batches.",
     )
     group.add_argument(
         "--overwrite", action="store_true", help="Replace the run that --adapter-path holds. Default: refuse."

@@ -7,15 +7,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_lm.cli_ui import make_console, rprint
-from mlx_lm.lora import evaluate_model
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import TrainingArgs, evaluate, iterate_batches, train
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches, train
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.errors import InputError
 from ember_mlx.finetune import adapters
 from ember_mlx.finetune.build_optimizer import build_optimizer
+from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
@@ -55,7 +55,7 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
         rprint("Testing")
-        evaluate_model(args, model, test_set)
+        _test(args, model, test_set)
     return result
 
 
@@ -71,6 +71,7 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
         _resume(model, Path(args.resume_adapter_file))
     optimizer = build_optimizer(model, args, tables)
     trained = what_trains(model, optimizer, tables, args)
+    loss = choose_loss(args, model)
     print_trainable_parameters(model)
     rprint(f"\n{format_table(trained)}\n")
 
@@ -91,6 +92,7 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
         train_dataset=CacheDataset(train_set),
         val_dataset=CacheDataset(valid_set),
         args=_training_args(args, saver.scratch),
+        loss=loss,
         iterate_batches=batches,
         training_callback=record,
     )
@@ -98,7 +100,7 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
     save(args.iters, checkpoint=args.iters % args.save_every == 0)
     losses = record.training
     if valid_set:
-        losses = [*record.validation, _evaluate_on_first_batches(args, model, valid_set, batches)]
+        losses = [*record.validation, _evaluate_on_first_batches(args, model, loss, valid_set, batches)]
     result = Result(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=losses[0],
@@ -109,6 +111,11 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
     )
     rprint(f"\n{format_result(result)}")
     return result
+
+
+def choose_loss(args, model):
+    """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory."""
+    return chunked_loss(model) if args.chunked_loss else default_loss
 
 
 class Batches:
@@ -221,18 +228,29 @@ def _training_args(args, adapter_file):
     )
 
 
-def _evaluate_on_first_batches(args, model, valid_set, batches):
+def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
     """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
     random_state = np.random.get_state()
     np.random.set_state(batches.first_evaluation)
-    loss = evaluate(
+    mean = _evaluate(args, model, loss, valid_set, args.val_batches)
+    np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
+    return mean
+
+
+def _test(args, model, test_set):
+    """mlx-lm's test, whose function takes no loss."""
+    loss = _evaluate(args, model, choose_loss(args, model), test_set, args.test_batches)
+    rprint(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+
+
+def _evaluate(args, model, loss, rows, num_batches):
+    return evaluate(
         model=model,
-        dataset=CacheDataset(valid_set),
+        dataset=CacheDataset(rows),
         batch_size=args.batch_size,
-        num_batches=args.val_batches,
+        num_batches=num_batches,
         max_seq_length=args.max_seq_length,
+        loss=loss,
         iterate_batches=iterate_batches,
         clear_cache_threshold=args.clear_cache_threshold,
     )
-    np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
-    return loss
