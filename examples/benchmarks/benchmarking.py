@@ -1,0 +1,77 @@
+"""What the benchmarks of MLX share: the machine in words, a fresh process for each row, timing, and the JSON file."""
+
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+SEED = 0
+
+
+def backend():
+    """metal, cuda or cpu: what MLX computes on here."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def machine():
+    """The machine, the versions, the day and the seed. Call it in a process of its own: it starts MLX."""
+    import mlx.core as mx
+
+    device = "cpu" if backend() == "cpu" else mx.device_info().get("device_name", "unknown")
+    return {
+        "backend": backend(),
+        "device": device,
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("ember-mlx", "mlx", "mlx-lm")},
+        "date": datetime.date.today().isoformat(),
+        "seed": SEED,
+    }
+
+
+def in_fresh_process(function, *arguments, environment=None):
+    """What ``function`` returns in a process of its own; ``{"error": ...}`` if it raises or the process dies."""
+    before = {name: os.environ.get(name) for name in environment or {}}
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        return {"error": "the process was killed, as it is when memory runs out"}
+    except (RuntimeError, ValueError) as error:
+        return {"error": " ".join(str(error).split())[:300]}
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def median_seconds(function, repeats):
+    """The median of what a call takes; the function must wait for what it starts."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def write(path: Path | None, report: dict):
+    """Write what there is so far; called after each row, so that a run that is cut off keeps its rows."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+        partial.replace(path)

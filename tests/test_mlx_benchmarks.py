@@ -1,0 +1,54 @@
+"""The benchmarks of MLX, with tiny shapes: they run, and what they write is what was asked for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_table_step_counts_state_and_scratch_in_tables(tmp_path):
+    out = tmp_path / "step.json"
+    run("mlx_table_step.py", "--out", out, "--shapes", "300x40", "--dtypes", "float32", "--repeats", 1,
+        "--optimizers", "Ember, plain operations", "Adam")  # fmt: skip
+    report = json.loads(out.read_text())
+    adam, ember = report["rows"]
+    assert (adam["state_bytes"], ember["state_bytes"]) == (2 * 300 * 40 * 4, 340 * 4)
+    assert adam["scratch_tables"] >= 3
+    assert 1 < ember["scratch_tables"] < adam["scratch_tables"]
+    assert report["machine"]["copy_bytes_per_second"] > 0
+
+
+def test_the_training_step_is_one_and_goes_on_where_it_was_cut_off(tmp_path):
+    out, row = tmp_path / "memory.json", "smollm2-135m/tied/lora/4x1024/ember"
+    done = "smollm2-135m/tied/lora/4x1024/adamw"
+    out.write_text(json.dumps({"rows": {done: {"peak_memory": 1}}}))
+    said = run("mlx_training_memory.py", "--out", out, "--smoke", "--steps", 1, "--rows", done, row, f"{row}/chunked")
+    assert [line.split()[0] for line in said.splitlines()] == [row, f"{row}/chunked"]
+    kept, plain, chunked = json.loads(out.read_text())["rows"].values()
+    assert kept == {"peak_memory": 1}
+    assert plain["peak_memory"] > sum(plain["bytes"][part] for part in ("weights", "gradients", "logits"))
+    assert abs(chunked["losses"][0] - plain["losses"][0]) < 0.05
+    assert plain["losses"][-1] < plain["losses"][0]
+
+
+def test_the_pictures_are_drawn_from_what_there_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "memory.json"
+    machine = {"device": "a GPU", "versions": {"mlx": "1.2.3"}}
+    rows = {"qwen3-0.6b/untied/lora/1x512/ember": {"peak_memory": 3_100_000_000}, "of another kind": {"error": "none"}}
+    out.write_text(json.dumps({"machine": machine, "rows": rows}))
+    run("mlx_training_memory.py", "--out", out, "--draw", tmp_path / "pictures")
+    names = ("peak_by_optimizer", "peak_of_chunked_loss")
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert drawn == {f"{name}_{mode}.svg" for name in names for mode in ("light", "dark")}
