@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("ember-mlx", "mlx", "mlx-lm", "numpy", "torch", "triton")
+PACKAGES = ("ember-mlx", "mlx", "mlx-lm", "numpy", "torch", "transformers", "triton")
 
 
 def environment() -> dict:

@@ -1,16 +1,15 @@
 """What the benchmarks of MLX share: the machine in words, a fresh process for each row, timing, and the JSON file."""
 
-import datetime
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+
+from ember_mlx.parity.environment import environment
 
 SEED = 0
 
@@ -26,20 +25,9 @@ def backend():
 
 def machine():
     """The machine, the versions, the day and the seed. Call it in a process of its own: it starts MLX."""
-    import mlx.core as mx
-
-    device = "cpu" if backend() == "cpu" else mx.device_info().get("device_name", "unknown")
-    return {
-        "backend": backend(),
-        "device": device,
-        "system": platform.platform(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("ember-mlx", "mlx", "mlx-lm")},
-        "date": datetime.date.today().isoformat(),
-        "seed": SEED,
-    }
+    here = environment()
+    machine, on_cpu = here.pop("machine"), backend() == "cpu"
+    return {"backend": backend(), "device": machine["processor" if on_cpu else "gpu"], **machine, **here, "seed": SEED}
 
 
 def in_fresh_process(function, *arguments, environment=None):

@@ -9,9 +9,7 @@ before it, in tables of the weights' dtype.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 
 from cuda_ref import Ember
+from ember_mlx.parity.environment import environment
 
 SHAPES = [(151_936, 1024), (128_256, 4096), (50_257, 768)]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -135,16 +134,13 @@ def main():
                 torch.cuda.empty_cache()
     if args.out:
         machine = {
-            "gpu": torch.cuda.get_device_name(),
-            "copy_bytes_per_second": round(bandwidth),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
+            **environment(),
             "cuda": torch.version.cuda,
-            "date": datetime.date.today().isoformat(),
+            "copy_bytes_per_second": round(bandwidth),
             "seed": SEED,
             "repeats": args.repeats,
         }
-        args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

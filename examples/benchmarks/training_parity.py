@@ -17,10 +17,8 @@ Three kinds of runs beside the two show what a difference means:
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from functools import partial
 from pathlib import Path
@@ -39,6 +37,7 @@ from training_parity_twins import (
 )
 
 from ember_mlx.demo import MODEL
+from ember_mlx.parity.environment import environment
 
 ALLOWED = 1e-3  # of the loss, in nats a token
 BESIDE = ("mlx, neighbours", "torch, neighbours", "mlx, exact sums",
@@ -74,8 +73,8 @@ def main(arguments=None):
                    for name in runs if name != "torch"}  # fmt: skip
     sizes = {name: list(weight.shape) for name, weight in start.items() if name in runs["mlx"].moments}
     report = {
-        "machine": machine(),
-        "versions": versions(),
+        **environment(),
+        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name or None,  # MLX on a CPU takes its products from there
         "options": {name: value for name, value in vars(args).items() if name not in ("out", "beside")}
         | {"model": args.model.name, "betas": BETAS, "eps": EPS},
         "batches_sha256": hashlib.sha256(batches.tobytes()).hexdigest(),
@@ -140,18 +139,6 @@ def distance(array, other, start=None):
     if start is not None:
         result["of_the_way"] = difference / np.linalg.norm(other - start)
     return {name: float(f"{value:.3g}") for name, value in result.items()}
-
-
-def machine():
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    blas = Path(os.environ.get("LD_PRELOAD", "")).name or None  # MLX on a CPU takes its products from there
-    system, processor = platform.platform(), platform.machine()
-    return {"system": system, "processor": processor, "cores": os.cpu_count(), "gpu": gpu, "preloaded": blas}
-
-
-def versions():
-    packages = ("ember-mlx", "mlx", "mlx-lm", "torch", "transformers", "numpy")
-    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def write(report, path):
