@@ -1,5 +1,6 @@
 """Ember on the token tables and any other PyTorch optimizer on the rest, as one optimizer."""
 
+import warnings
 from collections.abc import MutableMapping
 from itertools import chain
 
@@ -58,6 +59,11 @@ class PairedOptimizer(Optimizer):
     """
 
     def __init__(self, model, tables, rest):
+        if not isinstance(model, torch.nn.Module):
+            raise InputError(
+                f"PairedOptimizer(model={type(model).__name__}): the first argument is the torch.nn.Module, not its "
+                "parameters. Trainer gives it when told optimizer_cls_and_kwargs=(lambda: PairedOptimizer, sides)"
+            )
         found = find_token_tables(model)
         paths = {table.path for table in found}
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -103,6 +109,12 @@ class PairedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(p.grad is None for group in self.tables.param_groups for p in group["params"]):
+            warnings.warn(
+                "PairedOptimizer.step: no token table has a gradient. If not meant so, it was made before the "
+                "model got other parameters: make the optimizer after adapters, new tokens and fully_shard",
+                stacklevel=3,
+            )
         for side in reversed(self._sides):  # Ember refuses a bad gradient before anything is written
             side.step()
         return loss
@@ -112,6 +124,9 @@ class PairedOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        if missing:
+            raise InputError(f"PairedOptimizer.load_state_dict: no {missing[0]!r} in it: load what state_dict() gave")
         groups, state = state_dict["param_groups"], state_dict["state"]
         saved, own = ([len(group["params"]) for group in of] for of in (groups, self.param_groups))
         if saved != own:
@@ -184,7 +199,11 @@ def _side(name, make, named):
 def _no_table(model, found):
     if not found:
         return f"PairedOptimizer: no token table in {type(model).__name__}; looked for {LOOKED_FOR}"
+    remedy = "set requires_grad of one before this call"
+    if hasattr(model, "peft_config"):  # save_pretrained would leave out a table that was unfrozen by hand
+        modules = ", ".join(repr(table.module_path.rpartition(".")[2]) for table in found)
+        remedy = f"name them in the PEFT config, modules_to_save=[{modules}], with ensure_weight_tying=True if tied"
     return (
         f"PairedOptimizer: no token table of {type(model).__name__} is trainable; found "
-        f"{', '.join(table.path for table in found)}, all frozen: set requires_grad of one before this call"
+        f"{', '.join(table.path for table in found)}, all frozen: {remedy}"
     )

@@ -89,12 +89,15 @@ def check_gradient(w):
     if sharding.is_dtensor(w) and (w.device_mesh, w.placements) != (g.device_mesh, g.placements):
         raise InputError(
             f"Ember: a table with the placements {w.placements} has a gradient with {g.placements}: both must be the "
-            "same, as fully_shard leaves them"
+            "same, as fully_shard leaves them. Under torch's tensor parallelism give this table to another optimizer"
         )
 
 
 def check_state_dict(state_dict, groups, shards, check_group):
     """What ``load_state_dict`` gets, for these ``groups``; return the saved state of each table that has any."""
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise InputError(f"Ember.load_state_dict: there is no {missing[0]!r} in it: load what state_dict() gave")
     saved_groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if saved_sizes != sizes:

@@ -25,8 +25,9 @@ from ember_mlx.errors import InputError
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
-# A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
-ROWS_PER_BLOCK = 4096
+# A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6. A quarter of MLX's blocks:
+# about 8 float32 copies of one are alive at a time here, which is under a table from 8,000 rows on.
+ROWS_PER_BLOCK = 1024
 
 
 def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=None):
@@ -126,7 +127,8 @@ class Ember(Optimizer):
         InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D table of those dtypes,
             a gradient that is sparse or of another shape or device, state of another table; nothing is written then.
             On every rank where ranks that share a table disagree on the step or the options, which is looked at in the
-            first step and in the first one after ``load_state_dict`` or ``add_param_group``.
+            first step and in the first one after ``load_state_dict`` or ``add_param_group``. Not looked at is the value
+            of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Ember(Optimizer):
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group):
+        self._agreed = False
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -152,10 +155,9 @@ class Ember(Optimizer):
                 self._shards.update(zip(group["params"], found, strict=True))
             if fault is not None:
                 raise fault
-        except InputError:
+        except Exception:
             self.param_groups.pop()
             raise
-        self._agreed = False
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -217,7 +219,7 @@ class Ember(Optimizer):
     def _step_table(self, w, group):
         state = self.state[w]
         shards = self._shards.get(w) if self._shards else None
-        state["step"] += 1
+        t = state["step"] + 1
         use_triton = self.implementation == "triton" or (
             self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
         )
@@ -226,14 +228,15 @@ class Ember(Optimizer):
         if shards is not None:
             w, g, r = (sharding.local_part(tensor) for tensor in (w, g, r))
             shards = shards if shards.communicator is not None else None  # this rank has all rows
-        old = w, r, c
-        new = step(w, g, r, c, state["step"], *(group[option] for option in OPTIONS), shards)
+        old = w, r, c, state["step"]
+        new = *step(w, g, r, c, t, *(group[option] for option in OPTIONS), shards), t
         for before, after in zip(old, new, strict=True):
             if after is not before:
                 before.copy_(after)
 
     def load_state_dict(self, state_dict):
         """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
+        self._agreed = False  # also where this rank refuses: the others may not
         self._find_shards()
         saved = {}
 
@@ -253,7 +256,6 @@ class Ember(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._agreed = False
 
     def _state_of(self, w, saved):
         """A copy of saved state as this rank keeps it."""
@@ -268,7 +270,12 @@ class Ember(Optimizer):
 
     def __getstate__(self):
         """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""
-        own = {"implementation": self.implementation, "row_shard_group": self.row_shard_group}
+        if self.row_shard_group is not None:
+            raise InputError(
+                "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process: make a new "
+                "one on every rank, and load the state_dict of this one"
+            )
+        own = {"implementation": self.implementation, "row_shard_group": None}
         return super().__getstate__() | own | {"_shards": {}, "_agreed": False}
 
     def _named_tables(self):

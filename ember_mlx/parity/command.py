@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     if args.json is not None and not args.json.parent.is_dir():
         raise InputError(f"--json {args.json}: there is no folder {args.json.parent}; give a path in one that exists")
+    if args.json is not None and args.json.is_dir():
+        raise InputError(f"--json {args.json}: is a folder; give the path of a file")
     cases = suite.select(args.stream, args.steps)
     here, not_here = implementations.select(args.implementation)
     recordings = recorded.read_results()

@@ -48,20 +48,16 @@ class Tolerance:
 
 
 TOLERANCES = {
-    ("r", "float32"): Tolerance(
-        once=MEAN_OF_SQUARES,
-        per_root_step=RUNNING_MEAN,
-        absolute=SMALLEST_NORMAL,
-        measured=0.41,
-        reason="a mean over a row, then a running mean; squares of gradients under 1e-19 are subnormal or flushed",
-    ),
-    ("c", "float32"): Tolerance(
-        once=MEAN_OF_SQUARES,
-        per_root_step=RUNNING_MEAN,
-        absolute=SMALLEST_NORMAL,
-        measured=0.55,
-        reason="a mean over a column, then a running mean; squares of gradients under 1e-19 are subnormal or flushed",
-    ),
+    **{
+        (quantity, "float32"): Tolerance(
+            once=MEAN_OF_SQUARES,
+            per_root_step=RUNNING_MEAN,
+            absolute=SMALLEST_NORMAL,
+            measured=measured,
+            reason=f"a mean over a {line}, a running mean; squares of gradients under 1e-19 are subnormal or flushed",
+        )
+        for quantity, line, measured in (("r", "row", 0.41), ("c", "column", 0.55))
+    },
     ("c of many rows", "float32"): Tolerance(
         once=64 * ROUNDING,
         absolute=SMALLEST_NORMAL,

@@ -43,7 +43,7 @@ class PlainEmber(torch.optim.Optimizer):
             state["c"] = torch.zeros(w.shape[1], device=w.device)
             state["t"] = 0
         state["t"] += 1
-        g = w.grad.float()
+        g = w.grad.to(torch.float32, copy=True)
         r = state["r"].mul_(beta2).add_(g.square().mean(dim=1), alpha=1 - beta2)
         c = state["c"].mul_(beta2).add_(g.square().mean(dim=0), alpha=1 - beta2)
         v_hat = torch.outer(r, c) / (c.mean().clamp(min=1e-30) * (1 - beta2 ** state["t"]))

@@ -4,6 +4,7 @@ Each rank gets RANK, WORLD_SIZE and CHECK_FOLDER in its environment, and leaves 
 through NCCL where every rank can have a GPU, otherwise on the CPU through gloo.
 """
 
+import copy
 import datetime
 import itertools
 import json
@@ -219,11 +220,24 @@ def check_disagreement():
         train(table, optimizer, gradients[1:])
         assert state_of(table, optimizer)[2] == 2
 
+        # State that one rank refuses: the others, which took it, must not be left waiting.
+        saved = optimizer.state_dict()
+        state = saved["state"][0]
+        saved["state"] = {0: state | {"step": state["step"] + 1, "c": state["c"][: 4 if RANK == 1 else 5]}}
+        if RANK == 1:
+            raises("c of shape (4,)", optimizer.load_state_dict, saved)
+        else:
+            optimizer.load_state_dict(saved)
+        raises("disagree on the step of parameter 0", train, table, optimizer, gradients[1:])
+
         # A fault that only one rank can see must not leave the others waiting.
         table = Table(random_values((7, 5)), way)
         optimizer = table.ember()
         optimizer.param_groups[0]["lr"] = -1.0 if RANK == 1 else 1e-2
         raises("lr=-1.0", train, table, optimizer, gradients[:1])
+
+    slices = Table(random_values((7, 5)), "slices").ember()
+    raises("cannot be copied or pickled", copy.copy, slices)
 
     columns = nn.Parameter(torch.ones(3, 5 + RANK, device=DEVICE))
     raises("disagree on columns and dtype of table 0", Ember, [columns], 1e-2, row_shard_group=dist.group.WORLD)

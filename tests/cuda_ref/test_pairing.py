@@ -332,3 +332,21 @@ def test_an_error_of_ember_leaves_both_sides_as_they_were():
     assert not differing(model, Model())
     with pytest.raises(ValueError, match="Muon only supports 2D"):  # as it stands, not wrapped
         paired(model, rest=Muon)
+
+
+def test_what_is_no_module_is_refused_with_what_trainer_needs():
+    with pytest.raises(InputError, match="lambda: PairedOptimizer"):
+        paired(list(Model().parameters()))
+
+
+def test_frozen_tables_of_a_peft_model_are_to_be_named_in_its_config():
+    model = Model().requires_grad_(False)
+    model.peft_config = {}
+    with pytest.raises(InputError, match=r"modules_to_save=\['embed', 'head'\]"):
+        paired(model)
+
+
+def test_a_step_without_any_gradient_of_a_table_is_warned_of():
+    optimizer = paired(Model())
+    with pytest.warns(UserWarning, match="no token table has a gradient"):
+        optimizer.step()

@@ -80,6 +80,7 @@ def test_without_both_nothing_can_be_compared(tmp_path):
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--json", "/no/such/folder/report.json"], "--json /no/such/folder/report.json: there is no folder"),
+        (["--json", "/"], "--json /: is a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
