@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,7 +12,7 @@ from pathlib import Path
 USAGE = """\
 ember-mlx: fine-tune language models with mlx-lm and train their token tables too, with the Ember optimizer
 
-  ember-mlx train     train: the options of mlx_lm.lora, and --train-tables, --table-learning-rate, ...
+  ember-mlx train     train: the options of mlx_lm.lora, and --train-tables, --table-learning-rate, --resume, ...
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
   ember-mlx fuse      merge an adapter into an ordinary model folder: the options of mlx_lm.fuse, and --overwrite
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
@@ -22,7 +23,7 @@ ember-mlx COMMAND --help tells the options of each."""
 
 
 def main():
-    """Entry point. Exit code 0; 2 for bad input, with one line that says what and what to do."""
+    """Entry point. Exit code 0; 2 for bad input, with one line that says what and what to do; 130 or 143 if stopped."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     commands = {"train": train, "generate": generate, "fuse": fuse, "demo": demo, "parity": parity}
@@ -39,8 +40,16 @@ def main():
 def train(arguments):
     from ember_mlx.finetune import options
     from ember_mlx.finetune.run import run
+    from ember_mlx.finetune.stop_signals import Interrupted
 
-    run(options.parse(arguments))
+    try:
+        run(options.parse(arguments))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        if stopped.checkpoint:
+            again = shlex.join(["ember-mlx", "train", *options.command_to_resume(arguments)])
+            print(f"To go on:\n  {again}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 def generate(arguments):
@@ -115,9 +124,9 @@ def _run(command, function, arguments):
         function(arguments)
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full
         sys.exit(_one_line(f"ember-mlx {command}", str(error)))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _one_line(f"ember-mlx {command}", "interrupted; what was saved before is kept")
-        sys.exit(130)
+        sys.exit(getattr(interrupt, "exit_code", 130))
 
 
 def _require_mlx(command):

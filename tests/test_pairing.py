@@ -285,3 +285,68 @@ def test_a_table_that_stands_in_two_places_is_refused():
     model.decoder_embed = model.embed
     with pytest.raises(InputError, match="embed and decoder_embed are one and the same module|decoder_embed and embed"):
         PairedOptimizer(model, tables=Ember(1e-2), rest=optim.SGD(1e-1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tables", [lambda: Ember(1e-2), adamw])
+@pytest.mark.parametrize("where", ["embed.weight", "head.weight", "parts.5.weight", "head.bias"])
+def test_a_nan_anywhere_changes_nothing_on_either_side(where, tables, compiled):
+    model = Toy()
+    optimizer = PairedOptimizer(model, tables=tables(), rest=adamw(), skip_nonfinite=True)
+    gradients = dict(tree_flatten(nn.value_and_grad(model, loss)(model, tokens() % 50)[1]))
+    bad = gradients | {where: gradients[where] * 1}
+    bad[where][1:2] = float("nan")
+
+    def step(gradients):
+        model.load_weights(list(optimizer.apply_gradients(gradients, weights(model)).items()))
+
+    if compiled:
+        held = [model.state, optimizer.state]
+        step = partial(mx.compile, inputs=held, outputs=held)(step)
+
+    def everything():
+        mx.eval(model.state, optimizer.state)
+        return weights(model) | dict(tree_flatten(optimizer.state))
+
+    for _ in range(2):  # the first step, and a later one
+        before = everything()
+        step(bad)
+        after = everything()
+        assert differing(before, after) == ["nonfinite_steps"]
+        step(gradients)
+        assert {"tables.step", "rest.step", where} < set(differing(after, everything()))
+    assert optimizer.nonfinite_steps.item() == 2
+
+
+def test_with_ember_gradients_whose_squares_overflow_change_nothing_either():
+    model = tiny_llama()
+    optimizer = PairedOptimizer(model, tables=Ember(1e-2), rest=adamw(), skip_nonfinite=True)
+    gradients = dict(tree_flatten(gradients_of(model)))
+    before = weights(model)
+    optimizer.update(model, tree_unflatten(list((gradients | {TABLES[0]: mx.full((260, 32), 1e20)}).items())))
+    assert not differing(before, weights(model))
+    optimizer.update(model, tree_unflatten(list((gradients | {TABLES[0]: mx.full((260, 32), 1e15)}).items())))
+    assert len(differing(before, weights(model))) == len(before)
+    assert optimizer.nonfinite_steps.item() == 1
+
+
+def test_clipping_is_by_the_norm_of_both_sides_together():
+    model, by_hand = Toy(), Toy()
+    by_hand.update(model.parameters())
+    gradients = nn.value_and_grad(model, loss)(model, tokens() % 50)[1]
+    norm = sum(mx.square(g).sum() for _, g in tree_flatten(gradients)).sqrt()
+    sides = {"tables": optim.SGD(1.0), "rest": optim.SGD(1.0)}
+    PairedOptimizer(model, **sides, clip_grad_norm=0.25 * norm.item()).update(model, gradients)
+    optim.SGD(0.25).update(by_hand, gradients)
+    for name, array in weights(model).items():
+        assert mx.allclose(array, weights(by_hand)[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_state_from_before_the_guard_is_taken():
+    model = tiny_llama()
+    old = paired(model)
+    train(model, old, 2)
+    new = PairedOptimizer(model, tables=Ember(1e-2), rest=adamw(), skip_nonfinite=True)
+    new.state = dict(tree_flatten(old.state))
+    assert new.nonfinite_steps.item() == 0
+    assert new.step.item() == 2

@@ -6,7 +6,6 @@ file; a ``full`` adapter holds everything in it.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
-from mlx_lm.utils import save_config
 
 from ember_mlx.errors import InputError
+from ember_mlx.finetune import durable, options, reading
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.token_tables import find_token_tables
 
@@ -69,41 +68,44 @@ def load_base(path_or_hf_repo, **options):
 
 
 class Saver:
-    """Writes the trainable parameters of ``model`` to ``folder``; each file appears whole or not at all.
+    """Writes the trainable parameters of ``model`` to ``folder``: all files, or those of before stay.
 
     The first save, not the start of the run, takes the place of an earlier run in the folder: one that breaks off
-    before it has anything to save loses nothing.
+    before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args):
+    def __init__(self, folder: Path, model: nn.Module, args, goes_on=False):
         self.folder = folder
         self.model = model
         self.options = vars(args).copy()
         self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
-        self.replaced = run_files(folder)
+        self.replaced = [] if goes_on else run_files(folder)
         self.saved = False
-        folder.mkdir(parents=True, exist_ok=True)
-        # mlx-lm's loop ends by writing everything, tables and all, into one file: this one, which nobody reads.
-        self.scratch = folder / f".partial_{ADAPTERS}"
 
     def save(self, steps_done: int, checkpoint: bool) -> list[str]:
-        """Save what is trained so far, as a checkpoint named as mlx-lm does too if asked for; the names written."""
+        """Save what is trained so far, as a checkpoint named as mlx-lm does too if asked for; the names written.
+
+        Raises:
+            OSError: for whatever the disk has against it; the files that were there are as they were.
+        """
         weights = dict(tree_flatten(self.model.trainable_parameters()))
         tables = {name: weights.pop(name) for name in self.table_paths}
-        written = []
-        for prefix in ("", f"{steps_done:07d}_") if checkpoint else ("",):
-            for name, arrays in ((ADAPTERS, weights), (TABLES, tables)):
-                if arrays or name == ADAPTERS:
-                    mx.save_safetensors(str(self.scratch), arrays)
-                    os.replace(self.scratch, self.folder / f"{prefix}{name}")
-                    written.append(f"{prefix}{name}")
+        files = {
+            f"{prefix}{name}": arrays
+            for prefix in ("", f"{steps_done:07d}_")[: 2 if checkpoint else 1]
+            for name, arrays in ((ADAPTERS, weights), (TABLES, tables))
+            if arrays or name == ADAPTERS
+        }
+        names = list(files)
         if not self.saved:
-            save_config(self.options, self.folder / CONFIG)
-            for path in self.replaced:
-                if path.name not in (CONFIG, *written):
+            files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4).encode()
+        durable.replace_together(self.folder, files)
+        if not self.saved:
+            for path in (*self.replaced, *self.folder.glob(f"{durable.PARTIAL}*.safetensors")):
+                if path.name not in files:
                     path.unlink(missing_ok=True)
         self.saved = True
-        return written
+        return names
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -126,7 +128,8 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
     if adapters or not tables:
         try:
             load_adapters(model, str(folder))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # OverflowError: a rank beyond what an array can have
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}; {REMEDY}") from error
         if not full:
             _refuse_missing(folder, model, adapters)
@@ -148,15 +151,21 @@ def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, 
 
 
 def _read_config(folder):
-    path = folder / CONFIG
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: there is no {CONFIG} in it; give the --adapter-path of a finished run")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"adapter {folder}: {CONFIG} is not JSON ({error}); train again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"adapter {folder}: {CONFIG} holds no options; train again")
+    config = reading.read_json(folder / CONFIG, f"adapter {folder}")
+    where = f"adapter {folder}: {CONFIG}"
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora", "full"):
+        raise InputError(f"{where}: fine_tune_type {kind!r}: must be lora, dora or full")
+    reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
+    if kind != "full":
+        reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
+        reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
+        try:
+            options.check_lora_parameters(config["lora_parameters"])
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
     return config
 
 
@@ -164,10 +173,13 @@ def read_arrays(path: Path) -> dict:
     """The arrays of a safetensors file, by name."""
     if not path.is_file():
         raise InputError(f"adapter {path.parent}: there is no file {path.name} in it; give that of a finished run")
-    try:
-        return mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"adapter {path.parent}: {path.name} cannot be read ({error}); train again") from error
+    arrays = reading.read_arrays(path, f"adapter {path.parent}")
+    for name, array in arrays.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise InputError(
+                f"adapter {path.parent}: {path.name}: {name} is of dtype {array.dtype}, which never trains"
+            )
+    return arrays
 
 
 def _dequantize(model, tables, config):

@@ -8,17 +8,18 @@ import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx.errors import InputError
+from ember_mlx.guard import GuardedOptimizer
 from ember_mlx.optimizers import Ember
 from ember_mlx.pairing import PairedOptimizer
 
 
-def build_optimizer(model: nn.Module, args, tables) -> optim.Optimizer:
-    """A PairedOptimizer, or the body's optimizer alone when no table trains."""
+def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:
+    """A PairedOptimizer, or the body's optimizer alone when no table trains; either lets no NaN through."""
     body = body_optimizer(args)
+    guard = {"skip_nonfinite": True, "clip_grad_norm": args.clip_grad_norm}
     if tables:
-        return PairedOptimizer(model, tables=table_optimizer(args), rest=body)
-    body.init(model.trainable_parameters())
-    return body
+        return PairedOptimizer(model, tables=table_optimizer(args), rest=body, **guard)
+    return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
 
 
 def body_optimizer(args) -> optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The options of ``ember-mlx train``: those of the installed ``mlx_lm.lora``, as they are, and the token tables'."""
+"""The options of ``ember-mlx train``: those of the installed ``mlx_lm.lora``, as they are, and our own."""
 
 import argparse
 import copy
@@ -12,9 +12,10 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.utils import _parse_size
 
 from ember_mlx.errors import InputError, with_one_line_errors
+from ember_mlx.guard import check_clip_grad_norm
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
-TABLE_DEFAULTS = {
+OWN_DEFAULTS = {
     "train_tables": "auto",
     "table_optimizer": "ember",
     "table_learning_rate": 1e-4,
@@ -24,6 +25,11 @@ TABLE_DEFAULTS = {
     "dequantize_tables": False,
     "chunked_loss": False,
     "overwrite": False,
+    "resume": None,
+    "resume_with_changes": False,
+    "keep_checkpoints": 3,
+    "on_nonfinite": "stop",
+    "clip_grad_norm": None,
 }
 AT_LEAST = {
     "batch_size": 1,
@@ -31,6 +37,7 @@ AT_LEAST = {
     "steps_per_report": 1,
     "steps_per_eval": 1,
     "save_every": 1,
+    "keep_checkpoints": 0,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
     "learning_rate": 0,
@@ -58,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--table-learning-rate",
         type=float,
-        help=f"Learning rate of the tables. Default: {TABLE_DEFAULTS['table_learning_rate']}. If the YAML file has an "
+        help=f"Learning rate of the tables. Default: {OWN_DEFAULTS['table_learning_rate']}. If the YAML file has an "
         "lr_schedule, the tables follow it with this as its peak, unless it has a table_lr_schedule too.",
     )
     group.add_argument("--table-weight-decay", type=float, help="Decoupled weight decay of the tables. Default: 0.")
@@ -76,11 +83,46 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--overwrite", action="store_true", help="Replace the run that --adapter-path holds. Default: refuse."
     )
+    group = parser.add_argument_group("non-finite numbers")
+    group.add_argument(
+        "--on-nonfinite",
+        choices=["stop", "skip"],
+        help="When the loss or a gradient holds a NaN or an infinity, which never reaches the weights: end the run, or "
+        "leave the step out and count it. Default: stop.",
+    )
+    group.add_argument(
+        "--clip-grad-norm",
+        type=float,
+        help="Scale the gradients of all that trains together to at most this norm. Default: do not.",
+    )
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        type=str,
+        metavar="CHECKPOINT",
+        help="Go on from a checkpoint as if the run had never stopped: from the newest good one in --adapter-path, or "
+        "from this folder. Give the options of that run again; --iters may be more. (--resume-adapter-file is another "
+        "thing: a new run that begins with the weights of an old one.)",
+    )
+    group.add_argument(
+        "--resume-with-changes",
+        action="store_true",
+        help="Go on although options, data or model are not those of the checkpoint. Default: refuse, and name them.",
+    )
+    group.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        metavar="N",
+        help=f"Keep the newest N checkpoints; 0 writes none. Default: {OWN_DEFAULTS['keep_checkpoints']}. One is "
+        "written every --save-every steps, at the end, and when Ctrl-C or SIGTERM stops the run.",
+    )
     for action in parser._actions:
         if action.type is _parse_size:
             action.type = _size
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
-    parser.set_defaults(**dict.fromkeys(_defaults()))
+    parser.set_defaults(**dict.fromkeys(defaults()))
     return with_one_line_errors(parser)
 
 
@@ -99,7 +141,7 @@ def parse(arguments: list[str]) -> types.SimpleNamespace:
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
-    for key, value in _defaults().items():
+    for key, value in defaults().items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
     args = types.SimpleNamespace(**options)
@@ -128,14 +170,16 @@ def check(args):
             raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
         if not 0 <= args.table_beta2 < 1:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
+    check_clip_grad_norm(f"--clip-grad-norm {args.clip_grad_norm}", args.clip_grad_norm)
     for name in ("lora_parameters", "optimizer_config"):
         if not isinstance(getattr(args, name), dict):
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
     if args.fine_tune_type != "full":
-        _check_lora_parameters(args.lora_parameters)
+        check_lora_parameters(args.lora_parameters)
 
 
-def _check_lora_parameters(parameters):
+def check_lora_parameters(parameters: dict):
+    """Refuse a rank, scale or dropout that cannot be."""
     ranges = {
         "rank": (1, "a whole number of at least 1"),
         "scale": (-math.inf, "a number"),
@@ -148,13 +192,27 @@ def _check_lora_parameters(parameters):
             raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")
 
 
+def command_to_resume(arguments: list[str]) -> list[str]:
+    """The same arguments, to go on from the newest checkpoint."""
+    kept, skip = [], False
+    for word in arguments:
+        if skip and not word.startswith("-"):
+            skip = False
+            continue
+        skip = word == "--resume"
+        if not skip and word not in ("--overwrite", "--resume-with-changes") and not word.startswith("--resume="):
+            kept.append(word)
+    return [*kept, "--resume"]
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _defaults():
+def defaults() -> dict:
+    """The defaults of all options: mlx_lm.lora's, and our own."""
     # The default of 16 layers is more than many models have: what None means is settled once the model is known.
-    return lora.CONFIG_DEFAULTS | TABLE_DEFAULTS | {"num_layers": None}
+    return lora.CONFIG_DEFAULTS | OWN_DEFAULTS | {"num_layers": None}
 
 
 def _read_yaml(path, parser):
@@ -168,7 +226,7 @@ def _read_yaml(path, parser):
         raise InputError(f"--config {path}: must hold `option: value` lines, as mlx_lm.lora takes them")
     actions = {action.dest: action for action in parser._actions}
     for key, value in config.items():
-        near = difflib.get_close_matches(str(key), _defaults(), n=1, cutoff=0.8)
+        near = difflib.get_close_matches(str(key), defaults(), n=1, cutoff=0.8)
         if near and near != [key]:
             rprint(f"Warning: --config {path}: {key} is not an option; did you mean {near[0]}?")
         if key in actions and value is not None:
@@ -178,6 +236,8 @@ def _read_yaml(path, parser):
 
 def _typed(where, value, action):
     """The value as the command line would have read it."""
+    if action.nargs == "?" and isinstance(value, bool):
+        return action.const if value else None
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise InputError(f"{where} must be true or false")

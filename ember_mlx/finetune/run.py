@@ -2,23 +2,31 @@
 
 import math
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.cli_ui import make_console, rprint
+from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches, train
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.errors import InputError
-from ember_mlx.finetune import adapters
+from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.folder_lock import FolderLock
+from ember_mlx.finetune.loop import Batches, Finished, Record, Rows, set_numpy_random, train_from
+from ember_mlx.finetune.nonfinite import NonfiniteSteps
+from ember_mlx.finetune.resume import made_of, refuse_changes, restore
+from ember_mlx.finetune.saving import Saving, refuse_full_disk
+from ember_mlx.finetune.stop_signals import Interrupted, StopSignals
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
+from ember_mlx.guard import spoil_gradients_of_nonfinite
 
 
 def run(args, training_callback: TrainingCallback | None = None) -> Result | None:
@@ -27,11 +35,16 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
     Nothing is written before all that can be checked has been. ``training_callback`` hears of every report, beside
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
+    While it trains in the main thread, SIGINT and SIGTERM end it between two steps, with a checkpoint; whatever else
+    ends it leaves the checkpoints of before.
+
     Returns:
         What came of the training, or None after a test alone.
 
     Raises:
-        InputError: for anything in ``args``, the data or the model that cannot be used.
+        InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
+            run is writing to the same folder, and when the disk did not take what was trained.
+        Interrupted: (a ``KeyboardInterrupt``) for SIGINT or SIGTERM, once the run is saved; ``--resume`` goes on.
     """
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
@@ -39,8 +52,15 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
     workers = mx.distributed.init().size()
     if args.batch_size % workers:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
-    if args.train:
-        _check_adapter_folder(args)
+    with FolderLock(Path(args.adapter_path)) as lock:
+        if args.train:
+            _check_adapter_folder(args)
+            if mx.distributed.init().rank() == 0:
+                lock.take(make=False)
+        return _run(args, training_callback, lock)
+
+
+def _run(args, training_callback, lock):
     np.random.seed(args.seed)
     callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
     rprint("Loading pretrained model")
@@ -50,7 +70,7 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
     train_set, valid_set, test_set = load_data(args, tokenizer)
     result = None
     if args.train:
-        result = train_model(args, model, train_set, valid_set, callbacks)
+        result = train_model(args, model, train_set, valid_set, callbacks, lock)
     elif args.adapter_path != "":
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
@@ -59,120 +79,97 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
     return result
 
 
-def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallback]) -> Result:
+def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallback], lock: FolderLock) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     if args.fine_tune_type == "full":
         refuse_quantized(model)
+    workers, leader = mx.distributed.init().size(), mx.distributed.init().rank() == 0
+    of = made_of(model, train_set, valid_set, workers)
     tables = choose_tables(model, args.train_tables, args.dequantize_tables)
     args.token_tables = [table.path for table in tables]
     mx.random.seed(args.seed)
     make_trainable(model, args, tables)
-    if args.resume_adapter_file is not None:
-        _resume(model, Path(args.resume_adapter_file))
+    if args.resume_adapter_file is not None and args.resume is None:
+        _load_adapter_file(model, Path(args.resume_adapter_file))
     optimizer = build_optimizer(model, args, tables)
     trained = what_trains(model, optimizer, tables, args)
     loss = choose_loss(args, model)
     print_trainable_parameters(model)
     rprint(f"\n{format_table(trained)}\n")
 
-    saver = adapters.Saver(Path(args.adapter_path), model, args)
-    leader = mx.distributed.init().rank() == 0
+    folder = Path(args.adapter_path)
+    start, resumed = (None, None) if args.resume is None else _go_on(args, model, optimizer, of, len(train_set))
+    steps_done = start.step if start else 0
+    if leader:
+        refuse_full_disk(args, model, optimizer, steps_done)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.take(make=True)
+    saving = Saving(args, model, optimizer, of, resumed)
 
-    def save(steps_done, checkpoint=True):
-        if leader:
-            names = ", ".join(saver.save(steps_done, checkpoint))
-            make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{names}[/ui.muted]")
+    def save(steps_done):
+        return saving.save(steps_done, batches.position) if leader else True
 
-    batches = Batches(args.save_every, save)
-    record = Record(callbacks, optimizer, table_rate=bool(tables))
+    def stop():
+        if signals.number is not None:
+            message = saving.save_stopped(signals.number, batches.position)
+            raise Interrupted(signals.number, message, saving.newest)
+
+    signals = StopSignals()
+    record = Record(args, callbacks, optimizer, start.record if start else None)
+    nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite)
+    batches = Batches(args, record, nonfinite, save, stop, start)
     mx.reset_peak_memory()
-    train(
-        model=model,
-        optimizer=optimizer,
-        train_dataset=CacheDataset(train_set),
-        val_dataset=CacheDataset(valid_set),
-        args=_training_args(args, saver.scratch),
-        loss=loss,
-        iterate_batches=batches,
-        training_callback=record,
-    )
-    peak_memory = mx.get_peak_memory()
-    save(args.iters, checkpoint=args.iters % args.save_every == 0)
-    losses = record.training
+    # Several workers would stop at different steps, and wait for each other: there signals end a run as they used to.
+    with signals if workers == 1 else nullcontext(), saving.telling_what_is_left():
+        if steps_done < args.iters:
+            with suppress(Finished):
+                (train_from(steps_done) if steps_done else train)(
+                    model=model,
+                    optimizer=optimizer,
+                    train_dataset=Rows(train_set),
+                    val_dataset=CacheDataset(valid_set),
+                    args=_training_args(args),
+                    loss=spoil_gradients_of_nonfinite(loss),
+                    iterate_batches=batches,
+                    training_callback=record,
+                )
+            batches.finish()
+        peak_memory = mx.get_peak_memory()
+        if not save(args.iters):
+            raise InputError(f"--adapter-path {folder}: what was trained could not be saved: {saving.failed[-1]}")
+        stop()
+    name = "val_loss" if valid_set else "train_loss"
+    losses = record.losses.get(name, [])
     if valid_set:
-        losses = [*record.validation, _evaluate_on_first_batches(args, model, loss, valid_set, batches)]
+        losses = [*losses[:1], _evaluate_on_first_batches(args, model, loss, valid_set, batches)]
+    losses = losses or [math.nan]  # no report was without a step that was left out
     result = Result(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=losses[0],
         loss_after=losses[-1],
         peak_memory=peak_memory,
         trained=trained,
-        files=adapters.run_files(saver.folder) if leader else [],
+        files=adapters.run_files(folder) if leader else [],
     )
     rprint(f"\n{format_result(result)}")
+    nonfinite.report()
+    for failed in saving.failed:
+        rprint(f"Not saved on the way: {failed}. The last save is whole.")
     return result
+
+
+def _go_on(args, model, optimizer, of, rows):
+    """Put everything as the checkpoint has it; its position, and its folder if that is in this run's adapter folder."""
+    checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
+    refuse_changes(args, checkpoint, of)
+    position = restore(args, checkpoint, of, model, optimizer, rows // args.batch_size)
+    rprint(f"Going on after step {position.step}, from {checkpoint.folder}")
+    return position, checkpoint.folder if _resumes_in_place(args) else None
 
 
 def choose_loss(args, model):
     """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory."""
     return chunked_loss(model) if args.chunked_loss else default_loss
-
-
-class Batches:
-    """mlx-lm's ``iterate_batches``; between two steps its loop asks for a batch, and there the run is saved.
-
-    Args:
-        save_every (int): Save after every that many steps.
-        save (callable): Called with the number of steps done.
-    """
-
-    def __init__(self, save_every, save):
-        self.save_every = save_every
-        self.save = save
-        self.first_evaluation = None  # NumPy's random state, from which an evaluation draws its batches
-
-    def __call__(self, dataset, batch_size, max_seq_length, loop=False, **options):
-        if not loop:
-            self.first_evaluation = self.first_evaluation or np.random.get_state()
-            yield from iterate_batches(dataset, batch_size, max_seq_length, loop=False, **options)
-            return
-        for steps_done, batch in enumerate(iterate_batches(dataset, batch_size, max_seq_length, loop=True, **options)):
-            if steps_done and steps_done % self.save_every == 0:
-                self.save(steps_done)
-            yield batch
-
-
-class Record(TrainingCallback):
-    """Keeps the losses, adds the tables' learning rate, and hands both on to other callbacks."""
-
-    def __init__(self, callbacks, optimizer, table_rate):
-        self.callbacks = callbacks
-        self.optimizer = optimizer
-        self.table_rate = table_rate
-        self.validation, self.training = [], []
-
-    def on_train_loss_report(self, train_info):
-        _refuse_non_finite("training", train_info["train_loss"], train_info["iteration"])
-        self.training.append(train_info["train_loss"])
-        if self.table_rate:
-            train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
-        for callback in self.callbacks:
-            callback.on_train_loss_report(train_info)
-
-    def on_val_loss_report(self, val_info):
-        _refuse_non_finite("validation", val_info["val_loss"], val_info["iteration"])
-        self.validation.append(val_info["val_loss"])
-        for callback in self.callbacks:
-            callback.on_val_loss_report(val_info)
-
-
-def _refuse_non_finite(which, loss, iteration):
-    """Before the next save: a NaN never leaves the weights again."""
-    if not math.isfinite(loss):
-        raise InputError(
-            f"the {which} loss is {loss} at iteration {iteration}; the weights are not saved. Lower the learning "
-            "rates, or look for rows with nothing to learn: with --mask-prompt, prompts as long as --max-seq-length"
-        )
 
 
 def _check_adapter_folder(args):
@@ -182,11 +179,22 @@ def _check_adapter_folder(args):
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(f"--adapter-path {folder}: {there} is no folder that can be written to; give another path")
-    if adapters.run_files(folder) and not args.overwrite:
+    there = checkpoints.in_folder(folder)
+    if _resumes_in_place(args):
+        if not there:
+            raise InputError(f"--resume: --adapter-path {folder}: there is no checkpoint in it; start without --resume")
+    elif (adapters.run_files(folder) or there) and not args.overwrite:
         raise InputError(
             f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
-            "the first save of this one"
+            f"the first save of this one{', or --resume to go on with it' if there else ''}"
         )
+
+
+def _resumes_in_place(args):
+    """Whether the run goes on in the folder of its checkpoint, and does not branch off into another one."""
+    if args.resume is None or args.resume is True:
+        return args.resume is True
+    return Path(args.resume).resolve().parent == (Path(args.adapter_path) / checkpoints.FOLDER).resolve()
 
 
 def _reporting_callbacks(args):
@@ -198,7 +206,7 @@ def _reporting_callbacks(args):
         raise InputError(f"--report-to {args.report_to}: {error}") from error
 
 
-def _resume(model, path):
+def _load_adapter_file(model, path):
     """Trained weights of an earlier run, its tables beside them included."""
     tables = path.with_name(path.name.replace(adapters.ADAPTERS, adapters.TABLES))
     rprint(f"Loading fine-tuned weights from {path}")
@@ -212,15 +220,14 @@ def _resume(model, path):
         adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
-def _training_args(args, adapter_file):
+def _training_args(args):
     return TrainingArgs(
         batch_size=args.batch_size,
         iters=args.iters,
         val_batches=args.val_batches,
         steps_per_report=args.steps_per_report,
         steps_per_eval=args.steps_per_eval,
-        steps_per_save=args.iters + 1,  # Batches saves: mlx-lm would put tables where its own loader refuses them
-        adapter_file=adapter_file,
+        steps_per_save=args.iters + 1,  # Batches saves: mlx-lm would put tables where its loader refuses them
         max_seq_length=args.max_seq_length,
         grad_checkpoint=args.grad_checkpoint,
         grad_accumulation_steps=args.grad_accumulation_steps,
@@ -231,7 +238,8 @@ def _training_args(args, adapter_file):
 def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
     """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
     random_state = np.random.get_state()
-    np.random.set_state(batches.first_evaluation)
+    if batches.first_evaluation:
+        set_numpy_random(batches.first_evaluation)
     mean = _evaluate(args, model, loss, valid_set, args.val_batches)
     np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
     return mean

@@ -61,7 +61,7 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
             )
         )
     if parameters:
-        body = optimizer.rest if tables else optimizer
+        body = optimizer.rest
         lines.append(
             Trained(
                 None,

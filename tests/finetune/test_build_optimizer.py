@@ -15,6 +15,7 @@ from ember_mlx.finetune.build_optimizer import (
     table_optimizer,
 )
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.guard import GuardedOptimizer
 
 WARMUP_AND_COSINE = {"name": "cosine_decay", "warmup": 2, "warmup_init": 1e-7, "arguments": [1e-5, 10, 1e-7]}
 
@@ -54,13 +55,15 @@ def test_every_table_optimizer_takes_the_tables_settings(parse, name):
         assert optimizer.bias_correction
 
 
-def test_tables_none_leaves_the_bodys_optimizer_alone(parse):
-    for choice, kind in (("auto", PairedOptimizer), ("none", optim.Adam)):
-        args, model = parse("--train-tables", choice), tiny_llama()
+def test_tables_none_leaves_the_bodys_optimizer_alone_and_both_are_guarded(parse):
+    for choice, kind in (("auto", PairedOptimizer), ("none", GuardedOptimizer)):
+        args, model = parse("--train-tables", choice, "--clip-grad-norm", 0.5), tiny_llama()
         tables = choose_tables(model, choice, dequantize=False)
         make_trainable(model, args, tables)
         optimizer = build_optimizer(model, args, tables)
         assert type(optimizer) is kind
+        assert type(optimizer.rest) is optim.Adam
+        assert (optimizer.nonfinite_steps.item(), optimizer.clip_grad_norm) == (0, 0.5)
         if kind is PairedOptimizer:
             assert type(optimizer.tables) is Ember
 

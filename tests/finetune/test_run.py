@@ -24,7 +24,12 @@ def arrays(folder, name="adapters.safetensors"):
 
 
 def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """Without the checkpoints and the lock, which are always there."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("checkpoints", ".lock"))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -62,7 +67,7 @@ def test_a_lora_adapter_loads_in_stock_mlx_lm_and_its_tables_lie_beside(parse, f
     result = run(parse())
     folder = tmp_path / "adapters"
     assert names_in(folder) == ["adapter_config.json", "adapters.safetensors", "token_tables.safetensors"]
-    assert sorted(result.files) == sorted(folder.iterdir())
+    assert [path.name for path in result.files] == names_in(folder)
     assert set(arrays(folder, "token_tables.safetensors")) == {"model.embed_tokens.weight", "lm_head.weight"}
     stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(folder))
     ours, _ = load(folders["untied"], adapter_path=folder)
@@ -178,10 +183,10 @@ def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_is_given(parse, tmp_
     run(parse("--save-every", 1))
     folder = tmp_path / "adapters"
     (folder / "notes.txt").write_text("mine")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     with pytest.raises(InputError, match="already holds another run; give another path, or --overwrite"):
         run(parse())
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before == contents(folder)
     run(parse("--overwrite", "--fine-tune-type", "full"))
     assert names_in(folder) == ["adapter_config.json", "adapters.safetensors", "notes.txt"]
 
@@ -189,7 +194,7 @@ def test_a_folder_that_holds_a_run_is_kept_unless_overwrite_is_given(parse, tmp_
 def test_a_run_that_breaks_off_before_its_first_save_loses_nothing_of_the_earlier_one(parse, tmp_path, monkeypatch):
     run(parse("--save-every", 1))
     folder = tmp_path / "adapters"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
 
     def broken(*arguments, **options):
         raise KeyboardInterrupt
@@ -197,7 +202,7 @@ def test_a_run_that_breaks_off_before_its_first_save_loses_nothing_of_the_earlie
     monkeypatch.setattr("mlx_lm.tuner.trainer.evaluate", broken)
     with pytest.raises(KeyboardInterrupt):
         run(parse("--overwrite"))
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before == contents(folder)
     with pytest.raises(KeyboardInterrupt):
         run(parse(adapter="new"))
     monkeypatch.undo()
@@ -206,9 +211,9 @@ def test_a_run_that_breaks_off_before_its_first_save_loses_nothing_of_the_earlie
 
 @pytest.mark.parametrize("arguments", [["--learning-rate", 1e30], ["--table-learning-rate", 1e30]])
 def test_weights_that_are_no_numbers_are_not_saved(parse, tmp_path, arguments):
-    with pytest.raises(InputError, match="loss is (nan|inf) at iteration .*the weights are not saved"):
+    with pytest.raises(InputError, match="it reached neither the weights nor the optimizer's state"):
         run(parse(*arguments, "--iters", 6))
-    assert names_in(tmp_path / "adapters") == []
+    assert contents(tmp_path / "adapters") == {}
 
 
 @pytest.mark.parametrize("path", ["", "file", "file/below"])

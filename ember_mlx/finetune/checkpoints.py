@@ -1,0 +1,244 @@
+"""Checkpoints: all of a run between two of its steps, so that it can go on as if it had never stopped.
+
+Where. mlx-lm's loop asks for its next batch between two finished steps (``loop.Batches``); there a checkpoint is
+written every ``--save-every`` steps, and before a signal stops the run; another one at the end. Gradients that are
+accumulated lie in a local variable of that loop; but while they gather, weights and optimizer stand still. So a
+checkpoint is always of the last step after which nothing was accumulated, whose random states and data position are
+kept for that: it can be taken at any step, and costs the repetition of the micro-batches since.
+
+What. ``<adapter>/checkpoints/step-0000100/`` holds ``weights.safetensors``, everything that trains;
+``optimizer.safetensors``, the optimizer's whole state; and ``checkpoint.json``: the position in the data, MLX's and
+NumPy's random states, the losses so far, the options, what the data and the model were, versions, and the size and
+SHA-256 of both files and of itself. Weights take what they take in the model; Ember's state of a table of V x D takes
+4 (V + D) bytes.
+
+How. It is written under another name, each file and the folder flushed to the disk, and then renamed: a checkpoint is
+whole or not there. Older ones go when the new one is on the disk. Reading believes nothing: no name in the JSON is ever
+used as a path, checksums come before contents, and names, shapes and dtypes are those of the run or refused.
+"""
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import durable, reading
+from ember_mlx.finetune.loop import NUMPY_STATE, Position
+
+FOLDER = "checkpoints"
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+INDEX = "checkpoint.json"
+FORMAT = 1
+NAME = re.compile(r"step-(\d{7,12})")
+FILE_TYPES = {"bytes": int, "sha256": str}
+TYPES = {
+    "format": int,
+    "position": Position.TYPES,
+    "options": dict,
+    "made_of": dict,
+    "versions": dict,
+    "files": {WEIGHTS: FILE_TYPES, OPTIMIZER: FILE_TYPES},
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was read and found good.
+
+    ``made_of`` tells the data, the model and the number of workers; ``weights`` and ``optimizer`` are arrays by name.
+    """
+
+    folder: Path
+    position: Position
+    options: dict
+    made_of: dict
+    versions: dict
+    weights: dict[str, mx.array]
+    optimizer: dict[str, mx.array]
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run to an adapter folder and keeps the newest of them.
+
+    Args:
+        adapter_folder (Path): Where ``checkpoints/`` is, or will be.
+        keep (int): How many to keep; with 0 none is written.
+        resumed (Path, optional): The checkpoint in there with which the run began. Older ones are of this run too;
+            all others are of runs that this one replaces, and go after its first save.
+
+    Raises:
+        InputError: when ``checkpoints`` is a file or a link.
+    """
+
+    def __init__(self, adapter_folder: Path, keep: int, resumed: Path | None = None):
+        self.folder = adapter_folder / FOLDER
+        _refuse_what_is_no_folder(self.folder)
+        self.keep = keep
+        self.own = [path for path in in_folder(adapter_folder) if _step(path) <= _step(resumed)] if resumed else []
+
+    @property
+    def newest(self) -> Path | None:
+        return self.own[-1] if self.own else None
+
+    def save(self, position: Position, weights, optimizer, options, made_of, versions) -> Path | None:
+        """Write one, then remove what is no longer kept; the folder written, or None with ``keep`` of 0.
+
+        Raises:
+            OSError: for whatever the disk has against it; the earlier ones are as they were.
+        """
+        path = self.folder / f"step-{position.step:07d}"
+        if path == self.newest:
+            return path
+        if not self.keep:
+            self._remove_others()
+            return None
+        if self.folder.is_symlink():
+            raise OSError(f"{self.folder} has become a link")
+        self.folder.mkdir(exist_ok=True)
+        partial = path.with_name(durable.PARTIAL + path.name)
+        durable.remove(partial)
+        partial.mkdir()
+        try:
+            content = {
+                "format": FORMAT,
+                "position": position.to_json(),
+                "options": options,
+                "made_of": made_of,
+                "versions": versions,
+                "files": {
+                    WEIGHTS: durable.write_arrays(partial / WEIGHTS, weights),
+                    OPTIMIZER: durable.write_arrays(partial / OPTIMIZER, optimizer),
+                },
+            }
+            index = {"sha256": _checksum(content), "content": content}
+            durable.write_bytes(partial / INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
+            durable.sync_folder(partial)
+            if path.is_symlink() or path.exists():  # of a run that this one replaces, or damaged
+                durable.remove(path)
+            os.rename(partial, path)
+        except BaseException:
+            durable.remove(partial)
+            raise
+        durable.sync_folder(self.folder)
+        self.own = [*self.own, path][-self.keep :]
+        self._remove_others()
+        return path
+
+    def _remove_others(self):
+        if not self.folder.is_dir() or self.folder.is_symlink():
+            return
+        for path in self.folder.iterdir():
+            hidden = path.name.startswith((durable.PARTIAL, durable.REMOVED))
+            if path not in self.own and (hidden or NAME.fullmatch(path.name)):
+                with suppress(OSError):  # the next save tries again
+                    durable.remove(path)
+
+
+def in_folder(adapter_folder: Path) -> list[Path]:
+    """The folders of checkpoints, good or not, by their steps."""
+    folder = adapter_folder / FOLDER
+    if not folder.is_dir() or folder.is_symlink():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(found, key=_step)
+
+
+def find(adapter_folder: Path, asked: str | bool, tell=print) -> Checkpoint:
+    """The checkpoint that ``--resume`` means: that folder, or with True the newest good one of the adapter folder.
+
+    Raises:
+        InputError: when there is none; for a damaged folder that was asked for, it names the newest good one.
+    """
+    if asked is not True:
+        try:
+            return read(Path(asked))
+        except InputError as error:
+            good = _newest_good(adapter_folder, lambda _: None)
+            remedy = f"the newest good one is {good.folder}" if good else f"{adapter_folder} has no good one either"
+            raise InputError(f"--resume {asked}: {error}; {remedy}") from error
+    _refuse_what_is_no_folder(adapter_folder / FOLDER)
+    good = _newest_good(adapter_folder, tell)
+    if good is None:
+        damaged = len(in_folder(adapter_folder))
+        why = f"all {damaged} checkpoints in it are damaged" if damaged else "there is no checkpoint in it"
+        raise InputError(f"--resume: --adapter-path {adapter_folder}: {why}; give another, or start without --resume")
+    return good
+
+
+def read(folder: Path) -> Checkpoint:
+    """A checkpoint, whose files are those that were written.
+
+    Raises:
+        InputError: for anything else: missing, damaged, made to do harm, or of a later release.
+    """
+    where = f"checkpoint {folder}"
+    if folder.is_symlink() or not folder.is_dir():
+        raise InputError(f"{where}: there is no such folder" + (", only a link" if folder.is_symlink() else ""))
+    index = reading.read_json(folder / INDEX, where)
+    reading.check_types(index, {"sha256": str, "content": dict}, f"{where}: {INDEX}")
+    content = index["content"]
+    if index["sha256"] != _checksum(content):
+        raise InputError(f"{where}: {INDEX} is damaged: its checksum is not that of its content")
+    if content.get("format") != FORMAT:
+        raise InputError(f"{where}: is of format {content.get('format')!r}; this release reads format {FORMAT}")
+    reading.check_types(content, TYPES, f"{where}: {INDEX}")
+    if NAME.fullmatch(folder.name) and _step(folder) != content["position"]["step"]:
+        raise InputError(f"{where}: {INDEX} is that of step {content['position']['step']}")
+    arrays = {}
+    for name, described in content["files"].items():
+        size = reading.plain_file(folder / name, where).stat().st_size
+        if size != described["bytes"] or reading.sha256(folder / name, where) != described["sha256"]:
+            raise InputError(f"{where}: {name} is damaged: its checksum is not the one in {INDEX}")
+        arrays[name] = reading.read_arrays(folder / name, where)
+    return Checkpoint(
+        folder=folder,
+        position=_position(content["position"], f"{where}: {INDEX}"),
+        options=content["options"],
+        made_of=content["made_of"],
+        versions=content["versions"],
+        weights=arrays[WEIGHTS],
+        optimizer=arrays[OPTIMIZER],
+    )
+
+
+def _step(path):
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def _position(fields, where):
+    if fields["first_evaluation"] is not None:
+        reading.check_types(fields["first_evaluation"], NUMPY_STATE, f"{where}: first_evaluation")
+    for name, losses in fields["record"]["losses"].items():
+        reading.check_types(losses, [(int, float)], f"{where}: losses: {name}")
+        if name not in ("train_loss", "val_loss") or len(losses) != 2:
+            raise InputError(f"{where}: losses: {name}: must be train_loss or val_loss, each the first and the last")
+    if fields["step"] < 0 or fields["drawn"] < 0 or fields["drawn"] > fields["step"]:
+        raise InputError(f"{where}: step {fields['step']} and drawn {fields['drawn']} cannot be")
+    return Position(**fields)
+
+
+def _newest_good(adapter_folder, tell):
+    for path in reversed(in_folder(adapter_folder)):
+        try:
+            return read(path)
+        except InputError as error:
+            tell(f"Passed over: {error}")
+    return None
+
+
+def _refuse_what_is_no_folder(path):
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path}: is {'a link, which is not followed' if path.is_symlink() else 'a file'}; remove it")
+
+
+def _checksum(content):
+    """Of the content and not of the bytes: what changes no value does no harm."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,113 @@
+"""Files that are whole or not there, also after a power cut: written beside, flushed to the disk, then renamed."""
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+PARTIAL = ".partial-"  # a name that begins so is of something unfinished
+REMOVED = ".removed-"  # and one that begins so is on its way out
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array]) -> dict:
+    """A new safetensors file, on the disk when this returns; its size and checksum: ``{"bytes": ..., "sha256": ...}``.
+
+    Raises:
+        OSError: for whatever the disk has against it.
+    """
+    with _new_file(path) as file:
+        hashed = _Hashed(file)
+        mx.save_safetensors(hashed, arrays)
+        return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
+
+
+def write_bytes(path: Path, data: bytes):
+    """A new file, on the disk when this returns."""
+    with _new_file(path) as file:
+        file.write(data)
+
+
+def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]):
+    """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
+
+    Raises:
+        OSError: for whatever the disk has against it; what was there is as it was.
+    """
+    partials = {folder / f"{PARTIAL}{name}": folder / name for name in files}
+    try:
+        for partial, content in zip(partials, files.values(), strict=True):
+            partial.unlink(missing_ok=True)
+            (write_bytes if isinstance(content, bytes) else write_arrays)(partial, content)
+        for partial, path in partials.items():
+            os.replace(partial, path)
+    except BaseException:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+
+
+def sync_folder(path: Path):
+    """Make the names in a folder last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path):
+    """Remove a folder or a link, at once for whoever looks at the names; nothing that a link leads to is touched."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if not path.name.startswith((PARTIAL, REMOVED)):
+        hidden = path.with_name(REMOVED + path.name)
+        remove(hidden)
+        path = path.rename(hidden)
+    shutil.rmtree(path)
+
+
+class _Hashed(io.RawIOBase):
+    """A file to write to, with the checksum of what was written."""
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def writable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.file.tell()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
+@contextmanager
+def _new_file(path):
+    with open(path, "xb") as file:  # x: never through a link that lies there
+        yield file
+        file.flush()
+        _sync(file)
+
+
+def _sync(file):
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)  # macOS, where fsync stops at the drive's own cache
+    try:
+        if full_sync is not None:
+            fcntl.fcntl(file, full_sync)
+            return
+    except OSError:  # a network drive does not know it
+        pass
+    os.fsync(file.fileno())

@@ -1,0 +1,47 @@
+"""What a run does about a step with a NaN or an infinity in it, which the optimizer's guard has left out."""
+
+from mlx_lm.cli_ui import rprint
+
+from ember_mlx.errors import InputError
+from ember_mlx.guard import GuardedOptimizer
+
+
+class NonfiniteSteps:
+    """Called between two steps with the number of steps done: stops the run, or says what was left out.
+
+    Between two steps mlx-lm has evaluated the optimizer's state, so the count is there and nothing waits for it. The
+    guard judges sums of gradients: with accumulation, the step named here is the one that the sum was for, and with
+    several machines it is the same on all of them.
+
+    Args:
+        optimizer (GuardedOptimizer): With ``skip_nonfinite``, its state loaded if the run is resumed.
+        on_nonfinite (str): "stop" or "skip".
+
+    Raises:
+        InputError: at the first such step, if that is what ``on_nonfinite`` asks for.
+    """
+
+    def __init__(self, optimizer: GuardedOptimizer, on_nonfinite: str):
+        self.optimizer = optimizer
+        self.on_nonfinite = on_nonfinite
+        self.count = optimizer.nonfinite_steps.item()
+
+    def __call__(self, steps_done: int):
+        count = self.optimizer.nonfinite_steps.item()
+        if count == self.count:
+            return
+        self.count = count
+        found = f"step {steps_done}: a NaN or an infinity in the loss or in a gradient"
+        if self.on_nonfinite == "stop":
+            raise InputError(
+                f"{found}; it reached neither the weights nor the optimizer's state. Lower the learning rates, limit "
+                "the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with --mask-prompt, "
+                "prompts as long as --max-seq-length), or leave such steps out with --on-nonfinite skip"
+            )
+        rprint(f"Warning: {found}; it was left out, {count} so far")
+
+    def report(self):
+        """At the end: how many there were, those before a resumption included."""
+        if self.count:
+            were = "step was" if self.count == 1 else "steps were"
+            rprint(f"{self.count} {were} left out, with a NaN or an infinity in the loss or in a gradient")

@@ -1,0 +1,108 @@
+"""Reading files that may be damaged or made to do harm: every way of being wrong ends in one InputError."""
+
+import hashlib
+import json
+import stat
+from pathlib import Path
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from ember_mlx.errors import InputError
+
+JSON_LIMIT = 10**7  # bytes
+
+
+def plain_file(path: Path, where: str) -> Path:
+    """The path, if it is an ordinary file that lies in its folder itself: no pipe, and no link that leads elsewhere."""
+    try:
+        inside = path.resolve().is_relative_to(path.parent.resolve())
+        ordinary = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        raise InputError(f"{where}: there is no file {path.name} that can be read ({_reason(error)})") from error
+    if not inside:
+        raise InputError(
+            f"{where}: {path.name} is a link to a file elsewhere, which is not followed; copy the folder with the "
+            "files themselves, as cp -RL does"
+        )
+    if not ordinary:
+        raise InputError(f"{where}: {path.name} is not an ordinary file; remove it")
+    return path
+
+
+def read_json(path: Path, where: str) -> dict:
+    """The object that a JSON file holds."""
+    try:
+        if plain_file(path, where).stat().st_size > JSON_LIMIT:
+            raise ValueError(f"larger than {JSON_LIMIT} bytes")
+        value = json.loads(path.read_bytes(), parse_constant=_no_constant)
+    except InputError:
+        raise
+    except (OSError, RecursionError, ValueError) as error:
+        raise InputError(f"{where}: {path.name} is not JSON that can be read ({_reason(error)})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {path.name} holds a {type(value).__name__} where an object belongs")
+    return value
+
+
+def read_arrays(path: Path, where: str) -> dict[str, mx.array]:
+    """The arrays of a safetensors file by name. Their data is read when they are first used, as with ``mx.load``."""
+    plain_file(path, where)
+    try:
+        with safe_open(path, framework="numpy"):  # checks every length, offset and shape in the header
+            pass
+        return mx.load(str(path), format="safetensors")
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
+
+
+def sha256(path: Path, where: str) -> str:
+    """The checksum of a file, in hexadecimal."""
+    try:
+        with open(plain_file(path, where), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
+
+
+def check_types(value, expected, where: str):
+    """Refuse a value from JSON that is not built as ``expected`` says.
+
+    ``expected`` is a type, a tuple of types, a list with the type of every item, or a dict with a type for each key,
+    all of which must be there and no others.
+    """
+    if isinstance(expected, dict):
+        if not isinstance(value, dict) or value.keys() != expected.keys():
+            raise InputError(f"{where} must hold {', '.join(expected)}, and nothing else")
+        for key, kind in expected.items():
+            check_types(value[key], kind, f"{where}: {key}")
+    elif isinstance(expected, list):
+        check_types(value, list, where)
+        for item in value:
+            check_types(item, expected[0], where)
+    else:
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join({"NoneType": "null"}.get(kind.__name__, kind.__name__) for kind in kinds)
+            raise InputError(f"{where} is of type {type(value).__name__}, not {words}")
+
+
+def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], where: str, remedy: str):
+    """Refuse arrays that are not those of ``expected``, name by name, in shape and dtype."""
+    for name in sorted(arrays.keys() | expected.keys()):
+        if name not in arrays or name not in expected:
+            raise InputError(f"{where}: {name} is {'missing' if name in expected else 'not of this run'}; {remedy}")
+        found, own = arrays[name], expected[name]
+        if found.shape != own.shape or found.dtype != own.dtype:
+            raise InputError(
+                f"{where}: {name} has shape {found.shape} and dtype {found.dtype}, but {own.shape} and {own.dtype} in "
+                f"this run; {remedy}"
+            )
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is no number")
+
+
+def _reason(error):
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,157 @@
+"""Going on from a checkpoint: whether this is the same run, and everything put back in its place."""
+
+import hashlib
+import json
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.cli_ui import rprint
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import options, reading
+from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
+from ember_mlx.finetune.checkpoints import Checkpoint
+from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.guard import fill
+
+# What may differ without a word: it does not reach the weights. What the data and the model are is told by their
+# contents, so they may have moved.
+FREE = {
+    *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
+    *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
+    *("clear_cache_threshold", "trust_remote_code", "token_tables"),
+    "on_nonfinite",  # up to a step that is not finite both are one
+}
+CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
+SAMPLE = 16
+
+
+def as_json(values: dict) -> dict:
+    """The same, as JSON gives it back."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def made_of(model, train_set, valid_set, workers: int) -> dict:
+    """What else a run hangs on: checksums of the rows and of a sample of every weight, and the number of workers."""
+    rows = hashlib.sha256()
+    for data in (train_set, valid_set):
+        for i in range(len(data)):
+            rows.update(json.dumps(data[i], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+        rows.update(b"\n")
+    weights = hashlib.sha256()
+    parameters = sorted(tree_flatten(model.parameters()))
+    samples = [array.reshape(-1)[:SAMPLE].view(mx.uint8) for _, array in parameters]
+    mx.eval(samples)
+    for (name, array), sample in zip(parameters, samples, strict=True):
+        weights.update(f"{name} {array.shape} {array.dtype}".encode() + bytes(memoryview(sample)))
+    return {"data": rows.hexdigest(), "model": weights.hexdigest(), "workers": workers}
+
+
+def versions() -> dict:
+    packages = ("ember-mlx", "mlx", "mlx-lm", "numpy")
+    return {name: version(name) for name in packages} | {
+        "device": str(mx.default_device()),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
+    """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
+
+    Raises:
+        InputError: for that, and when ``--iters`` is below the steps that are done.
+    """
+    step = checkpoint.position.step
+    if args.iters < step:
+        raise InputError(
+            f"--iters {args.iters}: checkpoint {checkpoint.folder} has {step} steps done; ask for at least that many"
+        )
+    changed = [*_changed_options(args, checkpoint.options), *_changed_contents(own_made_of, checkpoint.made_of)]
+    if changed and not args.resume_with_changes:
+        raise InputError(
+            f"--resume: checkpoint {checkpoint.folder} is of another run: {'; '.join(changed)}. Give what it was made "
+            "with, or --resume-with-changes to go on with its weights and state all the same"
+        )
+    if changed:
+        rprint(f"Going on with changes: {'; '.join(changed)}")
+    own_versions = versions()
+    other = [
+        f"{name} {checkpoint.versions.get(name)}, now {own}"
+        for name, own in own_versions.items()
+        if checkpoint.versions.get(name) != own
+    ]
+    if other:
+        rprint(f"The checkpoint was made with {'; '.join(other)}: the last bits may differ")
+
+
+def restore(args, checkpoint: Checkpoint, own_made_of: dict, model, optimizer, batches_an_epoch: int) -> Position:
+    """Put weights, optimizer state and random states back; where the data goes on.
+
+    Raises:
+        InputError: for arrays that are not this run's by name, shape and dtype, or a position that cannot be.
+    """
+    where, position = f"checkpoint {checkpoint.folder}", checkpoint.position
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    state = dict(tree_flatten(optimizer.state))
+    remedy = "it is of another model, or of other options"
+    reading.check_arrays(checkpoint.weights, weights, f"{where}: weights.safetensors", remedy)
+    reading.check_arrays(checkpoint.optimizer, state, f"{where}: optimizer.safetensors", remedy)
+    saved = dict(checkpoint.optimizer)
+    if args.resume_with_changes:
+        saved |= {name: array for name, array in state.items() if name.rpartition(".")[2] in CONSTANTS}
+    try:
+        mx.eval(checkpoint.weights, saved)
+        for random in (position.epoch_random, position.first_evaluation):
+            if random is not None:
+                set_numpy_random(random)
+        set_random(position)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: cannot be gone on from ({error}); use another checkpoint") from error
+    model.load_weights(list(checkpoint.weights.items()), strict=False)
+    fill(optimizer.state, saved)
+    same_batches = own_made_of == checkpoint.made_of and args.batch_size == checkpoint.options.get("batch_size")
+    if not same_batches:
+        return replace(position, drawn=0, epoch_random=numpy_random(), first_evaluation=None)
+    if position.drawn >= batches_an_epoch:
+        raise InputError(f"{where}: {position.drawn} batches drawn, of {batches_an_epoch} an epoch; use another one")
+    return position
+
+
+def _changed_options(args, saved):
+    own = as_json(vars(args))
+    saved = as_json(options.defaults()) | saved  # of a release that had fewer
+    in_parser = {action.dest for action in options.build_parser()._actions}
+    for name in sorted((own.keys() | saved.keys()) - FREE):
+        if own.get(name) != saved.get(name):
+            shown = options.flag(name) if name in in_parser else name
+            yield f"{shown} was {_short(saved.get(name))} and is now {_short(own.get(name))}"
+    if _iters_matter(args, saved.get("iters")):
+        yield (
+            f"--iters was {saved['iters']} and is now {args.iters}, which moves the peak of lr_schedule and so the "
+            "tables' learning rate (a table_lr_schedule does not depend on it)"
+        )
+
+
+def _iters_matter(args, iters):
+    """Only where --table-learning-rate is the peak of the body's schedule within the run: see build_optimizer."""
+    if not (args.lr_schedule and args.token_tables and not args.table_lr_schedule and isinstance(iters, int)):
+        return False
+    schedule = body_learning_rate(args)
+    return iters > 0 and peak(schedule, iters) != peak(schedule, args.iters)
+
+
+def _changed_contents(own, saved):
+    words = {
+        "data": "--data: its rows are not those of the checkpoint",
+        "model": "--model: its weights are not those of the checkpoint",
+        "workers": f"{own['workers']} workers, but {_short(saved.get('workers'))} before",
+    }
+    return [words[name] for name in own if saved.get(name) != own[name]]
+
+
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) < 80 else f"{text[:77]}..."

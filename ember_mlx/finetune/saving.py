@@ -1,0 +1,105 @@
+"""Saving during a run: adapter files and checkpoints, on disks that may fill up."""
+
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+from mlx_lm.cli_ui import make_console, rprint
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import adapters, checkpoints
+from ember_mlx.finetune.resume import as_json, versions
+from ember_mlx.finetune.summary import format_bytes
+
+
+class Saving:
+    """Saves a run. A disk that takes nothing is told in one line and the run goes on, with what was saved before.
+
+    Args:
+        args, model, optimizer: The run's.
+        made_of (dict): See :func:`ember_mlx.finetune.resume.made_of`.
+        resumed (Path, optional): The checkpoint of the same adapter folder with which the run began.
+    """
+
+    def __init__(self, args, model, optimizer, made_of: dict, resumed: Path | None = None):
+        self.model = model
+        self.optimizer = optimizer
+        self.folder = Path(args.adapter_path)
+        self.save_every = args.save_every
+        self.adapter = adapters.Saver(self.folder, model, args, goes_on=resumed is not None)
+        self.checkpoints = checkpoints.Checkpoints(self.folder, args.keep_checkpoints, resumed)
+        self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
+        self.failed = []  # in words, what could not be saved
+
+    def save(self, steps_done: int, position) -> bool:
+        """A checkpoint of ``position``, and the adapter as it is after ``steps_done``; whether the disk took both."""
+        try:
+            names = [*self._checkpoint(position), *self.adapter.save(steps_done, steps_done % self.save_every == 0)]
+        except OSError as error:
+            return self._tell(steps_done, error)
+        make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
+        return True
+
+    def save_stopped(self, signal_number: int, position) -> str:
+        """The checkpoint alone, for a run that a signal stops; what to tell of it."""
+        try:
+            self._checkpoint(position)
+        except OSError as error:
+            self._tell(position.step, error)
+        name = signal.Signals(signal_number).name
+        if not self.newest:
+            return f"{name}: stopped at step {position.step}; there is no checkpoint to go on from"
+        return f"{name}: stopped at step {position.step}; {self.newest} is saved, and --resume goes on from it"
+
+    @contextmanager
+    def telling_what_is_left(self):
+        """When the run breaks off for another reason than a signal, say from where it can go on."""
+        try:
+            yield
+        except Exception:
+            if self.newest:
+                rprint(f"The run broke off; {self.newest} is whole, and --resume goes on from it")
+            raise
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this run."""
+        return self.checkpoints.newest
+
+    def _checkpoint(self, position):
+        weights = dict(tree_flatten(self.model.trainable_parameters()))
+        state = dict(tree_flatten(self.optimizer.state))
+        path = self.checkpoints.save(position, weights, state, **self.described)
+        return [f"{checkpoints.FOLDER}/{path.name}"] if path else []
+
+    def _tell(self, steps_done, error):
+        self.failed.append(f"step {steps_done} ({error.strerror or error})")
+        before = f"{self.newest} is as it was" if self.newest else "no checkpoint was saved before"
+        rprint(f"  not saved  {self.failed[-1]}; {before}")
+        return False
+
+
+def refuse_full_disk(args, model, optimizer, steps_done: int):
+    """Refuse to begin what the disk cannot hold to the end.
+
+    Raises:
+        InputError: with what is needed and what is free.
+    """
+    weights = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
+    state = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
+    kept = args.keep_checkpoints + 1 if args.keep_checkpoints else 0  # the new one is there before the oldest goes
+    adapters_to_come = 2 + args.iters // args.save_every - steps_done // args.save_every
+    needed = kept * (weights + state) + adapters_to_come * weights
+    folder = Path(args.adapter_path)
+    there = [file for path in checkpoints.in_folder(folder) for file in path.glob("*") if not path.is_symlink()]
+    on = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(on).free + sum(file.lstat().st_size for file in there)
+    if needed > free:
+        raise InputError(
+            f"--adapter-path {folder}: {format_bytes(free)} are free there, and this run may write "
+            f"{format_bytes(needed)}: {kept} checkpoints of {format_bytes(weights + state)} and {adapters_to_come} "
+            f"adapters of {format_bytes(weights)}; make room, give another path, lower --keep-checkpoints "
+            f"{args.keep_checkpoints}, or raise --save-every {args.save_every}"
+        )

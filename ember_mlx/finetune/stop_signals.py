@@ -1,0 +1,79 @@
+"""Ctrl-C and SIGTERM as a wish to stop, which the run grants between two steps."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by SIGINT or SIGTERM, after it was saved; the message says where.
+
+    Args:
+        number (int): The signal. ``exit_code`` is what a shell makes of it: 130 or 143.
+        message (str): What to tell.
+        checkpoint (Path, optional): Where the run can go on, if it can.
+    """
+
+    def __init__(self, number: int, message: str, checkpoint: Path | None):
+        super().__init__(message)
+        self.exit_code = 128 + number
+        self.checkpoint = checkpoint
+
+
+class StopSignals:
+    """Within ``with``, the first SIGINT or SIGTERM only sets ``number``; the second ends the process at once.
+
+    In any thread but the main one it does nothing, as Python hears of signals there alone, and a signal that was
+    ignored (nohup) stays so. The handlers of before are put back at the end.
+    """
+
+    def __init__(self):
+        self.number = None
+        self._before = {}
+        self._thread = None
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        # Python runs a handler when the main thread is back from MLX, which can take a whole step. The byte that the
+        # signal leaves in a pipe is read at once, by a thread.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._wish) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *error):
+        if self._thread is None:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._write, b"\0")
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+
+    def _wish(self, number, frame):
+        self.number = self.number or number
+
+    def _watch(self):
+        heard = 0
+        while (number := os.read(self._read, 1)[0]) != 0:
+            if number not in SIGNALS:
+                continue
+            heard += 1
+            if heard == 2:
+                if os.isatty(1):
+                    os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress bar hides
+                os._exit(128 + number)
+            name = signal.Signals(number).name
+            print(f"{name}: finishing this step, then saving; once more leaves at once", file=sys.stderr, flush=True)

@@ -1,0 +1,75 @@
+"""A batch without a loss: the run stops at it, or goes on as if it had not been."""
+
+import json
+import math
+
+import mlx.core as mx
+import pytest
+
+from ember_mlx import InputError
+from ember_mlx.finetune.run import run
+
+ROWS = 4
+
+
+@pytest.fixture
+def one_bad_row(tmp_path, folders):
+    """A data folder; with --mask-prompt and 48 tokens, nothing is left to learn of its longest row."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"prompt": f"{i} and", "completion": f"{i + 1}"} for i in range(ROWS - 1)]
+    rows.append({"prompt": "long " * 20, "completion": "lost"})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "valid.jsonl").write_bytes((folders["data"] / "valid.jsonl").read_bytes())
+    return [
+        "--data", folder, "--mask-prompt", "--max-seq-length", 48, "--batch-size", 1, "--iters", ROWS
+    ]  # fmt: skip
+
+
+def saved(folder):
+    return {name: mx.load(str(folder / name)) for name in ("adapters.safetensors", "token_tables.safetensors")}
+
+
+@pytest.mark.parametrize("tables", ["auto", "none"])
+def test_the_run_stops_there_and_says_what_to_do(parse, one_bad_row, tables):
+    with pytest.raises(InputError, match=r"step [1-4]: a NaN .*neither the weights .*--on-nonfinite skip"):
+        run(parse(*one_bad_row, "--train-tables", tables))
+
+
+@pytest.mark.parametrize("more", [[], ["--clip-grad-norm", 0.1], ["--chunked-loss"]])
+def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsys, more):
+    reports = []
+
+    class Callback:
+        on_train_loss_report = reports.append
+        on_val_loss_report = reports.append
+
+    result = run(parse(*one_bad_row, "--on-nonfinite", "skip", *more), training_callback=Callback)
+    said = capsys.readouterr().out
+    assert said.count("a NaN or an infinity in the loss or in a gradient; it was left out, 1 so far") == 1
+    assert "1 step was left out" in said
+    losses = [report["train_loss"] for report in reports if "train_loss" in report]
+    assert sum(loss != loss for loss in losses) == 1
+    assert result.loss_after < result.loss_before
+    assert all(
+        mx.isfinite(array).all() for arrays in saved(tmp_path / "adapters").values() for array in arrays.values()
+    )
+
+
+def test_what_is_accumulated_with_it_is_left_out_too(parse, one_bad_row, tmp_path, capsys):
+    def all_steps(iters, adapter, *more):
+        run(parse(*one_bad_row, "--iters", iters, *more, "--on-nonfinite", "skip", adapter=adapter))
+        return saved(tmp_path / adapter)
+
+    accumulated = all_steps(ROWS, "accumulated", "--grad-accumulation-steps", ROWS)
+    assert "step 4: a NaN" in capsys.readouterr().out
+    untrained = all_steps(ROWS, "untrained", "--learning-rate", 0, "--table-learning-rate", 0)
+    for file, arrays in untrained.items():
+        assert [name for name in arrays if not mx.array_equal(arrays[name], accumulated[file][name])] == []
+
+
+def test_a_run_whose_only_report_has_such_a_step_in_it_ends_well(parse, one_bad_row, tmp_path):
+    (tmp_path / "data" / "valid.jsonl").unlink()
+    result = run(parse(*one_bad_row, "--on-nonfinite", "skip", "--steps-per-report", ROWS))
+    assert math.isnan(result.loss_after)
+    assert saved(tmp_path / "adapters")

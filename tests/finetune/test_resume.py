@@ -1,0 +1,209 @@
+"""Resumed runs: bit for bit what they would have been, or refused by what is another."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from ember_mlx import InputError
+from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune.run import run
+
+YAML = """
+lora_parameters: {rank: 4, scale: 10.0, dropout: 0.3}
+lr_schedule: {name: cosine_decay, warmup: 3, warmup_init: 1e-7, arguments: [1e-3, 12, 1e-6]}
+"""
+
+
+class Breaks(Exception):
+    pass
+
+
+class BreakAt:
+    """A training callback that ends the run at an iteration, as a crash would."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def on_train_loss_report(self, info):
+        if info["iteration"] == self.iteration:
+            raise Breaks
+
+    def on_val_loss_report(self, info):
+        pass
+
+
+@pytest.fixture
+def parse_resumable(parse, tmp_path):
+    """Options under which everything random and everything scheduled matters; 12 rows are 6 batches an epoch."""
+    config = tmp_path / "config.yaml"
+    config.write_text(YAML)
+    common = ["--config", config, "--table-learning-rate", 1e-2, "--steps-per-eval", 4]
+    return lambda *arguments, **folders: parse(*common, *arguments, **folders)
+
+
+def last_checkpoint(folder):
+    return checkpoints.find(folder, True)
+
+
+def assert_same(folder, other):
+    one, two = last_checkpoint(folder), last_checkpoint(other)
+    assert one.position == two.position
+    for arrays, others in ((one.weights, two.weights), (one.optimizer, two.optimizer)):
+        assert arrays.keys() == others.keys()
+        assert [name for name in arrays if not mx.array_equal(arrays[name], others[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_rest_of_a_resumed_run_is_that_of_an_uninterrupted_one_bit_for_bit(
+    parse_resumable, tmp_path, kind, accumulate
+):
+    common = ["--fine-tune-type", kind, "--grad-accumulation-steps", accumulate, "--iters", 15]
+    whole = run(parse_resumable(*common, adapter="whole"))
+    # Step 8 is in the middle of the second epoch and, with 3 to accumulate, of the third update.
+    broken = [*common, "--save-every", 8]
+    with pytest.raises(Breaks):
+        run(parse_resumable(*broken, adapter="broken"), BreakAt(11))
+    assert last_checkpoint(tmp_path / "broken").position.step == (8 if accumulate == 1 else 6)
+    resumed = run(parse_resumable(*broken, "--resume", adapter="broken"))
+    assert_same(tmp_path / "whole", tmp_path / "broken")
+    assert (resumed.loss_before, resumed.loss_after) == (whole.loss_before, whole.loss_after)
+
+
+def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(parse_resumable, tmp_path):
+    run(parse_resumable("--iters", 14, "--train-tables", "none", adapter="whole"))
+    short = ["--train-tables", "none", "--save-every", 5]
+    run(parse_resumable("--iters", 7, *short))  # 7: evaluated because it is the last, which a longer run would not
+    run(parse_resumable("--iters", 14, *short, "--resume"))
+    assert_same(tmp_path / "whole", tmp_path / "adapters")
+    before = last_checkpoint(tmp_path / "adapters").position
+    run(parse_resumable("--iters", 14, *short, "--resume"))  # nothing is left to do
+    assert last_checkpoint(tmp_path / "adapters").position == before
+    with pytest.raises(InputError, match="--iters 13: checkpoint .*step-0000014 has 14 steps done"):
+        run(parse_resumable("--iters", 13, *short, "--resume"))
+
+
+def test_reports_after_a_resume_go_on_counting(parse_resumable):
+    reports = []
+
+    class Listens(BreakAt):
+        def on_train_loss_report(self, info):
+            reports.append((info["iteration"], info["trained_tokens"]))
+            super().on_train_loss_report(info)
+
+    with pytest.raises(Breaks):
+        run(parse_resumable("--iters", 6, "--save-every", 2), Listens(5))
+    first, reports[:] = reports[:], []
+    run(parse_resumable("--iters", 6, "--save-every", 2, "--resume"), Listens(None))
+    assert [iteration for iteration, _ in reports] == [5, 6]
+    assert reports[0] == first[4]
+
+
+def test_what_makes_another_run_is_refused_by_name_unless_asked_for(parse, folders, tmp_path):
+    run(parse("--iters", 4, "--save-every", 2))
+    data = tmp_path / "data"
+    shutil.copytree(folders["data"], data)
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text().replace("number 3", "number 4"))
+    changes = {
+        "--learning-rate was 1e-05 and is now 0.5": ["--learning-rate", 0.5],
+        "--batch-size was 2 and is now 3": ["--batch-size", 3],
+        "--steps-per-eval was 200 and is now 2": ["--steps-per-eval", 2],
+        "--seed was 0 and is now 1": ["--seed", 1],
+        '--table-optimizer was "ember" and is now "adamw"': ["--table-optimizer", "adamw"],
+        "--data: its rows are not those": ["--data", data],
+    }
+    for message, arguments in changes.items():
+        with pytest.raises(InputError, match=message):
+            run(parse("--iters", 6, "--resume", *arguments))
+    with pytest.raises(InputError, match="--model: its weights are not those"):
+        run(parse("--iters", 6, "--resume", model="tied"))
+    free = ["--save-every", 3, "--steps-per-report", 2, "--keep-checkpoints", 1]
+    run(parse("--iters", 6, "--resume", *free))
+    assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")] == ["step-0000006"]
+
+    changed = ["--learning-rate", 0.5, "--batch-size", 3]
+    reports = []
+    callback = type("", (), {"on_train_loss_report": reports.append, "on_val_loss_report": lambda _: None})
+    run(parse("--iters", 8, "--resume", *changed, "--resume-with-changes"), callback)
+    assert [report["learning_rate"] for report in reports] == [0.5, 0.5]
+    with pytest.raises(InputError, match=r"optimizer.safetensors: tables.lm_head.weight.c is not of this run"):
+        run(parse("--iters", 8, *changed, "--table-optimizer", "sgd", "--resume", "--resume-with-changes"))
+
+
+def test_the_same_data_and_model_elsewhere_are_the_same(parse, folders, tmp_path):
+    run(parse("--iters", 2))
+    model, data = shutil.copytree(folders["untied"], tmp_path / "m"), shutil.copytree(folders["data"], tmp_path / "d")
+    run(parse("--iters", 3, "--resume", "--model", model, "--data", data))
+
+
+def test_more_iterations_that_move_a_schedules_peak_are_refused(parse_resumable, tmp_path):
+    run(parse_resumable("--iters", 2))  # the warm-up takes 3
+    with pytest.raises(InputError, match="--iters was 2 and is now 6, which moves the peak of lr_schedule"):
+        run(parse_resumable("--iters", 6, "--resume"))
+    run(parse_resumable("--iters", 6, "--resume", "--train-tables", "auto", "--resume-with-changes"))
+
+
+def test_a_run_branches_off_from_a_checkpoint_into_another_folder(parse_resumable, tmp_path):
+    run(parse_resumable("--iters", 6, "--save-every", 2))
+    second = tmp_path / "adapters" / "checkpoints" / "step-0000002"
+    run(parse_resumable("--iters", 6, "--resume", second, adapter="branch"))
+    assert_same(tmp_path / "adapters", tmp_path / "branch")
+    with pytest.raises(InputError, match="branch: already holds another run; .*, or --resume to go on with it"):
+        run(parse_resumable("--iters", 6, "--resume", second, adapter="branch"))
+    # In its own folder it goes back: what came later is made again.
+    run(parse_resumable("--iters", 5, "--resume", second))
+    assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")] == ["step-0000002", "step-0000005"]
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(parse, tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint in it; start without --resume"):
+        run(parse("--resume"))
+    with pytest.raises(InputError, match="--resume .*nowhere: .*there is no such folder; .*has no good one either"):
+        run(parse("--resume", tmp_path / "nowhere"))
+    run(parse("--keep-checkpoints", 0))
+    assert not (tmp_path / "adapters" / "checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_when_asked_for_refused(parse, tmp_path, capsys):
+    run(parse("--iters", 4, "--save-every", 2))
+    newest = tmp_path / "adapters" / "checkpoints" / "step-0000004"
+    (newest / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="step-0000004: weights.safetensors is damaged.*newest good one is .*0000002"):
+        run(parse("--iters", 4, "--resume", newest))
+    run(parse("--iters", 5, "--resume"))
+    said = capsys.readouterr().out
+    assert "Passed over: checkpoint" in said
+    assert "Going on after step 2" in said
+    assert last_checkpoint(tmp_path / "adapters").position.step == 5
+
+
+def test_yaml_can_ask_for_it(tmp_path):
+    config = tmp_path / "config.yaml"
+    asked = {"true": True, "false": None, "some/folder": "some/folder"}
+    for text, value in asked.items():
+        config.write_text(f"resume: {text}\nresume_with_changes: true\nkeep_checkpoints: 5\n")
+        args = options.parse(["--config", str(config)])
+        assert (args.resume, args.resume_with_changes, args.keep_checkpoints) == (value, True, 5)
+
+
+def test_a_position_that_cannot_be_is_refused_even_with_right_checksums(parse, tmp_path):
+    run(parse("--iters", 4))
+    index = tmp_path / "adapters" / "checkpoints" / "step-0000004" / "checkpoint.json"
+    good = json.loads(index.read_text())["content"]
+    state = good["position"]["numpy_random"]
+    for change, message in (
+        ({"drawn": 4, "step": 4} | {"drawn": 6}, "drawn 6 cannot be"),
+        ({"drawn": -1}, "drawn -1 cannot be"),
+        ({"mlx_random": [1, 2, 3]}, "cannot be gone on from"),
+        ({"mlx_random": [1, 2**40]}, "cannot be gone on from"),
+        ({"numpy_random": state | {"position": 10**9}}, "cannot be gone on from"),
+        ({"epoch_random": state | {"keys": "00"}}, "cannot be gone on from"),
+        ({"record": {"losses": {"val_loss": "low"}, "trained_tokens": 1}}, "losses: val_loss is of type str"),
+        ({"step": 3}, "is that of step 3"),
+    ):
+        content = good | {"position": good["position"] | change}
+        index.write_text(json.dumps({"sha256": checkpoints._checksum(content), "content": content}))
+        with pytest.raises(InputError, match=message):
+            run(parse("--iters", 5, "--resume", index.parent))
