@@ -95,6 +95,7 @@ class Checkpoints:
         """
         path = self.folder / f"step-{position.step:07d}"
         if path == self.newest:
+            self._remove_others()  # a kill may have kept the save before from it
             return path
         if not self.keep:
             self._remove_others()

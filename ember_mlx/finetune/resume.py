@@ -27,6 +27,7 @@ FREE = {
 }
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
 SAMPLE = 16
+MOST_ITERS = 10**7  # of a checkpoint for whose schedule every rate is computed
 
 
 def as_json(values: dict) -> dict:
@@ -130,17 +131,19 @@ def _changed_options(args, saved):
             yield f"{shown} was {_short(saved.get(name))} and is now {_short(own.get(name))}"
     if _iters_matter(args, saved.get("iters")):
         yield (
-            f"--iters was {saved['iters']} and is now {args.iters}, which moves the peak of lr_schedule and so the "
-            "tables' learning rate (a table_lr_schedule does not depend on it)"
+            f"--iters was {_short(saved['iters'])} and is now {args.iters}, which moves the peak of lr_schedule and so "
+            "the tables' learning rate (a table_lr_schedule does not depend on it)"
         )
 
 
 def _iters_matter(args, iters):
     """Only where --table-learning-rate is the peak of the body's schedule within the run: see build_optimizer."""
-    if not (args.lr_schedule and args.token_tables and not args.table_lr_schedule and isinstance(iters, int)):
+    if not (args.lr_schedule and args.token_tables and not args.table_lr_schedule) or iters == args.iters:
         return False
+    if type(iters) is not int or not 0 < iters <= MOST_ITERS:
+        return True
     schedule = body_learning_rate(args)
-    return iters > 0 and peak(schedule, iters) != peak(schedule, args.iters)
+    return peak(schedule, iters) != peak(schedule, args.iters)
 
 
 def _changed_contents(own, saved):
