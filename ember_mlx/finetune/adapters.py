@@ -98,7 +98,7 @@ class Saver:
         }
         names = list(files)
         if not self.saved:
-            files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4).encode()
+            files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
         durable.replace_together(self.folder, files)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{durable.PARTIAL}*.safetensors")):

@@ -32,7 +32,7 @@ MOST_ITERS = 10**7  # of a checkpoint for whose schedule every rate is computed
 
 def as_json(values: dict) -> dict:
     """The same, as JSON gives it back."""
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps(values, default=str), parse_constant=str)  # YAML has dates and infinities, too
 
 
 def made_of(model, train_set, valid_set, workers: int) -> dict:

@@ -194,7 +194,9 @@ def _resumes_in_place(args):
     """Whether the run goes on in the folder of its checkpoint, and does not branch off into another one."""
     if args.resume is None or args.resume is True:
         return args.resume is True
-    return Path(args.resume).resolve().parent == (Path(args.adapter_path) / checkpoints.FOLDER).resolve()
+    folder = Path(args.resume).resolve()
+    in_it = folder.parent == (Path(args.adapter_path) / checkpoints.FOLDER).resolve()
+    return in_it and checkpoints.NAME.fullmatch(folder.name) is not None
 
 
 def _reporting_callbacks(args):

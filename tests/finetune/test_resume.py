@@ -1,5 +1,6 @@
 """Resumed runs: bit for bit what they would have been, or refused by what is another."""
 
+import datetime
 import json
 import shutil
 
@@ -207,3 +208,13 @@ def test_a_position_that_cannot_be_is_refused_even_with_right_checksums(parse, t
         index.write_text(json.dumps({"sha256": checkpoints._checksum(content), "content": content}))
         with pytest.raises(InputError, match=message):
             run(parse("--iters", 5, "--resume", index.parent))
+
+
+def test_options_that_json_does_not_have_are_saved_as_words(parse, tmp_path):
+    args = parse("--iters", 2, "--save-every", 1)
+    args.note, args.day = float("inf"), datetime.date(2026, 1, 1)
+    run(args)
+    resumed = parse("--iters", 3, "--save-every", 1, "--resume")
+    resumed.note, resumed.day = float("inf"), datetime.date(2026, 1, 1)
+    run(resumed)
+    assert sorted(path.name for path in (tmp_path / "adapters/checkpoints").iterdir())[-1] == "step-0000003"
