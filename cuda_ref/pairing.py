@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch.optim import Optimizer
 
+from cuda_ref.optimizers.checks import check_keys
 from cuda_ref.token_tables import LOOKED_FOR, find_token_tables
 from ember_mlx.errors import InputError
 
@@ -124,9 +125,7 @@ class PairedOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        missing = [key for key in ("state", "param_groups") if key not in state_dict]
-        if missing:
-            raise InputError(f"PairedOptimizer.load_state_dict: no {missing[0]!r} in it: load what state_dict() gave")
+        check_keys("PairedOptimizer", state_dict)
         groups, state = state_dict["param_groups"], state_dict["state"]
         saved, own = ([len(group["params"]) for group in of] for of in (groups, self.param_groups))
         if saved != own:

@@ -8,7 +8,7 @@ import torch
 from cuda_ref import sharding, triton_kernels
 from ember_mlx.errors import InputError
 
-__all__ = ["OPTIONS", "check_gradient", "check_group", "check_state_dict", "fault_of", "name_of"]
+__all__ = ["OPTIONS", "check_gradient", "check_group", "check_keys", "check_state_dict", "fault_of", "name_of"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tables and of gradients, in any mix
 OPTIONS = ("lr", "beta2", "eps", "weight_decay")
@@ -93,11 +93,16 @@ def check_gradient(w):
         )
 
 
-def check_state_dict(state_dict, groups, shards, check_group):
-    """What ``load_state_dict`` gets, for these ``groups``; return the saved state of each table that has any."""
+def check_keys(optimizer, state_dict):
+    """That it is an optimizer's state_dict at all; ``optimizer`` is the name for the error."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
-        raise InputError(f"Ember.load_state_dict: there is no {missing[0]!r} in it: load what state_dict() gave")
+        raise InputError(f"{optimizer}.load_state_dict: there is no {missing[0]!r} in it: load what state_dict() gave")
+
+
+def check_state_dict(state_dict, groups, shards, check_group):
+    """What ``load_state_dict`` gets, for these ``groups``; return the saved state of each table that has any."""
+    check_keys("Ember", state_dict)
     saved_groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
     if saved_sizes != sizes:

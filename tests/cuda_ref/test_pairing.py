@@ -350,3 +350,10 @@ def test_a_step_without_any_gradient_of_a_table_is_warned_of():
     optimizer = paired(Model())
     with pytest.warns(UserWarning, match="no token table has a gradient"):
         optimizer.step()
+
+
+def test_what_is_no_state_of_an_optimizer_is_refused_by_both():
+    optimizer = paired(Model())
+    for side in (optimizer, optimizer.tables):
+        with pytest.raises(InputError, match=f"{type(side).__name__}.load_state_dict: there is no 'param_groups'"):
+            side.load_state_dict({"state": {}})
