@@ -18,7 +18,6 @@ __all__ = ["DTYPES", "mean_squares"]
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
-AT_ONCE = 4  # rows, or columns, read before the first is summed: several reads are under way
 MOST_THREADS = 256  # of a threadgroup
 BYTES_AT_ONCE = 16  # that a thread reads from a row
 SIMDGROUP = 32  # threads, on every GPU that MLX runs on
@@ -43,27 +42,18 @@ SOURCE = """
         for (int64_t start = 0; start < columns; start += threads * VECTOR) {
             const int64_t j = start + thread_index * VECTOR;
             float sums[VECTOR] = {};
-            for (int i = 0; i < rows; i += AT_ONCE) {
-                float x[AT_ONCE][VECTOR];
+            for (int i = 0; i < rows; i++) {
+                float x[VECTOR], sum = 0;
+                read_as_float<VECTOR>(g + (first + i) * row_step + j * column_step, column_step, columns - j, x);
                 #pragma unroll
-                for (int k = 0; k < AT_ONCE; k++) {
-                    const int64_t left = i + k < rows ? columns - j : 0;
-                    read_as_float<VECTOR>(g + (first + i + k) * row_step + j * column_step, column_step, left, x[k]);
+                for (int v = 0; v < VECTOR; v++) {
+                    const float square = x[v] * x[v];
+                    sums[v] += square;
+                    sum += square;
                 }
                 #pragma unroll
-                for (int k = 0; k < AT_ONCE; k++) {
-                    float sum = 0;
-                    #pragma unroll
-                    for (int v = 0; v < VECTOR; v++) {
-                        const float square = x[k][v] * x[k][v];
-                        sums[v] += square;
-                        sum += square;
-                    }
-                    #pragma unroll
-                    for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                    if (lane == 0 && i + k < rows)
-                        row_sums[i + k][simdgroup] = start == 0 ? sum : row_sums[i + k][simdgroup] + sum;
-                }
+                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
+                if (lane == 0) row_sums[i][simdgroup] = start == 0 ? sum : row_sums[i][simdgroup] + sum;
             }
             #pragma unroll
             for (int v = 0; v < VECTOR; v++)
@@ -73,26 +63,18 @@ SOURCE = """
         // A simdgroup takes a column at a time, and a lane DOWN rows of it.
         const int i = lane * DOWN;
         float sums[DOWN] = {};
-        for (int64_t j = simdgroup * AT_ONCE; j < columns; j += simdgroups * AT_ONCE) {
-            float x[AT_ONCE][DOWN];
+        for (int64_t j = simdgroup; j < columns; j += simdgroups) {
+            float x[DOWN], sum = 0;
+            read_as_float<DOWN>(g + first + i + j * column_step, 1, rows - i, x);
             #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                const int64_t left = j + k < columns ? rows - i : 0;
-                read_as_float<DOWN>(g + first + i + (j + k) * column_step, 1, left, x[k]);
+            for (int v = 0; v < DOWN; v++) {
+                const float square = x[v] * x[v];
+                sums[v] += square;
+                sum += square;
             }
             #pragma unroll
-            for (int k = 0; k < AT_ONCE; k++) {
-                float sum = 0;
-                #pragma unroll
-                for (int v = 0; v < DOWN; v++) {
-                    const float square = x[k][v] * x[k][v];
-                    sums[v] += square;
-                    sum += square;
-                }
-                #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                if (lane == 0 && j + k < columns) column_sums[group * columns + j + k] = sum;
-            }
+            for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
+            if (lane == 0) column_sums[group * columns + j] = sum;
         }
         for (int v = 0; v < DOWN; v++) row_sums[i + v][simdgroup] = sums[v];
     }
@@ -185,7 +167,6 @@ def launch(g):
         "T": g.dtype,  # not in the text, but MLX's CUDA backend keeps compiled kernels by their name and these alone
         "VECTOR": vector,
         "ROWS": ROWS,
-        "AT_ONCE": AT_ONCE,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }
