@@ -1,0 +1,126 @@
+"""Writing the log of a run while it trains; :mod:`ember_mlx.finetune.run_log` says what is in it."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.cli_ui import rprint
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import run_log
+from ember_mlx.finetune.resume import as_json, versions
+from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+
+
+class RunLogWriter(TrainingCallback):
+    """Hears of the reports and writes a line for each. A line is in the file, or kept until the disk takes it.
+
+    Args:
+        args: The run's options; ``log_jsonl`` is the file.
+        steps_done (int): Where the run begins.
+        goes_on (bool): Append to the log of the run that is resumed. Otherwise a log that is there is replaced.
+
+    Raises:
+        OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
+    """
+
+    def __init__(self, args, steps_done: int, goes_on: bool):
+        self.path = Path(args.log_jsonl)
+        self.args = args
+        self.steps_done = steps_done
+        self.optimizer = None
+        self._unwritten = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if goes_on and self.path.exists():
+            _cut_unfinished_line(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+        self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
+
+    def measured(self, optimizer) -> MeasuredOptimizer:
+        """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
+        self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
+        self.before_step(self.steps_done + 1)
+        return self.optimizer
+
+    def before_step(self, step: int):
+        """Call it between two steps, with the number of the next: it is measured if the next report will tell of it."""
+        every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
+        next_report = min(math.ceil(step / every) * every, self.args.iters)
+        self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
+
+    def on_train_loss_report(self, train_info):
+        ratios = self.optimizer.ratios()
+        same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
+        self._write(
+            "train",
+            train_info["iteration"],
+            **{name: train_info[name] for name in same},
+            table_learning_rate=train_info.get("table_learning_rate"),
+            peak_memory=mx.get_peak_memory(),
+            update_ratio_tables=ratios["tables"],
+            update_ratio_body=ratios["body"],
+        )
+
+    def on_val_loss_report(self, val_info):
+        self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
+
+    def end(self, steps_done: int, validation_loss: float | None):
+        """After the last step, with the loss on the batches of the first validation if there is a set."""
+        self._write("end", steps_done, validation_loss=validation_loss)
+
+    def _write(self, event, step, **values):
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+        self._unwritten.append(json.dumps({"event": event, "step": step} | finite, allow_nan=False) + "\n")
+        try:
+            _append(self.path, "".join(self._unwritten).encode())
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                rprint(f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when there is room")
+        else:
+            self._unwritten.clear()
+
+
+def check(args, goes_on: bool):
+    """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
+
+    Raises:
+        InputError: for that; also with ``--overwrite`` or on ``--resume`` for a file that is no log.
+    """
+    path = Path(args.log_jsonl)
+    where = f"--log-jsonl {path}"
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.exists() and not path.is_file():
+        raise InputError(f"{where}: is not an ordinary file; give the name of one")
+    if not above.is_dir() or not os.access(above, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{where}: cannot be written there; give another path")
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        run_log.read(path)
+    except InputError as error:
+        raise InputError(f"{where}: is there and is no log: {error}; give another path, or remove it") from error
+    if not goes_on and not args.overwrite:
+        raise InputError(f"{where}: already holds the log of a run; give another path, or --overwrite to replace it")
+
+
+def _append(path, data):
+    """Append all of ``data`` or, raising OSError, nothing."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _cut_unfinished_line(path):
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)

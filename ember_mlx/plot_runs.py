@@ -1,0 +1,115 @@
+"""``ember-mlx plot``: one or several runs, from their logs, in one picture."""
+
+import argparse
+from pathlib import Path
+
+from ember_mlx.errors import InputError, with_one_line_errors
+from ember_mlx.finetune import run_log
+from ember_mlx.plot_style import THEMES, check_path, save_light_and_dark, save_picture, thousands, units
+
+PANELS = (  # title, what is on the axis, the logs' list, the key in it
+    ("Training loss", "nats a token", "train", "train_loss"),
+    ("Validation loss", "nats a token", "validation", "validation_loss"),
+    ("Step over weights, token tables", "ratio of norms", "train", "update_ratio_tables"),
+    ("Step over weights, everything else", "ratio of norms", "train", "update_ratio_body"),
+    ("Peak memory", "", "train", "peak_memory"),
+    ("Speed", "tokens a second", "train", "tokens_per_second"),
+)
+PANEL_HEIGHT = 2.7  # inches
+MARKERS = 8  # on a line
+# Where a run is and how it is watched: it says nothing of what was tried.
+NOT_OF_THE_RUN = {"adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"}
+LONGEST_NAME = 90  # of a legend in two columns, in characters
+
+
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(
+        prog="ember-mlx plot",
+        description="Draw what `ember-mlx train --log-jsonl FILE` wrote: losses, how far each step moves the weights, "
+        "peak memory and speed; of one run or of several for comparison.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="Logs of runs, finished or not.")
+    parser.add_argument("--out", required=True, metavar="PNG", help="The picture; replaced if it is there.")
+    parser.add_argument(
+        "--theme",
+        choices=[*THEMES, "both"],
+        default="light",
+        help="both writes NAME-light.png and NAME-dark.png. Default: light.",
+    )
+    args = with_one_line_errors(parser).parse_args(arguments)
+    out = check_path(args.out)
+    logs = [_read(path) for path in args.files]
+    pictures = plot_runs(logs, out, args.theme)
+    for log in logs:
+        if log.unfinished:
+            print(f"{log.path}: its last line is cut off, and was left out")
+    print("\n".join(f"The picture is in {path}" for path in pictures))
+
+
+def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[Path]:
+    """Draw the runs into a PNG, or for the theme "both" into two; their paths.
+
+    Raises:
+        InputError: without matplotlib, and for more runs than can be told apart.
+    """
+    most = len(THEMES["light"].lines)
+    if len(logs) > most:
+        raise InputError(f"{len(logs)} runs: at most {most} can be told apart in one picture; draw fewer")
+    names = name_runs(logs)
+    panels = [panel for panel in PANELS if any(_points(log, *panel[2:])[0] for log in logs)]
+    size = {"height": 0.6 + 0.25 * len(logs) + PANEL_HEIGHT * ((len(panels) + 1) // 2)}
+
+    def draw(figure, theme):
+        for i, panel in enumerate(panels, 1):
+            axes = figure.add_subplot((len(panels) + 1) // 2, 2, i)
+            _draw_panel(axes, logs, names, *panel)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left")
+
+    if theme == "both":
+        return save_light_and_dark(out, draw, **size)
+    return [save_picture(out, draw, theme, **size)]
+
+
+def name_runs(logs: list[run_log.Log]) -> list[str]:
+    """The options in which they differ, where these tell them apart in few words; otherwise the files."""
+    options = [{key: value for key, value in log.options.items() if key not in NOT_OF_THE_RUN} for log in logs]
+    keys = sorted(set().union(*options))
+    differing = [key for key in keys if any(run.get(key) != options[0].get(key) for run in options)]
+    names = [", ".join(f"{key.replace('_', '-')} {run.get(key)}" for key in differing) for run in options]
+    if len(set(names)) == len(logs) > 1 and max(map(len, names)) <= LONGEST_NAME:
+        return names
+    return [str(log.path) for log in logs]
+
+
+def _read(path):
+    log = run_log.read(path)
+    if not (log.train or log.validation):
+        raise InputError(f"log {path}: there is no report in it yet; try again after --steps-per-report steps")
+    return log
+
+
+def _draw_panel(axes, logs, names, title, label, events, key):
+    for i, (log, name) in enumerate(zip(logs, names, strict=True)):
+        steps, values = _points(log, events, key)
+        # Every n-th point by number: by distance along the line, as elsewhere, a noisy one would be all markers.
+        every = len(steps) // MARKERS + 1
+        # Without a point, too: the next line keeps its colour.
+        axes.plot(steps, values, label=name, markevery=(i * every // len(logs), every))
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(thousands())
+    axes.set_ylabel(label)
+    if key.startswith("update_ratio"):
+        axes.set_yscale("log")
+    elif key == "peak_memory":
+        axes.yaxis.set_major_formatter(units("B"))
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+    elif key == "tokens_per_second":
+        axes.yaxis.set_major_formatter(thousands())
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+
+
+def _points(log, events, key):
+    """Steps and values, without those that there are not; a ratio of 0, of a step left out, has no logarithm."""
+    rows = [row for row in getattr(log, events) if row[key] is not None and (row[key] > 0 or "ratio" not in key)]
+    return [row["step"] for row in rows], [row[key] for row in rows]

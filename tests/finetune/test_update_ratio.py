@@ -1,0 +1,96 @@
+"""How far steps move the weights, against the weights themselves."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+from tiny_models import loss, tiny_llama
+
+from ember_mlx import Ember, PairedOptimizer
+from ember_mlx.finetune import update_ratio
+from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+
+TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def made(dtype=mx.float32, **options):
+    model = tiny_llama(**options)
+    model.set_dtype(dtype)
+    paired = PairedOptimizer(model, tables=Ember(1e-2), rest=optim.AdamW(1e-3), skip_nonfinite=True)
+    return model, paired
+
+
+def compiled_step(model, optimizer):
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(tokens):
+        value, gradients = nn.value_and_grad(model, loss)(model, tokens)
+        optimizer.update(model, gradients)
+        return value
+
+    return lambda tokens: mx.eval(step(tokens), state)
+
+
+def weights(model):
+    return {path: mx.array(array) for path, array in tree_flatten(model.trainable_parameters())}
+
+
+def ratio(before, after, paths):
+    step = sum(mx.square(after[p].astype(mx.float32) - before[p].astype(mx.float32)).sum().item() for p in paths)
+    return (step / sum(mx.square(before[p].astype(mx.float32)).sum().item() for p in paths)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_ratios_are_those_of_the_weights_before_and_after(dtype, monkeypatch):
+    monkeypatch.setattr(update_ratio, "ELEMENTS_PER_BLOCK", 32 * 100)  # tables of 260 rows: three blocks
+    model, paired = made(dtype)
+    measured = MeasuredOptimizer(paired, TABLES)
+    assert measured.ratios() == {"tables": None, "body": None}
+    step = compiled_step(model, measured)
+    tokens = mx.random.randint(0, 260, (2, 9))
+    found = []
+    for wanted in (False, True, True, False):
+        measured.measure_next(wanted)
+        before = weights(model)
+        step(tokens)
+        after = weights(model)
+        true = {"tables": ratio(before, after, TABLES), "body": ratio(before, after, before.keys() - TABLES)}
+        if wanted:
+            assert measured.ratios() == pytest.approx(true, rel=1e-4)
+        found.append(measured.ratios())
+    assert found[0] == {"tables": None, "body": None}  # was not asked for
+    assert found[1] != found[2] == found[3]  # the last one that was
+
+
+def test_measuring_changes_no_bit_of_the_weights():
+    results = []
+    for wanted in (False, True):
+        model, paired = made()
+        measured = MeasuredOptimizer(paired, TABLES)
+        step = compiled_step(model, measured)
+        measured.measure_next(wanted)
+        for seed in range(3):
+            step(mx.random.randint(0, 260, (2, 9), key=mx.random.key(seed)))
+        results.append(weights(model))
+    assert all(mx.array_equal(array, results[1][path]) for path, array in results[0].items())
+
+
+def test_measuring_keeps_nothing_of_a_tables_size(monkeypatch):
+    """Of this model the tables are nearly all: an old one kept alive, or a difference, would be a third of the peak."""
+    monkeypatch.setattr(update_ratio, "ELEMENTS_PER_BLOCK", 2**14)
+    peaks = []
+    for wanted in (False, True):
+        model, paired = made(vocabulary=20_000, hidden=64)
+        measured = MeasuredOptimizer(paired, TABLES)
+        step = compiled_step(model, measured)
+        measured.measure_next(wanted)
+        for _ in range(3):
+            mx.reset_peak_memory()
+            step(mx.random.randint(0, 20_000, (1, 5)))
+        peaks.append(mx.get_peak_memory())
+        del model, paired, measured, step
+    assert peaks[1] < 1.03 * peaks[0]

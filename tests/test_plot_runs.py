@@ -1,0 +1,93 @@
+"""``ember-mlx plot``: what is drawn of which runs, and what is refused."""
+
+import json
+import sys
+
+import pytest
+
+from ember_mlx import cli
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import run_log
+from ember_mlx.plot_runs import PANELS, main, name_runs, plot_runs
+
+pytest.importorskip("matplotlib")
+
+
+def write(path, loss=1.0, end="", **options):
+    rows = [{"event": "start", "step": 0, "format": 1, "options": options, "versions": {}}]
+    rows += [{"event": "validation", "step": 0, "validation_loss": 3.0}]
+    for step in range(10, 50, 10):
+        values = dict.fromkeys(run_log.TRAIN) | {"train_loss": loss / step, "peak_memory": 10**9}
+        rows.append({"event": "train", "step": step} | values | {"update_ratio_body": 0.0 if step == 20 else 1e-3})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
+    return path
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of the last picture."""
+    axes = []
+    from matplotlib.figure import Figure
+
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (axes.extend(self.axes), saved(self, *a, **k))[1])
+    return axes
+
+
+def test_two_runs_are_drawn_with_what_there_is_of_them(tmp_path, capsys, drawn):
+    one = write(tmp_path / "one.jsonl", table_optimizer="ember", adapter_path="a")
+    two = write(tmp_path / "two.jsonl", loss=2.0, end='{"event"', table_optimizer="adamw", adapter_path="b")
+    main([str(one), str(two), "--out", str(tmp_path / "runs.png"), "--theme", "both"])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"runs-light.png", "runs-dark.png"}
+    said = capsys.readouterr().out
+    assert f"{two}: its last line is cut off, and was left out" in said
+    assert f"{one}: " not in said
+    titles = [axes.get_title("left") for axes in drawn]
+    there = [PANELS[i][0] for i in (0, 1, 3, 4)]  # no tables, and no speed
+    assert titles == there * 2
+    training, _, ratio, _ = drawn[:4]
+    assert [line.get_label() for line in training.lines] == ["table-optimizer ember", "table-optimizer adamw"]
+    assert list(training.lines[1].get_ydata()) == [2 / step for step in (10, 20, 30, 40)]
+    assert list(ratio.lines[0].get_xdata()) == [10, 30, 40]  # 0 has no logarithm
+
+
+def test_runs_are_named_by_their_files_where_options_do_not_tell_them_apart(tmp_path):
+    paths = [write(tmp_path / f"{i}.jsonl", seed=i // 2, adapter_path=str(i)) for i in range(3)]
+    logs = [run_log.read(path) for path in paths]
+    assert name_runs(logs) == [str(path) for path in paths]
+    assert name_runs(logs[:1]) == [str(paths[0])]
+    assert name_runs([logs[0], logs[2]]) == ["seed 0", "seed 1"]
+
+
+def test_more_runs_than_can_be_told_apart_are_refused(tmp_path):
+    log = run_log.read(write(tmp_path / "log.jsonl"))
+    with pytest.raises(InputError, match="8 runs: at most 7"):
+        plot_runs([log] * 8, tmp_path / "runs.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("{log} --out {log}", "must be the name of a PNG file"),
+        ("{log}", "the following arguments are required: --out"),
+        ("{broken} {log} --out {picture}", "broken.jsonl line 3: is not JSON"),
+        ("{log} {new} --out {picture}", "new.jsonl: there is no report in it yet"),
+        ("{log} /no/such/file --out {picture}", "log /no/such/file: cannot be read (No such file or directory)"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_picture(tmp_path, monkeypatch, capsys, words, message):
+    log = write(tmp_path / "log.jsonl")
+    lines = log.read_text().splitlines(keepends=True)
+    (tmp_path / "broken.jsonl").write_text("".join([*lines[:2], '{"event": \n', *lines[2:]]))
+    (tmp_path / "new.jsonl").write_text(lines[0])
+    names = {name: tmp_path / f"{name}.jsonl" for name in ("log", "broken", "new")}
+    words = words.format(picture=tmp_path / "runs.png", **names).split()
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "plot", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("ember-mlx plot: error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
