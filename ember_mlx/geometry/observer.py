@@ -1,0 +1,228 @@
+"""The two things that hang into a run: the observer that measures it, and the timer of a run without one."""
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune.summary import format_bytes
+from ember_mlx.geometry import sampling
+from ember_mlx.geometry.measures import unit_rows
+from ember_mlx.geometry.probe import UPDATES, ProbedOptimizer, TableSample
+from ember_mlx.geometry.recorder import GradientRows, TableRecord, TokenHistory, WeightPaths
+
+POINTS = 32  # of a path: enough to tell a line from a walk
+TIMED_STEPS = 10  # that are run without measuring too, with the same batches
+
+
+class Watch:
+    """mlx-lm's ``iterate_batches``, which tells when a training step begins and when it has ended, and takes the time.
+
+    Between the two the loop has evaluated weights and state. After the last step it asks for no batch, so the end of
+    that one is for :meth:`finish` to tell.
+    """
+
+    def __init__(self, batches, before_step, after_step):
+        self.batches = batches
+        self.before_step = before_step
+        self.after_step = after_step
+        self.began = []  # when the first steps began, by the clock and in this process's CPU time, seconds
+        self.positions = []  # tokens of their batches, padding included
+        self.peak_memory = None  # after TIMED_STEPS
+        self._open = False
+
+    def __call__(self, *arguments, loop=False, **options):
+        drawn = self.batches(*arguments, loop=loop, **options)
+        return self._training(drawn) if loop else drawn
+
+    def finish(self):
+        if self._open:
+            self._open = False
+            self.after_step()
+
+    def _training(self, drawn):
+        while True:
+            self.finish()  # before the batch is drawn: the run may save and stop while it is
+            try:
+                batch = next(drawn)
+            except StopIteration:
+                return
+            self.before_step(batch)
+            if len(self.began) <= TIMED_STEPS:
+                self.began.append((time.perf_counter(), time.process_time()))
+                self.positions.append(batch[0].size)
+                if len(self.began) == TIMED_STEPS + 1:
+                    self.peak_memory = mx.get_peak_memory()
+            self._open = True
+            yield batch
+
+    def seconds_a_position(self):
+        """Seconds a position by the clock and of CPU time, (steps, 2), of each timed step after the first: that one is
+        compiled and evaluates."""
+        return np.diff(self.began, axis=0)[1:] / np.array(self.positions[1:-1])[:, None]
+
+
+class Timed(Exception):
+    """The steps that were to be timed are done."""
+
+
+class Timer:
+    """For ``run(observe=...)``: times TIMED_STEPS of a run as it is, and ends it with Timed before any save."""
+
+    def __call__(self, model, optimizer, tables, rows, batches):
+        self.steps = 0
+        self.watch = Watch(batches, lambda batch: None, self._count)
+        return optimizer, self.watch
+
+    def _count(self):
+        self.steps += 1
+        if self.steps > TIMED_STEPS:
+            raise Timed
+
+
+class Observer:
+    """For ``run(observe=...)``: measures a run while it trains. Afterwards call :meth:`finish`, and last :meth:`close`.
+
+    Args:
+        args: The run's options.
+        folder (Path): A folder on a disk that has room for every table in float32 while the run goes on.
+    """
+
+    def __init__(self, args, folder: Path):
+        self.args = args
+        self.folder = folder
+        self.rng = np.random.default_rng(args.seed)  # of its own: the run's numbers stay those of `train`
+        self.updates = self.nonfinite = 0
+        self.seconds = 0.0  # spent here between the steps
+
+    def __call__(self, model, optimizer, tables, rows, batches):
+        start = time.perf_counter()
+        self.model, self.optimizer = model, optimizer
+        parameters = dict(tree_flatten(model.trainable_parameters()))
+        vocabulary = max(table.shape[0] for table in tables)
+        self.counts = sampling.count_tokens(rows, vocabulary, self.args.max_seq_length)
+        self.classes = sampling.frequency_classes(self.counts)
+        self.history = TokenHistory(vocabulary)
+        self.updates_to_come = self.args.iters // self.args.grad_accumulation_steps
+        self.every = max(self.updates_to_come // POINTS, 1)
+        on_disk = sum(4 * parameters[table.path].size for table in tables)
+        # Whatever ends the run, this goes.
+        self.kept = tempfile.TemporaryDirectory(prefix="measuring-", dir=self.folder)
+        free = shutil.disk_usage(self.kept.name).free
+        if on_disk > 0.9 * free:
+            raise InputError(
+                f"--out {self.folder}: {format_bytes(free)} are free there, and measuring keeps "
+                f"{format_bytes(on_disk)} there while it trains: make room, or give another folder"
+            )
+        disk = Path(self.kept.name)
+        shared = vocabulary * 5 / len(tables)  # token history and classes
+        self.sizes = {
+            table.path: sampling.sizes(table.shape, parameters[table.path].nbytes, shared) for table in tables
+        }
+        samples = {table.path: self._sample(table) for table in tables}
+        beta2 = optimizer.tables.beta2
+        self.tables = {
+            table.path: TableRecord(table, samples[table.path], self.classes, beta2, parameters[table.path], disk)
+            for table in tables
+        }
+        hidden = self._choose_hidden(parameters, set(samples))
+        self.probed = ProbedOptimizer(optimizer, parameters, samples, hidden)
+        self.hidden = {
+            path: GradientRows(np.zeros(len(rows), int), [path], (len(rows), parameters[path].shape[1]))
+            for path, rows in hidden.items()
+        }
+        each = max(sampling.PATH_ROWS // max(len(hidden), 1), 1)
+        self.hidden_paths = {}
+        for path in hidden:
+            chosen = np.sort(self.rng.choice(len(parameters[path]), min(each, len(parameters[path])), replace=False))
+            self.hidden_paths[path] = WeightPaths(disk / f"{path}.paths", chosen.astype(np.int32), parameters[path])
+        self.table_bytes = sum(parameters[table.path].nbytes for table in tables)
+        self.watch = Watch(batches, self._before_step, self._after_step)
+        self.seconds_of_start = time.perf_counter() - start
+        return self.probed, self.watch
+
+    def finish(self):
+        """Take in what the last step left."""
+        self.watch.finish()
+
+    def close(self):
+        """Delete what was kept on disk."""
+        if hasattr(self, "kept"):
+            self.kept.cleanup()
+
+    def memory(self):
+        """Bytes that measuring takes while the run trains, by what they are for."""
+        state = sum(array.nbytes for _, array in tree_flatten(self.probed.readings))
+        history = self.history.last_seen.nbytes + self.classes.nbytes
+        host = sum(record.nbytes for record in self.tables.values()) + history
+        host += sum(rows.before.nbytes for rows in self.hidden.values())
+        # Old rows, new rows and their difference in a step; between two, a table's rows, squares and directions.
+        scratch = max(
+            12 * max(len(record.sample.rows), record.sample.batch_tokens) * record.table.shape[1]
+            for record in self.tables.values()
+        )
+        total = state + host + scratch
+        return {
+            "in_the_compiled_step": state,
+            "between_the_steps": host,
+            "scratch": scratch,
+            "total": total,
+            "tables": self.table_bytes,
+            "share_of_tables": total / self.table_bytes,
+        }
+
+    def _sample(self, table):
+        sizes, (vocabulary, columns) = self.sizes[table.path], table.shape
+        with_never = table.role != "embedding"
+        classes, counts = self.classes[:vocabulary], self.counts[:vocabulary]
+        number = max(sizes.block_entries // min(sampling.BLOCK_COLUMNS, columns), 1)
+        block_columns = self.rng.choice(columns, min(sampling.BLOCK_COLUMNS, columns), replace=False)
+        return TableSample(
+            rows=sampling.choose_tokens(classes, counts, sizes.rows, with_never, self.rng),
+            block_rows=sampling.choose_tokens(classes, counts, number, with_never, self.rng),
+            block_columns=np.sort(block_columns).astype(np.int32),
+            path_rows=sampling.choose_tokens(classes, counts, sampling.PATH_ROWS, with_never, self.rng),
+            batch_tokens=sizes.batch_tokens,
+        )
+
+    def _choose_hidden(self, parameters, tables):
+        shapes = {path: array.shape for path, array in parameters.items() if array.ndim == 2 and path not in tables}
+        number = next(iter(self.sizes.values())).hidden_rows
+        return sampling.choose_hidden(shapes, number, self.rng)
+
+    def _before_step(self, batch):
+        start = time.perf_counter()
+        self.history.add_batch(batch)
+        for path, record in self.tables.items():
+            tokens = record.choose_tokens(self.history, self.rng)
+            self.probed.readings["tables"][path]["tokens"] = mx.array(tokens)
+        self.seconds += time.perf_counter() - start
+
+    def _after_step(self):
+        if self.probed.readings[UPDATES].item() == self.updates:
+            return  # its gradients are accumulated: the update is still to come
+        start = time.perf_counter()
+        self.updates += 1
+        skipped = self.optimizer.nonfinite_steps.item()
+        if skipped == self.nonfinite:
+            self._read()
+        self.nonfinite = skipped
+        self.history.end_update(self.updates)
+        self.seconds += time.perf_counter() - start
+
+    def _read(self):
+        state = self.optimizer.tables.state
+        for path, record in self.tables.items():
+            record.add(self.probed.readings["tables"][path], state[path]["r"], self.history, self.updates)
+        for path, rows in self.hidden.items():
+            rows.add(unit_rows(np.array(self.probed.readings["hidden"][path])))
+        if self.updates % self.every == 0:
+            weights = dict(tree_flatten(self.model.trainable_parameters()))
+            table_paths = {path: record.paths for path, record in self.tables.items()}
+            for path, paths in (table_paths | self.hidden_paths).items():
+                paths.add(weights[path])

@@ -1,0 +1,191 @@
+"""What the numbers say of the paper's three claims and of the steps, and whether Ember suits. Every bound has a reason.
+
+The claims are of "Token Geometry" (arXiv 2607.01455): the second moment of a token table is of rank one, successive
+gradients of a row are uncorrelated, and a token's path has one dimension. Ember rests on the first two. The third tells
+why so little state is enough; Ember does not need it.
+"""
+
+import math
+
+from ember_mlx.finetune.summary import format_bytes
+from ember_mlx.geometry.sampling import CLASSES
+
+# A typical step within a factor 2 of the dense one's is within one point of the usual grid of learning rates, 1, 3, 10;
+# at 4 it is beyond the next one.
+RANK_ONE_FACTOR, ROUGHLY_RANK_ONE_FACTOR = 2.0, 4.0
+# A dense moment of fewer squares than this is itself off by more than a factor 2 either way, most of the time.
+LEAST_SQUARES = 4
+LEAST_COSINES = 30  # of fewer, the median is itself chance
+# A cosine of 0.3 means that the last gradient tells 9 % of the next one's energy: nine tenths are new, which a first
+# moment cannot foretell. At 0.6 it tells a third.
+UNCORRELATED, PARTLY_CORRELATED = 0.3, 0.6
+# A ray leaves a tenth beside it, and at most half of what a random walk of the same moves leaves: that one alone has
+# about 0.8 on one line.
+RAY_SHARE, RAY_AGAINST_WALK = 0.9, 0.5
+COLD_SHARE = 0.01  # of the tokens of a batch: one in a hundred moves ten times as far as the rate says
+
+YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "cannot be told"
+TOKENS = {name: f"{name} tokens" for name in CLASSES} | {"never": "tokens that the text never has"}
+COMPARE = "The loss decides: compare a short run with --table-optimizer adamw."
+NORMAL_10_TO_90 = 2.563  # standard deviations between the two quantiles of a normal distribution
+
+
+def judge(numbers: dict) -> dict:
+    """``{"suits", "words", "findings"}``; a finding is ``{"claim", "answer", "words"}``."""
+    tables = numbers["tables"]
+    findings = [
+        rank_one(tables),
+        uncorrelated(tables, numbers["hidden"]),
+        rays(tables, numbers["hidden"]),
+        steps(tables),
+    ]
+    rank, correlation, _, step = (finding["answer"] for finding in findings)
+    saved = sum(2 * math.prod(table["shape"]) - sum(table["shape"]) for table in tables) * 4
+    price = f"Against Adam in float32 it saves {format_bytes(saved)} of state."
+    if UNKNOWN in (rank, correlation):
+        suits, words = UNKNOWN, "Whether Ember suits cannot be told from this run: see what is missing below."
+    elif rank == NO:
+        suits = NO
+        words = f"Ember does not suit this run: the second moment of a table is not of rank one here. {COMPARE} {price}"
+    elif rank == PARTLY or NO in (correlation, step):
+        reasons = {
+            "its second moment is only roughly that of a dense one": rank == PARTLY,
+            "the gradients of a token are alike each time, and that they are not is the paper's reason to go without a "
+            "first moment": correlation == NO,
+            "some steps are far larger than the learning rate": step == NO,
+        }
+        why = ", and ".join(reason for reason, holds in reasons.items() if holds)
+        suits, words = PARTLY, f"Ember suits this run, with care: {why}. {COMPARE} {price}"
+    else:
+        suits, words = YES, f"Ember suits this run: nothing that it rests on is broken here. {price}"
+    return {"suits": suits, "words": words, "findings": findings}
+
+
+def rank_one(tables):
+    """By how much a typical step differs from the dense moment's, beyond that one's noise, in the worst class."""
+    claim, factors, unknown = "The second moment is of rank one", [], []
+    for table in tables:
+        for name in CLASSES[:3]:
+            of_class = [(step_factor(found), found) for found in table["second_moment"][name].values()]
+            known = [(factor, table["path"], name, found) for factor, found in of_class if factor is not None]
+            factors += known
+            if not known:
+                unknown.append(f"the {TOKENS[name]} of {table['path']}")
+    if not factors:
+        words = (
+            f"No sampled row that the text has was seen with {LEAST_SQUARES} gradients of like size, so the dense "
+            "moment is noise: train longer."
+        )
+        return {"claim": claim, "answer": UNKNOWN, "words": words}
+    factor, path, name, found = max(factors, key=lambda one: one[0])
+    words = (
+        f"Beyond the noise of the dense moment, a typical step is within a factor {factor:.2f} of the one that a dense "
+        f"second moment would make; that is the worst class of rows, the {TOKENS[name]} of {path} (log error, 10 % to "
+        f"90 %: {found['p10']:+.2f} to {found['p90']:+.2f}; noise alone {found['noise']['p10']:+.2f} to "
+        f"{found['noise']['p90']:+.2f}). Up to {RANK_ONE_FACTOR:g} counts as rank one."
+    )
+    if unknown:
+        words += f" Not judged, for want of gradients: {', '.join(unknown)}."
+    return {"claim": claim, "answer": _answer(factor, RANK_ONE_FACTOR, ROUGHLY_RANK_ONE_FACTOR), "words": words}
+
+
+def step_factor(found):
+    """The factor between the two steps that a typical log error makes, noise taken off; None if there is too little.
+
+    Spread and median of the error, e, add up as squares; a step goes with exp(-e / 2).
+    """
+    if not found["count"] or found["squares"] < LEAST_SQUARES:
+        return None
+    noise = found["noise"]
+    spread, noise_spread = ((one["p90"] - one["p10"]) / NORMAL_10_TO_90 for one in (found, noise))
+    beyond = max(spread**2 - noise_spread**2, 0) + (found["median"] - noise["median"]) ** 2
+    return math.exp(math.sqrt(beyond) / 2)
+
+
+def uncorrelated(tables, hidden):
+    """The median cosines of successive gradients: from one sighting of a token to the next, and from step to step.
+
+    In an embedding the two are the same. In a head and in a tied table the steps in which a token is not in the batch
+    push its row away from the average hidden state, all alike: that is drift, of small steps, and no reason for a first
+    moment. So correlation between sightings alone decides.
+    """
+    claim = "Successive gradients of a row are uncorrelated"
+    sightings, steps_ = (
+        [
+            (found["median"], table["path"])
+            for table in tables
+            for found in (table[kind][name] for name in CLASSES[:3])
+            if found["count"] >= LEAST_COSINES
+        ]
+        for kind in ("gradients_when_seen_again", "successive_gradients")
+    )
+    if not sightings:
+        words = f"No class of rows was seen again {LEAST_COSINES} times: train longer."
+        return {"claim": claim, "answer": UNKNOWN, "words": words}
+    furthest = max((median for median, _ in sightings), key=abs)
+    furthest_step = max((median for median, _ in steps_), key=abs, default=furthest)
+    beside = hidden["successive_gradients"]
+    words = (
+        "Median cosine of the gradient with that of the last time the token was in a batch, from one class of tokens "
+        f"to another: {_ranges(sightings)}; with that of the last step: {_ranges(steps_) or 'too few'}. Chance alone "
+        f"makes ±{max(table['random_cosine'] for table in tables):.2f}. "
+        + (f"Rows of the hidden matrices, from step to step: {beside['median']:+.2f}. " if beside["count"] else "")
+        + f"Up to {UNCORRELATED:g} a first moment is not worth its memory."
+    )
+    if abs(furthest) <= UNCORRELATED < furthest_step:
+        words += " Only steps in which the token is not in the batch are alike: that is drift of the rows."
+    if furthest < -UNCORRELATED:
+        words += " Below 0, steps take back what the last ones did: lower the table learning rate."
+    answer = _answer(abs(furthest), UNCORRELATED, PARTLY_CORRELATED)
+    if answer == YES and abs(furthest_step) > UNCORRELATED:
+        answer = PARTLY
+    return {"claim": claim, "answer": answer, "words": words}
+
+
+def _ranges(medians):
+    """For each table the smallest and the largest."""
+    ranges = {path: [median for median, other in medians if other == path] for _, path in medians}
+    return "; ".join(f"{min(found):+.2f} to {max(found):+.2f} ({path})" for path, found in ranges.items())
+
+
+def rays(tables, hidden):
+    """What share of the moves lies on one line, against a random walk of the same moves."""
+    claim, told = "A token's path has one dimension", []
+    for table in tables:
+        for name in CLASSES:
+            found = table["paths"][name]
+            if found["share"]["count"]:
+                told.append((found["share"]["median"], found["walk_share"]["median"], name, table["path"]))
+    if not told:
+        words = "No row that was followed moved three times: train longer."
+        return {"claim": claim, "answer": UNKNOWN, "words": words}
+    holds = [share >= RAY_SHARE and 1 - share <= RAY_AGAINST_WALK * (1 - walk) for share, walk, _, _ in told]
+    share, walk, name, path = min(told)
+    high = max(told)
+    beside = hidden["paths"]["share"]
+    words = (
+        f"One line holds {share:.0%} of the path (median of the {TOKENS[name]}, {path}), where a random walk with the "
+        f"same moves has {walk:.0%}; at best {high[0]:.0%} (the {TOKENS[high[2]]}, {high[3]}; random walk "
+        f"{high[1]:.0%}). "
+        + (f"Rows of the hidden matrices: {beside['median']:.0%}. " if beside["count"] else "")
+        + f"A ray has {RAY_SHARE:.0%} or more, and leaves half of what the walk leaves. Ember does not need this."
+    )
+    return {"claim": claim, "answer": YES if all(holds) else PARTLY if any(holds) else NO, "words": words}
+
+
+def steps(tables):
+    """How many steps are far larger than the learning rate."""
+    worst = max(tables, key=lambda table: table["steps_above_cold"]["share"])
+    cold, size = worst["steps_above_cold"], worst["largest_steps"]
+    largest = f"; the largest was {size[0]['learning_rates']:.1f}, token {size[0]['text']}" if size else ""
+    words = (
+        f"{cold['share']:.1%} of the steps of tokens in a batch moved their row of {worst['path']} by more than "
+        f"{cold['learning_rates']} learning rates{largest}. Over {COLD_SHARE:.0%} is worth a lower table learning rate "
+        "or a larger batch."
+    )
+    answer = YES if cold["share"] <= COLD_SHARE else NO
+    return {"claim": "Steps are about as large as the learning rate", "answer": answer, "words": words}
+
+
+def _answer(value, yes, partly):
+    return YES if value <= yes else PARTLY if value <= partly else NO
