@@ -1,0 +1,199 @@
+"""What a config.json says of a model's shapes: weights by module, and the sizes that activations follow."""
+
+from dataclasses import dataclass, field
+
+from ember_mlx.errors import InputError
+
+# The keys of Hugging Face's Llama, and what other families call the same.
+NAMES = {
+    "hidden_size": ("n_embd", "d_model", "dim", "model_dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "multi_query_group_num"),
+    "head_dim": ("attention_head_dim",),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "mlp_hidden_size"),
+    "vocab_size": ("padded_vocab_size", "n_vocab"),
+}
+LARGEST = dict.fromkeys(NAMES, 10**8) | {"num_hidden_layers": 10**4, "head_dim": 10**5}
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Families whose layers are Llama's, and what they add to them: the biases of attention, norms of queries and keys.
+BIASES = {"qwen2"}
+HEAD_NORMS = {"qwen3"}
+EXACT = {"llama", "mistral", "smollm3"} | BIASES | HEAD_NORMS
+ALWAYS_TIED = {"gemma", "gemma2", "gemma3_text", "gpt2"}
+# mlx-lm's default where config.json is silent.
+TIED_BY_DEFAULT = {"llama", "cohere", "cohere2", "olmo", "gemma3"} | ALWAYS_TIED
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product with a weight of ``outputs`` x ``inputs``; ``nbytes`` if that is quantized."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A token table of ``rows`` tokens by ``columns`` features; role as in ember_mlx.token_tables."""
+
+    name: str
+    role: str
+    rows: int
+    columns: int
+    nbytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shapes of a decoder. Widths are bytes of a number.
+
+    ``notes`` say, in words, where the plan rests on less than it should.
+    """
+
+    model_type: str
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    width: int
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    head_norms: bool
+    quantization: dict | None = None
+    notes: list = field(default_factory=list)
+
+    def linears(self, layer: int) -> list[Linear]:
+        """The linears of a decoder layer, in mlx-lm's order."""
+        if not self.heads:
+            return []
+        q, kv, d, m = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
+        attention, out, mlp = self.attention_bias, self.output_bias, self.mlp_bias
+        shapes = {
+            "self_attn.q_proj": (d, q, attention),
+            "self_attn.k_proj": (d, kv, attention),
+            "self_attn.v_proj": (d, kv, attention),
+            "self_attn.o_proj": (q, d, out),
+            "mlp.gate_proj": (d, m, mlp),
+            "mlp.down_proj": (m, d, mlp),
+            "mlp.up_proj": (d, m, mlp),
+        }
+        prefix = f"model.layers.{layer}."
+        return [
+            Linear(prefix + name, inputs, outputs, bias, self._quantized(prefix + name, outputs, inputs))
+            for name, (inputs, outputs, bias) in shapes.items()
+        ]
+
+    def tables(self, dequantized: tuple = ()) -> list[Table]:
+        """The token tables; those whose role is in ``dequantized`` as plain weights."""
+        names = {"tied": "model.embed_tokens"} if self.tied else {"embedding": "model.embed_tokens", "head": "lm_head"}
+        return [
+            Table(
+                name,
+                role,
+                self.vocabulary,
+                self.hidden,
+                None if role in dequantized else self._quantized(name, self.vocabulary, self.hidden),
+            )
+            for role, name in names.items()
+        ]
+
+    def _quantized(self, name, rows, columns):
+        """Bytes of a packed weight with its scales, or None where it is not packed."""
+        own = (self.quantization or {}).get(name, self.quantization)
+        if not own:
+            return None
+        if own is True:
+            own = self.quantization
+        bits, group = own["bits"], own["group_size"]
+        if columns % group:
+            return None
+        # Affine groups have a scale and a bias of the model's type; the float modes a scale of one byte.
+        of_group = 2 * self.width if own.get("mode", "affine") == "affine" else 1
+        return rows * columns * bits // 8 + rows * (columns // group) * of_group
+
+
+def read_architecture(config: dict, where: str) -> Architecture:
+    """The architecture that a config.json describes; ``where`` names it in errors.
+
+    Raises:
+        InputError: for sizes that cannot be, and when the keys are missing without which nothing can be planned.
+    """
+    if isinstance(config.get("text_config"), dict):
+        config = config | config["text_config"]
+    sizes, notes = {}, []
+    for name, others in NAMES.items():
+        key = next((key for key in (name, *others) if config.get(key) is not None), None)
+        if key is not None:
+            sizes[name] = _whole(config[key], LARGEST[name], f"{where}: {key}")
+    missing = [name for name in ("vocab_size", "hidden_size") if name not in sizes]
+    if missing:
+        raise InputError(
+            f"{where}: {' and '.join(missing)} missing, without which nothing can be planned; give the config.json of "
+            "a language model"
+        )
+    missing = [name for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in sizes]
+    if missing:
+        notes.append(
+            f"{where} has no {', '.join(missing)}: the layers are left out, and only token tables, logits and loss are "
+            "planned; the run takes more"
+        )
+    model_type = str(config.get("model_type", "unknown"))
+    if model_type not in EXACT and not missing:
+        notes.append(f"{model_type} is planned as if its layers were Llama's of these sizes; it may differ in detail")
+    if any(config.get(key) for key in EXPERTS):
+        notes.append("this is a mixture of experts; the experts are not planned, and the run takes far more")
+    heads = 0 if missing else sizes["num_attention_heads"]
+    return Architecture(
+        model_type=model_type,
+        hidden=sizes["hidden_size"],
+        layers=0 if missing else sizes["num_hidden_layers"],
+        intermediate=sizes.get("intermediate_size", 0),
+        heads=heads,
+        kv_heads=sizes.get("num_key_value_heads", heads),
+        head_dim=sizes.get("head_dim", max(sizes["hidden_size"] // max(heads, 1), 1)),
+        vocabulary=sizes["vocab_size"],
+        tied=_tied(config, model_type),
+        width=WIDTHS.get(str(config.get("torch_dtype") or config.get("dtype")), 2),
+        attention_bias=bool(config.get("attention_bias", model_type in BIASES)),
+        output_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        head_norms=model_type in HEAD_NORMS,
+        quantization=_quantization(config, where),
+        notes=notes,
+    )
+
+
+def _tied(config, model_type):
+    if model_type in ALWAYS_TIED:
+        return True
+    stated = config.get("tie_word_embeddings")
+    return model_type in TIED_BY_DEFAULT if stated is None else bool(stated)
+
+
+def _quantization(config, where):
+    found = config.get("quantization") or config.get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, dict) or "bits" not in found:
+        raise InputError(f"{where}: quantization {found}: mlx-lm's has bits and group_size; convert the model first")
+    bits = _whole(found["bits"], 8, f"{where}: quantization: bits")
+    group = _whole(found.get("group_size", 64), 1024, f"{where}: quantization: group_size")
+    return found | {"bits": bits, "group_size": group}
+
+
+def _whole(value, largest, where):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or not 1 <= value <= largest:
+        raise InputError(f"{where}: {value!r} must be a whole number from 1 to {largest:,}")
+    if int(value) != value:
+        raise InputError(f"{where}: {value!r} must be a whole number")
+    return int(value)

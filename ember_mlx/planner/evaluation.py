@@ -1,0 +1,231 @@
+"""The order in which MLX computes the arrays of a step, and how much memory they take on the way.
+
+A compiled step is one lazy graph. MLX walks it from the results back, breadth first but at most 20 wide, and computes
+it in the reverse of that order; so what stands near the results, such as the gradients of weights, is computed late,
+and what it is made of lives until then. An array's memory is handed on to an elementwise result of its size if nothing
+else reads it, and is free once the device has done the last operation that reads it. The program runs ahead of the
+device by up to ten batches of operations, so memory is free that much later than it could be: where the device is the
+slower of the two, which is so with long sequences.
+
+From MLX 0.32: ``eval_impl`` in mlx/transforms.cpp, ``gpu::eval`` and ``CommandEncoder`` in mlx/backend/*.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+WIDTH = 20  # MLX_BFS_MAX_WIDTH
+BATCHES_AHEAD = 10  # MAX_ACTIVE_TASKS
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a step is computed.
+
+    Args:
+        operations, numbers (int): A batch of operations is handed over once it holds more operations, or once they
+            read more numbers (MLX says megabytes, and counts numbers).
+        bytes_a_second, products_a_second (float): How fast it moves memory and multiplies matrices, in floating-point
+            operations; these decide only how far the program runs ahead.
+    """
+
+    name: str
+    operations: int
+    numbers: float
+    bytes_a_second: float
+    products_a_second: float
+
+
+# MLX's limits of a batch (MLX_MAX_OPS_PER_BUFFER, MLX_MAX_MB_PER_BUFFER; DISPATCHES_PER_TASK on the CPU). The speeds:
+# a large M-series chip, an H100 (copies measured here), two cores.
+DEVICES = {
+    "metal": Device("metal", 50, 50 * 2**20, 400e9, 15e12),
+    "cuda": Device("cuda", 100, 1000 * 2**20, 2.98e12, 400e12),
+    "cpu": Device("cpu", 10, float("inf"), 10e9, 50e9),
+}
+SECONDS_TO_ENCODE = 8e-6  # one operation: what the program itself takes
+
+
+class Array:
+    """One array of the step.
+
+    Args:
+        numbers (int): How many.
+        width (int): Bytes of each.
+        role (str): What it counts as in the plan.
+        made_by (Operation, optional): None for what is there before the step.
+        base (Array, optional): The array whose memory it is: of which it is a part, or the transpose.
+    """
+
+    __slots__ = ("base", "made_by", "numbers", "role", "width")
+
+    def __init__(self, numbers, width, role, made_by=None, base=None):
+        self.numbers = numbers
+        self.width = width
+        self.role = role
+        self.made_by = made_by
+        self.base = base.base if base else self
+
+    @property
+    def nbytes(self):
+        return self.numbers * self.width
+
+
+class Operation:
+    """What makes arrays of others.
+
+    Args:
+        inputs (list[Array]): What it reads.
+        in_place (bool): Elementwise: it may write into what it reads.
+        work (int): Floating-point operations of a product of matrices; 0 for all else.
+    """
+
+    __slots__ = ("in_place", "inputs", "outputs", "work")
+
+    def __init__(self, inputs, in_place, work=0):
+        self.inputs = inputs
+        self.in_place = in_place
+        self.work = work
+        self.outputs = []
+
+    @property
+    def is_view(self):
+        """Whether it computes nothing: what it makes is another view of what is there."""
+        return bool(self.outputs) and self.outputs[0].base is not self.outputs[0]
+
+    def seconds(self, device):
+        """What it takes the device."""
+        arrays = [*self.inputs, *self.outputs]
+        moved = sum(array.nbytes for array in arrays) / device.bytes_a_second
+        float32 = max(array.width for array in arrays) > 2  # which takes twice as long
+        return max(moved, self.work * (1 + float32) / device.products_a_second)
+
+
+@dataclass
+class Peak:
+    """The most memory that a step takes, in bytes.
+
+    Args:
+        total (int): At the worst moment.
+        parts (Counter): What of it is in arrays of each role.
+        most (Counter): The most that each role takes at any moment.
+    """
+
+    total: int
+    parts: Counter
+    most: Counter
+
+
+def peak_memory(results: list[Array], there: list[Array], device: Device) -> Peak:
+    """Compute ``results`` in MLX's order, and say how much memory the step takes.
+
+    ``there`` are all arrays that exist before it; those that no operation reads stay.
+    """
+    order = evaluation_order(results)
+    readers = Counter(array.base for operation in order for array in operation.inputs)
+    readers.update(results)  # read by the next step
+    live = Counter()
+    for array in there:
+        live[array.role] += array.nbytes
+    total = sum(live.values())
+    peak, most = Peak(total, Counter(live), Counter()), Counter(live)
+    clock = _Clock(device)
+    last_batch_to_read, waiting = {}, deque()  # arrays that are done with, freed when the batch that read them is
+    for operation in order:
+        while waiting and clock.is_done(waiting[0][0]):
+            _, array = waiting.popleft()
+            live[array.role] -= array.nbytes
+            total -= array.nbytes
+        free = []
+        read = [array.base for array in operation.inputs]
+        for array in dict.fromkeys(read):
+            readers[array] -= read.count(array)
+            if not readers[array]:
+                free.append(array)
+        if operation.is_view:
+            continue
+        for output in operation.outputs:
+            donor = None
+            if operation.in_place:
+                same = (array for array in free if array.nbytes == output.nbytes)
+                donor = next((array for array in same if clock.is_done(last_batch_to_read.get(array))), None)
+            if donor is None:
+                total += output.nbytes
+            else:
+                free.remove(donor)
+                live[donor.role] -= donor.nbytes
+            live[output.role] += output.nbytes
+            most[output.role] = max(most[output.role], live[output.role])
+            if not readers[output]:
+                free.append(output)
+        if total > peak.total:
+            peak.total, peak.parts = total, Counter(live)
+        last_batch_to_read.update(dict.fromkeys(read, clock.batch))
+        waiting.extend((clock.batch, array) for array in free)
+        clock.encode(operation)
+    peak.most = most
+    return peak
+
+
+class _Clock:
+    """When the device is done with each batch of operations, and where the program is meanwhile."""
+
+    def __init__(self, device):
+        self.device = device
+        self.now = self.device_free_at = 0.0
+        self.done_at = []
+        self._begin()
+
+    @property
+    def batch(self):
+        """The number of the batch that is being filled."""
+        return len(self.done_at)
+
+    def is_done(self, batch):
+        return batch is None or (batch < self.batch and self.done_at[batch] <= self.now)
+
+    def encode(self, operation):
+        self.now += SECONDS_TO_ENCODE
+        self.operations += 1
+        self.numbers += sum(array.numbers for array in operation.inputs)
+        self.seconds += operation.seconds(self.device)
+        if self.operations > self.device.operations or self.numbers > self.device.numbers:
+            self.device_free_at = max(self.device_free_at, self.now) + self.seconds
+            self.done_at.append(self.device_free_at)
+            if self.batch > BATCHES_AHEAD:
+                self.now = max(self.now, self.done_at[self.batch - 1 - BATCHES_AHEAD])
+            self._begin()
+
+    def _begin(self):
+        self.operations = self.numbers = self.seconds = 0
+
+
+def evaluation_order(results: list[Array]) -> list[Operation]:
+    """All operations that ``results`` need, in the order in which MLX's ``eval`` runs them."""
+    root = Operation(results, in_place=False)
+    degree, pending, seen = Counter(), [root], {root}
+    while pending:
+        for array in pending.pop().inputs:
+            made_by = array.made_by
+            if made_by is not None:
+                degree[made_by] += 1
+                if made_by not in seen:
+                    seen.add(made_by)
+                    pending.append(made_by)
+    tape, stack, i = [root], [], 0
+    while i < len(tape) or stack:
+        if i < len(tape):
+            operation, first = tape[i], 0
+            i += 1
+        else:
+            operation, first = stack.pop()
+        for j in range(first, len(operation.inputs)):
+            made_by = operation.inputs[j].made_by
+            if made_by is None:
+                continue
+            if len(tape) - i >= WIDTH:
+                stack.append((operation, j))
+                break
+            degree[made_by] -= 1
+            if not degree[made_by]:
+                tape.append(made_by)
+    return tape[:0:-1]

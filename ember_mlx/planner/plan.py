@@ -1,0 +1,151 @@
+"""What a run will take, beside what it would take with another optimizer on the tables, and what to change."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from ember_mlx.errors import InputError
+from ember_mlx.planner.architecture import Architecture
+from ember_mlx.planner.builder import Run
+from ember_mlx.planner.evaluation import DEVICES, peak_memory
+from ember_mlx.planner.step import Step
+
+DEFAULT_LAYERS = 16  # mlx-lm's, for LoRA
+SHORTEST = 256
+ROLES = {
+    "auto": ("embedding", "head", "tied"),
+    "embedding": ("embedding", "tied"),
+    "head": ("head",),
+    "none": (),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes that a run takes.
+
+    Args:
+        weights, trainable (int): Of all parameters, adapters included, and of those that train.
+        gradients, optimizer_state (int): Of what trains.
+        most (Counter): The most that arrays of each role take at any moment of a step: "activations", "logits",
+            "scratch" and the above.
+        at_peak (Counter): The same at the worst moment.
+        peak (int): At that moment, in all.
+    """
+
+    weights: int
+    trainable: int
+    gradients: int
+    optimizer_state: int
+    most: Counter
+    at_peak: Counter
+    peak: int
+
+
+def plan(model: Architecture, run: Run, backend: str) -> Plan:
+    """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
+    step = Step(model, run, backend).build()
+    peak = peak_memory(step.results, step.there, DEVICES[backend])
+    return Plan(
+        weights=_bytes(step.weights.values()),
+        trainable=_bytes(step.weights[name] for name in step.gradients),
+        gradients=_bytes(step.gradients.values()),
+        optimizer_state=_bytes(array for array in step.there if array.role == "optimizer state"),
+        most=_whole(peak.most),
+        at_peak=_whole(peak.parts),
+        peak=int(peak.total),
+    )
+
+
+def run_of(args, model: Architecture) -> Run:
+    """What of ``ember-mlx train``'s options memory depends on, with rows as long as --max-seq-length allows.
+
+    Raises:
+        InputError: for what ``train`` would refuse too.
+    """
+    asked, there = args.num_layers, model.layers
+    if asked is not None and asked > there and there:
+        raise InputError(f"--num-layers {asked}: the model has {there} layers; use at most that, or -1 for all")
+    if asked is None:
+        layers = there if args.fine_tune_type == "full" else min(DEFAULT_LAYERS, there)
+    else:
+        layers = there if asked < 0 else min(asked, there)
+    if model.quantization and args.fine_tune_type == "full":
+        raise InputError(
+            "--fine-tune-type full: the model is quantized, and quantized weights cannot be trained: use lora"
+        )
+    found = {table.role: table for table in model.tables()}
+    chosen = tuple(role for role in found if role in ROLES[args.train_tables])
+    if args.train_tables != "none" and not chosen:
+        raise InputError(f"--train-tables {args.train_tables}: the model has {' and '.join(found)}; use auto")
+    packed = [found[role].name for role in chosen if found[role].nbytes is not None]
+    if packed and not args.dequantize_tables:
+        raise InputError(
+            f"--train-tables {args.train_tables}: {' and '.join(packed)} are quantized, and a quantized table cannot "
+            "be trained: add --dequantize-tables, or plan without with --train-tables none"
+        )
+    keys = (args.lora_parameters or {}).get("keys")
+    return Run(
+        batch_size=args.batch_size,
+        length=args.max_seq_length - 1,  # the last token is only predicted
+        fine_tune_type=args.fine_tune_type,
+        layers=layers,
+        rank=(args.lora_parameters or {}).get("rank", 8),
+        lora_keys=None if keys is None else tuple(keys),
+        tables=chosen,
+        optimizer=args.optimizer.lower(),
+        table_optimizer=args.table_optimizer,
+        grad_checkpoint=bool(args.grad_checkpoint),
+        chunked_loss=bool(args.chunked_loss),
+        accumulate=args.grad_accumulation_steps > 1,
+    )
+
+
+def alternatives(run: Run) -> dict[str, Run]:
+    """The same run with another optimizer on the tables, and with the tables frozen; by the flags that ask for it."""
+    names = ("ember", "adamw", "adafactor")
+    kinds = {f"--table-optimizer {name}": replace(run, table_optimizer=name) for name in names}
+    return kinds | {"--train-tables none": replace(run, tables=())}
+
+
+def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tuple[str, Plan]]:
+    """The cheapest changes, one on top of the other, until the run fits: flags, and the plan with them so far.
+
+    A change that saves less than 1 % is left out. When all are made and it still does not fit, the last plan says so.
+    """
+    changes, now = [], plan(model, run, backend)
+    for flags, changed in _changes(run):
+        if now.peak <= memory:
+            break
+        candidate = replace(run, **changed)
+        after = plan(model, candidate, backend)
+        if after.peak < 0.99 * now.peak:
+            run, now = candidate, after
+            changes.append((flags, after))
+    return changes
+
+
+def _changes(run):
+    if not run.grad_checkpoint:
+        yield "--grad-checkpoint", {"grad_checkpoint": True}
+    if not run.chunked_loss:
+        yield "--chunked-loss", {"chunked_loss": True}
+    length = run.length + 1
+    while length // 2 >= SHORTEST:
+        length //= 2
+        yield f"--max-seq-length {length}", {"length": length - 1}
+    size = run.batch_size
+    while size > 1:
+        size //= 2
+        yield f"--batch-size {size}", {"batch_size": size}
+    if run.fine_tune_type == "full":
+        yield "--fine-tune-type lora", {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
+    if run.tables:
+        yield "--train-tables none", {"tables": ()}
+
+
+def _bytes(arrays):
+    return int(sum(array.nbytes for array in arrays))
+
+
+def _whole(counter):
+    return Counter({role: int(nbytes) for role, nbytes in counter.items()})

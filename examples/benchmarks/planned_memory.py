@@ -1,0 +1,83 @@
+"""Peak memory of training steps as ``ember-mlx plan`` predicts it, beside what mlx_training_memory.py measured.
+
+    python examples/benchmarks/planned_memory.py --measured RESULT.json --out planned_memory.md
+
+Needs no GPU and no MLX: the rows of RESULT.json say what was run, and on which backend.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+from mlx_training_memory import ROW, config_of
+
+from ember_mlx.planner import Run, plan, read_architecture
+from ember_mlx.planner.plan import ROLES
+
+TARGET = 0.15
+
+
+def planned(row: str, backend: str) -> int:
+    """The predicted peak of a row, in bytes."""
+    of = ROW.fullmatch(row).groupdict()
+    model = read_architecture(config_of(row), of["model"])
+    tables = "none" if of["tables"] == "frozen" else "auto"
+    run = Run(
+        batch_size=int(of["batch_size"]),
+        length=int(of["length"]),
+        fine_tune_type=of["type"],
+        layers=model.layers,
+        rank=8,
+        lora_keys=None,
+        tables=tuple(table.role for table in model.tables() if table.role in ROLES[tables]),
+        optimizer="adamw",
+        table_optimizer="ember" if of["tables"] == "frozen" else of["tables"],
+        grad_checkpoint=bool(of["checkpoint"]),
+        chunked_loss=bool(of["chunked"]),
+        accumulate=False,
+    )
+    return plan(model, run, backend).peak
+
+
+def compare(report: dict) -> list[tuple[str, int, int]]:
+    """Of each measured row: its name, the predicted and the measured peak."""
+    backend = report["machine"]["backend"]
+    rows = {row: result for row, result in report["rows"].items() if "peak_memory" in result and ROW.fullmatch(row)}
+    return [(row, planned(row, backend), result["peak_memory"]) for row, result in rows.items()]
+
+
+def table(compared, machine) -> str:
+    """As Markdown, with how many rows are within the target."""
+    errors = [predicted / measured - 1 for _, predicted, measured in compared]
+    within = sum(abs(error) <= TARGET for error in errors)
+    root = math.sqrt(statistics.mean(error**2 for error in errors))
+    lines = [
+        f"# Peak memory, predicted and measured: {machine['device']}, MLX {machine['versions']['mlx']}",
+        "",
+        f"{within} of {len(errors)} rows within {TARGET:.0%}; root mean square of the error {root:.1%}. bfloat16, "
+        "AdamW on the body, LoRA in all layers. 1 GB = 10^9 bytes.",
+        "",
+        "| model/tying/type/batch x tokens/tables | predicted, GB | measured, GB | error |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for (row, predicted, measured), error in zip(compared, errors, strict=True):
+        lines.append(f"| {row} | {predicted / 1e9:.2f} | {measured / 1e9:.2f} | {error:+.1%} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, required=True, help="the JSON file of mlx_training_memory.py")
+    parser.add_argument("--out", type=Path, help="a Markdown file to write the table to")
+    args = parser.parse_args()
+    report = json.loads(args.measured.read_text())
+    text = table(compare(report), report["machine"])
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The memory planner: its bytes against MLX's own arrays, its order against MLX's rules, its command line."""
+
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, quantize_model
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune import options
+from ember_mlx.finetune.build_optimizer import build_optimizer
+from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.plan_command import main, warning
+from ember_mlx.planner import advice, plan, read_architecture, run_of
+from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
+
+QWEN = {
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 384,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+QWEN_2 = {**QWEN, "model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True}
+
+
+def planned(config, *words, backend="cpu"):
+    model = read_architecture(config, "config.json")
+    return plan(model, run_of(options.parse([*words, "--max-seq-length", "33"]), model), backend)
+
+
+def made(config, *words):
+    """Bytes of weights, of what trains and of optimizer state, as MLX has them."""
+    args = options.parse(list(words))
+    model_class, arguments_class = _get_classes(config)
+    model = model_class(arguments_class.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    if "quantization" in config:
+        model, _ = quantize_model(model, config, **config["quantization"])
+    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
+    make_trainable(model, args, tables)
+    optimizer = build_optimizer(model, args, tables)
+    arrays = (model.parameters(), model.trainable_parameters(), optimizer.state)
+    return [sum(array.nbytes for _, array in tree_flatten(tree) if array.ndim) for tree in arrays]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (QWEN, ["--optimizer", "adamw"]),
+        (QWEN, ["--fine-tune-type", "full", "--table-optimizer", "adafactor", "--optimizer", "adafactor"]),
+        (QWEN, ["--num-layers", "2", "--train-tables", "head", "--table-optimizer", "sgd"]),
+        (QWEN_2, ["--fine-tune-type", "full", "--table-optimizer", "adamw", "--num-layers", "2"]),
+        (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, ["--dequantize-tables"]),
+        (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, ["--train-tables", "none"]),
+    ],
+)
+def test_weights_and_state_are_those_that_mlx_has_to_the_byte(config, words):
+    found = planned(config, *words)
+    assert [found.weights, found.trainable, found.optimizer_state] == made(config, *words)
+    assert found.gradients == found.trainable
+
+
+def test_the_order_is_from_the_results_back_and_at_most_twenty_wide():
+    """A long chain, and 30 arrays that depend on its middle: the last of those are computed when the width allows."""
+    chain = [Array(1, 4, "chain")]
+    for _ in range(5):
+        operation = Operation([chain[-1]], in_place=False)
+        operation.outputs = [Array(1, 4, "chain", operation)]
+        chain.append(operation.outputs[0])
+    leaves = []
+    for _ in range(30):
+        operation = Operation([chain[2]], in_place=False)
+        operation.outputs = [Array(1, 4, "leaf", operation)]
+        leaves.append(operation.outputs[0])
+    order = evaluation_order([*leaves, chain[-1]])
+    assert len(order) == 35
+    place = {operation: i for i, operation in enumerate(order)}
+    assert all(place[a.made_by] < place[b.made_by] for a, b in itertools.pairwise(chain[1:]))
+    assert all(place[chain[2].made_by] < place[leaf.made_by] for leaf in leaves)
+    assert place[leaves[0].made_by] == 34  # the nearest to the results is the last
+
+
+def test_memory_is_handed_on_and_kept_while_it_is_read():
+    first = Array(100, 4, "weights")
+    operation = Operation([first], in_place=True)
+    second = Array(100, 4, "scratch", operation)
+    operation.outputs = [second]
+    assert peak_memory([second], [first], DEVICES["cpu"]).total == 400
+    assert peak_memory([second, first], [first], DEVICES["cpu"]).total == 800  # still asked for: no donor
+
+
+def test_what_should_save_memory_does():
+    long = {**QWEN, "vocab_size": 4096, "num_hidden_layers": 8}
+    model = read_architecture(long, "config.json")
+    words = ["--fine-tune-type", "full", "--optimizer", "adamw", "--max-seq-length", "129"]
+    run = run_of(options.parse(words), model)
+    peaks = {
+        "as it is": plan(model, run, "cuda").peak,
+        "checkpoint": plan(model, replace(run, grad_checkpoint=True), "cuda").peak,
+        "shorter": plan(model, replace(run, length=64), "cuda").peak,
+        "adamw": plan(model, replace(run, table_optimizer="adamw"), "cuda").peak,
+        "metal": plan(model, run, "metal").peak,
+    }
+    assert peaks["checkpoint"] < peaks["as it is"] > peaks["shorter"]
+    assert peaks["as it is"] < peaks["adamw"]
+    assert peaks["as it is"] < peaks["metal"]  # whose attention keeps a number for each pair of tokens
+
+
+def test_advice_goes_on_until_it_fits():
+    model = read_architecture(QWEN | {"num_hidden_layers": 8}, "config.json")
+    run = run_of(options.parse(["--max-seq-length", "1024"]), model)
+    peak = plan(model, run, "metal").peak
+    assert advice(model, run, "metal", peak) == []
+    few = advice(model, run, "metal", peak - 1)
+    many = advice(model, run, "metal", 1)
+    assert [flags for flags, _ in few] == ["--grad-checkpoint"]
+    assert few == many[:1]
+    peaks = [after.peak for _, after in many]
+    assert peaks == sorted(peaks, reverse=True)
+    assert many[-1][1].peak < peak / 10
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_size": -1}, "hidden_size: -1 must be a whole number from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0 must be"),
+        ({"vocab_size": 1e12}, "vocab_size: 1000000000000.0 must be"),
+        ({"intermediate_size": "big"}, "intermediate_size: 'big' must be"),
+        ({"vocab_size": None}, "vocab_size missing"),
+        ({"quantization": {"bits": 99}}, "quantization: bits: 99 must be"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(config, words):
+    with pytest.raises(InputError, match=words):
+        read_architecture(QWEN | config, "config.json")
+
+
+def test_an_unknown_architecture_says_what_is_missing_and_is_planned_as_far_as_it_goes():
+    model = read_architecture({"model_type": "new", "vocab_size": 384, "n_embd": 64}, "config.json")
+    assert "num_hidden_layers, num_attention_heads, intermediate_size" in model.notes[0]
+    found = plan(model, run_of(options.parse(["--max-seq-length", "33"]), model), "cpu")
+    assert found.weights == (2 * 384 * 64 + 64) * 2
+    assert found.peak > found.weights + found.gradients
+
+
+def test_the_command_says_whether_it_fits(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    words = ["--model", str(tmp_path), "--max-seq-length", "65", "--backend", "metal"]
+    main([*words, "--memory", "1GB"])
+    said = capsys.readouterr().out
+    assert "it fits" in said
+    assert "predicted peak" in said
+    main([*words, "--memory", "3MB", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert not report["fits"]
+    assert report["changes"][0]["flags"] == "--grad-checkpoint"
+    assert report["planned"]["peak"] == sum(report["planned"]["at_peak"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "0"], "--memory 0: must be a size above 0"),
+        (["--memory=-3GB"], "--memory -3GB: must be a size above 0"),
+        (["--memory", "nan"], "--memory nan: must be a size above 0"),
+        (["--train-tables", "none", "--num-layers", "9"], "the model has 3 layers"),
+        (["--batch-size", "0"], "--batch-size 0: must be"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path, words, message):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    with pytest.raises(InputError, match=message):
+        main(["--model", str(tmp_path / "config.json"), *words])
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no config.json in it"):
+        main(["--model", str(tmp_path)])
+    with pytest.raises(InputError, match="there is no such file or folder"):
+        main(["--model", str(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match="planning downloads nothing"):
+        main(["--model", "nobody/nothing-here"])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config.json cannot be read"):
+        main(["--model", str(tmp_path)])
+
+
+def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    args = options.parse(["--model", str(tmp_path), "--max-seq-length", "64"])
+    assert warning(args) is None
+    monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (1000, "this machine has"))
+    assert "this machine has 0.00 GB" in warning(args)
+    (tmp_path / "config.json").unlink()
+    assert warning(args) is None
+
+
+def test_the_benchmark_compares_with_what_was_measured(tmp_path):
+    row = "smollm2-135m/tied/lora/1x512/ember/checkpoint"
+    machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
+    (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: {"peak_memory": 10**9}}}))
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
+    command = [sys.executable, str(script), "--measured", "measured.json", "--out", "table.md"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert f"| {row} | " in (tmp_path / "table.md").read_text()
+
+
+def test_the_planner_needs_no_mlx():
+    code = (
+        "import sys; sys.modules['mlx.core'] = None; import ember_mlx.planner as p;"
+        f"m = p.read_architecture({QWEN!r}, 'c'); print(m.vocabulary)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "384", done.stderr
