@@ -176,7 +176,7 @@ def facts_of_table(name, w, state, options):
         "the step": float(state["step"]) if state else 0.0,
         "the sum of c": float(state["c"].sum()) if state else 0.0,
     }
-    facts |= {option: float(value) for option, value in options.items()}
+    facts |= {option: "a schedule" if callable(value) else float(value) for option, value in options.items()}
     return {f"{fact} of {name}": value for fact, value in facts.items()}
 
 

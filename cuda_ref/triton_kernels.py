@@ -16,6 +16,8 @@ try:
 except ImportError:  # a Mac, or a CPU build of PyTorch
     triton = None
 
+from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS
+
 __all__ = ["available", "ember_step"]
 
 # How the work is cut, measured on an H100 (examples/benchmarks/cuda_table_step.py). The first kernel leaves D float32
@@ -32,11 +34,13 @@ def available(device=None):
     return not isinstance(tl.sum, triton.JITFunction)
 
 
-def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=None):
+def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None, shards=None):
     """As ``ember_step`` of ``cuda_ref.optimizers.ember``, except that ``w``, ``r`` and ``c`` are overwritten."""
     rows, columns = w.shape
-    forget = 1.0 - beta2
-    log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
+    forget = 1.0 - beta2  # a tensor where beta2 is on a schedule
+    log_beta2 = 0.0 if q is not None else math.log(beta2) if beta2 > 0 else -math.inf
+    row_mean = None if row_clip is None else torch.empty_like(r)
+    seed = seed if w.dtype in DROPPED_BITS else None
     rows_per_program = max(STATISTICS_ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_STATISTICS_PROGRAMS))
     programs = triton.cdiv(rows, rows_per_program)
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=w.device)
@@ -49,20 +53,23 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=No
     with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(w):
         if rows:
             _row_means_and_column_sums[(programs,)](
-                g, *g.stride(), r, column_sums, rows, columns, forget,
-                ROWS_PER_PROGRAM=rows_per_program, **_tile(columns, elements=16384, warps=4),
+                g, *g.stride(), r, row_mean, column_sums, rows, columns, forget,
+                FORGET_IS_TENSOR=q is not None, ROWS_PER_PROGRAM=rows_per_program,
+                **_tile(columns, elements=16384, warps=4),
             )  # fmt: skip
         _column_means[(triton.cdiv(columns, 16),)](
             column_sums, column_mean, rows, columns, forget if shards is None else 1.0,
-            PROGRAMS=programs, ROWS=1024, COLUMNS=16, num_warps=8,
+            FORGET_IS_TENSOR=q is not None and shards is None, PROGRAMS=programs, ROWS=1024, COLUMNS=16, num_warps=8,
         )  # fmt: skip
         if shards is not None:
             c.lerp_(shards.mean_over_all_rows(column_mean), forget)
         if rows:
             _update_table[(triton.cdiv(rows, UPDATE_ROWS_PER_PROGRAM),)](
-                w, *w.stride(), g, *g.stride(), r, c, t, rows, columns,
+                w, *w.stride(), g, *g.stride(), r, row_mean, c, t, q, seed, rows, columns,
                 learning_rate, log_beta2, eps, weight_decay,
+                0.0 if row_clip is None else float(row_clip), 0 if shards is None else shards.first_row,
                 LEARNING_RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
+                DROPPED_BITS=None if seed is None else DROPPED_BITS[w.dtype],
                 ROWS_PER_PROGRAM=UPDATE_ROWS_PER_PROGRAM,
                 **_tile(columns, elements=4096 if columns <= 2048 else 8192, warps=16),
             )  # fmt: skip
@@ -73,9 +80,11 @@ if triton is not None:
 
     @triton.jit
     def _row_means_and_column_sums(
-        g, g_row, g_column, r, column_sums, rows, columns, forget,
-        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        g, g_row, g_column, r, row_mean, column_sums, rows, columns, forget,
+        FORGET_IS_TENSOR: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
+        if FORGET_IS_TENSOR:
+            forget = tl.load(forget)
         forget = tl.cast(forget, tl.float32)  # torch.compile passes numbers in 64 bits
         program = tl.program_id(0)
         j = tl.arange(0, COLUMNS).to(tl.int64)
@@ -86,14 +95,20 @@ if triton is not None:
             squares = x * x
             sums += squares
             moment = tl.load(r + i, mask=inside, other=0)
-            tl.store(r + i, moment + forget * (tl.sum(squares, 1) / columns - moment), mask=inside)
+            mean = tl.sum(squares, 1) / columns
+            tl.store(r + i, moment + forget * (mean - moment), mask=inside)
+            if row_mean is not None:
+                tl.store(row_mean + i, mean, mask=inside)
         tl.store(column_sums + program.to(tl.int64) * columns + j, tl.sum(sums, 0), mask=j < columns)
 
     @triton.jit
     def _column_means(
-        column_sums, c, rows, columns, forget, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        forget = tl.cast(forget, tl.float32)
+        column_sums, c, rows, columns, forget,
+        FORGET_IS_TENSOR: tl.constexpr, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        if FORGET_IS_TENSOR:
+            forget = tl.load(forget)
+        forget = tl.cast(forget, tl.float32)  # torch.compile passes numbers in 64 bits
         j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, PROGRAMS, ROWS):
@@ -104,9 +119,9 @@ if triton is not None:
 
     @triton.jit
     def _update_table(
-        w, w_row, w_column, g, g_row, g_column, r, c, t, rows, columns,
-        learning_rate, log_beta2, eps, weight_decay,
-        LEARNING_RATE_IS_TENSOR: tl.constexpr,
+        w, w_row, w_column, g, g_row, g_column, r, row_mean, c, t, q, seed, rows, columns,
+        learning_rate, log_beta2, eps, weight_decay, row_clip, first_row,
+        LEARNING_RATE_IS_TENSOR: tl.constexpr, DROPPED_BITS: tl.constexpr,
         ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         # Backwards: the last rows that the first kernel read are the likeliest to be in the cache still.
@@ -115,19 +130,50 @@ if triton is not None:
             learning_rate = tl.load(learning_rate)
         learning_rate, log_beta2 = tl.cast(learning_rate, tl.float32), tl.cast(log_beta2, tl.float32)
         eps, weight_decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32)
+        row_clip = tl.cast(row_clip, tl.float32)
         j = tl.arange(0, COLUMNS).to(tl.int64)
         column_moment = tl.load(c + j, mask=j < columns, other=0)
         s = tl.maximum(tl.sum(column_moment) / columns, 1e-30, propagate_nan=tl.PropagateNan.ALL)
-        scale = s * _one_minus_exp(tl.load(t) * log_beta2)
+        scale = s * (_one_minus_exp(tl.load(t) * log_beta2) if q is None else tl.load(q))
+        if seed is not None:
+            step_key = _mix(tl.load(seed).to(tl.uint32, bitcast=True) ^ _mix(tl.load(t).to(tl.uint32)))
+            column_keys = _mix(j.to(tl.uint32))
         b = tl.sqrt_rn(column_moment)
         decay = 1 - learning_rate * weight_decay
         for tile in range(0, ROWS_PER_PROGRAM, ROWS):
             i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
             a = tl.sqrt_rn(tl.load(r + i, mask=inside, other=0) / scale)
+            if row_mean is not None:
+                least = tl.sqrt_rn(tl.load(row_mean + i, mask=inside, other=0) / s) / row_clip
+                a = tl.maximum(a, least, propagate_nan=tl.PropagateNan.ALL)
             update = _load(g, i, g_row, j, g_column, inside, columns) / (a[:, None] * b[None, :] + eps)
             new = decay * _load(w, i, w_row, j, w_column, inside, columns) - learning_rate * update
+            if seed is not None:
+                row_keys = _mix(step_key ^ (i + first_row).to(tl.uint32))
+                new = _round_stochastically(new, _mix(row_keys[:, None] ^ column_keys[None, :]), DROPPED_BITS)
             place = w + i[:, None] * w_row + j[None, :] * w_column
             tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+
+    @triton.jit
+    def _mix(x):
+        """As ``mix`` of ``cuda_ref.optimizers.stochastic_rounding``, of uint32."""
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        return x ^ (x >> 16)
+
+    @triton.jit
+    def _round_stochastically(values, random, DROPPED_BITS: tl.constexpr):
+        """As ``round_stochastically`` of ``cuda_ref.optimizers.stochastic_rounding``, still float32."""
+        bits = values.to(tl.uint32, bitcast=True)
+        kept = (bits + (random >> (32 - DROPPED_BITS))) >> DROPPED_BITS
+        rounded = (kept << DROPPED_BITS).to(tl.float32, bitcast=True)
+        if DROPPED_BITS == 13:
+            scaled = values * 16777216.0
+            lower = tl.floor(scaled)
+            up = (scaled - lower) > (random >> 8).to(tl.float32) / 16777216.0
+            small = (lower + up.to(tl.float32)) / 16777216.0
+            rounded = tl.where(tl.abs(values) < 6.103515625e-05, small, rounded)
+        return tl.where((bits & 0x7FFFFFFF) < 0x7F800000, rounded, values)  # infinity and NaN stay
 
     @triton.jit
     def _rows_of(program, tile, rows, ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr):

@@ -1,17 +1,32 @@
 """What ``Ember`` asks of options, tables, gradients and loaded state: else InputError, before anything is written."""
 
 import math
+from functools import partial
 from numbers import Real
 
 import torch
 
 from cuda_ref import sharding, triton_kernels
 from ember_mlx.errors import InputError
+from ember_mlx.option_checks import SAMPLE, check_beta2_schedule, rounding_warning
 
-__all__ = ["OPTIONS", "check_gradient", "check_group", "check_keys", "check_state_dict", "fault_of", "name_of"]
+__all__ = [
+    "OPTIONS",
+    "SCHEDULE",
+    "check_gradient",
+    "check_group",
+    "check_keys",
+    "check_schedule",
+    "check_state_dict",
+    "fault_of",
+    "name_of",
+    "warning_of",
+    "with_schedule",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tables and of gradients, in any mix
 OPTIONS = ("lr", "beta2", "eps", "weight_decay")
+SCHEDULE = "a schedule"  # what a state_dict says of one: a function is nothing to save
 SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
@@ -19,7 +34,8 @@ def check_group(group, implementation, row_shard_group):
     """The options and the tables of one parameter group."""
     _check_learning_rate(group)
     _check("weight_decay", group["weight_decay"], 0, math.inf, "a finite number, zero or more")
-    _check("beta2", group["beta2"], 0, 1, "at least 0 and below 1, usually 0.999")
+    if not callable(group["beta2"]):
+        _check("beta2", group["beta2"], 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
     _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
     for number, w in enumerate(group["params"]):
         # A slice of a table may have no rows.
@@ -41,6 +57,47 @@ def check_group(group, implementation, row_shard_group):
                 "lie: give it to an Ember without row_shard_group; a slice of rows that is sharded again is not "
                 "supported"
             )
+
+
+def check_schedule(group):
+    """The values of a schedule of ``beta2``, which a step does not look at."""
+    schedule = group["beta2"]
+    if callable(schedule):
+        check_beta2_schedule(lambda step: torch.as_tensor(schedule(torch.tensor(float(step)))).to(torch.float32).item())
+
+
+def with_schedule(saved_group, group):
+    """A group of a loaded state, with the schedule of ``group`` where the state says that it had one."""
+    was, scheduled = saved_group.get("beta2") == SCHEDULE, callable(group["beta2"])
+    if was != scheduled and "beta2" in saved_group:
+        kinds = {True: "a schedule", False: "a number"}
+        raise InputError(
+            f"Ember.load_state_dict: beta2 was {kinds[was]} in the run of the state, and is {kinds[scheduled]} in this "
+            "optimizer: make it with that of the run"
+        )
+    return saved_group | {"beta2": group["beta2"]} if scheduled else saved_group
+
+
+def warning_of(group, rounding):
+    """Of the first table of a group whose rounding does nothing or leaves nothing of a step, or None.
+
+    It reads some rows of 16-bit tables to nearest, once, where the learning rate can be read without waiting.
+    """
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+        return None
+    for number, w in enumerate(group["params"]):
+        w = sharding.local_part(w.detach())
+        if w.numel() and w.device.type != "meta":
+            dtype, sample = str(w.dtype).removeprefix("torch."), partial(_sample, w)
+            if found := rounding_warning(rounding, name_of(group, number), dtype, sample, lambda: float(lr)):
+                return found
+    return None
+
+
+def _sample(w):
+    """Some rows, evenly spaced, as float32 in NumPy."""
+    return w[:: -(-w.numel() // SAMPLE)].float().cpu().numpy()
 
 
 def fault_of(check, *arguments):
@@ -117,18 +174,20 @@ def check_state_dict(state_dict, groups, shards, check_group):
             raise InputError(
                 f"Ember.load_state_dict: a group of the state has no {missing[0]}: load the state of an Ember"
             )
+        saved_group = with_schedule(saved_group, group)
         check_group(saved_group | {"params": group["params"]})
         for i, w in zip(saved_group["params"], group["params"], strict=True):
             state = state_dict["state"].get(i)
             if state:
-                _check_state(w, state, shards.get(w))
+                _check_state(w, state, shards.get(w), callable(saved_group["beta2"]))
                 found[w] = state
     return found
 
 
-def _check_state(w, state, shards):
+def _check_state(w, state, shards, scheduled):
     rows, columns = (w.shape[0] if shards is None else shards.total_rows), w.shape[1]
-    for name, shape in {"step": (), "r": (rows,), "c": (columns,)}.items():
+    needed = {"step": (), "r": (rows,), "c": (columns,)} | ({"q": ()} if scheduled else {})
+    for name, shape in (needed | dict.fromkeys({"seed"} & state.keys(), ())).items():
         found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else None
         plain_part = name == "r" and shards is not None and shards.mesh is None and found == (shards.rows,)
         if found != shape and not plain_part:

@@ -15,13 +15,33 @@ The functions are those of ``ember_mlx/optimizers/ember.py``, line against line.
 """
 
 import math
+import warnings
 
 import torch
 from torch.optim import Optimizer
 
 from cuda_ref import sharding, triton_kernels
-from cuda_ref.optimizers.checks import OPTIONS, check_gradient, check_group, check_state_dict, fault_of, name_of
+from cuda_ref.optimizers.checks import (
+    OPTIONS,
+    SCHEDULE,
+    check_gradient,
+    check_group,
+    check_schedule,
+    check_state_dict,
+    fault_of,
+    name_of,
+    warning_of,
+    with_schedule,
+)
+from cuda_ref.optimizers.stochastic_rounding import (
+    DROPPED_BITS,
+    bit_keys,
+    random_bits,
+    round_stochastically,
+    table_seed,
+)
 from ember_mlx.errors import InputError
+from ember_mlx.option_checks import check_rounding, check_row_clip
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
@@ -30,7 +50,7 @@ __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update
 ROWS_PER_BLOCK = 1024
 
 
-def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=None):
+def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None, shards=None):
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -40,7 +60,10 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=No
         c (Tensor): Second moment of the columns, (D,) float32.
         t (Tensor): The number of this step, from 1.
         learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
-        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`.
+        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is a tensor.
+        q (Tensor, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
+        seed (Tensor, optional): For stochastic rounding, the table's own, int32. Without it: to nearest.
         shards (RowShards, optional): Of a table whose rows lie on several ranks; ``w``, ``g``, ``r`` are this rank's.
 
     Returns:
@@ -51,9 +74,14 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, shards=No
         column_mean = shards.mean_over_all_rows(column_mean)
     r = update_second_moment(r, row_mean, beta2)
     c = update_second_moment(c, column_mean, beta2)
-    a, b = denominator_factors(r, c, t, beta2)
+    q = bias_correction(t, beta2) if q is None else q
+    a, b = denominator_factors(r, c, q, row_mean, row_clip)
+    row_keys = None
+    if seed is not None and w.dtype in DROPPED_BITS:
+        row_keys, column_keys = bit_keys(seed, t, *w.shape, first_row=0 if shards is None else shards.first_row)
     for rows in blocks(w):
-        w[rows] = update_table(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay)
+        keys = None if row_keys is None else (row_keys[rows], column_keys)
+        w[rows] = update_table(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay, keys)
     return w, r, c
 
 
@@ -72,26 +100,34 @@ def update_second_moment(moment, mean_square, beta2):
     return moment + (1 - beta2) * (mean_square - moment)
 
 
-def denominator_factors(r, c, t, beta2):
-    """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
+def bias_correction(t, beta2):
+    """``1 - beta2 ** t``, which loses four digits in float32 at t = 1; expm1 loses none."""
     log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
-    # 1 - beta2 ** t loses four digits in float32 at t = 1; expm1 loses none.
-    bias_correction = -torch.expm1(t.to(torch.float32) * log_beta2)
+    return -torch.expm1(t.to(torch.float32) * log_beta2)
+
+
+def denominator_factors(r, c, q, row_mean, row_clip):
+    """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = torch.clamp(c.mean(), min=1e-30)
-    return torch.sqrt(r / (s * bias_correction)), torch.sqrt(c)
+    a = torch.sqrt(r / (s * q))
+    if row_clip is not None:
+        # By the factors, row i steps sqrt(row_mean / s) / a learning rates: its root mean square over the columns.
+        a = torch.maximum(a, torch.sqrt(row_mean / s) / row_clip)
+    return a, torch.sqrt(c)
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay):
-    """The step itself, in float32, with one cast at the end to the dtype of ``w``."""
+def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+    """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
     update = g.to(torch.float32) / (a[:, None] * b + eps)
-    return (decayed - learning_rate * update).to(w.dtype)
+    new = decayed - learning_rate * update
+    return new.to(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table):
+def blocks(table, block=ROWS_PER_BLOCK):
     """Slices of its rows, so that their float32 copies stay small. A compiled step makes no copies and needs none."""
     rows = len(table)
-    block = rows if torch.compiler.is_compiling() else ROWS_PER_BLOCK
+    block = rows if torch.compiler.is_compiling() else block
     return [slice(first, first + block) for first in range(0, rows, block)] or [slice(0)]
 
 
@@ -107,9 +143,18 @@ class Ember(Optimizer):
         params (iterable): The tables, or groups of them, or named tables, as any PyTorch optimizer takes them.
         lr (float or Tensor): The learning rate :math:`\eta`, about the size of an element's step. A tensor is one
             float32 number, ``torch.tensor(1e-3)``, on the CPU or where the tables are.
-        beta2 (float): The decay :math:`\beta_2` of the second moment. Default: ``0.999``.
+        beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule: it gets the number
+            of steps done, a float32 tensor beside the table, and returns the value for the next one. Adafactor's is
+            ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
+            is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
+            the columns as ``c`` does, and an estimate otherwise: in 64 steps of a real run no row of the embedding went
+            beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
+        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
+            between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
+        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. Default: ``0``.
         implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
             the kernels where a table is on a CUDA device and Triton is installed. Default: ``"auto"``.
         row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: every table given is this rank's slice
@@ -119,6 +164,11 @@ class Ember(Optimizer):
     Of a sharded table ``r`` lies like the rows, as a DTensor, ``c`` is the same on every rank, and a step needs one
     all-reduce of D float32 numbers. Slices that do not lie as ``torch.chunk`` cuts them have a plain ``r`` each, which
     ``torch.distributed.checkpoint`` would take for copies of one: there, save the state of each rank on its own.
+
+    A schedule of ``beta2`` keeps the bias correction ``q`` of each table, one minus the product of all values, in the
+    state, and stochastic rounding a ``seed`` of each table, made from that above and its place among the tables. A
+    function cannot be saved: ``state_dict`` says only that there is a schedule, and the new optimizer's is taken. Where
+    ``rounding="nearest"`` would leave most elements of a table as they are in a step, one warning says so.
 
     A step reads nothing back from the GPU, so a CUDA graph can hold it: give ``lr`` as a tensor on the GPU if it is to
     change between replays, and do one step before the capture.
@@ -132,16 +182,32 @@ class Ember(Optimizer):
     """
 
     def __init__(
-        self, params, lr, beta2=0.999, eps=1e-8, weight_decay=0.0, implementation="auto", row_shard_group=None
+        self,
+        params,
+        lr,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        row_clip=None,
+        rounding="nearest",
+        seed=0,
+        implementation="auto",
+        row_shard_group=None,
     ):
+        check_row_clip(row_clip)
+        check_rounding(rounding, seed)
         if implementation not in ("auto", "eager", "triton"):
             raise InputError(f"Ember(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
         if implementation == "triton" and not triton_kernels.available():
             raise InputError("Ember(implementation='triton'): Triton is not installed; 'auto' does without it")
+        self.row_clip = row_clip
+        self.rounding = rounding
+        self.seed = seed
         self.implementation = implementation
         self.row_shard_group = row_shard_group
         self._shards = {}  # of the tables that are sharded
         self._agreed = False  # whether the ranks have been found to agree since the last change
+        self._warned = False
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group):
@@ -149,7 +215,7 @@ class Ember(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            fault = fault_of(self._check_group, group)
+            fault = fault_of(self._check_group, group) or fault_of(check_schedule, group)
             if self.row_shard_group is not None:
                 found = sharding.shards_of_slices(group["params"], self.row_shard_group, fault)
                 self._shards.update(zip(group["params"], found, strict=True))
@@ -158,6 +224,9 @@ class Ember(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        if not self._warned and (found := warning_of(group, self.rounding)):
+            self._warned = True
+            warnings.warn(found, UserWarning, stacklevel=4)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -182,7 +251,7 @@ class Ember(Optimizer):
             self._check_step()
         else:
             self._agree()
-        for _, w, _ in self._named_tables():
+        for number, (_, w, group) in enumerate(self._named_tables()):
             if w.grad is not None and not self.state[w]:
                 shards = self._shards.get(w)
                 rows, columns = w.shape if shards is None else (shards.rows, w.shape[1])
@@ -190,13 +259,19 @@ class Ember(Optimizer):
                 self.state[w]["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
                 self.state[w]["r"] = r if shards is None else shards.lay_out(r)
                 self.state[w]["c"] = torch.zeros(columns, dtype=torch.float32, device=w.device)
+                if callable(group["beta2"]):
+                    self.state[w]["q"] = torch.zeros((), dtype=torch.float32, device=w.device)
+            # A state from before may have none.
+            if self.rounding == "stochastic" and self.state[w] and "seed" not in self.state[w]:
+                self.state[w]["seed"] = table_seed(self.seed, number).to(w.device)
 
     def _agree(self):
         """Find the sharded tables, and that all ranks are about to take the same step on them."""
         self._find_shards()
         fault = fault_of(self._check_step)
         for communicator in dict.fromkeys(shards.communicator for shards in self._shards.values()):
-            facts = {"the implementation": self.implementation}
+            facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
+            facts |= {"the rounding": self.rounding, "the seed": self.seed}
             for name, w, group in self._named_tables() if fault is None else ():
                 if w in self._shards and self._shards[w].communicator is communicator:
                     facts |= sharding.facts_of_table(name, w, self.state.get(w), {o: group[o] for o in OPTIONS})
@@ -220,6 +295,10 @@ class Ember(Optimizer):
         state = self.state[w]
         shards = self._shards.get(w) if self._shards else None
         t = state["step"] + 1
+        options = {option: group[option] for option in OPTIONS}
+        if callable(group["beta2"]):
+            options["beta2"] = _beta2_at(state["step"], group["beta2"])
+            state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
         use_triton = self.implementation == "triton" or (
             self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
         )
@@ -229,10 +308,19 @@ class Ember(Optimizer):
             w, g, r = (sharding.local_part(tensor) for tensor in (w, g, r))
             shards = shards if shards.communicator is not None else None  # this rank has all rows
         old = w, r, c, state["step"]
-        new = *step(w, g, r, c, t, *(group[option] for option in OPTIONS), shards), t
+        q = state["q"] if callable(group["beta2"]) else None
+        seed = state["seed"] if self.rounding == "stochastic" else None
+        new = *step(w, g, r, c, t, *options.values(), q, self.row_clip, seed, shards), t
         for before, after in zip(old, new, strict=True):
             if after is not before:
                 before.copy_(after)
+
+    def state_dict(self):
+        """As PyTorch's, with a word in the place of a schedule."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["beta2"] = SCHEDULE if callable(group["beta2"]) else group["beta2"]
+        return saved
 
     def load_state_dict(self, state_dict):
         """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
@@ -242,6 +330,8 @@ class Ember(Optimizer):
 
         def check(_, state_dict):  # what the user's own hooks have made of it
             saved.update(check_state_dict(state_dict, self.param_groups, self._shards, self._check_group))
+            groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
+            return state_dict | {"param_groups": [with_schedule(saved_group, group) for saved_group, group in groups]}
 
         def keep_float32(_):  # PyTorch has cast the state to the dtype of its parameter
             for w, state in saved.items():
@@ -261,10 +351,10 @@ class Ember(Optimizer):
         """A copy of saved state as this rank keeps it."""
         shards = self._shards.get(w)
         state = {}
-        for name in ("step", "r", "c"):
+        for name in ("step", "r", "c", *({"q", "seed"} & saved.keys())):
             lies_like_rows = name == "r" and shards is not None
             value = shards.rows_of(saved[name]) if lies_like_rows else sharding.whole(saved[name])
-            value = value.to(device=w.device, dtype=torch.float32, copy=True)
+            value = value.to(device=w.device, dtype=torch.int32 if name == "seed" else torch.float32, copy=True)
             state[name] = shards.lay_out(value) if lies_like_rows else value
         return state
 
@@ -275,7 +365,8 @@ class Ember(Optimizer):
                 "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process: make a new "
                 "one on every rank, and load the state_dict of this one"
             )
-        own = {"implementation": self.implementation, "row_shard_group": None}
+        own = {"implementation": self.implementation, "row_shard_group": None, "row_clip": self.row_clip}
+        own |= {"rounding": self.rounding, "seed": self.seed, "_warned": self._warned}
         return super().__getstate__() | own | {"_shards": {}, "_agreed": False}
 
     def _named_tables(self):
@@ -285,3 +376,11 @@ class Ember(Optimizer):
 
     def _check_group(self, group):
         check_group(group, self.implementation, self.row_shard_group)
+
+
+def _beta2_at(step, schedule):
+    """A float32 tensor beside ``step``, whatever the schedule returns."""
+    value = schedule(step)
+    if isinstance(value, torch.Tensor):
+        return value.to(step.device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=step.device)

@@ -13,23 +13,44 @@ The rule is from "Token Geometry" (arXiv 2607.01455), as the author's code has i
 It is Adafactor's factored second moment with Adam's constant beta2 and bias correction: V + D numbers of state.
 """
 
+import itertools
 import math
+import warnings
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
 from ember_mlx.errors import InputError
+from ember_mlx.kernels import rounding as rounding_kernel
+from ember_mlx.optimizers.stochastic_rounding import (
+    DROPPED_BITS,
+    bit_keys,
+    random_bits,
+    round_stochastically,
+    table_seed,
+)
+from ember_mlx.option_checks import (
+    SAMPLE,
+    STEPS_TO_LOOK_AT,
+    check_beta2_schedule,
+    check_rounding,
+    check_row_clip,
+    rounding_warning,
+)
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
+SMALL_BLOCK = 512  # rows, where each needs several float32 copies of itself
 SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
-def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay):
+def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None):
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -39,7 +60,10 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay):
         c (array): Second moment of the columns, (D,) float32.
         t (array): The number of this step, from 1.
         learning_rate, weight_decay (array or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
-        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`.
+        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is an array.
+        q (array, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
+        seed (array, optional): For stochastic rounding, the table's own, uint32. Without it: to nearest.
 
     Returns:
         The new ``w`` in its own dtype, and the new ``r`` and ``c``.
@@ -47,8 +71,18 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay):
     row_mean, column_mean = mean_squares(g)
     r = update_second_moment(r, row_mean, beta2)
     c = update_second_moment(c, column_mean, beta2)
-    a, b = denominator_factors(r, c, t, beta2)
-    return update_table(w, g, a, b, learning_rate, eps, weight_decay), r, c
+    q = bias_correction(t, beta2) if q is None else q
+    a, b = denominator_factors(r, c, q, row_mean, row_clip)
+    if seed is None or w.dtype not in DROPPED_BITS:
+        return update_table(w, g, a, b, learning_rate, eps, weight_decay), r, c
+    row_keys, column_keys = keys = bit_keys(seed, t, *w.shape)
+    if rounding_kernel.usable(w.dtype, g.dtype):
+        return rounding_kernel.update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
+    new = mx.array(w)
+    for rows in blocks(w, SMALL_BLOCK):
+        keys = row_keys[rows], column_keys
+        new[rows] = update_table(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay, keys)
+    return new, r, c
 
 
 def mean_squares(g):
@@ -68,25 +102,33 @@ def update_second_moment(moment, mean_square, beta2):
     return moment + (1 - beta2) * (mean_square - moment)
 
 
-def denominator_factors(r, c, t, beta2):
-    """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
+def bias_correction(t, beta2):
+    """``1 - beta2 ** t``, which loses four digits in float32 at t = 1; expm1 loses none."""
     log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
-    # 1 - beta2 ** t loses four digits in float32 at t = 1; expm1 loses none.
-    bias_correction = -mx.expm1(t.astype(mx.float32) * log_beta2)
+    return -mx.expm1(t.astype(mx.float32) * log_beta2)
+
+
+def denominator_factors(r, c, q, row_mean, row_clip):
+    """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = mx.maximum(c.mean(), 1e-30)
-    return mx.sqrt(r / (s * bias_correction)), mx.sqrt(c)
+    a = mx.sqrt(r / (s * q))
+    if row_clip is not None:
+        # By the factors, row i steps sqrt(row_mean / s) / a learning rates: its root mean square over the columns.
+        a = mx.maximum(a, mx.sqrt(row_mean / s) / row_clip)
+    return a, mx.sqrt(c)
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay):
-    """The step itself, in float32, with one cast at the end to the dtype of ``w``."""
+def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+    """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
     update = g.astype(mx.float32) / (a[:, None] * b + eps)
-    return (decayed - learning_rate * update).astype(w.dtype)
+    new = decayed - learning_rate * update
+    return new.astype(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table):
+def blocks(table, block=ROWS_PER_BLOCK):
     """Slices of its rows."""
-    return [slice(first, first + ROWS_PER_BLOCK) for first in range(0, len(table), ROWS_PER_BLOCK)]
+    return [slice(first, first + block) for first in range(0, len(table), block)]
 
 
 class Ember(Optimizer):
@@ -99,29 +141,68 @@ class Ember(Optimizer):
 
     Args:
         learning_rate (float or callable): The learning rate :math:`\eta`, about the size of an element's step.
-        beta2 (float): The decay :math:`\beta_2` of the second moment. Default: ``0.999``.
+        beta2 (float or callable): The decay :math:`\beta_2` of the second moment. Adafactor's grows with the steps:
+            ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
+            is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
+            the columns as ``c`` does, and an estimate otherwise: in 64 steps of a real run no row of the embedding went
+            beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
+        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
+            between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
+        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. Default: ``0``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``: state that first appears in the first step is compiled for anew in the second.
+
+    A schedule of ``beta2`` keeps its value and the bias correction, one minus the product of all values, in the state,
+    and stochastic rounding a ``seed`` of each table, made from that above and its place among the tables. Where
+    ``rounding="nearest"`` would leave most elements of a table as they are in a step, one warning says so.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, and, when it first sees the parameters, for one that
             is not a 2-D floating table or does not fit the loaded state.
     """
 
-    def __init__(self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0):
+    def __init__(
+        self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0, row_clip=None, rounding="nearest", seed=0
+    ):
         super().__init__()
         kernels.usable()  # tries them now: a first step may be one that MLX is tracing
-        _check("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999")
+        if rounding == "stochastic":
+            rounding_kernel.usable(mx.bfloat16, mx.float32)
         _check("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
+        check_row_clip(row_clip)
+        check_rounding(rounding, seed)
         self.beta2 = beta2
         self.eps = eps
+        self.row_clip = row_clip
+        self.rounding = rounding
+        self.seed = seed
+        self._warned = False
         self._schedule("learning_rate", learning_rate)
         self._schedule("weight_decay", weight_decay)
+        if callable(beta2):
+            check_beta2_schedule(lambda step: mx.array(beta2(mx.array(step, mx.uint64)), mx.float32).item())
+            self._schedule("beta2", beta2)
+            self.state["bias_correction"] = mx.array(0.0)
+            self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
+        else:
+            _check("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
 
     def init(self, parameters):
+        self._init_state(parameters)
+        self._warn(parameters)
+
+    def apply_gradients(self, gradients, parameters):
+        if not self._initialized:  # MLX would call init with the gradients
+            self._init_state(gradients)
+            flat = dict(tree_flatten(parameters))
+            self._warn({path: flat[path] for path, _ in tree_flatten(gradients)})
+        return super().apply_gradients(gradients, parameters)
+
+    def _init_state(self, parameters):
         for path, parameter in tree_flatten(parameters):
             if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
                 raise InputError(
@@ -129,6 +210,10 @@ class Ember(Optimizer):
                     "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
                 )
         super().init(parameters)
+        if self.rounding == "stochastic":
+            number = itertools.count()
+            # A state from before may have none.
+            tree_map(lambda _, s: s.setdefault("seed", table_seed(self.seed, next(number))), parameters, self.state)
         self._check_state(parameters)
 
     def init_single(self, parameter, state):
@@ -145,11 +230,39 @@ class Ember(Optimizer):
             state["c"],
             self.step,
             self.learning_rate,
-            self.beta2,
+            self.state["beta2"] if callable(self.beta2) else self.beta2,
             self.eps,
             self.state["weight_decay"],
+            self.state["bias_correction"] if callable(self.beta2) else None,
+            self.row_clip,
+            state["seed"] if self.rounding == "stochastic" else None,
         )
         return parameter
+
+    def _next_bias_correction(self, step):
+        """``1 - prod(beta2)`` is a running mean of ones."""
+        return update_second_moment(self.state["bias_correction"], 1.0, self.state["beta2"])
+
+    def _warn(self, parameters):
+        """Once, of a rounding that does nothing or leaves nothing of a step; silent where MLX is tracing."""
+        if self._warned:
+            return
+        self._warned = True
+        for path, w in tree_flatten(parameters):
+            dtype = str(w.dtype).removeprefix("mlx.core.")
+            try:
+                found = rounding_warning(self.rounding, path, dtype, partial(_sample, w), self._largest_learning_rate)
+            except (RuntimeError, ValueError):  # MLX's, for values that are not there yet
+                return
+            if found:
+                warnings.warn(found, UserWarning, stacklevel=3)
+                return
+
+    def _largest_learning_rate(self):
+        schedule = self._schedulers.get("learning_rate")
+        if schedule is None:
+            return self.learning_rate.item()
+        return max(schedule(mx.array(step, mx.uint64)).item() for step in STEPS_TO_LOOK_AT)
 
     def _schedule(self, name, value):
         """As ``_maybe_schedule``, with float32 whatever a schedule returns: another type would be compiled anew."""
@@ -162,6 +275,11 @@ class Ember(Optimizer):
     def _check_state(self, parameters):
         """State that was loaded from a file must be of the same tables."""
         state = dict(tree_flatten(self.state))
+        if callable(self.beta2) and not {"beta2", "bias_correction"} <= state.keys():
+            raise InputError(
+                "Ember: the state has no bias_correction: it is of a run whose beta2 was a number, and this one's is a "
+                "schedule: give the number, or start without that state"
+            )
         for path, parameter in tree_flatten(parameters):
             for name, length in zip(("r", "c"), parameter.shape, strict=True):
                 found = state.get(f"{path}.{name}")
@@ -180,3 +298,8 @@ def _check(name, value, least, below, in_words):
         allowed = False
     if not allowed:
         raise InputError(f"Ember({name}={value!r}): must be {in_words}")
+
+
+def _sample(w):
+    """Some rows of the table, evenly spaced, as float32 in NumPy."""
+    return np.array(w[:: -(-w.size // SAMPLE)].astype(mx.float32))

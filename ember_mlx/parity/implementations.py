@@ -29,7 +29,7 @@ class Stepped(NamedTuple):
 
 
 class Tables(Protocol):
-    """Two tables of one shape and dtype in one optimizer: one is zeros at every step, the other gets weights given."""
+    """Two tables of one shape and dtype in one optimizer: the first is zeros at every step, the other gets weights."""
 
     def start(self) -> None:
         """Forget all steps."""
@@ -46,7 +46,7 @@ class Tables(Protocol):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation. ``make(shape, dtype, learning_rate, weight_decay)`` gives its `Tables`.
+    """One implementation. ``make(shape, dtype, learning_rate, weight_decay, **options)`` gives its `Tables`.
 
     ``missing`` says in a few words why it is not here, and is None where it is. ``dtypes`` are those that tables may
     have, and ``mixed`` tells whether a gradient may have another dtype than its table.
@@ -54,7 +54,7 @@ class Implementation:
 
     name: str
     missing: str | None
-    make: Callable[[tuple[int, int], str, float, float], Tables]
+    make: Callable[..., Tables]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     mixed: bool = True
 
@@ -98,13 +98,13 @@ def listed(not_here: list[Implementation]) -> str:
 class MLXTables:
     """``ember_mlx.Ember`` on the CPU or the GPU of MLX."""
 
-    def __init__(self, device, shape, dtype, learning_rate, weight_decay):
+    def __init__(self, device, shape, dtype, learning_rate, weight_decay, **options):
         import mlx.core as mx
 
         self.device = getattr(mx, device)
         self.shape = shape
         self.dtype = getattr(mx, dtype)
-        self.settings = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        self.settings = {"learning_rate": learning_rate, "weight_decay": weight_decay} | options
 
     def start(self):
         import mlx.core as mx
@@ -163,17 +163,16 @@ def _of_mlx():
 class TorchTables:
     """``cuda_ref.Ember`` with one of its implementations on a device, the step compiled or not."""
 
-    def __init__(self, device, implementation, compiled, shape, dtype, learning_rate, weight_decay):
+    def __init__(self, device, implementation, compiled, shape, dtype, learning_rate, weight_decay, **options):
         import torch
 
         from cuda_ref import Ember
 
-        self.w, self.zeros = (
+        self.zeros, self.w = (
             torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device)) for _ in range(2)
         )
-        self.optimizer = Ember(
-            [self.w, self.zeros], lr=learning_rate, weight_decay=weight_decay, implementation=implementation
-        )
+        settings = {"lr": learning_rate, "weight_decay": weight_decay, "implementation": implementation} | options
+        self.optimizer = Ember([self.zeros, self.w], **settings)
         self.optimizer_step = self.optimizer.step
         if compiled:
             # The compiler keeps what it made for all optimizers in one place, and runs uncompiled once that is full.
@@ -213,7 +212,9 @@ class TorchTables:
             tensor.copy_(before)
 
     def _state(self):
-        return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        """All but the seeds, which are of the tables and not of the steps."""
+        states = self.optimizer.state.values()
+        return [tensor for state in states for name, tensor in state.items() if name != "seed"]
 
 
 def _of_torch():
@@ -258,4 +259,4 @@ def _of_torch():
 
 
 def _with(tables, *how):
-    return lambda *settings: tables(*how, *settings)
+    return lambda *settings, **options: tables(*how, *settings, **options)

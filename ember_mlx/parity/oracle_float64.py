@@ -13,29 +13,45 @@ class EmberOracle:
     ``row_mean_square`` (V,) and ``column_mean_square`` (D,) are the running means ``r`` and ``c``, float64, and
     ``step_number`` is the number of steps done. The weights are not kept: each step gets them and gives the new ones
     back, so that a test may follow its own weights or start every step from those of the optimizer that it checks.
+
+    ``beta2`` may be a function of the steps done, whose value is then taken as float32 has it, as an optimizer does.
     """
 
-    def __init__(self, shape, beta2=0.999, eps=1e-8):
+    def __init__(self, shape, beta2=0.999, eps=1e-8, row_clip=None):
         rows, columns = shape
         self.beta2 = beta2
         self.eps = eps
+        self.row_clip = row_clip
         self.row_mean_square = np.zeros(rows)
         self.column_mean_square = np.zeros(columns)
         self.step_number = 0
+        self.product_of_beta2 = 1.0
 
     def change(self, gradient, learning_rate):
         """Take the gradient (V, D) into the statistics; return what the step subtracts from the weights, (V, D)."""
         gradient = np.asarray(gradient, dtype=np.float64)
         squares = gradient**2
+        beta2 = float(np.float32(self.beta2(self.step_number))) if callable(self.beta2) else self.beta2
         self.step_number += 1
-        self.row_mean_square = self.beta2 * self.row_mean_square + (1 - self.beta2) * squares.mean(axis=1)
-        self.column_mean_square = self.beta2 * self.column_mean_square + (1 - self.beta2) * squares.mean(axis=0)
+        self.product_of_beta2 *= beta2
+        self.row_mean_square = beta2 * self.row_mean_square + (1 - beta2) * squares.mean(axis=1)
+        self.column_mean_square = beta2 * self.column_mean_square + (1 - beta2) * squares.mean(axis=0)
         overall = self.column_mean_square.mean()
-        bias_correction = 1 - self.beta2**self.step_number
+        bias_correction = 1 - self.product_of_beta2
         second_moment = np.outer(self.row_mean_square, self.column_mean_square) / (
             max(overall, 1e-30) * bias_correction
         )
-        return learning_rate * gradient / (np.sqrt(second_moment) + self.eps)
+        too_long = self._too_long(squares.mean(axis=1), bias_correction)
+        return learning_rate * gradient / (np.sqrt(second_moment) * too_long[:, None] + self.eps)
+
+    def _too_long(self, mean_square, bias_correction):
+        """By how much the step of each row is beyond ``row_clip``, at least 1: its root mean square, as if the squares
+        of the row lay over the columns as all squares do."""
+        if self.row_clip is None:
+            return np.ones(len(mean_square))
+        seen = self.row_mean_square > 0
+        ratio = np.divide(mean_square, self.row_mean_square, where=seen, out=np.zeros(len(mean_square)))
+        return np.maximum(1, np.sqrt(ratio * bias_correction) / self.row_clip)
 
     def step(self, weights, gradient, learning_rate, weight_decay=0.0):
         """The weights (V, D) after one step."""

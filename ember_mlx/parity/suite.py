@@ -20,7 +20,7 @@ from functools import cache
 import numpy as np
 
 from ember_mlx.errors import InputError
-from ember_mlx.parity import recorded
+from ember_mlx.parity import recorded, stochastic_rounding
 from ember_mlx.parity.gradient_streams import SILENT_STEPS, STREAMS, gradient_stream, round_to_bfloat16
 from ember_mlx.parity.implementations import Implementation, Stepped, Tables
 from ember_mlx.parity.oracle_float64 import EmberOracle
@@ -38,14 +38,29 @@ ORACLE = "float64 oracle"
 SMALL, ODD = (24, 8), (257, 33)  # few shapes: GPUs compile for each
 STEPS = (1, 10, 1000)
 
+STOCHASTIC = "stochastic rounding"
+# Options of Ember by name. The schedule is made of operations that every framework rounds correctly, so that all, and
+# the oracle, have the same float32 values; it goes from 0.5 to 0.999 at 1000 steps.
+RULES = {
+    "": {},
+    "beta2 schedule": {"beta2": lambda steps_done: 1 - 1 / (2 + steps_done)},
+    "row clip": {"row_clip": 1.0},
+    STOCHASTIC: {"rounding": "stochastic", "seed": 7, "eps": SMALLEST_NORMAL},
+}
+
 
 @dataclass(frozen=True)
 class Case:
-    """A stream of gradients (V, D), and the numbers of steps at which to look."""
+    """A stream of gradients (V, D), the numbers of steps at which to look, and which of the ``RULES`` is looked at."""
 
     stream: str
     shape: tuple[int, int]
     steps: tuple[int, ...]
+    rule: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.stream}, {self.rule}" if self.rule else self.stream
 
     def gradients(self) -> Iterable[np.ndarray]:
         real = recorded.real_streams()
@@ -92,7 +107,12 @@ def cases() -> tuple[Case, ...]:
     small = [replace(case, steps=(*STEPS, late)) if "silent" in case.stream else case for case in small]
     odd = [Case(name, ODD, STEPS[:-1]) for name in STREAMS]
     real = [Case(name, table.shape[1:], (1, 10, len(table))) for name, table in recorded.real_streams().items()]
-    return (*small, *odd, *real)
+    # Once more with the options, all cases of one together: a compiled step is made anew for each.
+    scheduled = [Case(name, SMALL, STEPS, "beta2 schedule") for name in ("random", "one rare row")]
+    clipped = [Case("row silent then loud", SMALL, (*STEPS, late), "row clip")]
+    clipped += [Case("random", ODD, STEPS[:-1], "row clip")]
+    rounded = [Case(name, ODD, STEPS[:-1], STOCHASTIC) for name in ("random", "tiny")]
+    return (*small, *odd, *real, *scheduled, *clipped, *rounded)
 
 
 def select(streams: list[str] | None, steps: list[int] | None) -> list[Case]:
@@ -101,11 +121,11 @@ def select(streams: list[str] | None, steps: list[int] | None) -> list[Case]:
     Raises:
         InputError: for a stream or a number of steps that there is not.
     """
-    known = list(dict.fromkeys(case.stream for case in cases()))
+    known = list(dict.fromkeys(case.name for case in cases()))
     for name in streams or ():
         if name not in known:
             raise InputError(f"--stream {name!r}: there is none of that name; there are {', '.join(map(repr, known))}")
-    chosen = [case for case in cases() if not streams or case.stream in streams]
+    chosen = [case for case in cases() if not streams or case.name in streams]
     longest = max(case.steps[-1] for case in chosen)
     for count in steps or ():
         if not 1 <= count <= longest:
@@ -141,7 +161,8 @@ class Expected:
     """What the oracle makes of the gradients of one case in one dtype; T steps stand along the first axis."""
 
     def __init__(self, case: Case, dtype: str):
-        oracle = EmberOracle(case.shape)
+        rule = {} if case.rule == STOCHASTIC else RULES[case.rule]
+        oracle = EmberOracle(case.shape, **rule)
         self.dtype = dtype
         self.gradients = [cast_gradient(gradient, dtype) for gradient in case.gradients()]
         self.mixed = any(gradient_dtype != dtype for _, gradient_dtype in self.gradients)
@@ -223,20 +244,26 @@ def run(
     # By shape and dtype, so that an implementation that compiles does so once for each.
     for shape in dict.fromkeys(case.shape for case in cases):
         for dtype in dtypes:
-            tables: dict[str, Tables] = {}
+            tables: dict[tuple[str, str], Tables] = {}
             for case in (case for case in cases if case.shape == shape):
                 expected = Expected(case, dtype)
                 for implementation in chosen:
                     if dtype not in implementation.dtypes or (expected.mixed and not implementation.mixed):
                         continue
-                    progress(f"{case.stream}, {shape[0]} x {shape[1]} {dtype}: {implementation.name}")
-                    about = {"implementation": implementation.name, "stream": case.stream}
+                    if case.rule == STOCHASTIC and (dtype == "float32" or not implementation.mixed):
+                        continue
+                    progress(f"{case.name}, {shape[0]} x {shape[1]} {dtype}: {implementation.name}")
+                    about = {"implementation": implementation.name, "stream": case.name}
                     about |= {"shape": shape, "dtype": dtype}
                     try:
-                        if implementation.name not in tables:
-                            made = implementation.make(shape, dtype, LEARNING_RATE, WEIGHT_DECAY)
-                            tables[implementation.name] = made
-                        yield from _compare_case(tables[implementation.name], case, expected, recordings, about)
+                        if case.rule == STOCHASTIC:
+                            yield _compare_rounding(implementation, case, expected, about)
+                            continue
+                        key = implementation.name, case.rule
+                        if key not in tables:
+                            settings = shape, dtype, LEARNING_RATE, WEIGHT_DECAY
+                            tables[key] = implementation.make(*settings, **RULES[case.rule])
+                        yield from _compare_case(tables[key], case, expected, recordings, about)
                     except Exception as error:  # whatever a framework may raise, a compiler's errors included
                         yield _failed(error, case, about)
 
@@ -266,7 +293,7 @@ def follow(
 def _compare_case(tables, case, expected, recordings, about):
     """All comparisons of one implementation in one case."""
     found = {
-        t: [(other, other.at(case.stream, case.shape, expected.dtype, t)) for other in recordings] for t in case.steps
+        t: [(other, other.at(case.name, case.shape, expected.dtype, t)) for other in recordings] for t in case.steps
     }
     found = {t: [(other, result) for other, result in pairs if result] for t, pairs in found.items()}
     steps_beside = {t: [result["before"] for _, result in pairs] for t, pairs in found.items()}
@@ -287,6 +314,33 @@ def _compare_case(tables, case, expected, recordings, about):
             for quantity, numbers in expected.compare(t, [stepped_beside], result["before"][None], theirs):
                 yield Comparison(**about, against=other.name, first_step=t, steps=t, quantity=quantity, **numbers)
         first = t + 1
+
+
+def _compare_rounding(implementation, case, expected, about):
+    """Stochastic rounding, to the bit: a float32 table of zeros takes the step that the 16-bit one rounds.
+
+    Its kernel may be another one, so eps is too small for it to matter whether its sum is rounded once or twice.
+    """
+    options = RULES[case.rule]
+    exact, rounded = (
+        implementation.make(case.shape, dtype, LEARNING_RATE, WEIGHT_DECAY, **these)
+        for dtype, these in (("float32", {"eps": options["eps"]}), (expected.dtype, options))
+    )
+    exact.start()
+    rounded.start()
+    zeros = np.zeros(case.shape, np.float32)
+    wrong = 0.0
+    for t, gradient in enumerate(expected.gradients, start=1):
+        values = -exact.step(zeros, *gradient).step
+        rows, columns = (np.arange(count) for count in case.shape)
+        random = stochastic_rounding.random_bits(options["seed"], 0, t, rows, columns)
+        right = stochastic_rounding.round_stochastically(values, random, expected.dtype)
+        error = np.abs(-rounded.step(zeros, *gradient).step - right)
+        wrong = max(wrong, np.max(error / unit_in_the_last_place(right, expected.dtype)))
+    return Comparison(
+        **about, against="bits by NumPy", first_step=1, steps=case.steps[-1], quantity="rounding", ulps=float(wrong),
+        relative=float(wrong), allowed_ulps=0.0, of_allowed=np.inf if wrong else 0.0,
+    )  # fmt: skip
 
 
 def _failed(error, case, about):

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from cuda_ref import Ember, InputError, triton_kernels
+from ember_mlx.parity import stochastic_rounding
 from ember_mlx.parity.gradient_streams import gradient_stream, round_to_bfloat16
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.parity.tolerances import bound, weight_bound, worst
@@ -161,6 +162,24 @@ def check_same_bits():
             assert torch.equal(c, runs[0][1]), (way, implementation)
 
 
+def check_slices_are_rounded_as_the_whole_table_would_be():
+    """A float32 table of zeros, sharded alike, has what is rounded; eps is too small to be fused into anything."""
+    shape, seed = (7, 5), 3
+    for way, implementation in itertools.product(WAYS, IMPLEMENTATIONS if CUDA else ["eager"]):
+        exact, rounded = (Table(torch.zeros(shape, dtype=dtype), way) for dtype in (torch.float32, torch.bfloat16))
+        options = {"implementation": implementation, "eps": 2.0**-126}
+        optimizers = exact.ember(**options), rounded.ember(rounding="stochastic", seed=seed, **options)
+        for t, g in enumerate(gradient_stream("random", shape, steps=3), start=1):
+            for table, optimizer in zip((exact, rounded), optimizers, strict=True):
+                with torch.no_grad():
+                    table.weight.zero_()
+                train(table, optimizer, [round_to_bfloat16(g)])
+            bits = stochastic_rounding.random_bits(seed, 0, t, *map(np.arange, shape))
+            values = exact.whole(exact.weight).double().numpy()
+            expected = stochastic_rounding.round_stochastically(values, bits, "bfloat16")
+            assert np.array_equal(rounded.whole(rounded.weight).double().numpy(), expected), (way, implementation, t)
+
+
 def check_one_all_reduce_a_step():
     """Of D numbers, on a communicator that nobody else uses; after the first step nothing else is sent."""
     sent = []
@@ -229,6 +248,10 @@ def check_disagreement():
         else:
             optimizer.load_state_dict(saved)
         raises("disagree on the step of parameter 0", train, table, optimizer, gradients[1:])
+
+        table = Table(random_values((7, 5)), way)
+        optimizer = table.ember(rounding="stochastic", seed=RANK)
+        raises("disagree on the seed", train, table, optimizer, gradients[:1])
 
         # A fault that only one rank can see must not leave the others waiting.
         table = Table(random_values((7, 5)), way)

@@ -23,7 +23,7 @@ CHECKS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],
 }
-CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16"}
+CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t"}
 
 
 class EmulationError(Exception):
@@ -31,17 +31,19 @@ class EmulationError(Exception):
 
 
 class EmulatedKernel:
-    """A kernel like ``mx.fast.metal_kernel``'s and ``cuda_kernel``'s, with one 2-D input and float32 outputs.
+    """A kernel like ``mx.fast.metal_kernel``'s and ``cuda_kernel``'s.
 
     Args:
-        text (callable): Called with the array and the arguments of the launch; returns the source, with signature.
+        names (list of str): Of the inputs, one of which is ``g``.
+        text (callable): Called with the inputs and the arguments of the launch; returns the source, with signature.
         folder (Path): For what is compiled.
         checks (str): ``"memory"`` or ``"races"``.
-        layout (str): How the input lies in memory, one of ``LAYOUTS``. Default: ``"rows"``.
+        layout (str): How ``g`` lies in memory, one of ``LAYOUTS``. Default: ``"rows"``.
         backward (bool): Run threads and threadgroups in descending order. Default: ``False``.
     """
 
-    def __init__(self, text, folder, checks, layout="rows", backward=False):
+    def __init__(self, names, text, folder, checks, layout="rows", backward=False):
+        self.names = names
         self.text = text
         self.folder = folder
         self.checks = checks
@@ -49,21 +51,26 @@ class EmulatedKernel:
         self.order = "backward" if backward else "forward"
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template):
-        (g,) = inputs
-        text = self.text(g, grid=grid, threadgroup=threadgroup, output_shapes=output_shapes,
+        text = self.text(*inputs, grid=grid, threadgroup=threadgroup, output_shapes=output_shapes,
                          output_dtypes=output_dtypes, template=template)  # fmt: skip
-        elements, strides = LAYOUTS[self.layout](np.array(mx.contiguous(g).view(mx.uint8)).view(f"V{g.itemsize}"))
-        buffers = {"g": elements, "g_shape": np.array(g.shape, np.int32), "g_strides": np.array(strides, np.int64)}
         command = [compiled(text, self.folder, self.checks), grid[0] // threadgroup[0], threadgroup[0], self.order]
-        for name, array in buffers.items():
-            (self.folder / name).write_bytes(array.tobytes())
-            command += ["r", array.nbytes, self.folder / name]
+        for name, array in zip(self.names, inputs, strict=True):
+            array = mx.contiguous(array)
+            elements = np.array(array.reshape(-1).view(mx.uint8)).view(f"V{array.itemsize}").reshape(array.shape)
+            strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]
+            if name == "g":
+                elements, strides = LAYOUTS[self.layout](elements)
+            facts = {f"{name}_shape": np.array(array.shape, np.int32), f"{name}_strides": np.array(strides, np.int64)}
+            facts = {fact: values for fact, values in facts.items() if fact in text}
+            for fact, values in ({name: elements} | facts).items():
+                (self.folder / fact).write_bytes(values.tobytes())
+                command += ["r", values.nbytes, self.folder / fact]
         outputs = [self.folder / f"output{i}" for i in range(len(output_shapes))]
         for path, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True):
             command += ["w", int(np.prod(shape)) * dtype.size, path]
         run(command)
-        outputs = zip(outputs, output_shapes, strict=True)
-        return [mx.array(np.fromfile(path, np.float32).reshape(shape)) for path, shape in outputs]
+        outputs = zip(outputs, output_shapes, output_dtypes, strict=True)
+        return [mx.array(np.fromfile(path, np.uint8)).view(dtype).reshape(shape) for path, shape, dtype in outputs]
 
 
 def rows_of_a_wider_table(table):
@@ -85,7 +92,7 @@ LAYOUTS = {
 }
 
 
-def metal_text(kernel, g, **launch):
+def metal_text(kernel, *inputs, **launch):
     """What MLX hands to Metal for a call of ``kernel``, an ``mx.fast.metal_kernel``, less its own preamble.
 
     MLX can record a kernel that it cannot run, in order to export it, and prints it when asked to.
@@ -94,7 +101,8 @@ def metal_text(kernel, g, **launch):
         standard_output = os.dup(1)
         os.dup2(printed.fileno(), 1)
         try:
-            mx.export_function(f"{folder}/f.mlxfn", lambda g: kernel(inputs=[g], verbose=True, **launch)[0], g)
+            call = lambda *inputs: kernel(inputs=list(inputs), verbose=True, **launch)[0]  # noqa: E731
+            mx.export_function(f"{folder}/f.mlxfn", call, *inputs)
         finally:
             os.dup2(standard_output, 1)
             os.close(standard_output)
@@ -116,31 +124,41 @@ def launcher(text):
     return f"void run_thread(void** buffers, const Attributes& here) {{ {instance}({', '.join(arguments)}); }}"
 
 
-def cuda_text(source, header, g, *, template, **launch):
-    """What MLX hands to NVRTC, less its includes, for a kernel with the input ``g`` and two float outputs.
+def cuda_text(source, header, names, output_names, *inputs, template, output_dtypes, **launch):
+    """What MLX hands to NVRTC, less its includes, for a kernel with inputs and outputs of those names.
 
     As ``build_kernel`` writes it in MLX's mlx/backend/cuda/custom_kernel.cpp (read at 055c1ca), which a machine without
     CUDA cannot be asked to do.
     """
-    dtype = CUDA_TYPES[g.dtype]
     constants = [f"using {name} = {CUDA_TYPES[value]};" if isinstance(value, mx.Dtype) else
                  f"constexpr int {name} = {value};" for name, value in template]  # fmt: skip
+    signature, arguments = [], []
+
+    def add(parameter, argument):
+        signature.append(parameter)
+        arguments.append(argument.format(f"buffers[{len(arguments)}]"))
+
+    for name, array in zip(names, inputs, strict=True):
+        dtype = CUDA_TYPES[array.dtype]
+        add(f"const {dtype}* {name}", f"static_cast<const {dtype}*>({{}})")
+        for kind, number in (("Shape", "int32_t"), ("Strides", "int64_t")):
+            if f"{name}_{kind.lower()}" in source:
+                add(f"const __grid_constant__ {kind} {name}_{kind.lower()}", f"per_axis<{kind}, {number}>({{}})")
+    for name, dtype in zip(output_names, output_dtypes, strict=True):
+        add(f"{CUDA_TYPES[dtype]}* {name}", f"static_cast<{CUDA_TYPES[dtype]}*>({{}})")
     return f"""
         #include "cuda_stand_ins.h"
         {header}
-        __global__ void statistics(
-            const {dtype}* g, const __grid_constant__ Shape g_shape, const __grid_constant__ Strides g_strides,
-            float* row_means, float* column_sums) {{
+        __global__ void emulated({", ".join(signature)}) {{
             {" ".join(constants)}
             {source}
         }}
-        void run_thread(void** buffers, const Attributes&) {{
-            const int32_t* lengths = static_cast<const int32_t*>(buffers[1]);
-            const int64_t* strides = static_cast<const int64_t*>(buffers[2]);
-            statistics(static_cast<const {dtype}*>(buffers[0]), Shape{{{{lengths[0], lengths[1]}}}},
-                       Strides{{{{strides[0], strides[1]}}}}, static_cast<float*>(buffers[3]),
-                       static_cast<float*>(buffers[4]));
+        template <typename PerAxis, typename Number>
+        PerAxis per_axis(const void* buffer) {{
+            const Number* numbers = static_cast<const Number*>(buffer);
+            return PerAxis{{{{numbers[0], numbers[1]}}}};
         }}
+        void run_thread(void** buffers, const Attributes&) {{ emulated({", ".join(arguments)}); }}
     """
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from ember_mlx import Ember
-from ember_mlx.optimizers.ember import update_table
+from ember_mlx.optimizers.ember import ember_step, mean_squares, update_table
 
 SHAPE = (50_257, 128)
 
@@ -41,6 +41,24 @@ def test_a_table_step_takes_two_tables_at_most_the_new_one_included():
         return optimizer.apply_gradients({"w": g}, {"w": w})["w"]
 
     assert scratch(lambda: step(g, w)) <= 2.1
+
+
+def test_stochastic_rounding_takes_the_new_table_and_blocks_of_rows():
+    w, g = made(*SHAPE).astype(mx.bfloat16), made(*SHAPE).astype(mx.bfloat16)
+    r, c, t, seed = mx.ones(SHAPE[0]), mx.ones(SHAPE[1]), mx.array(1), mx.array(3, mx.uint32)
+    mx.eval(w, g, r, c, t, seed)
+
+    @mx.compile
+    def step(w, g, t):
+        new, *_ = ember_step(w, g, r, c, t, 1e-3, 0.999, 1e-8, 0.0, seed=seed)
+        return new
+
+    @mx.compile
+    def statistics(g):
+        return mean_squares(g)
+
+    in_bfloat16 = 2  # scratch is in tables of float32
+    assert in_bfloat16 * (scratch(lambda: step(w, g, t)) - scratch(lambda: statistics(g))) <= 1.5
 
 
 def test_the_compiled_update_writes_the_new_table_into_the_buffer_of_the_gradient():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mlx.optimizers import Optimizer
 
@@ -15,7 +16,7 @@ class Contract:
     name: str
     make: Callable[..., Optimizer]  # called with learning_rate=, and any argument named below
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]]  # of a table of V rows and D columns
-    out_of_range: tuple[tuple[str, float], ...]  # an argument, and a value of it that must be refused
+    out_of_range: tuple[tuple[str, object], ...]  # an argument, and a value of it that must be refused
 
 
 OPTIMIZERS = [
@@ -28,6 +29,15 @@ OPTIMIZERS = [
             *(("beta2", value) for value in (1.0, 1.5, -0.1, NAN)),
             *(("eps", value) for value in (0.0, -1e-8, NAN, INFINITY)),
             *(("weight_decay", value) for value in (-0.1, NAN, INFINITY)),
+            *(("row_clip", value) for value in (0, 0.0, -1.0, NAN, INFINITY, "3")),
+            *(("rounding", value) for value in ("up", True, None)),
+            *(("seed", value) for value in (-1, 2**32, 0.5, None)),
         ),
+    ),
+    Contract(
+        name="Ember with all options",
+        make=partial(Ember, beta2=lambda step: 1 - (step + 1) ** -0.8, row_clip=1.0, rounding="stochastic", seed=3),
+        state_shapes=lambda rows, columns: {"r": (rows,), "c": (columns,), "seed": ()},
+        out_of_range=(),
     ),
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
+from ember_mlx.errors import InputError
 from ember_mlx.optimizers import Ember
 from ember_mlx.parity.gradient_streams import SILENT_STEPS, STREAMS, gradient_stream
 from ember_mlx.parity.oracle_float64 import EmberOracle
@@ -177,6 +178,67 @@ def test_a_row_seen_late_makes_a_first_step_of_many_learning_rates():
     expected = math.sqrt((1 - 0.999**1001) / 0.001)
     np.testing.assert_allclose(-as_float64(stepped[0]), expected, rtol=1e-3)
     np.testing.assert_allclose(-as_float64(stepped[1:]), 1.0, rtol=0.05)
+
+
+@pytest.mark.parametrize("row_clip", [0.5, 1.0, 3.0])
+def test_row_clip_limits_the_step_of_a_row_seen_late(row_clip):
+    optimizer, zeros = Ember(1.0, row_clip=row_clip), mx.zeros(SHAPE)
+    others = mx.ones(SHAPE)
+    others[0] = 0
+    for _ in range(SILENT_STEPS):
+        optimizer.apply_gradients({"table": others}, {"table": zeros})
+    stepped = optimizer.apply_gradients({"table": mx.ones(SHAPE)}, {"table": zeros})["table"]
+    np.testing.assert_allclose(-as_float64(stepped[0]), row_clip, rtol=1e-5)
+    np.testing.assert_allclose(-as_float64(stepped[1:]), min(1.0, row_clip), rtol=0.05)
+
+
+def test_row_clip_is_exact_where_squares_lie_over_the_columns_as_c_does():
+    # Rank one squares, rows by turns: each row's step has the same size in every column, cold or not.
+    columns = mx.array([0.1, 1.0, 7.0, 30.0])
+    optimizer, zeros = Ember(1.0, row_clip=2.0), mx.zeros((5, 4))
+    for t in range(50):
+        rows = mx.where(mx.arange(5) == t % 5, 10.0 ** (t % 7 - 3), 0.0)
+        stepped = optimizer.apply_gradients({"table": rows[:, None] * columns}, {"table": zeros})["table"]
+        assert np.sqrt(np.square(as_float64(stepped)).mean(axis=1)).max() <= 2.0 * (1 + 1e-5)
+
+
+def test_row_clip_leaves_rows_that_step_less_as_they_were():
+    table, gradients = random_table(SHAPE), list(gradient_stream("random", SHAPE, steps=5))
+    optimizers = Ember(1.0), Ember(1.0, row_clip=50.0)
+    for gradient in gradients:
+        plain, clipped = (o.apply_gradients({"table": mx.array(gradient)}, {"table": table}) for o in optimizers)
+        assert mx.array_equal(plain["table"], clipped["table"])
+
+
+SCHEDULES_OF_BETA2 = {
+    "Adafactor's": lambda step: 1 - (step + 1) ** -0.8,
+    "of floats": lambda step: 0.9 if step.item() < 3 else 0.99,
+    "an MLX schedule": mlx.optimizers.linear_schedule(0.5, 0.999, steps=20),
+    "a constant": lambda step: 0.999,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES_OF_BETA2)
+def test_a_schedule_of_beta2_corrects_its_bias_by_the_product_of_its_values(name):
+    schedule = SCHEDULES_OF_BETA2[name]
+    optimizer, zeros = Ember(LEARNING_RATE, beta2=schedule), mx.zeros(SHAPE)
+    oracle = EmberOracle(SHAPE, beta2=lambda step: at(schedule, step))
+    for t, gradient in enumerate(gradient_stream("random", SHAPE, steps=30), start=1):
+        stepped = optimizer.apply_gradients({"table": mx.array(gradient)}, {"table": zeros})["table"]
+        change = oracle.change(gradient, LEARNING_RATE)
+        assert worst(-as_float64(stepped), change, bound("step", "float32", change, t)) <= 1
+    assert optimizer.state["bias_correction"].item() == pytest.approx(1 - oracle.product_of_beta2, rel=1e-6)
+
+
+def test_a_state_of_a_constant_beta2_does_not_fit_a_schedule_and_a_number_keeps_the_state_as_it_was():
+    w = {"table": random_table(SHAPE)}
+    constant, scheduled = Ember(1e-3), Ember(1e-3, beta2=SCHEDULES_OF_BETA2["Adafactor's"])
+    constant.init(w)
+    assert set(constant.state) == {"step", "learning_rate", "weight_decay", "table"}
+    assert set(constant.state["table"]) == {"r", "c"}
+    scheduled.state = constant.state
+    with pytest.raises(InputError, match="no bias_correction"):
+        scheduled.init(w)
 
 
 def test_scaling_the_gradient_by_a_power_of_two_changes_no_bit_of_the_weights():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ember_mlx.parity import implementations, record, recorded, suite
+from ember_mlx.parity import implementations, record, recorded, stochastic_rounding, suite
 from ember_mlx.parity.gradient_streams import STREAMS
 from ember_mlx.parity.implementations import Implementation, Stepped
 
@@ -17,30 +17,44 @@ class InNumPy:
 
     beta2 = 0.999
 
-    def __init__(self, shape, dtype, learning_rate, weight_decay):
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, shape, dtype, learning_rate, weight_decay, **options):
+        self.shape, self.dtype, self.options = shape, dtype, options
         self.learning_rate, self.weight_decay = F32(learning_rate), F32(weight_decay)
+        self.eps = F32(options.get("eps", 1e-8))
 
     def start(self):
-        self.t, self.r, self.c = 0, np.zeros(self.shape[0], F32), np.zeros(self.shape[1], F32)
+        self.t, self.r, self.c, self.q = 0, np.zeros(self.shape[0], F32), np.zeros(self.shape[1], F32), F32(0)
 
     def step(self, weights, gradient, gradient_dtype):
+        schedule = self.options.get("beta2")
+        forget = F32(1) - F32(schedule(self.t)) if schedule else F32(1 - self.beta2)
         self.t += 1
         r, c = self.mean_squares(np.square(gradient))
-        forget = F32(1 - self.beta2)
         self.r = self.keep(self.r + forget * (r - self.r))
         self.c = self.keep(self.c + forget * (c - self.c))
-        s = np.maximum(self.c.mean(), F32(1e-30)) * F32(self.bias_correction())
-        update = self.learning_rate * (gradient / self.denominator(np.sqrt(self.r / s)[:, None] * np.sqrt(self.c)))
+        self.q = self.q + forget * (F32(1) - self.q)
+        s = np.maximum(self.c.mean(), F32(1e-30))
+        a = np.sqrt(self.r / (s * F32(self.q if schedule else self.bias_correction())))
+        update = self.learning_rate * (gradient / self.denominator(self.clipped(a, r, s)[:, None] * np.sqrt(self.c)))
         new = (F32(1) - self.learning_rate * self.weight_decay) * weights - update
-        read = (self.r, self.c, suite.cast(update, self.dtype), suite.cast(new, self.dtype))
+        read = (self.r, self.c, -self.rounded(F32(0) - update), self.rounded(new))
         return Stepped(*(array.astype(np.float64) for array in read))
 
     def state(self):
-        return self.t, self.r, self.c
+        return self.t, self.r, self.c, self.q
 
     def restore(self, state):
-        self.t, self.r, self.c = state
+        self.t, self.r, self.c, self.q = state
+
+    def clipped(self, a, r, s):
+        row_clip = self.options.get("row_clip")
+        return a if row_clip is None else np.maximum(a, np.sqrt(r / s) / F32(row_clip))
+
+    def rounded(self, values):
+        if self.options.get("rounding") != "stochastic":
+            return suite.cast(values, self.dtype)
+        bits = stochastic_rounding.random_bits(self.options["seed"], 0, self.t, *map(np.arange, self.shape))
+        return stochastic_rounding.round_stochastically(values, bits, self.dtype)
 
     def mean_squares(self, squares):
         return squares.mean(axis=1), squares.mean(axis=0)
@@ -52,7 +66,7 @@ class InNumPy:
         return 1 - self.beta2**self.t
 
     def denominator(self, root):
-        return root + F32(1e-8)
+        return root + self.eps
 
 
 class AnotherBeta2(InNumPy):
@@ -84,6 +98,31 @@ class NoBiasCorrection(InNumPy):
 class SquaresInFloat16(InNumPy):
     def mean_squares(self, squares):
         return super().mean_squares(np.minimum(suite.cast(squares, "float16"), F32(65504)))
+
+
+class NoScheduleInTheBiasCorrection(InNumPy):
+    def clipped(self, a, r, s):
+        if "beta2" not in self.options:
+            return super().clipped(a, r, s)
+        return a * np.sqrt(self.q / F32(self.bias_correction()))
+
+
+class RowClipOfTheWrongRow(InNumPy):
+    def clipped(self, a, r, s):
+        return super().clipped(a, np.roll(r, 1), s)
+
+
+class BitsOfTheStepBefore(InNumPy):
+    def rounded(self, values):
+        self.t -= 1
+        rounded = super().rounded(values)
+        self.t += 1
+        return rounded
+
+
+class ToNearest(InNumPy):
+    def rounded(self, values):
+        return suite.cast(values, self.dtype)
 
 
 class Raising(InNumPy):
@@ -123,10 +162,12 @@ HERE = [one.name for one in implementations.implementations() if not one.missing
 @pytest.mark.parametrize("name", HERE)
 def test_what_runs_here_is_the_same_optimizer(name):
     (chosen,), _ = implementations.select([name])
-    comparisons = list(suite.run([chosen], suite.select(["random", "tiny", "huge", "real head"], [1, 10])))
+    options = ["random, beta2 schedule", "random, row clip", "random, stochastic rounding"]
+    cases = suite.select(["random", "tiny", "huge", "real head", *options], [1, 10])
+    comparisons = list(suite.run([chosen], cases))
     assert not failed(comparisons)
     assert {one.dtype for one in comparisons} == set(chosen.dtypes)
-    assert {one.quantity for one in comparisons} == {"r", "c", "step", "w", "w of the run"}
+    assert {one.quantity for one in comparisons} == {"r", "c", "step", "w", "w of the run", "rounding"}
 
 
 def test_a_compiled_step_is_the_same_optimizer():
@@ -145,7 +186,9 @@ def test_every_stream_passes_in_1000_steps_and_each_is_looked_at_to_its_end():
     comparisons = judge(InNumPy, steps=None, dtypes=["float32"])
     assert not failed(comparisons)
     last = {(one.stream, one.shape): one.steps for one in comparisons}
-    assert {stream for stream, _ in last} == {*STREAMS, "real embedding", "real head"}
+    streams = {stream for stream, _ in last}
+    assert {stream for stream in streams if "," not in stream} == {*STREAMS, "real embedding", "real head"}
+    assert {stream.partition(", ")[2] for stream in streams} == {"", "beta2 schedule", "row clip"}
     assert last["random", (24, 8)] == 1000
     assert last["row silent then loud", (24, 8)] == 1010
     assert last["random", (257, 33)] == 10
@@ -156,6 +199,20 @@ def test_every_stream_passes_in_1000_steps_and_each_is_looked_at_to_its_end():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_fails_in_float32(fault):
     assert failed(judge(fault, dtypes=["float32"]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "stream", "dtypes"),
+    [
+        (NoScheduleInTheBiasCorrection, "random, beta2 schedule", ["float32"]),
+        (RowClipOfTheWrongRow, "random, row clip", ["float32"]),
+        (BitsOfTheStepBefore, "random, stochastic rounding", ["bfloat16", "float16"]),
+        (ToNearest, "random, stochastic rounding", ["bfloat16", "float16"]),
+    ],
+)
+def test_a_fault_in_an_option_fails(fault, stream, dtypes):
+    assert not failed(judge(InNumPy, [stream], dtypes=dtypes))
+    assert {one.dtype for one in failed(judge(fault, [stream], dtypes=dtypes))} == set(dtypes)
 
 
 @pytest.mark.parametrize("fault", [AnotherBeta2, MeansOverTheWrongAxis, NoBiasCorrection])

@@ -86,6 +86,32 @@ def test_values_out_of_range_are_refused_wherever_they_come_in(option, value):
     train(optimizer, 1)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("row_clip", value) for value in (0, -1.0, NAN, INFINITY, "3")),
+        *(("rounding", value) for value in ("up", True)),
+        *(("seed", value) for value in (-1, 2**32, 0.5)),
+        ("beta2", lambda step: 1 - step * 0.01),  # falls below 0
+        ("beta2", lambda step: step),
+    ],
+    ids=str,
+)
+def test_options_of_the_whole_optimizer_out_of_range_are_refused(option, value):
+    with pytest.raises(InputError, match=option):
+        Ember([parameter()], lr=1e-3, **{option: value})
+
+
+def test_a_state_without_a_schedule_does_not_fit_one_and_the_other_way_round():
+    constant, scheduled = train(two_tables(), 1), train(two_tables(beta2=lambda step: 1 - 1 / (2 + step)), 1)
+    assert_refused(constant, lambda: constant.load_state_dict(scheduled.state_dict()), "was a schedule.*is a number")
+    saved = constant.state_dict()
+    assert_refused(scheduled, lambda: scheduled.load_state_dict(saved), "was a number.*is a schedule")
+    for group in saved["param_groups"]:
+        group["beta2"] = "a schedule"
+    assert_refused(scheduled, lambda: scheduled.load_state_dict(saved), "no tensor q")
+
+
 def test_a_learning_rate_on_another_device_is_refused():
     with pytest.raises(InputError, match="meta.*cpu"):
         Ember([parameter()], lr=torch.tensor(1e-3, device="meta"))

@@ -2,23 +2,29 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 
 #include "threads.h"
 
 using std::int32_t;
 using std::int64_t;
+using std::uint32_t;
 
 struct __nv_bfloat16 {
     uint16_t bits;
-    operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float value;
-        memcpy(&value, &wide, 4);
-        return value;
-    }
+    __nv_bfloat16() = default;
+    explicit __nv_bfloat16(float value) : bits(as_type<uint32_t>(value) >> 16) {}
+    operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
+
+struct __half {
+    uint16_t bits;
+    __half() = default;
+    explicit __half(float value) : bits(half_of_float(value)) {}
+    operator float() const { return float_of_half(bits); }
+};
+
+inline uint32_t __float_as_uint(float value) { return as_type<uint32_t>(value); }
+inline float __uint_as_float(uint32_t bits) { return as_type<float>(bits); }
 
 template <typename Number>
 struct PerAxis {  // by value, as MLX passes shapes and strides

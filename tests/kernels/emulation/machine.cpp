@@ -33,7 +33,7 @@ extern char __data_start, _end;  // of the static memory of this program, by the
 namespace {
 
 constexpr unsigned SIMDGROUP = 32;
-constexpr size_t STACK = 64 << 10, MOST_BUFFERS = 8;
+constexpr size_t STACK = 64 << 10, MOST_BUFFERS = 16;
 constexpr long MOST_THREADGROUP_MEMORY = 32 << 10;
 
 [[noreturn]] void fail(const std::string& what) {

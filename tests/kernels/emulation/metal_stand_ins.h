@@ -2,32 +2,22 @@
 // memory is shared by all threads: one threadgroup runs at a time.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
 #include "threads.h"
 
 using uint = unsigned;
 using std::int64_t;
+using std::uint32_t;
 
 struct bfloat {
     uint16_t bits;
-    operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float value;
-        memcpy(&value, &wide, 4);
-        return value;
-    }
+    explicit bfloat(float value) : bits(as_type<uint32_t>(value) >> 16) {}
+    operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
 
 struct half {
     uint16_t bits;
-    operator float() const {
-        const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-        const float sign = bits >> 15 ? -1.0f : 1.0f;
-        if (exponent == 31) return fraction ? __builtin_nanf("") : sign * __builtin_inff();
-        return sign * __builtin_ldexpf(exponent ? fraction + 1024 : fraction, (exponent ? exponent : 1) - 25);
-    }
+    explicit half(float value) : bits(half_of_float(value)) {}
+    operator float() const { return float_of_half(bits); }
 };
 
 using bfloat16_t = bfloat;  // as MLX names them

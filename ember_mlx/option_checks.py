@@ -1,0 +1,71 @@
+"""What the Embers of both frameworks ask of their options beyond ranges of numbers; needs neither framework."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+import numpy as np
+
+from ember_mlx.errors import InputError
+from ember_mlx.parity.tolerances import SMALLEST_NORMAL, unit_in_the_last_place
+
+__all__ = ["SAMPLE", "STEPS_TO_LOOK_AT", "check_beta2_schedule", "check_rounding", "check_row_clip", "rounding_warning"]
+
+ROUNDINGS = ("nearest", "stochastic")
+SAMPLE = 2**18  # elements of a table, about, that are looked at
+STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
+
+
+def check_row_clip(row_clip: float | None):
+    if row_clip is None:
+        return
+    if not isinstance(row_clip, Real) or not SMALLEST_NORMAL <= row_clip < math.inf:
+        raise InputError(f"Ember(row_clip={row_clip!r}): must be a positive number, usually 1 to 10, or None")
+
+
+def check_rounding(rounding: str, seed: int):
+    if rounding not in ROUNDINGS:
+        raise InputError(f"Ember(rounding={rounding!r}): must be 'nearest' or 'stochastic'")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"Ember(seed={seed!r}): must be a whole number from 0 to 2^32 - 1")
+
+
+def check_beta2_schedule(beta2: Callable[[int], float]):
+    """Look at the values of a schedule, from the number of steps done: inside a compiled step nothing can be raised."""
+    for step in STEPS_TO_LOOK_AT:
+        value = beta2(step)
+        if not 0 <= value < 1:
+            raise InputError(
+                f"Ember(beta2=...): the schedule gives {value:.6g} after {step} steps: must be at least 0 and below 1, "
+                "in float32, too"
+            )
+
+
+def rounding_warning(
+    rounding: str, name: str, dtype: str, sample: Callable[[], np.ndarray], learning_rate: Callable[[], float]
+) -> str | None:
+    """What to say of a table whose ``rounding`` does nothing, or leaves nothing of most steps; None for the others.
+
+    An element moves by about a learning rate a step. To nearest it stays where it is when that is under half the
+    distance to its neighbour: for bfloat16 under 1/512 to 1/256 of it.
+
+    Args:
+        sample, learning_rate (callable): Some of the elements, in any shape, and the learning rate. Called only where
+            they matter, which is for 16-bit tables to nearest.
+    """
+    if rounding == "stochastic":
+        nothing = f'Ember(rounding="stochastic"): does nothing to {name}, which is float32: it is for 16-bit tables'
+        return nothing if dtype == "float32" else None
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    values, rate = np.asarray(sample(), np.float64), learning_rate()
+    needed = unit_in_the_last_place(values, dtype) / 2
+    share = np.mean(needed > rate)
+    if not rate > 0 or share <= 0.5:
+        return None
+    return (
+        f'Ember(rounding="nearest"): a step of the learning rate {rate:.3g} is rounded away in {share:.0%} of the '
+        f"elements of {name}, which are {dtype} and of the usual size {np.median(np.abs(values)):.2g}: they do not "
+        'change at all. Use rounding="stochastic" (--table-rounding stochastic), which keeps steps on average, or a '
+        f"learning rate of at least {np.median(needed):.2g}, at which half of them change"
+    )

@@ -1,0 +1,96 @@
+"""What both Embers say of rounding and of schedules, here through MLX's."""
+
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from ember_mlx import Ember, InputError
+from ember_mlx.option_checks import check_beta2_schedule, rounding_warning
+
+
+def table(scale=0.02, dtype=mx.bfloat16):
+    return {"embed": {"weight": mx.array(np.random.RandomState(0).normal(0, scale, (64, 32))).astype(dtype)}}
+
+
+def heard(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(one.message) for one in caught]
+
+
+def test_steps_that_rounding_takes_back_are_warned_about_once_with_numbers_and_remedy():
+    optimizer = Ember(1e-5)
+    (message,) = heard(lambda: (optimizer.init(table()), optimizer.init(table())))
+    for needed in ("embed.weight", "bfloat16", "1e-05", "learning rate of at least", 'rounding="stochastic"'):
+        assert needed in message
+    share = float(message.split("rounded away in ")[1].split("%")[0])
+    w = table()["embed"]["weight"].astype(mx.float32)
+    unchanged = mx.mean((w - mx.where(w > 0, 1e-5, -1e-5)).astype(mx.bfloat16) == w.astype(mx.bfloat16)).item()
+    assert share == pytest.approx(100 * unchanged, abs=2)  # a power of two has nearer neighbours below it
+    remedy = float(message.split("at least ")[1].split(",")[0])
+    assert not heard(lambda: Ember(1.1 * remedy).init(table()))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "of"),
+    [
+        (Ember(1e-2), table()),
+        (Ember(1e-5), table(dtype=mx.float32)),
+        (Ember(1e-5), table(dtype=mx.float16, scale=0.005)),
+        (Ember(1e-5, rounding="stochastic"), table()),
+        (Ember(0.0), table()),
+        (Ember(lambda step: mx.minimum(step, 100) * 1e-4), table()),  # a warm-up from 0
+    ],
+)
+def test_nobody_is_warned_without_a_reason(optimizer, of):
+    assert not heard(lambda: optimizer.init(of))
+
+
+def test_a_schedule_that_stays_too_low_is_warned_about_and_so_is_an_optimizer_that_was_never_initialised():
+    w = table()
+    optimizer = Ember(lambda step: 1e-6)
+    (message,) = heard(lambda: optimizer.apply_gradients(w, w))
+    assert "1e-06" in message
+
+
+def test_inside_a_compiled_step_nothing_is_said_and_nothing_fails():
+    w, optimizer = table(), Ember(1e-5)
+    step = mx.compile(lambda g, w: optimizer.apply_gradients(g, w))
+    assert not heard(lambda: mx.eval(step(w, w)))
+
+
+def test_stochastic_rounding_of_float32_says_once_that_it_does_nothing():
+    optimizer = Ember(1e-5, rounding="stochastic")
+    w = table(dtype=mx.float32)
+    (message,) = heard(lambda: (optimizer.init(w), optimizer.apply_gradients(w, w)))
+    assert "does nothing to embed.weight" in message
+    new, nearest = optimizer.apply_gradients(w, w), Ember(1e-5)
+    nearest.apply_gradients(w, w)
+    assert mx.array_equal(new["embed"]["weight"], nearest.apply_gradients(w, w)["embed"]["weight"])
+
+
+def test_a_sample_is_read_of_16_bit_tables_to_nearest_alone():
+    def read():
+        raise AssertionError
+
+    assert rounding_warning("nearest", "w", "float32", read, read) is None
+    assert rounding_warning("stochastic", "w", "bfloat16", read, read) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        (lambda step: 1.0, "gives 1 after 0 steps"),
+        (lambda step: float("nan"), "gives nan after 0 steps"),
+        (lambda step: 0.99 - 0.01 * step, "gives -0.29 after 128 steps"),
+        (lambda step: 1 - 1e-9 / (1 + step), "gives 1 after"),  # in float32
+    ],
+)
+def test_a_schedule_of_beta2_out_of_range_is_refused(schedule, says):
+    with pytest.raises(InputError, match=says):
+        check_beta2_schedule(lambda step: float(np.float32(schedule(step))))
+    with pytest.raises(InputError, match=says):
+        Ember(1e-3, beta2=lambda step: schedule(step.item()))
