@@ -13,8 +13,11 @@ USAGE = """\
 ember-mlx: fine-tune language models with mlx-lm and train their token tables too, with the Ember optimizer
 
   ember-mlx train     train: the options of mlx_lm.lora, and --train-tables, --table-learning-rate, --resume, ...
+  ember-mlx plan      how much memory that will take, by the same flags: nothing is loaded or trained
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
   ember-mlx fuse      merge an adapter into an ordinary model folder: the options of mlx_lm.fuse, and --overwrite
+  ember-mlx geometry  train and measure whether Ember suits the model and the data: the options of train, and --out
+  ember-mlx plot      draw runs that were logged with train --log-jsonl: losses, memory, how far each step moves
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
   ember-mlx parity    compare every implementation that runs here, MLX's and PyTorch's, with a float64 oracle
   ember-mlx --version
@@ -26,7 +29,7 @@ def main():
     """Entry point. Exit code 0; 2 for bad input, with one line that says what and what to do; 130 or 143 if stopped."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
-    commands = {"train": train, "generate": generate, "fuse": fuse, "demo": demo, "parity": parity}
+    commands = {function.__name__: function for function in (train, plan, generate, fuse, demo, geometry, plot, parity)}
     if command in ("-h", "--help"):
         print(USAGE)
     elif command in ("-v", "--version"):
@@ -39,17 +42,25 @@ def main():
 
 def train(arguments):
     from ember_mlx.finetune import options
+    from ember_mlx.finetune.output import outliving_its_readers
     from ember_mlx.finetune.run import run
     from ember_mlx.finetune.stop_signals import Interrupted
 
     try:
         run(options.parse(arguments))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        if stopped.checkpoint:
-            again = shlex.join(["ember-mlx", "train", *options.command_to_resume(arguments)])
-            print(f"To go on:\n  {again}", file=sys.stderr)
+        with outliving_its_readers():
+            print(stopped, file=sys.stderr)
+            if stopped.checkpoint:
+                words = options.command_to_resume(arguments, stopped.resume_words)
+                print(f"To go on:\n  {shlex.join(['ember-mlx', 'train', *words])}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+
+
+def plan(arguments):
+    from ember_mlx.plan_command import main as run_plan
+
+    run_plan(arguments)
 
 
 def generate(arguments):
@@ -82,10 +93,22 @@ def fuse(arguments):
     print(f"The fused model is in {folder}")
 
 
+def plot(arguments):
+    from ember_mlx.plot_runs import main as run_plot
+
+    run_plot(arguments)
+
+
 def demo(arguments):
     from ember_mlx.demo import main as run_demo
 
     run_demo(arguments)
+
+
+def geometry(arguments):
+    from ember_mlx.geometry.command import main as run_geometry
+
+    run_geometry(arguments)
 
 
 def parity(arguments):

@@ -8,7 +8,7 @@ the selection is fused into the update, which reads the old values anyway.
 import math
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
+from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx import kernels
@@ -18,16 +18,28 @@ from ember_mlx.optimizers.ember import mean_squares
 __all__ = ["GuardedOptimizer", "all_finite", "clip_by_norm", "global_norm", "spoil_gradients_of_nonfinite"]
 
 COUNT = "nonfinite_steps"
+SMALL = 2**16  # elements
+NEIGHBOURS = 16  # arrays: about those of one layer's adapters
 
 
 def all_finite(arrays):
-    """Whether no array holds a NaN or an infinity, a bool array: one reading of each, and no scratch.
+    """Whether no array holds a NaN or an infinity, a bool array: one reading of each, and no scratch of large ones.
 
     A sum keeps every NaN and every infinity, on every backend. It can overflow by itself only where float32 and
     bfloat16 numbers are near 1e30 and more; float16 overflows soon, so there the two extremes are looked at.
+
+    LoRA has hundreds of small arrays. Neighbours of one shape are added up first, which ``mx.compile`` makes one kernel
+    of, where as many reductions would take longer than the numbers in them. Neighbours alone: a sum over all layers
+    would have MLX compute them all together, and recompute all that ``--grad-checkpoint`` has let go at once.
     """
-    numbers = []
-    for array in arrays:
+    small, rest = {}, []
+    for place, array in enumerate(arrays):
+        if array.size < SMALL:
+            small.setdefault((place // NEIGHBOURS, array.shape), []).append(array.astype(mx.float32))
+        else:
+            rest.append(array)
+    numbers = [_added_up(alike).sum() for alike in small.values()]
+    for array in rest:
         numbers += [array.max(), array.min()] if array.dtype == mx.float16 else [array.sum()]
     return mx.isfinite(sum(number.astype(mx.float32) for number in numbers))
 
@@ -173,7 +185,7 @@ class GuardedOptimizer(Optimizer):
     @property
     def step(self):
         """The number of steps done, an mx.array."""
-        return self.rest.step
+        return _steps_done(self.rest)
 
     @property
     def learning_rate(self):
@@ -190,6 +202,19 @@ def check_clip_grad_norm(where, clip_grad_norm):
     number = isinstance(clip_grad_norm, int | float) and not isinstance(clip_grad_norm, bool)
     if not number or not 0 < clip_grad_norm < math.inf:
         raise InputError(f"{where}: must be a finite number above 0, usually 1.0; leave it out not to clip")
+
+
+def _added_up(arrays):
+    """Pair by pair: a long chain is too deep to be fused."""
+    while len(arrays) > 1:
+        pairs = [a + b for a, b in zip(arrays[::2], arrays[1::2], strict=False)]
+        arrays = pairs + arrays[2 * len(pairs) :]
+    return arrays[0]
+
+
+def _steps_done(optimizer):
+    """MultiOptimizer has no counter of its own; its parts count alike."""
+    return _steps_done(optimizer.optimizers[0]) if isinstance(optimizer, MultiOptimizer) else optimizer.step
 
 
 def fill(container, arrays, prefix=""):

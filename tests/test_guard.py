@@ -32,6 +32,14 @@ def test_no_nan_and_no_infinity_is_overlooked(dtype, shape):
                 assert not mx.isfinite(global_norm({"a": clean, "b": [array]})).item()
 
 
+def test_of_many_small_arrays_none_is_overlooked():
+    for bad in range(11):
+        arrays = [mx.full((4, 3) if i % 2 else (3,), i, DTYPES[i % 3]) for i in range(11)]
+        assert all_finite(arrays).item()
+        arrays[bad][-1] = float("-inf")
+        assert not all_finite(arrays).item()
+
+
 def test_infinities_of_both_signs_do_not_cancel():
     array = mx.array([1.0, float("inf"), float("-inf")])
     assert not all_finite([array]).item()
@@ -40,6 +48,7 @@ def test_infinities_of_both_signs_do_not_cancel():
 @pytest.mark.parametrize(("dtype", "large"), [(mx.float32, 1e25), (mx.bfloat16, 1e25), (mx.float16, 6e4)])
 def test_large_is_not_infinite(dtype, large):
     assert all_finite([mx.full((300, 300), large, dtype)]).item()
+    assert all_finite([mx.full((30, 30), large, dtype)] * 5).item()
 
 
 def random_gradients(scale, dtype):
@@ -156,6 +165,7 @@ def test_a_step_with_a_nan_changes_nothing_and_the_next_ones_go_on_as_if_it_had_
     assert differing(clean[-1], mixed[-1]) == [count]
     assert [state[count].item() for state in mixed] == [1, 1, 1, 2, 3, 3]
     assert optimizer.nonfinite_steps.item() == 3
+    assert optimizer.step.item() == 3
     # The states are compared, so there must be some that a step would have changed.
     assert len(differing(mixed[0], mixed[1])) > 3
 

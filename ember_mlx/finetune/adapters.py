@@ -3,8 +3,13 @@
 An adapter folder is mlx-lm's: ``adapter_config.json`` and ``adapters.safetensors``. Beside a LoRA or DoRA adapter the
 trained tables lie in ``token_tables.safetensors``, because stock mlx-lm takes nothing but adapter matrices in the first
 file; a ``full`` adapter holds everything in it.
+
+The files of a save take their places one by one, so a kill may leave some of the save before. They know each other by
+ids in their metadata, made from what is saved: ``settings_id``, of what the config says of loading, and ``save_id``, of
+the arrays in both files. An older adapter, or one of stock mlx-lm, has neither.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,10 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import load_adapters
 
 from ember_mlx.errors import InputError
 from ember_mlx.finetune import durable, options, reading
+from ember_mlx.finetune.added_tokens import add_tokens
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.token_tables import find_token_tables
 
@@ -24,17 +31,22 @@ ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
 REMEDY = "use the model that it was trained on"
+SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens")
+SETTINGS_ID = "settings_id"
+SAVE_ID = "save_id"
 RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
 
 
 def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
     """``mlx_lm.load``, which also loads the token tables of an adapter folder that ``ember-mlx train`` wrote.
 
+    Tokens that the run added are in the tokenizer.
+
     Args:
         path_or_hf_repo (str): A model folder or a name on the Hugging Face hub.
         adapter_path (str, optional): The adapter folder.
         return_config (bool): Return the model's config too. Tables that the adapter holds dequantized are marked as
-            not quantized in it.
+            not quantized in it, and tokens that it adds are counted.
         options: Whatever else ``mlx_lm.load`` takes.
 
     Returns:
@@ -47,6 +59,7 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
     adapter_config = None if adapter_path is None else _read_config(Path(adapter_path))
     model, tokenizer, config = load_base(path_or_hf_repo, **options)
     if adapter_path is not None:
+        tokenizer = add_tokens_of(Path(adapter_path), model, tokenizer, config, adapter_config)
         apply_adapter(model, Path(adapter_path), config, adapter_config)
         model.eval()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
@@ -78,6 +91,7 @@ class Saver:
         self.folder = folder
         self.model = model
         self.options = vars(args).copy()
+        self.options[SETTINGS_ID] = _settings_id(self.options)
         self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
         self.replaced = [] if goes_on else run_files(folder)
         self.saved = False
@@ -97,9 +111,12 @@ class Saver:
             if arrays or name == ADAPTERS
         }
         names = list(files)
+        metadata = {SETTINGS_ID: self.options[SETTINGS_ID]}
+        if tables:
+            metadata[SAVE_ID] = _save_id(weights | tables)
         if not self.saved:
             files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
-        durable.replace_together(self.folder, files)
+        durable.replace_together(self.folder, files, metadata)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{durable.PARTIAL}*.safetensors")):
                 if path.name not in files:
@@ -113,6 +130,24 @@ def run_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if RUN_FILE.fullmatch(path.name))
 
 
+def add_tokens_of(
+    folder: Path, model: nn.Module, tokenizer, config: dict, adapter_config: dict | None = None
+) -> TokenizerWrapper:
+    """Add the tokens that the run of the adapter in ``folder`` added; the new tokenizer. Before ``apply_adapter``."""
+    adapter_config = adapter_config or _read_config(folder)
+    added = adapter_config.get("added_tokens")
+    if not added:
+        return tokenizer
+    where = f"adapter {folder}: {CONFIG}: added_tokens"
+    _dequantize(model, {table.path for table in find_token_tables(model)}, config)
+    asked = [(each["content"], each["special"]) for each in added]
+    tokenizer, tokens = add_tokens(model, tokenizer, config, asked, where)
+    for token, each in zip(tokens, added, strict=True):
+        if token.id != each["id"]:
+            raise InputError(f"{where}: {token.content!r} has id {each['id']} there, but {token.id} here; {REMEDY}")
+    return tokenizer
+
+
 def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None):
     """Load the adapter of ``folder`` into ``model``, its token tables included; ``config`` is the model's."""
     adapter_config = adapter_config or _read_config(folder)
@@ -124,6 +159,11 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
         name = min(trained ^ tables.keys())
         is_there = "there, though its run did not train it" if name in tables else "missing"
         raise InputError(f"adapter {folder}: {TABLES}: {name} is {is_there}; give the folder of a finished run")
+    ids = reading.read_metadata(folder / ADAPTERS, f"adapter {folder}")
+    if ids.get(SETTINGS_ID) != adapter_config.get(SETTINGS_ID):
+        raise _mixed(folder, CONFIG, ADAPTERS)
+    if tables:
+        refuse_mixed(folder / ADAPTERS, folder / TABLES)
     # A run of tables alone has no LoRA layers: mlx-lm would put them into all layers for num_layers 0.
     if adapters or not tables:
         try:
@@ -135,6 +175,19 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
             _refuse_missing(folder, model, adapters)
     _dequantize(model, tables, config)
     load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
+
+
+def refuse_other_tokens(path: Path, added_tokens: list[dict] | None):
+    """Raises InputError when the run that wrote the adapter at ``path`` added other tokens than these."""
+    if (path.parent / CONFIG).is_file() and (_read_config(path.parent).get("added_tokens") or None) != added_tokens:
+        raise InputError(f"--resume-adapter-file {path}: its run added other tokens; give its file as --add-tokens")
+
+
+def refuse_mixed(adapters: Path, tables: Path):
+    """Raises InputError when the two files are not of one save."""
+    ids = [reading.read_metadata(path, f"adapter {path.parent}").get(SAVE_ID) for path in (adapters, tables)]
+    if ids[0] != ids[1]:
+        raise _mixed(adapters.parent, adapters.name, tables.name)
 
 
 def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str):
@@ -159,6 +212,8 @@ def _read_config(folder):
     if kind not in ("lora", "dora", "full"):
         raise InputError(f"{where}: fine_tune_type {kind!r}: must be lora, dora or full")
     reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
+    added = config.get("added_tokens") or []
+    reading.check_types(added, [{"content": str, "special": bool, "id": int}], f"{where}: added_tokens")
     if kind != "full":
         reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
         reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
@@ -180,6 +235,27 @@ def read_arrays(path: Path) -> dict:
                 f"adapter {path.parent}: {path.name}: {name} is of dtype {array.dtype}, which never trains"
             )
     return arrays
+
+
+def _settings_id(settings):
+    text = json.dumps({key: settings.get(key) for key in SETTINGS}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _save_id(arrays):
+    """Of the contents and no random number: the same run gives the same bytes."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.shape} {array.dtype}".encode())
+        digest.update(memoryview(array.reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
+
+
+def _mixed(folder, one, other):
+    return InputError(
+        f"adapter {folder}: {one} and {other} are not of one save, which was broken off between them: `ember-mlx train "
+        "... --resume`, with the options of that run, saves them anew from its newest checkpoint"
+    )
 
 
 def _dequantize(model, tables, config):

@@ -49,12 +49,20 @@ def table_optimizer(args) -> optim.Optimizer:
     decay = args.table_weight_decay
     beta2 = 0.999 if args.table_beta2 is None else args.table_beta2
     if args.table_optimizer == "ember":
-        return Ember(learning_rate, beta2=beta2, weight_decay=decay)
+        beta2 = beta2 if args.table_beta2_decay is None else growing_beta2(args.table_beta2_decay, args.table_beta2)
+        how = {"row_clip": args.table_row_clip, "rounding": args.table_rounding, "seed": args.seed}
+        return Ember(learning_rate, beta2=beta2, weight_decay=decay, **how)
     if args.table_optimizer == "adamw":
         return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
     if args.table_optimizer == "adafactor":
         return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
     return optim.SGD(learning_rate, weight_decay=decay)
+
+
+def growing_beta2(decay: float, most: float | None):
+    """A schedule of beta2, 1 - t^-decay at step t from 1, as Adafactor's with 0.8 (arXiv 1804.04235, section 7.2)."""
+    most = 1 - 2.0**-24 if most is None else most  # the largest float32 below 1
+    return lambda steps_done: mx.minimum(1 - (steps_done + 1).astype(mx.float32) ** -decay, most)
 
 
 def body_learning_rate(args):

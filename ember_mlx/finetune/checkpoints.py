@@ -13,8 +13,9 @@ SHA-256 of both files and of itself. Weights take what they take in the model; E
 4 (V + D) bytes.
 
 How. It is written under another name, each file and the folder flushed to the disk, and then renamed: a checkpoint is
-whole or not there. Older ones go when the new one is on the disk. Reading believes nothing: no name in the JSON is ever
-used as a path, checksums come before contents, and names, shapes and dtypes are those of the run or refused.
+whole or not there. Older ones go when the new one is on the disk; one of the same step steps aside for it as
+``step-0000100.replaced``, which is read only where there is no other. Reading believes nothing: no name in the JSON is
+ever used as a path, checksums come before contents, and names, shapes and dtypes are those of the run or refused.
 """
 
 import hashlib
@@ -36,7 +37,8 @@ WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 INDEX = "checkpoint.json"
 FORMAT = 1
-NAME = re.compile(r"step-(\d{7,12})")
+REPLACED = ".replaced"
+NAME = re.compile(r"step-(\d{7,12})(\.replaced)?")
 FILE_TYPES = {"bytes": int, "sha256": str}
 TYPES = {
     "format": int,
@@ -71,7 +73,7 @@ class Checkpoints:
         adapter_folder (Path): Where ``checkpoints/`` is, or will be.
         keep (int): How many to keep; with 0 none is written.
         resumed (Path, optional): The checkpoint in there with which the run began. Older ones are of this run too;
-            all others are of runs that this one replaces, and go after its first save.
+            all others, the newer ones among them, are of runs that this one replaces, and go after its first save.
 
     Raises:
         InputError: when ``checkpoints`` is a file or a link.
@@ -81,7 +83,11 @@ class Checkpoints:
         self.folder = adapter_folder / FOLDER
         _refuse_what_is_no_folder(self.folder)
         self.keep = keep
-        self.own = [path for path in in_folder(adapter_folder) if _step(path) <= _step(resumed)] if resumed else []
+        self.own = []
+        if resumed:
+            there = (path for path in in_folder(adapter_folder) if path.suffix != REPLACED)
+            older = (path for path in there if _step(path) < _step(resumed))
+            self.own = [*older, self.folder / resumed.name]
 
     @property
     def newest(self) -> Path | None:
@@ -90,19 +96,20 @@ class Checkpoints:
     def save(self, position: Position, weights, optimizer, options, made_of, versions) -> Path | None:
         """Write one, then remove what is no longer kept; the folder written, or None with ``keep`` of 0.
 
+        One that is there already, since the run began with it, is not written again, and newer ones then stay.
+
         Raises:
             OSError: for whatever the disk has against it; the earlier ones are as they were.
         """
         path = self.folder / f"step-{position.step:07d}"
         if path == self.newest:
-            self._remove_others()  # a kill may have kept the save before from it
+            self.remove_others(newer=False)  # a kill may have kept the save before from it
             return path
         if not self.keep:
-            self._remove_others()
             return None
         if self.folder.is_symlink():
             raise OSError(f"{self.folder} has become a link")
-        self.folder.mkdir(exist_ok=True)
+        durable.make_folder(self.folder)
         partial = path.with_name(durable.PARTIAL + path.name)
         durable.remove(partial)
         partial.mkdir()
@@ -121,23 +128,23 @@ class Checkpoints:
             index = {"sha256": _checksum(content), "content": content}
             durable.write_bytes(partial / INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
             durable.sync_folder(partial)
-            if path.is_symlink() or path.exists():  # of a run that this one replaces, or damaged
-                durable.remove(path)
-            os.rename(partial, path)
+            _put_in_place(partial, path)
         except BaseException:
             durable.remove(partial)
             raise
         durable.sync_folder(self.folder)
         self.own = [*self.own, path][-self.keep :]
-        self._remove_others()
+        self.remove_others()
         return path
 
-    def _remove_others(self):
+    def remove_others(self, newer=True):
+        """Remove what is not this run's, the newer ones too if asked for, and what a kill left unfinished."""
         if not self.folder.is_dir() or self.folder.is_symlink():
             return
         for path in self.folder.iterdir():
             hidden = path.name.startswith((durable.PARTIAL, durable.REMOVED))
-            if path not in self.own and (hidden or NAME.fullmatch(path.name)):
+            checkpoint = NAME.fullmatch(path.name) and (newer or _step(path) <= _step(self.newest))
+            if path not in self.own and (hidden or checkpoint):
                 with suppress(OSError):  # the next save tries again
                     durable.remove(path)
 
@@ -148,15 +155,28 @@ def in_folder(adapter_folder: Path) -> list[Path]:
     if not folder.is_dir() or folder.is_symlink():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(found, key=_step)
+    return sorted(found, key=lambda path: (_step(path), path.suffix != REPLACED))
+
+
+def adapter_folder_of(asked: Path) -> Path | None:
+    """The adapter folder, when that or the ``checkpoints`` in it is asked for and not one of the checkpoints."""
+    if asked.name == FOLDER:
+        return asked.parent
+    return asked if (asked / FOLDER).is_dir() else None
 
 
 def find(adapter_folder: Path, asked: str | bool, tell=print) -> Checkpoint:
-    """The checkpoint that ``--resume`` means: that folder, or with True the newest good one of the adapter folder.
+    """The checkpoint that ``--resume`` means.
+
+    That is the folder of one, or the newest good one: with True of ``adapter_folder``, else of the one asked for.
 
     Raises:
         InputError: when there is none; for a damaged folder that was asked for, it names the newest good one.
     """
+    where = f"--resume: --adapter-path {adapter_folder}" if asked is True else f"--resume {asked}"
+    other = None if asked is True else adapter_folder_of(Path(asked))
+    if other:
+        adapter_folder, asked = other, True
     if asked is not True:
         try:
             return read(Path(asked))
@@ -169,7 +189,7 @@ def find(adapter_folder: Path, asked: str | bool, tell=print) -> Checkpoint:
     if good is None:
         damaged = len(in_folder(adapter_folder))
         why = f"all {damaged} checkpoints in it are damaged" if damaged else "there is no checkpoint in it"
-        raise InputError(f"--resume: --adapter-path {adapter_folder}: {why}; give another, or start without --resume")
+        raise InputError(f"{where}: {why}; give another, or start without --resume")
     return good
 
 
@@ -207,6 +227,21 @@ def read(folder: Path) -> Checkpoint:
         weights=arrays[WEIGHTS],
         optimizer=arrays[OPTIMIZER],
     )
+
+
+def _put_in_place(partial, path):
+    """A kill between any two of these leaves a checkpoint that can be read."""
+    replaced = path.with_name(path.name + REPLACED)
+    if not (path.is_symlink() or path.exists()):
+        os.rename(partial, path)
+        return
+    durable.remove(replaced)
+    os.rename(path, replaced)  # of a run that this one replaces, or damaged
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        os.rename(replaced, path)
+        raise
 
 
 def _step(path):

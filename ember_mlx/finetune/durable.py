@@ -14,7 +14,7 @@ PARTIAL = ".partial-"  # a name that begins so is of something unfinished
 REMOVED = ".removed-"  # and one that begins so is on its way out
 
 
-def write_arrays(path: Path, arrays: dict[str, mx.array]) -> dict:
+def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> dict:
     """A new safetensors file, on the disk when this returns; its size and checksum: ``{"bytes": ..., "sha256": ...}``.
 
     Raises:
@@ -22,7 +22,7 @@ def write_arrays(path: Path, arrays: dict[str, mx.array]) -> dict:
     """
     with _new_file(path) as file:
         hashed = _Hashed(file)
-        mx.save_safetensors(hashed, arrays)
+        mx.save_safetensors(hashed, arrays, metadata or {})
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
 
 
@@ -32,17 +32,24 @@ def write_bytes(path: Path, data: bytes):
         file.write(data)
 
 
-def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]):
+def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]):
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
 
+    A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
+    with arrays get, is for telling that.
+
     Raises:
-        OSError: for whatever the disk has against it; what was there is as it was.
+        OSError: for whatever the disk has against it; what was there is as it was, unless it refused a rename after
+            others.
     """
     partials = {folder / f"{PARTIAL}{name}": folder / name for name in files}
     try:
         for partial, content in zip(partials, files.values(), strict=True):
             partial.unlink(missing_ok=True)
-            (write_bytes if isinstance(content, bytes) else write_arrays)(partial, content)
+            if isinstance(content, bytes):
+                write_bytes(partial, content)
+            else:
+                write_arrays(partial, content, metadata)
         for partial, path in partials.items():
             os.replace(partial, path)
     except BaseException:
@@ -50,6 +57,14 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
             partial.unlink(missing_ok=True)
         raise
     sync_folder(folder)
+
+
+def make_folder(path: Path):
+    """Make a folder and those above it that are missing, each of them to last."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path):

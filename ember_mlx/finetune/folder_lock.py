@@ -1,12 +1,17 @@
 """One run at a time in a folder."""
 
+import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
+
+from mlx_lm.cli_ui import rprint
 
 from ember_mlx.errors import InputError
 
 NAME = ".lock"
+CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of some network drives
 
 
 class FolderLock:
@@ -14,6 +19,8 @@ class FolderLock:
 
     The file stays; the lock on it does not. ``take(make=False)`` takes it only where the file is there already, so that
     a second run can be refused before it does anything, and nothing is written by one that is refused for its input.
+
+    On a file system that knows no locks a run goes on without one, and says so: it has nothing else to lose by that.
     """
 
     def __init__(self, folder: Path):
@@ -31,20 +38,38 @@ class FolderLock:
             return
         except OSError as error:
             raise InputError(
-                f"--adapter-path {self.path.parent}: {NAME} cannot be opened ({error}); remove it"
+                f"--adapter-path {self.path.parent}: {NAME} cannot be opened ({error.strerror}); "
+                f"{'remove it' if os.path.lexists(self.path) else 'make room there'}, or give another path"
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+            holder = self._holder(descriptor)
             os.close(descriptor)
             raise InputError(
-                f"--adapter-path {self.path.parent}: another run is writing there (process {holder or 'unknown'}); "
+                f"--adapter-path {self.path.parent}: another run is writing there (process {holder}); "
                 "wait for it, stop it, or give another path"
             ) from error
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                os.close(descriptor)
+                raise InputError(
+                    f"--adapter-path {self.path.parent}: {NAME} cannot be locked ({error.strerror}); give another path"
+                ) from error
+            rprint(
+                f"Warning: --adapter-path {self.path.parent}: that file system knows no locks ({error.strerror}), so "
+                "nothing keeps a second run out of there; start none"
+            )
         self._descriptor = descriptor
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # it only tells whose the lock is, and the disk may be full
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    @staticmethod
+    def _holder(descriptor):
+        with suppress(OSError):
+            return os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        return "unknown"
 
     def __enter__(self):
         return self

@@ -127,6 +127,7 @@ class Batches:
             batch = next(batches)
             self.drawn = (self.drawn + 1) % batches_an_epoch
             self.steps_drawn += 1
+            self.record.draw(batch)
             yield batch
 
     def _evaluation(self, batches):
@@ -168,16 +169,24 @@ class Record(TrainingCallback):
         saved = saved or {"losses": {}, "trained_tokens": 0}
         self.losses = dict(saved["losses"])  # "train_loss" and "val_loss": [first, last]
         self.trained_tokens = self._tokens_before = saved["trained_tokens"]
+        self._tokens_since = 0
 
     def to_json(self):
-        return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens}
+        return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
+
+    def draw(self, batch):
+        """Count the tokens of a batch that mlx-lm's loss learns from, which it tells with the next report only."""
+        tokens, lengths = batch
+        last = tokens.shape[1] - 1
+        # Of this worker; the report then brings the sum over all of them.
+        self._tokens_since += sum(max(0, min(end, last) - max(start, 1) + 1) for start, end in lengths.tolist())
 
     def on_train_loss_report(self, train_info):
         # A step that was left out has a loss all the same, and one that stops the run is told between the steps.
         if math.isfinite(train_info["train_loss"]):
             self._keep("train_loss", train_info)
         train_info["trained_tokens"] += self._tokens_before
-        self.trained_tokens = int(train_info["trained_tokens"])
+        self.trained_tokens, self._tokens_since = int(train_info["trained_tokens"]), 0
         if self.args.token_tables:
             train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
         for callback in self.callbacks:

@@ -1,9 +1,12 @@
 """What a run does about a step with a NaN or an infinity in it, which the optimizer's guard has left out."""
 
+import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.errors import InputError
-from ember_mlx.guard import GuardedOptimizer
+from ember_mlx.guard import COUNT, GuardedOptimizer
+
+RESUME = ". --resume goes on before that step; all but the last of these need --resume-with-changes too"
 
 
 class NonfiniteSteps:
@@ -16,28 +19,33 @@ class NonfiniteSteps:
     Args:
         optimizer (GuardedOptimizer): With ``skip_nonfinite``, its state loaded if the run is resumed.
         on_nonfinite (str): "stop" or "skip".
+        save (callable): Called before the run is stopped, when everything is as it was before that step; returns
+            whether there is a checkpoint of it.
 
     Raises:
         InputError: at the first such step, if that is what ``on_nonfinite`` asks for.
     """
 
-    def __init__(self, optimizer: GuardedOptimizer, on_nonfinite: str):
+    def __init__(self, optimizer: GuardedOptimizer, on_nonfinite: str, save):
         self.optimizer = optimizer
         self.on_nonfinite = on_nonfinite
+        self.save = save
         self.count = optimizer.nonfinite_steps.item()
 
     def __call__(self, steps_done: int):
         count = self.optimizer.nonfinite_steps.item()
         if count == self.count:
             return
-        self.count = count
         found = f"step {steps_done}: a NaN or an infinity in the loss or in a gradient"
         if self.on_nonfinite == "stop":
+            self.optimizer.state[COUNT] = mx.array(self.count, mx.uint32)
+            resume = RESUME if self.save() else ""
             raise InputError(
                 f"{found}; it reached neither the weights nor the optimizer's state. Lower the learning rates, limit "
                 "the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with --mask-prompt, "
-                "prompts as long as --max-seq-length), or leave such steps out with --on-nonfinite skip"
+                f"prompts as long as --max-seq-length), or leave such steps out with --on-nonfinite skip{resume}"
             )
+        self.count = count
         rprint(f"Warning: {found}; it was left out, {count} so far")
 
     def report(self):

@@ -13,6 +13,7 @@ from mlx_lm.utils import _parse_size
 
 from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.guard import check_clip_grad_norm
+from ember_mlx.parity.tolerances import SMALLEST_NORMAL
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
 OWN_DEFAULTS = {
@@ -22,7 +23,11 @@ OWN_DEFAULTS = {
     "table_lr_schedule": None,
     "table_weight_decay": 0.0,
     "table_beta2": None,
+    "table_beta2_decay": None,
+    "table_row_clip": None,
+    "table_rounding": "nearest",
     "dequantize_tables": False,
+    "add_tokens": None,
     "chunked_loss": False,
     "overwrite": False,
     "resume": None,
@@ -30,6 +35,7 @@ OWN_DEFAULTS = {
     "keep_checkpoints": 3,
     "on_nonfinite": "stop",
     "clip_grad_norm": None,
+    "log_jsonl": None,
 }
 AT_LEAST = {
     "batch_size": 1,
@@ -71,9 +77,35 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--table-weight-decay", type=float, help="Decoupled weight decay of the tables. Default: 0.")
     group.add_argument("--table-beta2", type=float, help="Decay of the second moment, ember and adamw. Default: 0.999.")
     group.add_argument(
+        "--table-beta2-decay",
+        type=float,
+        metavar="DECAY",
+        help="Let beta2 grow as 1 - step^-DECAY, as Adafactor's does with 0.8, up to --table-beta2. ember only.",
+    )
+    group.add_argument(
+        "--table-row-clip",
+        type=float,
+        metavar="CLIP",
+        help="Let no row of a table step by more than so many learning rates (root mean square): a token seen late "
+        "would step by up to 31. ember only. Default: no limit.",
+    )
+    group.add_argument(
+        "--table-rounding",
+        choices=["nearest", "stochastic"],
+        help="How 16-bit tables are rounded after a step. Stochastic keeps steps, on average, that are too small for "
+        "them, by chances that follow --seed. ember only. Default: nearest.",
+    )
+    group.add_argument(
         "--dequantize-tables",
         action="store_true",
         help="For a quantized model: train its tables in the dtype that they dequantize to.",
+    )
+    group.add_argument(
+        "--add-tokens",
+        metavar="FILE",
+        type=str,
+        help="Add the tokens in this file to tokenizer and tables: one a line, or a .json list of special ones. They "
+        "start at the mean of what they were split into.",
     )
     group.add_argument(
         "--chunked-loss",
@@ -117,6 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"Keep the newest N checkpoints; 0 writes none. Default: {OWN_DEFAULTS['keep_checkpoints']}. One is "
         "written every --save-every steps, at the end, and when Ctrl-C or SIGTERM stops the run.",
+    )
+    group = parser.add_argument_group("log")
+    group.add_argument(
+        "--log-jsonl",
+        metavar="FILE",
+        type=str,
+        help="Write losses, learning rates, speed, peak memory and how far the weights move, a line of JSON for each "
+        "report; `ember-mlx plot FILE` draws it. With --resume it is appended to. Default: none.",
     )
     for action in parser._actions:
         if action.type is _parse_size:
@@ -170,12 +210,27 @@ def check(args):
             raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
         if not 0 <= args.table_beta2 < 1:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
+    _check_ember_options(args)
     check_clip_grad_norm(f"--clip-grad-norm {args.clip_grad_norm}", args.clip_grad_norm)
+    if args.log_jsonl == "":
+        raise InputError("--log-jsonl '': give the name of a file")
+    if args.resume == "":
+        raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
     for name in ("lora_parameters", "optimizer_config"):
         if not isinstance(getattr(args, name), dict):
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
+
+
+def _check_ember_options(args):
+    for name in ("table_beta2_decay", "table_row_clip", "table_rounding"):
+        if args.table_optimizer != "ember" and getattr(args, name) != OWN_DEFAULTS[name]:
+            raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
+    for name, usual in (("table_beta2_decay", "0.8"), ("table_row_clip", "1 to 10")):
+        value = getattr(args, name)
+        if value is not None and not SMALLEST_NORMAL <= value < math.inf:
+            raise InputError(f"{flag(name)} {value}: must be a positive number, usually {usual}")
 
 
 def check_lora_parameters(parameters: dict):
@@ -192,8 +247,8 @@ def check_lora_parameters(parameters: dict):
             raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")
 
 
-def command_to_resume(arguments: list[str]) -> list[str]:
-    """The same arguments, to go on from the newest checkpoint."""
+def command_to_resume(arguments: list[str], resume_words: list[str]) -> list[str]:
+    """The same arguments, but for what they said of resuming."""
     kept, skip = [], False
     for word in arguments:
         if skip and not word.startswith("-"):
@@ -202,7 +257,7 @@ def command_to_resume(arguments: list[str]) -> list[str]:
         skip = word == "--resume"
         if not skip and word not in ("--overwrite", "--resume-with-changes") and not word.startswith("--resume="):
             kept.append(word)
-    return [*kept, "--resume"]
+    return [*kept, *resume_words]
 
 
 def flag(name: str) -> str:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ember_mlx.errors import InputError
 
 JSON_LIMIT = 10**7  # bytes
+UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError)
 
 
 def plain_file(path: Path, where: str) -> Path:
@@ -47,12 +48,20 @@ def read_json(path: Path, where: str) -> dict:
 
 def read_arrays(path: Path, where: str) -> dict[str, mx.array]:
     """The arrays of a safetensors file by name. Their data is read when they are first used, as with ``mx.load``."""
+    read_metadata(path, where)  # which checks every length, offset and shape in the header
+    try:
+        return mx.load(str(path), format="safetensors")
+    except UNREADABLE as error:
+        raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
+
+
+def read_metadata(path: Path, where: str) -> dict[str, str]:
+    """What a safetensors file says beside its arrays."""
     plain_file(path, where)
     try:
-        with safe_open(path, framework="numpy"):  # checks every length, offset and shape in the header
-            pass
-        return mx.load(str(path), format="safetensors")
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError) as error:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except UNREADABLE as error:
         raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
 
 

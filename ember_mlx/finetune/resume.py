@@ -22,7 +22,7 @@ from ember_mlx.guard import fill
 FREE = {
     *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
-    *("clear_cache_threshold", "trust_remote_code", "token_tables"),
+    *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens"),
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options

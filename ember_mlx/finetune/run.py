@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -13,30 +14,36 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches, train
 from mlx_lm.tuner.utils import print_trainable_parameters
 
+from ember_mlx import plan_command
 from ember_mlx.errors import InputError
-from ember_mlx.finetune import adapters, checkpoints
+from ember_mlx.finetune import adapters, checkpoints, durable, run_log_writer
+from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Batches, Finished, Record, Rows, set_numpy_random, train_from
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
+from ember_mlx.finetune.output import outliving_its_readers
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
-from ember_mlx.finetune.stop_signals import Interrupted, StopSignals
+from ember_mlx.finetune.stop_signals import StopSignals
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
 from ember_mlx.guard import spoil_gradients_of_nonfinite
 
 
-def run(args, training_callback: TrainingCallback | None = None) -> Result | None:
+def run(args, training_callback: TrainingCallback | None = None, observe: Callable | None = None) -> Result | None:
     """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
 
     Nothing is written before all that can be checked has been. ``training_callback`` hears of every report, beside
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
-    While it trains in the main thread, SIGINT and SIGTERM end it between two steps, with a checkpoint; whatever else
-    ends it leaves the checkpoints of before.
+    ``observe``, called as ``observe(model, optimizer, tables, rows, batches)`` when all is ready to train, returns what
+    mlx-lm's loop is to take in the place of ``optimizer`` and ``batches``, to look on.
+
+    While it trains in the main thread, SIGINT, SIGTERM and a pipe that has lost its reader end it between two steps,
+    with a checkpoint; whatever else ends it leaves the checkpoints of before.
 
     Returns:
         What came of the training, or None after a test alone.
@@ -44,7 +51,7 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
     Raises:
         InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
             run is writing to the same folder, and when the disk did not take what was trained.
-        Interrupted: (a ``KeyboardInterrupt``) for SIGINT or SIGTERM, once the run is saved; ``--resume`` goes on.
+        Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
@@ -55,22 +62,30 @@ def run(args, training_callback: TrainingCallback | None = None) -> Result | Non
     with FolderLock(Path(args.adapter_path)) as lock:
         if args.train:
             _check_adapter_folder(args)
+            if args.log_jsonl:
+                run_log_writer.check(args, _resumes_in_place(args))
             if mx.distributed.init().rank() == 0:
                 lock.take(make=False)
-        return _run(args, training_callback, lock)
+        return _run(args, training_callback, lock, observe)
 
 
-def _run(args, training_callback, lock):
+def _run(args, training_callback, lock, observe):
     np.random.seed(args.seed)
     callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
+    if args.train and (warning := plan_command.warning(args)):
+        rprint(warning)
     rprint("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
     model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+    if args.train:
+        tokenizer = add_asked_tokens(args, model, tokenizer, config)
+    elif args.adapter_path != "":
+        tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_data(args, tokenizer)
     result = None
     if args.train:
-        result = train_model(args, model, train_set, valid_set, callbacks, lock)
+        result = train_model(args, model, train_set, valid_set, callbacks, lock, observe)
     elif args.adapter_path != "":
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
@@ -79,8 +94,10 @@ def _run(args, training_callback, lock):
     return result
 
 
-def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallback], lock: FolderLock) -> Result:
-    """Train ``model`` and save what was trained to ``args.adapter_path``."""
+def train_model(
+    args, model, train_set, valid_set, callbacks: list[TrainingCallback], lock: FolderLock, observe=None
+) -> Result:
+    """Train ``model`` and save what was trained to ``args.adapter_path``; ``observe`` is :func:`run`'s."""
     if args.fine_tune_type == "full":
         refuse_quantized(model)
     workers, leader = mx.distributed.init().size(), mx.distributed.init().rank() == 0
@@ -90,6 +107,7 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
     mx.random.seed(args.seed)
     make_trainable(model, args, tables)
     if args.resume_adapter_file is not None and args.resume is None:
+        adapters.refuse_other_tokens(Path(args.resume_adapter_file), args.added_tokens)
         _load_adapter_file(model, Path(args.resume_adapter_file))
     optimizer = build_optimizer(model, args, tables)
     trained = what_trains(model, optimizer, tables, args)
@@ -102,22 +120,41 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
     steps_done = start.step if start else 0
     if leader:
         refuse_full_disk(args, model, optimizer, steps_done)
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
         lock.take(make=True)
+        _check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
     saving = Saving(args, model, optimizer, of, resumed)
+    log = None
+    if args.log_jsonl and leader:
+        log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+    callbacks = [*callbacks, log] if log else callbacks
 
     def save(steps_done):
         return saving.save(steps_done, batches.position) if leader else True
 
+    def save_checkpoint():
+        return leader and saving.save_checkpoint(batches.position)
+
     def stop():
         if signals.number is not None:
-            message = saving.save_stopped(signals.number, batches.position)
-            raise Interrupted(signals.number, message, saving.newest)
+            save_checkpoint()
+            raise saving.interrupted(signals.number, batches.position)
+
+    def after_step(steps_done):
+        nonfinite(steps_done)
+        if log:
+            log.before_step(steps_done + 1)
 
     signals = StopSignals()
     record = Record(args, callbacks, optimizer, start.record if start else None)
-    nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite)
-    batches = Batches(args, record, nonfinite, save, stop, start)
+    nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, save_checkpoint)
+    batches = Batches(args, record, after_step, save, stop, start)
+    rows = Rows(train_set)
+    optimizer_of_loop, batches_of_loop = optimizer, batches
+    if observe is not None:
+        optimizer_of_loop, batches_of_loop = observe(model, optimizer, tables, rows, batches)
+    if log:
+        optimizer_of_loop = log.measured(optimizer_of_loop)
     mx.reset_peak_memory()
     # Several workers would stop at different steps, and wait for each other: there signals end a run as they used to.
     with signals if workers == 1 else nullcontext(), saving.telling_what_is_left():
@@ -125,23 +162,25 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
             with suppress(Finished):
                 (train_from(steps_done) if steps_done else train)(
                     model=model,
-                    optimizer=optimizer,
-                    train_dataset=Rows(train_set),
+                    optimizer=optimizer_of_loop,
+                    train_dataset=rows,
                     val_dataset=CacheDataset(valid_set),
                     args=_training_args(args),
                     loss=spoil_gradients_of_nonfinite(loss),
-                    iterate_batches=batches,
+                    iterate_batches=batches_of_loop,
                     training_callback=record,
                 )
             batches.finish()
         peak_memory = mx.get_peak_memory()
         if not save(args.iters):
             raise InputError(f"--adapter-path {folder}: what was trained could not be saved: {saving.failed[-1]}")
-        stop()
+    stop()  # the signals that came last, too
     name = "val_loss" if valid_set else "train_loss"
     losses = record.losses.get(name, [])
     if valid_set:
         losses = [*losses[:1], _evaluate_on_first_batches(args, model, loss, valid_set, batches)]
+    if log:
+        log.end(args.iters, losses[-1] if valid_set else None)
     losses = losses or [math.nan]  # no report was without a step that was left out
     result = Result(
         loss_name="Validation loss" if valid_set else "Training loss",
@@ -151,10 +190,11 @@ def train_model(args, model, train_set, valid_set, callbacks: list[TrainingCallb
         trained=trained,
         files=adapters.run_files(folder) if leader else [],
     )
-    rprint(f"\n{format_result(result)}")
-    nonfinite.report()
-    for failed in saving.failed:
-        rprint(f"Not saved on the way: {failed}. The last save is whole.")
+    with outliving_its_readers():
+        rprint(f"\n{format_result(result)}")
+        nonfinite.report()
+        for failed in saving.failed:
+            rprint(f"Not saved on the way: {failed}. The last save is whole.")
     return result
 
 
@@ -194,6 +234,9 @@ def _resumes_in_place(args):
     """Whether the run goes on in the folder of its checkpoint, and does not branch off into another one."""
     if args.resume is None or args.resume is True:
         return args.resume is True
+    whole = checkpoints.adapter_folder_of(Path(args.resume))
+    if whole:
+        return whole.resolve() == Path(args.adapter_path).resolve()
     folder = Path(args.resume).resolve()
     in_it = folder.parent == (Path(args.adapter_path) / checkpoints.FOLDER).resolve()
     return in_it and checkpoints.NAME.fullmatch(folder.name) is not None
@@ -214,7 +257,10 @@ def _load_adapter_file(model, path):
     rprint(f"Loading fine-tuned weights from {path}")
     if not path.is_file():
         raise InputError(f"--resume-adapter-file {path}: there is no such file; give an {adapters.ADAPTERS}")
-    for file in (path, tables) if tables != path and tables.exists() else (path,):
+    has_tables = tables != path and tables.exists()
+    if has_tables:
+        adapters.refuse_mixed(path, tables)
+    for file in (path, tables) if has_tables else (path,):
         weights = adapters.read_arrays(file)
         # What this run does not train, it would not save either.
         trainable = model.trainable_parameters()

@@ -1,5 +1,6 @@
 """Saving during a run: adapter files and checkpoints, on disks that may fill up."""
 
+import shlex
 import shutil
 import signal
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from mlx_lm.cli_ui import make_console, rprint
 from ember_mlx.errors import InputError
 from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.resume import as_json, versions
+from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.summary import format_bytes
+from ember_mlx.guard import all_finite
 
 
 class Saving:
@@ -28,6 +31,8 @@ class Saving:
         self.optimizer = optimizer
         self.folder = Path(args.adapter_path)
         self.save_every = args.save_every
+        self.with_changes = args.resume_with_changes
+        self.began_with = resumed and resumed.name
         self.adapter = adapters.Saver(self.folder, model, args, goes_on=resumed is not None)
         self.checkpoints = checkpoints.Checkpoints(self.folder, args.keep_checkpoints, resumed)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
@@ -39,29 +44,52 @@ class Saving:
             names = [*self._checkpoint(position), *self.adapter.save(steps_done, steps_done % self.save_every == 0)]
         except OSError as error:
             return self._tell(steps_done, error)
+        if not self.checkpoints.keep:
+            self.checkpoints.remove_others()  # of the run that the adapter of this one has now replaced
         make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
         return True
 
-    def save_stopped(self, signal_number: int, position) -> str:
-        """The checkpoint alone, for a run that a signal stops; what to tell of it."""
+    def save_checkpoint(self, position) -> bool:
+        """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
+        if not all_finite([array for _, array in tree_flatten(self.model.trainable_parameters())]).item():
+            return False
         try:
-            self._checkpoint(position)
+            return bool(self._checkpoint(position))
         except OSError as error:
-            self._tell(position.step, error)
-        name = signal.Signals(signal_number).name
-        if not self.newest:
-            return f"{name}: stopped at step {position.step}; there is no checkpoint to go on from"
-        return f"{name}: stopped at step {position.step}; {self.newest} is saved, and --resume goes on from it"
+            return self._tell(position.step, error)
+
+    def interrupted(self, signal_number: int, position) -> Interrupted:
+        """What a signal raises that stopped the run at ``position``."""
+        message = f"{signal.Signals(signal_number).name}: stopped at step {position.step}; {self._how_to_go_on()}"
+        return Interrupted(signal_number, message, self.newest, self.resume_words())
 
     @contextmanager
     def telling_what_is_left(self):
         """When the run breaks off for another reason than a signal, say from where it can go on."""
         try:
             yield
-        except Exception:
-            if self.newest:
-                rprint(f"The run broke off; {self.newest} is whole, and --resume goes on from it")
+        except Interrupted:
             raise
+        except BaseException:
+            if self.newest:
+                rprint(f"The run broke off; {self._how_to_go_on()}")
+            raise
+
+    def resume_words(self) -> list[str]:
+        """The options that go on from the newest checkpoint of this run, beside its own."""
+        if not self.newest:
+            return []
+        words = ["--resume"]
+        if checkpoints.in_folder(self.folder)[-1:] != [self.newest]:  # it began with an older one, and saved none yet
+            words.append(str(self.newest))
+        if self.with_changes and self.newest.name == self.began_with:
+            words.append("--resume-with-changes")
+        return words
+
+    def _how_to_go_on(self):
+        if not self.newest:
+            return "there is no checkpoint to go on from"
+        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} goes on from it"
 
     @property
     def newest(self) -> Path | None:

@@ -1,44 +1,52 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which the run grants between two steps."""
+"""Ctrl-C, SIGTERM and the loss of its reader as a wish to stop, which the run grants between two steps."""
 
 import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
+
+from ember_mlx.finetune.output import outliving_its_readers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by SIGINT or SIGTERM, after it was saved; the message says where.
+    """The run was stopped by SIGINT, SIGTERM or SIGPIPE, after it was saved; the message says where.
 
     Args:
-        number (int): The signal. ``exit_code`` is what a shell makes of it: 130 or 143.
+        number (int): The signal. ``exit_code`` is what a shell makes of it: 130, 143 or 141.
         message (str): What to tell.
         checkpoint (Path, optional): Where the run can go on, if it can.
+        resume_words (list): The options that go on from there, beside those of the run.
     """
 
-    def __init__(self, number: int, message: str, checkpoint: Path | None):
+    def __init__(self, number: int, message: str, checkpoint: Path | None, resume_words: list[str]):
         super().__init__(message)
         self.exit_code = 128 + number
         self.checkpoint = checkpoint
+        self.resume_words = resume_words
 
 
 class StopSignals:
     """Within ``with``, the first SIGINT or SIGTERM only sets ``number``; the second ends the process at once.
 
-    In any thread but the main one it does nothing, as Python hears of signals there alone, and a signal that was
-    ignored (nohup) stays so. The handlers of before are put back at the end.
+    A pipe that nobody reads any more sets it to SIGPIPE, which Python itself ignores; nothing that is told raises. In
+    any thread but the main one it does nothing, as Python hears of signals there alone, and a signal that was ignored
+    (nohup) stays so. The handlers of before are put back at the end; ``number`` then still tells what was announced.
     """
 
     def __init__(self):
         self.number = None
         self._before = {}
         self._thread = None
+        self._output = ExitStack()
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._output.enter_context(outliving_its_readers(lambda: self._wish(signal.SIGPIPE)))
         # Python runs a handler when the main thread is back from MLX, which can take a whole step. The byte that the
         # signal leaves in a pipe is read at once, by a thread.
         self._read, self._write = os.pipe()
@@ -61,8 +69,9 @@ class StopSignals:
         self._thread.join()
         os.close(self._read)
         os.close(self._write)
+        self._output.close()
 
-    def _wish(self, number, frame):
+    def _wish(self, number, frame=None):
         self.number = self.number or number
 
     def _watch(self):
@@ -75,5 +84,6 @@ class StopSignals:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress bar hides
                 os._exit(128 + number)
+            self._wish(number)
             name = signal.Signals(number).name
             print(f"{name}: finishing this step, then saving; once more leaves at once", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ember_mlx.errors import InputError
-from ember_mlx.finetune import durable, options
+from ember_mlx.finetune import checkpoints, durable, options
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
 
@@ -184,4 +184,5 @@ def adapter_bytes(folder):
 def unfinished(folder):
     """What a save leaves behind that did not come to its end."""
     hidden = (durable.PARTIAL, durable.REMOVED)
-    return [path.name for path in (*folder.glob(".*"), *folder.glob("checkpoints/.*")) if path.name.startswith(hidden)]
+    left = [path.name for path in (*folder.glob(".*"), *folder.glob("checkpoints/.*")) if path.name.startswith(hidden)]
+    return left + [path.name for path in folder.glob(f"checkpoints/*{checkpoints.REPLACED}")]

@@ -59,9 +59,10 @@ from ember_mlx.finetune.saving import Saving
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 CONTEXT.set_forkserver_preload(["ember_mlx.finetune.run"])
 TABLE = (151_936, 1024)
+WAYS = ("at a random time", "when an unfinished checkpoint shows", "at a call in a save")
 
 
-def kill(folder: Path, runs: int, rng: random.Random, tell, kinds=tuple(KINDS)):
+def kill(folder: Path, runs: int, rng: random.Random, tell, kinds=tuple(KINDS), ways=WAYS):
     """Kill each of ``runs`` runs, some of them again after they were resumed, and compare what they end with."""
     wholes, report = {}, {"rows": [], "broken": []}
     for number in range(runs):
@@ -70,7 +71,7 @@ def kill(folder: Path, runs: int, rng: random.Random, tell, kinds=tuple(KINDS)):
             adapter = folder / f"whole {len(wholes)}"
             seconds = _killed_or_done(train_words(folder, adapter, *KINDS[kind]), adapter, None, None, rng)["seconds"]
             wholes[kind] = adapter, trained(checkpoints.find(adapter, True)), seconds
-        way = ("at a random time", "when an unfinished checkpoint shows", "at a call in a save")[number % 3]
+        way = ways[number % len(ways)]
         row = {"kind": kind, "way": way, "kills": []}
         report["rows"].append(row)
         try:
@@ -114,7 +115,7 @@ def _killed_and_resumed(folder, adapter, row, whole, rng):
                 checkpoints.read(path)
             except InputError as error:
                 raise Broken(f"a kill left a damaged checkpoint: {error}") from error
-        step = int(there[-1].name.removeprefix("step-")) if there else 0
+        step = checkpoints.read(there[-1]).position.step if there else 0
         left = unfinished(adapter)
         # Before its first and after its last call a save leaves nothing; but calls are counted in saves only.
         in_save = bool(left) or way == "at a call in a save"

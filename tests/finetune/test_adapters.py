@@ -1,6 +1,7 @@
 """Adapter folders: loaded whole or refused by the tensor that does not fit; fused into folders for stock mlx-lm."""
 
 import json
+import shutil
 import sys
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import fuse as mlx_lm_fuse
 
 from ember_mlx import InputError, cli, load
+from ember_mlx.finetune import adapters, durable, reading
 from ember_mlx.finetune.run import run
 
 IDS = mx.array([[4, 60, 70, 80, 90]])
@@ -136,7 +138,7 @@ def test_a_table_of_another_shape_is_refused(parse, folders, tmp_path):
     file = tmp_path / "adapters" / "token_tables.safetensors"
     tables = {name: array[:-1] + 0 for name, array in mx.load(str(file)).items()}
     mx.eval(tables)
-    mx.save_safetensors(str(file), tables)
+    mx.save_safetensors(str(file), tables, reading.read_metadata(file, "here"))
     with pytest.raises(InputError, match=r"weight has shape \(259, 32\), but \(260, 32\) in this model"):
         load(folders["untied"], adapter_path=tmp_path / "adapters")
 
@@ -162,6 +164,72 @@ def test_an_adapter_folder_that_is_not_whole_is_refused(parse, folders, tmp_path
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="adapter_config.json is not JSON that can be read"):
         load(folders["untied"], adapter_path=adapter)
+
+
+def test_a_kill_between_the_files_of_a_save_is_seen_and_mended_by_resume(parse, folders, tmp_path, monkeypatch):
+    common = ["--save-every", 1, "--table-learning-rate", 1e-2, "--learning-rate", 1e-2]
+    run(parse(*common, "--iters", 1, adapter="first"))
+    replace, outcomes = durable.os.replace, []
+    for scale in (20.0, 10.0):  # that of the first run, and another
+        for at in range(5):
+            folder, calls = tmp_path / f"{scale} {at}", []
+            shutil.copytree(tmp_path / "first", folder)
+
+            def killed(*paths, at=at, calls=calls):
+                if len(calls) == at:
+                    raise KeyboardInterrupt
+                calls.append(paths)
+                replace(*paths)
+
+            args = parse(*common, "--iters", 2, "--overwrite", "--seed", 1, adapter=folder.name)
+            args.lora_parameters["scale"] = scale
+            with monkeypatch.context() as context:
+                context.setattr(durable.os, "replace", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    run(args)
+            try:
+                load(folders["untied"], adapter_path=folder)
+                outcomes.append(f"{scale}: whole")
+            except InputError as error:
+                outcomes.append(f"{scale}: " + ("of one save" if "--resume`" in str(error) else str(error)))
+            args.overwrite, args.resume = False, True
+            run(args)
+            load(folders["untied"], adapter_path=folder)
+    # adapters, tables, both as checkpoints, config: mixed is what lies between the first two, and with another scale
+    # what lies before the config too.
+    assert outcomes == ["20.0: whole", "20.0: of one save", *["20.0: whole"] * 3,
+                        "10.0: whole", *["10.0: of one save"] * 4]  # fmt: skip
+
+
+def test_the_pair_of_an_earlier_step_and_an_adapter_without_ids_load(parse, folders, tmp_path):
+    run(parse("--save-every", 1, "--iters", 2, "--table-learning-rate", 1e-2))
+    folder = tmp_path / "adapters"
+    files = [folder / adapters.ADAPTERS, folder / adapters.TABLES]
+    shutil.copy(folder / f"0000001_{adapters.TABLES}", files[1])
+    message = "adapters.safetensors and token_tables.safetensors are not of one save"
+    with pytest.raises(InputError, match=message):
+        load(folders["untied"], adapter_path=folder)
+    with pytest.raises(InputError, match=message):
+        run(parse("--resume-adapter-file", files[0], adapter="second"))
+    shutil.copy(folder / f"0000001_{adapters.ADAPTERS}", files[0])
+    load(folders["untied"], adapter_path=folder)
+    for file in files:
+        arrays = mx.load(str(file))
+        mx.eval(arrays)
+        mx.save_safetensors(str(file), arrays)
+    config = json.loads((folder / adapters.CONFIG).read_text())
+    with pytest.raises(InputError, match="adapter_config.json and adapters.safetensors are not of one save"):
+        load(folders["untied"], adapter_path=folder)
+    del config[adapters.SETTINGS_ID]
+    (folder / adapters.CONFIG).write_text(json.dumps(config))
+    load(folders["untied"], adapter_path=folder)
+
+
+def test_the_same_run_writes_the_same_bytes(parse, tmp_path):
+    for adapter in ("one", "other"):
+        run(parse(adapter=adapter))
+    for name in (adapters.ADAPTERS, adapters.TABLES):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
 def test_a_loaded_model_is_ready_to_write(parse, folders, tmp_path):

@@ -55,6 +55,19 @@ def test_every_table_optimizer_takes_the_tables_settings(parse, name):
         assert optimizer.bias_correction
 
 
+def test_the_options_of_ember_reach_it(parse):
+    options = ("--table-row-clip", 3, "--table-rounding", "stochastic", "--seed", 5, "--table-beta2-decay", 0.8)
+    ember = table_optimizer(parse(*options))
+    assert (ember.row_clip, ember.rounding, ember.seed) == (3, "stochastic", 5)
+    at = lambda ember, steps_done: ember.beta2(mx.array(steps_done, mx.uint64)).item()  # noqa: E731
+    assert [at(ember, t - 1) for t in (1, 2, 1000)] == pytest.approx([1 - t**-0.8 for t in (1, 2, 1000)], abs=1e-6)
+    limited = table_optimizer(parse(*options, "--table-beta2", 0.9))
+    assert [at(limited, t - 1) for t in (1, 2, 1000)] == pytest.approx([0, 1 - 2**-0.8, 0.9], abs=1e-6)
+    assert at(table_optimizer(parse("--table-beta2-decay", 50)), 100) < 1
+    plain = table_optimizer(parse())
+    assert (plain.beta2, plain.row_clip, plain.rounding) == (0.999, None, "nearest")
+
+
 def test_tables_none_leaves_the_bodys_optimizer_alone_and_both_are_guarded(parse):
     for choice, kind in (("auto", PairedOptimizer), ("none", GuardedOptimizer)):
         args, model = parse("--train-tables", choice, "--clip-grad-norm", 0.5), tiny_llama()

@@ -5,11 +5,10 @@ import io
 import json
 import os
 import random
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
@@ -17,7 +16,6 @@ import pytest
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, durable
 from ember_mlx.finetune.checkpoints import Checkpoints
-from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Position, numpy_random
 from ember_mlx.finetune.run import run
 
@@ -97,6 +95,8 @@ def test_every_flipped_bit_and_every_truncation_is_found_or_harmless(tmp_path):
 class FullDisk:
     """Lets ``allowed`` calls that write through, then fails each with "no space left"."""
 
+    error = OSError(errno.ENOSPC, "No space left on device")
+
     def __init__(self, monkeypatch, allowed):
         self.left = allowed
         for owner, name in (
@@ -112,7 +112,7 @@ class FullDisk:
     def spend(self):
         self.left -= 1
         if self.left < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise self.error
 
     def wrap(self, monkeypatch, owner, name):
         real = getattr(owner, name)
@@ -130,6 +130,67 @@ class FullDisk:
             return real(file, mode, *arguments, **options)
 
         return call
+
+
+class Killed(FullDisk):
+    """From a call on nothing is done any more, be it writing or removing."""
+
+    error = KeyboardInterrupt()
+
+    def __init__(self, monkeypatch, allowed):
+        super().__init__(monkeypatch, allowed)
+        for name in ("unlink", "rmdir"):
+            self.wrap(monkeypatch, os, name)
+
+
+class OneFailure(FullDisk):
+    def spend(self):
+        self.left -= 1
+        if self.left == -1:
+            raise self.error
+
+
+@pytest.mark.parametrize("breaks", [FullDisk, OneFailure, Killed])
+def test_while_one_of_the_same_step_is_replaced_one_of_the_two_can_be_read(tmp_path, breaks):
+    failures, shapes = 0, set()
+    while True:
+        folder = tmp_path / str(failures)
+        folder.mkdir()
+        save(Checkpoints(folder, keep=1), 2)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            disk = breaks(monkeypatch, failures)
+            with suppress(OSError, KeyboardInterrupt):
+                save(Checkpoints(folder, keep=1), 2, shape=(3, 3))
+        found = checkpoints.find(folder, True, tell=pytest.fail)
+        shapes.add(found.weights["w"].shape)
+        if breaks is OneFailure:
+            assert found.folder.name == "step-0000002"
+        save(Checkpoints(folder, keep=1, resumed=found.folder), 3)  # goes on, and leaves nothing of it
+        assert names(folder) == ["step-0000003"]
+        if disk.left >= 0:
+            break
+        failures += 1
+    assert shapes == {(6, 4), (3, 3)}
+    assert failures > 15
+
+
+def test_the_name_of_a_new_folder_lasts_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(durable, "sync_folder", synced.append)
+    save(Checkpoints(tmp_path / "new" / "adapters", keep=1), 1)
+    assert [tmp_path, tmp_path / "new", tmp_path / "new" / "adapters"] == synced[:3]
+
+
+def test_a_run_that_keeps_none_removes_those_of_before_only_when_its_adapter_is_there(parse, tmp_path, monkeypatch):
+    run(parse("--save-every", 2))
+    again = parse("--keep-checkpoints", 0, "--overwrite")
+    with monkeypatch.context() as broken:
+        broken.setattr(durable, "write_arrays", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(InputError, match="could not be saved"):
+            run(again)
+    assert names(tmp_path / "adapters") == ["step-0000002", "step-0000003"]
+    run(again)
+    assert names(tmp_path / "adapters") == []
 
 
 def test_whichever_write_a_full_disk_refuses_the_one_before_is_whole(tmp_path):
@@ -194,26 +255,6 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(parse, t
     ):
         run(parse())
     assert not (tmp_path / "adapters").exists()
-
-
-def test_the_second_run_in_a_folder_is_refused_and_a_dead_one_leaves_no_lock(parse, tmp_path):
-    folder = tmp_path / "adapters"
-    folder.mkdir()
-    program = (
-        "import sys, time; from pathlib import Path; from ember_mlx.finetune.folder_lock import FolderLock\n"
-        "FolderLock(Path(sys.argv[1])).take(make=True); print('held', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    with pytest.raises(InputError, match=f"another run is writing there \\(process {process.pid}\\)"):
-        run(parse())
-    process.kill()
-    process.wait()
-    run(parse())
-    with FolderLock(folder) as lock:
-        lock.take(make=False)
-        with pytest.raises(InputError, match="another run is writing there"), FolderLock(folder) as second:
-            second.take(make=True)
 
 
 def test_nothing_outside_is_read_written_or_removed_through_links(parse, tmp_path):

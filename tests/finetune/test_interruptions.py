@@ -35,7 +35,8 @@ def folder(interruptions, folders, tmp_path):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(interruptions, folder):
-    report = interruptions.kill(folder, 2, random.Random(0), print, kinds=["lora, 3 accumulated"])
+    ways = ["at a call in a save", "when an unfinished checkpoint shows"]
+    report = interruptions.kill(folder, 2, random.Random(0), print, ["lora, 3 accumulated"], ways)
     assert report["broken"] == []
     assert report["counts"]["bitwise_equal"] == 2
     assert report["counts"]["kills"] >= 2

@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 
 from ember_mlx import InputError
+from ember_mlx.finetune import checkpoints
 from ember_mlx.finetune.run import run
 
 ROWS = 4
@@ -34,6 +35,26 @@ def saved(folder):
 def test_the_run_stops_there_and_says_what_to_do(parse, one_bad_row, tables):
     with pytest.raises(InputError, match=r"step [1-4]: a NaN .*neither the weights .*--on-nonfinite skip"):
         run(parse(*one_bad_row, "--train-tables", tables))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_state_before_it_is_kept_and_gone_on_from(parse, one_bad_row, tmp_path, capsys, accumulate):
+    common = [*one_bad_row, "--iters", 8, "--grad-accumulation-steps", accumulate]
+    run(parse(*common, "--on-nonfinite", "skip", adapter="whole"))
+    with pytest.raises(InputError, match=r"step [1-4]: .*--resume goes on before that step"):
+        run(parse(*common))
+    with pytest.raises(InputError, match="--on-nonfinite skip$"):
+        run(parse(*common, "--keep-checkpoints", 0, adapter="none"))
+    assert " is saved, and --resume goes on from it" in " ".join(capsys.readouterr().out.split())
+    run(parse(*common, "--on-nonfinite", "skip", "--resume"))
+    whole, resumed = (checkpoints.find(tmp_path / adapter, True) for adapter in ("whole", "adapters"))
+    assert resumed.position == whole.position
+    for kind in ("weights", "optimizer"):
+        expected = getattr(whole, kind)
+        assert [
+            name for name, array in getattr(resumed, kind).items() if not mx.array_equal(array, expected[name])
+        ] == []
+    assert whole.optimizer["nonfinite_steps"].item() > 0
 
 
 @pytest.mark.parametrize("more", [[], ["--clip-grad-norm", 0.1], ["--chunked-loss"]])

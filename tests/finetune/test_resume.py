@@ -102,6 +102,19 @@ def test_reports_after_a_resume_go_on_counting(parse_resumable):
     assert reports[0] == first[4]
 
 
+@pytest.mark.parametrize("more", [["--mask-prompt"], ["--grad-accumulation-steps", 2]])
+def test_tokens_that_no_report_has_told_of_yet_are_counted_on(parse, tmp_path, more):
+    reports = []
+    callback = type("", (), {"on_train_loss_report": reports.append, "on_val_loss_report": lambda _: None})
+    common = ["--iters", 7, "--save-every", 3, "--steps-per-report", 4, "--max-seq-length", 24, *more]
+    run(parse(*common), callback)
+    for path in checkpoints.in_folder(tmp_path / "adapters")[:2]:  # of steps 3, or 2, and 6
+        run(parse(*common, "--resume", path, adapter=path.name), callback)
+    at_end = [report["trained_tokens"] for report in reports if report["iteration"] == 7]
+    assert len(at_end) == 3
+    assert len(set(at_end)) == 1
+
+
 def test_what_makes_another_run_is_refused_by_name_unless_asked_for(parse, folders, tmp_path):
     run(parse("--iters", 4, "--save-every", 2))
     data = tmp_path / "data"
@@ -156,6 +169,21 @@ def test_a_run_branches_off_from_a_checkpoint_into_another_folder(parse_resumabl
     # In its own folder it goes back: what came later is made again.
     run(parse_resumable("--iters", 5, "--resume", second))
     assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")] == ["step-0000002", "step-0000005"]
+
+
+def test_an_adapter_folder_stands_for_its_newest_good_checkpoint(parse, tmp_path):
+    run(parse("--iters", 4, "--save-every", 2))
+    folder = tmp_path / "adapters"
+    (folder / "checkpoints" / "step-0000004" / "weights.safetensors").write_bytes(b"")
+    for asked, adapter in ((folder, "branch"), (folder / "checkpoints", "twig"), (f"{folder}/", "adapters")):
+        run(parse("--iters", 3, "--resume", asked, adapter=adapter))
+        assert last_checkpoint(tmp_path / adapter).position.step == 3
+    assert [path.name for path in checkpoints.in_folder(folder)] == ["step-0000002", "step-0000003"]
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="--resume .*empty: there is no checkpoint in it; give another"):
+        run(parse("--resume", tmp_path / "empty", adapter="new"))
+    with pytest.raises(InputError, match="--resume '': give the folder of a checkpoint"):
+        parse("--resume", "")
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(parse, tmp_path):

@@ -1,15 +1,19 @@
 """Ctrl-C and SIGTERM: the step is finished, the run saved, and the second signal waits for nothing."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 
-from ember_mlx.finetune import checkpoints
+from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune.loop import train_from
 from ember_mlx.finetune.run import run
+from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.stop_signals import Interrupted, StopSignals
 
 
@@ -93,9 +97,9 @@ def test_a_signal_that_was_ignored_stays_so():
 
 
 def test_the_command_line_says_how_to_go_on_and_exits_with_143(folders, tmp_path):
-    options = {"--model": folders["untied"], "--data": folders["data"], "--adapter-path": tmp_path / "my run"}
-    options |= {"--iters": 10**6, "--batch-size": 2, "--val-batches": 2, "--steps-per-report": 1}
-    words = [str(word) for pair in options.items() for word in pair]
+    given = {"--model": folders["untied"], "--data": folders["data"], "--adapter-path": tmp_path / "my run"}
+    given |= {"--iters": 10**6, "--batch-size": 2, "--val-batches": 2, "--steps-per-report": 1}
+    words = [str(word) for pair in given.items() for word in pair]
     command = [sys.executable, "-u", "-m", "ember_mlx", "train", *words, "--overwrite"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -108,6 +112,80 @@ def test_the_command_line_says_how_to_go_on_and_exits_with_143(folders, tmp_path
     assert f"--adapter-path '{tmp_path / 'my run'}'" in errors
     assert errors.rstrip().endswith("--steps-per-report 1 --resume")
     assert checkpoints.find(tmp_path / "my run", True)
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_the_run_with_a_checkpoint(parse, tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr("ember_mlx.finetune.run.rprint", lambda *_: None)  # before the training
+        monkeypatch.setattr("ember_mlx.finetune.run.print_trainable_parameters", lambda _: None)
+        with pytest.raises(Interrupted, match="SIGPIPE: stopped at step 0; ") as stopped:
+            run(parse("--iters", 9))
+    assert stopped.value.exit_code == 141
+    assert checkpoints.find(tmp_path / "adapters", True).position.step == 0
+
+
+def test_a_run_whose_reader_dies_of_the_same_ctrl_c_is_saved_and_keeps_its_exit_code(folders, tmp_path):
+    given = {"--model": folders["untied"], "--data": folders["data"], "--adapter-path": tmp_path / "adapters"}
+    given |= {"--iters": 10**6, "--batch-size": 2, "--val-batches": 2, "--steps-per-report": 1}
+    words = [str(word) for pair in given.items() for word in pair]
+    command = [sys.executable, "-u", "-m", "ember_mlx", "train", *words]
+    # As with `2>&1 | tee log`.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "val" in line:
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert checkpoints.find(tmp_path / "adapters", True).position.step > 0
+
+
+def test_a_signal_that_comes_when_all_is_saved_is_not_forgotten(parse, tmp_path, monkeypatch):
+    @contextmanager
+    def telling_what_is_left(saving):
+        yield
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Saving, "telling_what_is_left", telling_what_is_left)
+    with pytest.raises(Interrupted, match="stopped at step 3") as stopped:
+        run(parse())
+    assert stopped.value.exit_code == 143
+    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
+
+
+def stops_at_once(step):
+    os.kill(os.getpid(), signal.SIGINT)
+    return train_from(step)
+
+
+def test_the_command_to_go_on_takes_the_checkpoint_of_this_run_and_its_changes(parse, tmp_path, monkeypatch):
+    def stopped_at(iteration, *arguments):
+        with pytest.raises(Interrupted) as stopped:
+            run(parse("--iters", 9, "--save-every", 2, *arguments), Sends(signal.SIGINT, iteration))
+        again = stopped.value.resume_words
+        assert f"{shlex.join(again)} goes on from it" in str(stopped.value)
+        return again
+
+    folder = tmp_path / "adapters" / "checkpoints"
+    second = folder / "step-0000002"
+    assert stopped_at(5) == ["--resume"]
+    changed = ["--resume", second, "--learning-rate", 0.5, "--resume-with-changes"]
+    # Nothing new is saved: the newer ones stay, and a bare --resume would take one of them.
+    with monkeypatch.context() as context:
+        context.setattr("ember_mlx.finetune.run.train_from", stops_at_once)
+        assert stopped_at(None, *changed) == ["--resume", str(second), "--resume-with-changes"]
+    assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")][-1] == "step-0000005"
+    assert stopped_at(3, *changed) == ["--resume"]
+    assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")] == ["step-0000002", "step-0000003"]
+    assert stopped_at(5, "--resume", "--learning-rate", 0.5) == ["--resume"]
+
+
+def test_the_printed_command_says_what_to_resume_in_the_place_of_what_was_said():
+    words = ["--iters", "9", "--resume", "old", "--overwrite", "--resume=old", "--resume-with-changes", "--seed", "1"]
+    assert options.command_to_resume(words, ["--resume", "new"]) == ["--iters", "9", "--seed", "1", "--resume", "new"]
 
 
 def test_the_second_signal_leaves_at_once_also_while_the_first_was_not_heard():
