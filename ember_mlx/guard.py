@@ -115,7 +115,8 @@ class GuardedOptimizer(Optimizer):
         if skip_nonfinite:
             self._state[COUNT] = mx.array(0, mx.uint32)
         if clip_grad_norm is not None:
-            kernels.usable()  # tries them now: a first step may be one that MLX is tracing
+            for dtype in {array.dtype for _, array in tree_flatten(parameters)}:
+                kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
         self.init(parameters)
 
     def init(self, parameters):

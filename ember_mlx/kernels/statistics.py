@@ -10,24 +10,15 @@ The gradient of an untied LM head comes out of MLX's matrix product as a transpo
 by side in memory. To copy it would take a table, so the kernel reads it as it lies, with rows and columns changed over.
 """
 
-from functools import cache
-
 import mlx.core as mx
 
-__all__ = ["DTYPES", "mean_squares"]
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+__all__ = ["differences", "mean_squares"]
+
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
-MOST_THREADS = 256  # of a threadgroup
-BYTES_AT_ONCE = 16  # that a thread reads from a row
-SIMDGROUP = 32  # threads, on every GPU that MLX runs on
 
-INPUTS = ["g"]
-OUTPUTS = ["row_means", "column_sums"]
-
-# The body of the kernel, in Metal's words. MLX writes the signature around it, from the names that it finds here:
-# `const device T* g`, or `constant` for fewer than 8 elements, `g_shape`, `g_strides` in elements, the outputs, and
-# Metal's attributes.
+# The body of the kernel, in Metal's words.
 SOURCE = """
     constexpr int DOWN = ROWS / SIMDGROUP;
     const int thread_index = thread_position_in_threadgroup.x;
@@ -87,74 +78,18 @@ SOURCE = """
     }
 """
 
-# N neighbours, or as many as are left, and zeros. They may start at any element. Apple's GPUs read up to four at once
-# from any element on, and the compiler joins such a loop into those reads: MLX's own Metal kernels have it so.
-METAL_HEADER = """
-template <int N, typename Pointer>
-inline void read_as_float(Pointer from, int64_t step, int64_t left, thread float* x) {
-    if (step == 1 && left >= N) {
-        #pragma unroll
-        for (int v = 0; v < N; v++) x[v] = static_cast<float>(from[v]);
-    } else {
-        #pragma unroll
-        for (int v = 0; v < N; v++) x[v] = v < left ? static_cast<float>(from[v * step]) : 0.0f;
-    }
-}
-"""
-
-# Metal's words in CUDA. It reads several elements at once from an address that is a multiple of their size only.
-CUDA_HEADER = """
-#define thread_position_in_threadgroup threadIdx
-#define threads_per_threadgroup blockDim
-#define threadgroup_position_in_grid blockIdx
-#define thread_index_in_simdgroup (threadIdx.x % 32)
-#define simdgroup_index_in_threadgroup (threadIdx.x / 32)
-#define threadgroup __shared__
-#define threadgroup_barrier(memory) __syncthreads()
-#define simd_shuffle_xor(value, distance) __shfl_xor_sync(0xffffffffu, value, distance)
-
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Together {
-    T values[N];
-};
-
-template <int N, typename T>
-__device__ inline void read_as_float(const T* from, int64_t step, int64_t left, float* x) {
-    if (step == 1 && left >= N && reinterpret_cast<size_t>(from) % sizeof(Together<T, N>) == 0) {
-        const Together<T, N> together = *reinterpret_cast<const Together<T, N>*>(from);
-        #pragma unroll
-        for (int v = 0; v < N; v++) x[v] = static_cast<float>(together.values[v]);
-    } else {
-        #pragma unroll
-        for (int v = 0; v < N; v++) x[v] = v < left ? static_cast<float>(from[v * step]) : 0.0f;
-    }
-}
-"""
+TEXT = Text(name="ember_statistics", inputs=("g",), outputs=("row_means", "column_sums"), source=SOURCE)
 
 
 def mean_squares(g):
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32.
 
     Args:
-        g (array): (V, D), on the GPU that is MLX's default device, of one of ``DTYPES``. However it lies in memory, it
-            is not copied; fastest are contiguous ones and their transposes.
+        g (array): (V, D), on the GPU that is MLX's default device, in float32, bfloat16 or float16. However it lies in
+            memory, it is not copied; fastest are contiguous ones and their transposes.
     """
-    row_means, column_sums = kernel("metal" if mx.metal.is_available() else "cuda")(inputs=[g], **launch(g))
+    row_means, column_sums = kernel(TEXT)(inputs=[g], **launch(g))
     return row_means, column_sums.sum(axis=0) / g.shape[0]
-
-
-@cache
-def kernel(backend):
-    """MLX's callable for ``"metal"`` or ``"cuda"``; nothing is compiled yet."""
-    metal = backend == "metal"
-    return (mx.fast.metal_kernel if metal else mx.fast.cuda_kernel)(
-        name="ember_statistics",
-        input_names=INPUTS,
-        output_names=OUTPUTS,
-        source=SOURCE,
-        header=METAL_HEADER if metal else CUDA_HEADER,
-        ensure_row_contiguous=False,
-    )
 
 
 def launch(g):
@@ -177,3 +112,23 @@ def launch(g):
         "output_shapes": [(rows,), (groups, columns)],
         "output_dtypes": [mx.float32, mx.float32],
     }
+
+
+def differences(dtype):
+    """Where the kernel differs from plain operations on an awkward table of that dtype, in words, or None.
+
+    The table has more than one threadgroup of rows, more columns than its threads take at once, and odd sizes: rows
+    start at any address, and the last rows and columns are incomplete. It lies in memory as most gradients do, and then
+    as that of an untied LM head.
+    """
+    shape = (ROWS + 3, MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37)
+    g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[0])[:, None]
+    g = (g * mx.linspace(1, 3, shape[1])).astype(dtype)
+    squares = mx.square(g.astype(mx.float32))
+    for way, table in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
+        for axis, (name, mean) in enumerate(zip(("row", "column"), mean_squares(table), strict=True)):
+            expected = squares.mean(axis=1 - axis)
+            error = (mx.abs(mean - expected) / expected).max().item()
+            if not error < 1e-5:  # a NaN is not
+                return f"The {name} means of a {way}{dtype} table of {shape} are off by {error:.1e}"
+    return None

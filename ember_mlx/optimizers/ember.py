@@ -25,7 +25,6 @@ from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
 from ember_mlx.errors import InputError
-from ember_mlx.kernels import rounding as rounding_kernel
 from ember_mlx.optimizers.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -76,8 +75,8 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
     if seed is None or w.dtype not in DROPPED_BITS:
         return update_table(w, g, a, b, learning_rate, eps, weight_decay), r, c
     row_keys, column_keys = keys = bit_keys(seed, t, *w.shape)
-    if rounding_kernel.usable(w.dtype, g.dtype):
-        return rounding_kernel.update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
+    if kernels.usable(kernels.rounding, w.dtype, g.dtype):
+        return kernels.rounding.update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
     new = mx.array(w)
     for rows in blocks(w, SMALL_BLOCK):
         keys = row_keys[rows], column_keys
@@ -87,8 +86,8 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
 
 def mean_squares(g):
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32."""
-    if kernels.usable(g.dtype):
-        return kernels.mean_squares(g)
+    if kernels.usable(kernels.statistics, g.dtype):
+        return kernels.statistics.mean_squares(g)
     row_means, column_sums = [], []
     for rows in blocks(g):
         g2 = mx.square(g[rows].astype(mx.float32))
@@ -169,9 +168,6 @@ class Ember(Optimizer):
         self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0, row_clip=None, rounding="nearest", seed=0
     ):
         super().__init__()
-        kernels.usable()  # tries them now: a first step may be one that MLX is tracing
-        if rounding == "stochastic":
-            rounding_kernel.usable(mx.bfloat16, mx.float32)
         _check("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
         check_row_clip(row_clip)
         check_rounding(rounding, seed)
@@ -209,6 +205,9 @@ class Ember(Optimizer):
                     f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
                     "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
                 )
+            kernels.usable(kernels.statistics, parameter.dtype)  # tried now: a first step may be one that MLX traces
+            if self.rounding == "stochastic" and parameter.dtype in DROPPED_BITS:
+                kernels.usable(kernels.rounding, parameter.dtype, parameter.dtype)
         super().init(parameters)
         if self.rounding == "stochastic":
             number = itertools.count()

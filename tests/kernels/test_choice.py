@@ -17,8 +17,7 @@ def on_a_gpu(monkeypatch):
     def pretend(mean_squares):
         monkeypatch.delenv(choice.VARIABLE, raising=False)
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        for module in (statistics, kernels):
-            monkeypatch.setattr(module, "mean_squares", mean_squares)
+        monkeypatch.setattr(statistics, "mean_squares", mean_squares)
         choice.fault.cache_clear()
 
     yield pretend
@@ -46,16 +45,18 @@ def does_not_compile(g):
     raise RuntimeError("[metal::Device] Unable to build metal library from source")
 
 
-def test_a_kernel_that_works_is_tried_once_when_the_first_optimizer_is_made_and_then_used(on_a_gpu):
+def test_a_kernel_that_works_is_tried_once_when_an_optimizer_first_sees_its_tables_and_then_used(on_a_gpu):
     calls = []
     on_a_gpu(partial(right, calls=calls))
+    table = {"w": mx.ones((4, 2), mx.float16)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = Ember(1e-3)
+        optimizer.init(table)
         tried = list(calls)
-        assert set(tried) == set(statistics.DTYPES)
-        Ember(1e-3)
-        optimizer.apply_gradients({"w": mx.ones((4, 2), mx.float16)}, {"w": mx.ones((4, 2))})
+        assert set(tried) == {mx.float16}
+        Ember(1e-3).init(table)
+        optimizer.apply_gradients(table, table)
     assert calls == [*tried, mx.float16]
 
 
@@ -84,7 +85,7 @@ def test_the_check_leaves_the_random_numbers_of_the_user_alone(on_a_gpu):
     mx.random.seed(7)
     expected = mx.random.normal((3,))
     mx.random.seed(7)
-    Ember(1e-3)
+    Ember(1e-3).init({"w": mx.ones((4, 2))})
     assert mx.array_equal(mx.random.normal((3,)), expected)
 
 
@@ -92,26 +93,28 @@ def test_the_check_can_be_made_while_mlx_traces(on_a_gpu):
     # An optimizer that was made for the CPU, and then used in a compiled step on the GPU.
     calls = []
     on_a_gpu(partial(right, calls=calls))
-    row_means, _ = mx.compile(lambda g: kernels.usable(g.dtype) and kernels.mean_squares(g))(mx.full((4, 2), 3.0))
+    row_means, _ = mx.compile(lambda g: kernels.usable(statistics, g.dtype) and statistics.mean_squares(g))(
+        mx.full((4, 2), 3.0)
+    )
     assert row_means.tolist() == [9.0] * 4
-    assert set(calls) == set(statistics.DTYPES)
+    assert set(calls) == {mx.float32}
 
 
 def test_the_environment_turns_the_kernel_off_before_it_is_tried(on_a_gpu, monkeypatch):
     on_a_gpu(does_not_compile)
     monkeypatch.setenv(choice.VARIABLE, "off")
-    assert not kernels.usable()
+    assert not kernels.usable(statistics, mx.float32)
 
 
 def test_another_value_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "metal")
     with pytest.raises(InputError, match="EMBER_MLX_KERNELS='metal': must be 'on' or 'off'"):
-        Ember(1e-3)
+        Ember(1e-3).init({"w": mx.ones((4, 2))})
 
 
 def test_plain_operations_take_what_the_kernel_does_not(on_a_gpu, monkeypatch):
     on_a_gpu(right)
-    assert kernels.usable(mx.bfloat16)
-    assert not kernels.usable(mx.float64)
+    assert kernels.usable(statistics, mx.bfloat16)
+    assert not kernels.usable(statistics, mx.float64)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert not kernels.usable(mx.bfloat16)
+    assert not kernels.usable(statistics, mx.bfloat16)

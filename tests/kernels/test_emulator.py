@@ -23,9 +23,9 @@ FAULTS = {
         "row_means[first + i + 1] = ",
         {"memory": "heap-buffer-overflow", "races": "data race|out of bounds"},
     ),
-    "rows read past the end": (
-        "i + k < rows ? columns - j : 0",
-        "columns - j",
+    "columns read past the end": (
+        "columns - j, x",
+        "VECTOR, x",
         {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads"},
     ),
     "an input written": ("const int rows = ", "*(float*)g = 0; const int rows = ", {"races": "read only"}),
@@ -40,8 +40,8 @@ FAULTS = {
         {"races": "more than 32 KB"},
     ),
     "threadgroup memory read before it is written": (
-        "start == 0 ? sum : row_sums[i + k][simdgroup] + sum",
-        "row_sums[i + k][simdgroup] + sum",
+        "start == 0 ? sum : row_sums[i][simdgroup] + sum",
+        "row_sums[i][simdgroup] + sum",
         {"races": "never written.*threadgroup memory"},
     ),
     "no barrier": (BARRIER, "", {"races": "data race.*threadgroup memory|never written"}),
@@ -51,7 +51,11 @@ FAULTS = {
         {"races": "data race.*threadgroup memory"},
     ),
     "a barrier for some threads only": (BARRIER, f"if (lane != 3) {BARRIER}", {"memory": "deadlock"}),
-    "two lanes write the same sum": ("if (lane == 0 &&", "if (lane < 2 &&", {"races": "data race.*threadgroup memory"}),
+    "two lanes write the same sum": (
+        "if (lane == 0) row_sums",
+        "if (lane < 2) row_sums",
+        {"races": "data race.*threadgroup memory"},
+    ),
     "two threadgroups write the same columns": (
         "column_sums[group * columns + j + v]",
         "column_sums[j + v]",
@@ -60,19 +64,14 @@ FAULTS = {
 }
 FAULTS_IN_COLUMNS = {
     "rows of a column read past its end": (
-        "j + k < columns ? rows - i : 0",
-        "j + k < columns ? DOWN : 0",
+        "1, rows - i, x",
+        "1, DOWN, x",
         {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads"},
     ),
-    "a column too many read": (
-        "j + k < columns ? rows - i : 0",
-        "rows - i",
-        {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads"},
-    ),
-    "a column too many written": (
-        "if (lane == 0 && j + k < columns)",
-        "if (lane == 0)",
-        {"memory": "heap-buffer-overflow", "races": "data race.*device memory"},
+    "a column too many": (
+        "j < columns; j += simdgroups",
+        "j <= columns; j += simdgroups",
+        {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads|data race.*device memory"},
     ),
 }
 
@@ -104,7 +103,7 @@ def test_a_planted_fault_is_found_where_the_rows_of_a_column_lie_side_by_side(em
 
 
 def test_a_vector_read_from_a_misaligned_address_is_found_in_the_cuda_text(emulated):
-    plant = (" && reinterpret_cast<size_t>(from) % sizeof(Together<T, N>) == 0", "")
+    plant = ("if (reinterpret_cast<size_t>(from) % sizeof(Together<T, N>) != 0) return false;", "")
     with pytest.raises(EmulationError, match="misaligned address"):
         run(emulated("cuda", "memory", plant))
 

@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 from kernels.emulator import EmulationError
 
-from ember_mlx.kernels import choice, rounding
+from ember_mlx.kernels import metal_and_cuda, rounding
 from ember_mlx.optimizers.ember import ember_step, update_table
 from ember_mlx.optimizers.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
-ROWS = rounding.ROWS
-# Fewer than 8 elements, which Metal gets in another address space; a whole threadgroup and one row more; columns that
-# the threads take in two goes, with some left over.
-SHAPES = [(1, 5), (ROWS + 1, 33), (3, 2101)]
+TILE = rounding.TILE_BYTES // 4, rounding.COLUMNS  # rows and columns, of a float32 gradient
+# Fewer than 8 elements, which Metal gets in another address space; a part of a tile, a whole one, and one row and some
+# columns more.
+SHAPES = [(1, 5), (7, 33), TILE, (TILE[0] + 1, TILE[1] + 3)]
 DTYPES = [mx.bfloat16, mx.float16]
 
 
@@ -32,8 +32,9 @@ def keys_of(shape):
 
 def run(kernel, x, dtype):
     """The kernel's rounding of x alone: from weights of zero, by factors of one and a learning rate of one."""
-    w, ones, numbers = mx.zeros(x.shape, dtype), [mx.ones(count) for count in x.shape], mx.array([1, 1, 2.0**-126])
-    (new,) = kernel(inputs=[w, -x, *ones, *keys_of(x.shape), numbers], **rounding.launch(w, x))
+    w, ones, numbers = mx.zeros(x.shape, dtype), [mx.ones(count) for count in x.shape], [1.0, 1.0, 2.0**-126]
+    numbers = [mx.array([number]) for number in numbers]
+    (new,) = kernel(inputs=[w, -x, *ones, *keys_of(x.shape), *numbers], **rounding.launch(w, x))
     return new
 
 
@@ -58,52 +59,47 @@ def test_the_texts_round_as_plain_operations_do_touch_nothing_else_and_have_no_r
         assert mx.array_equal(run(kernel, x, dtype), expected, equal_nan=True)
 
 
-@pytest.mark.parametrize(("plant", "message"), [
-    (("i + k < rows ? columns - j : 0", "columns - j"), "heap-buffer-overflow"),
-    (("columns - j, w_ij[k]", "VECTOR, w_ij[k]"), "heap-buffer-overflow"),
-    (("j + v < columns ? b[j + v] : 1.0f", "b[j + v]"), "heap-buffer-overflow"),
+@pytest.mark.parametrize(("layout", "checks", "plant", "message"), [
+    ("rows", "memory", ("i < rows; i += DOWN", "i < ROWS; i += DOWN"), "heap-buffer-overflow"),
+    ("rows", "memory", ("w_column, left, y", "w_column, VECTOR, y"), "heap-buffer-overflow"),
+    ("columns", "memory", ("? rows - i : 0", "? VECTOR : 0"), "heap-buffer-overflow"),
+    ("columns", "races", ("threadgroup_barrier(mem_flags::mem_threadgroup);", ""), "data race|never written"),
 ])  # fmt: skip
-def test_a_planted_fault_is_found(emulated, plant, message):
+def test_a_planted_fault_is_found(emulated, layout, checks, plant, message):
     with pytest.raises(EmulationError, match=message):
-        run(emulated("metal", "memory", plant, module=rounding), values((ROWS + 1, 33)), mx.bfloat16)
+        run(emulated("metal", checks, plant, module=rounding, layout=layout), values(SHAPES[-1]), mx.bfloat16)
 
 
 def test_ember_with_the_kernel_steps_as_with_plain_operations(emulated, monkeypatch):
     random = np.random.RandomState(1)
-    shape = (ROWS + 1, 33)
+    shape = SHAPES[-1]
     g, w = (mx.array(random.uniform(-1, 1, size=shape)).astype(mx.bfloat16) for _ in range(2))
     state = mx.zeros(shape[0]), mx.zeros(shape[1])
     step = (w, g, *state, mx.array(1), 0.1, 0.999, 1e-8, 0.1, None, 0.5, table_seed(0, 0))
     expected = ember_step(*step)
     kernel, calls = emulated("metal", "memory", module=rounding), []
-    monkeypatch.setattr(rounding, "kernel", lambda backend: calls.append(backend) or kernel)
-    monkeypatch.setattr(rounding, "usable", lambda *dtypes: True)
+    monkeypatch.setattr(rounding, "kernel", lambda text: calls.append(text) or kernel)
+    monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: kernel is rounding)
     found = ember_step(*step)
     assert calls
     assert all(mx.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_a_kernel_that_rounds_otherwise_is_warned_about_and_never_used(monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_that_rounds_otherwise_is_told_from_one_that_does_not(monkeypatch, dtype):
     def to_nearest(w, g, a, b, learning_rate, eps, weight_decay, keys):
         return update_table(w, g, a, b, learning_rate, eps, weight_decay)
 
-    monkeypatch.setattr(choice, "usable", lambda dtype: True)
-    for kernel, fine in ((update_table, True), (to_nearest, False)):
-        monkeypatch.setattr(rounding, "update_table", kernel)
-        rounding.fault.cache_clear()
-        if fine:
-            assert rounding.usable(mx.bfloat16, mx.float32)
-            assert not rounding.usable(mx.float32, mx.float32)
-        else:
-            with pytest.warns(RuntimeWarning, match="values of a float32 gradient are rounded otherwise.*report"):
-                assert not rounding.usable(mx.bfloat16, mx.float32)
-    rounding.fault.cache_clear()
+    monkeypatch.setattr(rounding, "update_table", update_table)
+    assert rounding.differences(dtype, mx.float32) is None
+    monkeypatch.setattr(rounding, "update_table", to_nearest)
+    assert "values of a mlx.core.float32 gradient are rounded otherwise" in rounding.differences(dtype, mx.float32)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_kernel_rounds_as_plain_operations_do_on_this_gpu(dtype):
-    kernel = rounding.kernel("metal" if mx.metal.is_available() else "cuda")
+    kernel = metal_and_cuda.kernel(rounding.TEXT)
     for shape in [*SHAPES, (1000, 7168)]:
         x = values(shape)
         expected = round_stochastically(x, random_bits(*keys_of(shape)), dtype)

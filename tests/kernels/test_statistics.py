@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ember_mlx import Ember
-from ember_mlx.kernels import statistics
+from ember_mlx.kernels import choice, metal_and_cuda, statistics
 from ember_mlx.parity.tolerances import ROUNDING
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
@@ -48,7 +48,7 @@ def same_bits(first, second):
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("dtype", statistics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
 def test_the_metal_text_is_right_touches_nothing_else_and_has_no_races(emulated, dtype, layout):
     first = emulated("metal", "memory", layout=layout)
     second = emulated("metal", "races", layout=layout, backward=True)
@@ -115,17 +115,17 @@ def test_ember_with_the_kernel_steps_as_with_plain_operations(emulated, monkeypa
     plain, with_kernel = Ember(0.5), Ember(0.5)
     expected = plain.apply_gradients({"w": g}, {"w": w})["w"]
     kernel, calls = emulated("metal", "memory"), []
-    monkeypatch.setattr(statistics, "kernel", lambda backend: calls.append(backend) or kernel)
-    monkeypatch.setattr("ember_mlx.kernels.usable", lambda dtype: True)
+    monkeypatch.setattr(statistics, "kernel", lambda text: calls.append(text) or kernel)
+    monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: kernel is statistics)
     stepped = with_kernel.apply_gradients({"w": g}, {"w": w})["w"]
     assert len(calls) == 1
     np.testing.assert_allclose(np.array(stepped), np.array(expected), rtol=0, atol=1e-4)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")
-@pytest.mark.parametrize("dtype", statistics.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
 def test_the_kernel_is_right_on_this_gpu(dtype):
-    kernel = statistics.kernel("metal" if mx.metal.is_available() else "cuda")
+    kernel = metal_and_cuda.kernel(statistics.TEXT)
     for shape in [*SHAPES, (5000, 576), (1000, 7168)]:
         g = table(shape, dtype)
         outputs = kernel(inputs=[g], **statistics.launch(g))

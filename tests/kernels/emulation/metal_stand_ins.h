@@ -10,12 +10,14 @@ using std::uint32_t;
 
 struct bfloat {
     uint16_t bits;
+    bfloat() = default;
     explicit bfloat(float value) : bits(as_type<uint32_t>(value) >> 16) {}
     operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
 
 struct half {
     uint16_t bits;
+    half() = default;
     explicit half(float value) : bits(half_of_float(value)) {}
     operator float() const { return float_of_half(bits); }
 };

@@ -1,0 +1,127 @@
+"""What the kernels share: one language for both backends, and reading and writing of several neighbours at once.
+
+A kernel is the text of a body, in Metal's words. MLX writes the signature around it, from the names that it finds
+there: `const device T* g`, or `constant` for fewer than 8 elements, `g_shape`, `g_strides` in elements, the outputs,
+and Metal's attributes. A header turns these words into CUDA's.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+__all__ = ["BYTES_AT_ONCE", "MOST_THREADS", "SIMDGROUP", "Text", "kernel"]
+
+MOST_THREADS = 256  # of a threadgroup
+SIMDGROUP = 32  # threads, on every GPU that MLX runs on
+BYTES_AT_ONCE = 16  # that a thread reads or writes
+
+# They may start at any element. Apple's GPUs read up to four elements at once from any element on, and the compiler
+# joins such a loop into those reads: MLX's own Metal kernels have it so.
+METAL = """
+#define FUNCTION inline
+#define bits_of(value) as_type<uint32_t>(value)
+#define float_of(bits) as_type<float>(bits)
+
+template <int N, typename Pointer>
+inline bool read_together(Pointer from, thread float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) x[v] = static_cast<float>(from[v]);
+    return true;
+}
+
+template <int N, typename T, typename Pointer>
+inline bool write_together(Pointer to, thread const float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) to[v] = static_cast<T>(x[v]);
+    return true;
+}
+"""
+
+# Several elements at once only from an address that is a multiple of their size.
+CUDA = """
+#define FUNCTION __device__ inline
+#define bits_of(value) __float_as_uint(value)
+#define float_of(bits) __uint_as_float(bits)
+#define thread_position_in_threadgroup threadIdx
+#define threads_per_threadgroup blockDim
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_simdgroup (threadIdx.x % 32)
+#define simdgroup_index_in_threadgroup (threadIdx.x / 32)
+#define threadgroup __shared__
+#define thread
+#define threadgroup_barrier(memory) __syncthreads()
+#define simd_shuffle_xor(value, distance) __shfl_xor_sync(0xffffffffu, value, distance)
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Together {
+    T values[N];
+};
+
+template <int N, typename T>
+__device__ inline bool read_together(const T* from, float* x) {
+    if (reinterpret_cast<size_t>(from) % sizeof(Together<T, N>) != 0) return false;
+    const Together<T, N> together = *reinterpret_cast<const Together<T, N>*>(from);
+    #pragma unroll
+    for (int v = 0; v < N; v++) x[v] = static_cast<float>(together.values[v]);
+    return true;
+}
+
+template <int N, typename T, typename Pointer>
+__device__ inline bool write_together(Pointer to, const float* x) {
+    if (reinterpret_cast<size_t>(to) % sizeof(Together<T, N>) != 0) return false;
+    Together<T, N> together;
+    #pragma unroll
+    for (int v = 0; v < N; v++) together.values[v] = static_cast<T>(x[v]);
+    *reinterpret_cast<Together<T, N>*>(to) = together;
+    return true;
+}
+"""
+
+BOTH = """
+// N neighbours, or as many as are left, and zeros.
+template <int N, typename Pointer>
+FUNCTION void read_as_float(Pointer from, int64_t step, int64_t left, thread float* x) {
+    if (step == 1 && left >= N && read_together<N>(from, x)) return;
+    #pragma unroll
+    for (int v = 0; v < N; v++) x[v] = v < left ? static_cast<float>(from[v * step]) : 0.0f;
+}
+
+// N neighbours, or as many as are left, each rounded to the nearest T.
+template <int N, typename T, typename Pointer>
+FUNCTION void write_rounded(thread const float* x, int64_t left, Pointer to) {
+    if (left >= N && write_together<N, T>(to, x)) return;
+    #pragma unroll
+    for (int v = 0; v < N; v++)
+        if (v < left) to[v] = static_cast<T>(x[v]);
+}
+"""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A kernel as it is written: its name, the names of its arrays, its functions and its body, in Metal's words."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    source: str
+    functions: str = ""
+
+    def header(self, backend):
+        """What stands before the body for ``"metal"`` or ``"cuda"``."""
+        return {"metal": METAL, "cuda": CUDA}[backend] + BOTH + self.functions
+
+
+@cache
+def kernel(text, backend=None):
+    """MLX's callable of ``text``; nothing is compiled yet. It copies no input, however it lies in memory."""
+    backend = backend or ("metal" if mx.metal.is_available() else "cuda")
+    return {"metal": mx.fast.metal_kernel, "cuda": mx.fast.cuda_kernel}[backend](
+        name=text.name,
+        input_names=list(text.inputs),
+        output_names=list(text.outputs),
+        source=text.source,
+        header=text.header(backend),
+        ensure_row_contiguous=False,
+    )
