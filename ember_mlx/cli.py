@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
@@ -26,7 +27,7 @@ ember-mlx COMMAND --help tells the options of each."""
 
 
 def main():
-    """Entry point. Exit code 0; 2 for bad input, with one line that says what and what to do; 130 or 143 if stopped."""
+    """Entry point. Exit code 0; 2 for bad input, with a line that says what to do; 128 + the signal if stopped."""
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     commands = {function.__name__: function for function in (train, plan, generate, fuse, demo, geometry, plot, parity)}
@@ -144,7 +145,9 @@ def _run(command, function, arguments):
     from ember_mlx.errors import InputError
 
     try:
-        function(arguments)
+        # In one line, too: where in the library it arose is nothing to the user of a command.
+        with _replaced(warnings, "formatwarning", lambda text, *_: f"ember-mlx {command}: warning: {text}\n"):
+            function(arguments)
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full
         sys.exit(_one_line(f"ember-mlx {command}", str(error)))
     except KeyboardInterrupt as interrupt:

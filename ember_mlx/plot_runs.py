@@ -10,8 +10,8 @@ from ember_mlx.plot_style import THEMES, check_path, save_light_and_dark, save_p
 PANELS = (  # title, what is on the axis, the logs' list, the key in it
     ("Training loss", "nats a token", "train", "train_loss"),
     ("Validation loss", "nats a token", "validation", "validation_loss"),
-    ("Step over weights, token tables", "ratio of norms", "train", "update_ratio_tables"),
-    ("Step over weights, everything else", "ratio of norms", "train", "update_ratio_body"),
+    ("Step over weights, tables", "ratio of norms", "train", "update_ratio_tables"),
+    ("Step over weights, the rest", "ratio of norms", "train", "update_ratio_body"),
     ("Peak memory", "", "train", "peak_memory"),
     ("Speed", "tokens a second", "train", "tokens_per_second"),
 )

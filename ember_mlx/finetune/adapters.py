@@ -163,7 +163,7 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
     if ids.get(SETTINGS_ID) != adapter_config.get(SETTINGS_ID):
         raise _mixed(folder, CONFIG, ADAPTERS)
     if tables:
-        refuse_mixed(folder / ADAPTERS, folder / TABLES)
+        tables_of(folder / ADAPTERS)
     # A run of tables alone has no LoRA layers: mlx-lm would put them into all layers for num_layers 0.
     if adapters or not tables:
         try:
@@ -183,11 +183,25 @@ def refuse_other_tokens(path: Path, added_tokens: list[dict] | None):
         raise InputError(f"--resume-adapter-file {path}: its run added other tokens; give its file as --add-tokens")
 
 
-def refuse_mixed(adapters: Path, tables: Path):
-    """Raises InputError when the two files are not of one save."""
-    ids = [reading.read_metadata(path, f"adapter {path.parent}").get(SAVE_ID) for path in (adapters, tables)]
-    if ids[0] != ids[1]:
-        raise _mixed(adapters.parent, adapters.name, tables.name)
+def tables_of(path: Path) -> Path | None:
+    """The file with the token tables that were saved with the adapter file at ``path``, if there were any.
+
+    Raises:
+        InputError: when it is not there, or is of another save.
+    """
+    where = f"adapter {path.parent}"
+    tables = path.with_name(path.name.replace(ADAPTERS, TABLES))
+    save_id = reading.read_metadata(path, where).get(SAVE_ID)
+    if tables == path or not tables.exists():
+        if save_id is None:
+            return None
+        raise InputError(
+            f"{where}: the token tables that were saved with {path.name} are not there; put both files into one folder "
+            f"under the names that they had, such as {ADAPTERS} and {TABLES}"
+        )
+    if reading.read_metadata(tables, where).get(SAVE_ID) != save_id:
+        raise _mixed(path.parent, path.name, tables.name)
+    return tables
 
 
 def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str):

@@ -74,7 +74,7 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
     """
     where = f"--add-tokens {path}"
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # Windows' editors put a mark before the first token
         special = path.suffix.lower() == ".json"
         tokens = json.loads(text) if special else text.splitlines()
     except (OSError, RecursionError, ValueError) as error:

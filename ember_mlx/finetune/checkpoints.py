@@ -13,9 +13,11 @@ SHA-256 of both files and of itself. Weights take what they take in the model; E
 4 (V + D) bytes.
 
 How. It is written under another name, each file and the folder flushed to the disk, and then renamed: a checkpoint is
-whole or not there. Older ones go when the new one is on the disk; one of the same step steps aside for it as
-``step-0000100.replaced``, which is read only where there is no other. Reading believes nothing: no name in the JSON is
-ever used as a path, checksums come before contents, and names, shapes and dtypes are those of the run or refused.
+whole or not there. What is no longer kept goes when the new one is on the disk. Those of a run that this one replaces,
+newer ones perhaps, step aside for it as ``step-0000100.replaced``, which are read only where there are no others: so a
+kill at any moment leaves either run to go on with, and never the new one behind the old. Reading believes nothing: no
+name in the JSON is ever used as a path, checksums come before contents, and names, shapes and dtypes are those of the
+run or refused.
 """
 
 import hashlib
@@ -85,8 +87,7 @@ class Checkpoints:
         self.keep = keep
         self.own = []
         if resumed:
-            there = (path for path in in_folder(adapter_folder) if path.suffix != REPLACED)
-            older = (path for path in there if _step(path) < _step(resumed))
+            older = (path for path in _not_replaced(self.folder) if _step(path) < _step(resumed))
             self.own = [*older, self.folder / resumed.name]
 
     @property
@@ -128,7 +129,7 @@ class Checkpoints:
             index = {"sha256": _checksum(content), "content": content}
             durable.write_bytes(partial / INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
             durable.sync_folder(partial)
-            _put_in_place(partial, path)
+            _put_in_place(partial, path, [other for other in _not_replaced(self.folder) if other not in self.own])
         except BaseException:
             durable.remove(partial)
             raise
@@ -150,12 +151,12 @@ class Checkpoints:
 
 
 def in_folder(adapter_folder: Path) -> list[Path]:
-    """The folders of checkpoints, good or not, by their steps."""
+    """The folders of checkpoints, good or not, by their steps: the last good one is gone on from."""
     folder = adapter_folder / FOLDER
     if not folder.is_dir() or folder.is_symlink():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_step(path), path.suffix != REPLACED))
+    return sorted(found, key=lambda path: (path.suffix != REPLACED, _step(path)))
 
 
 def adapter_folder_of(asked: Path) -> Path | None:
@@ -171,7 +172,7 @@ def find(adapter_folder: Path, asked: str | bool, tell=print) -> Checkpoint:
     That is the folder of one, or the newest good one: with True of ``adapter_folder``, else of the one asked for.
 
     Raises:
-        InputError: when there is none; for a damaged folder that was asked for, it names the newest good one.
+        InputError: when there is none; for a damaged one that was asked for, it names the newest good one beside it.
     """
     where = f"--resume: --adapter-path {adapter_folder}" if asked is True else f"--resume {asked}"
     other = None if asked is True else adapter_folder_of(Path(asked))
@@ -181,6 +182,8 @@ def find(adapter_folder: Path, asked: str | bool, tell=print) -> Checkpoint:
         try:
             return read(Path(asked))
         except InputError as error:
+            beside = Path(asked).parent
+            adapter_folder = beside.parent if beside.name == FOLDER else adapter_folder
             good = _newest_good(adapter_folder, lambda _: None)
             remedy = f"the newest good one is {good.folder}" if good else f"{adapter_folder} has no good one either"
             raise InputError(f"--resume {asked}: {error}; {remedy}") from error
@@ -229,19 +232,24 @@ def read(folder: Path) -> Checkpoint:
     )
 
 
-def _put_in_place(partial, path):
-    """A kill between any two of these leaves a checkpoint that can be read."""
-    replaced = path.with_name(path.name + REPLACED)
-    if not (path.is_symlink() or path.exists()):
-        os.rename(partial, path)
-        return
-    durable.remove(replaced)
-    os.rename(path, replaced)  # of a run that this one replaces, or damaged
+def _put_in_place(partial, path, others):
+    """After a kill between any two of these, the newest is that of the run before or the one gone on from."""
+    aside = []
     try:
+        for other in others:  # the oldest first
+            replaced = other.with_name(other.name + REPLACED)
+            durable.remove(replaced)
+            os.rename(other, replaced)
+            aside.append((replaced, other))
         os.rename(partial, path)
     except BaseException:
-        os.rename(replaced, path)
+        for names in reversed(aside):
+            os.rename(*names)
         raise
+
+
+def _not_replaced(folder):
+    return [path for path in in_folder(folder.parent) if path.suffix != REPLACED]
 
 
 def _step(path):

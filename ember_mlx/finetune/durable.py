@@ -71,7 +71,7 @@ def sync_folder(path: Path):
     """Make the names in a folder last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -114,15 +114,15 @@ def _new_file(path):
     with open(path, "xb") as file:  # x: never through a link that lies there
         yield file
         file.flush()
-        _sync(file)
+        _sync(file.fileno())
 
 
-def _sync(file):
+def _sync(descriptor):
     full_sync = getattr(fcntl, "F_FULLFSYNC", None)  # macOS, where fsync stops at the drive's own cache
     try:
         if full_sync is not None:
-            fcntl.fcntl(file, full_sync)
+            fcntl.fcntl(descriptor, full_sync)
             return
     except OSError:  # a network drive does not know it
         pass
-    os.fsync(file.fileno())
+    os.fsync(descriptor)

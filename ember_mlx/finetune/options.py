@@ -133,10 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         type=str,
-        metavar="CHECKPOINT",
-        help="Go on from a checkpoint as if the run had never stopped: from the newest good one in --adapter-path, or "
-        "from this folder. Give the options of that run again; --iters may be more. (--resume-adapter-file is another "
-        "thing: a new run that begins with the weights of an old one.)",
+        metavar="FOLDER",
+        help="Go on from a checkpoint as if the run had never stopped: the newest good one in --adapter-path, or this "
+        "one, or the newest good one in this adapter folder. Give the options of that run again; --iters may be more. "
+        "(--resume-adapter-file is another thing: a new run that begins with the weights of an old one.)",
     )
     group.add_argument(
         "--resume-with-changes",
@@ -148,7 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help=f"Keep the newest N checkpoints; 0 writes none. Default: {OWN_DEFAULTS['keep_checkpoints']}. One is "
-        "written every --save-every steps, at the end, and when Ctrl-C or SIGTERM stops the run.",
+        "written every --save-every steps, at the end, and when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops "
+        "the run.",
     )
     group = parser.add_argument_group("log")
     group.add_argument(

@@ -42,8 +42,8 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
     ``observe``, called as ``observe(model, optimizer, tables, rows, batches)`` when all is ready to train, returns what
     mlx-lm's loop is to take in the place of ``optimizer`` and ``batches``, to look on.
 
-    While it trains in the main thread, SIGINT, SIGTERM and a pipe that has lost its reader end it between two steps,
-    with a checkpoint; whatever else ends it leaves the checkpoints of before.
+    While it trains in the main thread, SIGINT, SIGTERM, SIGHUP and a pipe that has lost its reader end it between two
+    steps, with a checkpoint; whatever else ends it leaves the checkpoints of before.
 
     Returns:
         What came of the training, or None after a test alone.
@@ -61,7 +61,7 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
     with FolderLock(Path(args.adapter_path)) as lock:
         if args.train:
-            _check_adapter_folder(args)
+            check_adapter_folder(args)
             if args.log_jsonl:
                 run_log_writer.check(args, _resumes_in_place(args))
             if mx.distributed.init().rank() == 0:
@@ -122,7 +122,7 @@ def train_model(
         refuse_full_disk(args, model, optimizer, steps_done)
         durable.make_folder(folder)
         lock.take(make=True)
-        _check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
+        check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
     saving = Saving(args, model, optimizer, of, resumed)
     log = None
     if args.log_jsonl and leader:
@@ -194,7 +194,7 @@ def train_model(
         rprint(f"\n{format_result(result)}")
         nonfinite.report()
         for failed in saving.failed:
-            rprint(f"Not saved on the way: {failed}. The last save is whole.")
+            rprint(f"Not saved: {failed}. What was trained is saved.")
     return result
 
 
@@ -212,7 +212,8 @@ def choose_loss(args, model):
     return chunked_loss(model) if args.chunked_loss else default_loss
 
 
-def _check_adapter_folder(args):
+def check_adapter_folder(args):
+    """Raises InputError for an ``--adapter-path`` that cannot be written to, or holds what the run would replace."""
     if not args.adapter_path:
         raise InputError("--adapter-path '': give a folder to save to")
     folder = Path(args.adapter_path)
@@ -253,14 +254,11 @@ def _reporting_callbacks(args):
 
 def _load_adapter_file(model, path):
     """Trained weights of an earlier run, its tables beside them included."""
-    tables = path.with_name(path.name.replace(adapters.ADAPTERS, adapters.TABLES))
     rprint(f"Loading fine-tuned weights from {path}")
     if not path.is_file():
         raise InputError(f"--resume-adapter-file {path}: there is no such file; give an {adapters.ADAPTERS}")
-    has_tables = tables != path and tables.exists()
-    if has_tables:
-        adapters.refuse_mixed(path, tables)
-    for file in (path, tables) if has_tables else (path,):
+    tables = adapters.tables_of(path)
+    for file in (path, tables) if tables else (path,):
         weights = adapters.read_arrays(file)
         # What this run does not train, it would not save either.
         trainable = model.trainable_parameters()

@@ -18,7 +18,7 @@ from ember_mlx.guard import all_finite
 
 
 class Saving:
-    """Saves a run. A disk that takes nothing is told in one line and the run goes on, with what was saved before.
+    """Saves a run. What a disk does not take is told in a line and the run goes on, with what was saved before.
 
     Args:
         args, model, optimizer: The run's.
@@ -39,24 +39,24 @@ class Saving:
         self.failed = []  # in words, what could not be saved
 
     def save(self, steps_done: int, position) -> bool:
-        """A checkpoint of ``position``, and the adapter as it is after ``steps_done``; whether the disk took both."""
-        try:
-            names = [*self._checkpoint(position), *self.adapter.save(steps_done, steps_done % self.save_every == 0)]
-        except OSError as error:
-            return self._tell(steps_done, error)
-        if not self.checkpoints.keep:
+        """A checkpoint of ``position``, and the adapter as it is after ``steps_done``; whether that was taken.
+
+        Without room for the one there may still be some for the other.
+        """
+        checkpoint = self._tried(f"checkpoint of step {position.step}", self._checkpoint, position)
+        numbered = steps_done % self.save_every == 0
+        adapter = self._tried(f"adapter of step {steps_done}", self.adapter.save, steps_done, numbered)
+        if adapter and not self.checkpoints.keep:
             self.checkpoints.remove_others()  # of the run that the adapter of this one has now replaced
-        make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
-        return True
+        if names := checkpoint + adapter:
+            make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
+        return bool(adapter)
 
     def save_checkpoint(self, position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
         if not all_finite([array for _, array in tree_flatten(self.model.trainable_parameters())]).item():
             return False
-        try:
-            return bool(self._checkpoint(position))
-        except OSError as error:
-            return self._tell(position.step, error)
+        return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
 
     def interrupted(self, signal_number: int, position) -> Interrupted:
         """What a signal raises that stopped the run at ``position``."""
@@ -102,11 +102,15 @@ class Saving:
         path = self.checkpoints.save(position, weights, state, **self.described)
         return [f"{checkpoints.FOLDER}/{path.name}"] if path else []
 
-    def _tell(self, steps_done, error):
-        self.failed.append(f"step {steps_done} ({error.strerror or error})")
-        before = f"{self.newest} is as it was" if self.newest else "no checkpoint was saved before"
-        rprint(f"  not saved  {self.failed[-1]}; {before}")
-        return False
+    def _tried(self, what, save, *arguments):
+        """The names of what was saved, none if the disk did not take it."""
+        try:
+            return save(*arguments)
+        except OSError as error:
+            self.failed.append(f"{what} ({error.strerror or error})")
+            newest = f"{self.newest} is as it was" if self.newest else "there is no checkpoint to go on from"
+            rprint(f"  not saved  {self.failed[-1]}; {newest}")
+            return []
 
 
 def refuse_full_disk(args, model, optimizer, steps_done: int):

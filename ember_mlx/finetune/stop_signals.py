@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the loss of its reader as a wish to stop, which the run grants between two steps."""
+"""Ctrl-C, SIGTERM, SIGHUP and the loss of its reader as a wish to stop, which the run grants between two steps."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ember_mlx.finetune.output import outliving_its_readers
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by SIGINT, SIGTERM or SIGPIPE, after it was saved; the message says where.
+    """The run was stopped by SIGINT, SIGTERM, SIGHUP or SIGPIPE, after it was saved; the message says where.
 
     Args:
-        number (int): The signal. ``exit_code`` is what a shell makes of it: 130, 143 or 141.
+        number (int): The signal. ``exit_code`` is what a shell makes of it: 130, 143, 129 or 141.
         message (str): What to tell.
         checkpoint (Path, optional): Where the run can go on, if it can.
         resume_words (list): The options that go on from there, beside those of the run.
@@ -30,11 +30,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within ``with``, the first SIGINT or SIGTERM only sets ``number``; the second ends the process at once.
+    """Within ``with``, the first SIGINT, SIGTERM or SIGHUP only sets ``number``; the second ends the process at once.
 
-    A pipe that nobody reads any more sets it to SIGPIPE, which Python itself ignores; nothing that is told raises. In
-    any thread but the main one it does nothing, as Python hears of signals there alone, and a signal that was ignored
-    (nohup) stays so. The handlers of before are put back at the end; ``number`` then still tells what was announced.
+    But for SIGHUP: when a terminal is closed, both it and its shell send that. A pipe that nobody reads any more sets
+    ``number`` to SIGPIPE, which Python itself ignores; nothing that is told raises. In any thread but the main one this
+    does nothing, as Python hears of signals there alone, and a signal that was ignored (nohup) stays so. The handlers
+    of before are put back at the end; ``number`` then still tells what was announced.
     """
 
     def __init__(self):
@@ -75,15 +76,15 @@ class StopSignals:
         self.number = self.number or number
 
     def _watch(self):
-        heard = 0
+        heard = False
         while (number := os.read(self._read, 1)[0]) != 0:
-            if number not in SIGNALS:
+            if number not in SIGNALS or (heard and number == signal.SIGHUP):
                 continue
-            heard += 1
-            if heard == 2:
+            if heard:
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress bar hides
                 os._exit(128 + number)
+            heard = True
             self._wish(number)
             name = signal.Signals(number).name
             print(f"{name}: finishing this step, then saving; once more leaves at once", file=sys.stderr, flush=True)

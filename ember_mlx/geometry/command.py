@@ -14,9 +14,9 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import add_tokens_of, load_base
-from ember_mlx.finetune.run import _check_adapter_folder, run
+from ember_mlx.finetune.run import check_adapter_folder, run
 from ember_mlx.geometry import page, pictures, report
-from ember_mlx.geometry.observer import TIMED_STEPS, Observer, Timed, Timer
+from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plot_style import require_matplotlib
 
 # What each part of the report needs at the least, in updates of the weights.
@@ -50,7 +50,9 @@ def main(arguments: list[str]):
     # The last of two flags counts, so one that was given does.
     args = options.parse(["--adapter-path", str(own.out / "adapters"), *theirs])
     check(args, own.out)
-    with tempfile.TemporaryDirectory() as folder:
+    # Nothing is saved there; but what the run asks of the disk, it asks of the one that has to have it.
+    there = next(path for path in (own.out, *own.out.absolute().parents) if path.exists())
+    with tempfile.TemporaryDirectory(prefix="timing-", dir=there) as folder:
         timed = time_without_measuring(args, Path(folder))
     rprint("\n=== The run that is measured ===\n")
     own.out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,8 @@ def main(arguments: list[str]):
     try:
         result = run(args, observe=observer)
         observer.finish()
-        model, tokenizer, config = load_base(args.model, lazy=True)
+        trust = {"trust_remote_code": args.trust_remote_code}
+        model, tokenizer, config = load_base(args.model, lazy=True, tokenizer_config=trust, **trust)
         tokenizer = add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         found = report.build(observer, result, timed, tokenizer, " ".join(["ember-mlx", "geometry", *arguments]))
     finally:
@@ -86,7 +89,7 @@ def check(args, out: Path):
         raise InputError(
             f"--table-optimizer {args.table_optimizer}: geometry measures whether Ember suits; leave it out"
         )
-    if not args.table_learning_rate > 0:
+    if not (args.table_learning_rate > 0 or args.table_lr_schedule):
         raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 1e-4")
     if mx.distributed.init().size() > 1:
         raise InputError("several workers: geometry measures on one machine; start it without mlx.launch")
@@ -101,17 +104,18 @@ def check(args, out: Path):
         raise InputError(f"--out {out}: is a file; give a folder")
     if (out / REPORT).exists() and not args.overwrite:
         raise InputError(f"--out {out}: holds another report; give another folder, or --overwrite")
-    _check_adapter_folder(args)  # as the run will, after the steps that are timed
+    check_adapter_folder(args)  # as the run will, after the steps that are timed
 
 
 def time_without_measuring(args, folder: Path):
-    """Seconds a position in each of the first steps of the same run without an observer, and its peak memory so far."""
-    rprint(f"\n=== {TIMED_STEPS} steps without measuring, to compare time and memory with ===\n")
+    """Seconds a position in each of the first updates of the same run without an observer, and its peak memory then."""
+    rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory with ===\n")
     plain = copy.deepcopy(args)
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
-    plain.iters, plain.steps_per_eval, plain.save_every, plain.keep_checkpoints = TIMED_STEPS + 2, 10**9, 10**9, 0
+    plain.iters = (TIMED_UPDATES + 2) * args.grad_accumulation_steps
+    plain.steps_per_eval, plain.save_every, plain.keep_checkpoints = 10**9, 10**9, 0
     plain.adapter_path, plain.report_to, plain.log_jsonl = str(folder / "adapters"), None, None
-    timer = Timer()
+    timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
         run(plain, observe=timer)
     timed = timer.watch.seconds_a_position(), timer.watch.peak_memory

@@ -1,5 +1,7 @@
 """What is measured, as pure functions of NumPy arrays. No MLX in here."""
 
+import math
+
 import numpy as np
 
 # Beyond so many dimensions, steps in random directions are as good as orthogonal: shares change by less than 0.01.
@@ -39,17 +41,17 @@ def log_error(r, c, s, v):
 class SquaresSeen:
     """How many equally large squares a row's second moment is worth: Kish's effective sample size.
 
-    ``k = (sum w m)^2 / sum (w m)^2`` over the steps, with the moment's weights ``w = beta2^age`` and the mean square
-    ``m`` of the row's gradient: one large gradient among many small ones counts as one.
+    ``k = (sum w m)^2 / sum (w m)^2`` over the steps, with the weight ``w`` that each has in the moment and the mean
+    square ``m`` of the row's gradient: one large gradient among many small ones counts as one.
     """
 
-    def __init__(self, rows, beta2):
-        self.beta2 = beta2
+    def __init__(self, rows):
         self.sum, self.sum_of_squares = np.zeros(rows), np.zeros(rows)
 
-    def add(self, mean_square):
-        self.sum = self.beta2 * self.sum + mean_square
-        self.sum_of_squares = self.beta2**2 * self.sum_of_squares + np.square(mean_square)
+    def add(self, mean_square, beta2):
+        weighted = (1 - beta2) * mean_square
+        self.sum = beta2 * self.sum + weighted
+        self.sum_of_squares = beta2**2 * self.sum_of_squares + np.square(weighted)
 
     def count(self):
         return np.divide(self.sum**2, self.sum_of_squares, out=np.zeros_like(self.sum), where=self.sum_of_squares > 0)
@@ -69,6 +71,15 @@ def noise_of_dense(k, draws, rng):
     """
     k = np.asarray(k, np.float64)[..., None]
     return -np.log(np.maximum(rng.chisquare(np.broadcast_to(k, (*k.shape[:-1], draws))), 1e-300) / k)
+
+
+def cold_step(bias_correction, beta2):
+    """About the largest step of a row, in learning rates: that of one whose every earlier gradient was 0.
+
+    Its moment is ``(1 - beta2) g^2``, over the bias correction ``1 - beta2^t``: sqrt(t) at first, and 31.6 in a long
+    run with 0.999. "About", since the columns in which its gradient lies may be those that others have little in.
+    """
+    return math.sqrt(bias_correction / (1 - beta2))
 
 
 def unit_rows(g):

@@ -1,5 +1,6 @@
 """The two things that hang into a run: the observer that measures it, and the timer of a run without one."""
 
+import math
 import shutil
 import tempfile
 import time
@@ -11,29 +12,30 @@ from mlx.utils import tree_flatten
 
 from ember_mlx.errors import InputError
 from ember_mlx.finetune.summary import format_bytes
-from ember_mlx.geometry import sampling
-from ember_mlx.geometry.measures import unit_rows
+from ember_mlx.geometry import measures, sampling
 from ember_mlx.geometry.probe import UPDATES, ProbedOptimizer, TableSample
-from ember_mlx.geometry.recorder import GradientRows, TableRecord, TokenHistory, WeightPaths
+from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHistory, WeightPaths
 
 POINTS = 32  # of a path: enough to tell a line from a walk
-TIMED_STEPS = 10  # that are run without measuring too, with the same batches
+TIMED_UPDATES = 10  # that are run without measuring too, with the same batches
 
 
 class Watch:
     """mlx-lm's ``iterate_batches``, which tells when a training step begins and when it has ended, and takes the time.
 
     Between the two the loop has evaluated weights and state. After the last step it asks for no batch, so the end of
-    that one is for :meth:`finish` to tell.
+    that one is for :meth:`finish` to tell. Time is taken by updates, each of ``steps_an_update`` steps.
     """
 
-    def __init__(self, batches, before_step, after_step):
+    def __init__(self, batches, before_step, after_step, steps_an_update):
         self.batches = batches
         self.before_step = before_step
         self.after_step = after_step
-        self.began = []  # when the first steps began, by the clock and in this process's CPU time, seconds
+        self.steps_an_update = steps_an_update
+        self.steps = 0
+        self.began = []  # when the first updates began, by the clock and in this process's CPU time, seconds
         self.positions = []  # tokens of their batches, padding included
-        self.peak_memory = None  # after TIMED_STEPS
+        self.peak_memory = None  # after TIMED_UPDATES
         self._open = False
 
     def __call__(self, *arguments, loop=False, **options):
@@ -53,35 +55,42 @@ class Watch:
             except StopIteration:
                 return
             self.before_step(batch)
-            if len(self.began) <= TIMED_STEPS:
-                self.began.append((time.perf_counter(), time.process_time()))
-                self.positions.append(batch[0].size)
-                if len(self.began) == TIMED_STEPS + 1:
-                    self.peak_memory = mx.get_peak_memory()
+            self._take_time(batch[0].size)
             self._open = True
             yield batch
 
+    def _take_time(self, positions):
+        if len(self.began) <= TIMED_UPDATES:
+            if self.steps % self.steps_an_update == 0:
+                self.began.append((time.perf_counter(), time.process_time()))
+                self.positions.append(0)
+                if len(self.began) == TIMED_UPDATES + 1:
+                    self.peak_memory = mx.get_peak_memory()
+            self.positions[-1] += positions
+        self.steps += 1
+
     def seconds_a_position(self):
-        """Seconds a position by the clock and of CPU time, (steps, 2), of each timed step after the first: that one is
-        compiled and evaluates."""
+        """Seconds a position by the clock and of CPU time, (updates, 2), of each timed update after the first: that one
+        is compiled and evaluates."""
         return np.diff(self.began, axis=0)[1:] / np.array(self.positions[1:-1])[:, None]
 
 
 class Timed(Exception):
-    """The steps that were to be timed are done."""
+    """The updates that were to be timed are done."""
 
 
 class Timer:
-    """For ``run(observe=...)``: times TIMED_STEPS of a run as it is, and ends it with Timed before any save."""
+    """For ``run(observe=...)``: times TIMED_UPDATES of a run as it is, and ends it with Timed before any save."""
+
+    def __init__(self, steps_an_update):
+        self.steps_an_update = steps_an_update
 
     def __call__(self, model, optimizer, tables, rows, batches):
-        self.steps = 0
-        self.watch = Watch(batches, lambda batch: None, self._count)
+        self.watch = Watch(batches, lambda batch: None, self._end, self.steps_an_update)
         return optimizer, self.watch
 
-    def _count(self):
-        self.steps += 1
-        if self.steps > TIMED_STEPS:
+    def _end(self):
+        if len(self.watch.began) > TIMED_UPDATES:
             raise Timed
 
 
@@ -98,6 +107,8 @@ class Observer:
         self.folder = folder
         self.rng = np.random.default_rng(args.seed)  # of its own: the run's numbers stay those of `train`
         self.updates = self.nonfinite = 0
+        self.cold_updates = 0  # in which a row could take a step of more than COLD learning rates
+        self.bias_correction = 0.0
         self.seconds = 0.0  # spent here between the steps
 
     def __call__(self, model, optimizer, tables, rows, batches):
@@ -125,9 +136,8 @@ class Observer:
             table.path: sampling.sizes(table.shape, parameters[table.path].nbytes, shared) for table in tables
         }
         samples = {table.path: self._sample(table) for table in tables}
-        beta2 = optimizer.tables.beta2
         self.tables = {
-            table.path: TableRecord(table, samples[table.path], self.classes, beta2, parameters[table.path], disk)
+            table.path: TableRecord(table, samples[table.path], self.classes, parameters[table.path], disk)
             for table in tables
         }
         hidden = self._choose_hidden(parameters, set(samples))
@@ -142,13 +152,26 @@ class Observer:
             chosen = np.sort(self.rng.choice(len(parameters[path]), min(each, len(parameters[path])), replace=False))
             self.hidden_paths[path] = WeightPaths(disk / f"{path}.paths", chosen.astype(np.int32), parameters[path])
         self.table_bytes = sum(parameters[table.path].nbytes for table in tables)
-        self.watch = Watch(batches, self._before_step, self._after_step)
+        self.watch = Watch(batches, self._before_step, self._after_step, self.args.grad_accumulation_steps)
         self.seconds_of_start = time.perf_counter() - start
         return self.probed, self.watch
 
     def finish(self):
         """Take in what the last step left."""
         self.watch.finish()
+
+    @property
+    def beta2(self) -> float:
+        """Ember's, in the last update: it may be on a schedule."""
+        tables = self.optimizer.tables
+        return tables.state["beta2"].item() if callable(tables.beta2) else tables.beta2
+
+    @property
+    def largest_step(self) -> float:
+        """About how many learning rates the step of a row may be in a long run; infinite for a schedule of beta2."""
+        tables = self.optimizer.tables
+        limit = math.inf if callable(tables.beta2) else measures.cold_step(1, tables.beta2)
+        return min(limit, tables.row_clip or math.inf)
 
     def close(self):
         """Delete what was kept on disk."""
@@ -216,11 +239,14 @@ class Observer:
         self.seconds += time.perf_counter() - start
 
     def _read(self):
-        state = self.optimizer.tables.state
+        state, beta2 = self.optimizer.tables.state, self.beta2
+        self.bias_correction = beta2 * self.bias_correction + (1 - beta2)
+        largest = min(measures.cold_step(self.bias_correction, beta2), self.largest_step)
+        self.cold_updates += largest > COLD
         for path, record in self.tables.items():
-            record.add(self.probed.readings["tables"][path], state[path]["r"], self.history, self.updates)
+            record.add(self.probed.readings["tables"][path], state[path]["r"], beta2, self.history, self.updates)
         for path, rows in self.hidden.items():
-            rows.add(unit_rows(np.array(self.probed.readings["hidden"][path])))
+            rows.add(measures.unit_rows(np.array(self.probed.readings["hidden"][path])))
         if self.updates % self.every == 0:
             weights = dict(tree_flatten(self.model.trainable_parameters()))
             table_paths = {path: record.paths for path, record in self.tables.items()}

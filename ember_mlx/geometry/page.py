@@ -5,7 +5,7 @@ from html import escape
 
 from ember_mlx.finetune.summary import format_bytes
 from ember_mlx.geometry.sampling import MEMORY_SHARE
-from ember_mlx.geometry.verdict import NO, PARTLY, UNKNOWN, YES
+from ember_mlx.geometry.verdict import MATRICES, NO, PARTLY, UNKNOWN, YES
 from ember_mlx.plot_style import THEMES
 
 MARKS = {YES: "✓", PARTLY: "~", NO: "✗", UNKNOWN: "?"}
@@ -39,7 +39,8 @@ SECTIONS = {
         "How far does one update move a row?",
         "An update should move a row by about one learning rate (root mean square over the row). A row whose token was "
         "not seen for long has a small second moment and takes a larger step, up to about "
-        "sqrt((1 - beta2^t) / (1 - beta2)) learning rates: 31.6 in a long run, sqrt(t) in its beginning.",
+        "sqrt((1 - beta2^t) / (1 - beta2)) learning rates: sqrt(t) in the beginning of a run, and 31.6 in a long one "
+        "with beta2 = 0.999.",
     ),
 }
 
@@ -63,8 +64,9 @@ def html(found: dict, drawn: dict) -> str:
     )
     tables = "".join(_table(table) for table in found["tables"])
     summary = (
-        f"{escape(run['model'])}, {escape(run['data'])}: {run['updates']} updates, {run['loss_name'].lower()} "
-        f"{_number(run['loss_before'])} before, {_number(run['loss_after'])} after."
+        f"{run['updates']} updates at a table learning rate of {run['table_learning_rate']:.3g}; "
+        f"{run['loss_name'].lower()} {_number(run['loss_before'])} before, {_number(run['loss_after'])} after, "
+        "in nats a token."
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -78,6 +80,7 @@ def html(found: dict, drawn: dict) -> str:
 </style>
 </head>
 <body>
+<p class=small>Is Ember the right thing for {escape(run["model"])} on {escape(run["data"])}?</p>
 <h1>{escape(TITLES[judged["suits"]])}</h1>
 <p class=lead>{escape(judged["words"])}</p>
 <p class=small>{summary}</p>
@@ -102,7 +105,7 @@ code {{ background: {grid}55; }}"""
     )
     return f"""\
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ margin-bottom: 0; }} h2 {{ margin-top: 2.5rem; }}
+h1 {{ margin: 0; }} h2 {{ margin-top: 2.5rem; }}
 .lead {{ font-size: 1.2rem; margin-top: .5rem; }} .small {{ font-size: .9rem; }}
 img {{ width: 100%; max-width: 50rem; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .95rem; }}
@@ -143,11 +146,17 @@ def _table(table):
         f"<h2>Which rows moved: {escape(table['path'])}</h2>"
         f"<p>{escape(_shape(table))} In learning rates and of the row's own size, root mean squares over the row; all "
         "rows were looked at.</p>"
-        + _rows(["tokens", "rows", "moved by (median)", "of their size"], classes, numbers_from=1)
+        + _rows(
+            ["tokens", "rows", "moved by, learning rates (median)", "of their size (median)"], classes, numbers_from=1
+        )
         + "<h3>Moved most in all</h3>"
-        + _rows(["token", "class", "times in the text", "moved by", "of its size"], moved, numbers_from=2)
+        + _rows(
+            ["token", "class", "times in the text", "moved by, learning rates", "of its size"], moved, numbers_from=2
+        )
         + "<h3>Largest steps</h3>"
-        + _rows(["token", "class", "update", "last seen, in updates", "learning rates"], steps, numbers_from=2)
+        + _rows(
+            ["token", "class", "update", "last seen, in updates", "moved by, learning rates"], steps, numbers_from=2
+        )
     )
 
 
@@ -175,17 +184,20 @@ def _measured(found):
             f"columns in {one['rows_of_the_columns']} rows; paths of {one['rows_followed']} rows; in each step the "
             f"moves of {one['tokens_of_a_batch']} tokens.</li>"
         )
+    kind = MATRICES[found["hidden"]["kind"]]
     hidden = ", ".join(f"{one['rows']} of {one['path']}" for one in found["hidden"]["matrices"]) or "none trains here"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     peaks = f"{format_bytes(peak['with'])} with, {format_bytes(peak['without'])} without"
     return (
-        f"<ul>{tables}<li>Hidden rows: {escape(hidden)}.</li>"
+        f"<ul>{tables}<li>Rows of {kind}: {escape(hidden)}.</li>"
         f"<li>Memory: {format_bytes(memory['total'])}, {share:.1%} of the tables{small}. Peak of the first steps: "
         f"{peaks} measuring.</li>"
-        f"<li>Time: {clock:+.0%} a step by the clock, {cpu:+.0%} of CPU time, by the quickest of {cost['timed_steps']} "
-        f"steps with measuring and without; {cost['seconds_between_steps']:.1f} s between the steps in all.</li></ul>"
+        f"<li>Time: {clock:+.0%} a step by the clock, {cpu:+.0%} of CPU time, by the quickest of "
+        f"{cost['timed_updates']} updates with measuring and without; "
+        f"{cost['seconds_between_steps']:.1f} s between the steps in all.</li></ul>"
         "<p>Classes of tokens: the frequent ones make up the first half of the training text, the middle ones the next "
         "40 %, the rare ones the last 10 %.</p>"
+        "<p>The bounds of the verdict have reasons, but they were set with three runs in view, and none that fails.</p>"
         + _rows(["tokens", "how many", "share of the text", "were in a batch"], tokens, numbers_from=1)
         + f"<p class=small><code>{escape(found['command'])}</code><br>{escape(versions)}; "
         f"{escape(found['machine']['gpu'] or found['machine']['processor'])}, {escape(found['date'])}. The numbers are "

@@ -6,6 +6,7 @@ import numpy as np
 
 from ember_mlx.geometry.recorder import GAPS, NEW, OUTSIDE
 from ember_mlx.geometry.sampling import CLASSES
+from ember_mlx.geometry.verdict import MATRICES
 from ember_mlx.plot_style import MARKERS, save_light_and_dark
 
 ROW_HEIGHT, PANEL_HEIGHT, EXTRA_HEIGHT = 0.3, 0.5, 1.8  # inches
@@ -136,8 +137,8 @@ def _successive(found):
         # In an embedding the two are the same but for rows that rest.
         rows += [(f"{name}, seen again", table["gradients_when_seen_again"][name], None, 1) for name in CLASSES]
         panels.append((f"{table['path']} ({table['role']})", rows))
-    panels.append(("Hidden matrices", [("rows", found["hidden"]["successive_gradients"], None, 2)]))
-    legend = [(0, "from one step to the next"), (1, "from one sighting of the token to the next"), (2, "hidden rows")]
+    panels.append((_hidden_title(found), [("rows", found["hidden"]["successive_gradients"], None, 2)]))
+    legend = [(0, "from one step to the next"), (1, "from one sighting of the token to the next"), (2, "other rows")]
     options = {
         "title": "Does a row's gradient repeat the one before?",
         "label": f"cosine of successive gradients of a row (median, 10 % to 90 %; chance: ±{chance:.2f})",
@@ -156,8 +157,8 @@ def _paths(found):
         (f"{table['path']} ({table['role']})", [row(name, table["paths"][name], 0) for name in CLASSES])
         for table in found["tables"]
     ]
-    panels.append(("Hidden matrices", [row("rows", found["hidden"]["paths"], 2)]))
-    legend = [(0, "rows of the table"), (2, "hidden rows"), (None, "random walks with the same moves")]
+    panels.append((_hidden_title(found), [row("rows", found["hidden"]["paths"], 2)]))
+    legend = [(0, "rows of the table"), (2, "other rows"), (None, "random walks with the same moves")]
     options = {
         "title": "Does a token move along one line?",
         "label": "share of the path on one line, in % (median, 10 % to 90 %)",
@@ -165,6 +166,10 @@ def _paths(found):
         "legend": legend,
     }
     return panels, options
+
+
+def _hidden_title(found):
+    return MATRICES[found["hidden"]["kind"]].removeprefix("the ").capitalize()
 
 
 def _percent(shares):

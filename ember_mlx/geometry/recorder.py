@@ -14,9 +14,10 @@ MULTIPLES = np.geomspace(1e-3, 1e3, 241)  # of the learning rate; 40 bins to a f
 # Updates since the token was last in a batch; NEW: never before, OUTSIDE: it is not in this batch at all.
 GAPS = ("1", "2-3", "4-7", "8-15", "16-31", "32-63", "64 and more")
 NEW, OUTSIDE = "first time", "not in the batch"
+COLD = 10  # learning rates: a step that is ten times what the rate promises is worth knowing
 LARGEST_STEPS = 12
 ROWS_AT_ONCE = 8  # of a path, from the weights to the disk
-NOISE_DRAWS = 50
+NOISE_DRAWS = 500
 WALK_DRAWS = 20
 LEAST_MOVES = 3  # a path of one or two moves lies on a line or nearly, wherever it goes
 
@@ -122,22 +123,20 @@ class TableRecord:
         table (TokenTable): The table.
         sample (TableSample): What of it.
         classes (ndarray): Each token's frequency class.
-        beta2 (float): Ember's.
         weight (array): The table as it is at the start.
         folder (Path): For what is kept on disk.
     """
 
-    def __init__(self, table, sample, classes, beta2, weight, folder: Path):
+    def __init__(self, table, sample, classes, weight, folder: Path):
         self.table = table
         self.sample = sample
         self.classes = classes
-        self.beta2 = beta2
         columns = table.shape[1]
         groups = classes[sample.rows]
         self.dense_rows = np.zeros((len(sample.rows), columns), np.float32)
         self.dense_block = np.zeros((len(sample.block_rows), len(sample.block_columns)), np.float32)
-        self.row_squares = measures.SquaresSeen(len(sample.rows), beta2)
-        self.block_squares = measures.SquaresSeen(len(sample.block_rows), beta2)
+        self.row_squares = measures.SquaresSeen(len(sample.rows))
+        self.block_squares = measures.SquaresSeen(len(sample.block_rows))
         self.block_r = np.zeros(len(sample.block_rows))
         self.successive = GradientRows(groups, CLASSES, (len(sample.rows), columns))
         self.seen_again = GradientRows(groups, CLASSES, (len(sample.rows), columns))
@@ -162,22 +161,23 @@ class TableRecord:
         # A batch of few tokens leaves places, which others take.
         return np.array([*chosen, *rng.integers(0, self.table.shape[0], number - len(chosen))], np.int32)
 
-    def add(self, reading, r, history, update):
+    def add(self, reading, r, beta2, history, update):
         """Take in what a step left.
 
         Args:
             reading (dict): Of :class:`~ember_mlx.geometry.probe.ProbedOptimizer`.
             r (array): Ember's second moment of the rows, (V,).
+            beta2 (float): Ember's, of this step.
             history (TokenHistory): As it was before this step, its batch pending.
             update (int): The number of this update, from 1.
         """
         g = np.array(reading["rows"])
-        measures.update_dense_second_moment(self.dense_rows, g, self.beta2)
-        measures.update_dense_second_moment(self.dense_block, np.array(reading["block"]), self.beta2)
-        self.row_squares.add(np.square(g, dtype=np.float64).mean(axis=1))
+        measures.update_dense_second_moment(self.dense_rows, g, beta2)
+        measures.update_dense_second_moment(self.dense_block, np.array(reading["block"]), beta2)
+        self.row_squares.add(np.square(g, dtype=np.float64).mean(axis=1), beta2)
         r = np.array(r[mx.array(self.sample.block_rows)], np.float64)
         # What Ember was given for these rows: its moment, solved for the mean square of this step.
-        self.block_squares.add(np.maximum(r - self.beta2 * self.block_r, 0) / (1 - self.beta2))
+        self.block_squares.add(np.maximum(r - beta2 * self.block_r, 0) / (1 - beta2), beta2)
         self.block_r = r
         directions = measures.unit_rows(g)
         self.successive.add(directions)
@@ -224,6 +224,8 @@ class TableRecord:
         return above / max(sum(self.batch_tokens.values()), 1)
 
     def _add_steps(self, tokens, moved, history, update):
+        if not np.isfinite(moved).all():
+            return  # the learning rate is 0, as a warm-up may begin
         for gap, number in zip(*np.unique(_gaps(history, history.pending, update), return_counts=True), strict=True):
             self.batch_tokens[gap] += int(number)
         tokens, first = np.unique(tokens, return_index=True)
@@ -252,7 +254,7 @@ def _errors(errors, dense, squares, of_class, rng):
     if not found["count"]:
         return found
     counts = counts[np.isfinite(errors).any(axis=1) & (counts > 0)]
-    noise = measures.summary(measures.noise_of_dense(counts, NOISE_DRAWS * 10, rng).ravel())
+    noise = measures.summary(measures.noise_of_dense(counts, NOISE_DRAWS, rng).ravel())
     logs = np.log(dense[of_class], where=np.isfinite(errors), out=np.full(errors.shape, np.nan))
     spread = np.nanvar(logs)
     return found | {

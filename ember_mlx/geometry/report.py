@@ -5,12 +5,13 @@ import math
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
 from ember_mlx.geometry import measures, verdict
+from ember_mlx.geometry.recorder import COLD
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.parity.environment import environment
 
 ROWS_TOLD = 12
-COLD = 10  # learning rates: a step that is ten times what the rate promises is worth knowing
 
 
 def build(observer, result, timed, tokenizer, command: str) -> dict:
@@ -19,7 +20,7 @@ def build(observer, result, timed, tokenizer, command: str) -> dict:
     Args:
         observer (Observer): Of a run that is over.
         result (Result): What came of it.
-        timed (tuple): Of the same run's first steps without measuring, the seconds a position of each, and the peak
+        timed (tuple): Of the same run's first updates without measuring, the seconds a position of each, and the peak
             memory in bytes.
         tokenizer: Has ``decode``.
         command (str): What the user typed.
@@ -36,12 +37,15 @@ def build(observer, result, timed, tokenizer, command: str) -> dict:
             "left_out": observer.nonfinite,
             "batch_size": args.batch_size,
             "fine_tune_type": args.fine_tune_type,
-            "table_learning_rate": args.table_learning_rate,
-            "beta2": observer.optimizer.tables.beta2,
+            "table_learning_rate": _learning_rate(args),
+            "beta2": observer.beta2,
+            "largest_step": observer.largest_step,
+            "cold_updates": observer.cold_updates,
             "seed": args.seed,
             "loss_name": result.loss_name,
             "loss_before": result.loss_before,
             "loss_after": result.loss_after,
+            "peak_memory": result.peak_memory,
         },
         "tokens": _tokens(observer),
         "tables": [_table(record, observer, tokenizer, rng) for record in observer.tables.values()],
@@ -57,6 +61,12 @@ def in_words(found: dict) -> str:
     lines = [judged["words"], ""]
     lines += [f"- {finding['claim']}: {finding['answer']}. {finding['words']}" for finding in judged["findings"]]
     return "\n".join(lines)
+
+
+def _learning_rate(args):
+    """The tables'; of a schedule, its peak."""
+    rate = table_learning_rate(args)
+    return peak(rate, args.iters) if callable(rate) else rate
 
 
 def _tokens(observer):
@@ -75,7 +85,7 @@ def _tokens(observer):
 def _table(record, observer, tokenizer, rng):
     table, sample = record.table, record.sample
     state = observer.optimizer.tables.state[table.path]
-    rate = observer.args.table_learning_rate
+    rate = _learning_rate(observer.args)
     rows_moved, row_sizes = record.rows_moved(dict(tree_flatten(observer.model.trainable_parameters()))[table.path])
     most = np.argsort(-rows_moved)[:ROWS_TOLD]
     classes = observer.classes[: len(rows_moved)]
@@ -137,6 +147,7 @@ def _hidden(observer, rng):
         together.counts += histogram.counts
     paths = [path for weights in observer.hidden_paths.values() for path in weights.shares(rng)]
     return {
+        "kind": "hidden" if observer.args.fine_tune_type == "full" else "adapter",
         "matrices": [
             {"path": path, "columns": rows.before.shape[1], "rows": rows.before.shape[0]}
             for path, rows in observer.hidden.items()
@@ -167,7 +178,7 @@ def _path_summary(rows):
 def _cost(observer, timed):
     memory = observer.memory()
     without, peak_without = timed
-    # The quickest step of either, with the same batches: compiling, and whatever else the machine does, only adds.
+    # The quickest update of either, with the same batches: compiling, and whatever else the machine does, only adds.
     fastest, fastest_without = observer.watch.seconds_a_position().min(axis=0), without.min(axis=0)
     clock, cpu = (fastest / fastest_without - 1).tolist()
     return {
@@ -175,7 +186,7 @@ def _cost(observer, timed):
         "peak_memory": {"without": peak_without, "with": observer.watch.peak_memory},
         "seconds_a_position": {"without": float(fastest_without[0]), "with": float(fastest[0])},
         "extra_time": {"clock": clock, "cpu": cpu},
-        "timed_steps": len(without),
+        "timed_updates": len(without),
         "seconds_between_steps": observer.seconds,
     }
 

@@ -20,10 +20,14 @@ from ember_mlx.finetune.saving import Saving
 
 SECOND, THIRD = 2 * SAVE_EVERY, 3 * SAVE_EVERY
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# Of one save
-LOST = "not saved and said so, the one of before loads"
 SAVED = "saved all the same, and loads"
-CHECKPOINT_ALONE = "the checkpoint saved and loads, the adapter not and said so"
+# Of one save that said that something is missing: whether its checkpoint is there, and its adapter
+SAID = {
+    (False, False): "not saved and said so, the one of before loads",
+    (True, False): "the checkpoint saved and loads, the adapter not and said so",
+    (False, True): "the adapter saved, the checkpoint not and said so, the one of before loads",
+    (True, True): "saved and loads, but not all flushed to the disk and said so",
+}
 # Of a run
 WENT_ON = "not saved and said so, the one of before loads, the next save took all"
 GAVE_UP = "nothing could be saved any more and the run said so, the one of before loads"
@@ -42,7 +46,7 @@ def disk(folder: Path, runs: int, rng: random.Random, tell, kinds=("lora", "full
         for number, (name, for_good, outcome) in enumerate(outcomes):
             what = f"one save, {'full from a call on' if for_good else 'one call refused'}"
             counts[f"{what}: {outcome}"] += 1
-            if outcome not in (LOST, SAVED, CHECKPOINT_ALONE):
+            if outcome not in (SAVED, *SAID.values()):
                 broken.append(f"{kind}, {what}, {number % len(calls_of[kind]) + 1}, {name}: {outcome}")
                 tell(broken[-1])
     tell(str(dict(counts)))
@@ -113,18 +117,19 @@ def _each_call_refused(saving, steps_done, position):
     shutil.rmtree(before)
 
 
-def _of_one_save(saving, saved, said, expected, step):
+def _of_one_save(saving, adapter_saved, said, expected, step):
     told = []
     found = checkpoints.find(saving.folder, True, told.append)
     if told:
         return f"a damaged checkpoint was left: {told}"
-    if found.position.step != step and contents(found) != expected:
+    checkpoint_saved = found.position.step == step
+    if not checkpoint_saved and contents(found) != expected:
         return "the one of before loads wrong"
-    if saved:
-        return SAVED if found.position.step == step else "not saved, and nothing said"
-    if "not saved" not in said or saving.newest.name not in said:
+    if "not saved" not in said:
+        return SAVED if checkpoint_saved and adapter_saved else "not saved, and nothing said"
+    if saving.newest.name not in said:
         return f"said of it: {said}"
-    return CHECKPOINT_ALONE if found.position.step == step else LOST
+    return SAID[checkpoint_saved, adapter_saved]
 
 
 def _run_refused(folder, kind, calls):

@@ -240,12 +240,11 @@ def saving(folder: Path, runs: int, rng: random.Random, tell):
     for number in range(runs):
         words = _train_options(folder / "demo", "Ember")
         words[words.index("--adapter-path") + 1] = str(folder / f"saved {number}")
-        took, restore = Counter(), [_timed(Saving, "save"), _timed(Batches, "_mark")]
+        timed = [_timed(Saving, "save"), _timed(Batches, "_mark")]
         start = time.perf_counter()
         train(words)
         wall = time.perf_counter() - start
-        took = {name: undo() for name, undo in zip(("saves", "positions"), restore, strict=True)}
-        saves, positions = took["saves"], took["positions"]
+        saves, positions = (undo() for undo in timed)
         # A step as the loop makes it, from one of its batches to the next; the first ones compile.
         step = sorted(b - a for (a, _), (b, _) in pairwise(positions[2:]))
         step = step[len(step) // 2]

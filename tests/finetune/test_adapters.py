@@ -213,6 +213,10 @@ def test_the_pair_of_an_earlier_step_and_an_adapter_without_ids_load(parse, fold
         run(parse("--resume-adapter-file", files[0], adapter="second"))
     shutil.copy(folder / f"0000001_{adapters.ADAPTERS}", files[0])
     load(folders["untied"], adapter_path=folder)
+    for name in ("best.safetensors", f"best_{adapters.ADAPTERS}"):
+        alone = shutil.copy(files[0], tmp_path / name)
+        with pytest.raises(InputError, match=f"the token tables that were saved with {name} are not there"):
+            run(parse("--resume-adapter-file", alone, adapter="second"))
     for file in files:
         arrays = mx.load(str(file))
         mx.eval(arrays)

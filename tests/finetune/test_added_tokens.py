@@ -12,7 +12,7 @@ from tokenizers import normalizers
 
 from ember_mlx import InputError, cli, load
 from ember_mlx.finetune.adapters import load_base
-from ember_mlx.finetune.added_tokens import add_tokens
+from ember_mlx.finetune.added_tokens import add_tokens, read_tokens
 from ember_mlx.finetune.run import run
 
 TOKENS = ["number", "日本語", "is it"]
@@ -78,6 +78,11 @@ def test_new_rows_start_at_the_mean_of_the_pieces_and_no_other_row_moves(parse, 
         for i, token in enumerate(TOKENS):
             mean = old[path][mx.array(ids(tokenizer, token))].mean(axis=0)
             assert mx.allclose(table[260 + i], mean, atol=1e-6)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_token(tokens):
+    tokens.write_bytes("\ufeffnumber\r\nis it\r\n".encode())
+    assert read_tokens(tokens) == [("number", False), ("is it", False)]
 
 
 def test_the_bias_of_a_head_grows_too(folders):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,27 +151,34 @@ class OneFailure(FullDisk):
             raise self.error
 
 
+OLD, NEW = (6, 4), (3, 3)
+
+
 @pytest.mark.parametrize("breaks", [FullDisk, OneFailure, Killed])
-def test_while_one_of_the_same_step_is_replaced_one_of_the_two_can_be_read(tmp_path, breaks):
-    failures, shapes = 0, set()
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_while_a_run_is_replaced_either_it_or_the_new_one_is_gone_on_from(tmp_path, breaks, goes_back):
+    before = Checkpoints(tmp_path / "before", keep=3)
+    first, *_ = (save(before, step, OLD).name for step in (1, 2, 3))
+    failures, seen = 0, []
     while True:
-        folder = tmp_path / str(failures)
-        folder.mkdir()
-        save(Checkpoints(folder, keep=1), 2)
+        folder = shutil.copytree(tmp_path / "before", tmp_path / str(failures))
+        store = Checkpoints(folder, keep=3, resumed=folder / "checkpoints" / first if goes_back else None)
         with pytest.MonkeyPatch.context() as monkeypatch:
             disk = breaks(monkeypatch, failures)
             with suppress(OSError, KeyboardInterrupt):
-                save(Checkpoints(folder, keep=1), 2, shape=(3, 3))
+                save(store, 2, NEW)
         found = checkpoints.find(folder, True, tell=pytest.fail)
-        shapes.add(found.weights["w"].shape)
+        outcome = found.position.step, found.weights["w"].shape
+        seen += [outcome] if outcome not in seen[-1:] else []
         if breaks is OneFailure:
-            assert found.folder.name == "step-0000002"
-        save(Checkpoints(folder, keep=1, resumed=found.folder), 3)  # goes on, and leaves nothing of it
-        assert names(folder) == ["step-0000003"]
+            assert found.folder.name == f"step-{outcome[0]:07d}"  # what stepped aside is back
+        save(Checkpoints(folder, keep=1, resumed=found.folder), 4)  # goes on, and leaves nothing of it
+        assert names(folder) == ["step-0000004"]
         if disk.left >= 0:
             break
         failures += 1
-    assert shapes == {(6, 4), (3, 3)}
+    between = [(1, OLD)] if goes_back and breaks is not OneFailure else []
+    assert seen == [(3, OLD), *between, (2, NEW)]
     assert failures > 15
 
 
@@ -233,9 +241,9 @@ def test_a_run_on_a_full_disk_goes_on_and_says_so_and_ends_well_if_there_is_spac
 
     run(parse("--iters", 6, "--save-every", 2), Fills())
     said = " ".join(capsys.readouterr().out.split())
-    assert "not saved step 4 (File exists); " in said
+    assert "not saved checkpoint of step 4 (File exists); " in said
     assert "step-0000002 is as it was" in said
-    assert "Not saved on the way: step 4 (File exists). The last save is whole." in said
+    assert "Not saved: checkpoint of step 4 (File exists). What was trained is saved." in said
     assert names(tmp_path / "adapters") == ["step-0000002", "step-0000006"]
 
 
@@ -244,8 +252,17 @@ def test_when_what_was_trained_cannot_be_saved_the_run_says_so_and_fails(parse, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(durable, "write_arrays", full)
-    with pytest.raises(InputError, match=r"what was trained could not be saved: step 3 \(No space left on device\)"):
+    with pytest.raises(
+        InputError, match=r"what was trained could not be saved: adapter of step 3 \(No space left on device\)"
+    ):
         run(parse())
+
+
+def test_an_adapter_is_saved_where_there_is_no_room_for_a_checkpoint(parse, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Checkpoints, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    run(parse())
+    assert "checkpoint of step 3 (No space left on device); there is no checkpoint to go" in capsys.readouterr().out
+    assert (tmp_path / "adapters" / "adapters.safetensors").exists()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(parse, tmp_path, monkeypatch):

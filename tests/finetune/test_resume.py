@@ -201,6 +201,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_when_asked_for_refused(parse, t
     (newest / "weights.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match="step-0000004: weights.safetensors is damaged.*newest good one is .*0000002"):
         run(parse("--iters", 4, "--resume", newest))
+    with pytest.raises(InputError, match="newest good one is .*adapters/checkpoints/step-0000002"):
+        run(parse("--iters", 4, "--resume", newest, adapter="branch"))
     run(parse("--iters", 5, "--resume"))
     said = capsys.readouterr().out
     assert "Passed over: checkpoint" in said

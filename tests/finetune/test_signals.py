@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is finished, the run saved, and the second signal waits for nothing."""
+"""Ctrl-C, SIGTERM and SIGHUP: the step is finished, the run saved, and the second signal waits for nothing."""
 
 import os
 import shlex
@@ -14,7 +14,7 @@ from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.loop import train_from
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
-from ember_mlx.finetune.stop_signals import Interrupted, StopSignals
+from ember_mlx.finetune.stop_signals import SIGNALS, Interrupted, StopSignals
 
 
 class Sends:
@@ -33,14 +33,14 @@ class Sends:
         pass
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(parse, tmp_path, number, code):
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(each) for each in SIGNALS]
     with pytest.raises(Interrupted, match="stopped at step 3; .*step-0000003 is saved, and --resume") as stopped:
         run(parse("--iters", 9), Sends(number))
     assert stopped.value.exit_code == code
     assert isinstance(stopped.value, KeyboardInterrupt)
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
     assert checkpoints.find(tmp_path / "adapters", True).position.step == 3
 
 
@@ -188,7 +188,7 @@ def test_the_printed_command_says_what_to_resume_in_the_place_of_what_was_said()
     assert options.command_to_resume(words, ["--resume", "new"]) == ["--iters", "9", "--seed", "1", "--resume", "new"]
 
 
-def test_the_second_signal_leaves_at_once_also_while_the_first_was_not_heard():
+def test_the_second_signal_but_for_sighup_leaves_at_once_also_while_the_first_was_not_heard():
     # The main thread is out of Python for minutes, as in a very long step of MLX.
     program = (
         "import hashlib\n"
@@ -201,7 +201,10 @@ def test_the_second_signal_leaves_at_once_also_while_the_first_was_not_heard():
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("SIGINT: finishing this step")
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr.readline().startswith("SIGHUP: finishing this step")
+    process.send_signal(signal.SIGHUP)  # as the shell does in a terminal that is closed
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130

@@ -11,7 +11,7 @@ import pytest
 from ember_mlx import InputError, cli
 from ember_mlx.finetune.run import run
 from ember_mlx.geometry import command
-from ember_mlx.geometry.observer import Observer
+from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Watch
 from ember_mlx.geometry.recorder import NEW, OUTSIDE, TokenHistory, WeightPaths
 
 RATE = ["--table-learning-rate", 1e-2, "--steps-per-eval", 100]
@@ -39,7 +39,13 @@ def test_a_run_that_is_measured_is_the_run_that_is_not(parse, tmp_path, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--grad-accumulation-steps", 2], ["--clip-grad-norm", 1e-3], ["--fine-tune-type", "full", "--num-layers", 0]],
+    [
+        [],
+        ["--grad-accumulation-steps", 2],
+        ["--clip-grad-norm", 1e-3],
+        ["--fine-tune-type", "full", "--num-layers", 0],
+        ["--table-beta2-decay", 0.8],
+    ],
 )
 def test_what_is_read_is_what_the_optimizer_was_given(parse, tmp_path, options):
     observer = observed(parse("--iters", 8, *RATE, *options, model="tied"), tmp_path)
@@ -56,6 +62,31 @@ def test_what_is_read_is_what_the_optimizer_was_given(parse, tmp_path, options):
     of_rows = record.dense_rows[of_both[0]][:, record.sample.block_columns]
     assert record.dense_block[of_both[1]] == pytest.approx(of_rows)
     assert observer.updates == (4 if "--grad-accumulation-steps" in options else 8)
+
+
+def test_large_steps_are_possible_from_the_update_on_that_the_second_moment_allows(parse, tmp_path, monkeypatch):
+    monkeypatch.setattr("ember_mlx.geometry.observer.COLD", 2.2)  # sqrt(5) is the first above
+    for options, cold, largest in (
+        ([], 4, 1000**0.5),
+        (["--table-row-clip", 2], 0, 2),
+        (["--table-beta2-decay", 0.8], 1, np.inf),  # 1 / (1 - beta2) = t^0.8 with a bias correction of about 1
+    ):
+        observer = observed(parse("--iters", 8, *RATE, *options, adapter=f"{largest}"), tmp_path)
+        assert observer.cold_updates == cold
+        assert observer.largest_step == pytest.approx(largest)
+
+
+def test_updates_are_timed_not_the_steps_of_which_they_are_made():
+    batches = [(mx.zeros((1, width)), None) for width in range(1, 41)]
+    times = iter(range(100))
+    watch = Watch(lambda loop: iter(batches), lambda batch: None, lambda: None, steps_an_update=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.perf_counter", lambda: next(times))
+        for _ in watch(loop=True):
+            pass
+    assert len(watch.began) == TIMED_UPDATES + 1
+    assert watch.positions[:2] == [1 + 2 + 3, 4 + 5 + 6]
+    assert watch.seconds_a_position()[0, 0] == pytest.approx(1 / (4 + 5 + 6))
 
 
 def test_moves_are_those_of_the_weights(parse, tmp_path):
@@ -127,6 +158,20 @@ def test_the_report_is_whole_and_loads_nothing(folders, tmp_path, capsys):
     assert "<code>&#x27;" in page  # text of tokens, as Python writes it
     with pytest.raises(InputError, match="holds another report; give another folder, or --overwrite"):
         command.main(words(folders, out))
+
+
+def test_a_rate_on_a_schedule_that_begins_at_0_and_a_beta2_on_one_are_reported(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.pictures, "draw_all", lambda found, folder: {})
+    schedule = {"name": "cosine_decay", "arguments": [4e-3, 16], "warmup": 4, "warmup_init": 0.0}
+    (tmp_path / "options.yaml").write_text(json.dumps({"table_lr_schedule": schedule}))
+    options = ["--table-learning-rate", 0, "--table-beta2-decay", 0.8, "--config", tmp_path / "options.yaml"]
+    command.main(words(folders, tmp_path / "out", *options))
+    found = json.loads((tmp_path / "out" / "geometry.json").read_text())
+    assert found["run"]["table_learning_rate"] == pytest.approx(4e-3, rel=0.1)
+    assert found["run"]["beta2"] == pytest.approx(1 - 16**-0.8)
+    for table in found["tables"]:
+        assert all(row["learning_rates"] < 32 for row in table["largest_steps"] + table["rows_moved_most"])
+    assert "None" not in (tmp_path / "out" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,9 @@ def test_where_nothing_was_seen_there_is_no_error():
 
 
 def test_one_large_gradient_among_small_ones_counts_as_one():
-    seen = measures.SquaresSeen(2, beta2=1.0)
+    seen = measures.SquaresSeen(2)
     for step in range(10):
-        seen.add(np.array([1.0, 1.0 if step == 3 else 1e-6]))
+        seen.add(np.array([1.0, 1.0 if step == 3 else 1e-6]), beta2=1 - 1e-6)
     assert seen.count() == pytest.approx([10, 1], rel=1e-3)
 
 

@@ -27,14 +27,16 @@ def numbers():
         "steps_above_cold": {"learning_rates": 10, "share": 0.001},
         "largest_steps": [{"learning_rates": 12.0, "text": "' the'"}],
     }
-    return {"tables": [table], "hidden": {"successive_gradients": spread(0.1), "paths": path}}
+    hidden = {"kind": "hidden", "successive_gradients": spread(0.1), "paths": path}
+    run = {"updates": 300, "cold_updates": 195, "largest_step": 31.6, "peak_memory": 10**9}
+    return {"tables": [table], "hidden": hidden, "run": run}
 
 
 def test_what_is_as_the_paper_has_it_suits():
     judged = verdict.judge(numbers())
     assert [finding["answer"] for finding in judged["findings"]] == ["yes"] * 4
     assert judged["suits"] == "yes"
-    assert "saves 5.97 kB" in judged["words"]  # (2 x 100 x 8 - 108) x 4 bytes
+    assert "saves 5.97 kB of state; the peak memory of this run was 1.00 GB" in judged["words"]  # (1600 - 108) x 4
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,25 @@ def test_what_is_not_is_told_with_its_numbers(name, change, answer, suits, words
     assert judged["findings"][place]["answer"] == answer
     assert judged["suits"] == suits
     assert words in judged["words"] + judged["findings"][place]["words"]
+
+
+@pytest.mark.parametrize(
+    ("run", "answer"),
+    [
+        ({"updates": 120, "cold_updates": 15}, "cannot be told"),
+        ({"updates": 120, "cold_updates": 0, "largest_step": 9.99}, "yes"),  # beta2 = 0.99 or row_clip allow none
+        ({"updates": 120, "cold_updates": 60}, "yes"),
+    ],
+)
+def test_a_run_too_short_for_large_steps_does_not_show_that_there_are_none(run, answer):
+    given = numbers()
+    given["run"] |= run
+    judged = verdict.judge(given)
+    assert judged["findings"][3]["answer"] == answer
+    assert judged["suits"] == "yes"
+    assert ("too short to tell" in judged["words"]) == (answer == "cannot be told")
+    given["tables"][0]["steps_above_cold"]["share"] = 0.02  # but those that there are count
+    assert verdict.judge(given)["findings"][3]["answer"] == "no"
 
 
 @pytest.mark.parametrize("name", ["second_moment", "gradients_when_seen_again"])
