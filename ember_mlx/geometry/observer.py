@@ -167,7 +167,7 @@ class Observer:
         return tables.state["beta2"].item() if callable(tables.beta2) else tables.beta2
 
     @property
-    def largest_step(self) -> float:
+    def step_limit(self) -> float:
         """About how many learning rates the step of a row may be in a long run; infinite for a schedule of beta2."""
         tables = self.optimizer.tables
         limit = math.inf if callable(tables.beta2) else measures.cold_step(1, tables.beta2)
@@ -241,7 +241,7 @@ class Observer:
     def _read(self):
         state, beta2 = self.optimizer.tables.state, self.beta2
         self.bias_correction = beta2 * self.bias_correction + (1 - beta2)
-        largest = min(measures.cold_step(self.bias_correction, beta2), self.largest_step)
+        largest = min(measures.cold_step(self.bias_correction, beta2), self.step_limit)
         self.cold_updates += largest > COLD
         for path, record in self.tables.items():
             record.add(self.probed.readings["tables"][path], state[path]["r"], beta2, self.history, self.updates)

@@ -11,7 +11,7 @@ from ember_mlx.plot_style import THEMES
 MARKS = {YES: "✓", PARTLY: "~", NO: "✗", UNKNOWN: "?"}
 TITLES = {
     YES: "Ember suits",
-    PARTLY: "Ember suits, with care",
+    PARTLY: "Ember may suit: compare first",
     NO: "Ember does not suit",
     UNKNOWN: "Not enough to tell",
 }

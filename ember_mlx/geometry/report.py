@@ -39,7 +39,7 @@ def build(observer, result, timed, tokenizer, command: str) -> dict:
             "fine_tune_type": args.fine_tune_type,
             "table_learning_rate": _learning_rate(args),
             "beta2": observer.beta2,
-            "largest_step": observer.largest_step,
+            "step_limit": observer.step_limit,
             "cold_updates": observer.cold_updates,
             "seed": args.seed,
             "loss_name": result.loss_name,

@@ -54,16 +54,16 @@ def judge(numbers: dict) -> dict:
         suits, words = UNKNOWN, "Whether Ember suits cannot be told from this run: see what is missing below."
     elif rank == NO:
         suits = NO
-        words = f"Ember does not suit this run: the second moment of a table is not of rank one here. {COMPARE} {price}"
+        words = f"Ember does not suit this run: the second moment of a table is not of rank one here. {price} {COMPARE}"
     elif rank == PARTLY or NO in (correlation, step):
         reasons = {
             "its second moment is only roughly that of a dense one": rank == PARTLY,
-            "the gradients of a token are alike each time, and that they are not is the paper's reason to go without a "
-            "first moment": correlation == NO,
+            "the gradients of a token are alike each time, where the paper goes without a first moment because they "
+            "are not": correlation == NO,
             "some steps are far larger than the learning rate": step == NO,
         }
         why = ", and ".join(reason for reason, holds in reasons.items() if holds)
-        suits, words = PARTLY, f"Ember suits this run, with care: {why}. {COMPARE} {price}"
+        suits, words = PARTLY, f"Ember may suit this run, but {why}. {price} {COMPARE}"
     else:
         limits = " How large the steps of rare tokens get, it was too short to tell." if step == UNKNOWN else ""
         words = (
@@ -198,7 +198,7 @@ def steps(tables, run):
     )
     answer = YES if cold["share"] <= COLD_SHARE else NO
     could = run["cold_updates"]
-    if answer == YES and run["largest_step"] > cold["learning_rates"] and could < LEAST_COLD_UPDATES * run["updates"]:
+    if answer == YES and run["step_limit"] > cold["learning_rates"] and could < LEAST_COLD_UPDATES * run["updates"]:
         answer = UNKNOWN
         words += (
             f" But {run['updates'] - could} of the {run['updates']} updates came too early for such steps to be "

@@ -73,7 +73,7 @@ def test_large_steps_are_possible_from_the_update_on_that_the_second_moment_allo
     ):
         observer = observed(parse("--iters", 8, *RATE, *options, adapter=f"{largest}"), tmp_path)
         assert observer.cold_updates == cold
-        assert observer.largest_step == pytest.approx(largest)
+        assert observer.step_limit == pytest.approx(largest)
 
 
 def test_updates_are_timed_not_the_steps_of_which_they_are_made():

@@ -28,7 +28,7 @@ def numbers():
         "largest_steps": [{"learning_rates": 12.0, "text": "' the'"}],
     }
     hidden = {"kind": "hidden", "successive_gradients": spread(0.1), "paths": path}
-    run = {"updates": 300, "cold_updates": 195, "largest_step": 31.6, "peak_memory": 10**9}
+    run = {"updates": 300, "cold_updates": 195, "step_limit": 31.6, "peak_memory": 10**9}
     return {"tables": [table], "hidden": hidden, "run": run}
 
 
@@ -77,7 +77,7 @@ def test_what_is_not_is_told_with_its_numbers(name, change, answer, suits, words
     ("run", "answer"),
     [
         ({"updates": 120, "cold_updates": 15}, "cannot be told"),
-        ({"updates": 120, "cold_updates": 0, "largest_step": 9.99}, "yes"),  # beta2 = 0.99 or row_clip allow none
+        ({"updates": 120, "cold_updates": 0, "step_limit": 9.99}, "yes"),  # beta2 = 0.99 or row_clip allow none
         ({"updates": 120, "cold_updates": 60}, "yes"),
     ],
 )
