@@ -1,6 +1,8 @@
 """What the Embers of both frameworks ask of their options beyond ranges of numbers; needs neither framework."""
 
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from numbers import Real
 
@@ -9,10 +11,19 @@ import numpy as np
 from ember_mlx.errors import InputError
 from ember_mlx.parity.tolerances import SMALLEST_NORMAL, unit_in_the_last_place
 
-__all__ = ["SAMPLE", "STEPS_TO_LOOK_AT", "check_beta2_schedule", "check_rounding", "check_row_clip", "rounding_warning"]
+__all__ = [
+    "SAMPLE",
+    "STEPS_TO_LOOK_AT",
+    "check_beta2_schedule",
+    "check_rounding",
+    "check_row_clip",
+    "rounding_warning",
+    "warn",
+]
 
 ROUNDINGS = ("nearest", "stochastic")
 SAMPLE = 2**18  # elements of a table, about, that are looked at
+LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
 
 
@@ -65,7 +76,15 @@ def rounding_warning(
         return None
     return (
         f'Ember(rounding="nearest"): a step of the learning rate {rate:.3g} is rounded away in {share:.0%} of the '
-        f"elements of {name}, which are {dtype} and of the usual size {np.median(np.abs(values)):.2g}: they do not "
-        'change at all. Use rounding="stochastic" (--table-rounding stochastic), which keeps steps on average, or a '
-        f"learning rate of at least {np.median(needed):.2g}, at which half of them change"
+        f"elements of {name}, which are {dtype} and of the usual size {np.median(np.abs(values)):.2g}: such a step "
+        'leaves them as they are. Use rounding="stochastic" (--table-rounding stochastic), which keeps steps on '
+        f"average, or a learning rate of at least {np.median(needed):.2g}, at which half of them change"
     )
+
+
+def warn(message: str):
+    """Warn at the line of the user's own code that led here, through whichever of the libraries."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -1,12 +1,16 @@
 """What both Embers say of rounding and of schedules, here through MLX's."""
 
+import subprocess
+import sys
 import warnings
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from ember_mlx import Ember, InputError
+from ember_mlx import Ember, InputError, PairedOptimizer
 from ember_mlx.option_checks import check_beta2_schedule, rounding_warning
 
 
@@ -54,6 +58,30 @@ def test_a_schedule_that_stays_too_low_is_warned_about_and_so_is_an_optimizer_th
     optimizer = Ember(lambda step: 1e-6)
     (message,) = heard(lambda: optimizer.apply_gradients(w, w))
     assert "1e-06" in message
+
+
+def test_the_warning_points_at_the_users_own_line_through_all_that_makes_optimizers():
+    model = nn.Module()
+    model.embed_tokens = nn.Embedding(64, 32)
+    model.norm = nn.RMSNorm(32)
+    model.set_dtype(mx.bfloat16)
+    calls = [
+        lambda: Ember(1e-5).init(table()),
+        lambda: Ember(1e-5).apply_gradients(table(), table()),
+        lambda: Ember(1e-5).update(model, {"embed_tokens": {"weight": model.embed_tokens.weight}}),
+        lambda: PairedOptimizer(model, tables=Ember(1e-5), rest=optim.SGD(1e-3)),
+    ]
+    for call in calls:
+        with pytest.warns(UserWarning, match="rounded away") as heard_of:
+            call()
+        (one,) = heard_of
+        assert (one.filename, one.lineno) == (__file__, call.__code__.co_firstlineno)
+
+
+def test_on_the_command_line_a_warning_is_one_line():
+    program = "import warnings; from ember_mlx import cli; cli._run('train', lambda _: warnings.warn('mind this'), [])"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert said.stderr == "ember-mlx train: warning: mind this\n"
 
 
 def test_inside_a_compiled_step_nothing_is_said_and_nothing_fails():

@@ -15,7 +15,6 @@ The functions are those of ``ember_mlx/optimizers/ember.py``, line against line.
 """
 
 import math
-import warnings
 
 import torch
 from torch.optim import Optimizer
@@ -41,13 +40,15 @@ from cuda_ref.optimizers.stochastic_rounding import (
     table_seed,
 )
 from ember_mlx.errors import InputError
-from ember_mlx.option_checks import check_rounding, check_row_clip
+from ember_mlx.option_checks import check_rounding, check_row_clip, warn
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
-# A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6. A quarter of MLX's blocks:
-# about 8 float32 copies of one are alive at a time here, which is under a table from 8,000 rows on.
-ROWS_PER_BLOCK = 1024
+# A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
+ROWS_PER_BLOCK = 4096
+# A GPU wants few and large blocks: each operation on one is a kernel to launch. 4 float32 copies of a block are alive
+# together, 8 to 12 with stochastic rounding: of one block in 32 that is a quarter of a 16-bit table, a half to 3/4.
+MOST_BLOCKS, FEWEST_ROWS = 32, 1024
 
 
 def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None, shards=None):
@@ -67,7 +68,7 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
         shards (RowShards, optional): Of a table whose rows lie on several ranks; ``w``, ``g``, ``r`` are this rank's.
 
     Returns:
-        ``w``, overwritten block by block, so that no second table is needed, and the new ``r`` and ``c``.
+        ``w``, overwritten, and the new ``r`` and ``c``.
     """
     row_mean, column_mean = mean_squares(g)
     if shards is not None:
@@ -76,13 +77,9 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
     c = update_second_moment(c, column_mean, beta2)
     q = bias_correction(t, beta2) if q is None else q
     a, b = denominator_factors(r, c, q, row_mean, row_clip)
-    row_keys = None
-    if seed is not None and w.dtype in DROPPED_BITS:
-        row_keys, column_keys = bit_keys(seed, t, *w.shape, first_row=0 if shards is None else shards.first_row)
-    for rows in blocks(w):
-        keys = None if row_keys is None else (row_keys[rows], column_keys)
-        w[rows] = update_table(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay, keys)
-    return w, r, c
+    first_row = 0 if shards is None else shards.first_row
+    keys = bit_keys(seed, t, *w.shape, first_row) if seed is not None and w.dtype in DROPPED_BITS else None
+    return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
 def mean_squares(g):
@@ -117,6 +114,14 @@ def denominator_factors(r, c, q, row_mean, row_clip):
 
 
 def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+    """The table, overwritten block by block, so that no second one is needed."""
+    for rows in blocks(w):
+        block_keys = None if keys is None else (keys[0][rows], keys[1])
+        w[rows] = update_rows(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay, block_keys)
+    return w
+
+
+def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
     update = g.to(torch.float32) / (a[:, None] * b + eps)
@@ -124,10 +129,10 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new.to(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table, block=ROWS_PER_BLOCK):
+def blocks(table):
     """Slices of its rows, so that their float32 copies stay small. A compiled step makes no copies and needs none."""
     rows = len(table)
-    block = rows if torch.compiler.is_compiling() else block
+    block = rows if torch.compiler.is_compiling() else max(FEWEST_ROWS, min(ROWS_PER_BLOCK, rows // MOST_BLOCKS))
     return [slice(first, first + block) for first in range(0, rows, block)] or [slice(0)]
 
 
@@ -145,7 +150,8 @@ class Ember(Optimizer):
             float32 number, ``torch.tensor(1e-3)``, on the CPU or where the tables are.
         beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule: it gets the number
             of steps done, a float32 tensor beside the table, and returns the value for the next one. Adafactor's is
-            ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
+            ``lambda step: 1 - (step + 1) ** -0.8``. In a CUDA graph it must be made of operations on that tensor: a
+            Python number would be that of the capture for ever. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
@@ -154,7 +160,8 @@ class Ember(Optimizer):
             beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
         rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
             between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
-        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. Default: ``0``.
+        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
+            of its tables bits of their own; two optimizers in one run need two seeds for that. Default: ``0``.
         implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
             the kernels where a table is on a CUDA device and Triton is installed. Default: ``"auto"``.
         row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: every table given is this rank's slice
@@ -226,7 +233,7 @@ class Ember(Optimizer):
             raise
         if not self._warned and (found := warning_of(group, self.rounding)):
             self._warned = True
-            warnings.warn(found, UserWarning, stacklevel=4)
+            warn(found)
 
     @torch.no_grad()
     def step(self, closure=None):

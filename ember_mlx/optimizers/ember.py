@@ -15,16 +15,13 @@ It is Adafactor's factored second moment with Adam's constant beta2 and bias cor
 
 import itertools
 import math
-import warnings
-from functools import partial
 
 import mlx.core as mx
-import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
-from ember_mlx.errors import InputError
+from ember_mlx.optimizers.checks import check_number, check_parameters, check_state, warning_of
 from ember_mlx.optimizers.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -32,14 +29,7 @@ from ember_mlx.optimizers.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
-from ember_mlx.option_checks import (
-    SAMPLE,
-    STEPS_TO_LOOK_AT,
-    check_beta2_schedule,
-    check_rounding,
-    check_row_clip,
-    rounding_warning,
-)
+from ember_mlx.option_checks import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_clip, warn
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
@@ -72,16 +62,8 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
     c = update_second_moment(c, column_mean, beta2)
     q = bias_correction(t, beta2) if q is None else q
     a, b = denominator_factors(r, c, q, row_mean, row_clip)
-    if seed is None or w.dtype not in DROPPED_BITS:
-        return update_table(w, g, a, b, learning_rate, eps, weight_decay), r, c
-    row_keys, column_keys = keys = bit_keys(seed, t, *w.shape)
-    if kernels.usable(kernels.rounding, w.dtype, g.dtype):
-        return kernels.rounding.update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
-    new = mx.array(w)
-    for rows in blocks(w, SMALL_BLOCK):
-        keys = row_keys[rows], column_keys
-        new[rows] = update_table(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay, keys)
-    return new, r, c
+    keys = bit_keys(seed, t, *w.shape) if seed is not None and w.dtype in DROPPED_BITS else None
+    return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
 def mean_squares(g):
@@ -118,6 +100,19 @@ def denominator_factors(r, c, q, row_mean, row_clip):
 
 
 def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+    """The new table: at once where ``mx.compile`` fuses all of it, block by block where it does not, with ``keys``."""
+    if keys is None:
+        return update_rows(w, g, a, b, learning_rate, eps, weight_decay)
+    if kernels.usable(kernels.rounding, w.dtype, g.dtype):
+        return kernels.rounding.update_table(w, g, a, b, learning_rate, eps, weight_decay, keys)
+    new = mx.array(w)
+    for rows in blocks(w, SMALL_BLOCK):
+        block_keys = keys[0][rows], keys[1]
+        new[rows] = update_rows(w[rows], g[rows], a[rows], b, learning_rate, eps, weight_decay, block_keys)
+    return new
+
+
+def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
     update = g.astype(mx.float32) / (a[:, None] * b + eps)
@@ -150,7 +145,8 @@ class Ember(Optimizer):
             beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
         rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
             between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
-        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. Default: ``0``.
+        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
+            of its tables bits of their own; two optimizers in one run need two seeds for that. Default: ``0``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``: state that first appears in the first step is compiled for anew in the second.
@@ -168,7 +164,7 @@ class Ember(Optimizer):
         self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0, row_clip=None, rounding="nearest", seed=0
     ):
         super().__init__()
-        _check("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
+        check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
         check_row_clip(row_clip)
         check_rounding(rounding, seed)
         self.beta2 = beta2
@@ -185,35 +181,28 @@ class Ember(Optimizer):
             self.state["bias_correction"] = mx.array(0.0)
             self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
         else:
-            _check("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
+            check_number("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
 
     def init(self, parameters):
-        self._init_state(parameters)
-        self._warn(parameters)
-
-    def apply_gradients(self, gradients, parameters):
-        if not self._initialized:  # MLX would call init with the gradients
-            self._init_state(gradients)
-            flat = dict(tree_flatten(parameters))
-            self._warn({path: flat[path] for path, _ in tree_flatten(gradients)})
-        return super().apply_gradients(gradients, parameters)
-
-    def _init_state(self, parameters):
-        for path, parameter in tree_flatten(parameters):
-            if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
-                raise InputError(
-                    f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
-                    "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
-                )
-            kernels.usable(kernels.statistics, parameter.dtype)  # tried now: a first step may be one that MLX traces
-            if self.rounding == "stochastic" and parameter.dtype in DROPPED_BITS:
-                kernels.usable(kernels.rounding, parameter.dtype, parameter.dtype)
+        check_parameters(parameters)
+        for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
+            kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
+            if self.rounding == "stochastic" and dtype in DROPPED_BITS:
+                kernels.usable(kernels.rounding, dtype, dtype)
         super().init(parameters)
         if self.rounding == "stochastic":
             number = itertools.count()
             # A state from before may have none.
             tree_map(lambda _, s: s.setdefault("seed", table_seed(self.seed, next(number))), parameters, self.state)
-        self._check_state(parameters)
+        check_state(self.state, parameters, callable(self.beta2))
+        if not self._warned and (found := warning_of(parameters, self.rounding, self._largest_learning_rate)):
+            self._warned = True
+            warn(found)
+
+    def apply_gradients(self, gradients, parameters):
+        if not self._initialized:  # MLX would call init with the gradients
+            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
+        return super().apply_gradients(gradients, parameters)
 
     def init_single(self, parameter, state):
         """Zeros of (V,) and (D,), float32 whatever the dtype: a bfloat16 moment would never decay by 0.999."""
@@ -242,21 +231,6 @@ class Ember(Optimizer):
         """``1 - prod(beta2)`` is a running mean of ones."""
         return update_second_moment(self.state["bias_correction"], 1.0, self.state["beta2"])
 
-    def _warn(self, parameters):
-        """Once, of a rounding that does nothing or leaves nothing of a step; silent where MLX is tracing."""
-        if self._warned:
-            return
-        self._warned = True
-        for path, w in tree_flatten(parameters):
-            dtype = str(w.dtype).removeprefix("mlx.core.")
-            try:
-                found = rounding_warning(self.rounding, path, dtype, partial(_sample, w), self._largest_learning_rate)
-            except (RuntimeError, ValueError):  # MLX's, for values that are not there yet
-                return
-            if found:
-                warnings.warn(found, UserWarning, stacklevel=3)
-                return
-
     def _largest_learning_rate(self):
         schedule = self._schedulers.get("learning_rate")
         if schedule is None:
@@ -268,37 +242,5 @@ class Ember(Optimizer):
         if callable(value):
             self._maybe_schedule(name, lambda step: mx.array(value(step), mx.float32))
         else:
-            _check(name, value, 0, math.inf, "a finite number, zero or more, or a schedule")
+            check_number(name, value, 0, math.inf, "a finite number, zero or more, or a schedule")
             self._maybe_schedule(name, float(value))
-
-    def _check_state(self, parameters):
-        """State that was loaded from a file must be of the same tables."""
-        state = dict(tree_flatten(self.state))
-        if callable(self.beta2) and not {"beta2", "bias_correction"} <= state.keys():
-            raise InputError(
-                "Ember: the state has no bias_correction: it is of a run whose beta2 was a number, and this one's is a "
-                "schedule: give the number, or start without that state"
-            )
-        for path, parameter in tree_flatten(parameters):
-            for name, length in zip(("r", "c"), parameter.shape, strict=True):
-                found = state.get(f"{path}.{name}")
-                if found is None or found.shape != (length,) or found.dtype != mx.float32:
-                    has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
-                    raise InputError(
-                        f"Ember: the state has {has} for {path} of shape {parameter.shape}, which needs {name} of "
-                        f"shape ({length},) and dtype float32: load the state of this model"
-                    )
-
-
-def _check(name, value, least, below, in_words):
-    try:
-        allowed = least <= value < below
-    except TypeError:
-        allowed = False
-    if not allowed:
-        raise InputError(f"Ember({name}={value!r}): must be {in_words}")
-
-
-def _sample(w):
-    """Some rows of the table, evenly spaced, as float32 in NumPy."""
-    return np.array(w[:: -(-w.size // SAMPLE)].astype(mx.float32))

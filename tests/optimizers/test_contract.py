@@ -216,7 +216,7 @@ def test_anything_but_a_2_d_floating_table_is_refused_by_its_path(contract, refu
     optimizer = contract.make(learning_rate=1e-2)
     tree = {"model": {"embed_tokens": {"weight": mx.zeros((4, 2))}, "norm": {"weight": refused}}}
     model = nn.Module()
-    model.update(tree, strict=False)
+    model.model = tree["model"]
     call = {
         "at init": lambda: optimizer.init(tree),
         "at the first gradients": lambda: optimizer.apply_gradients(tree, tree),

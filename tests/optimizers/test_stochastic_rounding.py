@@ -28,7 +28,7 @@ def as_float64(array):
 def test_it_is_the_reference_to_the_bit(dtype, seed, number, step):
     random = np.random.RandomState(0)
     values = (random.standard_normal((90, 41)) * np.exp2(random.randint(-40, 18, (90, 41)))).astype(np.float32)
-    edges = [np.nan, np.inf, -np.inf, 0.0, 65504, 65520, -65535, 3.4e38, -3.4e38, 2**-14, -(2**-14), 2**-24, -(2**-26)]
+    edges = [np.nan, np.inf, -np.inf, 0.0, -1e-40, 65504, 65520, -65535, -3.4e38, 2**-14, -(2**-14), 2**-24, -(2**-26)]
     values.flat[: len(edges)] = edges
     drawn = bits(seed, number, step, values.shape)
     wanted_bits = reference.random_bits(seed, number, step, np.arange(90), np.arange(41))

@@ -25,7 +25,7 @@ ALL_OPTIONS = {"beta2": lambda step: 1 - (step + 1) ** -0.8, "row_clip": 1.0, "r
 def test_it_is_the_reference_to_the_bit(dtype, seed, number, step, first_row):
     random = np.random.RandomState(0)
     values = (random.standard_normal((90, 41)) * np.exp2(random.randint(-40, 18, (90, 41)))).astype(np.float32)
-    edges = [np.nan, np.inf, -np.inf, 0.0, 65504, 65520, -65535, 3.4e38, -3.4e38, 2**-14, -(2**-14), 2**-24, -(2**-26)]
+    edges = [np.nan, np.inf, -np.inf, 0.0, -1e-40, 65504, 65520, -65535, -3.4e38, 2**-14, -(2**-14), 2**-24, -(2**-26)]
     values.flat[: len(edges)] = edges
     drawn = random_bits(*bit_keys(table_seed(seed, number), torch.tensor(float(step)), 90, 41, first_row))
     wanted_bits = reference.random_bits(seed, number, step, first_row + np.arange(90), np.arange(41))

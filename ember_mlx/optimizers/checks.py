@@ -1,0 +1,72 @@
+"""What ``Ember`` asks of options, parameters and loaded state: else InputError, before anything is computed."""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ember_mlx.errors import InputError
+from ember_mlx.option_checks import SAMPLE, rounding_warning
+
+__all__ = ["check_number", "check_parameters", "check_state", "warning_of"]
+
+
+def check_number(name, value, least, below, in_words):
+    try:
+        allowed = least <= value < below
+    except TypeError:
+        allowed = False
+    if not allowed:
+        raise InputError(f"Ember({name}={value!r}): must be {in_words}")
+
+
+def check_parameters(parameters):
+    """That all of them are token tables."""
+    for path, parameter in tree_flatten(parameters):
+        if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
+            raise InputError(
+                f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
+                "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
+            )
+
+
+def check_state(state, parameters, scheduled):
+    """State that was loaded from a file must be of these tables, and have what a schedule of ``beta2`` needs."""
+    state = dict(tree_flatten(state))
+    if scheduled and not {"beta2", "bias_correction"} <= state.keys():
+        raise InputError(
+            "Ember: the state has no bias_correction: it is of a run whose beta2 was a number, and this one's is a "
+            "schedule: give the number, or start without that state"
+        )
+    for path, parameter in tree_flatten(parameters):
+        for name, length in zip(("r", "c"), parameter.shape, strict=True):
+            found = state.get(f"{path}.{name}")
+            if found is None or found.shape != (length,) or found.dtype != mx.float32:
+                has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
+                raise InputError(
+                    f"Ember: the state has {has} for {path} of shape {parameter.shape}, which needs {name} of "
+                    f"shape ({length},) and dtype float32: load the state of this model"
+                )
+
+
+def warning_of(parameters, rounding, learning_rate):
+    """Of the first table whose rounding does nothing or leaves nothing of a step; None also where MLX is tracing.
+
+    Args:
+        learning_rate (callable): Gives the largest; called only where it matters.
+    """
+    for path, w in tree_flatten(parameters):
+        dtype = str(w.dtype).removeprefix("mlx.core.")
+        try:
+            found = rounding_warning(rounding, path, dtype, partial(_sample, w), learning_rate)
+        except (RuntimeError, ValueError):  # MLX's, for values that are not there yet
+            return None
+        if found:
+            return found
+    return None
+
+
+def _sample(w):
+    """Some rows of the table, evenly spaced, as float32 in NumPy."""
+    return np.array(w[:: -(-w.size // SAMPLE)].astype(mx.float32))
