@@ -10,7 +10,8 @@ from pathlib import Path
 from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 
-GPU_SHARE_OF_A_MAC = 0.75
+GPU_SHARE_OF_A_MAC = 0.75  # about what macOS lets the GPU use, unless told otherwise
+LEAST_MEMORY = 10**6  # bytes: `--memory 16` is 16GB without its unit
 LABELS = {
     "--table-optimizer ember": "Ember",
     "--table-optimizer adamw": "AdamW",
@@ -30,8 +31,8 @@ def main(arguments: list[str]):
 
     own, theirs = _parser().parse_known_args(arguments)
     args = options.parse(theirs)
-    memory, whose = _memory(own.memory, own.backend or _backend())
     backend = own.backend or _backend()
+    memory, whose = _memory(own.memory, backend)
     config, where = find_config(args.model)
     model = read_architecture(config, where)
     run = run_of(args, model)
@@ -133,8 +134,8 @@ def _memory(asked, backend):
             memory = _parse_size(asked)
         except (ArithmeticError, KeyError, ValueError):
             memory = 0
-        if not 0 < memory < math.inf:
-            raise InputError(f"--memory {asked}: must be a size above 0, such as 16GB or 512MB")
+        if not LEAST_MEMORY <= memory < math.inf:
+            raise InputError(f"--memory {asked}: must be a size of at least 1MB, with its unit: such as 16GB or 512MB")
         return int(memory), "--memory is"
     if backend == "cuda":
         import mlx.core as mx
@@ -158,7 +159,7 @@ def _format(name, model, run, backend, planned, others, changes, memory, whose):
     title = f"in {unit} (1 {unit} = 10^{len(f'{size:.0f}') - 1} bytes)"
 
     def line(label, *sizes):
-        return f"{label:32}" + "".join(f"{'' if nbytes is None else f'{nbytes / size:.3f}':>13}" for nbytes in sizes)
+        return f"{label:32}" + "".join(f" {'' if nbytes is None else f'{nbytes / size:.3f}':>12}" for nbytes in sizes)
 
     lines = [
         f"{name}: {model.model_type}, {model.layers} layers, {model.vocabulary:,} tokens",
@@ -177,7 +178,7 @@ def _format(name, model, run, backend, planned, others, changes, memory, whose):
         f"{'with the token tables by':32}{'all state':>13}{'peak':>13}",
     ]
     lines += [line(LABELS[flags], other.optimizer_state, other.peak) for flags, other in others.items()]
-    lines += ["", _verdict(planned, changes, memory, whose)]
+    lines += ["", _verdict(planned, changes, memory, whose, model.notes)]
     lines += [line(f"  {flags}", None, after.peak) for flags, after in changes]
     if changes and changes[-1][1].peak > memory:
         lines.append("With all of these it still does not fit: a smaller model, or a quantized one, is needed.")
@@ -185,10 +186,11 @@ def _format(name, model, run, backend, planned, others, changes, memory, whose):
     return "\n".join(lines)
 
 
-def _verdict(planned, changes, memory, whose):
+def _verdict(planned, changes, memory, whose, notes):
     said = f"{whose[0].upper()}{whose[1:]} {_gb(memory)}"
     if planned.peak <= memory:
-        return f"{said}: it fits, with {_gb(memory - planned.peak)} to spare."
+        fits = "what is planned fits (see the note)" if notes else "it fits"
+        return f"{said}: {fits}, with {_gb(memory - planned.peak)} to spare."
     if not changes:
         return f"{said}: it does not fit, and no change of flags makes it fit."
     return f"{said}: it does not fit. The cheapest changes, each on top of those before, and the new peak:"

@@ -19,6 +19,8 @@ from ember_mlx.finetune.trainable import choose_tables, make_trainable
 from ember_mlx.plan_command import main, warning
 from ember_mlx.planner import advice, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
+from ember_mlx.planner.loss import LOGITS_AT_ONCE
+from ember_mlx.planner.step import Step
 
 QWEN = {
     "model_type": "qwen3",
@@ -103,6 +105,28 @@ def test_memory_is_handed_on_and_kept_while_it_is_read():
     assert peak_memory([second, first], [first], DEVICES["cpu"]).total == 800  # still asked for: no donor
 
 
+def test_a_batch_keeps_what_it_read_until_the_device_is_done_with_it():
+    """A chain of copies: where each operation is a batch and the program may be one ahead, three stand at a time."""
+    chain = [Array(100, 4, "weights")]
+    for _ in range(10):
+        operation = Operation([chain[-1]], in_place=False)
+        operation.outputs = [Array(100, 4, "scratch", operation)]
+        chain.append(operation.outputs[0])
+    device = replace(DEVICES["cpu"], ahead=1, bytes_a_second=1.0)
+    peaks = [peak_memory(chain[-1:], chain[:1], replace(device, ahead=ahead)).total for ahead in (1, 3)]
+    assert peaks[1] - peaks[0] == 2 * 400
+
+
+def test_chunks_never_hold_the_logits_of_the_whole_vocabulary():
+    """Those of one slice, in bfloat16 and in float32, if the device keeps up; not those of all 75."""
+    model = read_architecture(QWEN | {"vocab_size": 151_936, "num_hidden_layers": 1}, "config.json")
+    run = run_of(options.parse(["--chunked-loss", "--batch-size", "1", "--max-seq-length", "4097"]), model)
+    step = Step(model, run, "cpu").build()
+    one_after_another = replace(DEVICES["cpu"], ahead=0)
+    logits = peak_memory(step.results, step.there, one_after_another).most["logits"]
+    assert logits < 6.5 * LOGITS_AT_ONCE
+
+
 def test_what_should_save_memory_does():
     long = {**QWEN, "vocab_size": 4096, "num_hidden_layers": 8}
     model = read_architecture(long, "config.json")
@@ -139,7 +163,8 @@ def test_advice_goes_on_until_it_fits():
     [
         ({"hidden_size": -1}, "hidden_size: -1 must be a whole number from 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: 0 must be"),
-        ({"vocab_size": 1e12}, "vocab_size: 1000000000000.0 must be"),
+        ({"vocab_size": 1e8}, "vocab_size: 100000000.0 must be"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3"),
         ({"intermediate_size": "big"}, "intermediate_size: 'big' must be"),
         ({"vocab_size": None}, "vocab_size missing"),
         ({"quantization": {"bits": 99}}, "quantization: bits: 99 must be"),
@@ -175,9 +200,10 @@ def test_the_command_says_whether_it_fits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--memory", "0"], "--memory 0: must be a size above 0"),
-        (["--memory=-3GB"], "--memory -3GB: must be a size above 0"),
-        (["--memory", "nan"], "--memory nan: must be a size above 0"),
+        (["--memory", "0"], "--memory 0: must be a size of at least 1MB"),
+        (["--memory=-3GB"], "--memory -3GB: must be a size"),
+        (["--memory", "nan"], "--memory nan: must be a size"),
+        (["--memory", "16"], "--memory 16: must be a size of at least 1MB, with its unit"),
         (["--train-tables", "none", "--num-layers", "9"], "the model has 3 layers"),
         (["--batch-size", "0"], "--batch-size 0: must be"),
     ],

@@ -14,7 +14,8 @@ NAMES = {
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim", "mlp_hidden_size"),
     "vocab_size": ("padded_vocab_size", "n_vocab"),
 }
-LARGEST = dict.fromkeys(NAMES, 10**8) | {"num_hidden_layers": 10**4, "head_dim": 10**5}
+# Far above any model there is; beyond, the plan itself would take minutes.
+LARGEST = dict.fromkeys(NAMES, 10**6) | {"num_hidden_layers": 1000, "vocab_size": 4 * 10**6}
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Families whose layers are Llama's, and what they add to them: the biases of attention, norms of queries and keys.
 BIASES = {"qwen2"}
@@ -153,6 +154,11 @@ def read_architecture(config: dict, where: str) -> Architecture:
     if any(config.get(key) for key in EXPERTS):
         notes.append("this is a mixture of experts; the experts are not planned, and the run takes far more")
     heads = 0 if missing else sizes["num_attention_heads"]
+    if heads % sizes.get("num_key_value_heads", 1):
+        raise InputError(
+            f"{where}: {heads} attention heads cannot share {sizes['num_key_value_heads']} key and value heads: the "
+            "first must be a multiple of the second"
+        )
     return Architecture(
         model_type=model_type,
         hidden=sizes["hidden_size"],

@@ -72,9 +72,12 @@ class Builder:
         array.made_by.work = 2 * numbers * inner
         return array
 
-    def view(self, x):
-        """The same numbers in another order or shape. It costs nothing, but it takes its place in the order."""
-        operation = Operation([x], in_place=False)
+    def view(self, x, after=()):
+        """The same numbers in another order or shape, or no sooner than ``after`` are there (mx.depends).
+
+        It costs nothing, but it takes its place in the order.
+        """
+        operation = Operation([x, *after], in_place=False)
         operation.outputs = [Array(x.numbers, x.width, x.role, operation, base=x)]
         return operation.outputs[0]
 

@@ -3,9 +3,9 @@
 A compiled step is one lazy graph. MLX walks it from the results back, breadth first but at most 20 wide, and computes
 it in the reverse of that order; so what stands near the results, such as the gradients of weights, is computed late,
 and what it is made of lives until then. An array's memory is handed on to an elementwise result of its size if nothing
-else reads it, and is free once the device has done the last operation that reads it. The program runs ahead of the
-device by up to ten batches of operations, so memory is free that much later than it could be: where the device is the
-slower of the two, which is so with long sequences.
+else reads it, and is free once the device has done the batch of operations with the last that reads it. The program
+runs ahead of the device by up to ten batches, so memory is free that much later than it could be: where the device is
+the slower of the two, which is so with long sequences.
 
 From MLX 0.32: ``eval_impl`` in mlx/transforms.cpp, ``gpu::eval`` and ``CommandEncoder`` in mlx/backend/*.
 """
@@ -14,7 +14,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
-BATCHES_AHEAD = 10  # MAX_ACTIVE_TASKS
+TASKS_AHEAD = 10  # MAX_ACTIVE_TASKS
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Device:
     Args:
         operations, numbers (int): A batch of operations is handed over once it holds more operations, or once they
             read more numbers (MLX says megabytes, and counts numbers).
+        ahead (int): How many batches the program may be ahead of the device.
         bytes_a_second, products_a_second (float): How fast it moves memory and multiplies matrices, in floating-point
             operations; these decide only how far the program runs ahead.
     """
@@ -31,18 +32,24 @@ class Device:
     name: str
     operations: int
     numbers: float
+    ahead: int
     bytes_a_second: float
     products_a_second: float
 
 
-# MLX's limits of a batch (MLX_MAX_OPS_PER_BUFFER, MLX_MAX_MB_PER_BUFFER; DISPATCHES_PER_TASK on the CPU). The speeds:
-# a large M-series chip, an H100 (copies measured here), two cores.
+# The CPU frees after each operation. A task is 10 dispatches there (DISPATCHES_PER_TASK): 2 for what is computed, 1 for
+# a view; counted in the graphs of LoRA and of full layers, that is 3.5 for each operation here.
+CPU_OPERATIONS_AHEAD = int(TASKS_AHEAD * 10 / 3.5)
+# MLX's limits of a batch (MLX_MAX_OPS_PER_BUFFER, MLX_MAX_MB_PER_BUFFER). An H100's bytes a second were measured; the
+# other speeds are guesses, of a large M-series chip, an H100 and two cores.
 DEVICES = {
-    "metal": Device("metal", 50, 50 * 2**20, 400e9, 15e12),
-    "cuda": Device("cuda", 100, 1000 * 2**20, 2.98e12, 400e12),
-    "cpu": Device("cpu", 10, float("inf"), 10e9, 50e9),
+    "metal": Device("metal", 50, 50 * 2**20, TASKS_AHEAD, 400e9, 15e12),
+    "cuda": Device("cuda", 100, 1000 * 2**20, TASKS_AHEAD, 2.98e12, 400e12),
+    "cpu": Device("cpu", 0, float("inf"), CPU_OPERATIONS_AHEAD, 10e9, 50e9),
 }
-SECONDS_TO_ENCODE = 8e-6  # one operation: what the program itself takes
+# What the program itself takes for an operation and the views around it: a guess, which only matters where the device
+# is about as fast.
+SECONDS_TO_ENCODE = 8e-6
 
 
 class Array:
@@ -191,8 +198,8 @@ class _Clock:
         if self.operations > self.device.operations or self.numbers > self.device.numbers:
             self.device_free_at = max(self.device_free_at, self.now) + self.seconds
             self.done_at.append(self.device_free_at)
-            if self.batch > BATCHES_AHEAD:
-                self.now = max(self.now, self.done_at[self.batch - 1 - BATCHES_AHEAD])
+            if self.batch > self.device.ahead:
+                self.now = max(self.now, self.done_at[self.batch - 1 - self.device.ahead])
             self._begin()
 
     def _begin(self):

@@ -33,28 +33,29 @@ class Loss(Builder):
         words = min(max(LOGITS_AT_ONCE // n // 128, 1) * 128, head.rows)
         slices = [min(words, head.rows - first) for first in range(0, head.rows, words)]
         self._role = "logits"
-        after, sums = [], []
+        hidden, chosen, sums = h, self.make([], n, FLOAT32), []
 
         def part(words):
             return Array(words * head.columns, w.width, w.role, w.made_by, base=w)
 
         for words in slices:
-            logits = self.float32(self.product([h, part(words), *after], n * words, head.columns))
+            logits = self.product([hidden, part(words)], n * words, head.columns)
+            logits = self.elementwise([logits], width=FLOAT32)
             sums.append(self.make([logits], n, FLOAT32))
-            after = [sums[-1], self.make([logits, *after], n, FLOAT32)]
-        total = self.make([self.make(sums, n * len(sums), FLOAT32, in_place=True)], n, FLOAT32)
-        self.results.append(self.make([total], 1))
-        d_h, after, parts = self.make([total], h.numbers, FLOAT32, role="scratch"), [], []
+            place, inside = self.make([], n), self.make([], n)  # of the targets
+            chosen = self.elementwise([chosen, self.make([logits, place], n, FLOAT32), inside])
+            hidden = self.view(hidden, after=[sums[-1], chosen])
+        log_sum_exp = self.make([self.make(sums, n * len(sums), FLOAT32)], n, FLOAT32)
+        self.results.append(self.make([self.elementwise([log_sum_exp, chosen])], 1))
+        self._role = "scratch"
+        hidden, d_h, parts = h, self.make([], h.numbers, FLOAT32), []
         for words in slices:
-            logits = self.float32(self.product([h, part(words), total, *after], n * words, head.columns))
-            exp = self.elementwise([logits, total])
-            d_logits = self.elementwise([exp], width=self.width)
-            d_hidden = self.product([d_logits, part(words)], h.numbers, words, role="scratch")
-            d_h = self.elementwise([d_h, d_hidden], role="scratch")
-            after = [d_h]
+            logits = self.product([hidden, part(words)], n * words, head.columns, role="logits")
+            d_logits = self.elementwise([logits, log_sum_exp], role="logits")  # one kernel: float32 inside alone
+            d_h = self.elementwise([d_h, self.product([d_logits, part(words)], h.numbers, words)])
             if trained:
-                parts.append(self.product([d_logits, h], words * head.columns, n, role="gradients"))
-                after.append(parts[-1])
+                parts.append(self.product([d_logits, hidden], words * head.columns, n, role="gradients"))
+            hidden = self.view(hidden, after=[d_h, *parts[-1:]])
         if trained:
             self.add_gradient(head.name, self.make(parts, w.numbers))
-        return self.elementwise([d_h], width=self.width, role="scratch")
+        return self.elementwise([d_h], width=self.width)

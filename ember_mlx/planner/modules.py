@@ -10,17 +10,17 @@ from ember_mlx.planner.builder import FLOAT32, Builder
 
 
 class Modules(Builder):
-    def norm(self, x, name, size, trained, after=()):
+    def norm(self, x, name, size, trained):
         """RMSNorm: one kernel on GPUs; on the CPU plain operations, which keep the input in float32."""
         w = self.weight(name, (size,), trained)
         if self.backend == "cpu":
-            x32 = self.elementwise([x, *after], width=FLOAT32) if after else self.float32(x)
+            x32 = self.float32(x)
             square = self.elementwise([x32])
             scale = self.make([square], x.numbers // size, FLOAT32)
             normal = self.elementwise([x32, scale], width=self.width)
             y = self.elementwise([normal, w])
         else:
-            y = self.make([x, w, *after], x.numbers, in_place=True)
+            y = self.make([x, w], x.numbers, in_place=True)
 
         def backward(d_y):
             if self.backend == "cpu":

@@ -76,12 +76,12 @@ def run_of(args, model: Architecture) -> Run:
     found = {table.role: table for table in model.tables()}
     chosen = tuple(role for role in found if role in ROLES[args.train_tables])
     if args.train_tables != "none" and not chosen:
-        raise InputError(f"--train-tables {args.train_tables}: the model has {' and '.join(found)}; use auto")
+        raise InputError(f"--train-tables {args.train_tables}: the embedding is the head too (tied); use auto")
     packed = [found[role].name for role in chosen if found[role].nbytes is not None]
     if packed and not args.dequantize_tables:
         raise InputError(
-            f"--train-tables {args.train_tables}: {' and '.join(packed)} are quantized, and a quantized table cannot "
-            "be trained: add --dequantize-tables, or plan without with --train-tables none"
+            f"--train-tables {args.train_tables}: the weights of {' and '.join(packed)} are quantized, and a quantized "
+            "table cannot be trained: add --dequantize-tables, or leave the tables frozen with --train-tables none"
         )
     keys = (args.lora_parameters or {}).get("keys")
     return Run(

@@ -44,21 +44,17 @@ class Step(Modules, Loss, Update):
     def _checkpointed(self, x, i):
         """Only the input is kept; the layer is computed again, at any time after the first."""
         out, _ = self.layer(x, i)
-        again = self.make([out], 1)
 
         def backward(d_out, through):
             role, self._role = self._role, "activations"
-            _, back = self.layer(x, i, after=[again])
+            _, back = self.layer(self.view(x, after=[out]), i)
             self._role = role
             return back(d_out, through)
 
         return out, backward
 
-    def layer(self, x, i, after=()):
-        """A decoder layer: x + attention(norm(x)), then the same with the gated feed-forward.
-
-        It is computed only once ``after`` are.
-        """
+    def layer(self, x, i):
+        """A decoder layer: x + attention(norm(x)), then the same with the gated feed-forward."""
         model, full = self.model, self.run.fine_tune_type == "full"
         trains = i >= model.layers - self.run.layers
         prefix = f"model.layers.{i}."
@@ -75,7 +71,7 @@ class Step(Modules, Loss, Update):
             return self.linear(x, linears[prefix + name], kind(name))
 
         norm_trained = trains and full
-        h, back_norm = self.norm(x, prefix + "input_layernorm", model.hidden, norm_trained, after)
+        h, back_norm = self.norm(x, prefix + "input_layernorm", model.hidden, norm_trained)
         projections = [apply(h, f"self_attn.{name}_proj") for name in "qkv"]
         (q, back_q), (k, back_k) = (
             self.heads(projections[j][0], f"{prefix}self_attn.{'qk'[j]}_norm", norm_trained) for j in (0, 1)

@@ -36,14 +36,20 @@ def in_fresh_process(function, *arguments, environment=None):
     os.environ.update(environment or {})
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
+            return in_this_process(pool.submit(function, *arguments).result)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def in_this_process(function, *arguments):
+    """What ``function`` returns; ``{"error": ...}`` if it raises, or if the process that it waits for dies."""
+    try:
+        return function(*arguments)
     except BrokenProcessPool:
         return {"error": "the process was killed, as it is when memory runs out"}
     except (RuntimeError, ValueError) as error:
         return {"error": " ".join(str(error).split())[:300]}
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def median_seconds(function, repeats):

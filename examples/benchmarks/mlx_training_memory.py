@@ -4,129 +4,36 @@
     python examples/benchmarks/mlx_training_memory.py --draw docs --out RESULT.json
 
 A row is model/tying/type/batch x tokens/optimizer of the tables, then /chunked with `--chunked-loss` and /checkpoint
-with `--grad-checkpoint`: `--list` names those of the usual grid, the most telling first; any other that is named in
-full runs too. The weights are bfloat16, the body is trained by AdamW, LoRA stands in all layers. Each row is a fresh
-process; its peak is that of all its steps, its time the median after the warm-up. The JSON file is written after each
-row, and rows that it has already are not run again. On a CPU say `--smoke`: tiny shapes.
+with `--grad-checkpoint`, and /unguarded without the guard against NaN and infinity: `--list` names those of the usual
+grid, the most telling first; any other that is named in full runs too. The weights are bfloat16, the body is trained by
+AdamW, LoRA stands in all layers. Each row is a fresh process; its peak is that of all its steps, its time the median
+after the warm-up. The JSON file is written after each row, and rows that it has already are not run again. On a CPU say
+`--smoke`: tiny shapes.
 
-For memory alone, say `--fast` (two steps, no times) and `--jobs 4` (rows side by side; each counts its own memory).
+Where time is short, say `--one-process`: all rows share imports and compiled kernels, and a row is only measured if
+nothing is left of those before. `--fast` is for memory alone (two steps, no times). `--jobs 4` runs rows side by side:
+the GPU is slower then, MLX runs further ahead of it, and peaks are up to 40 % higher than they would be alone.
 """
 
 import argparse
 import contextlib
-import fnmatch
+import gc
 import io
 import json
-import re
 import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarking import SEED, in_fresh_process, machine, write
+from benchmarking import SEED, in_fresh_process, in_this_process, machine, write
 from training_memory_pictures import draw
+from training_memory_rows import ROW, asked_rows, config_of, words_of
 
-LLAMA_3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# From the config.json of each model on the Hugging Face hub.
-MODELS = {
-    "qwen3-0.6b": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "intermediate_size": 3072,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151_936,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "max_position_embeddings": 40_960,
-    },
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "vocab_size": 128_256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-        "rope_scaling": LLAMA_3_ROPE,
-        "max_position_embeddings": 131_072,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49_152,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 100_000.0,
-        "max_position_embeddings": 8192,
-    },
-}
-# Only in rows that are named in full: a third architecture, with biases.
-MORE_MODELS = {
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "intermediate_size": 4864,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151_936,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "max_position_embeddings": 32_768,
-    },
-}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-TOKENS = ["1x512", "4x1024", "1x2048"]
-TABLES = ["ember", "adamw", "frozen", "adafactor", "sgd"]
-WITH_CHUNKED_LOSS = ["ember", "adamw", "frozen"]
-FIRST = ["qwen3-0.6b/untied/*/1x512/*", "qwen3-0.6b/untied/*/4x1024/*", "*/tied/*/4x1024/ember*", "qwen3-0.6b/*"]
 WARM_UP = 2
-ROW = re.compile(
-    rf"(?P<model>{'|'.join(map(re.escape, MODELS | MORE_MODELS))})/(?P<tying>untied|tied)/(?P<type>lora|full)/"
-    rf"(?P<batch_size>[1-9]\d*)x(?P<length>[1-9]\d*)/(?P<tables>{'|'.join(TABLES)})(?P<chunked>/chunked)?"
-    r"(?P<checkpoint>/checkpoint)?"
-)
-
-
-def all_rows():
-    rows = []
-    for model in MODELS:
-        for tying in ("untied", "tied"):
-            for tokens in TOKENS:
-                for fine_tune_type in ("lora", "full"):
-                    rows += [f"{model}/{tying}/{fine_tune_type}/{tokens}/{tables}" for tables in TABLES]
-    rows += [f"{row}/chunked" for row in rows if "1x512" not in row and row.rpartition("/")[2] in WITH_CHUNKED_LOSS]
-    rank = {row: next((i for i, first in enumerate(FIRST) if fnmatch.fnmatch(row, first)), len(FIRST)) for row in rows}
-    return sorted(rows, key=rank.get)
-
-
-def asked_rows(patterns):
-    """The rows of the grid that fit a pattern, and those outside it that are named in full."""
-    grid = all_rows()
-    rows = [row for row in grid if any(fnmatch.fnmatch(row, pattern) for pattern in patterns)]
-    for pattern in patterns:
-        if ROW.fullmatch(pattern) and pattern not in rows:
-            rows.append(pattern)
-        elif not fnmatch.filter(rows, pattern):
-            raise SystemExit(f"--rows {pattern}: no row of the grid, and no name of one in full (see --help)")
-    return rows
+LEFT_OVER = 2**20  # bytes of earlier rows that do no harm
 
 
 class SameBatch:
@@ -136,38 +43,26 @@ class SameBatch:
         self.batch = batch
         self.lengths = lengths
         self.asked_at = []
-        self.peak_memory = 0
+        self.peaks = []
 
     def __call__(self, dataset, batch_size, max_seq_length, **options):
         import mlx.core as mx
 
         while True:
             self.asked_at.append(time.perf_counter())
-            self.peak_memory = mx.get_peak_memory()
+            self.peaks.append(mx.get_peak_memory())  # of the step before; the first is none
+            mx.reset_peak_memory()
             yield self.batch, self.lengths
 
     def seconds(self):
         return [after - before for before, after in zip(self.asked_at, self.asked_at[1:], strict=False)]
 
 
-def config_of(row):
-    """The config.json of a row's model."""
-    of = ROW.fullmatch(row).groupdict()
-    return (MODELS | MORE_MODELS)[of["model"]] | {"tie_word_embeddings": of["tying"] == "tied"}
-
-
-def words_of(row):
-    """The flags of ``ember-mlx train`` that a row stands for."""
-    of = ROW.fullmatch(row).groupdict()
-    words = ["--optimizer", "adamw", "--fine-tune-type", of["type"], "--num-layers", "-1"]
-    words += ["--train-tables", "none"] if of["tables"] == "frozen" else ["--table-optimizer", of["tables"]]
-    return words + ["--chunked-loss"] * bool(of["chunked"]) + ["--grad-checkpoint"] * bool(of["checkpoint"])
-
-
 def measure(row, warm_up, steps, smoke):
     """Train a few steps with mlx-lm's ``train``, set up as ``ember-mlx train`` does it.
 
-    The time is the median of ``steps`` after the first ``warm_up``, or None for no warm-up.
+    The time is the median of ``steps`` after the first ``warm_up``, or None for no warm-up. Raises RuntimeError if the
+    process still holds arrays of a row before.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -179,6 +74,10 @@ def measure(row, warm_up, steps, smoke):
     from ember_mlx.finetune.run import choose_loss
     from ember_mlx.finetune.trainable import choose_tables, make_trainable
 
+    gc.collect()
+    mx.clear_cache()
+    if mx.get_active_memory() > LEFT_OVER:
+        raise RuntimeError(f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process")
     of = ROW.fullmatch(row).groupdict()
     batch_size, length = int(of["batch_size"]), int(of["length"])
     length = max(length // 16, 1) if smoke else length
@@ -193,6 +92,7 @@ def measure(row, warm_up, steps, smoke):
     tables = choose_tables(model, args.train_tables, dequantize=False)
     make_trainable(model, args, tables)
     optimizer = build_optimizer(model, args, tables)
+    optimizer.skip_nonfinite = not of["unguarded"]
     loss = choose_loss(args, model)
     batch = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
     batches = SameBatch(batch, mx.array([[0, length]] * batch_size))
@@ -211,8 +111,8 @@ def measure(row, warm_up, steps, smoke):
             losses.append(report["train_loss"])
 
     mx.clear_cache()
-    mx.reset_peak_memory()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet, unpatched(type(model.layers[0])):
         train(
             model=model,
             optimizer=optimizer,
@@ -229,11 +129,32 @@ def measure(row, warm_up, steps, smoke):
             training_callback=Callback(),
         )
     return {
-        "peak_memory": batches.peak_memory,
+        "peak_memory": max(batches.peaks[1:]),
+        "peaks": batches.peaks[1:],
         "seconds": round(statistics.median(batches.seconds()[warm_up:]), 4) if warm_up else None,
         "bytes": sizes,
         "losses": [round(value, 4) for value in losses],
     }
+
+
+@contextlib.contextmanager
+def unpatched(layer):
+    """Undo what mlx-lm's ``grad_checkpoint`` does to the class of the layers, which all later models have too."""
+    call = layer.__call__
+    try:
+        yield
+    finally:
+        layer.__call__ = call
+
+
+def measured(rows, arguments, args):
+    """Of each row its name and what ``measure`` returns, as they are done."""
+    if args.one_process:
+        yield from ((row, in_this_process(measure, row, *arguments)) for row in rows)
+        return
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(in_fresh_process, measure, row, *arguments): row for row in rows}
+        yield from ((running[done], done.result()) for done in as_completed(running))
 
 
 def main():
@@ -244,11 +165,14 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--fast", action="store_true", help="memory alone: two steps, no times")
     parser.add_argument("--jobs", type=int, default=1, help="with --fast: how many rows to run side by side")
+    parser.add_argument("--one-process", action="store_true", help="rows one after another in this process")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try this script where there is no GPU")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw the pictures from --out and end")
     args = parser.parse_args()
     if args.jobs < 1 or (args.jobs > 1 and not args.fast):
         raise SystemExit(f"--jobs {args.jobs}: must be 1, or more with --fast: side by side, times mean nothing")
+    if args.one_process and args.jobs > 1:
+        raise SystemExit(f"--one-process: runs one row after another; leave out --jobs {args.jobs}")
     rows = asked_rows(args.rows)
     if args.list:
         print("\n".join(rows))
@@ -258,15 +182,13 @@ def main():
         draw(report, args.draw)
         return
     warm_up, steps = (0, 2) if args.fast else (WARM_UP, args.steps)
-    report["machine"] = in_fresh_process(machine) | {"steps": steps, "smoke": args.smoke}
+    how = {"steps": steps, "smoke": args.smoke, "jobs": args.jobs, "one_process": args.one_process}
+    report["machine"] = in_fresh_process(machine) | how
     rows = [row for row in rows if "peak_memory" not in report["rows"].get(row, {})]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        running = {pool.submit(in_fresh_process, measure, row, warm_up, steps, args.smoke): row for row in rows}
-        for done in as_completed(running):
-            row, result = running[done], done.result()
-            report["rows"][row] = result
-            write(args.out, report)
-            print(f"{row:48} {_said(result)}", flush=True)
+    for row, result in measured(rows, (warm_up, steps, args.smoke), args):
+        report["rows"][row] = result
+        write(args.out, report)
+        print(f"{row:48} {_said(result)}", flush=True)
 
 
 def _said(result):

@@ -2,7 +2,8 @@
 
     python examples/benchmarks/planned_memory.py --measured RESULT.json --out planned_memory.md
 
-Needs no GPU and no MLX: the rows of RESULT.json say what was run, and on which backend.
+Needs no GPU: RESULT.json says what was run, and on which backend. Rows without the guard, which `train` has always, are
+left out.
 """
 
 import argparse
@@ -11,10 +12,10 @@ import math
 import statistics
 from pathlib import Path
 
-from mlx_training_memory import ROW, config_of
+from training_memory_rows import ROW, config_of, words_of
 
-from ember_mlx.planner import Run, plan, read_architecture
-from ember_mlx.planner.plan import ROLES
+from ember_mlx.finetune import options
+from ember_mlx.planner import plan, read_architecture, run_of
 
 TARGET = 0.15
 
@@ -23,29 +24,18 @@ def planned(row: str, backend: str) -> int:
     """The predicted peak of a row, in bytes."""
     of = ROW.fullmatch(row).groupdict()
     model = read_architecture(config_of(row), of["model"])
-    tables = "none" if of["tables"] == "frozen" else "auto"
-    run = Run(
-        batch_size=int(of["batch_size"]),
-        length=int(of["length"]),
-        fine_tune_type=of["type"],
-        layers=model.layers,
-        rank=8,
-        lora_keys=None,
-        tables=tuple(table.role for table in model.tables() if table.role in ROLES[tables]),
-        optimizer="adamw",
-        table_optimizer="ember" if of["tables"] == "frozen" else of["tables"],
-        grad_checkpoint=bool(of["checkpoint"]),
-        chunked_loss=bool(of["chunked"]),
-        accumulate=False,
-    )
+    # Of each row of --max-seq-length tokens, the last is only predicted.
+    words = ["--batch-size", of["batch_size"], "--max-seq-length", str(int(of["length"]) + 1), *words_of(row)]
+    run = run_of(options.parse(words), model)
     return plan(model, run, backend).peak
 
 
 def compare(report: dict) -> list[tuple[str, int, int]]:
     """Of each measured row: its name, the predicted and the measured peak."""
     backend = report["machine"]["backend"]
-    rows = {row: result for row, result in report["rows"].items() if "peak_memory" in result and ROW.fullmatch(row)}
-    return [(row, planned(row, backend), result["peak_memory"]) for row, result in rows.items()]
+    rows = {row: result["peak_memory"] for row, result in report["rows"].items() if "peak_memory" in result}
+    guarded = {row: peak for row, peak in rows.items() if (of := ROW.fullmatch(row)) and not of["unguarded"]}
+    return [(row, planned(row, backend), peak) for row, peak in guarded.items()]
 
 
 def table(compared, machine) -> str:
