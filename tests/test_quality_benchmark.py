@@ -11,7 +11,8 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "examples/benchmarks/quality"
 sys.path.insert(0, str(FOLDER))
-llama, plan, table_rules, training = map(importlib.import_module, ("llama", "plan", "table_rules", "training"))
+names = ("llama", "plan", "table_rules", "training", "draw")
+llama, plan, table_rules, training, draw = map(importlib.import_module, names)
 sys.path.remove(str(FOLDER))
 
 from cuda_ref import Ember  # noqa: E402
@@ -72,15 +73,37 @@ def test_sgd_is_that_of_pytorch(gradients):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_search_for_a_rate_goes_on_until_the_best_is_not_at_an_edge():
+def search(loss, **how):
     losses = {}
     while True:
-        best, missing = plan.best_rate(losses, guess=-4)
+        best, missing = plan.best_rate(losses, guess=-4, **how)
         if not missing:
-            break
-        losses |= {rate: float("nan") if rate > 2 else abs(rate - 2.0) for rate in missing}
+            return best, losses
+        losses |= {rate: loss(rate) for rate in missing}
+
+
+def test_the_search_for_a_rate_goes_on_until_the_best_is_not_at_an_edge():
+    best, losses = search(lambda rate: float("nan") if rate > 2 else abs(rate - 2.0), finely=False)
     assert best == 2
     assert {1, 3} <= losses.keys()
+
+
+@pytest.mark.parametrize("least", [-5.0, -5.5, 0.5])
+def test_quarter_decades_are_tried_beside_the_best_half_decade(least):
+    best, losses = search(lambda rate: (rate - least) ** 2)
+    assert best == least
+    assert {best - 0.5, best + 0.5} <= losses.keys()
+    assert sum(rate != int(rate) for rate in losses) == 2
+
+
+def test_the_body_has_the_rate_of_the_best_adamw_over_both_rates():
+    """With one rate for both, the best would be a body at -4 or -5."""
+    results, settings = {}, {"a": SETTING}
+    phases = [plan.Phase(("a",), ("adamw",), seeds=(1,), bodies=True)]
+    while runs := list(plan.wanted(results, phases, settings)):
+        results |= {run.key(): abs(run.rate + 2) + abs(run.body_rate + 7) for run in runs}
+    assert plan.tuned_rates("a", "adamw", results, settings) == (-7, -2)
+    assert {plan.Run("a", "adamw", -2, body, 0).key() for body in (-8, -6)} <= results.keys()
 
 
 def test_the_plan_reports_other_seeds_at_the_best_rate_and_ends():
@@ -96,6 +119,53 @@ def test_the_plan_reports_other_seeds_at_the_best_rate_and_ends():
         ("a", "ember", -6, -3, 2, None, False),
         ("a", "frozen", 0, -3, 1, None, False), ("a", "frozen", 0, -3, 2, None, False),
     ]  # fmt: skip
+
+
+def test_the_tables_compare_seed_by_seed_and_choose_by_the_tuning_seed(tmp_path):
+    """adamw-0.99 is better than adamw with the reported seeds, which nobody may know when one of them is chosen."""
+    losses = {}
+    phases = [plan.Phase(("untied-4k",), ("ember", "adamw", "adamw-0.99"))]
+    while runs := list(plan.wanted(losses, phases)):
+        for run in runs:
+            loss = 4 + 0.1 * (run.rate + 5) ** 2 + 0.1 * (run.body_rate + 6) ** 2 + run.seed
+            loss -= {"ember": 0.02 + 0.001 * run.seed, "adamw": 0, "adamw-0.99": 0.03 if run.seed else -0.01}[
+                run.optimizer
+            ]
+            losses[run.key()] = loss
+    fields = {"gpu": "x", "torch": "x", "seconds": 60}
+    lines = [{"run": dataclasses.asdict(plan.Run(*key)), "valid_loss": loss, **fields} for key, loss in losses.items()]
+    results = draw.Results(lines)
+    difference, half, count = draw.against(*(results.reported("untied-4k", name) for name in ("ember", "adamw")))
+    assert (difference, count) == (pytest.approx(-0.022), 3)
+    assert half == pytest.approx(4.303 * 0.001 / 3**0.5)
+    assert results.best_of("untied-4k", plan.ADAMW) == "adamw"
+    draw.write_tables(results, tmp_path / "tables.md")
+    assert "-0.0220 ± 0.0025 (ember minus adamw)" in (tmp_path / "tables.md").read_text()
+
+
+@pytest.fixture
+def grpo(monkeypatch):
+    pytest.importorskip("mlx.core")  # which the GPU machines of the benchmark do not have
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("grpo")
+
+
+def test_grpo_is_tuned_by_the_mean_of_two_seeds_and_reported_with_others(grpo):
+    lines = []
+    while runs := grpo.wanted(lines, "m"):
+        run = runs[0]
+        reward = -abs(run["rate"] + 6) - (0 if run["body_rate"] is None else abs(run["body_rate"] + 6))
+        reward += {0: 3 if run["rate"] == -4 else 0, 4: -3 if run["rate"] == -4 else 0}.get(run["seed"], 0)  # luck
+        lines.append({"run": run, "reward": reward, "reward_before": 0.0})
+    reported = [line["run"] for line in lines if line["run"]["seed"] in grpo.REPORTED_SEEDS]
+    assert len(reported) == 3 * len(grpo.REPORTED_SEEDS)
+    assert {(run["rate"], run["body_rate"]) for run in reported} == {(-6, None), (-6, -6)}
+    assert grpo.table_of(lines).count(f"| {len(grpo.REPORTED_SEEDS)} | 0.001 |") == 3
+
+
+def test_the_reward_counts_a_word_once_and_no_nonsense(grpo):
+    said = ["A big, BIG bear!", "Bkk bo bobo.", ""]
+    assert grpo.reward_b_words(None, said, None) == [2 / 8, 0.0, 0.0]
 
 
 def write_tokens(folder):
@@ -128,6 +198,39 @@ def test_a_run_trains_what_it_should(data, optimizer):
     assert moved == ([False, False, True] if optimizer == "frozen" else [True] * 3)
 
 
+def test_adamw_everywhere_is_the_loop_that_anybody_would_write(data):
+    result = training.Trainer("cpu", data, data).train(plan.Run("a", "adamw", -4, -5, 1), SETTING, data / "base.pt")
+
+    model = llama.Llama(TINY)
+    model.initialize(1)
+    tables = list(model.tables.values())
+    body = [p for p in model.parameters() if all(p is not table for table in tables)]
+    groups = [
+        {"params": [p for p in body if p.ndim == 2], "lr": 10**-2.5, "betas": (0.9, 0.95), "weight_decay": 0.1},
+        {"params": [p for p in body if p.ndim == 1], "lr": 10**-2.5, "betas": (0.9, 0.95)},
+        {"params": tables, "lr": 1e-2},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: training.schedule(SETTING, i))
+    ids = torch.from_numpy(np.fromfile(data / "text_train.u16", np.uint16).astype(np.int64))
+    starts = training.order(len(ids), SETTING, seed=1).reshape(SETTING.steps, SETTING.batch)
+    losses = []
+    for batch in starts:
+        window = torch.stack([ids[start : start + SETTING.length + 1] for start in batch])
+        logits = model(window[:, :-1]) @ model.tables["head"].T
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(body, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+
+    assert np.reshape(losses, (-1, training.WINDOW)).mean(1) == pytest.approx(result["losses"], abs=1e-4)
+    for name, weight in torch.load(data / "base.pt").items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
 def test_the_probe_sees_how_long_a_row_was_silent():
     w = torch.zeros(3, 2)
     probe = training.Probe(w, torch.tensor(0.1))
@@ -146,7 +249,7 @@ def gpu_trainers(tmp_path_factory):
     """One that captures its steps and one that does not."""
     folder = tmp_path_factory.mktemp("data")
     write_tokens(folder)
-    return [training.Trainer("cuda", folder, folder, graphs=graphs) for graphs in (True, False)]
+    return [training.Trainer("cuda:0", folder, folder, graphs=graphs) for graphs in (True, False)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -1,9 +1,10 @@
 """What is to be run, in which order: worked out from the results that are there, so that it can stop at any moment.
 
-For every setting the body's learning rate is tuned first, with AdamW on everything at that one rate. Then every table
-optimizer gets the same treatment: half decades around a first guess, on and on until the best has a worse one on either
-side, with seed 0; then the best rate with other seeds. A seed is the weights to start from and the order of the data,
-the same for all optimizers, so that their runs can be compared in pairs.
+For every setting AdamW is tuned first, on body and tables: half decades of both learning rates, from a first guess
+on, until the best pair is better than its four neighbours. Its body rate is everybody's. Then every table optimizer
+gets the same treatment: half decades around a first guess until the best has a worse one on either side, then the
+quarter decades beside it, with seed 0; then the best rate with other seeds. A seed is the weights to start from and the
+order of the data, the same for all optimizers, so that their runs can be compared in pairs.
 """
 
 import math
@@ -12,7 +13,10 @@ from dataclasses import asdict, dataclass
 from llama import Shape
 from table_rules import TABLE_RULES
 
-__all__ = ["PHASES", "SETTINGS", "Phase", "Run", "Setting", "best_rate", "tuned_rates", "wanted"]
+__all__ = [
+    "ADAMW", "BASELINE", "EMBER", "PHASES", "SETTINGS", "TUNING_SEED", "Phase", "Run", "Setting", "best_rate",
+    "tuned_rates", "wanted",
+]  # fmt: skip
 
 TUNING_SEED = 0
 MOST_RATES = 12  # an optimizer that is best when it does next to nothing would go on for ever
@@ -35,14 +39,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. Learning rates are powers of sqrt(10): -4 is 0.01, -5 is 0.0032."""
+    """One training. Learning rates are powers of sqrt(10): -4 is 0.01, -5 is 0.0032, -4.5 between them."""
 
     setting: str
     optimizer: str  # of the tables, or "A | B": A on the embedding, B on the head
-    rate: int  # of the tables; of the embedding
+    rate: float  # of the tables; of the embedding
     body_rate: int
     seed: int
-    head_rate: int | None = None  # where it differs
+    head_rate: float | None = None  # where it differs
     probe: bool = False  # also measure the steps of rows by the time since they were last seen
 
     def key(self):
@@ -57,12 +61,13 @@ class Phase:
     optimizers: tuple[str, ...]
     seeds: tuple[int, ...] = (1, 2, 3)
     apart: bool = False  # also Ember and AdamW on one table each
+    bodies: bool = False  # also the body's rate half a decade up and down, with the tuning seed: does the order hold?
     probes: tuple[str, ...] = ()  # optimizers that are run once more, with the probe
 
 
 def _pretraining(tied, batch):
     shape = Shape(vocabulary=32768, width=384, layers=6, heads=6, hidden=1024, tied=tied)
-    return Setting(shape, "text", batch=batch, length=256, steps=2000, warmup=100, body_guess=-5)
+    return Setting(shape, "text", batch=batch, length=256, steps=2000, warmup=100, body_guess=-6)
 
 
 def _finetuning(data, steps, shape=None, start="untied-16k"):
@@ -84,50 +89,66 @@ SETTINGS = {
     "smollm2-shakespeare": _finetuning("smollm2_shakespeare", 400, SMOLLM2, "smollm2"),
     "smollm2-rasbt": _finetuning("smollm2_rasbt", 50, SMOLLM2, "smollm2"),
 }
-RIVALS = ("ember", "adamw", "adafactor", "rows", "columns", "sgd", "frozen")
-VARIANTS = ("ember-0.99", "ember-0.95", "ember-clip3", "ember-clip1", "ember-growing", "ember-tableclip", "adamw-0.999")
-MORE_VARIANTS = (
-    "ember-0.9999", "ember-0.99-clip3", "ember-growing-clip3", "adamw-b1=0",
-    "ember-bf16", "ember-bf16-stochastic", "adamw-bf16",
+BASELINE = "adamw"  # tunes the body
+# The rules of one family are one optimizer with other settings; its best is the one with the best tuning run.
+ADAMW = ("adamw", "adamw-0.99", "adamw-0.95")
+EMBER = ("ember", "ember-growing", "ember-0.99", "ember-clip3", "ember-0.95")
+CORE = ("ember", "adamw", "adafactor", "ember-growing", "adamw-0.95", "ember-0.99", "ember-clip3")
+RIVALS = ("rows", "adamw-0.99", "ember-0.95", "ember-tableclip", "frozen", "columns", "sgd")
+VARIANTS = (
+    "ember-growing-clip3", "ember-0.99-clip3", "ember-clip1", "ember-0.9999", "adamw-b1=0", "adamw-decay",
+    "ember-decay",
 )  # fmt: skip
+IN_BF16 = ("ember-bf16", "ember-bf16-stochastic", "adamw-bf16")
 PROBES = ("ember", "adamw", "adafactor", "ember-clip3")
+SMALL, BIG = ("untied-4k", "tied-4k"), ("untied-16k", "tied-16k")
 OWN = ("own-wikisql", "own-shakespeare", "own-rasbt")
 LARGE = ("smollm2-wikisql", "smollm2-shakespeare", "smollm2-rasbt")
-IN_BF16 = ("ember", "adamw", "ember-bf16", "ember-bf16-stochastic", "adamw-bf16")
 PHASES = {
-    "rivals": [Phase(("untied-4k", "tied-4k"), RIVALS), Phase(("untied-16k", "tied-16k"), RIVALS[:3])],
-    "variants": [Phase(("untied-4k", "tied-4k"), VARIANTS, apart=True, probes=PROBES)],
-    "finetune": [Phase(OWN, RIVALS)],
-    "rivals-16k": [Phase(("untied-16k", "tied-16k"), RIVALS)],
-    "more": [
-        Phase(("untied-4k",), MORE_VARIANTS),
-        Phase(("untied-16k", "tied-16k"), VARIANTS[:4]),
-        Phase(("tied-4k",), MORE_VARIANTS),
-        Phase(("untied-4k", "tied-4k"), RIVALS[:3], seeds=(1, 2, 3, 4, 5, 6)),
-    ],
-    "finetune-variants": [Phase(OWN, (*IN_BF16, *VARIANTS), apart=True)],
-    "smollm2": [Phase(LARGE, RIVALS), Phase(LARGE, (*IN_BF16, *VARIANTS))],
+    "core": [Phase(SMALL, CORE), Phase(SMALL, CORE[:3], seeds=(), bodies=True)],
+    "rivals": [Phase(SMALL, RIVALS, apart=True, probes=PROBES)],
+    "core-16k": [Phase(BIG, CORE[:5])],
+    "finetune": [Phase(OWN, (*CORE[:5], *IN_BF16))],
+    "smollm2": [Phase(LARGE, (*CORE[:5], *IN_BF16))],
+    "variants": [Phase(SMALL, (*VARIANTS, *IN_BF16)), Phase(SMALL, CORE[:5], seeds=(4, 5, 6))],
+    "all": [Phase((*BIG, *OWN), (*CORE, *RIVALS), apart=True), Phase(LARGE, (*CORE, *RIVALS))],
 }
 
 
-def best_rate(losses, guess):
-    """Where the search for a learning rate stands.
+def best_point(losses, guess):
+    """Where a search on a grid stands: it goes on until the best point is better than all its neighbours.
 
     Args:
-        losses (dict): rate -> validation loss; infinity or NaN for a run that blew up.
-        guess (int): The rate to begin with.
+        losses (dict): Point, a tuple of rates, -> validation loss; infinity or NaN for a run that blew up.
+        guess (tuple): The point to begin with.
 
     Returns:
-        The best rate, or None while there is none with a worse one on either side, and the rates to run next.
+        The best point, or None while a neighbour is missing, and the points to run next.
     """
-    losses = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
-    if not losses:
-        return None, [guess, guess - 1, guess + 1]
-    best = min(losses, key=losses.get)
-    missing = [rate for rate in (best - 1, best + 1) if rate not in losses]
-    if len(losses) >= MOST_RATES:
+    losses = {point: loss if math.isfinite(loss) else math.inf for point, loss in losses.items()}
+    best = min(losses, key=losses.get, default=guess)
+    near = [(*best[:axis], best[axis] + step, *best[axis + 1 :]) for axis in range(len(best)) for step in (-1, 1)]
+    missing = [point for point in (best, *near) if point not in losses]
+    if len(losses) >= MOST_RATES * len(guess):
         missing = []
     return (None if missing else best), missing
+
+
+def best_rate(losses, guess, finely=True):
+    """The same for one rate; when the best half decade is known, the quarter decades beside it are tried too.
+
+    Args:
+        losses (dict): Rate -> validation loss.
+        guess (int): The rate to begin with.
+        finely (bool): With quarter decades.
+    """
+    best, missing = best_point({(rate,): loss for rate, loss in losses.items() if rate == int(rate)}, (guess,))
+    if best is None:
+        return None, [rate for (rate,) in missing]
+    missing = [rate for rate in (best[0] - 0.5, best[0] + 0.5) if finely and rate not in losses]
+    if missing:
+        return None, missing
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf), []
 
 
 def wanted(results, phases, settings=SETTINGS):
@@ -137,48 +158,64 @@ def wanted(results, phases, settings=SETTINGS):
         results (dict): ``Run.key()`` -> validation loss.
         phases (list of Phase): The most important first.
     """
+    tuning = _tuning(results)
     for phase in phases:
         reported = []
         for name in phase.settings:
-            body, missing = _body_rate(name, results, settings[name].body_guess)
+            body, missing = _body_rate(name, tuning, settings[name].body_guess)
             yield from missing
+            rates = {}
             for optimizer in phase.optimizers if body is not None else ():
-                rate, missing = _table_rate(name, optimizer, body, results)
+                rates[optimizer], missing = _table_rate(name, optimizer, body, tuning)
                 yield from missing
-                if rate is not None:
-                    reported += [Run(name, optimizer, rate, body, seed) for seed in phase.seeds]
-                    reported += [Run(name, optimizer, rate, body, 1, probe=True)] * (optimizer in phase.probes)
+            for optimizer, rate in rates.items():
+                if rate is None:
+                    continue
+                reported += [Run(name, optimizer, rate, body, seed) for seed in phase.seeds]
+                reported += [Run(name, optimizer, rate, body + d, TUNING_SEED) for d in (-1, 1) if phase.bodies]
             if body is not None and phase.apart and not settings[name].shape.tied:
-                rates = [_table_rate(name, optimizer, body, results)[0] for optimizer in ("ember", "adamw")]
-                if None not in rates:
-                    ember, adamw = rates
-                    reported += [Run(name, "ember | adamw", ember, body, s, head_rate=adamw) for s in phase.seeds]
-                    reported += [Run(name, "adamw | ember", adamw, body, s, head_rate=ember) for s in phase.seeds]
+                reported += _apart(name, body, tuning, phase.seeds)
+            for optimizer in phase.probes if body is not None else ():
+                rate, _ = _table_rate(name, optimizer, body, tuning)
+                reported += [Run(name, optimizer, rate, body, 1, probe=True)] * (rate is not None)
         yield from (run for run in reported if run.key() not in results)
 
 
 def tuned_rates(name, optimizer, results, settings=SETTINGS):
     """The best rates of the body and of the tables with that optimizer; None for what is not known yet."""
-    body, _ = _body_rate(name, results, settings[name].body_guess)
-    return body, None if body is None else _table_rate(name, optimizer, body, results)[0]
+    tuning = _tuning(results)
+    body, _ = _body_rate(name, tuning, settings[name].body_guess)
+    return body, None if body is None else _table_rate(name, optimizer, body, tuning)[0]
 
 
-def _body_rate(name, results, guess):
-    def run(rate):
-        return Run(name, "adamw", rate, rate, TUNING_SEED)
+def _apart(name, body, tuning, seeds):
+    """Runs with Ember on one table and AdamW on the other, each at its best rate, once both are known."""
+    ember, adamw = (_table_rate(name, optimizer, body, tuning)[0] for optimizer in ("ember", BASELINE))
+    if None not in (ember, adamw):
+        for seed in seeds:
+            yield Run(name, f"ember | {BASELINE}", ember, body, seed, head_rate=adamw)
+            yield Run(name, f"{BASELINE} | ember", adamw, body, seed, head_rate=ember)
 
-    losses = {rate: results[run(rate).key()] for rate in range(-20, 10) if run(rate).key() in results}
-    best, missing = best_rate(losses, guess)
-    return best, [run(rate) for rate in missing]
+
+def _tuning(results):
+    """(setting, optimizer) -> {(rate of the body, rate of the tables): loss} of the tuning runs."""
+    losses = {}
+    for run, loss in ((Run(*key), loss) for key, loss in results.items()):
+        if run.seed == TUNING_SEED and not run.probe:
+            losses.setdefault((run.setting, run.optimizer), {})[run.body_rate, run.rate] = loss
+    return losses
 
 
-def _table_rate(name, optimizer, body, results):
+def _body_rate(name, tuning, guess):
+    """The body's rate at the best pair of AdamW's two, in half decades."""
+    pairs = {pair: loss for pair, loss in tuning.get((name, BASELINE), {}).items() if pair[1] == int(pair[1])}
+    best, missing = best_point(pairs, (guess, TABLE_RULES[BASELINE][1]))
+    return best and best[0], [Run(name, BASELINE, rate, body, TUNING_SEED) for body, rate in missing]
+
+
+def _table_rate(name, optimizer, body, tuning):
     if optimizer == "frozen":
         return 0, []
-
-    def run(rate):
-        return Run(name, optimizer, rate, body, TUNING_SEED)
-
-    losses = {rate: results[run(rate).key()] for rate in range(-30, 30) if run(rate).key() in results}
+    losses = {rate: loss for (b, rate), loss in tuning.get((name, optimizer), {}).items() if b == body}
     best, missing = best_rate(losses, TABLE_RULES[optimizer][1])
-    return best, [run(rate) for rate in missing]
+    return best, [Run(name, optimizer, rate, body, TUNING_SEED) for rate in missing]

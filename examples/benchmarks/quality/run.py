@@ -25,7 +25,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from plan import PHASES, SETTINGS, Phase, Run, tuned_rates, wanted
+from plan import BASELINE, PHASES, SETTINGS, Phase, Run, tuned_rates, wanted
 from table_rules import TABLE_RULES
 from training import Trainer
 
@@ -48,7 +48,7 @@ def main():
         with args.out.open("a") as file:
             file.write("\n")
     results = read_results([args.out, *sorted(args.results.glob("*.jsonl"))])
-    facts = machine_facts()
+    facts = {**machine_facts(), "commit": args.commit or git_commit()}
     campaign = Campaign(args, settings, phases, results, facts)
     campaign.run()
     left = len(list(wanted(campaign.losses, campaign.phases, settings)))
@@ -68,6 +68,7 @@ def parse():
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")
     parser.add_argument("--runs", type=int, default=10**9, help="at most this many")
+    parser.add_argument("--commit", help="of the code, for the results, where git cannot tell")
     parser.add_argument("--smoke", action="store_true", help="try it: tiny models, random tokens in a new folder")
     return parser.parse_args()
 
@@ -140,9 +141,9 @@ class Campaign:
         for name in dict.fromkeys(self.settings[s].start for phase in self.phases for s in phase.settings):
             keep = self.args.bases / f"{name}.pt"
             if name in self.settings and not keep.exists():
-                body, rate = tuned_rates(name, "adamw", self.losses, self.settings)
+                body, rate = tuned_rates(name, BASELINE, self.losses, self.settings)
                 if rate is not None:
-                    yield Run(name, "adamw", rate, body, seed=1), keep
+                    yield Run(name, BASELINE, rate, body, seed=1), keep
 
     def note(self, task, result):
         run, _ = task
@@ -199,13 +200,19 @@ def loss_of(result):
 
 
 def machine_facts():
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: CPU",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
     }
+
+
+def git_commit():
+    """The commit of the checkout, or "unknown" where there is no git."""
+    with contextlib.suppress(OSError):
+        git = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        return git.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def convert_smollm2(folder, path):

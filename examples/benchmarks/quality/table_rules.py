@@ -88,8 +88,8 @@ class SGD(Optimizer):
                 w.sub_(group["lr"] * buffer)
 
 
-def _adamw(tables, lr, betas=(0.9, 0.95)):
-    return AdamW(tables, lr=lr, betas=betas, weight_decay=0.0, fused=True, capturable=lr.is_cuda)
+def _adamw(tables, lr, betas=(0.9, 0.999), weight_decay=0.0):
+    return AdamW(tables, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=lr.is_cuda)
 
 
 def growing_beta2(step):
@@ -99,31 +99,34 @@ def growing_beta2(step):
 
 # name -> (what makes the optimizer, the learning rate to try first as a power of sqrt(10), what it is, in words)
 TABLE_RULES = {
-    "ember": (Ember, -4, "Ember"),
-    "adamw": (_adamw, -5, "AdamW, betas 0.9 and 0.95, as the body's"),
-    "adafactor": (partial(FactoredRule, beta2="adafactor", clip="table", eps=1e-30), -4, "Adafactor, fixed rate"),
-    "rows": (partial(FactoredRule, statistics="rows"), -4, "row statistics alone"),
-    "columns": (partial(FactoredRule, statistics="columns"), -4, "column statistics alone"),
-    "sgd": (SGD, 2, "SGD, momentum 0.9"),
+    "ember": (Ember, -5, "Ember"),
+    "adamw": (_adamw, -3, "AdamW"),
+    "adafactor": (partial(FactoredRule, beta2="adafactor", clip="table", eps=1e-30), -5, "Adafactor, fixed rate"),
+    "rows": (partial(FactoredRule, statistics="rows"), -5, "row statistics alone"),
+    "columns": (partial(FactoredRule, statistics="columns"), -5, "column statistics alone"),
+    "sgd": (SGD, 0, "SGD, momentum 0.9"),
     "frozen": (None, 0, "tables not trained"),
-    "adamw-0.999": (partial(_adamw, betas=(0.9, 0.999)), -5, "AdamW, betas 0.9 and 0.999"),
-    "adamw-b1=0": (partial(_adamw, betas=(0.0, 0.95)), -5, "AdamW without momentum, beta2 0.95"),
-    "ember-0.95": (partial(Ember, beta2=0.95), -4, "Ember, beta2 0.95"),
-    "ember-0.99": (partial(Ember, beta2=0.99), -4, "Ember, beta2 0.99"),
-    "ember-0.9999": (partial(Ember, beta2=0.9999), -4, "Ember, beta2 0.9999"),
-    "ember-clip1": (partial(Ember, row_clip=1.0), -4, "Ember, row_clip 1"),
-    "ember-clip3": (partial(Ember, row_clip=3.0), -4, "Ember, row_clip 3"),
-    "ember-0.99-clip3": (partial(Ember, beta2=0.99, row_clip=3.0), -4, "Ember, beta2 0.99, row_clip 3"),
-    "ember-growing": (partial(Ember, beta2=growing_beta2), -4, "Ember, beta2 1 - t^-0.8"),
+    "adamw-0.99": (partial(_adamw, betas=(0.9, 0.99)), -3, "AdamW, beta2 0.99"),
+    "adamw-0.95": (partial(_adamw, betas=(0.9, 0.95)), -3, "AdamW, beta2 0.95, as the body's"),
+    "adamw-b1=0": (partial(_adamw, betas=(0.0, 0.999)), -3, "AdamW without momentum"),
+    "adamw-decay": (partial(_adamw, weight_decay=0.1), -3, "AdamW, decay 0.1"),
+    "ember-0.95": (partial(Ember, beta2=0.95), -5, "Ember, beta2 0.95"),
+    "ember-0.99": (partial(Ember, beta2=0.99), -5, "Ember, beta2 0.99"),
+    "ember-0.9999": (partial(Ember, beta2=0.9999), -5, "Ember, beta2 0.9999"),
+    "ember-clip1": (partial(Ember, row_clip=1.0), -5, "Ember, row_clip 1"),
+    "ember-clip3": (partial(Ember, row_clip=3.0), -5, "Ember, row_clip 3"),
+    "ember-0.99-clip3": (partial(Ember, beta2=0.99, row_clip=3.0), -5, "Ember, beta2 0.99, row_clip 3"),
+    "ember-growing": (partial(Ember, beta2=growing_beta2), -5, "Ember, beta2 1 - t^-0.8"),
     "ember-growing-clip3": (
         partial(Ember, beta2=growing_beta2, row_clip=3.0),
-        -4,
+        -5,
         "Ember, beta2 1 - t^-0.8, row_clip 3",
     ),
-    "ember-tableclip": (partial(FactoredRule, clip="table"), -4, "Ember, Adafactor's clipping"),
-    "ember-bf16": (Ember, -4, "Ember, tables in bf16, nearest"),
-    "ember-bf16-stochastic": (partial(Ember, rounding="stochastic"), -4, "Ember, tables in bf16, stochastic"),
-    "adamw-bf16": (_adamw, -5, "AdamW, tables in bf16, nearest"),
+    "ember-decay": (partial(Ember, weight_decay=0.1), -5, "Ember, decay 0.1"),
+    "ember-tableclip": (partial(FactoredRule, clip="table"), -5, "Ember, Adafactor's clipping"),
+    "ember-bf16": (Ember, -5, "Ember, tables in bf16, nearest"),
+    "ember-bf16-stochastic": (partial(Ember, rounding="stochastic"), -5, "Ember, tables in bf16, stochastic"),
+    "adamw-bf16": (_adamw, -3, "AdamW, tables in bf16, nearest"),
 }
 
 
