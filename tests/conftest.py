@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,11 @@ import torch
 if not torch.cuda.is_available():
     # Triton's interpreter then runs the kernels of cuda_ref; it must be known before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# In the background of a script, or under nohup, these are ignored, as they then are in every process started from here.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
