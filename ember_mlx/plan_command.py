@@ -5,7 +5,11 @@ import json
 import math
 import os
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
@@ -85,7 +89,17 @@ def find_config(model: str) -> tuple[dict, str]:
         raise InputError(f"--model {model}: {path.name} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise InputError(f"--model {model}: {path.name} holds no names and values; give the config.json of a model")
-    return config, path.name
+    return config | _stored_dtype(path.parent), path.name
+
+
+def _stored_dtype(folder):
+    """The dtype of the weights that lie beside a config.json, as its key: mlx_lm.convert leaves the old one there."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    found = Counter()
+    for path in sorted(folder.glob("*.safetensors"))[:1]:
+        with suppress(OSError, SafetensorError), safe_open(path, "numpy") as weights:
+            found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+    return next(({"torch_dtype": names[dtype]} for dtype, _ in found.most_common() if dtype in names), {})
 
 
 def _in_hub_cache(name):
@@ -136,6 +150,8 @@ def _memory(asked, backend):
             memory = 0
         if not LEAST_MEMORY <= memory < math.inf:
             raise InputError(f"--memory {asked}: must be a size of at least 1MB, with its unit: such as 16GB or 512MB")
+        if backend == "metal":
+            return int(GPU_SHARE_OF_A_MAC * memory), f"of --memory {asked} a Mac's GPU may use about 75 % by default,"
         return int(memory), "--memory is"
     if backend == "cuda":
         import mlx.core as mx
@@ -164,6 +180,7 @@ def _format(name, model, run, backend, planned, others, changes, memory, whose):
     lines = [
         f"{name}: {model.model_type}, {model.layers} layers, {model.vocabulary:,} tokens",
         f"{kinds}, batches of {run.batch_size} x {run.length} tokens, on {backend}",
+        "as if every row filled --max-seq-length; shorter rows take less",
         "",
         f"{title:32}{'at most':>13}{'at the peak':>13}",
     ]
@@ -174,6 +191,7 @@ def _format(name, model, run, backend, planned, others, changes, memory, whose):
             lines.append(line("  of which train", planned.trainable))
     lines += [
         line("predicted peak", None, planned.peak),
+        "At most: at any one moment of a step. At the peak: when all together are most.",
         "",
         f"{'with the token tables by':32}{'all state':>13}{'peak':>13}",
     ]

@@ -16,7 +16,7 @@ from ember_mlx.errors import InputError
 from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
-from ember_mlx.plan_command import main, warning
+from ember_mlx.plan_command import find_config, main, warning
 from ember_mlx.planner import advice, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.loss import LOGITS_AT_ONCE
@@ -224,6 +224,22 @@ def test_a_model_that_is_not_there(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json cannot be read"):
         main(["--model", str(tmp_path)])
+
+
+def test_the_weights_that_are_there_say_their_dtype(tmp_path):
+    # mlx_lm.convert --dtype leaves the old one in config.json.
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | {"torch_dtype": "float32"}))
+    assert find_config(str(tmp_path))[0]["torch_dtype"] == "float32"
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"w": mx.zeros(3, mx.bfloat16)})
+    assert find_config(str(tmp_path))[0]["torch_dtype"] == "bfloat16"
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    assert find_config(str(tmp_path))[0]["torch_dtype"] == "float32"
+
+
+def test_a_mac_keeps_a_quarter_of_its_memory(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    main(["--model", str(tmp_path), "--max-seq-length", "64", "--memory", "16GB", "--backend", "metal"])
+    assert "Of --memory 16GB a Mac's GPU may use about 75 % by default, 12.00 GB: it fits" in capsys.readouterr().out
 
 
 def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):

@@ -131,8 +131,10 @@ def _grow_tokenizer(wrapper, asked, where):
         shown = _some(f"{content!r} (id {known[content]})" for content in known)
         raise InputError(f"{where}: tokens already: {shown}; leave them out")
     try:
-        # Not normalized: the text itself is looked for, before anything else is done to it.
-        added = [AddedToken(content, normalized=False, special=special) for content, special in asked]
+        added = [
+            AddedToken(content, normalized=not special and _survives(tokenizer, content), special=special)
+            for content, special in asked
+        ]
         tokenizer.add_tokens(added, special_tokens=any(special for _, special in asked))
         ids = tokenizer.convert_tokens_to_ids([content for content, _ in asked])
         found = [tokenizer.encode(content, add_special_tokens=False) for content, _ in asked]
@@ -160,6 +162,17 @@ def _grow_tokenizer(wrapper, asked, where):
         for (content, special), number in zip(asked, ids, strict=True)
     ]
     return _wrapped_anew(wrapper), tokens
+
+
+def _survives(tokenizer, content):
+    """Whether a token is still itself when the tokenizer has normalized its text, all but spaces.
+
+    Such words are looked for in the normalized text, as transformers itself does: looked for before, each would get a
+    second space behind it from tokenizers of SentencePiece's kind. A tokenizer of lower case would never find them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    normalizer = backend.normalizer if backend else None
+    return normalizer is None or normalizer.normalize_str(content).replace("▁", " ").split() == content.split()
 
 
 def _some(words):

@@ -146,7 +146,7 @@ def uncorrelated(tables, hidden):
         + f"Up to {UNCORRELATED:g} counts as uncorrelated."
     )
     if abs(furthest) <= UNCORRELATED < furthest_step:
-        words += " Only steps in which the token is not in the batch are alike: that is drift of the rows."
+        words += " Steps in which the token is not in the batch are alike, hence partly: that is drift of the rows."
     if furthest < -UNCORRELATED:
         words += " Below 0, steps take back what the last ones did: lower the table learning rate."
     answer = _answer(abs(furthest), UNCORRELATED, PARTLY_CORRELATED)

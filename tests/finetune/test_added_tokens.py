@@ -8,7 +8,7 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
 from tiny_models import write_model
-from tokenizers import normalizers
+from tokenizers import decoders, normalizers
 
 from ember_mlx import InputError, cli, load
 from ember_mlx.finetune.adapters import load_base
@@ -99,6 +99,18 @@ def test_a_token_is_its_text_whatever_the_tokenizer_makes_of_other_text(folders)
     tokenizer, _ = add_tokens(model, tokenizer, config, [("USB", False)], "here")
     assert ids(tokenizer, "USB") == [260]
     assert 260 not in ids(tokenizer, "usb")
+
+
+def test_a_word_keeps_its_one_space_in_tokenizers_of_the_kind_of_sentencepiece(folders):
+    model, tokenizer, config = load_base(folders["untied"])
+    backend = tokenizer._tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Replace("▁", " ")
+    tokenizer, _ = add_tokens(model, tokenizer, config, [("SELECT", False)], "here")
+    encoded = ids(tokenizer, "a SELECT b")
+    assert 260 in encoded
+    others = tokenizer._tokenizer.convert_ids_to_tokens([number for number in encoded if number != 260])
+    assert "".join(others).count("âĸģ") == 2  # the bytes of ▁, before a and before b: the token has its own
 
 
 def test_special_tokens_come_from_a_json_list_and_are_left_out_when_asked_for(parse, folders, tmp_path):
