@@ -25,9 +25,10 @@ def backend():
 
 def machine():
     """The machine, the versions, the day and the seed. Call it in a process of its own: it starts MLX."""
+    on = backend()  # first: environment() asks a framework that is imported already for the GPU
     here = environment()
-    machine, on_cpu = here.pop("machine"), backend() == "cpu"
-    return {"backend": backend(), "device": machine["processor" if on_cpu else "gpu"], **machine, **here, "seed": SEED}
+    machine = here.pop("machine")
+    return {"backend": on, "device": machine["processor" if on == "cpu" else "gpu"], **machine, **here, "seed": SEED}
 
 
 def in_fresh_process(function, *arguments, environment=None):
