@@ -6,6 +6,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
+from finetune.breaking import BreakAt, Breaks
 
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, options
@@ -15,24 +16,6 @@ YAML = """
 lora_parameters: {rank: 4, scale: 10.0, dropout: 0.3}
 lr_schedule: {name: cosine_decay, warmup: 3, warmup_init: 1e-7, arguments: [1e-3, 12, 1e-6]}
 """
-
-
-class Breaks(Exception):
-    pass
-
-
-class BreakAt:
-    """A training callback that ends the run at an iteration, as a crash would."""
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def on_train_loss_report(self, info):
-        if info["iteration"] == self.iteration:
-            raise Breaks
-
-    def on_val_loss_report(self, info):
-        pass
 
 
 @pytest.fixture

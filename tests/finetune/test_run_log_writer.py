@@ -5,27 +5,12 @@ import resource
 import signal
 
 import pytest
+from finetune.breaking import BreakAt, Breaks
 
 from ember_mlx import InputError
 from ember_mlx.finetune import run_log
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.run_log_writer import RunLogWriter
-
-
-class Breaks(Exception):
-    pass
-
-
-class BreakAt:
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def on_train_loss_report(self, info):
-        if info["iteration"] == self.iteration:
-            raise Breaks
-
-    def on_val_loss_report(self, info):
-        pass
 
 
 def without_times(rows):
