@@ -24,17 +24,20 @@ METAL = """
 #define float_of(bits) as_type<float>(bits)
 
 template <int N, typename Pointer>
-inline bool read_together(Pointer from, thread float* x) {
-    #pragma unroll
-    for (int v = 0; v < N; v++) x[v] = static_cast<float>(from[v]);
+inline bool aligned(Pointer) {
     return true;
 }
 
+template <int N, typename Pointer>
+inline void read_together(Pointer from, thread float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) x[v] = static_cast<float>(from[v]);
+}
+
 template <int N, typename T, typename Pointer>
-inline bool write_together(Pointer to, thread const float* x) {
+inline void write_together(Pointer to, thread const float* x) {
     #pragma unroll
     for (int v = 0; v < N; v++) to[v] = static_cast<T>(x[v]);
-    return true;
 }
 """
 
@@ -59,22 +62,23 @@ struct alignas(sizeof(T) * N) Together {
 };
 
 template <int N, typename T>
-__device__ inline bool read_together(const T* from, float* x) {
-    if (reinterpret_cast<size_t>(from) % sizeof(Together<T, N>) != 0) return false;
+__device__ inline bool aligned(const T* pointer) {
+    return reinterpret_cast<size_t>(pointer) % sizeof(Together<T, N>) == 0;
+}
+
+template <int N, typename T>
+__device__ inline void read_together(const T* from, float* x) {
     const Together<T, N> together = *reinterpret_cast<const Together<T, N>*>(from);
     #pragma unroll
     for (int v = 0; v < N; v++) x[v] = static_cast<float>(together.values[v]);
-    return true;
 }
 
 template <int N, typename T, typename Pointer>
-__device__ inline bool write_together(Pointer to, const float* x) {
-    if (reinterpret_cast<size_t>(to) % sizeof(Together<T, N>) != 0) return false;
+__device__ inline void write_together(Pointer to, const float* x) {
     Together<T, N> together;
     #pragma unroll
     for (int v = 0; v < N; v++) together.values[v] = static_cast<T>(x[v]);
     *reinterpret_cast<Together<T, N>*>(to) = together;
-    return true;
 }
 """
 
@@ -82,18 +86,9 @@ BOTH = """
 // N neighbours, or as many as are left, and zeros.
 template <int N, typename Pointer>
 FUNCTION void read_as_float(Pointer from, int64_t step, int64_t left, thread float* x) {
-    if (step == 1 && left >= N && read_together<N>(from, x)) return;
+    if (step == 1 && left >= N && aligned<N>(from)) return read_together<N>(from, x);
     #pragma unroll
     for (int v = 0; v < N; v++) x[v] = v < left ? static_cast<float>(from[v * step]) : 0.0f;
-}
-
-// N neighbours, or as many as are left, each rounded to the nearest T.
-template <int N, typename T, typename Pointer>
-FUNCTION void write_rounded(thread const float* x, int64_t left, Pointer to) {
-    if (left >= N && write_together<N, T>(to, x)) return;
-    #pragma unroll
-    for (int v = 0; v < N; v++)
-        if (v < left) to[v] = static_cast<T>(x[v]);
 }
 """
 

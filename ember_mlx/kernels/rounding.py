@@ -3,7 +3,9 @@
 MLX does not fuse a reading of float32 bits as integers (``view``) with the operations around it, and the hash is too
 deep for one fused kernel: as plain operations the float32 values and the random bits become two tables each. Here they
 live in registers. A threadgroup takes a tile of ``ROWS`` by ``COLUMNS``. Its threads lie side by side along the
-columns, ``VECTOR`` columns each, and walk down the rows with what is of a column alone.
+columns, ``VECTOR`` columns each, and walk down the rows with what is of a column alone. Where rows do not begin at
+addresses that allow ``VECTOR`` elements at once, a thread takes them one by one, with few registers: the threads that
+fit on a GPU at a time, and so its speed, depend on the most that any path of the text needs.
 
 The gradient of an untied LM head comes out of MLX's matrix product as a transposed view, the rows of a column side by
 side. Such a tile is read along the rows and turned in threadgroup memory.
@@ -51,29 +53,46 @@ SOURCE = """
 
     const int across = thread_index % ACROSS * VECTOR;
     const int64_t j = first_column + across, left = columns - j;
+    const bool together = left >= VECTOR && columns % VECTOR == 0 && w_column == 1 && w_row % VECTOR == 0
+        && aligned<VECTOR>(w + first_row * w_row + j)
+        && (transposed || (g_column == 1 && g_row % VECTOR == 0 && aligned<VECTOR>(g + first_row * g_row + j)));
+    const float rate = learning_rate[0], decay = kept[0], least = eps[0];
     float b_j[VECTOR];
-    read_as_float<VECTOR>(b + j, 1, left, b_j);
     uint32_t key_j[VECTOR];
     #pragma unroll
-    for (int v = 0; v < VECTOR; v++) key_j[v] = v < left ? column_keys[j + v] : 0;
-    #pragma unroll 2
+    for (int v = 0; v < VECTOR; v++) {
+        b_j[v] = v < left ? b[j + v] : 0;
+        key_j[v] = v < left ? column_keys[j + v] : 0;
+    }
     for (int i = thread_index / ACROSS; i < rows; i += DOWN) {
         const int64_t row = first_row + i;
-        float x[VECTOR], y[VECTOR];
-        read_as_float<VECTOR>(w + row * w_row + j * w_column, w_column, left, y);
-        if (transposed) {
-            #pragma unroll
-            for (int v = 0; v < VECTOR; v++) x[v] = static_cast<float>(turned[across + v][i]);
-        } else {
-            read_as_float<VECTOR>(g + row * g_row + j * g_column, g_column, left, x);
-        }
+        const float a_i = a[row];
         const uint32_t key_i = row_keys[row];
-        #pragma unroll
-        for (int v = 0; v < VECTOR; v++) {
-            const float value = kept[0] * y[v] - learning_rate[0] * (x[v] / (a[row] * b_j[v] + eps[0]));
-            y[v] = round_stochastically<DROPPED_BITS>(value, mix(key_i ^ key_j[v]));
+        if (together) {
+            float x[VECTOR], y[VECTOR];
+            if (transposed) {
+                read_together<VECTOR>(w + row * w_row + j, y);
+                #pragma unroll
+                for (int v = 0; v < VECTOR; v++) x[v] = static_cast<float>(turned[across + v][i]);
+            } else {  // both are under way before the first is waited for
+                read_together<VECTOR>(w + row * w_row + j, y);
+                read_together<VECTOR>(g + row * g_row + j, x);
+            }
+            #pragma unroll
+            for (int v = 0; v < VECTOR; v++)
+                y[v] = updated<DROPPED_BITS>(y[v], x[v], a_i, b_j[v], key_i ^ key_j[v], rate, decay, least);
+            write_together<VECTOR, W>(new_w + row * columns + j, y);
+        } else {
+            #pragma unroll 1
+            for (int v = 0; v < VECTOR && v < left; v++) {
+                const G x = transposed ? turned[across + v][i] : g[row * g_row + (j + v) * g_column];
+                const float y = updated<DROPPED_BITS>(
+                    static_cast<float>(w[row * w_row + (j + v) * w_column]), static_cast<float>(x),
+                    a_i, b[j + v], key_i ^ column_keys[j + v], rate, decay, least
+                );
+                new_w[row * columns + j + v] = static_cast<W>(y);
+            }
         }
-        write_rounded<VECTOR, W>(y, left, new_w + row * columns + j);
     }
 """
 
@@ -94,6 +113,11 @@ FUNCTION float round_stochastically(float value, uint32_t random) {
         return (lower + (scaled - lower > (random >> 8) * 0x1p-24f ? 1.0f : 0.0f)) * 0x1p-24f;
     }
     return float_of(((bits + (random >> (32 - DROPPED))) >> DROPPED) << DROPPED);
+}
+
+template <int DROPPED>
+FUNCTION float updated(float w, float g, float a, float b, uint32_t key, float learning_rate, float kept, float eps) {
+    return round_stochastically<DROPPED>(kept * w - learning_rate * (g / (a * b + eps)), mix(key));
 }
 """
 

@@ -103,7 +103,7 @@ def test_a_planted_fault_is_found_where_the_rows_of_a_column_lie_side_by_side(em
 
 
 def test_a_vector_read_from_a_misaligned_address_is_found_in_the_cuda_text(emulated):
-    plant = ("if (reinterpret_cast<size_t>(from) % sizeof(Together<T, N>) != 0) return false;", "")
+    plant = ("reinterpret_cast<size_t>(pointer) % sizeof(Together<T, N>) == 0", "true")
     with pytest.raises(EmulationError, match="misaligned address"):
         run(emulated("cuda", "memory", plant))
 

@@ -61,7 +61,7 @@ def test_the_texts_round_as_plain_operations_do_touch_nothing_else_and_have_no_r
 
 @pytest.mark.parametrize(("layout", "checks", "plant", "message"), [
     ("rows", "memory", ("i < rows; i += DOWN", "i < ROWS; i += DOWN"), "heap-buffer-overflow"),
-    ("rows", "memory", ("w_column, left, y", "w_column, VECTOR, y"), "heap-buffer-overflow"),
+    ("rows", "memory", ("v < VECTOR && v < left", "v < VECTOR"), "heap-buffer-overflow"),
     ("columns", "memory", ("? rows - i : 0", "? VECTOR : 0"), "heap-buffer-overflow"),
     ("columns", "races", ("threadgroup_barrier(mem_flags::mem_threadgroup);", ""), "data race|never written"),
 ])  # fmt: skip
