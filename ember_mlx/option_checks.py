@@ -17,6 +17,7 @@ __all__ = [
     "check_beta2_schedule",
     "check_rounding",
     "check_row_clip",
+    "not_one_number",
     "rounding_warning",
     "warn",
 ]
@@ -27,11 +28,13 @@ LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
 
 
-def check_row_clip(row_clip: float | None):
+def check_row_clip(row_clip: float | None, flag: str | None = None):
+    """``flag`` is its name on the command line, where it comes from there."""
     if row_clip is None:
         return
     if not isinstance(row_clip, Real) or not SMALLEST_NORMAL <= row_clip < math.inf:
-        raise InputError(f"Ember(row_clip={row_clip!r}): must be a positive number, usually 1 to 10, or None")
+        call, or_none = (f"{flag} {row_clip}", "") if flag else (f"Ember(row_clip={row_clip!r})", ", or None")
+        raise InputError(f"{call}: must be a positive number, usually 1 to 10{or_none}")
 
 
 def check_rounding(rounding: str, seed: int):
@@ -50,6 +53,16 @@ def check_beta2_schedule(beta2: Callable[[int], float]):
                 f"Ember(beta2=...): the schedule gives {value:.6g} after {step} steps: must be at least 0 and below 1, "
                 "in float32, too"
             )
+
+
+def not_one_number(option: str, value, step: int | None = None) -> InputError:
+    """What to raise where the schedule of an option gave, after ``step`` steps if that is known, such a value."""
+    gave = f"an array of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
+    when = "" if step is None else f" after {step} steps"
+    return InputError(
+        f"Ember({option}=...): the schedule gives {gave}{when}: must be one number; return a float or an array without "
+        "dimensions"
+    )
 
 
 def rounding_warning(

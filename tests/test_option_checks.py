@@ -122,3 +122,23 @@ def test_a_schedule_of_beta2_out_of_range_is_refused(schedule, says):
         check_beta2_schedule(lambda step: float(np.float32(schedule(step))))
     with pytest.raises(InputError, match=says):
         Ember(1e-3, beta2=lambda step: schedule(step.item()))
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("0.9", "'0.9'"), (None, "None"), ([0.9, 0.99], r"\[0.9, 0.99\]"), (mx.zeros((2,)), r"an array of shape \(2,\)")],
+    ids=["text", "nothing", "a list", "two numbers"],
+)
+def test_a_schedule_that_gives_anything_but_one_number_is_refused(value, says):
+    for option in ("learning_rate", "weight_decay", "beta2"):
+        with pytest.raises(InputError, match=rf"Ember\({option}=.*gives {says}.*: must be one number"):
+            Ember(**{"learning_rate": 1e-3, option: lambda step: value})
+    with pytest.raises(InputError, match=f"gives {says} after 128 steps: must be one number"):
+        Ember(1e-3, beta2=lambda step: 0.9 if step.item() < 100 else value)
+    optimizer = Ember(1e-3, beta2=lambda step: value if step.item() == 3 else [0.9])
+    w = table(dtype=mx.float32)
+    for _ in range(3):
+        optimizer.apply_gradients(w, w)
+    with pytest.raises(InputError, match=f"gives {says}: must be one number"):
+        optimizer.apply_gradients(w, w)
+    assert optimizer.step.item() == 3

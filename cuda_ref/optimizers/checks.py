@@ -8,11 +8,12 @@ import torch
 
 from cuda_ref import sharding, triton_kernels
 from ember_mlx.errors import InputError
-from ember_mlx.option_checks import SAMPLE, check_beta2_schedule, rounding_warning
+from ember_mlx.option_checks import SAMPLE, check_beta2_schedule, not_one_number, rounding_warning
 
 __all__ = [
     "OPTIONS",
     "SCHEDULE",
+    "as_number",
     "check_gradient",
     "check_group",
     "check_keys",
@@ -63,7 +64,16 @@ def check_schedule(group):
     """The values of a schedule of ``beta2``, which a step does not look at."""
     schedule = group["beta2"]
     if callable(schedule):
-        check_beta2_schedule(lambda step: torch.as_tensor(schedule(torch.tensor(float(step)))).to(torch.float32).item())
+        check_beta2_schedule(lambda step: as_number("beta2", schedule(torch.tensor(float(step))), "cpu", step).item())
+
+
+def as_number(option, value, device, step=None):
+    """What the schedule of an option gave, as float32 on ``device`` whatever its type."""
+    if isinstance(value, Real):
+        return torch.full((), value, dtype=torch.float32, device=device)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise not_one_number(option, value, step)
+    return value.to(device, torch.float32).reshape(())
 
 
 def with_schedule(saved_group, group):

@@ -23,6 +23,7 @@ from cuda_ref import sharding, triton_kernels
 from cuda_ref.optimizers.checks import (
     OPTIONS,
     SCHEDULE,
+    as_number,
     check_gradient,
     check_group,
     check_schedule,
@@ -183,6 +184,7 @@ class Ember(Optimizer):
     Raises:
         InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D table of those dtypes,
             a gradient that is sparse or of another shape or device, state of another table; nothing is written then.
+            For a schedule that gives anything but one number.
             On every rank where ranks that share a table disagree on the step or the options, which is looked at in the
             first step and in the first one after ``load_state_dict`` or ``add_param_group``. Not looked at is the value
             of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.
@@ -304,7 +306,7 @@ class Ember(Optimizer):
         t = state["step"] + 1
         options = {option: group[option] for option in OPTIONS}
         if callable(group["beta2"]):
-            options["beta2"] = _beta2_at(state["step"], group["beta2"])
+            options["beta2"] = as_number("beta2", group["beta2"](state["step"]), state["step"].device)
             state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
         use_triton = self.implementation == "triton" or (
             self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
@@ -383,11 +385,3 @@ class Ember(Optimizer):
 
     def _check_group(self, group):
         check_group(group, self.implementation, self.row_shard_group)
-
-
-def _beta2_at(step, schedule):
-    """A float32 tensor beside ``step``, whatever the schedule returns."""
-    value = schedule(step)
-    if isinstance(value, torch.Tensor):
-        return value.to(step.device, torch.float32)
-    return torch.full((), value, dtype=torch.float32, device=step.device)

@@ -13,6 +13,7 @@ from mlx_lm.utils import _parse_size
 
 from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.guard import check_clip_grad_norm
+from ember_mlx.option_checks import check_row_clip
 from ember_mlx.parity.tolerances import SMALLEST_NORMAL
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
@@ -228,10 +229,10 @@ def _check_ember_options(args):
     for name in ("table_beta2_decay", "table_row_clip", "table_rounding"):
         if args.table_optimizer != "ember" and getattr(args, name) != OWN_DEFAULTS[name]:
             raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
-    for name, usual in (("table_beta2_decay", "0.8"), ("table_row_clip", "1 to 10")):
-        value = getattr(args, name)
-        if value is not None and not SMALLEST_NORMAL <= value < math.inf:
-            raise InputError(f"{flag(name)} {value}: must be a positive number, usually {usual}")
+    decay = args.table_beta2_decay
+    if decay is not None and not SMALLEST_NORMAL <= decay < math.inf:
+        raise InputError(f"--table-beta2-decay {decay}: must be a positive number, usually 0.8")
+    check_row_clip(args.table_row_clip, flag="--table-row-clip")
 
 
 def check_lora_parameters(parameters: dict):

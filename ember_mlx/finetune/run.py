@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +10,7 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches, train
+from mlx_lm.tuner.trainer import default_loss, evaluate, iterate_batches
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx import plan_command
@@ -22,15 +21,13 @@ from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.folder_lock import FolderLock
-from ember_mlx.finetune.loop import Batches, Finished, Record, Rows, set_numpy_random, train_from
-from ember_mlx.finetune.nonfinite import NonfiniteSteps
+from ember_mlx.finetune.loop import set_numpy_random
 from ember_mlx.finetune.output import outliving_its_readers
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
-from ember_mlx.finetune.stop_signals import StopSignals
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
-from ember_mlx.guard import spoil_gradients_of_nonfinite
+from ember_mlx.finetune.training import Training
 
 
 def run(args, training_callback: TrainingCallback | None = None, observe: Callable | None = None) -> Result | None:
@@ -100,8 +97,39 @@ def train_model(
     """Train ``model`` and save what was trained to ``args.adapter_path``; ``observe`` is :func:`run`'s."""
     if args.fine_tune_type == "full":
         refuse_quantized(model)
-    workers, leader = mx.distributed.init().size(), mx.distributed.init().rank() == 0
-    of = made_of(model, train_set, valid_set, workers)
+    of = made_of(model, train_set, valid_set, mx.distributed.init().size())
+    tables = _set_what_trains(args, model)
+    optimizer = build_optimizer(model, args, tables)
+    trained = what_trains(model, optimizer, tables, args)
+    loss = choose_loss(args, model)
+    print_trainable_parameters(model)
+    rprint(f"\n{format_table(trained)}\n")
+
+    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
+    training = Training(args, model, optimizer, tables, saving, callbacks, log, start)
+    peak_memory = training.train(loss, train_set, valid_set, observe)
+
+    loss_before, loss_after = _losses(args, model, loss, valid_set, training)
+    if log:
+        log.end(args.iters, loss_after if valid_set else None)
+    result = Result(
+        loss_name="Validation loss" if valid_set else "Training loss",
+        loss_before=loss_before,
+        loss_after=loss_after,
+        peak_memory=peak_memory,
+        trained=trained,
+        files=adapters.run_files(Path(args.adapter_path)) if training.leader else [],
+    )
+    with outliving_its_readers():
+        rprint(f"\n{format_result(result)}")
+        training.nonfinite.report()
+        for failed in saving.failed:
+            rprint(f"Not saved: {failed}. What was trained is saved.")
+    return result
+
+
+def _set_what_trains(args, model):
+    """Make trainable what ``args`` ask for, with the weights of ``--resume-adapter-file``; returns the tables."""
     tables = choose_tables(model, args.train_tables, args.dequantize_tables)
     args.token_tables = [table.path for table in tables]
     mx.random.seed(args.seed)
@@ -109,93 +137,33 @@ def train_model(
     if args.resume_adapter_file is not None and args.resume is None:
         adapters.refuse_other_tokens(Path(args.resume_adapter_file), args.added_tokens)
         _load_adapter_file(model, Path(args.resume_adapter_file))
-    optimizer = build_optimizer(model, args, tables)
-    trained = what_trains(model, optimizer, tables, args)
-    loss = choose_loss(args, model)
-    print_trainable_parameters(model)
-    rprint(f"\n{format_table(trained)}\n")
+    return tables
 
-    folder = Path(args.adapter_path)
-    start, resumed = (None, None) if args.resume is None else _go_on(args, model, optimizer, of, len(train_set))
+
+def _begin(args, model, optimizer, of, rows, lock):
+    """Go on from a checkpoint if that is asked for, and take the adapter folder; returns position, saving and log."""
+    start, resumed = (None, None) if args.resume is None else _go_on(args, model, optimizer, of, rows)
     steps_done = start.step if start else 0
+    leader = mx.distributed.init().rank() == 0
     if leader:
         refuse_full_disk(args, model, optimizer, steps_done)
-        durable.make_folder(folder)
+        durable.make_folder(Path(args.adapter_path))
         lock.take(make=True)
         check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
     saving = Saving(args, model, optimizer, of, resumed)
     log = None
     if args.log_jsonl and leader:
         log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
-    callbacks = [*callbacks, log] if log else callbacks
+    return start, saving, log
 
-    def save(steps_done):
-        return saving.save(steps_done, batches.position) if leader else True
 
-    def save_checkpoint():
-        return leader and saving.save_checkpoint(batches.position)
-
-    def stop():
-        if signals.number is not None:
-            save_checkpoint()
-            raise saving.interrupted(signals.number, batches.position)
-
-    def after_step(steps_done):
-        nonfinite(steps_done)
-        if log:
-            log.before_step(steps_done + 1)
-
-    signals = StopSignals()
-    record = Record(args, callbacks, optimizer, start.record if start else None)
-    nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, save_checkpoint)
-    batches = Batches(args, record, after_step, save, stop, start)
-    rows = Rows(train_set)
-    optimizer_of_loop, batches_of_loop = optimizer, batches
-    if observe is not None:
-        optimizer_of_loop, batches_of_loop = observe(model, optimizer, tables, rows, batches)
-    if log:
-        optimizer_of_loop = log.measured(optimizer_of_loop)
-    mx.reset_peak_memory()
-    # Several workers would stop at different steps, and wait for each other: there signals end a run as they used to.
-    with signals if workers == 1 else nullcontext(), saving.telling_what_is_left():
-        if steps_done < args.iters:
-            with suppress(Finished):
-                (train_from(steps_done) if steps_done else train)(
-                    model=model,
-                    optimizer=optimizer_of_loop,
-                    train_dataset=rows,
-                    val_dataset=CacheDataset(valid_set),
-                    args=_training_args(args),
-                    loss=spoil_gradients_of_nonfinite(loss),
-                    iterate_batches=batches_of_loop,
-                    training_callback=record,
-                )
-            batches.finish()
-        peak_memory = mx.get_peak_memory()
-        if not save(args.iters):
-            raise InputError(f"--adapter-path {folder}: what was trained could not be saved: {saving.failed[-1]}")
-    stop()  # the signals that came last, too
-    name = "val_loss" if valid_set else "train_loss"
-    losses = record.losses.get(name, [])
-    if valid_set:
-        losses = [*losses[:1], _evaluate_on_first_batches(args, model, loss, valid_set, batches)]
-    if log:
-        log.end(args.iters, losses[-1] if valid_set else None)
-    losses = losses or [math.nan]  # no report was without a step that was left out
-    result = Result(
-        loss_name="Validation loss" if valid_set else "Training loss",
-        loss_before=losses[0],
-        loss_after=losses[-1],
-        peak_memory=peak_memory,
-        trained=trained,
-        files=adapters.run_files(folder) if leader else [],
-    )
-    with outliving_its_readers():
-        rprint(f"\n{format_result(result)}")
-        nonfinite.report()
-        for failed in saving.failed:
-            rprint(f"Not saved: {failed}. What was trained is saved.")
-    return result
+def _losses(args, model, loss, valid_set, training):
+    """Before and after: of the validation or, without a set, of the first and the last report."""
+    if not valid_set:
+        first, last = training.record.losses.get("train_loss", [math.nan] * 2)  # none: all of them left steps out
+        return first, last
+    last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches)
+    return training.record.losses.get("val_loss", [last])[0], last
 
 
 def _go_on(args, model, optimizer, of, rows):
@@ -264,21 +232,6 @@ def _load_adapter_file(model, path):
         trainable = model.trainable_parameters()
         remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
         adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
-
-
-def _training_args(args):
-    return TrainingArgs(
-        batch_size=args.batch_size,
-        iters=args.iters,
-        val_batches=args.val_batches,
-        steps_per_report=args.steps_per_report,
-        steps_per_eval=args.steps_per_eval,
-        steps_per_save=args.iters + 1,  # Batches saves: mlx-lm would put tables where its loader refuses them
-        max_seq_length=args.max_seq_length,
-        grad_checkpoint=args.grad_checkpoint,
-        grad_accumulation_steps=args.grad_accumulation_steps,
-        clear_cache_threshold=args.clear_cache_threshold,
-    )
 
 
 def _evaluate_on_first_batches(args, model, loss, valid_set, batches):

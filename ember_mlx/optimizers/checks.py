@@ -7,9 +7,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ember_mlx.errors import InputError
-from ember_mlx.option_checks import SAMPLE, rounding_warning
+from ember_mlx.option_checks import SAMPLE, not_one_number, rounding_warning
 
-__all__ = ["check_number", "check_parameters", "check_state", "warning_of"]
+__all__ = ["as_number", "check_number", "check_parameters", "check_state", "warning_of"]
 
 
 def check_number(name, value, least, below, in_words):
@@ -19,6 +19,20 @@ def check_number(name, value, least, below, in_words):
         allowed = False
     if not allowed:
         raise InputError(f"Ember({name}={value!r}): must be {in_words}")
+
+
+def as_number(option, value, count=1, step=None):
+    """What the schedule of an option gave, as float32 whatever its type: another type would be compiled anew.
+
+    A schedule that was asked for an array of ``count`` steps may give as many numbers.
+    """
+    try:
+        number = mx.array(value, mx.float32)
+    except (TypeError, ValueError):
+        raise not_one_number(option, value, step) from None
+    if number.size not in (1, count):
+        raise not_one_number(option, value, step)
+    return number.reshape(()) if number.size == 1 else number
 
 
 def check_parameters(parameters):

@@ -21,7 +21,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
-from ember_mlx.optimizers.checks import check_number, check_parameters, check_state, warning_of
+from ember_mlx.optimizers.checks import as_number, check_number, check_parameters, check_state, warning_of
 from ember_mlx.optimizers.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -156,8 +156,9 @@ class Ember(Optimizer):
     ``rounding="nearest"`` would leave most elements of a table as they are in a step, one warning says so.
 
     Raises:
-        InputError: (a ``ValueError``) for a value out of range, and, when it first sees the parameters, for one that
-            is not a 2-D floating table or does not fit the loaded state.
+        InputError: (a ``ValueError``) for a value out of range, for a schedule that gives anything but one number,
+            and, when it first sees the parameters, for one that is not a 2-D floating table or does not fit the loaded
+            state.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class Ember(Optimizer):
         self._schedule("learning_rate", learning_rate)
         self._schedule("weight_decay", weight_decay)
         if callable(beta2):
-            check_beta2_schedule(lambda step: mx.array(beta2(mx.array(step, mx.uint64)), mx.float32).item())
+            check_beta2_schedule(lambda step: as_number("beta2", beta2(mx.array(step, mx.uint64)), step=step).item())
             self._schedule("beta2", beta2)
             self.state["bias_correction"] = mx.array(0.0)
             self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
@@ -238,9 +239,9 @@ class Ember(Optimizer):
         return max(schedule(mx.array(step, mx.uint64)).item() for step in STEPS_TO_LOOK_AT)
 
     def _schedule(self, name, value):
-        """As ``_maybe_schedule``, with float32 whatever a schedule returns: another type would be compiled anew."""
+        """As ``_maybe_schedule``, but for what a schedule may return and what becomes of it."""
         if callable(value):
-            self._maybe_schedule(name, lambda step: mx.array(value(step), mx.float32))
+            self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size))
         else:
             check_number(name, value, 0, math.inf, "a finite number, zero or more, or a schedule")
             self._maybe_schedule(name, float(value))

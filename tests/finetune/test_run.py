@@ -13,6 +13,7 @@ from mlx_lm.tuner.trainer import default_loss, evaluate
 
 from ember_mlx import InputError, load
 from ember_mlx.finetune import run as run_module
+from ember_mlx.finetune import training as training_module
 from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.run import run
 
@@ -239,13 +240,13 @@ def test_the_config_tells_what_stock_mlx_lm_needs_and_which_tables_trained(parse
 
 def test_the_options_of_the_loop_arrive_there_those_that_mlx_lm_drops_too(parse, monkeypatch):
     seen = {}
-    real = run_module.train
+    real = training_module.train
 
     def spy(**options):
         seen.update(options)
         return real(**options)
 
-    monkeypatch.setattr(run_module, "train", spy)
+    monkeypatch.setattr(training_module, "train", spy)
     asked = {"--clear-cache-threshold": "3MB", "--max-seq-length": 77, "--steps-per-eval": 5, "--val-batches": 1}
     asked |= {"--grad-accumulation-steps": 2, "--steps-per-report": 4, "--iters": 2}
     run(parse(*[word for pair in asked.items() for word in pair], "--grad-checkpoint"))

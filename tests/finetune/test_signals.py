@@ -175,7 +175,7 @@ def test_the_command_to_go_on_takes_the_checkpoint_of_this_run_and_its_changes(p
     changed = ["--resume", second, "--learning-rate", 0.5, "--resume-with-changes"]
     # Nothing new is saved: the newer ones stay, and a bare --resume would take one of them.
     with monkeypatch.context() as context:
-        context.setattr("ember_mlx.finetune.run.train_from", stops_at_once)
+        context.setattr("ember_mlx.finetune.training.train_from", stops_at_once)
         assert stopped_at(None, *changed) == ["--resume", str(second), "--resume-with-changes"]
     assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")][-1] == "step-0000005"
     assert stopped_at(3, *changed) == ["--resume"]

@@ -102,6 +102,19 @@ def test_options_of_the_whole_optimizer_out_of_range_are_refused(option, value):
         Ember([parameter()], lr=1e-3, **{option: value})
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("0.9", "'0.9'"), (None, "None"), ([0.9], r"\[0.9\]"), (torch.zeros(2), r"an array of shape \(2,\)")],
+    ids=["text", "nothing", "a list", "two numbers"],
+)
+def test_a_schedule_that_gives_anything_but_one_number_is_refused_at_once_and_in_a_step(value, says):
+    says = f"beta2=.*gives {says}.*: must be one number"
+    with pytest.raises(InputError, match=says.replace(".*:", " after 128 steps:")):
+        Ember([parameter()], lr=1e-3, beta2=lambda step: 0.9 if step < 100 else value)
+    optimizer = train(two_tables(beta2=lambda step: value if step == 3 else torch.full((1, 1), 0.9)), 3)
+    assert_refused(optimizer, optimizer.step, says)
+
+
 def test_a_state_without_a_schedule_does_not_fit_one_and_the_other_way_round():
     constant, scheduled = train(two_tables(), 1), train(two_tables(beta2=lambda step: 1 - 1 / (2 + step)), 1)
     assert_refused(constant, lambda: constant.load_state_dict(scheduled.state_dict()), "was a schedule.*is a number")
