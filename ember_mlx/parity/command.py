@@ -5,7 +5,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +17,11 @@ DESCRIPTION = """\
 Compare every implementation of Ember that this machine can run (MLX, PyTorch, Triton; CPU and GPU) with a float64
 oracle, step by step, over named and recorded streams of gradients, in float32, bfloat16 and float16; and with results
 recorded on a GPU. Exit code 1 when something is not within its tolerance."""
+
+SUMMARY_LEGEND = """\
+A name alone is compared with the float64 oracle. r, c (second moments of rows and columns), step, w (weights): the
+largest error as a part of what is allowed there. More than 1 fails; a rounding to 16 bits alone reaches 1. --verbose
+tells it of each stream, with where and how large it is."""
 
 LEGEND = """\
 r, c: second moments of rows and columns (float32); step: what one step subtracts, seen alone; w: the weights after a
@@ -47,12 +51,15 @@ def main(arguments: list[str]) -> int:
     seconds = time.perf_counter() - start
     if not comparisons:
         raise InputError("nothing is left to compare: no chosen implementation does the chosen streams in --dtype")
-    print(format_table(comparisons))
-    print(f"\n{LEGEND}\n")
+    failed = not all(comparison.passed for comparison in comparisons)
+    parts = [format_table(comparisons)] if args.verbose else [format_summary(comparisons), SUMMARY_LEGEND]
+    parts += [f"Failed:\n\n{format_failures(comparisons)}"] if failed else []
+    parts += [LEGEND] if failed or args.verbose else []
+    print(*parts, "", sep="\n\n", end="")
     print(_closing(comparisons, here, not_here, recordings, seconds))
     if args.json is not None:
         args.json.write_text(_report(comparisons, here, not_here, recordings, seconds))
-    return 0 if all(comparison.passed for comparison in comparisons) else 1
+    return 1 if failed else 0
 
 
 def _parser():
@@ -69,6 +76,9 @@ def _parser():
         metavar="N",
         help="look after so many steps, not after 1, 10 and 1000; shorter streams are left out",
     )
+    parser.add_argument(
+        "--verbose", action="store_true", help="print a line for each implementation, stream and quantity"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every comparison, machine, versions and seed")
     return with_one_line_errors(parser)
 
@@ -76,47 +86,77 @@ def _parser():
 # --- what is printed ----------------------------------------------------------------------------------------------
 
 
-def format_table(comparisons: Iterable[Comparison]) -> str:
+def format_summary(comparisons: list[Comparison]) -> str:
+    """One line for each implementation and what it was compared with: the largest error of each quantity."""
+    quantities = dict.fromkeys(one.quantity for one in comparisons)
+    rows = [("implementation", "comparisons", "failed", *quantities)]
+    for (against, implementation), group in _grouped(comparisons, lambda one: (one.against, one.implementation)):
+        largest = dict.fromkeys(quantities, "")
+        for one in sorted(group, key=lambda one: one.of_allowed):
+            largest[one.quantity] = f"{one.of_allowed:.2f}"
+        failed = sum(not one.passed for one in group)
+        rows.append((_name(implementation, against), str(len(group)), str(failed), *largest.values()))
+    return _laid_out(rows, numbers=range(1, len(rows[0])))
+
+
+def format_table(comparisons: list[Comparison]) -> str:
     """One line for each implementation, stream and quantity; against recorded results one for all streams."""
+
+    def key(one):
+        return one.against, one.implementation, one.stream if one.against == ORACLE else "all streams", one.quantity
+
+    return _format_rows(_row(*key, group) for key, group in _grouped(comparisons, key))
+
+
+def format_failures(comparisons: list[Comparison]) -> str:
+    """One line for each comparison that failed, as in the table."""
+    failed = (one for one in comparisons if not one.passed)
+    return _format_rows(_row(one.against, one.implementation, one.stream, one.quantity, [one]) for one in failed)
+
+
+def _grouped(comparisons, key):
+    """Pairs of a key and its comparisons; sorted by each part of the keys, in the order in which those first appear."""
     groups: dict[tuple, list[Comparison]] = {}
     for one in comparisons:
-        stream = one.stream if one.against == ORACLE else "all streams"
-        groups.setdefault((one.against, one.implementation, stream, one.quantity), []).append(one)
+        groups.setdefault(key(one), []).append(one)
+    parts = [list(dict.fromkeys(column)) for column in zip(*groups, strict=True)]
+    return sorted(groups.items(), key=lambda item: [of.index(part) for of, part in zip(parts, item[0], strict=True)])
+
+
+def _format_rows(rows):
     head = ("implementation", "stream", "quantity", "ULPs", "allowed", "relative", "of allowed", "result", "where")
-    rows = [head]
-    for against in dict.fromkeys(key[0] for key in groups):
-        # Sorted, stably: the streams on tables of another shape come later.
-        of_these = [key for key in groups if key[0] == against]
-        order = list(dict.fromkeys(key[1] for key in of_these)), list(dict.fromkeys(key[2] for key in of_these))
-        for key in sorted(of_these, key=lambda key: (order[0].index(key[1]), order[1].index(key[2]))):
-            rows.append(_row(key, groups[key]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return _laid_out([head, *rows], numbers=range(3, 7))
 
 
-def _row(key, group):
-    against, implementation, stream, quantity = key
+def _row(against, implementation, stream, quantity, group):
     worst = max(group, key=lambda one: (not one.passed, one.ulps))
-    name = implementation if against == ORACLE else f"{implementation} / {against}"
     where = f"{worst.dtype}, step{_steps(worst)}, {worst.shape[0]} x {worst.shape[1]}"
-    if against != ORACLE:
+    if stream != worst.stream:
         where = f"{worst.stream}, {where}"
     passed = all(one.passed for one in group)
     numbers = (f"{worst.ulps:.3g}", f"{worst.allowed_ulps:.3g}", f"{worst.relative:.1e}")
     of_allowed = f"{max(one.of_allowed for one in group):.2f}"
-    return (name, stream, quantity, *numbers, of_allowed, "pass" if passed else "FAIL", worst.error or where)
+    name, result = _name(implementation, against), "pass" if passed else "FAIL"
+    return (name, stream, quantity, *numbers, of_allowed, result, worst.error or where)
+
+
+def _name(implementation, against):
+    return implementation if against == ORACLE else f"{implementation} / {against}"
 
 
 def _steps(one):
     return f" {one.steps}" if one.first_step == one.steps else f"s {one.first_step}-{one.steps}"
 
 
-def _aligned(row, widths):
-    text, numbers, rest = row[:3], row[3:7], row[7:]
-    yield from (cell.ljust(width) for cell, width in zip(text, widths[:3], strict=True))
-    yield from (cell.rjust(width) for cell, width in zip(numbers, widths[3:7], strict=True))
-    yield from (cell.ljust(width) for cell, width in zip(rest, widths[7:], strict=True))
+def _laid_out(rows, numbers):
+    """Rows of text as lines, the first as their head; the columns in ``numbers`` end below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        aligned = [cell.rjust(width) if i in numbers else cell.ljust(width) for i, (cell, width) in enumerate(cells)]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _closing(comparisons, here, not_here, recordings, seconds):

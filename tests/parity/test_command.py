@@ -21,6 +21,10 @@ def one_of(quantity="r", **changed):
     return suite.Comparison(**(about | where | numbers | {"quantity": quantity} | changed))
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
 def run(tmp_path, *arguments, without=()):
     """The command in a process of its own, where importing any of ``without`` fails."""
     for name in without:
@@ -39,7 +43,7 @@ def run(tmp_path, *arguments, without=()):
 
 def test_without_torch_the_rest_is_compared_and_torch_is_not_here(tmp_path):
     path = tmp_path / "report.json"
-    done = run(tmp_path, *SHORT, "--json", path, without=["torch"])
+    done = run(tmp_path, *SHORT, "--json", path, "--verbose", without=["torch"])
     assert done.returncode == 0, done.stderr
     assert "not here: " in done.stdout
     assert "torch eager cpu and" in done.stdout
@@ -52,7 +56,7 @@ def test_without_torch_the_rest_is_compared_and_torch_is_not_here(tmp_path):
 
 def test_without_mlx_pytorch_is_compared(tmp_path):
     pytest.importorskip("torch")
-    done = run(tmp_path, *SHORT, "--implementation", "torch eager cpu", without=["mlx.core"])
+    done = run(tmp_path, *SHORT, "--implementation", "torch eager cpu", "--verbose", without=["mlx.core"])
     assert done.returncode == 0, done.stderr
     recorded_on_gpus = len(recorded.read_results())
     assert done.stdout.count(" pass ") == 5 + 4 * recorded_on_gpus  # against the oracle, also the whole run
@@ -104,6 +108,12 @@ def test_a_fail_is_shown_written_and_exit_code_1(monkeypatch, capsys, tmp_path):
     assert exit_.value.code == 1
     printed = capsys.readouterr().out
     assert "4 comparisons, 2 failed" in printed
+    summary, *fails = [cells_of(line) for line in printed.splitlines() if line.startswith("mlx cpu  ")]
+    assert summary == ["mlx cpu", "4", "2", "1.50", "0.25", "inf"]
+    assert [fail[-2:] for fail in fails] == [
+        ["FAIL", "float16, steps 2-10, 24 x 8"],
+        ["FAIL", "RuntimeError: no kernel"],
+    ]
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"machine", "versions", "date", "seed", "not_here", "recordings"} <= set(report)
     assert report["failed"] == 2
@@ -122,6 +132,27 @@ def test_no_comparison_is_not_a_pass(monkeypatch, capsys):
     assert "nothing is left to compare" in capsys.readouterr().err
 
 
+def test_the_summary_has_a_line_for_each_pair_with_the_largest_error_of_each_quantity():
+    on_a_gpu = {"against": "recorded triton on a GPU", "of_allowed": 0.125}
+    lines = command.format_summary(
+        [
+            one_of(),
+            one_of(of_allowed=0.5, stream="tiny"),
+            one_of(of_allowed=0.375),
+            one_of("w", **on_a_gpu),
+            one_of("w", implementation="triton", of_allowed=1.2),
+        ]
+    ).splitlines()
+    assert [cells_of(line) for line in (lines[0], *lines[2:])] == [
+        ["implementation", "comparisons", "failed", "r", "w"],
+        ["mlx cpu", "3", "0", "0.50"],
+        ["triton", "1", "1", "1.20"],
+        ["mlx cpu / recorded triton on a GPU", "1", "0", "0.12"],
+    ]
+    under = [lines[0][len(line) - 1] for line in lines[2:]]
+    assert under == ["r", "w", "w"]
+
+
 def test_the_table_shows_the_worst_of_each_group_and_a_fail_before_anything():
     lines = command.format_table(
         [
@@ -133,7 +164,7 @@ def test_the_table_shows_the_worst_of_each_group_and_a_fail_before_anything():
             one_of(against="recorded triton on a GPU", ulps=2.0, stream="huge"),
         ]
     ).splitlines()
-    cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[2:]]
+    cells = [cells_of(line) for line in lines[2:]]
     where = "bfloat16, step 1, 24 x 8"
     assert cells[0] == ["mlx cpu", "random", "r", "5", "20", "2.0e-07", "0.40", "pass", where]
     assert cells[1][2:8] == ["w", "0.6", "0.5", "2.0e-07", "1.20", "FAIL"]
