@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -31,3 +33,12 @@ def test_the_benchmark_of_tables_writes_what_it_ran(folders, tmp_path):
     assert [row["table_state"] > 0 for row in report["rows"]] == [False, True]
     assert {"mlx", "mlx-lm", "ember-mlx"} < report["versions"].keys()
     assert report["common"] == "--iters 2 --batch-size 2 --val-batches 2"
+
+
+def test_the_benchmark_on_cuda_needs_no_mlx():
+    pytest.importorskip("torch")
+    without_mlx = "import sys; sys.modules |= dict.fromkeys(('mlx', 'mlx_lm'))"  # None: an import of it raises
+    script = f"{without_mlx}; from cuda_table_step import machine; print(machine('cuda')['backend'])"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES / "benchmarks", check=False)
+    assert done.stdout == "cuda\n", done.stderr

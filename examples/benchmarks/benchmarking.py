@@ -1,4 +1,4 @@
-"""What the benchmarks of MLX share: the machine in words, a fresh process for each row, timing, and the JSON file."""
+"""What the benchmarks share: the machine in words, a fresh process for each row, timing, and the JSON file."""
 
 import json
 import multiprocessing
@@ -23,9 +23,12 @@ def backend():
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def machine():
-    """The machine, the versions, the day and the seed. Call it in a process of its own: it starts MLX."""
-    on = backend()  # first: environment() asks a framework that is imported already for the GPU
+def machine(on=None):
+    """The machine, the versions, the day and the seed. ``on`` is what was measured: metal, cuda or cpu.
+
+    Without ``on`` that is what MLX computes on: call it in a process of its own then, for it starts MLX.
+    """
+    on = on or backend()  # first: environment() asks a framework that is imported already for the GPU
     here = environment()
     machine = here.pop("machine")
     return {"backend": on, "device": machine["processor" if on == "cpu" else "gpu"], **machine, **here, "seed": SEED}

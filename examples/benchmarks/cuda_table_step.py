@@ -9,20 +9,18 @@ before it, in tables of the weights' dtype.
 """
 
 import argparse
-import json
 import statistics
 from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarking import SEED, machine, write
 
 from cuda_ref import Ember
-from ember_mlx.parity.environment import environment
 
 SHAPES = [(151_936, 1024), (128_256, 4096), (50_257, 768)]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CYCLES_ASLEEP = 2_000_000  # about a millisecond: longer than Python needs to queue a step
-SEED = 0
 
 
 class PlainEmber(torch.optim.Optimizer):
@@ -117,30 +115,24 @@ def main():
     if not torch.cuda.is_available():
         parser.exit(2, "cuda_table_step.py: error: no CUDA device here; this measures NVIDIA GPUs\n")
 
+    here = machine("cuda")
     bandwidth = copy_bandwidth(args.repeats)
-    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s")
+    here |= {"cuda": torch.version.cuda, "copy_bytes_per_second": round(bandwidth), "repeats": args.repeats}
+    report = {"machine": here, "rows": []}
+    print(f"{here['device']}: a copy moves {bandwidth / 1e12:.2f} TB/s")
     print(f"{'table':>16} {'dtype':>9}  {'optimizer':<24} {'ms':>7} {'of floor':>8} {'scratch':>8} {'state':>12}")
-    rows = []
     for shape in SHAPES:
         for dtype in DTYPES.values():
             for name in OPTIMIZERS:
                 row = measure(name, shape, dtype, bandwidth, args.repeats)
-                rows.append(row)
+                report["rows"].append(row)
+                write(args.out, report)
                 print(
                     f"{shape[0]:>9} x {shape[1]:<4} {row['dtype']:>9}  {name:<24} {row['milliseconds']:>7.3f} "
                     f"{row['speed_of_floor']:>8.2f} {row['scratch_tables']:>8.3f} {row['state_bytes']:>12,}",
                     flush=True,
                 )
                 torch.cuda.empty_cache()
-    if args.out:
-        machine = {
-            **environment(),
-            "cuda": torch.version.cuda,
-            "copy_bytes_per_second": round(bandwidth),
-            "seed": SEED,
-            "repeats": args.repeats,
-        }
-        args.out.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,18 +4,17 @@
         --types lora full --vary "--train-tables none" "--train-tables auto" -- --iters 200 --learning-rate 1e-3
 
 Each row is a fresh process; what stands after `--` goes to every run, and each of --vary to one. The JSON file holds
-the losses in nats a token, peak memory and optimizer state in bytes, with machine, versions and every option.
+the losses in nats a token, peak memory and optimizer state in bytes, with machine, versions and every option. A run
+that fails leaves its error in the place of these, and the exit code is 1.
 """
 
 import argparse
-import importlib.metadata
-import json
-import multiprocessing
-import os
-import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarking import in_fresh_process, machine, write
 
 
 def run_row(arguments):
@@ -51,7 +50,9 @@ def main():
     args = parser.parse_args()
     common = [word for word in args.common if word != "--"]
 
-    rows = []
+    here = in_fresh_process(machine)
+    report = {"machine": here, "versions": here.pop("versions"), "data": args.data.name, "common": " ".join(common)}
+    report["rows"] = []
     for model in args.models:
         for fine_tune_type in args.types:
             for varied in args.vary:
@@ -59,27 +60,23 @@ def main():
                     words = ["--model", model, "--data", args.data, "--adapter-path", Path(folder) / "adapters"]
                     words += ["--fine-tune-type", fine_tune_type, *varied.split(), *common]
                     # A process of its own: peak memory and random state are the process's.
-                    with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        result = pool.apply(run_row, ([str(word) for word in words],))
-                rows.append({"model": model.name, "type": fine_tune_type, "varied": varied} | result)
-    versions = {name: importlib.metadata.version(name) for name in ("ember-mlx", "mlx", "mlx-lm", "numpy")}
-    machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
-    report = {
-        "machine": machine,
-        "versions": versions,
-        "data": args.data.name,
-        "common": " ".join(common),
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+                    result = in_fresh_process(run_row, [str(word) for word in words])
+                report["rows"].append({"model": model.name, "type": fine_tune_type, "varied": varied} | result)
+                write(args.out, report)
+    print_table(report["rows"])
+    return 1 if any("error" in row for row in report["rows"]) else 0
+
+
+def print_table(rows):
     print(f"\n{'model':24}{'type':6}{'varied':44}{'before':>8}{'after':>8}{'peak MB':>9}{'table state':>13}{'s':>7}")
     for row in rows:
-        numbers = f"{row['loss_before']:8.3f}{row['loss_after']:8.3f}{row['peak_memory'] / 1e6:9.0f}"
-        print(
-            f"{row['model']:24}{row['type']:6}{row['varied']:44}{numbers}{row['table_state']:13,}{row['seconds']:7.0f}"
-        )
+        if "error" in row:
+            numbers = f"  {row['error']}"
+        else:
+            numbers = f"{row['loss_before']:8.3f}{row['loss_after']:8.3f}{row['peak_memory'] / 1e6:9.0f}"
+            numbers += f"{row['table_state']:13,}{row['seconds']:7.0f}"
+        print(f"{row['model']:24}{row['type']:6}{row['varied']:44}{numbers}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
