@@ -1,8 +1,11 @@
 """examples/benchmarks/quality: its model, its rules and its plan. No text is needed: token ids are drawn at random."""
 
+import argparse
 import dataclasses
 import importlib
+import multiprocessing
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,8 @@ import torch
 
 FOLDER = Path(__file__).parents[1] / "examples/benchmarks/quality"
 sys.path.insert(0, str(FOLDER))
-names = ("llama", "plan", "table_rules", "training", "draw")
-llama, plan, table_rules, training, draw = map(importlib.import_module, names)
+names = ("llama", "plan", "table_rules", "training", "run", "draw")
+llama, plan, table_rules, training, campaigns, draw = map(importlib.import_module, names)
 sys.path.remove(str(FOLDER))
 
 from cuda_ref import Ember  # noqa: E402
@@ -84,16 +87,94 @@ def search(loss, **how):
 
 def test_the_search_for_a_rate_goes_on_until_the_best_is_not_at_an_edge():
     best, losses = search(lambda rate: float("nan") if rate > 2 else abs(rate - 2.0), finely=False)
-    assert best == 2
-    assert {1, 3} <= losses.keys()
+    assert (best, {1, 3} <= losses.keys()) == (2, True)
 
 
-@pytest.mark.parametrize("least", [-5.0, -5.5, 0.5])
-def test_quarter_decades_are_tried_beside_the_best_half_decade(least):
+@pytest.mark.parametrize(("least", "quarters"), [(-5.2, []), (-5.3, [-5.5]), (-5.6, [-5.5]), (0.5, [0.5])])
+def test_a_quarter_decade_is_tried_where_a_parabola_says_that_it_is_better(least, quarters):
     best, losses = search(lambda rate: (rate - least) ** 2)
-    assert best == least
-    assert {best - 0.5, best + 0.5} <= losses.keys()
-    assert sum(rate != int(rate) for rate in losses) == 2
+    assert [rate for rate in losses if rate != int(rate)] == quarters
+    assert best == (quarters or [-5])[0]
+    assert min(losses) < best < max(losses)
+
+
+def test_a_quarter_decade_is_not_tried_far_behind_adamw_nor_beside_a_run_that_blew_up():
+    assert plan.best_rate({-6: float("nan"), -5: 1.0, -4: float("inf")}, guess=-5) == (-5, [])
+    results, settings = {}, {"a": SETTING}
+    while runs := list(plan.wanted(results, [plan.Phase(("a",), ("adamw", "rows", "columns"))], settings)):
+        behind = {"adamw": 0, "rows": 0.09, "columns": 0.3}
+        results |= {run.key(): behind[run.optimizer] + 0.1 * (run.rate + 4.4) ** 2 + (run.body_rate + 4) ** 2
+                    for run in runs}  # fmt: skip
+    rates = {name: plan.tuned_rates("a", name, results, settings)[1] for name in ("adamw", "rows", "columns")}
+    assert rates == {"adamw": -4.5, "rows": -4.5, "columns": -4}
+
+
+def test_a_search_begins_where_another_ended():
+    """Beside Ember's rate in the same setting, or where it was in the setting like it; AdamW's as far away as ever."""
+    results, settings = {}, {"a": SETTING, "b": dataclasses.replace(SETTING, like="a")}
+    phases = [plan.Phase((name,), ("adamw", "ember"), seeds=()) for name in ("a", "b")]
+    while runs := list(plan.wanted(results, phases[:1], settings)):
+        best = {"adamw": -8, "ember": 1}
+        results |= {run.key(): (run.rate - best[run.optimizer]) ** 2 + (run.body_rate + 6) ** 2 for run in runs}
+    first = plan.wanted(results, phases[1:], settings)
+    assert [(run.body_rate, run.rate) for run in first] == [(-6, -8), (-7, -8), (-5, -8), (-6, -9), (-6, -7)]
+    for body_rate, rate in ((-6, -8), (-7, -8), (-5, -8), (-6, -9), (-6, -7)):
+        results[plan.Run("b", "adamw", rate, body_rate, 0).key()] = abs(rate + 8) + abs(body_rate + 6)
+    assert [run.rate for run in plan.wanted(results, phases[1:], settings)] == [1, 0, 2]
+    for rate in (2, 3, 4):
+        results |= {plan.Run("b", "ember", rate, -6, 0).key(): (rate - 3) ** 2}
+    assert [run.rate for run in plan.wanted(results, [plan.Phase(("b",), ("rows",), seeds=())], settings)] == [3, 2, 4]
+
+
+class Workers:
+    """In threads: the first dies with its run, as many runs as ``failures`` fail, all others end well."""
+
+    def __init__(self, failures):
+        self.hired, self.failures = 0, failures
+
+    def hire(self, number):
+        ours, theirs = multiprocessing.Pipe()
+        self.hired += 1
+        threading.Thread(target=self.work, args=(theirs, self.hired == 1), daemon=True).start()
+        return ours
+
+    def work(self, connection, dies):
+        with connection:
+            while True:
+                try:
+                    run, _ = connection.recv()
+                except EOFError:
+                    return
+                if dies:
+                    return
+                if self.failures:
+                    self.failures -= 1
+                    connection.send({"error": "an illegal memory access was encountered"})
+                    return
+                connection.send({"valid_loss": abs(run.rate + 4) + abs(run.body_rate + 4), "seconds": 0.0})
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    args = argparse.Namespace(data=tmp_path, out=tmp_path / "runs.jsonl", bases=tmp_path, workers=2)
+    args.seconds = args.runs = 10**9
+    return campaigns.Campaign(args, {"a": SETTING}, [plan.Phase(("a",), ("ember", "adamw"))], [], {})
+
+
+def test_a_campaign_goes_on_when_a_worker_dies_and_another_fails(campaign, monkeypatch):
+    workers = Workers(failures=1)
+    monkeypatch.setattr(campaign, "hire", workers.hire)
+    campaign.run()
+    assert (workers.hired, campaign.failed) == (2 + 2, 2)
+    assert not list(plan.wanted(campaign.losses, campaign.phases, campaign.settings))
+    assert campaign.finished == len(campaign.args.out.read_text().splitlines()) == len(campaign.losses)
+
+
+def test_what_always_fails_is_left_after_a_few_times(campaign, monkeypatch):
+    monkeypatch.setattr(campaign, "hire", Workers(failures=10**9).hire)
+    campaign.run()
+    assert campaign.finished == 0
+    assert campaign.failed in (campaigns.MOST_FAILURES, campaigns.MOST_FAILURES + 1)  # one more was under way
 
 
 def test_the_body_has_the_rate_of_the_best_adamw_over_both_rates():
@@ -198,6 +279,61 @@ def test_a_run_trains_what_it_should(data, optimizer):
     assert moved == ([False, False, True] if optimizer == "frozen" else [True] * 3)
 
 
+LORA = dataclasses.replace(SETTING, shape=dataclasses.replace(TINY, lora_layers=1), start="base")
+
+
+@pytest.fixture
+def base(data):
+    """Weights of a tiny model, in the file that LORA fine-tunes."""
+    model = llama.Llama(TINY)
+    model.initialize(0)
+    torch.save(model.state_dict(), data / "base.pt")
+    return model.state_dict()
+
+
+def test_lora_begins_as_the_model_that_it_is_put_into(base):
+    plain, lora = llama.Llama(TINY), llama.Llama(LORA.shape)
+    for model in (plain, lora):
+        model.load(base, seed=1)
+    ids = torch.randint(0, 128, (2, 9))
+    torch.testing.assert_close(lora(ids), plain(ids), rtol=0, atol=0)
+    a = lora.lora()["model.layers.1.mlp.down_proj.lora_a"]
+    assert a.shape == (24, 8)
+    assert 0.5 / 24**0.5 < a.abs().max() <= 1 / 24**0.5  # as mlx-lm: uniform within 1 / sqrt(inputs)
+    assert sum(name.startswith("model.layers.0") for name in lora.lora()) == 0
+    assert len(lora.lora()) == 2 * 7  # A and B of q, k, v, o, gate, up and down
+
+
+def test_lora_is_that_of_mlx_lm():
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.lora import CONFIG_DEFAULTS
+    from mlx_lm.tuner.lora import LoRALinear
+
+    defaults = CONFIG_DEFAULTS["lora_parameters"]
+    assert (defaults["rank"], defaults["scale"], defaults["dropout"]) == (llama.LORA_RANK, llama.LORA_SCALE, 0)
+    assert plan.SMOLLM2_LORA.lora_layers == CONFIG_DEFAULTS["num_layers"]
+    ours = llama.LoRALinear(6, 5)
+    torch.nn.init.normal_(ours.lora_a), torch.nn.init.normal_(ours.lora_b)
+    theirs = LoRALinear(6, 5, r=defaults["rank"], scale=defaults["scale"])
+    theirs.linear.weight, theirs.lora_a, theirs.lora_b = (
+        mx.array(p.detach().numpy()) for p in (ours.weight, ours.lora_a, ours.lora_b)
+    )
+    x = torch.randn(3, 6)
+    expected = torch.from_numpy(np.array(theirs(mx.array(x.numpy()))))
+    torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_trains_a_and_b_and_the_tables_and_nothing_else(data, base):
+    result = training.Trainer("cpu", data, data).train(plan.Run("a", "ember", -4, -4, 1), LORA, data / "kept.pt")
+    assert result["losses"][-1] < result["losses"][0]
+    trained = torch.load(data / "kept.pt")
+    moved = {name for name, weight in base.items() if not torch.equal(weight, trained[name])}
+    assert moved == {"model.embed_tokens.weight", "lm_head.weight"}
+    begun = llama.Llama(LORA.shape)
+    begun.load(base, seed=1)
+    assert not any(torch.equal(p, trained[name]) for name, p in begun.lora().items())
+
+
 def test_adamw_everywhere_is_the_loop_that_anybody_would_write(data):
     result = training.Trainer("cpu", data, data).train(plan.Run("a", "adamw", -4, -5, 1), SETTING, data / "base.pt")
 
@@ -253,10 +389,11 @@ def gpu_trainers(tmp_path_factory):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("optimizer", list(table_rules.TABLE_RULES))
-def test_a_cuda_graph_does_the_steps_that_the_loop_does(gpu_trainers, optimizer):
+@pytest.mark.parametrize(("optimizer", "lora_layers"), [*((rule, 0) for rule in table_rules.TABLE_RULES), ("ember", 1)])
+def test_a_cuda_graph_does_the_steps_that_the_loop_does(gpu_trainers, optimizer, lora_layers):
     run = plan.Run("a", optimizer, -4, -4, 1, probe=True)
-    setting = dataclasses.replace(SETTING, shape=dataclasses.replace(TINY, width=64, hidden=64, key_value_heads=4))
+    shape = dataclasses.replace(TINY, width=64, hidden=64, key_value_heads=4, lora_layers=lora_layers)
+    setting = dataclasses.replace(SETTING, shape=shape)
     captured, plain = (trainer.train(run, setting) for trainer in gpu_trainers)
     assert captured["valid_loss"] == pytest.approx(plain["valid_loss"], abs=5e-3)
     assert captured["losses"] == pytest.approx(plain["losses"], abs=5e-3)

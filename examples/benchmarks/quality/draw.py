@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
-from plan import ADAMW, BASELINE, EMBER, SETTINGS, TUNING_SEED, Run, best_rate, tuned_rates
+from plan import ADAMW, BASELINE, EMBER, IN_BF16, SETTINGS, TUNING_SEED, Run, tuned_rates
 from run import loss_of, read_results
 from table_rules import TABLE_RULES
 
@@ -24,8 +24,8 @@ WORDS |= {
     "ember | adamw": "Ember on the embedding, AdamW on the head",
     "adamw | ember": "AdamW on the embedding, Ember on the head",
 }
-RIVALS = (BASELINE, "adafactor", "rows", "columns", "sgd", "frozen")
-PICTURED = ("ember", "ember-growing", "adafactor", "adamw-0.95", "rows", "ember-0.99")
+RIVALS = (BASELINE, "adamw-b1=0", "adafactor", "rows", "columns", "sgd", "frozen")
+PICTURED = ("ember", "ember-growing", "adafactor", "adamw-b1=0", "rows", "ember-clip3")
 BETA2 = {"ember-0.95": 0.95, "ember-0.99": 0.99, "ember": 0.999, "ember-0.9999": 0.9999}
 AGES = [str(2**i) for i in range(11)] + ["never"]
 
@@ -152,6 +152,18 @@ def verdicts(results):
     return "\n".join(lines) if len(lines) > 2 else "No runs are reported yet: those below are of the tuning seed."
 
 
+def bf16_verdicts(results):
+    """Markdown: what tables in bfloat16 cost with either rounding, by setting; empty while no such run is reported."""
+    lines = [f"| {' | '.join(['minus the same with tables in float32', *(WORDS[rule] for rule in IN_BF16)])} |"]
+    lines.append("| --- " * (len(IN_BF16) + 1) + "|")
+    for setting in results.settings:
+        pairs = ((rule, rule.partition("-bf16")[0]) for rule in IN_BF16)
+        cells = [in_interval(*against(*(results.reported(setting, rule) for rule in pair))) for pair in pairs]
+        if any(cells):
+            lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def in_interval(difference, half, count):
     """A paired difference in words; one pair alone has no interval."""
     if not count:
@@ -174,7 +186,7 @@ def tuning_table(results, setting):
         rate = min(tuning, key=lambda rate: tuning[rate])
         others = [results.tuning(setting, optimizer, body + d).get(rate) for d in (-1, 1)]
         others = " | ".join("" if loss is None else f"{loss:.4f}" for loss in others)
-        ended = optimizer == "frozen" or best_rate(tuning, 0)[0] is not None
+        ended = results.rates(setting, optimizer)[1] is not None
         tried = f"{len(tuning)}" if ended else f"{len(tuning)}, search not ended"
         cells = f"{tuning[rate]:.4f} | {rate_in_words(rate)} | {tried} | {others} |"
         rows.append((tuning[rate], f"| {WORDS[optimizer]} | {cells}"))
@@ -185,6 +197,8 @@ def in_words(setting):
     s = SETTINGS[setting]
     tables = "tied" if s.shape.tied else "untied"
     what = "pretraining" if s.start is None else f"fine-tuning of {s.start}"
+    if s.shape.lora_layers:
+        what += f" by LoRA on the last {s.shape.lora_layers} layers and the tables"
     return f"{what} on {s.data}, {tables}, {s.batch} x {s.length} tokens a step, {s.steps} steps"
 
 
@@ -195,6 +209,8 @@ def write_tables(results, path):
         "the 95 % interval of Student's t. Negative is better.\n"
     )
     parts.append(f"## Ember against its rivals\n\n{verdicts(results)}\n")
+    if table := bf16_verdicts(results):
+        parts.append(f"## Tables in bfloat16\n\n{table}\n")
     for setting in results.settings:
         parts.append(f"## {setting}\n\n{in_words(setting)}; body at {rate_in_words(results.body(setting))}.\n")
         if table := table_of(results, setting):
@@ -237,22 +253,23 @@ def draw_differences(results, shown, figure, theme):
 
 
 def tuned_settings(results):
-    return [s for s in results.settings if any(len(results.tuning(s, o)) > 1 for o in TABLE_RULES)]
+    return [s for s in results.settings if any(len(results.tuning(s, o)) > 1 for o in (*PICTURED, BASELINE))]
 
 
 def draw_rates(results, shown, figure, theme):
     columns = min(3, len(shown))
     grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
     for axes, setting in zip(grid.flat, shown, strict=False):
-        best = min(results.losses[key] for key in results.losses if key[0] == setting)
-        for i, optimizer in enumerate((*PICTURED, BASELINE)):
-            tuning = {r: v for r, v in results.tuning(setting, optimizer).items() if v < best + 1}
-            if tuning:
-                x = [10 ** (rate / 2) for rate in tuning]
-                _plot(axes, theme, i, x, list(tuning.values()), WORDS[optimizer])
+        curves = [results.tuning(setting, optimizer) for optimizer in (*PICTURED, BASELINE)]
+        losses = sorted(loss for curve in curves for loss in curve.values())
+        height = min(0.5, 1.3 * (losses[3 * len(losses) // 4] - losses[0])) or 0.1  # the worst quarter may lie outside
+        for i, (optimizer, curve) in enumerate(zip((*PICTURED, BASELINE), curves, strict=True)):
+            near = {rate: loss for rate, loss in curve.items() if loss < losses[0] + 3 * height}
+            if near:
+                _plot(axes, theme, i, [10 ** (rate / 2) for rate in near], list(near.values()), WORDS[optimizer])
         axes.set_xscale("log")
         axes.set_title(setting)
-        axes.set_ylim(best - 0.02, best + 0.5)
+        axes.set_ylim(losses[0] - height / 20, losses[0] + height)
     for axes in list(grid.flat)[len(shown) :]:
         axes.remove()
     figure.supxlabel("learning rate of the tables")
@@ -284,7 +301,9 @@ def draw_deciles(results, shown, figure, theme):
 
 
 def settings_with_beta2(results):
-    return [s for s in results.settings if sum(bool(results.reported(s, o).by_seed) for o in BETA2) > 1]
+    """Those with Ember at 0.999, which the others are compared with, and at another."""
+    reported = {s: [o for o in BETA2 if results.reported(s, o).by_seed] for s in results.settings}
+    return [s for s, rules in reported.items() if "ember" in rules and len(rules) > 1]
 
 
 def draw_beta2(results, shown, figure, theme):

@@ -1,4 +1,8 @@
-"""A Llama in 100 lines that trains fast: the names of its weights are those of Hugging Face's, and so is its output."""
+"""A Llama in 100 lines that trains fast: the names of its weights are those of Hugging Face's, and so is its output.
+
+With ``lora_layers`` it trains as ``ember-mlx train`` with LoRA does, whose body is mlx-lm's: all is frozen but for A
+and B of the linear layers of the last blocks, and the token tables.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +13,15 @@ from torch import nn
 
 __all__ = ["Llama", "Shape", "mean_loss"]
 
+LORA_RANK, LORA_SCALE = 8, 20.0  # mlx_lm.lora's defaults; its dropout is 0
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama. A head is ``width / heads`` wide; ``key_value_heads`` is how many keys have (None: as many)."""
+    """Sizes of a Llama. A head is ``width / heads`` wide; ``key_value_heads`` is how many keys have (None: as many).
+
+    ``lora_layers``: of so many of the last blocks LoRA trains the linear layers, and nothing else of the body trains.
+    """
 
     vocabulary: int
     width: int
@@ -23,17 +32,30 @@ class Shape:
     key_value_heads: int | None = None
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
+    lora_layers: int = 0
+
+
+class LoRALinear(nn.Linear):
+    """W x + scale * B A x, with A and B as mlx-lm keeps them: (inputs, rank) and (rank, outputs)."""
+
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__(inputs, outputs, bias=bias)
+        self.lora_a = nn.Parameter(torch.zeros(inputs, LORA_RANK))
+        self.lora_b = nn.Parameter(torch.zeros(LORA_RANK, outputs))
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + LORA_SCALE * ((x @ self.lora_a) @ self.lora_b)
 
 
 class Attention(nn.Module):
-    def __init__(self, shape):
+    def __init__(self, shape, linear):
         super().__init__()
         self.heads, self.groups = shape.heads, shape.key_value_heads or shape.heads
         size = shape.width // shape.heads
-        self.q_proj = nn.Linear(shape.width, self.heads * size, bias=False)
-        self.k_proj = nn.Linear(shape.width, self.groups * size, bias=False)
-        self.v_proj = nn.Linear(shape.width, self.groups * size, bias=False)
-        self.o_proj = nn.Linear(self.heads * size, shape.width, bias=False)
+        self.q_proj = linear(shape.width, self.heads * size, bias=False)
+        self.k_proj = linear(shape.width, self.groups * size, bias=False)
+        self.v_proj = linear(shape.width, self.groups * size, bias=False)
+        self.o_proj = linear(self.heads * size, shape.width, bias=False)
 
     def forward(self, x, cos, sin):
         batch, length, _ = x.shape
@@ -54,23 +76,23 @@ def rotate(x, cos, sin):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, shape):
+    def __init__(self, shape, linear):
         super().__init__()
-        self.gate_proj = nn.Linear(shape.width, shape.hidden, bias=False)
-        self.up_proj = nn.Linear(shape.width, shape.hidden, bias=False)
-        self.down_proj = nn.Linear(shape.hidden, shape.width, bias=False)
+        self.gate_proj = linear(shape.width, shape.hidden, bias=False)
+        self.up_proj = linear(shape.width, shape.hidden, bias=False)
+        self.down_proj = linear(shape.hidden, shape.width, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, shape):
+    def __init__(self, shape, linear):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
-        self.self_attn = Attention(shape)
+        self.self_attn = Attention(shape, linear)
         self.post_attention_layernorm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
-        self.mlp = FeedForward(shape)
+        self.mlp = FeedForward(shape, linear)
 
     def forward(self, x, cos, sin):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
@@ -81,7 +103,8 @@ class Body(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        kinds = [nn.Linear] * (shape.layers - shape.lora_layers) + [LoRALinear] * shape.lora_layers
+        self.layers = nn.ModuleList(Block(shape, linear) for linear in kinds)
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_eps)
 
 
@@ -94,6 +117,11 @@ class Llama(nn.Module):
         self.model = Body(shape)
         if not shape.tied:
             self.lm_head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        if shape.lora_layers:
+            trained = [*self.lora().values(), *self.tables.values()]
+            self.requires_grad_(False)
+            for p in trained:
+                p.requires_grad_(True)
 
     @property
     def tables(self):
@@ -101,9 +129,13 @@ class Llama(nn.Module):
         return tables if self.shape.tied else {**tables, "head": self.lm_head.weight}
 
     def body(self):
-        """All other parameters, by name."""
+        """All other parameters that train, by name."""
         tables = {id(table) for table in self.tables.values()}
-        return {name: p for name, p in self.named_parameters() if id(p) not in tables}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad and id(p) not in tables}
+
+    def lora(self):
+        """A and B of all linear layers that have them, by name."""
+        return {name: p for name, p in self.named_parameters() if name.endswith(("lora_a", "lora_b"))}
 
     @torch.no_grad()
     def initialize(self, seed):
@@ -117,6 +149,15 @@ class Llama(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 deviation = 0.02 / math.sqrt(2 * self.shape.layers) if into_residual else 0.02
                 p.copy_(torch.randn(p.shape, generator=generator, device=device) * deviation)
+
+    @torch.no_grad()
+    def load(self, state, seed):
+        """Weights to fine-tune, in place. LoRA begins as in mlx-lm: A uniform within 1 / sqrt(inputs), B zero."""
+        self.load_state_dict({**state, **self.lora()})
+        generator = torch.Generator(self.model.norm.weight.device).manual_seed(seed)
+        for name, p in self.lora().items():
+            bound = 1 / math.sqrt(p.shape[0]) if name.endswith("lora_a") else 0.0
+            p.uniform_(-bound, bound, generator=generator)
 
     def forward(self, ids):
         """Hidden states after the last norm, (batch, length, width), of token ids, (batch, length)."""

@@ -2,13 +2,14 @@
 
 For every setting AdamW is tuned first, on body and tables: half decades of both learning rates, from a first guess
 on, until the best pair is better than its four neighbours. Its body rate is everybody's. Then every table optimizer
-gets the same treatment: half decades around a first guess until the best has a worse one on either side, then the
-quarter decades beside it, with seed 0; then the best rate with other seeds. A seed is the weights to start from and the
-order of the data, the same for all optimizers, so that their runs can be compared in pairs.
+gets the same treatment: half decades around a first guess until the best has a worse one on either side, with seed 0;
+if that is not far behind AdamW, the quarter decade beside it that promises more; then the best rate with other seeds. A
+seed is the weights to start from and the order of the data, the same for all optimizers, so that their runs can be
+compared in pairs. A first guess says only where a search begins.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from llama import Shape
 from table_rules import TABLE_RULES
@@ -20,6 +21,7 @@ __all__ = [
 
 TUNING_SEED = 0
 MOST_RATES = 12  # an optimizer that is best when it does next to nothing would go on for ever
+FAR_BEHIND = 0.1  # nats behind AdamW, where a quarter decade of the rate decides nothing any more
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Setting:
     body_guess: int  # the body's learning rate to try first, as a power of sqrt(10)
     start: str | None = None
     weight_decay: float = 0.1
+    tables_guess: int = 0  # half decades from the first guesses of TABLE_RULES, which are for pretraining
+    like: str | None = None  # the setting whose best rates are the first guesses here, once they are known
 
 
 @dataclass(frozen=True)
@@ -65,54 +69,80 @@ class Phase:
     probes: tuple[str, ...] = ()  # optimizers that are run once more, with the probe
 
 
-def _pretraining(tied, batch):
+def _pretraining(tied, batch, like=None):
     shape = Shape(vocabulary=32768, width=384, layers=6, heads=6, hidden=1024, tied=tied)
-    return Setting(shape, "text", batch=batch, length=256, steps=2000, warmup=100, body_guess=-6)
+    return Setting(shape, "text", batch=batch, length=256, steps=2000, warmup=100, body_guess=-6, like=like)
 
 
-def _finetuning(data, steps, shape=None, start="untied-16k"):
-    shape = shape or _pretraining(False, 64).shape
+def _finetuning(data, steps, shape, start, like=None):
     # weight decay 0: a short run from good weights
-    return Setting(shape, data, 8, 256, steps, warmup=steps // 10, body_guess=-7, start=start, weight_decay=0.0)
+    return Setting(
+        shape, data, 8, 256, steps, warmup=steps // 10, body_guess=-7, start=start, weight_decay=0.0, tables_guess=-2,
+        like=like,
+    )  # fmt: skip
 
 
+OWN_SHAPE = _pretraining(tied=False, batch=64).shape
 SMOLLM2 = Shape(49152, 576, 30, 9, 1536, tied=True, key_value_heads=3, rope_base=100_000.0)
+SMOLLM2_LORA = replace(SMOLLM2, lora_layers=16)  # as many as mlx_lm.lora has by default
 SETTINGS = {
     "untied-4k": _pretraining(tied=False, batch=16),
-    "tied-4k": _pretraining(tied=True, batch=16),
-    "untied-16k": _pretraining(tied=False, batch=64),
-    "tied-16k": _pretraining(tied=True, batch=64),
-    "own-wikisql": _finetuning("wikisql", 100),
-    "own-shakespeare": _finetuning("shakespeare", 400),
-    "own-rasbt": _finetuning("rasbt", 50),
+    "tied-4k": _pretraining(tied=True, batch=16, like="untied-4k"),
+    "untied-16k": _pretraining(tied=False, batch=64, like="untied-4k"),
+    "tied-16k": _pretraining(tied=True, batch=64, like="tied-4k"),
     "smollm2-wikisql": _finetuning("smollm2_wikisql", 100, SMOLLM2, "smollm2"),
-    "smollm2-shakespeare": _finetuning("smollm2_shakespeare", 400, SMOLLM2, "smollm2"),
-    "smollm2-rasbt": _finetuning("smollm2_rasbt", 50, SMOLLM2, "smollm2"),
+    "smollm2-wikisql-lora": _finetuning("smollm2_wikisql", 100, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql"),
+    "smollm2-rasbt": _finetuning("smollm2_rasbt", 50, SMOLLM2, "smollm2", like="smollm2-wikisql"),
+    "smollm2-rasbt-lora": _finetuning("smollm2_rasbt", 50, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql-lora"),
+    "smollm2-shakespeare": _finetuning("smollm2_shakespeare", 400, SMOLLM2, "smollm2", like="smollm2-wikisql"),
+    "smollm2-shakespeare-lora": _finetuning(
+        "smollm2_shakespeare", 400, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql-lora"
+    ),
+    "own-wikisql": _finetuning("wikisql", 100, OWN_SHAPE, "untied-16k"),
+    "own-shakespeare": _finetuning("shakespeare", 400, OWN_SHAPE, "untied-16k", like="own-wikisql"),
+    "own-rasbt": _finetuning("rasbt", 50, OWN_SHAPE, "untied-16k", like="own-wikisql"),
 }
 BASELINE = "adamw"  # tunes the body
 # The rules of one family are one optimizer with other settings; its best is the one with the best tuning run.
 ADAMW = ("adamw", "adamw-0.99", "adamw-0.95")
 EMBER = ("ember", "ember-growing", "ember-0.99", "ember-clip3", "ember-0.95")
-CORE = ("ember", "adamw", "adafactor", "ember-growing", "adamw-0.95", "ember-0.99", "ember-clip3")
-RIVALS = ("rows", "adamw-0.99", "ember-0.95", "ember-tableclip", "frozen", "columns", "sgd")
-VARIANTS = (
-    "ember-growing-clip3", "ember-0.99-clip3", "ember-clip1", "ember-0.9999", "adamw-b1=0", "adamw-decay",
-    "ember-decay",
-)  # fmt: skip
+# rule -> the one whose best rate says where its own may be, as far away as their first guesses are
+KIN = {rule: BASELINE if rule.startswith("adamw") else "ember" for rule in TABLE_RULES} | {
+    "ember": None, BASELINE: None, "sgd": None,
+}  # fmt: skip
+MAIN = ("ember", "adamw", "adafactor")
+RIVALS = ("rows", "adamw-b1=0", "columns", "sgd", "frozen")
 IN_BF16 = ("ember-bf16", "ember-bf16-stochastic", "adamw-bf16")
+VARIANTS = ("ember-growing", "ember-clip3", "ember-0.99", "adamw-0.95", "ember-0.95", "ember-0.9999", "ember-clip1")
+REST = (
+    "adamw-0.99", "ember-tableclip", "ember-growing-clip3", "ember-0.99-clip3", "adamw-decay", "ember-decay", *IN_BF16,
+)  # fmt: skip
 PROBES = ("ember", "adamw", "adafactor", "ember-clip3")
 SMALL, BIG = ("untied-4k", "tied-4k"), ("untied-16k", "tied-16k")
+LARGE = tuple(name for name in SETTINGS if name.startswith("smollm2"))
 OWN = ("own-wikisql", "own-shakespeare", "own-rasbt")
-LARGE = ("smollm2-wikisql", "smollm2-shakespeare", "smollm2-rasbt")
+
+
+def _one_by_one(settings, optimizers, **how):
+    """A phase a setting: when the time is over, some settings are complete instead of all of them half done."""
+    return [Phase((name,), optimizers, **how) for name in settings]
+
+
 PHASES = {
-    "core": [Phase(SMALL, CORE), Phase(SMALL, CORE[:3], seeds=(), bodies=True)],
-    "rivals": [Phase(SMALL, RIVALS, apart=True, probes=PROBES)],
-    "core-16k": [Phase(BIG, CORE[:5])],
-    "finetune": [Phase(OWN, (*CORE[:5], *IN_BF16))],
-    "smollm2": [Phase(LARGE, (*CORE[:5], *IN_BF16))],
-    "variants": [Phase(SMALL, (*VARIANTS, *IN_BF16)), Phase(SMALL, CORE[:5], seeds=(4, 5, 6))],
-    "all": [Phase((*BIG, *OWN), (*CORE, *RIVALS), apart=True), Phase(LARGE, (*CORE, *RIVALS))],
-}
+    "core": [*_one_by_one(SMALL, MAIN), *_one_by_one(SMALL, VARIANTS[:3])],
+    "smollm2": [*_one_by_one(LARGE, MAIN), *_one_by_one(LARGE, ("ember-growing", *IN_BF16))],
+    "rivals": _one_by_one(SMALL, RIVALS, apart=True, probes=PROBES),
+    "16k": _one_by_one(BIG, MAIN),
+    "smollm2-rivals": _one_by_one(LARGE, RIVALS),
+    "variants": _one_by_one(SMALL, VARIANTS),
+    "16k-rivals": [*_one_by_one(BIG, RIVALS), *_one_by_one(BIG, ("ember-growing", "adamw-0.95"))],
+    "all": [
+        Phase(SMALL, MAIN, seeds=(), bodies=True),
+        *_one_by_one(LARGE, ("adamw-0.95", "ember-0.99", "ember-clip3")), *_one_by_one(SMALL, REST),
+        Phase(SMALL, (*MAIN, "ember-growing"), seeds=(4, 5, 6)), *_one_by_one(BIG, VARIANTS, apart=True),
+        *_one_by_one(OWN, (*MAIN, "ember-growing", *IN_BF16, *RIVALS)),
+    ],
+}  # fmt: skip
 
 
 def best_point(losses, guess):
@@ -135,20 +165,26 @@ def best_point(losses, guess):
 
 
 def best_rate(losses, guess, finely=True):
-    """The same for one rate; when the best half decade is known, the quarter decades beside it are tried too.
+    """The same for one rate; when the best half decade is known, a quarter decade beside it may be tried too.
+
+    A parabola through it and its neighbours is lower at the quarter decade towards the better neighbour just when the
+    other is more than three times as far above the best.
 
     Args:
         losses (dict): Rate -> validation loss.
         guess (int): The rate to begin with.
         finely (bool): With quarter decades.
     """
+    losses = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
     best, missing = best_point({(rate,): loss for rate, loss in losses.items() if rate == int(rate)}, (guess,))
     if best is None:
         return None, [rate for (rate,) in missing]
-    missing = [rate for rate in (best[0] - 0.5, best[0] + 0.5) if finely and rate not in losses]
-    if missing:
-        return None, missing
-    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf), []
+    above = {d: losses.get(best[0] + d, math.inf) - losses[best[0]] for d in (-1, 1)}
+    better, worse = sorted(above, key=above.get)
+    quarter = best[0] + better / 2
+    if finely and quarter not in losses and above[worse] > 3 * above[better]:
+        return None, [quarter]
+    return min(losses, key=losses.get), []
 
 
 def wanted(results, phases, settings=SETTINGS):
@@ -162,11 +198,11 @@ def wanted(results, phases, settings=SETTINGS):
     for phase in phases:
         reported = []
         for name in phase.settings:
-            body, missing = _body_rate(name, tuning, settings[name].body_guess)
+            body, missing = _body_rate(name, tuning, settings)
             yield from missing
             rates = {}
             for optimizer in phase.optimizers if body is not None else ():
-                rates[optimizer], missing = _table_rate(name, optimizer, body, tuning)
+                rates[optimizer], missing = _table_rate(name, optimizer, body, tuning, settings)
                 yield from missing
             for optimizer, rate in rates.items():
                 if rate is None:
@@ -174,23 +210,26 @@ def wanted(results, phases, settings=SETTINGS):
                 reported += [Run(name, optimizer, rate, body, seed) for seed in phase.seeds]
                 reported += [Run(name, optimizer, rate, body + d, TUNING_SEED) for d in (-1, 1) if phase.bodies]
             if body is not None and phase.apart and not settings[name].shape.tied:
-                reported += _apart(name, body, tuning, phase.seeds)
+                reported += _apart(name, body, tuning, phase.seeds, settings)
             for optimizer in phase.probes if body is not None else ():
-                rate, _ = _table_rate(name, optimizer, body, tuning)
+                rate, _ = _table_rate(name, optimizer, body, tuning, settings)
                 reported += [Run(name, optimizer, rate, body, 1, probe=True)] * (rate is not None)
         yield from (run for run in reported if run.key() not in results)
 
 
 def tuned_rates(name, optimizer, results, settings=SETTINGS):
     """The best rates of the body and of the tables with that optimizer; None for what is not known yet."""
-    tuning = _tuning(results)
-    body, _ = _body_rate(name, tuning, settings[name].body_guess)
-    return body, None if body is None else _table_rate(name, optimizer, body, tuning)[0]
+    return _tuned_rates(name, optimizer, _tuning(results), settings)
 
 
-def _apart(name, body, tuning, seeds):
+def _tuned_rates(name, optimizer, tuning, settings):
+    body, _ = _body_rate(name, tuning, settings)
+    return body, None if body is None else _table_rate(name, optimizer, body, tuning, settings)[0]
+
+
+def _apart(name, body, tuning, seeds, settings):
     """Runs with Ember on one table and AdamW on the other, each at its best rate, once both are known."""
-    ember, adamw = (_table_rate(name, optimizer, body, tuning)[0] for optimizer in ("ember", BASELINE))
+    ember, adamw = (_table_rate(name, optimizer, body, tuning, settings)[0] for optimizer in ("ember", BASELINE))
     if None not in (ember, adamw):
         for seed in seeds:
             yield Run(name, f"ember | {BASELINE}", ember, body, seed, head_rate=adamw)
@@ -206,16 +245,36 @@ def _tuning(results):
     return losses
 
 
-def _body_rate(name, tuning, guess):
+def _body_rate(name, tuning, settings):
     """The body's rate at the best pair of AdamW's two, in half decades."""
-    pairs = {pair: loss for pair, loss in tuning.get((name, BASELINE), {}).items() if pair[1] == int(pair[1])}
-    best, missing = best_point(pairs, (guess, TABLE_RULES[BASELINE][1]))
+    like = settings[name].like
+    found = _body_rate(like, tuning, settings)[0] if like else None
+    body_guess = settings[name].body_guess if found is None else found
+    guess = body_guess, _first_guess(name, BASELINE, tuning, settings)
+    best, missing = best_point(_half_decades(name, tuning), guess)
     return best and best[0], [Run(name, BASELINE, rate, body, TUNING_SEED) for body, rate in missing]
 
 
-def _table_rate(name, optimizer, body, tuning):
+def _half_decades(name, tuning):
+    """AdamW's tuning runs without the quarter decades, which come later and must not move the body's rate."""
+    return {pair: loss for pair, loss in tuning.get((name, BASELINE), {}).items() if pair[1] == int(pair[1])}
+
+
+def _table_rate(name, optimizer, body, tuning, settings):
     if optimizer == "frozen":
         return 0, []
     losses = {rate: loss for (b, rate), loss in tuning.get((name, optimizer), {}).items() if b == body}
-    best, missing = best_rate(losses, TABLE_RULES[optimizer][1])
+    guess = 0 if losses else _first_guess(name, optimizer, tuning, settings)
+    close = min(losses.values(), default=0) <= min(_half_decades(name, tuning).values(), default=0) + FAR_BEHIND
+    best, missing = best_rate(losses, guess, finely=close)
     return best, [Run(name, optimizer, rate, body, TUNING_SEED) for rate in missing]
+
+
+def _first_guess(name, optimizer, tuning, settings):
+    """Where the search for the tables' rate begins: beside its kin's in this setting, or as in the setting like it."""
+    kin, like = KIN[optimizer], settings[name].like
+    if kin and (found := _tuned_rates(name, kin, tuning, settings)[1]) is not None:
+        return round(found) + TABLE_RULES[optimizer][1] - TABLE_RULES[kin][1]
+    if like and (found := _tuned_rates(like, optimizer, tuning, settings)[1]) is not None:
+        return round(found)
+    return TABLE_RULES[optimizer][1] + settings[name].tables_guess

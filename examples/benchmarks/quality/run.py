@@ -4,9 +4,12 @@
     python examples/benchmarks/quality/run.py .gpu/q --out results/new.jsonl --seconds 540
     python examples/benchmarks/quality/draw.py                                  # tables and pictures
 
-One process a GPU (or ``--workers`` on a CPU) takes run after run, the most important first; ``plan.py`` says which.
-Every finished run is one line in ``--out``. Runs that are in ``--out`` or in a ``--results`` folder are not done again,
-so a campaign can be cut off at any moment and continued on another machine.
+One process a GPU takes run after run, the most important first; ``plan.py`` says which. With more ``--workers`` than
+GPUs they take turns on them: while one prepares a run, another trains. Every finished run is one line in ``--out``.
+Runs that are in ``--out`` or in a ``--results`` folder are not done again, so a campaign can be cut off at any moment
+and continued on another machine.
+
+A worker whose run fails is replaced, since an error may have spoiled its GPU context for every later run.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
@@ -30,7 +34,7 @@ from table_rules import TABLE_RULES
 from training import Trainer
 
 HERE = Path(__file__).parent
-DEFAULT_PHASES = [name for name in PHASES if name != "smollm2"]  # which needs --smollm2
+MOST_FAILURES = 3  # of an optimizer in a setting, in a row: more would fail too, and every one costs a new worker
 FIRST_GUESS = 60.0  # seconds a run of a setting takes that none has been timed of, compilation included
 
 
@@ -52,7 +56,8 @@ def main():
     campaign = Campaign(args, settings, phases, results, facts)
     campaign.run()
     left = len(list(wanted(campaign.losses, campaign.phases, settings)))
-    print(f"{campaign.finished} runs finished, {campaign.failed} failed; {left} runs are known to be left", flush=True)
+    ended = f"{campaign.finished} runs finished, {campaign.failed} failed"
+    print(f"{ended}; {left} runs are known to be left", flush=True)
 
 
 def parse():
@@ -61,9 +66,12 @@ def parse():
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are added to this file")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of results of earlier campaigns")
     parser.add_argument("--bases", type=Path, default=Path("/tmp/quality_bases"), help="weights to fine-tune")
-    parser.add_argument("--smollm2", type=Path, help="folder with SmolLM2-135M's model.safetensors")
     parser.add_argument(
-        "--phases", nargs="+", choices=PHASES, default=DEFAULT_PHASES, help="in the order of importance"
+        "--smollm2", type=Path, help="folder with SmolLM2-135M's model.safetensors; without, its settings wait for "
+        "smollm2.pt in --bases",
+    )  # fmt: skip
+    parser.add_argument(
+        "--phases", nargs="+", choices=PHASES, default=list(PHASES), help="in the order of importance; default: all"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
     parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")
@@ -84,51 +92,54 @@ class Campaign:
         self.seconds = {}  # setting -> durations seen in this campaign
         self.begun, self.given = set(), 0
         self.finished = self.failed = 0
+        self.failures = Counter()  # (setting, optimizer) -> how many in a row
         self.start = time.monotonic()
 
     def run(self):
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        workers = {}
-        for number in range(self.args.workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, number, self.args, self.settings))
-            process.start()
-            theirs.close()
-            workers[ours] = process
-        idle, busy = list(workers), {}
+        numbers = {self.hire(number): number for number in range(self.args.workers)}  # by connection
+        idle, busy = list(numbers), {}
         while idle or busy:
-            for connection in list(idle):
-                task = self.next_run(busy.values())
-                if task is None:
-                    break
-                idle.remove(connection)
-                connection.send(task)
-                busy[connection] = task
+            while idle and (task := self.next_run(busy.values())):
+                busy[idle[0]] = task
+                with contextlib.suppress(OSError):  # if the worker is dead, recv says so
+                    idle.pop(0).send(task)
             if not busy:
                 break
             for connection in wait(list(busy)):
                 task = busy.pop(connection)
                 try:
                     result = connection.recv()
-                except EOFError:
-                    result = {"error": "the worker ended"}
-                else:
-                    idle.append(connection)
+                except (EOFError, OSError) as error:
+                    result = {"error": f"the worker ended: {error!r}"}
+                if "error" in result:
+                    number = numbers.pop(connection)
+                    connection.close()
+                    connection = self.hire(number)
+                    numbers[connection] = number
+                idle.append(connection)
                 self.note(task, result)
-        for connection, process in workers.items():
+        for connection in numbers:
             connection.close()  # which ends the worker
-            process.join()
+
+    def hire(self, number):
+        """The connection to a new worker."""
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        ours, theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, number, self.args, self.settings)).start()
+        theirs.close()
+        return ours
 
     def next_run(self, in_progress):
         """(run, path to keep the weights at or None), the most important that ends in time; None for none."""
         if self.given >= self.args.runs:
             return None
         left = self.args.seconds - (time.monotonic() - self.start)
-        candidates = [(run, keep) for run, keep in self.bases() if keep not in [keep for _, keep in in_progress]]
-        candidates += [(run, None) for run in wanted(self.losses, self.phases, self.settings)]
+        candidates = [(run, None) for run in wanted(self.losses, self.phases, self.settings)]
+        candidates += [(run, keep) for run, keep in self.bases() if keep not in [keep for _, keep in in_progress]]
         for run, keep in candidates:
             start = self.settings[run.setting].start
-            if (run.key(), keep) in self.begun or (start and not (self.args.bases / f"{start}.pt").exists()):
+            hopeless = self.failures[run.setting, run.optimizer] >= MOST_FAILURES
+            if (run.key(), keep) in self.begun or hopeless or (start and not self.path_of(start).exists()):
                 continue
             if median(self.seconds.get(run.setting, [FIRST_GUESS])) < left:
                 self.begun.add((run.key(), keep))
@@ -139,20 +150,26 @@ class Campaign:
     def bases(self):
         """Runs whose weights the fine-tuning settings begin with: AdamW on everything at its best rate."""
         for name in dict.fromkeys(self.settings[s].start for phase in self.phases for s in phase.settings):
-            keep = self.args.bases / f"{name}.pt"
+            keep = self.path_of(name)
             if name in self.settings and not keep.exists():
                 body, rate = tuned_rates(name, BASELINE, self.losses, self.settings)
                 if rate is not None:
                     yield Run(name, BASELINE, rate, body, seed=1), keep
 
+    def path_of(self, start):
+        return self.args.bases / f"{start}.pt"
+
     def note(self, task, result):
-        run, _ = task
+        run, keep = task
         label = f"{run.setting} {run.optimizer} {run.rate} (body {run.body_rate}) seed {run.seed}"
         if "error" in result:
             self.failed += 1
+            self.failures[run.setting, run.optimizer] += 1
+            self.begun.discard((run.key(), keep))
             print(f"FAILED {label}: {result['error']}", file=sys.stderr, flush=True)
             return
         self.finished += 1
+        self.failures[run.setting, run.optimizer] = 0
         times = self.seconds.setdefault(run.setting, [])
         times.append(result["seconds"])
         del times[: len(times) > 3]  # the first ones compile
@@ -167,7 +184,7 @@ class Campaign:
 
 
 def work(connection, number, args, settings):
-    """A worker: trains what it is sent until the connection closes. A run that fails is reported and left."""
+    """A worker: trains what it is sent until the connection closes or a run fails, which is reported."""
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
@@ -179,8 +196,9 @@ def work(connection, number, args, settings):
             return
         try:
             connection.send(trainer.train(run, settings[run.setting], keep))
-        except Exception:  # out of memory, say; the next run may do better
+        except Exception:
             connection.send({"error": traceback.format_exc()})
+            return
 
 
 def read_results(paths):
@@ -228,23 +246,27 @@ def write_random_tokens(folder):
     folder.mkdir(parents=True, exist_ok=True)
     random, frequencies = np.random.default_rng(0), 1 / np.arange(1, 513)
     for name, count in (("train", 40_000), ("valid", 2_000)):
-        for data in ("text", "wikisql"):
+        for data in ("text", "wikisql", "smollm2_wikisql"):
             ids = random.choice(512, count, p=frequencies / frequencies.sum()).astype(np.uint16)
             with contextlib.suppress(FileExistsError), (folder / f"{data}_{name}.u16").open("xb") as file:
                 file.write(ids.tobytes())
 
 
 def smoke_plan():
-    """Settings and phases that take seconds on a CPU; every optimizer is in them."""
-    settings = {}
-    for name in ("untied-4k", "tied-4k", "own-wikisql"):
+    """Settings and phases that take seconds on a CPU; every optimizer is in them. What is fine-tuned is untied-4k."""
+    names, settings = ("untied-4k", "tied-4k", "own-wikisql", "smollm2-wikisql-lora"), {}
+    for name in names:
         full = SETTINGS[name]
-        shape = dataclasses.replace(full.shape, vocabulary=512, width=16, layers=1, heads=2, hidden=32)
-        start = "untied-4k" if full.start else None
-        settings[name] = dataclasses.replace(full, shape=shape, batch=2, length=16, steps=40, warmup=4, start=start)
+        sizes = {"vocabulary": 512, "width": 16, "layers": 2, "heads": 2, "key_value_heads": None, "hidden": 32}
+        sizes |= {"tied": name == "tied-4k", "lora_layers": min(1, full.shape.lora_layers), "rope_base": 10_000.0}
+        settings[name] = dataclasses.replace(
+            full, shape=dataclasses.replace(full.shape, **sizes), batch=2, length=16, steps=40, warmup=4,
+            start="untied-4k" if full.start else None, like=full.like if full.like in names else None,
+        )  # fmt: skip
     phases = [
         Phase(("untied-4k", "tied-4k"), ("ember", "adamw", "frozen"), apart=True, probes=("ember",)),
         Phase(("own-wikisql",), tuple(TABLE_RULES), seeds=(1,)),
+        Phase(("smollm2-wikisql-lora",), ("ember", "adamw", "ember-bf16", "frozen"), seeds=(1,)),
     ]
     return settings, phases
 

@@ -100,16 +100,16 @@ def growing_beta2(step):
 # name -> (what makes the optimizer, the learning rate to try first as a power of sqrt(10), what it is, in words)
 TABLE_RULES = {
     "ember": (Ember, -5, "Ember"),
-    "adamw": (_adamw, -3, "AdamW"),
+    "adamw": (_adamw, -4, "AdamW"),
     "adafactor": (partial(FactoredRule, beta2="adafactor", clip="table", eps=1e-30), -5, "Adafactor, fixed rate"),
     "rows": (partial(FactoredRule, statistics="rows"), -5, "row statistics alone"),
-    "columns": (partial(FactoredRule, statistics="columns"), -5, "column statistics alone"),
+    "columns": (partial(FactoredRule, statistics="columns"), -4, "column statistics alone"),
     "sgd": (SGD, 0, "SGD, momentum 0.9"),
     "frozen": (None, 0, "tables not trained"),
-    "adamw-0.99": (partial(_adamw, betas=(0.9, 0.99)), -3, "AdamW, beta2 0.99"),
+    "adamw-0.99": (partial(_adamw, betas=(0.9, 0.99)), -4, "AdamW, beta2 0.99"),
     "adamw-0.95": (partial(_adamw, betas=(0.9, 0.95)), -3, "AdamW, beta2 0.95, as the body's"),
-    "adamw-b1=0": (partial(_adamw, betas=(0.0, 0.999)), -3, "AdamW without momentum"),
-    "adamw-decay": (partial(_adamw, weight_decay=0.1), -3, "AdamW, decay 0.1"),
+    "adamw-b1=0": (partial(_adamw, betas=(0.0, 0.999)), -4, "AdamW without momentum"),
+    "adamw-decay": (partial(_adamw, weight_decay=0.1), -4, "AdamW, decay 0.1"),
     "ember-0.95": (partial(Ember, beta2=0.95), -5, "Ember, beta2 0.95"),
     "ember-0.99": (partial(Ember, beta2=0.99), -5, "Ember, beta2 0.99"),
     "ember-0.9999": (partial(Ember, beta2=0.9999), -5, "Ember, beta2 0.9999"),
@@ -126,7 +126,7 @@ TABLE_RULES = {
     "ember-tableclip": (partial(FactoredRule, clip="table"), -5, "Ember, Adafactor's clipping"),
     "ember-bf16": (Ember, -5, "Ember, tables in bf16, nearest"),
     "ember-bf16-stochastic": (partial(Ember, rounding="stochastic"), -5, "Ember, tables in bf16, stochastic"),
-    "adamw-bf16": (_adamw, -3, "AdamW, tables in bf16, nearest"),
+    "adamw-bf16": (_adamw, -4, "AdamW, tables in bf16, nearest"),
 }
 
 

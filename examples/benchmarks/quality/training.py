@@ -47,13 +47,16 @@ class Tokens:
 
 
 class Trainer:
-    """Trains runs one after the other on one device; models of a shape, data and compiled code are kept in between."""
+    """Trains runs one after the other on one device.
+
+    Models by shape, data, weights to fine-tune and compiled code are kept there in between.
+    """
 
     def __init__(self, device, data: Path, bases: Path, graphs=True):
         self.device, self.data, self.bases = torch.device(device), data, bases
         self.on_gpu = self.device.type == "cuda"
         self.graphs = graphs and self.on_gpu
-        self._models, self._tokens = {}, {}
+        self._models, self._tokens, self._starts = {}, {}, {}
         if self.on_gpu:
             torch.cuda.set_device(self.device)
             torch._dynamo.config.recompile_limit = 64  # one set of code for every shape
@@ -98,8 +101,10 @@ class Trainer:
         if setting.start is None:
             model.initialize(run.seed)
         else:
-            state = torch.load(self.bases / f"{setting.start}.pt", map_location=self.device, weights_only=True)
-            model.load_state_dict(state)
+            if setting.start not in self._starts:
+                path = self.bases / f"{setting.start}.pt"
+                self._starts[setting.start] = torch.load(path, map_location=self.device, weights_only=True)
+            model.load(self._starts[setting.start], run.seed)
         return model, self._tokens[setting.data]
 
     def _steps(self, run, setting, model, tokens):
@@ -152,6 +157,7 @@ class Trainer:
         matrices = [p for p in model.body().values() if p.ndim > 1]
         vectors = [p for p in model.body().values() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": setting.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]  # LoRA has no vectors
         optimizers = [AdamW(groups, lr=rates[0][1], betas=BODY_BETAS, fused=True, capturable=self.on_gpu)]
         for table, name, (_, rate) in zip(model.tables.values(), [names[0], names[-1]], rates[1:], strict=False):
             optimizers.append(make(name, [table], rate))
@@ -166,7 +172,8 @@ class Trainer:
                 step()
 
             return plain
-        weights = [p.detach().clone() for p in model.parameters()]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        weights = [p.detach().clone() for p in trained]
         before = [counter.clone() for counter in counters]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -180,7 +187,7 @@ class Trainer:
         with torch.cuda.graph(graph):
             step()
         with torch.no_grad():
-            for p, weight in zip(model.parameters(), weights, strict=True):
+            for p, weight in zip(trained, weights, strict=True):
                 p.copy_(weight)
             for counter, value in zip(counters, before, strict=True):
                 counter.copy_(value)
