@@ -19,6 +19,7 @@ PANEL_HEIGHT = 2.7  # inches
 MARKERS = 8  # on a line
 # Where a run is and how it is watched: it says nothing of what was tried.
 NOT_OF_THE_RUN = {"adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"}
+END = "after the last step, on the batches of the first validation"
 LONGEST_NAME = 90  # of a legend in two columns, in characters
 
 
@@ -57,13 +58,16 @@ def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[
         raise InputError(f"{len(logs)} runs: at most {most} can be told apart in one picture; draw fewer")
     names = name_runs(logs)
     panels = [panel for panel in PANELS if any(_points(log, *panel[2:])[0] for log in logs)]
-    size = {"height": 0.6 + 0.25 * len(logs) + PANEL_HEIGHT * ((len(panels) + 1) // 2)}
+    size = {"height": 0.6 + 0.25 * (len(logs) + 1) + PANEL_HEIGHT * ((len(panels) + 1) // 2)}
 
     def draw(figure, theme):
         for i, panel in enumerate(panels, 1):
             axes = figure.add_subplot((len(panels) + 1) // 2, 2, i)
             _draw_panel(axes, logs, names, *panel)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left")
+            if panel[2] == "validation":
+                _draw_ends(axes, logs, theme)
+        entries = [axes.get_legend_handles_labels() for axes in figure.axes]
+        figure.legend(*max(entries, key=lambda entry: len(entry[1])), loc="outside upper left")
 
     if theme == "both":
         return save_light_and_dark(out, draw, **size)
@@ -97,6 +101,7 @@ def _draw_panel(axes, logs, names, title, label, events, key):
         axes.plot(steps, values, label=name, markevery=(i * every // len(logs), every))
     axes.set_title(title)
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.set_major_formatter(thousands())
     axes.set_ylabel(label)
     if key.startswith("update_ratio"):
@@ -107,6 +112,16 @@ def _draw_panel(axes, logs, names, title, label, events, key):
     elif key == "tokens_per_second":
         axes.yaxis.set_major_formatter(thousands())
         axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+
+
+def _draw_ends(axes, logs, theme):
+    """The losses after the last step, each a star in the colour of its run, and a label for them all."""
+    star = {"linestyle": "none", "marker": "*", "markersize": 14, "markeredgecolor": theme.background}
+    star |= {"markevery": 1, "zorder": 3}  # every one, and over the lines
+    for log, line in zip(logs, list(axes.lines), strict=True):
+        axes.plot(*_points(log, "end", "validation_loss"), color=line.get_color(), **star)
+    if any(_points(log, "end", "validation_loss")[0] for log in logs):
+        axes.plot([], [], color=theme.text, label=END, **star)
 
 
 def _points(log, events, key):

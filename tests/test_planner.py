@@ -16,10 +16,12 @@ from ember_mlx.errors import InputError
 from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
-from ember_mlx.plan_command import find_config, main, warning
+from ember_mlx.plan_command import main, warning
+from ember_mlx.plan_inputs import find_config
 from ember_mlx.planner import advice, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.loss import LOGITS_AT_ONCE
+from ember_mlx.planner.report import in_units
 from ember_mlx.planner.step import Step
 
 QWEN = {
@@ -156,6 +158,24 @@ def test_advice_goes_on_until_it_fits():
     peaks = [after.peak for _, after in many]
     assert peaks == sorted(peaks, reverse=True)
     assert many[-1][1].peak < peak / 10
+    names = [flags.split()[0] for flags, _ in many]
+    assert len(set(names)) == len(names)  # of --max-seq-length 512 and 256, the last
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.000 kB"),
+        (12e9, "12.00 GB"),
+        (9.99996e6, "10.00 MB"),
+        (999.96e6, "1.000 GB"),
+        (1.5e19, "15.00 EB"),
+    ],
+)
+def test_bytes_are_written_as_people_do(nbytes, text):
+    assert in_units(nbytes) == text
 
 
 @pytest.mark.parametrize(
@@ -181,6 +201,17 @@ def test_an_unknown_architecture_says_what_is_missing_and_is_planned_as_far_as_i
     found = plan(model, run_of(options.parse(["--max-seq-length", "33"]), model), "cpu")
     assert found.weights == (2 * 384 * 64 + 64) * 2
     assert found.peak > found.weights + found.gradients
+
+
+def test_what_others_quantized_leaves_the_tables_as_they_are():
+    packed = {"bits": 4, "group_size": 32}
+    for config, trained in (
+        ({"quantization": packed}, 0),
+        ({"quantization_config": packed | {"quant_method": "awq"}}, 2),
+    ):
+        model = read_architecture(QWEN | config, "config.json")
+        assert [table.nbytes for table in model.tables()].count(None) == trained
+        assert all(linear.nbytes for linear in model.linears(0))
 
 
 def test_the_command_says_whether_it_fits(tmp_path, capsys):
@@ -247,7 +278,7 @@ def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):
     args = options.parse(["--model", str(tmp_path), "--max-seq-length", "64"])
     assert warning(args) is None
     monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (1000, "this machine has"))
-    assert "this machine has 0.00 GB" in warning(args)
+    assert "this machine has 1.000 kB" in warning(args)
     (tmp_path / "config.json").unlink()
     assert warning(args) is None
 

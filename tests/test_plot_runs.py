@@ -8,7 +8,7 @@ import pytest
 from ember_mlx import cli
 from ember_mlx.errors import InputError
 from ember_mlx.finetune import run_log
-from ember_mlx.plot_runs import PANELS, main, name_runs, plot_runs
+from ember_mlx.plot_runs import END, PANELS, main, name_runs, plot_runs
 
 pytest.importorskip("matplotlib")
 
@@ -49,6 +49,25 @@ def test_two_runs_are_drawn_with_what_there_is_of_them(tmp_path, capsys, drawn):
     assert [line.get_label() for line in training.lines] == ["table-optimizer ember", "table-optimizer adamw"]
     assert list(training.lines[1].get_ydata()) == [2 / step for step in (10, 20, 30, 40)]
     assert list(ratio.lines[0].get_xdata()) == [10, 30, 40]  # 0 has no logarithm
+
+
+def test_the_loss_after_the_last_step_is_a_star_in_the_colour_of_its_run(tmp_path, drawn):
+    one = write(tmp_path / "one.jsonl", table_optimizer="ember")
+    last = '{"event": "end", "step": 40, "validation_loss": 0.5}\n'
+    two = write(tmp_path / "two.jsonl", end=last, table_optimizer="adamw")
+    main([str(one), str(two), "--out", str(tmp_path / "runs.png")])
+    validation = drawn[1]
+    adamw = validation.lines[1]
+    stars = [line for line in validation.lines if line.get_marker() == "*" and len(line.get_xdata())]
+    assert [(list(star.get_xdata()), list(star.get_ydata())) for star in stars] == [([40], [0.5])]
+    assert stars[0].get_color() == adamw.get_color() != validation.lines[0].get_color()
+    assert stars[0].get_markevery() == 1  # that of the style leaves a single point out
+    (legend,) = validation.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["table-optimizer ember", "table-optimizer adamw", END]
+    drawn.clear()
+    main([str(one), "--out", str(tmp_path / "runs.png")])
+    (legend,) = drawn[1].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [str(one)]
 
 
 def test_runs_are_named_by_their_files_where_options_do_not_tell_them_apart(tmp_path):

@@ -108,12 +108,12 @@ def add_tokens(model: nn.Module, tokenizer: TokenizerWrapper, config: dict, aske
     Raises:
         InputError: for a token that is there already, and a tokenizer or a model that cannot grow.
     """
-    tokenizer, tokens = _grow_tokenizer(tokenizer, asked, where)
+    tokenizer, tokens = grow_tokenizer(tokenizer, asked, where)
     _grow_tables(model, config, tokens, where)
     return tokenizer, tokens
 
 
-def _grow_tokenizer(wrapper, asked, where):
+def grow_tokenizer(wrapper, asked, where):
     tokenizer = wrapper._tokenizer
     pieces = {}
     vocabulary = tokenizer.get_vocab()

@@ -1,6 +1,6 @@
 """What a config.json says of a model's shapes: weights by module, and the sizes that activations follow."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ember_mlx.errors import InputError
 
@@ -24,6 +24,7 @@ EXACT = {"llama", "mistral", "smollm3"} | BIASES | HEAD_NORMS
 ALWAYS_TIED = {"gemma", "gemma2", "gemma3_text", "gpt2"}
 # mlx-lm's default where config.json is silent.
 TIED_BY_DEFAULT = {"llama", "cohere", "cohere2", "olmo", "gemma3"} | ALWAYS_TIED
+PLAIN_TABLES = ("awq", "gptq")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -107,6 +108,12 @@ class Architecture:
             )
             for role, name in names.items()
         ]
+
+    def with_rows(self, rows: int) -> "Architecture":
+        """The same with token tables of so many rows, all of them plain weights: what ``--add-tokens`` makes of it."""
+        plain = dict.fromkeys((table.name for table in self.tables()), False)
+        quantization = self.quantization and self.quantization | plain
+        return replace(self, vocabulary=rows, quantization=quantization)
 
     def _quantized(self, name, rows, columns):
         """Bytes of a packed weight with its scales, or None where it is not packed."""
@@ -194,7 +201,9 @@ def _quantization(config, where):
         raise InputError(f"{where}: quantization {found}: mlx-lm's has bits and group_size; convert the model first")
     bits = _whole(found["bits"], 8, f"{where}: quantization: bits")
     group = _whole(found.get("group_size", 64), 1024, f"{where}: quantization: group_size")
-    return found | {"bits": bits, "group_size": group}
+    # Others' methods, which mlx-lm reads too, leave the tables as they are.
+    plain = {"model.embed_tokens": False, "lm_head": False} if found.get("quant_method") in PLAIN_TABLES else {}
+    return found | {"bits": bits, "group_size": group} | plain
 
 
 def _whole(value, largest, where):

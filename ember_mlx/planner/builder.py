@@ -21,6 +21,8 @@ class Run:
         tables (tuple[str]): The token tables that train, by their names.
         optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
         grad_checkpoint, chunked_loss, accumulate (bool): As their options say.
+        evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
+        new_tokens (bool): Whether the tables have new rows, for which they must train.
     """
 
     batch_size: int
@@ -35,6 +37,8 @@ class Run:
     grad_checkpoint: bool
     chunked_loss: bool
     accumulate: bool
+    evaluation_length: int = 0
+    new_tokens: bool = False
 
 
 class Builder:

@@ -30,6 +30,7 @@ class Plan:
             "scratch" and the above.
         at_peak (Counter): The same at the worst moment.
         peak (int): At that moment, in all.
+        is_evaluation (bool): Whether that moment is one of validation.
     """
 
     weights: int
@@ -39,12 +40,17 @@ class Plan:
     most: Counter
     at_peak: Counter
     peak: int
+    is_evaluation: bool
 
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
     step = Step(model, run, backend).build()
-    peak = peak_memory(step.results, step.there, DEVICES[backend])
+    peak = of_step = peak_memory(step.results, step.there, DEVICES[backend])
+    if run.evaluation_length > run.length:
+        of_evaluation = _evaluation_peak(model, run, backend)
+        peak = max(of_step, of_evaluation, key=lambda peak: peak.total)
+        peak.most = of_step.most | of_evaluation.most
     return Plan(
         weights=_bytes(step.weights.values()),
         trainable=_bytes(step.weights[name] for name in step.gradients),
@@ -53,7 +59,17 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         most=_whole(peak.most),
         at_peak=_whole(peak.parts),
         peak=int(peak.total),
+        is_evaluation=peak is not of_step,
     )
+
+
+def _evaluation_peak(model, run, backend):
+    """Of the loss alone: nothing is kept for a backward, and all that there is stays.
+
+    Attention is as it is in training, which for Metal's is too much.
+    """
+    step = Step(model, replace(run, length=run.evaluation_length), backend).build()
+    return peak_memory([*step.losses, *step.there], step.there, DEVICES[backend])
 
 
 def run_of(args, model: Architecture) -> Run:
@@ -97,20 +113,25 @@ def run_of(args, model: Architecture) -> Run:
         grad_checkpoint=bool(args.grad_checkpoint),
         chunked_loss=bool(args.chunked_loss),
         accumulate=args.grad_accumulation_steps > 1,
+        new_tokens=args.add_tokens is not None,
     )
 
 
 def alternatives(run: Run) -> dict[str, Run]:
-    """The same run with another optimizer on the tables, and with the tables frozen; by the flags that ask for it."""
+    """The same run with another optimizer on the tables, and, where they may be, with the tables frozen.
+
+    By the flags that ask for it.
+    """
     names = ("ember", "adamw", "adafactor")
     kinds = {f"--table-optimizer {name}": replace(run, table_optimizer=name) for name in names}
-    return kinds | {"--train-tables none": replace(run, tables=())}
+    return kinds if run.new_tokens else kinds | {"--train-tables none": replace(run, tables=())}
 
 
 def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tuple[str, Plan]]:
     """The cheapest changes, one on top of the other, until the run fits: flags, and the plan with them so far.
 
-    A change that saves less than 1 % is left out. When all are made and it still does not fit, the last plan says so.
+    A change that saves less than 1 % is left out; of several values of one flag, the last stands. When all are made and
+    it still does not fit, the last plan says so.
     """
     changes, now = [], plan(model, run, backend)
     for flags, changed in _changes(run):
@@ -120,6 +141,8 @@ def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tup
         after = plan(model, candidate, backend)
         if after.peak < 0.99 * now.peak:
             run, now = candidate, after
+            if changes and changes[-1][0].split()[0] == flags.split()[0]:
+                changes.pop()
             changes.append((flags, after))
     return changes
 
@@ -129,17 +152,18 @@ def _changes(run):
         yield "--grad-checkpoint", {"grad_checkpoint": True}
     if not run.chunked_loss:
         yield "--chunked-loss", {"chunked_loss": True}
-    length = run.length + 1
+    length = max(run.length, run.evaluation_length) + 1
     while length // 2 >= SHORTEST:
         length //= 2
-        yield f"--max-seq-length {length}", {"length": length - 1}
+        lengths = {name: min(getattr(run, name), length - 1) for name in ("length", "evaluation_length")}
+        yield f"--max-seq-length {length}", lengths
     size = run.batch_size
     while size > 1:
         size //= 2
         yield f"--batch-size {size}", {"batch_size": size}
     if run.fine_tune_type == "full":
         yield "--fine-tune-type lora", {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
-    if run.tables:
+    if run.tables and not run.new_tokens:
         yield "--train-tables none", {"tables": ()}
 
 

@@ -6,7 +6,10 @@ from ember_mlx.planner.update import Update
 
 
 class Step(Modules, Loss, Update):
-    """Builds the arrays of a step; ``results`` is what it is computed for, ``there`` what exists before it."""
+    """Builds the arrays of a step; ``results`` is what it is computed for, ``there`` what exists before it.
+
+    ``losses`` are the results that validation asks for too.
+    """
 
     def build(self):
         """Forward, loss, backward and update; then ``results`` and ``there`` are complete."""
@@ -28,6 +31,7 @@ class Step(Modules, Loss, Update):
         w_head = self._table(head, head.name in trained)
         loss = self.chunked_loss if run.chunked_loss else self.loss
         d_h = loss(h, head, w_head, head.name in trained)
+        self.losses = list(self.results)
         self._role = "scratch"
         d_x = back_norm(d_h)
         for i in reversed(range(first_trained, model.layers)):

@@ -1,0 +1,184 @@
+"""What a run is planned from: the model's config.json, its tokenizer, new tokens, and the rows of the data."""
+
+import json
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+from safetensors import SafetensorError, safe_open
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_batches
+from ember_mlx.planner import Architecture, Run, read_architecture, run_of
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tiktoken.model")
+# Above any length that a tokenizer's config allows: rows are cut by --max-seq-length, and need no warning here.
+ANY_LENGTH = 10**12
+MOST_TOKENS = 10**9  # of a batch: far above any that fits, and the sizes can still be read
+EVALUATIONS = {"valid": "validation", "test": "the test"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is planned from, with rows as long as ``--max-seq-length`` allows.
+
+    Args:
+        model (Architecture): With the rows of new tokens.
+        run (Run): What of the options matters.
+        config_path (Path): Of the config.json; the tokenizer lies beside it.
+        tokenizer (TokenizerWrapper, optional): The one that knows the new tokens, if there are any.
+        said (list[str]): Lines on what was supposed.
+    """
+
+    model: Architecture
+    run: Run
+    config_path: Path
+    tokenizer: TokenizerWrapper | None
+    said: list[str]
+
+
+def read_inputs(args) -> Inputs:
+    """Everything but the data.
+
+    Raises:
+        InputError: for a model or new tokens that ``train`` would refuse, and a config.json that cannot be planned.
+    """
+    config, path = find_config(args.model)
+    model = read_architecture(config, path.name)
+    tokenizer, said = None, []
+    if args.add_tokens is not None:
+        model, tokenizer, said = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
+    return Inputs(model, run_of(args, model), path, tokenizer, said)
+
+
+def with_rows_of_data(args, inputs: Inputs) -> Inputs:
+    """The same with rows as long as those of ``--data``, where these can be known; ``said`` tells which are planned.
+
+    Raises:
+        InputError: for data that ``train`` would refuse, and for batches that could never be trained on.
+    """
+    run, tokenizer, without = inputs.run, inputs.tokenizer, None
+    if not args.train:
+        without = "a test alone is planned as if it trained"
+    elif not is_local(args):
+        described = getattr(args, "hf_dataset", None)
+        without = f"{'hf_dataset' if described else f'--data {args.data}'} is no folder of rows here"
+    elif tokenizer is None:
+        tokenizer, without = _load_tokenizer(inputs.config_path, args)
+    if without:
+        if run.batch_size * run.length > MOST_TOKENS:
+            raise InputError(
+                f"--batch-size {args.batch_size} and --max-seq-length {args.max_seq_length}: batches of more than "
+                f"{MOST_TOKENS:,} tokens are not planned; use lower ones"
+            )
+        line = f"as if every row filled --max-seq-length {args.max_seq_length}: {without}; shorter rows take less"
+        return replace(inputs, said=[*inputs.said, line])
+    batches = longest_batches(args, tokenizer)
+    run = replace(run, length=batches["train"].width - 1)  # the last token is only predicted
+    said = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
+    name = max(batches, key=lambda name: batches[name].width)
+    if name != "train":
+        run = replace(run, evaluation_length=batches[name].width - 1)
+        taken = f"{run.batch_size} x {run.evaluation_length} tokens"
+        said.append(f"{EVALUATIONS[name]} takes {taken}: {_why_so_long(args, name, batches[name])}")
+    return replace(inputs, run=run, said=[*inputs.said, *said])
+
+
+def _why_so_long(args, name, batch: LongestBatch):
+    path = Path(args.data) / f"{name}.jsonl"
+    if batch.is_cut:
+        limit = f"--max-seq-length {args.max_seq_length}"
+        return f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
+    tried = f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
+    tried = tried if batch.tokenized < batch.rows else ""
+    return f"the longest row of {path} has {batch.longest}, and mlx-lm pads batches{tried}"
+
+
+def _load_tokenizer(config_path, args):
+    """The tokenizer, or None and why there is none."""
+    folder = config_path.parent
+    if not any(any(folder.glob(name)) for name in VOCABULARIES):
+        return None, f"there is no tokenizer beside {config_path.name}"
+    settings = {"trust_remote_code": args.trust_remote_code, "model_max_length": ANY_LENGTH}
+    try:
+        return load_tokenizer(folder, settings), None
+    # Whatever a tokenizer of its own kind raises.
+    except Exception as error:
+        return None, f"the tokenizer cannot be loaded ({' '.join(str(error).split())})"
+
+
+def _with_new_tokens(args, model, tokenizer):
+    """Model and tokenizer as ``--add-tokens`` makes them, and a line on how many rows the tables have then.
+
+    Raises:
+        InputError: as ``train`` would.
+    """
+    where = f"--add-tokens {args.add_tokens}"
+    asked = read_tokens(Path(args.add_tokens))
+    if args.train_tables == "none":
+        raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
+    quantized = [table.name for table in model.tables() if table.nbytes is not None]
+    if quantized and not args.dequantize_tables:
+        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow so: add --dequantize-tables")
+    if tokenizer is None:
+        said = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
+        return model.with_rows(model.vocabulary + len(asked)), None, [said]
+    tokenizer, tokens = grow_tokenizer(tokenizer, asked, where)
+    rows = max(model.vocabulary, *(token.id + 1 for token in tokens))
+    said = f"{len(asked)} new tokens: the token tables grow by {rows - model.vocabulary} rows"
+    return model.with_rows(rows), tokenizer, [said]
+
+
+def find_config(model: str) -> tuple[dict, Path]:
+    """The config.json of a model folder, of a file, or of a name on the Hugging Face hub; and its path.
+
+    Nothing is downloaded: of a name on the hub, the cache is looked into.
+    """
+    path = Path(model)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise InputError(f"--model {model}: there is no config.json in it; give a model's folder, or a config.json")
+    elif not path.is_file():
+        if path.suffix == ".json" or path.is_absolute() or model.count("/") != 1:
+            raise InputError(
+                f"--model {model}: there is no such file or folder; give a model's folder, or a config.json"
+            )
+        path = _in_hub_cache(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--model {model}: {path.name} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"--model {model}: {path.name} holds no names and values; give the config.json of a model")
+    return config | _stored_dtype(path.parent), path
+
+
+def _stored_dtype(folder):
+    """The dtype of the weights that lie beside a config.json, as its key: mlx_lm.convert leaves the old one there."""
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    found = Counter()
+    for path in sorted(folder.glob("*.safetensors"))[:1]:
+        with suppress(OSError, SafetensorError), safe_open(path, "numpy") as weights:
+            found.update(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118
+    return next(({"torch_dtype": names[dtype]} for dtype, _ in found.most_common() if dtype in names), {})
+
+
+def _in_hub_cache(name):
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        path = None
+    if not isinstance(path, str):  # None, or a mark that the hub has none
+        raise InputError(
+            f"--model {name}: no such folder, no model of that name in the Hugging Face cache, and planning "
+            "downloads nothing: give a model's folder, or its config.json, which its page on the hub has"
+        )
+    return Path(path)

@@ -1,0 +1,156 @@
+"""What `ember-mlx plan` reads beside the options: the rows of the data, new tokens, and why it could not."""
+
+import json
+import shutil
+
+import pytest
+from tiny_models import write_data, write_model
+
+from ember_mlx.errors import InputError
+from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.plan_command import main, warning
+from ember_mlx.plan_inputs import read_inputs, with_rows_of_data
+from ember_mlx.planner import advice, alternatives, plan
+from ember_mlx.token_tables import find_token_tables
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    path = tmp_path / "tokens.txt"
+    path.write_text("foo\nbar\nbaz\n")
+    return path
+
+
+@pytest.fixture
+def long_validation(tmp_path):
+    """A data folder whose validation rows are far longer than those that train."""
+    folder = write_data(tmp_path / "long", kind="text")
+    (folder / "valid.jsonl").write_text("".join(json.dumps({"text": "y" * 900}) + "\n" for _ in range(4)))
+    return folder
+
+
+def test_rows_are_as_long_as_those_of_the_data(parse, folders):
+    inputs = with_rows_of_data(parse(data="text"), read_inputs(parse(data="text")))
+    assert inputs.run.length == 32  # 22 bytes and the end, padded
+    assert not inputs.run.evaluation_length
+    train = folders["text"] / "train.jsonl"
+    assert inputs.said == [f"32 tokens: the longest row of {train} has 23, and mlx-lm pads batches"]
+
+
+def test_rows_that_are_cut_are_said_to_be(parse, long_validation):
+    args = parse("--data", long_validation, "--max-seq-length", 300)
+    inputs = with_rows_of_data(args, read_inputs(args))
+    assert (inputs.run.length, inputs.run.evaluation_length) == (32, 299)
+    assert inputs.said[1].startswith("validation takes 2 x 299 tokens: --max-seq-length 300 cuts the longest rows of")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("no tokenizer", "there is no tokenizer beside config.json"),
+        ("broken tokenizer", "the tokenizer cannot be loaded ("),
+        ("hub data", "--data owner/name is no folder of rows here"),
+        ("test alone", "a test alone is planned as if it trained"),
+    ],
+)
+def test_where_rows_cannot_be_known_they_fill_the_limit(parse, folders, tmp_path, change, words):
+    model = shutil.copytree(folders["untied"], tmp_path / "model")
+    if change == "no tokenizer":
+        (model / "tokenizer.json").unlink()
+    if change == "broken tokenizer":
+        (model / "tokenizer.json").write_text("{")
+    more = {"hub data": ["--data", "owner/name"], "test alone": ["--test"]}.get(change, [])
+    args = parse("--model", model, "--max-seq-length", 200, *more)
+    inputs = with_rows_of_data(args, read_inputs(args))
+    assert inputs.run.length == 199
+    assert inputs.said[0].startswith(f"as if every row filled --max-seq-length 200: {words}")
+
+
+def test_validation_counts_where_it_is_the_peak(parse, long_validation):
+    args = parse("--data", long_validation)
+    whole = with_rows_of_data(args, read_inputs(args))
+    training = plan(whole.model, read_inputs(parse("--max-seq-length", 33)).run, "cpu")
+    both = plan(whole.model, whole.run, "cpu")
+    assert (whole.run.length, whole.run.evaluation_length) == (32, 928)
+    assert not training.is_evaluation
+    assert both.is_evaluation
+    assert both.peak == sum(both.at_peak.values()) > training.peak
+    assert both.at_peak["weights"] == both.weights  # which the model keeps, read or not
+    assert both.most >= both.at_peak
+    assert both.most >= training.most
+    flags, after = advice(whole.model, whole.run, "cpu", both.peak - 1)[-1]
+    assert flags == "--max-seq-length 464"
+    assert training.peak < after.peak < both.peak
+    # A step of such rows keeps what its backward needs; validation does not.
+    step = plan(whole.model, read_inputs(parse("--max-seq-length", 929)).run, "cpu")
+    assert both.peak < 0.8 * step.peak
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"vocabulary": 262}, {"vocabulary": 300}, {"quantized": True}])
+def test_new_tokens_make_the_tables_as_large_as_train_does(parse, tmp_path, tokens, options):
+    model = write_model(tmp_path / "model", **options)
+    args = parse("--model", model, "--add-tokens", tokens, "--dequantize-tables")
+    planned = read_inputs(args).model
+    loaded, tokenizer, config = load_base(model)
+    add_asked_tokens(args, loaded, tokenizer, config)
+    tables = find_token_tables(loaded)
+    assert [(t.name, t.rows, t.columns, t.nbytes) for t in planned.tables()] == [
+        (table.module_path, *table.shape, None) for table in tables
+    ]
+    (model / "tokenizer.json").unlink()
+    assert read_inputs(args).model.vocabulary == options.get("vocabulary", 260) + 3
+
+
+def test_rows_are_split_into_new_tokens_too(parse, tokens):
+    tokens.write_text("number\n")
+    args = parse("--add-tokens", tokens, data="text")
+    inputs = with_rows_of_data(args, read_inputs(args))
+    assert "train.jsonl has 18," in inputs.said[1]  # 23, and five fewer for the letters of one word
+
+
+def test_new_tokens_must_train(parse, tokens):
+    inputs = read_inputs(parse("--add-tokens", tokens))
+    assert "--train-tables none" not in alternatives(inputs.run)
+    assert "--train-tables none" not in [flags for flags, _ in advice(inputs.model, inputs.run, "cpu", 1)]
+    with pytest.raises(InputError, match="the new tokens would learn nothing"):
+        read_inputs(parse("--add-tokens", tokens, "--train-tables", "none"))
+    with pytest.raises(InputError, match="is quantized, and cannot grow so: add --dequantize-tables"):
+        read_inputs(parse("--add-tokens", tokens, "--train-tables", "head", model="quantized"))
+    tokens.write_text("</s>\n")
+    with pytest.raises(InputError, match=r"tokens already: '</s>'"):
+        read_inputs(parse("--add-tokens", tokens))
+
+
+def test_batches_that_could_never_be_are_refused_unless_the_data_says_better(parse, folders):
+    huge = ["--max-seq-length", 10**18]
+    unknown = parse("--data", "owner/name", *huge)
+    with pytest.raises(InputError, match="batches of more than 1,000,000,000 tokens are not planned"):
+        with_rows_of_data(unknown, read_inputs(unknown))
+    known = parse(*huge, data="text")
+    assert with_rows_of_data(known, read_inputs(known)).run.length == 32
+
+
+def test_the_command_tells_of_the_rows(folders, long_validation, capsys):
+    words = ["--model", str(folders["untied"]), "--data", str(long_validation), "--batch-size", "2"]
+    main(words)
+    said = capsys.readouterr().out
+    assert "batches of 2 x 32 tokens" in said
+    assert "validation takes 2 x 928 tokens" in said
+    assert "which is in validation" in said
+    main([*words, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["length"], report["evaluation_length"]) == (32, 928)
+    assert report["planned"]["peak_in"] == "validation"
+
+
+def test_train_warns_of_the_rows_that_it_will_have(parse, monkeypatch):
+    args = parse(data="text")
+    inputs = read_inputs(args)
+    monkeypatch.setattr("ember_mlx.plan_command._backend", lambda: "cpu")
+    real = plan(inputs.model, with_rows_of_data(args, inputs).run, "cpu").peak
+    assert real < plan(inputs.model, inputs.run, "cpu").peak
+    monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (real, "this machine has"))
+    assert warning(args) is None
+    monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (real - 1, "this machine has"))
+    assert "with batches of 2 x 32 tokens" in warning(args)
