@@ -67,7 +67,7 @@ def test_the_pictures_are_drawn_from_what_there_is(tmp_path):
     machine = {"device": "a GPU", "versions": {"mlx": "1.2.3"}}
     rows = {"qwen3-0.6b/untied/lora/1x512/ember": {"peak_memory": 3_100_000_000}, "of another kind": {"error": "none"}}
     out.write_text(json.dumps({"machine": machine, "rows": rows}))
-    run("mlx_training_memory.py", "--out", out, "--draw", tmp_path / "pictures")
-    names = ("peak_by_optimizer", "peak_of_chunked_loss")
+    run("mlx_training_memory.py", "--draw", tmp_path / "pictures", out)
+    names = ("peak_by_optimizer", "peak_of_long_sequences")
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {f"{name}_{mode}.svg" for name in names for mode in ("light", "dark")}

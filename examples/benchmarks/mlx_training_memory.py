@@ -1,7 +1,7 @@
 """Peak memory and step time of mlx-lm's own training loop, for the shapes of real models with random weights.
 
     python examples/benchmarks/mlx_training_memory.py --out RESULT.json --rows 'qwen3-0.6b/untied/*/1x512/*'
-    python examples/benchmarks/mlx_training_memory.py --draw docs --out RESULT.json
+    python examples/benchmarks/mlx_training_memory.py --draw FOLDER RESULT.json...
 
 A row is model/tying/type/batch x tokens/optimizer of the tables, then /chunked with `--chunked-loss` and /checkpoint
 with `--grad-checkpoint`, and /unguarded without the guard against NaN and infinity: `--list` names those of the usual
@@ -159,7 +159,7 @@ def measured(rows, arguments, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, and to draw from")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="such as 'smollm2-135m/*/chunked'")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument("--steps", type=int, default=5)
@@ -167,7 +167,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="with --fast: how many rows to run side by side")
     parser.add_argument("--one-process", action="store_true", help="rows one after another in this process")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try this script where there is no GPU")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw the pictures from --out and end")
+    parser.add_argument(
+        "--draw", nargs="+", type=Path, metavar=("FOLDER", "RESULT.json"), help="draw the pictures of results and end"
+    )
     args = parser.parse_args()
     if args.jobs < 1 or (args.jobs > 1 and not args.fast):
         raise SystemExit(f"--jobs {args.jobs}: must be 1, or more with --fast: side by side, times mean nothing")
@@ -177,10 +179,15 @@ def main():
     if args.list:
         print("\n".join(rows))
         return
-    report = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
     if args.draw:
-        draw(report, args.draw)
+        folder, *results = args.draw
+        if not results:
+            parser.error(f"--draw {folder}: also give the JSON files to draw from")
+        draw([json.loads(path.read_text()) for path in results], folder)
         return
+    if args.out is None:
+        parser.error("--out FILE is where the results go; or --list, or --draw")
+    report = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
     warm_up, steps = (0, 2) if args.fast else (WARM_UP, args.steps)
     how = {"steps": steps, "smoke": args.smoke, "jobs": args.jobs, "one_process": args.one_process}
     report["machine"] = in_fresh_process(machine) | how

@@ -1,4 +1,4 @@
-"""The two pictures of the README, from the JSON file of mlx_training_memory.py; light and dark, as SVG."""
+"""The two pictures of the README, from JSON files of mlx_training_memory.py; light and dark, as SVG."""
 
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart; the lighter ones on dark
     "light": {"text": "#1f2328", "ours": "#0072B2", "theirs": "#D55E00", "others": "#8c959f"},
@@ -7,65 +7,62 @@ COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart; the light
 LABELS = {"ember": "Ember", "adamw": "AdamW", "adafactor": "Adafactor", "sgd": "SGD", "frozen": "tables frozen"}
 KINDS = {"lora": "LoRA and both tables", "full": "all weights"}
 MODEL = "qwen3-0.6b/untied"
+SAVINGS = {
+    "": "no savings",
+    "/chunked": "--chunked-loss",
+    "/checkpoint": "--grad-checkpoint",
+    "/chunked/checkpoint": "both",
+}
 
 
-def draw(report, folder):
-    """Write peak_by_optimizer_{light,dark}.svg and peak_of_chunked_loss_{light,dark}.svg into ``folder``."""
+def draw(reports, folder):
+    """Write peak_by_optimizer_{light,dark}.svg and peak_of_long_sequences_{light,dark}.svg into ``folder``.
+
+    A panel's bars are all of one report: of the one that has the most of them.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     folder.mkdir(parents=True, exist_ok=True)
-    where = f"{report['machine']['device']}, MLX {report['machine']['versions']['mlx']}"
     for mode, colours in COLOURS.items():
         with matplotlib.rc_context(_style(colours["text"])):
-            _by_optimizer(report["rows"], where, colours, folder / f"peak_by_optimizer_{mode}.svg")
-            _of_chunked_loss(report["rows"], where, colours, folder / f"peak_of_chunked_loss_{mode}.svg")
+            tables = {name: {"ember": "ours", "adamw": "theirs"}.get(name, "others") for name in LABELS}
+            _draw_panels(
+                reports,
+                "Peak memory of an mlx-lm training step: Qwen3-0.6B, bfloat16, 1 x 512 tokens",
+                {f"1x512/{name}": (LABELS[name], colours[colour]) for name, colour in tables.items()},
+                folder / f"peak_by_optimizer_{mode}.svg",
+            )
+            _draw_panels(
+                reports,
+                "Peak memory with long sequences: Qwen3-0.6B, bfloat16, 4 x 1024 tokens, Ember",
+                {f"4x1024/ember{saving}": (label, colours["ours"]) for saving, label in SAVINGS.items()},
+                folder / f"peak_of_long_sequences_{mode}.svg",
+            )
 
 
-def _by_optimizer(rows, where, colours, path):
+def _draw_panels(reports, title, bars, path):
+    """A panel each for LoRA and for all weights; ``bars`` has label and colour by the end of a row's name."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
-    for panel, (kind, title) in zip(panels, KINDS.items(), strict=True):
-        peaks = {name: _peak(rows, f"{MODEL}/{kind}/1x512/{name}") for name in LABELS}
-        there = [name for name in LABELS if peaks[name]]
-        fill = [{"ember": colours["ours"], "adamw": colours["theirs"]}.get(name, colours["others"]) for name in there]
-        bars = panel.barh([LABELS[name] for name in there], [peaks[name] for name in there], color=fill)
-        panel.bar_label(bars, fmt="%.2f GB", padding=4)
+    for panel, (kind, what_trains) in zip(panels, KINDS.items(), strict=True):
+        peaks, machine = max((_peaks(report, kind, bars) for report in reports), key=lambda found: len(found[0]))
+        labels, colours = zip(*(bars[end] for end in peaks), strict=True) if peaks else ((), ())
+        panel.bar_label(panel.barh(labels, peaks.values(), color=colours), fmt="%.2f GB", padding=4)
         panel.invert_yaxis()
-        panel.set_title(title)
+        panel.set_title(what_trains)
         panel.margins(x=0.22)
         panel.set_xticks([])
-    figure.suptitle("Peak memory of an mlx-lm training step: Qwen3-0.6B, bfloat16, 1 x 512 tokens")
-    figure.supxlabel(where, fontsize=9)
+        panel.set_xlabel(f"{machine['device']}, MLX {machine['versions']['mlx']}", fontsize=9)
+    figure.suptitle(title)
     _save(figure, path)
 
 
-def _of_chunked_loss(rows, where, colours, path):
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained", sharey=True)
-    for panel, (kind, title) in zip(panels, KINDS.items(), strict=True):
-        tokens = [t for t in ("1x2048", "4x1024") if _peak(rows, f"{MODEL}/{kind}/{t}/ember/chunked")]
-        for i, (ending, label, colour) in enumerate(
-            [("", "plain loss", colours["theirs"]), ("/chunked", "--chunked-loss", colours["ours"])]
-        ):
-            peaks = [_peak(rows, f"{MODEL}/{kind}/{t}/ember{ending}") for t in tokens]
-            bars = panel.bar([x + 0.4 * i for x in range(len(tokens))], peaks, 0.36, label=label, color=colour)
-            panel.bar_label(bars, fmt="%.1f GB", padding=3)
-        panel.set_xticks([x + 0.2 for x in range(len(tokens))], [t.replace("x", " x ") + " tokens" for t in tokens])
-        panel.set_title(title)
-        panel.margins(y=0.2)
-        panel.set_yticks([])
-    panels[0].legend(frameon=False, loc="upper left")
-    figure.suptitle("Peak memory with long sequences: Qwen3-0.6B, bfloat16, Ember on the tables")
-    figure.supxlabel(where, fontsize=9)
-    _save(figure, path)
-
-
-def _peak(rows, name):
-    """In GB; 0 for a row that is not there or did not fit."""
-    return rows.get(name, {}).get("peak_memory", 0) / 1e9
+def _peaks(report, kind, ends):
+    """In GB, of the rows that are there and fitted; and the report's machine."""
+    rows = {end: report["rows"].get(f"{MODEL}/{kind}/{end}", {}) for end in ends}
+    return {end: row["peak_memory"] / 1e9 for end, row in rows.items() if "peak_memory" in row}, report["machine"]
 
 
 def _style(text):
