@@ -39,22 +39,22 @@ def compare(report: dict) -> list[tuple[str, Plan, int]]:
 
 def table(compared, machine) -> str:
     """As Markdown, with how many rows are within the target."""
-    errors = [plan.peak / measured - 1 for _, plan, measured in compared]
+    errors = [predicted.peak / measured - 1 for _, predicted, measured in compared]
     within = sum(abs(error) <= TARGET for error in errors)
     root = math.sqrt(statistics.mean(error**2 for error in errors))
     lines = [
         f"# Peak memory, predicted and measured: {machine['device']}, MLX {machine['versions']['mlx']}",
         "",
         f"{within} of {len(errors)} rows within {TARGET:.0%}; root mean square of the error {root:.1%}. bfloat16, "
-        "AdamW on the body, LoRA in all layers. 1 GB = 10^9 bytes. What the peak is made of is predicted too: all that is "
-        "there at the worst moment, with what the GPU has not let go of yet.",
+        "AdamW on the body, LoRA in all layers. 1 GB = 10^9 bytes. What the peak is made of is predicted too: all that "
+        "is there at the worst moment, with what the GPU has not let go of yet.",
         "",
         "| model/tying/type/batch x tokens/tables | predicted, GB | measured, GB | error | at the peak, GB |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
-    for (row, plan, measured), error in zip(compared, errors, strict=True):
-        parts = ", ".join(f"{role} {size / 1e9:.1f}" for role, size in plan.at_peak.items() if size > 0.05e9)
-        lines.append(f"| {row} | {plan.peak / 1e9:.2f} | {measured / 1e9:.2f} | {error:+.1%} | {parts} |")
+    for (row, predicted, measured), error in zip(compared, errors, strict=True):
+        parts = ", ".join(f"{role} {size / 1e9:.1f}" for role, size in predicted.at_peak.items() if size > 0.05e9)
+        lines.append(f"| {row} | {predicted.peak / 1e9:.2f} | {measured / 1e9:.2f} | {error:+.1%} | {parts} |")
     return "\n".join(lines)
 
 
