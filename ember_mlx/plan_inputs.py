@@ -11,7 +11,9 @@ from mlx_lm.utils import load_tokenizer
 from safetensors import SafetensorError, safe_open
 
 from ember_mlx.errors import InputError
+from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.data import check_data_folder
 from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_batches
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 
@@ -61,24 +63,11 @@ def with_rows_of_data(args, inputs: Inputs) -> Inputs:
     Raises:
         InputError: for data that ``train`` would refuse, and for batches that could never be trained on.
     """
-    run, tokenizer, without = inputs.run, inputs.tokenizer, None
-    if not args.train:
-        without = "a test alone is planned as if it trained"
-    elif not is_local(args):
-        described = getattr(args, "hf_dataset", None)
-        without = f"{'hf_dataset' if described else f'--data {args.data}'} is no folder of rows here"
-    elif tokenizer is None:
-        tokenizer, without = _load_tokenizer(inputs.config_path, args)
+    tokenizer, without = _tokenizer_of_rows(args, inputs)
     if without:
-        if run.batch_size * run.length > MOST_TOKENS:
-            raise InputError(
-                f"--batch-size {args.batch_size} and --max-seq-length {args.max_seq_length}: batches of more than "
-                f"{MOST_TOKENS:,} tokens are not planned; use lower ones"
-            )
-        line = f"as if every row filled --max-seq-length {args.max_seq_length}: {without}; shorter rows take less"
-        return replace(inputs, said=[*inputs.said, line])
+        return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
-    run = replace(run, length=batches["train"].width - 1)  # the last token is only predicted
+    run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     said = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
@@ -88,14 +77,42 @@ def with_rows_of_data(args, inputs: Inputs) -> Inputs:
     return replace(inputs, run=run, said=[*inputs.said, *said])
 
 
+def _tokenizer_of_rows(args, inputs):
+    """The tokenizer of the rows of ``--data``, or None and why these cannot be known."""
+    if not args.train:
+        return None, "a test alone is planned as if it trained"
+    if not is_local(args):
+        if getattr(args, "hf_dataset", None):
+            return None, "hf_dataset is no folder here"
+        none_given = args.data == options.defaults()["data"]
+        return None, "no --data is given" if none_given else f"--data {args.data} is no folder here"
+    check_data_folder(args)
+    return (inputs.tokenizer, None) if inputs.tokenizer else _load_tokenizer(inputs.config_path, args)
+
+
+def _with_full_rows(args, inputs, why):
+    if inputs.run.batch_size * inputs.run.length > MOST_TOKENS:
+        raise InputError(
+            f"--batch-size {args.batch_size} and --max-seq-length {args.max_seq_length}: batches of more than "
+            f"{MOST_TOKENS:,} tokens are not planned; use lower ones"
+        )
+    line = f"as if every row filled --max-seq-length {args.max_seq_length}: {why}; shorter rows take less"
+    return replace(inputs, said=[*inputs.said, line])
+
+
 def _why_so_long(args, name, batch: LongestBatch):
     path = Path(args.data) / f"{name}.jsonl"
     if batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
-        return f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
-    tried = f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
-    tried = tried if batch.tokenized < batch.rows else ""
-    return f"the longest row of {path} has {batch.longest}, and mlx-lm pads batches{tried}"
+        said = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
+    else:
+        said = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
+        if batch.tokenized < batch.rows:
+            said += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
+    batches = batch.rows // args.batch_size
+    if name == "train" and args.iters < batches:
+        said += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
+    return said
 
 
 def _load_tokenizer(config_path, args):
@@ -129,7 +146,9 @@ def _with_new_tokens(args, model, tokenizer):
         return model.with_rows(model.vocabulary + len(asked)), None, [said]
     tokenizer, tokens = grow_tokenizer(tokenizer, asked, where)
     rows = max(model.vocabulary, *(token.id + 1 for token in tokens))
-    said = f"{len(asked)} new tokens: the token tables grow by {rows - model.vocabulary} rows"
+    more = rows - model.vocabulary
+    growth = f"the token tables grow by {more} rows" if more else "the token tables have rows to spare for them"
+    said = f"{len(asked)} new tokens: {growth}"
     return model.with_rows(rows), tokenizer, [said]
 
 

@@ -87,8 +87,8 @@ def name_runs(logs: list[run_log.Log]) -> list[str]:
 
 def _read(path):
     log = run_log.read(path)
-    if not (log.train or log.validation):
-        raise InputError(f"log {path}: there is no report in it yet; try again after --steps-per-report steps")
+    if not any(_points(log, *panel[2:])[0] for panel in PANELS):
+        raise InputError(f"log {path}: there is nothing to draw in it yet; try again after --steps-per-report steps")
     return log
 
 
@@ -106,12 +106,9 @@ def _draw_panel(axes, logs, names, title, label, events, key):
     axes.set_ylabel(label)
     if key.startswith("update_ratio"):
         axes.set_yscale("log")
-    elif key == "peak_memory":
-        axes.yaxis.set_major_formatter(units("B"))
-        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
-    elif key == "tokens_per_second":
-        axes.yaxis.set_major_formatter(thousands())
-        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+    elif key in ("peak_memory", "tokens_per_second"):
+        axes.yaxis.set_major_formatter(units("B") if key == "peak_memory" else thousands())
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax or 1)
 
 
 def _draw_ends(axes, logs, theme):

@@ -9,6 +9,7 @@ from tiny_models import write_data, write_model
 from ember_mlx.errors import InputError
 from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.options import defaults
 from ember_mlx.plan_command import main, warning
 from ember_mlx.plan_inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner import advice, alternatives, plan
@@ -31,11 +32,12 @@ def long_validation(tmp_path):
 
 
 def test_rows_are_as_long_as_those_of_the_data(parse, folders):
-    inputs = with_rows_of_data(parse(data="text"), read_inputs(parse(data="text")))
+    args = parse("--iters", 6, data="text")
+    inputs = with_rows_of_data(args, read_inputs(args))
     assert inputs.run.length == 32  # 22 bytes and the end, padded
     assert not inputs.run.evaluation_length
     train = folders["text"] / "train.jsonl"
-    assert inputs.said == [f"32 tokens: the longest row of {train} has 23, and mlx-lm pads batches"]
+    assert inputs.said == [f"32 tokens: batches of {train} have rows of up to 23, and mlx-lm pads them"]
 
 
 def test_rows_that_are_cut_are_said_to_be(parse, long_validation):
@@ -50,7 +52,8 @@ def test_rows_that_are_cut_are_said_to_be(parse, long_validation):
     [
         ("no tokenizer", "there is no tokenizer beside config.json"),
         ("broken tokenizer", "the tokenizer cannot be loaded ("),
-        ("hub data", "--data owner/name is no folder of rows here"),
+        ("hub data", "--data owner/name is no folder here"),
+        ("no data", "no --data is given"),
         ("test alone", "a test alone is planned as if it trained"),
     ],
 )
@@ -60,11 +63,33 @@ def test_where_rows_cannot_be_known_they_fill_the_limit(parse, folders, tmp_path
         (model / "tokenizer.json").unlink()
     if change == "broken tokenizer":
         (model / "tokenizer.json").write_text("{")
-    more = {"hub data": ["--data", "owner/name"], "test alone": ["--test"]}.get(change, [])
+    more = {
+        "hub data": ["--data", "owner/name"],
+        "no data": ["--data", defaults()["data"]],
+        "test alone": ["--test"],
+    }.get(change, [])
     args = parse("--model", model, "--max-seq-length", 200, *more)
     inputs = with_rows_of_data(args, read_inputs(args))
     assert inputs.run.length == 199
     assert inputs.said[0].startswith(f"as if every row filled --max-seq-length 200: {words}")
+
+
+def test_data_that_train_would_refuse_is_refused(parse, tmp_path):
+    for folder, words in (
+        (tmp_path / "nowhere", "there is no such folder"),
+        (tmp_path, "there is no train.jsonl in it"),
+    ):
+        args = parse("--data", folder)
+        with pytest.raises(InputError, match=words):
+            with_rows_of_data(args, read_inputs(args))
+
+
+def test_a_short_run_is_told_that_it_may_draw_shorter_rows(parse):
+    for steps, told in ((5, True), (6, False)):  # of 12 rows, 2 at a time
+        for limit in (2048, 20):
+            args = parse("--iters", steps, "--max-seq-length", limit, data="text")
+            (said,) = with_rows_of_data(args, read_inputs(args)).said
+            assert said.endswith("; 5 steps may draw only shorter ones of the 6 batches") is told
 
 
 def test_validation_counts_where_it_is_the_peak(parse, long_validation):
@@ -106,7 +131,7 @@ def test_rows_are_split_into_new_tokens_too(parse, tokens):
     tokens.write_text("number\n")
     args = parse("--add-tokens", tokens, data="text")
     inputs = with_rows_of_data(args, read_inputs(args))
-    assert "train.jsonl has 18," in inputs.said[1]  # 23, and five fewer for the letters of one word
+    assert "train.jsonl have rows of up to 18," in inputs.said[1]  # 23, and five fewer for the letters of one word
 
 
 def test_new_tokens_must_train(parse, tokens):

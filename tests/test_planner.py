@@ -18,7 +18,7 @@ from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
 from ember_mlx.plan_command import main, warning
 from ember_mlx.plan_inputs import find_config
-from ember_mlx.planner import advice, plan, read_architecture, run_of
+from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.loss import LOGITS_AT_ONCE
 from ember_mlx.planner.report import in_units
@@ -129,6 +129,13 @@ def test_chunks_never_hold_the_logits_of_the_whole_vocabulary():
     assert logits < 6.5 * LOGITS_AT_ONCE
 
 
+def test_stochastic_rounding_writes_a_new_table_where_the_nearest_is_written_in_place():
+    big = QWEN | {"vocab_size": 20_000}
+    nearest, stochastic = (planned(big, "--table-rounding", how, backend="cuda") for how in ("nearest", "stochastic"))
+    assert stochastic.peak - nearest.peak > 20_000 * QWEN["hidden_size"] * 2
+    assert stochastic.optimizer_state == nearest.optimizer_state
+
+
 def test_what_should_save_memory_does():
     long = {**QWEN, "vocab_size": 4096, "num_hidden_layers": 8}
     model = read_architecture(long, "config.json")
@@ -188,6 +195,7 @@ def test_bytes_are_written_as_people_do(nbytes, text):
         ({"intermediate_size": "big"}, "intermediate_size: 'big' must be"),
         ({"vocab_size": None}, "vocab_size missing"),
         ({"quantization": {"bits": 99}}, "quantization: bits: 99 must be"),
+        ({"quantization": {"bits": 4, "lm_head": {"group_size": 0}}}, "quantization: lm_head: group_size: 0 must be"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(config, words):
@@ -214,6 +222,45 @@ def test_what_others_quantized_leaves_the_tables_as_they_are():
         assert all(linear.nbytes for linear in model.linears(0))
 
 
+def test_a_module_may_be_packed_in_its_own_way():
+    own = {"bits": 4, "group_size": 32, "model.embed_tokens": {"bits": 8}, "lm_head": False}
+    embedding, head = read_architecture(QWEN | {"quantization": own}, "config.json").tables()
+    numbers = embedding.rows * embedding.columns
+    assert embedding.nbytes == numbers + 4 * numbers // 64  # MLX's groups of 64, each with a scale and a bias
+    assert head.nbytes is None
+
+
+def test_frozen_tables_are_compared_with_tables_that_train():
+    model = read_architecture(QWEN, "config.json")
+    found = alternatives(run_of(options.parse(["--train-tables", "none"]), model))
+    for flags, run in found.items():  # each is what its flags ask for
+        asked = run_of(options.parse(flags.split()), model)
+        assert plan(model, run, "cpu") == plan(model, asked, "cpu")
+    ember, adamw, adafactor, frozen = (plan(model, run, "cpu").optimizer_state for run in found.values())
+    assert frozen < min(ember, adafactor)
+    assert max(ember, adafactor) < adamw
+
+
+@pytest.mark.parametrize("layers", [[], ["--num-layers", "18"]])
+def test_advice_is_what_its_flags_do(layers):
+    model = read_architecture(QWEN | {"num_hidden_layers": 20, "intermediate_size": 4096}, "config.json")
+    words = ["--fine-tune-type", "full", "--max-seq-length", "600", *layers]
+    changes = advice(model, run_of(options.parse(words), model), "cpu", 1)
+    assert any("--fine-tune-type lora" in flags for flags, _ in changes)
+    for flags, after in changes:
+        words += flags.split()
+        assert plan(model, run_of(options.parse(words), model), "cpu") == after
+
+
+def test_where_no_layer_trains_the_tables_must():
+    model = read_architecture(QWEN, "config.json")
+    for kind in ("lora", "full"):
+        run = run_of(options.parse(["--num-layers", "0", "--fine-tune-type", kind]), model)
+        flags = [*alternatives(run), *(changed for changed, _ in advice(model, run, "cpu", 1))]
+        assert "--train-tables none" not in flags
+    assert "--train-tables none" in alternatives(run_of(options.parse([]), model))
+
+
 def test_the_command_says_whether_it_fits(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     words = ["--model", str(tmp_path), "--max-seq-length", "65", "--backend", "metal"]
@@ -236,6 +283,7 @@ def test_the_command_says_whether_it_fits(tmp_path, capsys):
         (["--memory", "nan"], "--memory nan: must be a size"),
         (["--memory", "16"], "--memory 16: must be a size of at least 1MB, with its unit"),
         (["--train-tables", "none", "--num-layers", "9"], "the model has 3 layers"),
+        (["--train-tables", "none", "--num-layers", "0"], "nothing is left to train"),
         (["--batch-size", "0"], "--batch-size 0: must be"),
     ],
 )

@@ -90,7 +90,8 @@ def test_more_runs_than_can_be_told_apart_are_refused(tmp_path):
         ("{log} --out {log}", "must be the name of a PNG file"),
         ("{log}", "the following arguments are required: --out"),
         ("{broken} {log} --out {picture}", "broken.jsonl line 3: is not JSON"),
-        ("{log} {new} --out {picture}", "new.jsonl: there is no report in it yet"),
+        ("{log} {new} --out {picture}", "new.jsonl: there is nothing to draw in it yet"),
+        ("{nulls} --out {picture}", "nulls.jsonl: there is nothing to draw in it yet"),
         ("{log} /no/such/file --out {picture}", "log /no/such/file: cannot be read (No such file or directory)"),
     ],
 )
@@ -99,7 +100,9 @@ def test_bad_input_is_one_line_and_no_picture(tmp_path, monkeypatch, capsys, wor
     lines = log.read_text().splitlines(keepends=True)
     (tmp_path / "broken.jsonl").write_text("".join([*lines[:2], '{"event": \n', *lines[2:]]))
     (tmp_path / "new.jsonl").write_text(lines[0])
-    names = {name: tmp_path / f"{name}.jsonl" for name in ("log", "broken", "new")}
+    nulls = {"event": "train", "step": 1} | dict.fromkeys(run_log.TRAIN)
+    (tmp_path / "nulls.jsonl").write_text(lines[0] + json.dumps(nulls) + "\n")
+    names = {name: tmp_path / f"{name}.jsonl" for name in ("log", "broken", "new", "nulls")}
     words = words.format(picture=tmp_path / "runs.png", **names).split()
     monkeypatch.setattr(sys, "argv", ["ember-mlx", "plot", *words])
     with pytest.raises(SystemExit) as exit_:

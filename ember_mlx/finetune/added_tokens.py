@@ -113,7 +113,8 @@ def add_tokens(model: nn.Module, tokenizer: TokenizerWrapper, config: dict, aske
     return tokenizer, tokens
 
 
-def grow_tokenizer(wrapper, asked, where):
+def grow_tokenizer(wrapper: TokenizerWrapper, asked, where: str) -> tuple[TokenizerWrapper, list[NewToken]]:
+    """What :func:`add_tokens` does to the tokenizer alone: no model is needed for that."""
     tokenizer = wrapper._tokenizer
     pieces = {}
     vocabulary = tokenizer.get_vocab()

@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_lm.tuner.datasets import CacheDataset
 
 from ember_mlx.errors import InputError
-from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.data import HUB_NAME, load_data
 
 PAD_TO = 32  # of mlx_lm.tuner.trainer.iterate_batches
 CHARACTERS = 5_000_000  # of a set that are tokenized: a few seconds
@@ -20,7 +20,7 @@ class LongestBatch:
 
     Args:
         width (int): Tokens of each of its rows, with the padding; the last token is only predicted.
-        longest (int): Tokens of the longest row.
+        longest (int): Tokens of its longest row.
         is_cut (bool): Whether that is longer than ``--max-seq-length``; how much longer other rows are was not asked.
         tokenized, rows (int): How many rows were tokenized, those of the most characters, of how many. Where these
             differ and nothing is cut, a row of fewer characters could be one of more tokens.
@@ -37,26 +37,27 @@ def longest_batches(args, tokenizer) -> dict[str, LongestBatch]:
     """The longest batches of the local folder ``--data`` in training: of "train", and of "valid" and "test" if used.
 
     Raises:
-        InputError: for what ``train`` would refuse in the folder.
+        InputError: for sets that ``train`` would refuse, once :func:`ember_mlx.finetune.data.check_data_folder` has
+            taken the folder, and for a row of which the tokenizer makes nothing.
     """
-    check_data_folder(args)
     with contextlib.redirect_stdout(io.StringIO()):  # what mlx-lm says of the sets, training says
         train, valid, test = load_data(args, tokenizer)
     sets = {"train": train, "valid": valid, "test": test if args.test else []}
-    try:
-        return {name: longest_batch(rows, args.batch_size, args.max_seq_length) for name, rows in sets.items() if rows}
-    # Whatever a chat template has against a row.
-    except Exception as error:
-        raise InputError(f"--data {args.data}: a row cannot be tokenized: {' '.join(str(error).split())}") from error
+    return {
+        name: longest_batch(rows, args.batch_size, args.max_seq_length, f"--data {args.data}: {name}.jsonl")
+        for name, rows in sets.items()
+        if rows
+    }
 
 
 def is_local(args) -> bool:
-    """Whether ``--data`` is a folder here that holds rows to train on."""
-    return not getattr(args, "hf_dataset", None) and (Path(args.data) / "train.jsonl").is_file()
+    """Whether ``--data`` is a folder here, or can be meant as nothing else."""
+    named_on_hub = not Path(args.data).exists() and HUB_NAME.fullmatch(args.data)
+    return not (getattr(args, "hf_dataset", None) or named_on_hub)
 
 
-def longest_batch(rows, batch_size: int, max_seq_length: int) -> LongestBatch:
-    """The longest of the batches that mlx-lm makes of ``rows``, one of its data sets."""
+def longest_batch(rows, batch_size: int, max_seq_length: int, where: str) -> LongestBatch:
+    """The longest of the batches that mlx-lm makes of ``rows``, one of its data sets; ``where`` is its file."""
     order = sorted(range(len(rows)), key=CacheDataset(rows).itemlen)
     of_batches = order[: len(rows) // batch_size * batch_size]  # a last, smaller batch is left out
     sizes = {i: len(str(rows[i])) for i in of_batches}
@@ -64,8 +65,20 @@ def longest_batch(rows, batch_size: int, max_seq_length: int) -> LongestBatch:
     for i in sorted(sizes, key=sizes.get, reverse=True):
         if longest > max_seq_length or (tokenized and characters + sizes[i] > CHARACTERS):
             break
-        longest = max(longest, len(rows.process(rows[i])[0]))
+        longest = max(longest, _tokens(rows, i, where))
         tokenized += 1
         characters += sizes[i]
+    if not longest:
+        raise InputError(f"{where}: the chat template makes nothing of its rows: see chat_template of the tokenizer")
     width = min(1 + PAD_TO * -(-longest // PAD_TO), max_seq_length)
     return LongestBatch(width, longest, longest > max_seq_length, tokenized, len(of_batches))
+
+
+def _tokens(rows, i, where):
+    """How many tokens a row has."""
+    try:
+        return len(rows.process(rows[i])[0])
+    # Whatever a tokenizer or a chat template has against it.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where} line {i + 1} cannot be tokenized ({reason}): mend or remove that line") from error

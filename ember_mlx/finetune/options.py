@@ -236,17 +236,19 @@ def _check_ember_options(args):
 
 
 def check_lora_parameters(parameters: dict):
-    """Refuse a rank, scale or dropout that cannot be."""
+    """Refuse a rank, scale, dropout or keys that cannot be."""
     ranges = {
-        "rank": (1, "a whole number of at least 1"),
-        "scale": (-math.inf, "a number"),
-        "dropout": (0, "at least 0 and below 1"),
+        "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
+        "scale": (-math.inf, math.inf, "a number"),
+        "dropout": (0, 1, "at least 0 and below 1"),
     }
-    for name, (least, in_words) in ranges.items():
+    for name, (least, below, in_words) in ranges.items():
         value = parameters.get(name, least)  # what is missing, mlx-lm names
-        below = 1 if name == "dropout" else math.inf
         if not isinstance(value, int if name == "rank" else int | float) or not least <= value < below:
             raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")
+    keys = parameters.get("keys")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise InputError(f"lora_parameters: keys: {keys} must be a list of modules, such as [self_attn.q_proj]")
 
 
 def command_to_resume(arguments: list[str], resume_words: list[str]) -> list[str]:

@@ -120,7 +120,7 @@ class Architecture:
         own = (self.quantization or {}).get(name, self.quantization)
         if not own:
             return None
-        if own is True:
+        if not isinstance(own, dict):  # true: as all others
             own = self.quantization
         bits, group = own["bits"], own["group_size"]
         if columns % group:
@@ -199,11 +199,17 @@ def _quantization(config, where):
         return None
     if not isinstance(found, dict) or "bits" not in found:
         raise InputError(f"{where}: quantization {found}: mlx-lm's has bits and group_size; convert the model first")
-    bits = _whole(found["bits"], 8, f"{where}: quantization: bits")
-    group = _whole(found.get("group_size", 64), 1024, f"{where}: quantization: group_size")
+    where = f"{where}: quantization"
+    of_modules = {name: _packing(own, f"{where}: {name}") for name, own in found.items() if isinstance(own, dict)}
     # Others' methods, which mlx-lm reads too, leave the tables as they are.
     plain = {"model.embed_tokens": False, "lm_head": False} if found.get("quant_method") in PLAIN_TABLES else {}
-    return found | {"bits": bits, "group_size": group} | plain
+    return _packing(found, where) | of_modules | plain
+
+
+def _packing(stated, where):
+    """How a module is packed, or all that say nothing of their own; what is not stated is as MLX has it."""
+    bits = _whole(stated.get("bits", 4), 8, f"{where}: bits")
+    return stated | {"bits": bits, "group_size": _whole(stated.get("group_size", 64), 1024, f"{where}: group_size")}
 
 
 def _whole(value, largest, where):

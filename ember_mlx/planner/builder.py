@@ -20,9 +20,9 @@ class Run:
         lora_keys (tuple, optional): The linears that LoRA is put on; None for all.
         tables (tuple[str]): The token tables that train, by their names.
         optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
-        grad_checkpoint, chunked_loss, accumulate (bool): As their options say.
+        stochastic_rounding, grad_checkpoint, chunked_loss, accumulate (bool): As their options say; the first is Ember's.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
-        new_tokens (bool): Whether the tables have new rows, for which they must train.
+        tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
     batch_size: int
@@ -34,11 +34,12 @@ class Run:
     tables: tuple
     optimizer: str
     table_optimizer: str
+    stochastic_rounding: bool
     grad_checkpoint: bool
     chunked_loss: bool
     accumulate: bool
     evaluation_length: int = 0
-    new_tokens: bool = False
+    tables_must_train: bool = False
 
 
 class Builder:

@@ -93,6 +93,8 @@ def run_of(args, model: Architecture) -> Run:
     chosen = tuple(role for role in found if role in ROLES[args.train_tables])
     if args.train_tables != "none" and not chosen:
         raise InputError(f"--train-tables {args.train_tables}: the embedding is the head too (tied); use auto")
+    if asked == 0 and not chosen and args.fine_tune_type != "full":
+        raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
     packed = [found[role].name for role in chosen if found[role].nbytes is not None]
     if packed and not args.dequantize_tables:
         raise InputError(
@@ -110,21 +112,23 @@ def run_of(args, model: Architecture) -> Run:
         tables=chosen,
         optimizer=args.optimizer.lower(),
         table_optimizer=args.table_optimizer,
+        stochastic_rounding=args.table_rounding == "stochastic",
         grad_checkpoint=bool(args.grad_checkpoint),
         chunked_loss=bool(args.chunked_loss),
         accumulate=args.grad_accumulation_steps > 1,
-        new_tokens=args.add_tokens is not None,
+        tables_must_train=args.add_tokens is not None or asked == 0,
     )
 
 
 def alternatives(run: Run) -> dict[str, Run]:
     """The same run with another optimizer on the tables, and, where they may be, with the tables frozen.
 
-    By the flags that ask for it.
+    By the flags that ask for it. Where the run freezes the tables, all of them train beside it, dequantized.
     """
+    thawed, flag = (run, "") if run.tables else (replace(run, tables=ROLES["auto"]), "--train-tables auto ")
     names = ("ember", "adamw", "adafactor")
-    kinds = {f"--table-optimizer {name}": replace(run, table_optimizer=name) for name in names}
-    return kinds if run.new_tokens else kinds | {"--train-tables none": replace(run, tables=())}
+    kinds = {f"{flag}--table-optimizer {name}": replace(thawed, table_optimizer=name) for name in names}
+    return kinds if run.tables_must_train else kinds | {"--train-tables none": replace(run, tables=())}
 
 
 def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tuple[str, Plan]]:
@@ -162,8 +166,9 @@ def _changes(run):
         size //= 2
         yield f"--batch-size {size}", {"batch_size": size}
     if run.fine_tune_type == "full":
-        yield "--fine-tune-type lora", {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
-    if run.tables and not run.new_tokens:
+        fewer = f" --num-layers {DEFAULT_LAYERS}" if run.layers > DEFAULT_LAYERS else ""
+        yield "--fine-tune-type lora" + fewer, {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
+    if run.tables and not run.tables_must_train:
         yield "--train-tables none", {"tables": ()}
 
 

@@ -6,12 +6,8 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.builder import Run
 from ember_mlx.planner.plan import Plan
 
-LABELS = {
-    "--table-optimizer ember": "Ember",
-    "--table-optimizer adamw": "AdamW",
-    "--table-optimizer adafactor": "Adafactor",
-    "--train-tables none": "no training (frozen)",
-}
+# By the last word of the flags.
+LABELS = {"ember": "Ember", "adamw": "AdamW", "adafactor": "Adafactor", "none": "no training (frozen)"}
 ROWS = ("weights", "gradients", "optimizer state", "activations", "logits", "scratch")
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
@@ -65,7 +61,8 @@ class Report:
             "",
             f"{'with the token tables by':32}{'all state':>14}{'peak':>14}",
         ]
-        lines += [_line(LABELS[flags], other.optimizer_state, other.peak) for flags, other in self.others.items()]
+        for flags, other in self.others.items():
+            lines.append(_line(LABELS[flags.split()[-1]], other.optimizer_state, other.peak))
         lines += ["", self._verdict()]
         lines += [_line(f"  {flags}", None, after.peak) for flags, after in self.changes]
         if self.changes and self.changes[-1][1].peak > self.memory:

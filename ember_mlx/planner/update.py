@@ -65,6 +65,8 @@ class Update(Builder):
     def _ember(self, name, g, w, finite, means):
         moment = self._state(means.numbers, FLOAT32)
         new = self.elementwise([moment, means])
+        if self.run.stochastic_rounding and w.width < FLOAT32:
+            g = self.make([w, g, new], w.numbers)  # a kernel, and blocks on a CPU, write a new table
         return self.elementwise([w, g, new, finite], w.numbers), [self.elementwise([new, moment, finite])]
 
     def _adam(self, name, g, w, finite, means):

@@ -65,8 +65,8 @@ def test_what_train_would_refuse_is_refused_and_nothing_is_printed(parse, tokeni
     assert capsys.readouterr().out == ""
     row = {"messages": [{"role": "user", "content": "x"}]}
     (data / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, row | {"tools": 5})))
-    with pytest.raises(InputError, match="a row cannot be tokenized: "):
-        longest_batches(parse("--data", data), tokenizer)
-    (data / "train.jsonl").write_text("{\n")
-    with pytest.raises(InputError, match=r"train.jsonl line 1 is not JSON"):
-        longest_batches(parse("--data", data), tokenizer)
+    with pytest.raises(InputError, match=r"train.jsonl line 2 cannot be tokenized \(.*: mend or remove that line"):
+        longest_batches(parse("--data", data, "--batch-size", 1), tokenizer)
+    tokenizer._tokenizer.chat_template = "{# nothing #}"
+    with pytest.raises(InputError, match=r"train.jsonl: the chat template makes nothing of its rows"):
+        longest_batches(parse(), tokenizer)
