@@ -130,8 +130,13 @@ def _one_by_one(settings, optimizers, **how):
 
 PHASES = {
     "core": [*_one_by_one(SMALL, MAIN), *_one_by_one(SMALL, VARIANTS[:3])],
-    "smollm2": [*_one_by_one(LARGE, MAIN), *_one_by_one(LARGE, ("ember-growing", *IN_BF16))],
+    "smollm2": [  # "frozen": how much there is to win
+        *_one_by_one(LARGE, (*MAIN, "frozen")), *_one_by_one(LARGE, ("ember-growing", *IN_BF16)),
+    ],
     "rivals": _one_by_one(SMALL, RIVALS, apart=True, probes=PROBES),
+    "seeds": [  # with six, intervals are less than half as wide
+        Phase(SMALL, (*MAIN, "ember-growing"), seeds=(4, 5, 6)), Phase(LARGE, ("ember", "adamw"), seeds=(4, 5, 6)),
+    ],
     "16k": _one_by_one(BIG, MAIN),
     "smollm2-rivals": _one_by_one(LARGE, RIVALS),
     "variants": _one_by_one(SMALL, VARIANTS),
@@ -139,7 +144,7 @@ PHASES = {
     "all": [
         Phase(SMALL, MAIN, seeds=(), bodies=True),
         *_one_by_one(LARGE, ("adamw-0.95", "ember-0.99", "ember-clip3")), *_one_by_one(SMALL, REST),
-        Phase(SMALL, (*MAIN, "ember-growing"), seeds=(4, 5, 6)), *_one_by_one(BIG, VARIANTS, apart=True),
+        *_one_by_one(BIG, VARIANTS, apart=True),
         *_one_by_one(OWN, (*MAIN, "ember-growing", *IN_BF16, *RIVALS)),
     ],
 }  # fmt: skip

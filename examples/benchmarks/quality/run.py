@@ -48,9 +48,7 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.smollm2:
         convert_smollm2(args.smollm2, args.bases / "smollm2.pt")
-    if args.out.exists() and not args.out.read_bytes().endswith(b"\n"):  # cut off in the middle of a line
-        with args.out.open("a") as file:
-            file.write("\n")
+    end_last_line(args.out)
     results = read_results([args.out, *sorted(args.results.glob("*.jsonl"))])
     facts = {**machine_facts(), "commit": args.commit or git_commit()}
     campaign = Campaign(args, settings, phases, results, facts)
@@ -199,6 +197,13 @@ def work(connection, number, args, settings):
         except Exception:
             connection.send({"error": traceback.format_exc()})
             return
+
+
+def end_last_line(path):
+    """A campaign that was cut off may have left half a line, which the next must not go on with."""
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
 
 
 def read_results(paths):
