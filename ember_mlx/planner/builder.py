@@ -20,7 +20,7 @@ class Run:
         lora_keys (tuple, optional): The linears that LoRA is put on; None for all.
         tables (tuple[str]): The token tables that train, by their names.
         optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
-        stochastic_rounding, grad_checkpoint, chunked_loss, accumulate (bool): As their options say; the first is Ember's.
+        stochastic_rounding, grad_checkpoint, chunked_loss, accumulate (bool): As their options say.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
