@@ -32,7 +32,7 @@ def test_the_table_step_counts_state_and_scratch_in_tables(tmp_path):
 def test_the_training_step_is_one_and_goes_on_where_it_was_cut_off(tmp_path):
     out, row = tmp_path / "memory.json", "smollm2-135m/tied/lora/4x1024/ember"
     done = "smollm2-135m/tied/lora/4x1024/adamw"
-    out.write_text(json.dumps({"rows": {done: {"peak_memory": 1}}}))
+    out.write_text(json.dumps({"machine": {}, "rows": {done: {"peak_memory": 1}}}))
     said = run("mlx_training_memory.py", "--out", out, "--smoke", "--steps", 1, "--rows", done, row, f"{row}/chunked")
     assert [line.split()[0] for line in said.splitlines()] == [row, f"{row}/chunked"]
     kept, plain, chunked = json.loads(out.read_text())["rows"].values()
@@ -59,6 +59,25 @@ def test_rows_in_one_process_leave_nothing_to_the_next(monkeypatch):
     mx.eval(held)
     with pytest.raises(RuntimeError, match="of earlier rows are left"):
         measure(row, 0, 1, True)
+
+
+def test_what_is_no_result_or_of_another_machine_is_refused_and_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import mlx_training_memory
+    from training_memory_rows import read_report
+
+    out = tmp_path / "memory.json"
+    for text in ("no JSON", "[]", '{"machine": {}, "rows": []}'):
+        out.write_text(text)
+        with pytest.raises(SystemExit, match=r"memory.json: "):
+            read_report(out)
+    out.write_text('{"machine": {"device": "a GPU", "smoke": false}, "rows": {}}')
+    before = out.read_bytes()
+    monkeypatch.setattr(mlx_training_memory, "in_fresh_process", lambda function: {"device": "another GPU"})
+    monkeypatch.setattr("sys.argv", ["", "--out", str(out), "--rows", "smollm2-135m/tied/lora/1x512/ember"])
+    with pytest.raises(SystemExit, match="has rows of another kind.*device: a GPU and not another GPU"):
+        mlx_training_memory.main()
+    assert out.read_bytes() == before
 
 
 def test_the_pictures_are_drawn_from_what_there_is(tmp_path):

@@ -53,6 +53,7 @@ SOURCE = """
 
     const int across = thread_index % ACROSS * VECTOR;
     const int64_t j = first_column + across, left = columns - j;
+    // As read_together and write_together need it in all rows of the tile. MLX has allocated new_w, so it begins right.
     const bool together = left >= VECTOR && columns % VECTOR == 0 && w_column == 1 && w_row % VECTOR == 0
         && aligned<VECTOR>(w + first_row * w_row + j)
         && (transposed || (g_column == 1 && g_row % VECTOR == 0 && aligned<VECTOR>(g + first_row * g_row + j)));
@@ -70,12 +71,11 @@ SOURCE = """
         const uint32_t key_i = row_keys[row];
         if (together) {
             float x[VECTOR], y[VECTOR];
+            read_together<VECTOR>(w + row * w_row + j, y);
             if (transposed) {
-                read_together<VECTOR>(w + row * w_row + j, y);
                 #pragma unroll
                 for (int v = 0; v < VECTOR; v++) x[v] = static_cast<float>(turned[across + v][i]);
-            } else {  // both are under way before the first is waited for
-                read_together<VECTOR>(w + row * w_row + j, y);
+            } else {
                 read_together<VECTOR>(g + row * g_row + j, x);
             }
             #pragma unroll
@@ -85,7 +85,9 @@ SOURCE = """
         } else {
             #pragma unroll 1
             for (int v = 0; v < VECTOR && v < left; v++) {
-                const G x = transposed ? turned[across + v][i] : g[row * g_row + (j + v) * g_column];
+                // Values, not places: Metal has these in two address spaces.
+                const G x = transposed ? static_cast<G>(turned[across + v][i])
+                                       : static_cast<G>(g[row * g_row + (j + v) * g_column]);
                 const float y = updated<DROPPED_BITS>(
                     static_cast<float>(w[row * w_row + (j + v) * w_column]), static_cast<float>(x),
                     a_i, b[j + v], key_i ^ column_keys[j + v], rate, decay, least
@@ -109,8 +111,9 @@ FUNCTION float round_stochastically(float value, uint32_t random) {
     const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
     if (magnitude >= 0x7f800000u) return value;  // infinity or NaN
     if (DROPPED == 13 && magnitude < 0x38800000u) {  // below 2^-14 float16 has numbers 2^-24 apart
-        const float scaled = value * 0x1p24f, lower = floor(scaled);
-        return (lower + (scaled - lower > (random >> 8) * 0x1p-24f ? 1.0f : 0.0f)) * 0x1p-24f;
+        constexpr float apart = 1.0f / (1 << 24);  // Metal is C++14, which has no 0x1p-24f
+        const float scaled = value / apart, lower = floor(scaled);
+        return (lower + (scaled - lower > (random >> 8) * apart ? 1.0f : 0.0f)) * apart;
     }
     return float_of(((bits + (random >> (32 - DROPPED))) >> DROPPED) << DROPPED);
 }
@@ -167,20 +170,29 @@ def launch(w, g):
 
 
 def differences(w_dtype, g_dtype):
-    """Where the kernel differs from plain operations on an awkward table of those dtypes, in words, or None.
+    """Where the kernel differs from plain operations on awkward tables of those dtypes, in words, or None.
 
-    With w = 0, a = b = 1 and a learning rate of 1 the value to be rounded is -g, exactly: every bit must agree. Of
-    other numbers a GPU may round a sum of products once where plain operations round twice. Odd sizes, more than one
-    tile, and a gradient that lies as that of an untied LM head.
+    By factors that are powers of two and a learning rate of 1 the value to be rounded is one difference, so every bit
+    must agree. Of other numbers a GPU may round a sum of products once where plain operations round twice. There is
+    more than one tile, the last incomplete, with rows that can be read ``VECTOR`` elements at once and rows that
+    cannot, and a gradient that lies as that of an untied LM head.
     """
-    shape = (TILE_BYTES // g_dtype.size + 3, COLUMNS + 37)
-    keys = bit_keys(table_seed(0, 0), mx.array(1), *shape)
-    g = (mx.random.normal(shape, key=mx.random.key(0)) * 2 ** mx.linspace(-24, 12, shape[1])).astype(g_dtype)
-    expected = round_stochastically(-g.astype(mx.float32), random_bits(*keys), w_dtype)
-    for way, table in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
-        zeros, ones = mx.zeros(shape, w_dtype), [mx.ones(length) for length in shape]
-        found = update_table(zeros, table, *ones, 1.0, 2.0**-126, 0.0, keys)
-        wrong = (found != expected).sum().item()
-        if wrong:
-            return f"{wrong} of {g.size} values of a {way}{g_dtype} gradient are rounded otherwise to {w_dtype}"
+    rows = TILE_BYTES // g_dtype.size + 3
+    for columns in (COLUMNS + 40, COLUMNS + 37):
+        shape = (rows, columns)
+        scale = 2 ** mx.linspace(-24, 12, columns)
+        w, g = (
+            (mx.random.normal(shape, key=mx.random.key(number)) * scale).astype(dtype)
+            for number, dtype in enumerate((w_dtype, g_dtype))
+        )
+        a, b = (mx.array([2.0 ** (i % 3) for i in range(length)]) for length in shape)
+        keys = bit_keys(table_seed(0, 0), mx.array(1), *shape)
+        new = w.astype(mx.float32) - g.astype(mx.float32) / (a[:, None] * b)
+        expected = round_stochastically(new, random_bits(*keys), w_dtype)
+        for way, gradient in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
+            found = update_table(w, gradient, a, b, 1.0, 2.0**-126, 0.0, keys)
+            wrong = (found != expected).sum().item()
+            if wrong:
+                values = f"{wrong} of the {g.size} values of a table of {shape}"
+                return f"{values} are rounded otherwise to {w_dtype}, by a {way}{g_dtype} gradient"
     return None

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine in words, a fresh process for each row, timing, and the JSON file."""
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -66,10 +67,24 @@ def median_seconds(function, repeats):
     return statistics.median(times)
 
 
+def at_least_one(text):
+    """An argument of a command line that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 1 or more")
+    return int(text)
+
+
 def write(path: Path | None, report: dict):
-    """Write what there is so far; called after each row, so that a run that is cut off keeps its rows."""
-    if path:
+    """Write what there is so far; called after each row, so that a run that is cut off keeps its rows.
+
+    And before the first, so that a path that cannot be written ends the program before it has measured anything.
+    """
+    if not path:
+        return
+    partial = path.with_suffix(".partial")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(path)
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written: {error.strerror}") from error

@@ -16,7 +16,7 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from benchmarking import SEED, backend, in_fresh_process, machine, median_seconds, write
+from benchmarking import SEED, at_least_one, backend, in_fresh_process, machine, median_seconds, write
 
 SHAPES = [(151_936, 1024), (128_256, 4096), (50_257, 768)]
 SHAPES_ON_CPU = [(4096, 256)]
@@ -117,8 +117,10 @@ def measure(name, shape, dtype, repeats):
 
 
 def shape_of(text):
-    rows, columns = text.lower().split("x")
-    return int(rows), int(columns)
+    rows, _, columns = text.lower().partition("x")
+    if not columns:
+        raise argparse.ArgumentTypeError(f"{text!r} must be rows x columns, such as 4096x256")
+    return at_least_one(rows), at_least_one(columns)
 
 
 def main():
@@ -127,16 +129,19 @@ def main():
     parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="VxD", help="default: three real ones, on a GPU")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=at_least_one, default=9)
     args = parser.parse_args()
 
     here = in_fresh_process(machine)
     shapes = args.shapes or (SHAPES_ON_CPU if here["backend"] == "cpu" else SHAPES)
     bandwidth = in_fresh_process(copy_bandwidth, args.repeats)
+    if isinstance(bandwidth, dict):
+        raise SystemExit(f"{here['device']}: a large copy failed: {bandwidth['error']}")
     print(f"{here['device']}: a copy moves {bandwidth / 1e9:.1f} GB/s")
     head = f"{'table':>16} {'dtype':>9}  {'optimizer':<26} {'ms':>9} {'of Adam':>8} {'of floor':>8} {'scratch':>8}"
     print(f"{head} in place")
     report = {"machine": here | {"copy_bytes_per_second": round(bandwidth), "repeats": args.repeats}, "rows": []}
+    write(args.out, report)
     for shape in shapes:
         for dtype in args.dtypes:
             adam = None
@@ -162,6 +167,8 @@ def main():
                         flush=True,
                     )
                 write(args.out, report)
+    if not report["rows"]:
+        raise SystemExit("Nothing to measure: 'Ember' has a kernel on a GPU only, and float32 is not rounded by chance")
 
 
 if __name__ == "__main__":

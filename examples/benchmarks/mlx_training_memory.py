@@ -19,16 +19,15 @@ import argparse
 import contextlib
 import gc
 import io
-import json
 import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarking import SEED, in_fresh_process, in_this_process, machine, write
+from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
 from training_memory_pictures import draw
-from training_memory_rows import ROW, asked_rows, config_of, words_of
+from training_memory_rows import ROW, asked_rows, config_of, read_report, words_of
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -162,19 +161,19 @@ def main():
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="such as 'smollm2-135m/*/chunked'")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=at_least_one, default=5)
     parser.add_argument("--fast", action="store_true", help="memory alone: two steps, no times")
-    parser.add_argument("--jobs", type=int, default=1, help="with --fast: how many rows to run side by side")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="with --fast: how many rows to run side by side")
     parser.add_argument("--one-process", action="store_true", help="rows one after another in this process")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try this script where there is no GPU")
     parser.add_argument(
         "--draw", nargs="+", type=Path, metavar=("FOLDER", "RESULT.json"), help="draw the pictures of results and end"
     )
     args = parser.parse_args()
-    if args.jobs < 1 or (args.jobs > 1 and not args.fast):
-        raise SystemExit(f"--jobs {args.jobs}: must be 1, or more with --fast: side by side, times mean nothing")
+    if args.jobs > 1 and not args.fast:
+        parser.error(f"--jobs {args.jobs}: must be 1, or more with --fast: side by side, times mean nothing")
     if args.one_process and args.jobs > 1:
-        raise SystemExit(f"--one-process: runs one row after another; leave out --jobs {args.jobs}")
+        parser.error(f"--one-process: runs one row after another; leave out --jobs {args.jobs}")
     rows = asked_rows(args.rows)
     if args.list:
         print("\n".join(rows))
@@ -183,14 +182,21 @@ def main():
         folder, *results = args.draw
         if not results:
             parser.error(f"--draw {folder}: also give the JSON files to draw from")
-        draw([json.loads(path.read_text()) for path in results], folder)
+        draw([read_report(path) for path in results], folder)
         return
     if args.out is None:
         parser.error("--out FILE is where the results go; or --list, or --draw")
-    report = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
+    report = read_report(args.out) if args.out.exists() else {"machine": {}, "rows": {}}
     warm_up, steps = (0, 2) if args.fast else (WARM_UP, args.steps)
     how = {"steps": steps, "smoke": args.smoke, "jobs": args.jobs, "one_process": args.one_process}
-    report["machine"] = in_fresh_process(machine) | how
+    here = in_fresh_process(machine) | how
+    before = report["machine"]
+    changed = [fact for fact in ("device", "smoke") if before.get(fact, here[fact]) != here[fact]]
+    if changed:
+        said = ", ".join(f"{fact}: {before[fact]} and not {here[fact]}" for fact in changed)
+        raise SystemExit(f"--out {args.out}: has rows of another kind ({said}); give another file")
+    report["machine"] = here
+    write(args.out, report)
     rows = [row for row in rows if "peak_memory" not in report["rows"].get(row, {})]
     for row, result in measured(rows, (warm_up, steps, args.smoke), args):
         report["rows"][row] = result

@@ -7,12 +7,11 @@ left out.
 """
 
 import argparse
-import json
 import math
 import statistics
 from pathlib import Path
 
-from training_memory_rows import ROW, config_of, words_of
+from training_memory_rows import ROW, config_of, read_report, words_of
 
 from ember_mlx.finetune import options
 from ember_mlx.planner import Plan, plan, read_architecture, run_of
@@ -63,8 +62,11 @@ def main():
     parser.add_argument("--measured", type=Path, required=True, help="the JSON file of mlx_training_memory.py")
     parser.add_argument("--out", type=Path, help="a Markdown file to write the table to")
     args = parser.parse_args()
-    report = json.loads(args.measured.read_text())
-    text = table(compare(report), report["machine"])
+    report = read_report(args.measured)
+    compared = compare(report)
+    if not compared or report["machine"].get("smoke"):
+        raise SystemExit(f"{args.measured}: must have rows that were measured, with the guard and without --smoke")
+    text = table(compared, report["machine"])
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

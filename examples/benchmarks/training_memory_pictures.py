@@ -18,8 +18,10 @@ SAVINGS = {
 def draw(reports, folder):
     """Write peak_by_optimizer_{light,dark}.svg and peak_of_long_sequences_{light,dark}.svg into ``folder``.
 
-    A panel's bars are all of one report: of the one that has the most of them.
+    A panel's bars are all of one report: of the one that has the most of them. Ends the program where none has any.
     """
+    if not any("peak_memory" in row for report in reports for name, row in report["rows"].items() if MODEL in name):
+        raise SystemExit(f"--draw {folder}: the files must have rows of {MODEL} that were measured")
     import matplotlib
 
     matplotlib.use("svg")

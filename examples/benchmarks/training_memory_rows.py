@@ -1,6 +1,7 @@
-"""The rows of mlx_training_memory.py: what each name stands for, and which make up the usual grid."""
+"""The rows of mlx_training_memory.py: what each name stands for, which make up the usual grid, and its JSON files."""
 
 import fnmatch
+import json
 import re
 
 LLAMA_3_ROPE = {
@@ -114,3 +115,14 @@ def words_of(row):
     words = ["--optimizer", "adamw", "--fine-tune-type", of["type"], "--num-layers", "-1"]
     words += ["--train-tables", "none"] if of["tables"] == "frozen" else ["--table-optimizer", of["tables"]]
     return words + ["--chunked-loss"] * bool(of["chunked"]) + ["--grad-checkpoint"] * bool(of["checkpoint"])
+
+
+def read_report(path):
+    """The report of a JSON file; ends the program, saying why, where that is none of mlx_training_memory.py's."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(report, dict) or not all(isinstance(report.get(part), dict) for part in ("machine", "rows")):
+        raise SystemExit(f"{path}: must be a file of mlx_training_memory.py: it has no machine and rows by name")
+    return report

@@ -34,20 +34,18 @@ class EmulatedKernel:
     """A kernel like ``mx.fast.metal_kernel``'s and ``cuda_kernel``'s.
 
     Args:
-        names (list of str): Of the inputs, one of which is ``g``.
+        names (list of str): Of the inputs, which the kernel reads where they lie, with their strides.
         text (callable): Called with the inputs and the arguments of the launch; returns the source, with signature.
         folder (Path): For what is compiled.
         checks (str): ``"memory"`` or ``"races"``.
-        layout (str): How ``g`` lies in memory, one of ``LAYOUTS``. Default: ``"rows"``.
         backward (bool): Run threads and threadgroups in descending order. Default: ``False``.
     """
 
-    def __init__(self, names, text, folder, checks, layout="rows", backward=False):
+    def __init__(self, names, text, folder, checks, backward=False):
         self.names = names
         self.text = text
         self.folder = folder
         self.checks = checks
-        self.layout = layout
         self.order = "backward" if backward else "forward"
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template):
@@ -55,41 +53,36 @@ class EmulatedKernel:
                          output_dtypes=output_dtypes, template=template)  # fmt: skip
         command = [compiled(text, self.folder, self.checks), grid[0] // threadgroup[0], threadgroup[0], self.order]
         for name, array in zip(self.names, inputs, strict=True):
-            array = mx.contiguous(array)
-            elements = np.array(array.reshape(-1).view(mx.uint8)).view(f"V{array.itemsize}").reshape(array.shape)
-            strides = [int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)]
-            if name == "g":
-                elements, strides = LAYOUTS[self.layout](elements)
+            memory, offset, first, strides = as_it_lies(array)
             facts = {f"{name}_shape": np.array(array.shape, np.int32), f"{name}_strides": np.array(strides, np.int64)}
             facts = {fact: values for fact, values in facts.items() if fact in text}
-            for fact, values in ({name: elements} | facts).items():
+            for fact, values in ({name: memory} | facts).items():
                 (self.folder / fact).write_bytes(values.tobytes())
-                command += ["r", values.nbytes, self.folder / fact]
+                command += ["r", values.nbytes, *((offset, first) if fact == name else (0, 0)), self.folder / fact]
         outputs = [self.folder / f"output{i}" for i in range(len(output_shapes))]
         for path, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True):
-            command += ["w", int(np.prod(shape)) * dtype.size, path]
+            command += ["w", int(np.prod(shape)) * dtype.size, 0, 0, path]
         run(command)
         outputs = zip(outputs, output_shapes, output_dtypes, strict=True)
         return [mx.array(np.fromfile(path, np.uint8)).view(dtype).reshape(shape) for path, shape, dtype in outputs]
 
 
-def rows_of_a_wider_table(table):
-    wider = np.pad(table, ((0, 0), (0, 3)))
-    return wider.reshape(-1)[:-3], (wider.shape[1], 1)
+def as_it_lies(array):
+    """The memory from an array's first byte to its last; how many bytes beyond a multiple of 16 it begins, as it would
+    where allocations begin at such; where in it the element of index 0 is, in bytes; and the strides, in elements."""
+    size = array.itemsize
+    view = np.asarray(array.view({2: mx.uint16, 4: mx.uint32}[size]))
+    strides = [step // size for step in view.strides]
+    ends = [stride * (length - 1) for stride, length in zip(strides, view.shape, strict=True)]
+    first = -sum(min(end, 0) for end in ends)
+    ascending = view[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in strides)]
+    memory = np.lib.stride_tricks.as_strided(ascending, (first + sum(max(end, 0) for end in ends) + 1,), (size,))
+    begins = address(ascending) - address(np.asarray(mx.zeros(1)))
+    return memory, begins % 16, first * size, strides
 
 
-def every_second_element(table):
-    return np.stack([table, table[::-1]], axis=2).reshape(-1)[:-1], (2 * table.shape[1], 2)
-
-
-# Each takes a NumPy table and returns the elements in the order in memory, not one too many, and the strides.
-LAYOUTS = {
-    "rows": lambda table: (table.reshape(-1), (table.shape[1], 1)),
-    "columns": lambda table: (table.T.reshape(-1), (1, table.shape[0])),
-    "rows of a wider table": rows_of_a_wider_table,
-    "every second element": every_second_element,
-    "one row for all": lambda table: (table[0], (0, 1)),
-}
+def address(array):
+    return array.__array_interface__["data"][0]
 
 
 def metal_text(kernel, *inputs, **launch):
@@ -182,6 +175,8 @@ def machine_object(folder):
 
 
 def run(command):
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    # A library that the environment preloads would come before AddressSanitizer, which refuses that.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise EmulationError(done.stderr)

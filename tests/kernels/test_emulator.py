@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from kernels.emulator import EmulationError
+from kernels.views import VIEWS
 
 from ember_mlx.kernels import statistics
 
@@ -76,8 +77,8 @@ FAULTS_IN_COLUMNS = {
 }
 
 
-def run(kernel):
-    g = mx.array(np.random.RandomState(0).uniform(1, 2, size=SHAPE).astype(np.float32))
+def run(kernel, way="rows"):
+    g = VIEWS[way](mx.array(np.random.RandomState(0).uniform(1, 2, size=SHAPE).astype(np.float32)))
     outputs = kernel(inputs=[g], **statistics.launch(g))
     return [np.array(output) for output in outputs]
 
@@ -99,7 +100,7 @@ def test_a_planted_fault_is_found(emulated, checks, plant, message):
 @pytest.mark.parametrize(("checks", "plant", "message"), cases(FAULTS_IN_COLUMNS))
 def test_a_planted_fault_is_found_where_the_rows_of_a_column_lie_side_by_side(emulated, checks, plant, message):
     with pytest.raises(EmulationError, match=f"(?s){message}"):
-        run(emulated("metal", checks, plant, layout="columns"))
+        run(emulated("metal", checks, plant), "columns")
 
 
 def test_a_vector_read_from_a_misaligned_address_is_found_in_the_cuda_text(emulated):
@@ -109,7 +110,7 @@ def test_a_vector_read_from_a_misaligned_address_is_found_in_the_cuda_text(emula
 
 
 @pytest.mark.parametrize(
-    ("layout", "plant"),
+    ("way", "plant"),
     [
         ("rows", ("from[v * step]", "from[0]")),
         ("rows", ("sums[v] += square", "sums[v] += sum")),
@@ -119,6 +120,6 @@ def test_a_vector_read_from_a_misaligned_address_is_found_in_the_cuda_text(emula
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else value,
 )
-def test_a_wrong_index_or_sum_changes_the_result(emulated, layout, plant):
-    right, wrong = (run(emulated("metal", "races", plant, layout=layout)) for plant in (None, plant))
+def test_a_wrong_index_or_sum_changes_the_result(emulated, way, plant):
+    right, wrong = (run(emulated("metal", "races", plant), way) for plant in (None, plant))
     assert any(not np.allclose(*pair, rtol=1e-5) for pair in zip(right, wrong, strict=True))

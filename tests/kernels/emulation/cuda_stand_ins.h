@@ -11,14 +11,14 @@ using std::uint32_t;
 
 struct __nv_bfloat16 {
     uint16_t bits;
-    __nv_bfloat16() = default;
+    constexpr __nv_bfloat16() : bits(0) {}
     explicit __nv_bfloat16(float value) : bits(as_type<uint32_t>(value) >> 16) {}
     operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
 
 struct __half {
     uint16_t bits;
-    __half() = default;
+    constexpr __half() : bits(0) {}
     explicit __half(float value) : bits(half_of_float(value)) {}
     operator float() const { return float_of_half(bits); }
 };

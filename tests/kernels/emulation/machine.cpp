@@ -1,6 +1,8 @@
 // The emulated GPU: runs a kernel thread by thread and watches its memory.
 //
-//   machine THREADGROUPS THREADS forward|backward  (r|w BYTES FILE)...
+//   machine THREADGROUPS THREADS forward|backward  (r|w BYTES OFFSET FIRST FILE)...
+//
+// Each buffer has so many bytes, begins OFFSET bytes beyond a multiple of 16, and is handed to the kernel from FIRST on.
 //
 // Each thread is a fiber. It runs until it comes to a shuffle, where it waits for its simdgroup, or to a barrier, where
 // it waits for its threadgroup; a wait that can never end is an error. Threads run in the order asked for.
@@ -43,7 +45,7 @@ constexpr long MOST_THREADGROUP_MEMORY = 32 << 10;
 
 struct Buffer {
     char* start;
-    size_t size;
+    size_t size, first;
     bool writable;
     std::string file;
 };
@@ -78,9 +80,9 @@ void arrived(void* saved, const void** old_stack, size_t* old_size) {
 void run_fiber() {
     arrived(nullptr, &scheduler_stack, &scheduler_stack_size);
     const Attributes here = current->here;  // on the stack, where the kernel may read
-    void* starts[MOST_BUFFERS];
-    for (size_t i = 0; i < buffers.size(); i++) starts[i] = buffers[i].start;
-    run_thread(starts, here);
+    void* handed[MOST_BUFFERS];
+    for (size_t i = 0; i < buffers.size(); i++) handed[i] = buffers[i].start + buffers[i].first;
+    run_thread(handed, here);
     current->state = DONE;
     leaving(nullptr, scheduler_stack, scheduler_stack_size);
 }
@@ -221,12 +223,12 @@ void __tsan_write_range(void* address, size_t size) { touch((const char*)address
 int main(int, char** arguments) {
     const unsigned groups = atoi(arguments[1]), threads = atoi(arguments[2]);
     const bool backward = std::string(arguments[3]) == "backward";
-    for (char** argument = arguments + 4; *argument; argument += 3) {
-        const size_t size = atol(argument[1]);
-        Buffer buffer{(char*)malloc(size), size, argument[0][0] == 'w', argument[2]};
+    for (char** argument = arguments + 4; *argument; argument += 5) {
+        const size_t size = atol(argument[1]), offset = atol(argument[2]), first = atol(argument[3]);
+        Buffer buffer{(char*)malloc(offset + size) + offset, size, first, argument[0][0] == 'w', argument[4]};
         memset(buffer.start, 0xff, size);  // NaN: what the kernel does not write is seen
         if (!buffer.writable) {
-            FILE* file = fopen(argument[2], "rb");
+            FILE* file = fopen(argument[4], "rb");
             if (!file || fread(buffer.start, 1, size, file) != size) fail("cannot read " + buffer.file);
             fclose(file);
         }

@@ -8,16 +8,16 @@ using uint = unsigned;
 using std::int64_t;
 using std::uint32_t;
 
-struct bfloat {
+struct bfloat {  // constexpr: a static array of it, which threadgroup memory is here, needs no code to begin with
     uint16_t bits;
-    bfloat() = default;
+    constexpr bfloat() : bits(0) {}
     explicit bfloat(float value) : bits(as_type<uint32_t>(value) >> 16) {}
     operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
 
 struct half {
     uint16_t bits;
-    half() = default;
+    constexpr half() : bits(0) {}
     explicit half(float value) : bits(half_of_float(value)) {}
     operator float() const { return float_of_half(bits); }
 };
