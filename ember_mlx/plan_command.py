@@ -105,7 +105,7 @@ def _memory(asked, backend):
         except (ArithmeticError, KeyError, ValueError):
             memory = 0
         if not LEAST_MEMORY <= memory < math.inf:
-            raise InputError(f"--memory {asked}: must be a size of at least 1MB, with its unit: such as 16GB or 512MB")
+            raise InputError(f"--memory {asked}: must be a size of at least 1MB, in MB or GB: such as 16GB or 512MB")
         if backend == "metal":
             return int(GPU_SHARE_OF_A_MAC * memory), f"of --memory {asked} a Mac's GPU may use about 75 % by default,"
         return int(memory), "--memory is"
