@@ -4,6 +4,7 @@ import math
 from functools import partial
 from numbers import Real
 
+import numpy as np
 import torch
 
 from cuda_ref import sharding, triton_kernels
@@ -70,7 +71,9 @@ def check_schedule(group):
 def as_number(option, value, device, step=None):
     """What the schedule of an option gave, as float32 on ``device`` whatever its type."""
     if isinstance(value, Real):
-        return torch.full((), value, dtype=torch.float32, device=device)
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+    if isinstance(value, np.ndarray):  # also of no dimensions, as np.where makes them
+        value = torch.from_numpy(value)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise not_one_number(option, value, step)
     return value.to(device, torch.float32).reshape(())
