@@ -184,7 +184,7 @@ class Ember(Optimizer):
     Raises:
         InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D table of those dtypes,
             a gradient that is sparse or of another shape or device, state of another table; nothing is written then.
-            For a schedule that gives anything but one number.
+            For a schedule that gives anything but one number; a step may have written other tables before it asks.
             On every rank where ranks that share a table disagree on the step or the options, which is looked at in the
             first step and in the first one after ``load_state_dict`` or ``add_param_group``. Not looked at is the value
             of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.

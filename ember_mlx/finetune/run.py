@@ -47,7 +47,8 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
 
     Raises:
         InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
-            run is writing to the same folder, and when the disk did not take what was trained.
+            run is writing to the same folder, when the disk did not take what was trained, for a validation loss that
+            is not finite, and, with ``--on-nonfinite stop``, for a training loss or a gradient that is not.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
     if not (args.train or args.test):
@@ -160,7 +161,7 @@ def _begin(args, model, optimizer, of, rows, lock):
 def _losses(args, model, loss, valid_set, training):
     """Before and after: of the validation or, without a set, of the first and the last report."""
     if not valid_set:
-        first, last = training.record.losses.get("train_loss", [math.nan] * 2)  # none: all of them left steps out
+        first, last = training.record.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return first, last
     last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches)
     return training.record.losses.get("val_loss", [last])[0], last

@@ -21,11 +21,12 @@ from ember_mlx.token_tables import TokenTable
 class Training:
     """The steps of one run. Between two of them it is saved, stopped, and looked at for numbers that are not finite.
 
-    ``record`` then has its losses, ``batches`` its position in the data, ``nonfinite`` the steps that were left out.
+    ``leader`` says whether this worker is the one that saves. After :meth:`train`, ``record`` has the losses,
+    ``batches`` the position in the data, and ``nonfinite`` the number of steps that were left out.
 
     Args:
         args, model, optimizer, tables: The run's.
-        saving (Saving): What saves it; of several workers the first alone does.
+        saving (Saving): What saves it; of several workers only the first uses it.
         callbacks (list): Of mlx-lm's kind; they hear of every report.
         log (RunLogWriter, optional): The log of the run.
         start (Position, optional): Where it goes on.
@@ -62,7 +63,8 @@ class Training:
         ``observe`` is that of :func:`ember_mlx.finetune.run.run`.
 
         Raises:
-            InputError: when the disk did not take what was trained.
+            InputError: when the disk did not take what was trained, for a validation loss that is not finite, and, with
+                ``--on-nonfinite stop``, for a training loss or a gradient that is not.
             Interrupted: when a signal stopped the run, once it is saved.
         """
         rows, optimizer, batches = Rows(train_set), self.optimizer, self.batches
@@ -70,7 +72,7 @@ class Training:
             optimizer, batches = observe(self.model, optimizer, self.tables, rows, batches)
         if self.log:
             optimizer = self.log.measured(optimizer)
-        # Several workers would stop at different steps, and wait for each other: there signals end a run as before.
+        # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
         alone = mx.distributed.init().size() == 1
         mx.reset_peak_memory()
         with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():

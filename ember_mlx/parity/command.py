@@ -19,9 +19,10 @@ oracle, step by step, over named and recorded streams of gradients, in float32, 
 recorded on a GPU. Exit code 1 when something is not within its tolerance."""
 
 SUMMARY_LEGEND = """\
-A name alone is compared with the float64 oracle. r, c (second moments of rows and columns), step, w (weights): the
-largest error as a part of what is allowed there. More than 1 fails; a rounding to 16 bits alone reaches 1. --verbose
-tells it of each stream, with where and how large it is."""
+A name alone is compared with the float64 oracle. r, c (second moments of rows and columns), step, w (weights, after a
+step and after the whole run): the largest error as a part of what is allowed there. More than 1 fails; a rounding to 16
+bits alone reaches 1. rounding: no bit of stochastic rounding may differ. --verbose tells it of each stream, with where
+and how large it is."""
 
 LEGEND = """\
 r, c: second moments of rows and columns (float32); step: what one step subtracts, seen alone; w: the weights after a
@@ -29,7 +30,7 @@ step, from the same weights as the oracle's; w of the run: after all steps, the 
 unit in the last place of the quantity's dtype. Each line is the worst, in ULPs, of all dtypes and steps; `where` names
 it, with the steps that were searched. `of allowed` is the largest error of any of them as a part of what is allowed
 there: a rounding to 16 bits alone reaches 1. Values below 2^-126, 8.39e+06 ULPs, may be rounded to zero, as GPUs do.
-Against recorded results each side is allowed its own tolerance."""
+Against recorded results each side is allowed its own tolerance. rounding: stochastic, where no bit may differ."""
 
 
 def main(arguments: list[str]) -> int:

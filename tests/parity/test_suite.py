@@ -125,6 +125,14 @@ class ToNearest(InNumPy):
         return suite.cast(values, self.dtype)
 
 
+class OneIsNoNumber(InNumPy):
+    def rounded(self, values):
+        rounded = super().rounded(values)
+        if "rounding" in self.options:
+            rounded[0, 0] = np.nan
+        return rounded
+
+
 class Raising(InNumPy):
     def step(self, *arguments):
         raise RuntimeError("no kernel\nfor this device")
@@ -208,6 +216,7 @@ def test_a_fault_fails_in_float32(fault):
         (RowClipOfTheWrongRow, "random, row clip", ["float32"]),
         (BitsOfTheStepBefore, "random, stochastic rounding", ["bfloat16", "float16"]),
         (ToNearest, "random, stochastic rounding", ["bfloat16", "float16"]),
+        (OneIsNoNumber, "random, stochastic rounding", ["bfloat16", "float16"]),
     ],
 )
 def test_a_fault_in_an_option_fails(fault, stream, dtypes):

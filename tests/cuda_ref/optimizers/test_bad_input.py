@@ -2,7 +2,9 @@
 
 import copy
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch_tables import OTHER, SHAPE, everything, parameter, tables_of, train, two_tables
@@ -113,6 +115,12 @@ def test_a_schedule_that_gives_anything_but_one_number_is_refused_at_once_and_in
         Ember([parameter()], lr=1e-3, beta2=lambda step: 0.9 if step < 100 else value)
     optimizer = train(two_tables(beta2=lambda step: value if step == 3 else torch.full((1, 1), 0.9)), 3)
     assert_refused(optimizer, optimizer.step, says)
+
+
+@pytest.mark.parametrize("value", [np.where(True, 0.5, 0.9), Fraction(1, 2)], ids=["of NumPy", "a fraction"])
+def test_one_number_of_another_library_is_as_good_as_a_float(value):
+    of_that, of_a_float = (train(two_tables(beta2=lambda _, number=number: number), 2) for number in (value, 0.5))
+    assert everything(of_that) == everything(of_a_float)
 
 
 def test_a_state_without_a_schedule_does_not_fit_one_and_the_other_way_round():
