@@ -78,18 +78,23 @@ def test_weights_and_state_are_those_that_mlx_has_to_the_byte(config, words):
     assert found.gradients == found.trainable
 
 
+def copy_of(array, in_place=False):
+    operation = Operation([array], in_place)
+    operation.outputs = [Array(array.numbers, array.width, "scratch", operation)]
+    return operation.outputs[0]
+
+
+def chain_of_copies(first, count):
+    chain = [first]
+    for _ in range(count):
+        chain.append(copy_of(chain[-1]))
+    return chain
+
+
 def test_the_order_is_from_the_results_back_and_at_most_twenty_wide():
     """A long chain, and 30 arrays that depend on its middle: the last of those are computed when the width allows."""
-    chain = [Array(1, 4, "chain")]
-    for _ in range(5):
-        operation = Operation([chain[-1]], in_place=False)
-        operation.outputs = [Array(1, 4, "chain", operation)]
-        chain.append(operation.outputs[0])
-    leaves = []
-    for _ in range(30):
-        operation = Operation([chain[2]], in_place=False)
-        operation.outputs = [Array(1, 4, "leaf", operation)]
-        leaves.append(operation.outputs[0])
+    chain = chain_of_copies(Array(1, 4, "chain"), 5)
+    leaves = [copy_of(chain[2]) for _ in range(30)]
     order = evaluation_order([*leaves, chain[-1]])
     assert len(order) == 35
     place = {operation: i for i, operation in enumerate(order)}
@@ -100,20 +105,14 @@ def test_the_order_is_from_the_results_back_and_at_most_twenty_wide():
 
 def test_memory_is_handed_on_and_kept_while_it_is_read():
     first = Array(100, 4, "weights")
-    operation = Operation([first], in_place=True)
-    second = Array(100, 4, "scratch", operation)
-    operation.outputs = [second]
+    second = copy_of(first, in_place=True)
     assert peak_memory([second], [first], DEVICES["cpu"]).total == 400
     assert peak_memory([second, first], [first], DEVICES["cpu"]).total == 800  # still asked for: no donor
 
 
 def test_a_batch_keeps_what_it_read_until_the_device_is_done_with_it():
     """A chain of copies: where each operation is a batch and the program may be one ahead, three stand at a time."""
-    chain = [Array(100, 4, "weights")]
-    for _ in range(10):
-        operation = Operation([chain[-1]], in_place=False)
-        operation.outputs = [Array(100, 4, "scratch", operation)]
-        chain.append(operation.outputs[0])
+    chain = chain_of_copies(Array(100, 4, "weights"), 10)
     device = replace(DEVICES["cpu"], ahead=1, bytes_a_second=1.0)
     peaks = [peak_memory(chain[-1:], chain[:1], replace(device, ahead=ahead)).total for ahead in (1, 3)]
     assert peaks[1] - peaks[0] == 2 * 400

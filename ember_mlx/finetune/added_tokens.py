@@ -49,10 +49,7 @@ def add_asked_tokens(args, model: nn.Module, tokenizer: TokenizerWrapper, config
     asked = read_tokens(Path(args.add_tokens))
     tables = find_token_tables(model)
     quantized = [table for table in tables if table.quantized]
-    if args.train_tables == "none":
-        raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
-    if quantized and not args.dequantize_tables:
-        raise InputError(f"{where}: {quantized[0].path} is quantized, and cannot grow so: add --dequantize-tables")
+    refuse_rows_that_cannot_train(args, [table.path for table in quantized], where)
     dequantize_modules(model, [table.module_path for table in quantized])
     rows = tables[0].shape[0] if tables else 0
     tokenizer, tokens = add_tokens(model, tokenizer, config, asked, where)
@@ -64,6 +61,14 @@ def add_asked_tokens(args, model: nn.Module, tokenizer: TokenizerWrapper, config
         if table.role not in ROLES[args.train_tables]:
             rprint(f"Warning: --train-tables {args.train_tables}: the new rows of {table.path} stay as they start")
     return tokenizer
+
+
+def refuse_rows_that_cannot_train(args, quantized: list[str], where: str):
+    """Raises InputError for options under which new rows would never train; ``quantized`` are names of tables."""
+    if args.train_tables == "none":
+        raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
+    if quantized and not args.dequantize_tables:
+        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow so: add --dequantize-tables")
 
 
 def read_tokens(path: Path) -> list[tuple[str, bool]]:

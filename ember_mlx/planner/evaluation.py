@@ -170,7 +170,7 @@ def peak_memory(results: list[Array], there: list[Array], device: Device) -> Pea
             if not readers[output]:
                 free.append(output)
         if total > peak.total:
-            clock.now += (total - peak.total) / device.new_bytes_a_second
+            clock.allocate(total - peak.total)
             peak.total, peak.parts = total, Counter(live)
         last_batch_to_read.update(dict.fromkeys(read, clock.batch))
         waiting.extend((clock.batch, array) for array in free)
@@ -195,6 +195,9 @@ class _Clock:
 
     def is_done(self, batch):
         return batch is None or (batch < self.batch and self.done_at[batch] <= self.now)
+
+    def allocate(self, new_bytes):
+        self.now += new_bytes / self.device.new_bytes_a_second
 
     def encode(self, operation):
         self.now += self.device.seconds_to_encode

@@ -1,0 +1,194 @@
+"""examples/benchmarks/quality: its search for rates, its plan, its campaign and its tables of results."""
+
+import argparse
+import dataclasses
+import importlib
+import multiprocessing
+import threading
+
+import pytest
+from quality_benchmark import FOLDER, SETTING, campaigns, draw, plan, reported
+
+
+def search(loss, **how):
+    losses = {}
+    while True:
+        best, missing = plan.best_rate(losses, guess=-4, **how)
+        if not missing:
+            return best, losses
+        losses |= {rate: loss(rate) for rate in missing}
+
+
+def test_the_search_for_a_rate_goes_on_until_the_best_is_not_at_an_edge():
+    best, losses = search(lambda rate: float("nan") if rate > 2 else abs(rate - 2.0), finely=False)
+    assert (best, {1, 3} <= losses.keys()) == (2, True)
+
+
+@pytest.mark.parametrize(("least", "quarters"), [(-5.2, []), (-5.3, [-5.5]), (-5.6, [-5.5]), (0.5, [0.5])])
+def test_a_quarter_decade_is_tried_where_a_parabola_says_that_it_is_better(least, quarters):
+    best, losses = search(lambda rate: (rate - least) ** 2)
+    assert [rate for rate in losses if rate != int(rate)] == quarters
+    assert best == (quarters or [-5])[0]
+    assert min(losses) < best < max(losses)
+
+
+def test_a_quarter_decade_is_not_tried_far_behind_adamw_nor_beside_a_run_that_blew_up():
+    assert plan.best_rate({-6: float("nan"), -5: 1.0, -4: float("inf")}, guess=-5) == (-5, [])
+    results, settings = {}, {"a": SETTING}
+    while runs := list(plan.wanted(results, [plan.Phase(("a",), ("adamw", "rows", "columns"))], settings)):
+        behind = {"adamw": 0, "rows": 0.09, "columns": 0.3}
+        results |= {run.key(): behind[run.optimizer] + 0.1 * (run.rate + 4.4) ** 2 + (run.body_rate + 4) ** 2
+                    for run in runs}  # fmt: skip
+    rates = {name: plan.tuned_rates("a", name, results, settings)[1] for name in ("adamw", "rows", "columns")}
+    assert rates == {"adamw": -4.5, "rows": -4.5, "columns": -4}
+
+
+def test_a_search_begins_where_another_ended():
+    """Beside Ember's rate in the same setting, or where it was in the setting like it; AdamW's as far away as ever."""
+    results, settings = {}, {"a": SETTING, "b": dataclasses.replace(SETTING, like="a")}
+    phases = [plan.Phase((name,), ("adamw", "ember"), seeds=()) for name in ("a", "b")]
+    while runs := list(plan.wanted(results, phases[:1], settings)):
+        best = {"adamw": -8, "ember": 1}
+        results |= {run.key(): (run.rate - best[run.optimizer]) ** 2 + (run.body_rate + 6) ** 2 for run in runs}
+    first = plan.wanted(results, phases[1:], settings)
+    assert [(run.body_rate, run.rate) for run in first] == [(-6, -8), (-7, -8), (-5, -8), (-6, -9), (-6, -7)]
+    for body_rate, rate in ((-6, -8), (-7, -8), (-5, -8), (-6, -9), (-6, -7)):
+        results[plan.Run("b", "adamw", rate, body_rate, 0).key()] = abs(rate + 8) + abs(body_rate + 6)
+    assert [run.rate for run in plan.wanted(results, phases[1:], settings)] == [1, 0, 2]
+    for rate in (2, 3, 4):
+        results |= {plan.Run("b", "ember", rate, -6, 0).key(): (rate - 3) ** 2}
+    assert [run.rate for run in plan.wanted(results, [plan.Phase(("b",), ("rows",), seeds=())], settings)] == [3, 2, 4]
+
+
+class Workers:
+    """In threads: the first dies with its run, as many runs as ``failures`` fail, all others end well."""
+
+    def __init__(self, failures):
+        self.hired, self.failures = 0, failures
+
+    def hire(self, number):
+        ours, theirs = multiprocessing.Pipe()
+        self.hired += 1
+        threading.Thread(target=self.work, args=(theirs, self.hired == 1), daemon=True).start()
+        return ours
+
+    def work(self, connection, dies):
+        with connection:
+            while True:
+                try:
+                    run, _ = connection.recv()
+                except EOFError:
+                    return
+                if dies:
+                    return
+                if self.failures:
+                    self.failures -= 1
+                    connection.send({"error": "an illegal memory access was encountered"})
+                    return
+                connection.send({"valid_loss": abs(run.rate + 4) + abs(run.body_rate + 4), "seconds": 0.0})
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    args = argparse.Namespace(data=tmp_path, out=tmp_path / "runs.jsonl", bases=tmp_path, workers=2)
+    args.seconds = args.runs = 10**9
+    return campaigns.Campaign(args, {"a": SETTING}, [plan.Phase(("a",), ("ember", "adamw"))], [], {})
+
+
+def test_a_campaign_goes_on_when_a_worker_dies_and_another_fails(campaign, monkeypatch):
+    workers = Workers(failures=1)
+    monkeypatch.setattr(campaign, "hire", workers.hire)
+    campaign.run()
+    assert (workers.hired, campaign.failed) == (2 + 2, 2)
+    assert not list(plan.wanted(campaign.losses, campaign.phases, campaign.settings))
+    assert campaign.finished == len(campaign.args.out.read_text().splitlines()) == len(campaign.losses)
+
+
+def test_what_always_fails_is_left_after_a_few_times(campaign, monkeypatch):
+    monkeypatch.setattr(campaign, "hire", Workers(failures=10**9).hire)
+    campaign.run()
+    assert campaign.finished == 0
+    assert campaign.failed in (campaigns.MOST_FAILURES, campaigns.MOST_FAILURES + 1)  # one more was under way
+
+
+@pytest.mark.parametrize(("left", "expected"), [("", [2]), ('{"a": 1}\n', [1, 2]), ('{"a": 1}\n{"a": 9', [1, 2])])
+def test_a_campaign_goes_on_after_half_a_line(tmp_path, left, expected):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(left)
+    campaigns.end_last_line(path)
+    assert "\n\n" not in f"\n{path.read_text()}"
+    with path.open("a") as file:
+        file.write('{"a": 2}\n')
+    assert [line["a"] for line in campaigns.read_results([path])] == expected
+
+
+def test_the_body_has_the_rate_of_the_best_adamw_over_both_rates():
+    """With one rate for both, the best would be a body at -4 or -5."""
+    results, settings = {}, {"a": SETTING}
+    phases = [plan.Phase(("a",), ("adamw",), seeds=(1,), bodies=True)]
+    while runs := list(plan.wanted(results, phases, settings)):
+        results |= {run.key(): abs(run.rate + 2) + abs(run.body_rate + 7) for run in runs}
+    assert plan.tuned_rates("a", "adamw", results, settings) == (-7, -2)
+    assert {plan.Run("a", "adamw", -2, body, 0).key() for body in (-8, -6)} <= results.keys()
+
+
+def test_the_plan_reports_other_seeds_at_the_best_rate_and_ends():
+    settings = {"a": SETTING}
+    phases = [plan.Phase(("a",), ("ember", "frozen"), seeds=(1, 2), probes=("ember",))]
+    results = {}
+    while runs := list(plan.wanted(results, phases, settings)):
+        for run in runs:
+            results[run.key()] = abs(run.rate + 6) + 2 * abs(run.body_rate + 3) + run.seed
+    reported = sorted((key for key in results if key[4] != plan.TUNING_SEED), key=str)
+    assert reported == [
+        ("a", "ember", -6, -3, 1, None, False), ("a", "ember", -6, -3, 1, None, True),
+        ("a", "ember", -6, -3, 2, None, False),
+        ("a", "frozen", 0, -3, 1, None, False), ("a", "frozen", 0, -3, 2, None, False),
+    ]  # fmt: skip
+
+
+def test_the_tables_compare_seed_by_seed_and_choose_by_the_tuning_seed(tmp_path):
+    """adamw-0.99 is better than adamw with the reported seeds, which nobody may know when one of them is chosen."""
+    losses = {}
+    phases = [plan.Phase(("untied-4k",), ("ember", "adamw", "adamw-0.99"))]
+    while runs := list(plan.wanted(losses, phases)):
+        for run in runs:
+            loss = 4 + 0.1 * (run.rate + 5) ** 2 + 0.1 * (run.body_rate + 6) ** 2 + run.seed
+            loss -= {"ember": 0.02 + 0.001 * run.seed, "adamw": 0, "adamw-0.99": 0.03 if run.seed else -0.01}[
+                run.optimizer
+            ]
+            losses[run.key()] = loss
+    fields = {"gpu": "x", "torch": "x", "seconds": 60, "commit": "x"}
+    lines = [{"run": dataclasses.asdict(plan.Run(*key)), "valid_loss": loss, **fields} for key, loss in losses.items()]
+    results = reported.Results(lines)
+    difference, half, count = reported.against(*(results.reported("untied-4k", name) for name in ("ember", "adamw")))
+    assert (difference, count) == (pytest.approx(-0.022), 3)
+    assert half == pytest.approx(4.303 * 0.001 / 3**0.5)
+    assert results.best_of("untied-4k", plan.ADAMW) == "adamw"
+    draw.write_tables(results, tmp_path / "tables.md")
+    assert "-0.0220 ± 0.0025 (ember minus adamw)" in (tmp_path / "tables.md").read_text()
+
+
+@pytest.fixture
+def grpo(monkeypatch):
+    pytest.importorskip("mlx.core")  # which the GPU machines of the benchmark do not have
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module("grpo")
+
+
+def test_grpo_is_tuned_by_the_mean_of_two_seeds_and_reported_with_others(grpo):
+    lines = []
+    while runs := grpo.wanted(lines, "m"):
+        run = runs[0]
+        reward = -abs(run["rate"] + 6) - (0 if run["body_rate"] is None else abs(run["body_rate"] + 6))
+        reward += {0: 3 if run["rate"] == -4 else 0, 4: -3 if run["rate"] == -4 else 0}.get(run["seed"], 0)  # luck
+        lines.append({"run": run, "reward": reward, "reward_before": 0.0})
+    reported = [line["run"] for line in lines if line["run"]["seed"] in grpo.REPORTED_SEEDS]
+    assert len(reported) == 3 * len(grpo.REPORTED_SEEDS)
+    assert {(run["rate"], run["body_rate"]) for run in reported} == {(-6, None), (-6, -6)}
+    assert grpo.table_of(lines).count(f"| {len(grpo.REPORTED_SEEDS)} | 0.001 |") == 3
+
+
+def test_the_reward_counts_a_word_once_and_no_nonsense(grpo):
+    said = ["A big, BIG bear!", "Bkk bo bobo.", ""]
+    assert grpo.reward_b_words(None, said, None) == [2 / 8, 0.0, 0.0]
