@@ -180,6 +180,15 @@ def test_adamw_everywhere_is_the_loop_that_anybody_would_write(data):
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
 
+def test_schedules():
+    rates = [training.schedule(SETTING, i) for i in range(SETTING.steps)]
+    assert rates[: SETTING.warmup] == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1])
+    assert rates[SETTING.warmup :] == sorted(rates[SETTING.warmup :], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    constant = plan.SETTINGS["smollm2-rasbt-lora-constant"]
+    assert {training.schedule(constant, i) for i in range(constant.steps)} == {1.0}
+
+
 def test_the_probe_sees_how_long_a_row_was_silent():
     w = torch.zeros(3, 2)
     probe = training.Probe(w, torch.tensor(0.1))

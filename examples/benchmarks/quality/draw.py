@@ -113,7 +113,8 @@ def in_words(setting):
     what = "pretraining" if s.start is None else f"fine-tuning of {s.start}"
     if s.shape.lora_layers:
         what += f" by LoRA on the last {s.shape.lora_layers} layers and the tables"
-    return f"{what} on {s.data}, {tables}, {s.batch} x {s.length} tokens a step, {s.steps} steps"
+    rate = " at a constant rate" if s.constant else ""
+    return f"{what} on {s.data}, {tables}, {s.batch} x {s.length} tokens a step, {s.steps} steps{rate}"
 
 
 def write_tables(results, path):

@@ -57,7 +57,8 @@ def in_short(setting):
     s = SETTINGS[setting]
     if s.start is None:
         return f"{'tied' if s.shape.tied else 'untied'}, {s.batch * s.length:,} tokens a step"
-    return f"{s.data.removeprefix('smollm2_')}, {'LoRA' if s.shape.lora_layers else 'all weights'}"
+    how = f"{'LoRA' if s.shape.lora_layers else 'all weights'}{', constant rate' if s.constant else ''}"
+    return f"{s.data.removeprefix('smollm2_')}, {how}"
 
 
 def tuned_settings(results):

@@ -39,6 +39,7 @@ class Setting:
     weight_decay: float = 0.1
     tables_guess: int = 0  # half decades from the first guesses of TABLE_RULES, which are for pretraining
     like: str | None = None  # the setting whose best rates are the first guesses here, once they are known
+    constant: bool = False  # the learning rate, from the first step on, instead of warm-up and cosine
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,14 @@ SETTINGS = {
     "smollm2-shakespeare-lora": _finetuning(
         "smollm2_shakespeare", 400, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql-lora"
     ),
+    **{
+        f"smollm2-{data}-lora-constant": replace(
+            _finetuning(f"smollm2_{data}", steps, SMOLLM2_LORA, "smollm2", like=f"smollm2-{data}-lora"),
+            warmup=0,
+            constant=True,
+        )
+        for data, steps in (("wikisql", 100), ("rasbt", 50), ("shakespeare", 400))
+    },
     "own-wikisql": _finetuning("wikisql", 100, OWN_SHAPE, "untied-16k"),
     "own-shakespeare": _finetuning("shakespeare", 400, OWN_SHAPE, "untied-16k", like="own-wikisql"),
     "own-rasbt": _finetuning("rasbt", 50, OWN_SHAPE, "untied-16k", like="own-wikisql"),
@@ -119,7 +128,8 @@ REST = (
 )  # fmt: skip
 PROBES = ("ember", "adamw", "adafactor", "ember-clip3")
 SMALL, BIG = ("untied-4k", "tied-4k"), ("untied-16k", "tied-16k")
-LARGE = tuple(name for name in SETTINGS if name.startswith("smollm2"))
+LARGE = tuple(name for name, setting in SETTINGS.items() if setting.start == "smollm2" and not setting.constant)
+CONSTANT = tuple(name for name, setting in SETTINGS.items() if setting.constant)
 OWN = ("own-wikisql", "own-shakespeare", "own-rasbt")
 
 
@@ -131,19 +141,20 @@ def _one_by_one(settings, optimizers, **how):
 PHASES = {
     "core": [*_one_by_one(SMALL, MAIN), *_one_by_one(SMALL, VARIANTS[:3])],
     "smollm2": [  # "frozen": how much there is to win
-        *_one_by_one(LARGE, (*MAIN, "frozen")), *_one_by_one(LARGE, ("ember-growing", *IN_BF16)),
+        *_one_by_one(LARGE, (*MAIN, "frozen")), *_one_by_one(LARGE, ("ember-growing", *IN_BF16[:2])),
     ],
     "rivals": _one_by_one(SMALL, RIVALS, apart=True, probes=PROBES),
+    "smollm2-rivals": _one_by_one(LARGE, RIVALS),
+    "constant": _one_by_one(CONSTANT, ("ember", "adamw", "frozen")),  # the schedule that ember-mlx train has
+    "16k": _one_by_one(BIG, (*MAIN, "ember-growing")),
     "seeds": [  # with six, intervals are less than half as wide
         Phase(SMALL, (*MAIN, "ember-growing"), seeds=(4, 5, 6)), Phase(LARGE, ("ember", "adamw"), seeds=(4, 5, 6)),
     ],
-    "16k": _one_by_one(BIG, MAIN),
-    "smollm2-rivals": _one_by_one(LARGE, RIVALS),
     "variants": _one_by_one(SMALL, VARIANTS),
-    "16k-rivals": [*_one_by_one(BIG, RIVALS), *_one_by_one(BIG, ("ember-growing", "adamw-0.95"))],
+    "16k-rivals": [*_one_by_one(BIG, RIVALS), *_one_by_one(BIG, ("adamw-0.95",))],
     "all": [
         Phase(SMALL, MAIN, seeds=(), bodies=True),
-        *_one_by_one(LARGE, ("adamw-0.95", "ember-0.99", "ember-clip3")), *_one_by_one(SMALL, REST),
+        *_one_by_one(LARGE, ("adamw-bf16", "adamw-0.95", "ember-0.99", "ember-clip3")), *_one_by_one(SMALL, REST),
         *_one_by_one(BIG, VARIANTS, apart=True),
         *_one_by_one(OWN, (*MAIN, "ember-growing", *IN_BF16, *RIVALS)),
     ],

@@ -266,7 +266,9 @@ def order(tokens, setting, seed):
 
 
 def schedule(setting, i):
-    """Of the learning rates, over their peak: up in a straight line, then half a cosine down to a tenth."""
+    """Of the learning rates, over their peak: up in a straight line, then half a cosine down to a tenth; or 1."""
+    if setting.constant:
+        return 1.0
     if i < setting.warmup:
         return (i + 1) / setting.warmup
     done = (i - setting.warmup) / max(1, setting.steps - setting.warmup)
