@@ -34,7 +34,10 @@ def available(device=None):
     return not isinstance(tl.sum, triton.JITFunction)
 
 
-def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None, shards=None):
+def ember_step(
+    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None,
+    shards=None,
+):  # fmt: skip
     """As ``ember_step`` of ``cuda_ref.optimizers.ember``, except that ``w``, ``r`` and ``c`` are overwritten."""
     rows, columns = w.shape
     forget = 1.0 - beta2  # a tensor where beta2 is on a schedule
@@ -67,7 +70,8 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
             _update_table[(triton.cdiv(rows, UPDATE_ROWS_PER_PROGRAM),)](
                 w, *w.stride(), g, *g.stride(), r, row_mean, c, t, q, seed, rows, columns,
                 learning_rate, log_beta2, eps, weight_decay,
-                0.0 if row_clip is None else float(row_clip), 0 if shards is None else shards.first_row,
+                0.0 if row_clip is None else float(row_clip), 0.0 if row_floor is None else float(row_floor),
+                0 if shards is None else shards.first_row,
                 LEARNING_RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
                 DROPPED_BITS=None if seed is None else DROPPED_BITS[w.dtype],
                 ROWS_PER_PROGRAM=UPDATE_ROWS_PER_PROGRAM,
@@ -120,7 +124,7 @@ if triton is not None:
     @triton.jit
     def _update_table(
         w, w_row, w_column, g, g_row, g_column, r, row_mean, c, t, q, seed, rows, columns,
-        learning_rate, log_beta2, eps, weight_decay, row_clip, first_row,
+        learning_rate, log_beta2, eps, weight_decay, row_clip, row_floor, first_row,
         LEARNING_RATE_IS_TENSOR: tl.constexpr, DROPPED_BITS: tl.constexpr,
         ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
@@ -130,11 +134,12 @@ if triton is not None:
             learning_rate = tl.load(learning_rate)
         learning_rate, log_beta2 = tl.cast(learning_rate, tl.float32), tl.cast(log_beta2, tl.float32)
         eps, weight_decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32)
-        row_clip = tl.cast(row_clip, tl.float32)
+        row_clip, row_floor = tl.cast(row_clip, tl.float32), tl.cast(row_floor, tl.float32)
         j = tl.arange(0, COLUMNS).to(tl.int64)
         column_moment = tl.load(c + j, mask=j < columns, other=0)
         s = tl.maximum(tl.sum(column_moment) / columns, 1e-30, propagate_nan=tl.PropagateNan.ALL)
-        scale = s * (_one_minus_exp(tl.load(t) * log_beta2) if q is None else tl.load(q))
+        correction = _one_minus_exp(tl.load(t) * log_beta2) if q is None else tl.load(q)
+        scale, quietest = s * correction, row_floor / tl.sqrt_rn(correction)
         if seed is not None:
             step_key = _mix(tl.load(seed).to(tl.uint32, bitcast=True) ^ _mix(tl.load(t).to(tl.uint32)))
             column_keys = _mix(j.to(tl.uint32))
@@ -143,6 +148,7 @@ if triton is not None:
         for tile in range(0, ROWS_PER_PROGRAM, ROWS):
             i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
             a = tl.sqrt_rn(tl.load(r + i, mask=inside, other=0) / scale)
+            a = tl.maximum(a, quietest, propagate_nan=tl.PropagateNan.ALL)
             if row_mean is not None:
                 least = tl.sqrt_rn(tl.load(row_mean + i, mask=inside, other=0) / s) / row_clip
                 a = tl.maximum(a, least, propagate_nan=tl.PropagateNan.ALL)

@@ -16,7 +16,7 @@ __all__ = [
     "STEPS_TO_LOOK_AT",
     "check_beta2_schedule",
     "check_rounding",
-    "check_row_clip",
+    "check_row_limit",
     "not_one_number",
     "rounding_warning",
     "warn",
@@ -28,12 +28,12 @@ LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
 
 
-def check_row_clip(row_clip: float | None, flag: str | None = None):
-    """``flag`` is its name on the command line, where it comes from there."""
-    if row_clip is None:
+def check_row_limit(option: str, value: float | None, flag: str | None = None):
+    """Of ``row_clip`` or ``row_floor``; ``flag`` is its name on the command line, where it comes from there."""
+    if value is None:
         return
-    if not isinstance(row_clip, Real) or not SMALLEST_NORMAL <= row_clip < math.inf:
-        call, or_none = (f"{flag} {row_clip}", "") if flag else (f"Ember(row_clip={row_clip!r})", ", or None")
+    if not isinstance(value, Real) or not SMALLEST_NORMAL <= value < math.inf:
+        call, or_none = (f"{flag} {value}", "") if flag else (f"Ember({option}={value!r})", ", or None")
         raise InputError(f"{call}: must be a positive number, usually 1 to 10{or_none}")
 
 

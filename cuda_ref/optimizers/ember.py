@@ -41,7 +41,7 @@ from cuda_ref.optimizers.stochastic_rounding import (
     table_seed,
 )
 from ember_mlx.errors import InputError
-from ember_mlx.option_checks import check_rounding, check_row_clip, warn
+from ember_mlx.option_checks import check_rounding, check_row_limit, warn
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
@@ -52,7 +52,10 @@ ROWS_PER_BLOCK = 4096
 MOST_BLOCKS, FEWEST_ROWS = 32, 1024
 
 
-def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None, shards=None):
+def ember_step(
+    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None,
+    shards=None,
+):  # fmt: skip
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -65,6 +68,7 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
         beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is a tensor.
         q (Tensor, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
+        row_floor (float, optional): How large a row's gradients must be, over the table's, for whole steps.
         seed (Tensor, optional): For stochastic rounding, the table's own, int32. Without it: to nearest.
         shards (RowShards, optional): Of a table whose rows lie on several ranks; ``w``, ``g``, ``r`` are this rank's.
 
@@ -77,7 +81,7 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
     r = update_second_moment(r, row_mean, beta2)
     c = update_second_moment(c, column_mean, beta2)
     q = bias_correction(t, beta2) if q is None else q
-    a, b = denominator_factors(r, c, q, row_mean, row_clip)
+    a, b = denominator_factors(r, c, q, row_mean, row_clip, row_floor)
     first_row = 0 if shards is None else shards.first_row
     keys = bit_keys(seed, t, *w.shape, first_row) if seed is not None and w.dtype in DROPPED_BITS else None
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
@@ -104,10 +108,12 @@ def bias_correction(t, beta2):
     return -torch.expm1(t.to(torch.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip):
+def denominator_factors(r, c, q, row_mean, row_clip=None, row_floor=None):
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = torch.clamp(c.mean(), min=1e-30)
     a = torch.sqrt(r / (s * q))
+    if row_floor is not None:
+        a = torch.maximum(a, row_floor / torch.sqrt(q))  # as if r were at least row_floor ** 2 * s, the mean of r
     if row_clip is not None:
         # By the factors, row i steps sqrt(row_mean / s) / a learning rates: its root mean square over the columns.
         a = torch.maximum(a, torch.sqrt(row_mean / s) / row_clip)
@@ -159,6 +165,11 @@ class Ember(Optimizer):
             is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
             the columns as ``c`` does, and an estimate otherwise: in 64 steps of a real run no row of the embedding went
             beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
+        row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
+            mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
+            theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
+            and whole steps on those make a fine-tuned model forget them. Wants a higher learning rate. Default:
+            ``None``, whole steps for all.
         rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
             between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
         seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
@@ -198,18 +209,21 @@ class Ember(Optimizer):
         eps=1e-8,
         weight_decay=0.0,
         row_clip=None,
+        row_floor=None,
         rounding="nearest",
         seed=0,
         implementation="auto",
         row_shard_group=None,
     ):
-        check_row_clip(row_clip)
+        check_row_limit("row_clip", row_clip)
+        check_row_limit("row_floor", row_floor)
         check_rounding(rounding, seed)
         if implementation not in ("auto", "eager", "triton"):
             raise InputError(f"Ember(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
         if implementation == "triton" and not triton_kernels.available():
             raise InputError("Ember(implementation='triton'): Triton is not installed; 'auto' does without it")
         self.row_clip = row_clip
+        self.row_floor = row_floor
         self.rounding = rounding
         self.seed = seed
         self.implementation = implementation
@@ -280,7 +294,7 @@ class Ember(Optimizer):
         fault = fault_of(self._check_step)
         for communicator in dict.fromkeys(shards.communicator for shards in self._shards.values()):
             facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
-            facts |= {"the rounding": self.rounding, "the seed": self.seed}
+            facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
             for name, w, group in self._named_tables() if fault is None else ():
                 if w in self._shards and self._shards[w].communicator is communicator:
                     facts |= sharding.facts_of_table(name, w, self.state.get(w), {o: group[o] for o in OPTIONS})
@@ -319,7 +333,7 @@ class Ember(Optimizer):
         old = w, r, c, state["step"]
         q = state["q"] if callable(group["beta2"]) else None
         seed = state["seed"] if self.rounding == "stochastic" else None
-        new = *step(w, g, r, c, t, *options.values(), q, self.row_clip, seed, shards), t
+        new = *step(w, g, r, c, t, *options.values(), q, self.row_clip, self.row_floor, seed, shards), t
         for before, after in zip(old, new, strict=True):
             if after is not before:
                 before.copy_(after)
@@ -375,7 +389,7 @@ class Ember(Optimizer):
                 "one on every rank, and load the state_dict of this one"
             )
         own = {"implementation": self.implementation, "row_shard_group": None, "row_clip": self.row_clip}
-        own |= {"rounding": self.rounding, "seed": self.seed, "_warned": self._warned}
+        own |= {"row_floor": self.row_floor, "rounding": self.rounding, "seed": self.seed, "_warned": self._warned}
         return super().__getstate__() | own | {"_shards": {}, "_agreed": False}
 
     def _named_tables(self):

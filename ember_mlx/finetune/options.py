@@ -13,7 +13,7 @@ from mlx_lm.utils import _parse_size
 
 from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.guard import check_clip_grad_norm
-from ember_mlx.option_checks import check_row_clip
+from ember_mlx.option_checks import check_row_limit
 from ember_mlx.parity.tolerances import SMALLEST_NORMAL
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
@@ -26,7 +26,8 @@ OWN_DEFAULTS = {
     "table_beta2": None,
     "table_beta2_decay": None,
     "table_row_clip": None,
-    "table_rounding": "nearest",
+    "table_row_floor": None,
+    "table_rounding": None,
     "dequantize_tables": False,
     "add_tokens": None,
     "chunked_loss": False,
@@ -91,10 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
         "would step by up to 31. ember only. Default: no limit.",
     )
     group.add_argument(
+        "--table-row-floor",
+        type=float,
+        metavar="FLOOR",
+        help="Let rows whose gradients are smaller than so many times those of their whole table (root mean squares) "
+        "step in proportion to them: tokens that the data does not have are then not forgotten. Wants a higher "
+        "--table-learning-rate. ember only. Default: whole steps for all.",
+    )
+    group.add_argument(
         "--table-rounding",
         choices=["nearest", "stochastic"],
-        help="How 16-bit tables are rounded after a step. Stochastic keeps steps, on average, that are too small for "
-        "them, by chances that follow --seed. ember only. Default: nearest.",
+        help="How 16-bit tables are rounded after a step. Stochastic, the default, keeps steps on average that are too "
+        "small for them, by chances that follow --seed; nearest takes less memory where the tables' step is the peak. "
+        "ember only.",
     )
     group.add_argument(
         "--dequantize-tables",
@@ -226,13 +236,14 @@ def check(args):
 
 
 def _check_ember_options(args):
-    for name in ("table_beta2_decay", "table_row_clip", "table_rounding"):
+    for name in ("table_beta2_decay", "table_row_clip", "table_row_floor", "table_rounding"):
         if args.table_optimizer != "ember" and getattr(args, name) != OWN_DEFAULTS[name]:
             raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
     decay = args.table_beta2_decay
     if decay is not None and not SMALLEST_NORMAL <= decay < math.inf:
         raise InputError(f"--table-beta2-decay {decay}: must be a positive number, usually 0.8")
-    check_row_clip(args.table_row_clip, flag="--table-row-clip")
+    for name in ("row_clip", "row_floor"):
+        check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
 
 
 def check_lora_parameters(parameters: dict):

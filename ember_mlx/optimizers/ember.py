@@ -29,7 +29,7 @@ from ember_mlx.optimizers.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
-from ember_mlx.option_checks import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_clip, warn
+from ember_mlx.option_checks import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_limit, warn
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
@@ -39,7 +39,9 @@ SMALL_BLOCK = 512  # rows, where each needs several float32 copies of itself
 SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
-def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, seed=None):
+def ember_step(
+    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None
+):  # fmt: skip
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -52,6 +54,7 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
         beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is an array.
         q (array, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
+        row_floor (float, optional): How large a row's gradients must be, over the table's, for whole steps.
         seed (array, optional): For stochastic rounding, the table's own, uint32. Without it: to nearest.
 
     Returns:
@@ -61,7 +64,7 @@ def ember_step(w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, r
     r = update_second_moment(r, row_mean, beta2)
     c = update_second_moment(c, column_mean, beta2)
     q = bias_correction(t, beta2) if q is None else q
-    a, b = denominator_factors(r, c, q, row_mean, row_clip)
+    a, b = denominator_factors(r, c, q, row_mean, row_clip, row_floor)
     keys = bit_keys(seed, t, *w.shape) if seed is not None and w.dtype in DROPPED_BITS else None
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
@@ -89,10 +92,12 @@ def bias_correction(t, beta2):
     return -mx.expm1(t.astype(mx.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip):
+def denominator_factors(r, c, q, row_mean, row_clip=None, row_floor=None):
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = mx.maximum(c.mean(), 1e-30)
     a = mx.sqrt(r / (s * q))
+    if row_floor is not None:
+        a = mx.maximum(a, row_floor / mx.sqrt(q))  # as if r were at least row_floor ** 2 * s, and s is the mean of r
     if row_clip is not None:
         # By the factors, row i steps sqrt(row_mean / s) / a learning rates: its root mean square over the columns.
         a = mx.maximum(a, mx.sqrt(row_mean / s) / row_clip)
@@ -143,6 +148,11 @@ class Ember(Optimizer):
             is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
             the columns as ``c`` does, and an estimate otherwise: in 64 steps of a real run no row of the embedding went
             beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
+        row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
+            mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
+            theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
+            and whole steps on those make a fine-tuned model forget them. Wants a higher learning rate. Default:
+            ``None``, whole steps for all.
         rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
             between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
         seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
@@ -162,15 +172,25 @@ class Ember(Optimizer):
     """
 
     def __init__(
-        self, learning_rate, beta2=0.999, eps=1e-8, weight_decay=0.0, row_clip=None, rounding="nearest", seed=0
+        self,
+        learning_rate,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        row_clip=None,
+        row_floor=None,
+        rounding="nearest",
+        seed=0,
     ):
         super().__init__()
         check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
-        check_row_clip(row_clip)
+        check_row_limit("row_clip", row_clip)
+        check_row_limit("row_floor", row_floor)
         check_rounding(rounding, seed)
         self.beta2 = beta2
         self.eps = eps
         self.row_clip = row_clip
+        self.row_floor = row_floor
         self.rounding = rounding
         self.seed = seed
         self._warned = False
@@ -224,6 +244,7 @@ class Ember(Optimizer):
             self.state["weight_decay"],
             self.state["bias_correction"] if callable(self.beta2) else None,
             self.row_clip,
+            self.row_floor,
             state["seed"] if self.rounding == "stochastic" else None,
         )
         return parameter

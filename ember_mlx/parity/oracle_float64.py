@@ -17,11 +17,12 @@ class EmberOracle:
     ``beta2`` may be a function of the steps done, whose value is then taken as float32 has it, as an optimizer does.
     """
 
-    def __init__(self, shape, beta2=0.999, eps=1e-8, row_clip=None):
+    def __init__(self, shape, beta2=0.999, eps=1e-8, row_clip=None, row_floor=None):
         rows, columns = shape
         self.beta2 = beta2
         self.eps = eps
         self.row_clip = row_clip
+        self.row_floor = row_floor
         self.row_mean_square = np.zeros(rows)
         self.column_mean_square = np.zeros(columns)
         self.step_number = 0
@@ -36,21 +37,21 @@ class EmberOracle:
         self.product_of_beta2 *= beta2
         self.row_mean_square = beta2 * self.row_mean_square + (1 - beta2) * squares.mean(axis=1)
         self.column_mean_square = beta2 * self.column_mean_square + (1 - beta2) * squares.mean(axis=0)
-        overall = self.column_mean_square.mean()
+        overall = max(self.column_mean_square.mean(), 1e-30)
         bias_correction = 1 - self.product_of_beta2
-        second_moment = np.outer(self.row_mean_square, self.column_mean_square) / (
-            max(overall, 1e-30) * bias_correction
-        )
-        too_long = self._too_long(squares.mean(axis=1), bias_correction)
+        rows = self.row_mean_square
+        if self.row_floor is not None:
+            rows = np.maximum(rows, self.row_floor**2 * overall)
+        second_moment = np.outer(rows, self.column_mean_square) / (overall * bias_correction)
+        too_long = self._too_long(squares.mean(axis=1), rows, bias_correction)
         return learning_rate * gradient / (np.sqrt(second_moment) * too_long[:, None] + self.eps)
 
-    def _too_long(self, mean_square, bias_correction):
+    def _too_long(self, mean_square, running, bias_correction):
         """By how much the step of each row is beyond ``row_clip``, at least 1: its root mean square, as if the squares
         of the row lay over the columns as all squares do."""
         if self.row_clip is None:
             return np.ones(len(mean_square))
-        seen = self.row_mean_square > 0
-        ratio = np.divide(mean_square, self.row_mean_square, where=seen, out=np.zeros(len(mean_square)))
+        ratio = np.divide(mean_square, running, where=running > 0, out=np.zeros(len(mean_square)))
         return np.maximum(1, np.sqrt(ratio * bias_correction) / self.row_clip)
 
     def step(self, weights, gradient, learning_rate, weight_decay=0.0):

@@ -45,6 +45,7 @@ RULES = {
     "": {},
     "beta2 schedule": {"beta2": lambda steps_done: 1 - 1 / (2 + steps_done)},
     "row clip": {"row_clip": 1.0},
+    "row floor": {"row_floor": 0.5},
     STOCHASTIC: {"rounding": "stochastic", "seed": 7, "eps": SMALLEST_NORMAL},
 }
 
@@ -112,8 +113,9 @@ def cases() -> tuple[Case, ...]:
     scheduled += [Case("random", SMALL, STEPS[:-1], "beta2 schedule")]
     clipped = [Case("row silent then loud", SMALL, (*STEPS, late), "row clip")]
     clipped += [Case("random", SMALL, STEPS[:-1], "row clip")]
+    floored = [Case("random", SMALL, STEPS, "row floor"), Case("one rare row", SMALL, STEPS[:-1], "row floor")]
     rounded = [Case(name, ODD, STEPS[:-1], STOCHASTIC) for name in ("random", "tiny")]
-    return (*small, *odd, *real, *scheduled, *clipped, *rounded)
+    return (*small, *odd, *real, *scheduled, *clipped, *floored, *rounded)
 
 
 def select(streams: list[str] | None, steps: list[int] | None) -> list[Case]:

@@ -112,7 +112,7 @@ def run_of(args, model: Architecture) -> Run:
         tables=chosen,
         optimizer=args.optimizer.lower(),
         table_optimizer=args.table_optimizer,
-        stochastic_rounding=args.table_rounding == "stochastic",
+        stochastic_rounding=args.table_rounding != "nearest",
         grad_checkpoint=bool(args.grad_checkpoint),
         chunked_loss=bool(args.chunked_loss),
         accumulate=args.grad_accumulation_steps > 1,
@@ -156,6 +156,8 @@ def _changes(run):
         yield "--grad-checkpoint", {"grad_checkpoint": True}
     if not run.chunked_loss:
         yield "--chunked-loss", {"chunked_loss": True}
+    if run.stochastic_rounding and run.table_optimizer == "ember":
+        yield "--table-rounding nearest", {"stochastic_rounding": False}
     length = max(run.length, run.evaluation_length) + 1
     while length // 2 >= SHORTEST:
         length //= 2

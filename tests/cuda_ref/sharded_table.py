@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
 IMPLEMENTATIONS = ["eager", *(["triton"] if triton_kernels.available(DEVICE) else [])]
 WAYS = ["fsdp2", "slices", "skewed slices"]  # the last: none on the first rank, most on the last
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
-OPTIONS = {"beta2": lambda steps_done: 1 - 1 / (2 + steps_done), "row_clip": 0.8}
+OPTIONS = {"beta2": lambda steps_done: 1 - 1 / (2 + steps_done), "row_clip": 0.8, "row_floor": 1.0}
 
 
 class Table(nn.Module):

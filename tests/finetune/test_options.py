@@ -112,6 +112,8 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
         ("--table-beta2 0.9 --table-optimizer sgd", "--table-beta2: sgd has no beta2"),
         ("--table-row-clip 0", "--table-row-clip 0.0: must be a positive number, usually 1 to 10"),
         ("--table-row-clip nan", "--table-row-clip nan: must be a positive number"),
+        ("--table-row-floor -1", "--table-row-floor -1.0: must be a positive number, usually 1 to 10"),
+        ("--table-row-floor 3 --table-optimizer sgd", "--table-row-floor: is for ember alone, not for sgd"),
         ("--table-beta2-decay -0.8", "--table-beta2-decay -0.8: must be a positive number, usually 0.8"),
         ("--table-rounding stochastic --table-optimizer sgd", "--table-rounding: is for ember alone, not for sgd"),
         ("--table-row-clip 3 --table-optimizer adamw", "--table-row-clip: is for ember alone, not for adamw"),

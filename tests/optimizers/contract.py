@@ -30,13 +30,16 @@ OPTIMIZERS = [
             *(("eps", value) for value in (0.0, -1e-8, NAN, INFINITY)),
             *(("weight_decay", value) for value in (-0.1, NAN, INFINITY)),
             *(("row_clip", value) for value in (0, 0.0, -1.0, NAN, INFINITY, "3")),
+            *(("row_floor", value) for value in (0, -1.0, NAN, INFINITY, "3")),
             *(("rounding", value) for value in ("up", True, None)),
             *(("seed", value) for value in (-1, 2**32, 0.5, None)),
         ),
     ),
     Contract(
         name="Ember with all options",
-        make=partial(Ember, beta2=lambda step: 1 - (step + 1) ** -0.8, row_clip=1.0, rounding="stochastic", seed=3),
+        make=partial(
+            Ember, beta2=lambda step: 1 - (step + 1) ** -0.8, row_clip=1.0, row_floor=0.5, rounding="stochastic", seed=3
+        ),
         state_shapes=lambda rows, columns: {"r": (rows,), "c": (columns,), "seed": ()},
         out_of_range=(),
     ),

@@ -210,6 +210,25 @@ def test_row_clip_leaves_rows_that_step_less_as_they_were():
         assert mx.array_equal(plain["table"], clipped["table"])
 
 
+def test_row_floor_lets_quiet_rows_step_in_proportion_to_their_gradients_and_leaves_the_others():
+    sizes = np.array([10.0, 3.0, 1.0, 1e-2, 1e-5])  # of the gradients, row by row
+    table_size = np.sqrt(np.square(sizes).mean())
+    optimizers, zeros = (Ember(1.0), Ember(1.0, row_floor=0.5)), mx.zeros((5, 4))
+    for _ in range(3):
+        signs = mx.where(mx.random.bernoulli(shape=(5, 4)), 1.0, -1.0)
+        gradient = mx.array(sizes.astype(np.float32))[:, None] * signs
+        plain, floored = (o.apply_gradients({"table": gradient}, {"table": zeros})["table"] for o in optimizers)
+        np.testing.assert_allclose(np.abs(plain), 1.0, rtol=2e-3)
+        expected = np.minimum(1.0, sizes / (0.5 * table_size))[:, None] * np.ones(4)
+        np.testing.assert_allclose(np.abs(floored), expected, rtol=2e-3)
+
+
+def test_row_clip_limits_what_row_floor_leaves():
+    optimizer, gradient = Ember(1.0, row_clip=0.5, row_floor=1.0), mx.array([[1.0, 1.0], [1e-3, 1e-3]])
+    stepped = optimizer.apply_gradients({"table": gradient}, {"table": mx.zeros((2, 2))})["table"]
+    np.testing.assert_allclose(-as_float64(stepped), [[0.5, 0.5], [2**0.5 * 1e-3] * 2], rtol=1e-4)
+
+
 SCHEDULES_OF_BETA2 = {
     "Adafactor's": lambda step: 1 - (step + 1) ** -0.8,
     "of floats": lambda step: 0.9 if step.item() < 3 else 0.99,

@@ -34,7 +34,8 @@ class InNumPy:
         self.c = self.keep(self.c + forget * (c - self.c))
         self.q = self.q + forget * (F32(1) - self.q)
         s = np.maximum(self.c.mean(), F32(1e-30))
-        a = np.sqrt(self.r / (s * F32(self.q if schedule else self.bias_correction())))
+        q = F32(self.q if schedule else self.bias_correction())
+        a = np.maximum(np.sqrt(self.r / (s * q)), self.floor(q))
         update = self.learning_rate * (gradient / self.denominator(self.clipped(a, r, s)[:, None] * np.sqrt(self.c)))
         new = (F32(1) - self.learning_rate * self.weight_decay) * weights - update
         read = (self.r, self.c, -self.rounded(F32(0) - update), self.rounded(new))
@@ -45,6 +46,9 @@ class InNumPy:
 
     def restore(self, state):
         self.t, self.r, self.c, self.q = state
+
+    def floor(self, q):
+        return F32(self.options.get("row_floor", 0)) / np.sqrt(q)
 
     def clipped(self, a, r, s):
         row_clip = self.options.get("row_clip")
@@ -112,6 +116,11 @@ class RowClipOfTheWrongRow(InNumPy):
         return super().clipped(a, np.roll(r, 1), s)
 
 
+class RowFloorWithoutTheBiasCorrection(InNumPy):
+    def floor(self, q):
+        return super().floor(F32(1))
+
+
 class BitsOfTheStepBefore(InNumPy):
     def rounded(self, values):
         self.t -= 1
@@ -170,7 +179,7 @@ HERE = [one.name for one in implementations.implementations() if not one.missing
 @pytest.mark.parametrize("name", HERE)
 def test_what_runs_here_is_the_same_optimizer(name):
     (chosen,), _ = implementations.select([name])
-    options = ["random, beta2 schedule", "random, row clip", "random, stochastic rounding"]
+    options = ["random, beta2 schedule", "random, row clip", "random, row floor", "random, stochastic rounding"]
     cases = suite.select(["random", "tiny", "huge", "real head", *options], [1, 10])
     comparisons = list(suite.run([chosen], cases))
     assert not failed(comparisons)
@@ -196,7 +205,7 @@ def test_every_stream_passes_in_1000_steps_and_each_is_looked_at_to_its_end():
     last = {(one.stream, one.shape): one.steps for one in comparisons}
     streams = {stream for stream, _ in last}
     assert {stream for stream in streams if "," not in stream} == {*STREAMS, "real embedding", "real head"}
-    assert {stream.partition(", ")[2] for stream in streams} == {"", "beta2 schedule", "row clip"}
+    assert {stream.partition(", ")[2] for stream in streams} == {"", "beta2 schedule", "row clip", "row floor"}
     assert last["random", (24, 8)] == 1000
     assert last["row silent then loud", (24, 8)] == 1010
     assert last["random", (257, 33)] == 10
@@ -214,6 +223,7 @@ def test_a_fault_fails_in_float32(fault):
     [
         (NoScheduleInTheBiasCorrection, "random, beta2 schedule", ["float32"]),
         (RowClipOfTheWrongRow, "random, row clip", ["float32"]),
+        (RowFloorWithoutTheBiasCorrection, "random, row floor", ["float32"]),
         (BitsOfTheStepBefore, "random, stochastic rounding", ["bfloat16", "float16"]),
         (ToNearest, "random, stochastic rounding", ["bfloat16", "float16"]),
         (OneIsNoNumber, "random, stochastic rounding", ["bfloat16", "float16"]),

@@ -17,7 +17,8 @@ from ember_mlx.parity.tolerances import bound, worst
 pytestmark = pytest.mark.filterwarnings("ignore:.*does nothing to.*float32")
 
 DTYPES = ["bfloat16", "float16"]
-ALL_OPTIONS = {"beta2": lambda step: 1 - (step + 1) ** -0.8, "row_clip": 1.0, "rounding": "stochastic", "seed": 3}
+ALL_OPTIONS = {"beta2": lambda step: 1 - (step + 1) ** -0.8, "row_clip": 1.0, "row_floor": 0.5}
+ALL_OPTIONS |= {"rounding": "stochastic", "seed": 3}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,8 +58,9 @@ def test_a_step_is_rounded_by_the_bits_of_its_table_step_and_seed(implementation
 def test_a_schedule_of_beta2_corrects_its_bias_by_the_product_of_its_values(implementation, name):
     schedule = {"Adafactor's": ALL_OPTIONS["beta2"], "of numbers": lambda step: 0.9 if step < 3 else 0.99}[name]
     (kind, device), table = implementation, parameter(device=implementation[1])
-    optimizer = Ember([table], lr=1e-3, beta2=schedule, row_clip=0.8, implementation=kind)
-    oracle = EmberOracle(SHAPE, beta2=lambda step: float(schedule(torch.tensor(float(step)))), row_clip=0.8)
+    limits = {"row_clip": 0.8, "row_floor": 1.0}
+    optimizer = Ember([table], lr=1e-3, beta2=schedule, **limits, implementation=kind)
+    oracle = EmberOracle(SHAPE, beta2=lambda step: float(schedule(torch.tensor(float(step)))), **limits)
     for t in range(1, 11):
         table.data.zero_()
         table.grad = random_table(seed=t, scale=1.0, device=device)
