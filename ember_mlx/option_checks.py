@@ -1,6 +1,5 @@
 """What the Embers of both frameworks ask of their options beyond ranges of numbers; needs neither framework."""
 
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from numbers import Real
 import numpy as np
 
 from ember_mlx.errors import InputError
-from ember_mlx.parity.tolerances import SMALLEST_NORMAL, unit_in_the_last_place
+from ember_mlx.parity.tolerances import unit_in_the_last_place
 
 __all__ = [
     "SAMPLE",
@@ -26,15 +25,21 @@ ROUNDINGS = ("nearest", "stochastic")
 SAMPLE = 2**18  # elements of a table, about, that are looked at
 LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
+LEAST, MOST = 1e-30, 1e30  # of row_clip and row_floor: beyond, float32 comes to infinity, and that times 0 to NaN
 
 
-def check_row_limit(option: str, value: float | None, flag: str | None = None):
-    """Of ``row_clip`` or ``row_floor``; ``flag`` is its name on the command line, where it comes from there."""
+def check_row_limit(option: str, value: float | None, flag: str | None = None) -> float | None:
+    """Of ``row_clip`` or ``row_floor``; ``flag`` is its name on the command line, where it comes from there.
+
+    Returns:
+        The value as a plain float: NumPy would take ``numpy.float64(3) / array`` for its own.
+    """
     if value is None:
-        return
-    if not isinstance(value, Real) or not SMALLEST_NORMAL <= value < math.inf:
+        return None
+    if not isinstance(value, Real) or not LEAST <= value <= MOST:
         call, or_none = (f"{flag} {value}", "") if flag else (f"Ember({option}={value!r})", ", or None")
-        raise InputError(f"{call}: must be a positive number, usually 1 to 10{or_none}")
+        raise InputError(f"{call}: must be a number from 1e-30 to 1e30, usually 1 to 10{or_none}")
+    return float(value)
 
 
 def check_rounding(rounding: str, seed: int):

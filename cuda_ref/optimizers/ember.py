@@ -113,7 +113,7 @@ def denominator_factors(r, c, q, row_mean, row_clip=None, row_floor=None):
     s = torch.clamp(c.mean(), min=1e-30)
     a = torch.sqrt(r / (s * q))
     if row_floor is not None:
-        a = torch.maximum(a, row_floor / torch.sqrt(q))  # as if r were at least row_floor ** 2 * s, the mean of r
+        a = torch.maximum(a, row_floor / torch.sqrt(q))  # as if r were at least row_floor ** 2 of its mean, s
     if row_clip is not None:
         # By the factors, row i steps sqrt(row_mean / s) / a learning rates: its root mean square over the columns.
         a = torch.maximum(a, torch.sqrt(row_mean / s) / row_clip)
@@ -163,8 +163,8 @@ class Ember(Optimizer):
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
             is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 64 steps of a real run no row of the embedding went
-            beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
+            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining rows of an embedding went up
+            to 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
         row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
             mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
             theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
@@ -201,6 +201,8 @@ class Ember(Optimizer):
             of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.
     """
 
+    row_floor = None  # of a pickle from before there was one
+
     def __init__(
         self,
         params,
@@ -215,15 +217,13 @@ class Ember(Optimizer):
         implementation="auto",
         row_shard_group=None,
     ):
-        check_row_limit("row_clip", row_clip)
-        check_row_limit("row_floor", row_floor)
         check_rounding(rounding, seed)
         if implementation not in ("auto", "eager", "triton"):
             raise InputError(f"Ember(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
         if implementation == "triton" and not triton_kernels.available():
             raise InputError("Ember(implementation='triton'): Triton is not installed; 'auto' does without it")
-        self.row_clip = row_clip
-        self.row_floor = row_floor
+        self.row_clip = check_row_limit("row_clip", row_clip)
+        self.row_floor = check_row_limit("row_floor", row_floor)
         self.rounding = rounding
         self.seed = seed
         self.implementation = implementation

@@ -5,7 +5,6 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx.errors import InputError
@@ -15,13 +14,15 @@ from ember_mlx.pairing import PairedOptimizer
 
 
 def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:
-    """A PairedOptimizer, or the body's optimizer alone when no table trains; either lets no NaN through."""
+    """A PairedOptimizer, or the body's optimizer alone when no table trains; either lets no NaN through.
+
+    ``args.table_rounding`` then says how the tables are rounded, for the records of the run.
+    """
+    args.table_rounding = rounding_of_tables(args, [table.dtype for table in tables])
     body = body_optimizer(args)
     guard = {"skip_nonfinite": True, "clip_grad_norm": args.clip_grad_norm}
     if tables:
-        weights = dict(tree_flatten(model.trainable_parameters()))
-        dtypes = [weights[table.path].dtype for table in tables]
-        return PairedOptimizer(model, tables=table_optimizer(args, dtypes), rest=body, **guard)
+        return PairedOptimizer(model, tables=table_optimizer(args), rest=body, **guard)
     return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
 
 
@@ -46,20 +47,24 @@ def body_optimizer(args) -> optim.Optimizer:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
 
 
-def table_optimizer(args, dtypes: list[mx.Dtype]) -> optim.Optimizer:
-    """Ember, or another for comparison; in every case at ``--table-learning-rate`` and with no scaling of its own.
+def rounding_of_tables(args, dtypes: list[mx.Dtype]) -> str:
+    """What ``--table-rounding`` asks for; by default 16-bit tables are rounded stochastically where Ember trains them.
 
-    16-bit tables are rounded stochastically unless ``--table-rounding`` says otherwise: to nearest they lose up to half
-    of what training them brings (examples/benchmarks/quality).
+    To nearest they lose up to half of what training them brings (examples/benchmarks/quality).
     """
+    stochastic = args.table_optimizer == "ember" and any(dtype != mx.float32 for dtype in dtypes)
+    return args.table_rounding or ("stochastic" if stochastic else "nearest")
+
+
+def table_optimizer(args) -> optim.Optimizer:
+    """Ember, or another for comparison; in every case at ``--table-learning-rate`` and with no scaling of its own."""
     learning_rate = table_learning_rate(args)
     decay = args.table_weight_decay
     beta2 = 0.999 if args.table_beta2 is None else args.table_beta2
     if args.table_optimizer == "ember":
         beta2 = beta2 if args.table_beta2_decay is None else growing_beta2(args.table_beta2_decay, args.table_beta2)
-        rounding = args.table_rounding or ("nearest" if all(d == mx.float32 for d in dtypes) else "stochastic")
-        limits = {"row_clip": args.table_row_clip, "row_floor": args.table_row_floor}
-        return Ember(learning_rate, beta2, weight_decay=decay, **limits, rounding=rounding, seed=args.seed)
+        how = {"row_clip": args.table_row_clip, "row_floor": args.table_row_floor}
+        return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=args.table_rounding, seed=args.seed)
     if args.table_optimizer == "adamw":
         return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
     if args.table_optimizer == "adafactor":

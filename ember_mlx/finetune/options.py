@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         metavar="FLOOR",
         help="Let rows whose gradients are smaller than so many times those of their whole table (root mean squares) "
-        "step in proportion to them: tokens that the data does not have are then not forgotten. Wants a higher "
+        "step in proportion to them: tokens that the data does not have are then forgotten less. Wants a higher "
         "--table-learning-rate. ember only. Default: whole steps for all.",
     )
     group.add_argument(
@@ -237,7 +237,7 @@ def check(args):
 
 def _check_ember_options(args):
     for name in ("table_beta2_decay", "table_row_clip", "table_row_floor", "table_rounding"):
-        if args.table_optimizer != "ember" and getattr(args, name) != OWN_DEFAULTS[name]:
+        if args.table_optimizer != "ember" and getattr(args, name) not in (None, "nearest"):  # as all others round
             raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
     decay = args.table_beta2_decay
     if decay is not None and not SMALLEST_NORMAL <= decay < math.inf:

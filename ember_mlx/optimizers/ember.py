@@ -97,7 +97,7 @@ def denominator_factors(r, c, q, row_mean, row_clip=None, row_floor=None):
     s = mx.maximum(c.mean(), 1e-30)
     a = mx.sqrt(r / (s * q))
     if row_floor is not None:
-        a = mx.maximum(a, row_floor / mx.sqrt(q))  # as if r were at least row_floor ** 2 * s, and s is the mean of r
+        a = mx.maximum(a, row_floor / mx.sqrt(q))  # as if r were at least row_floor ** 2 of its mean, s
     if row_clip is not None:
         # By the factors, row i steps sqrt(row_mean / s) / a learning rates: its root mean square over the columns.
         a = mx.maximum(a, mx.sqrt(row_mean / s) / row_clip)
@@ -146,8 +146,8 @@ class Ember(Optimizer):
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
             is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 64 steps of a real run no row of the embedding went
-            beyond it by more than a quarter, and none of the head by more than a half. Default: ``None``.
+            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining rows of an embedding went up
+            to 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
         row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
             mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
             theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
@@ -184,13 +184,11 @@ class Ember(Optimizer):
     ):
         super().__init__()
         check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
-        check_row_limit("row_clip", row_clip)
-        check_row_limit("row_floor", row_floor)
         check_rounding(rounding, seed)
         self.beta2 = beta2
         self.eps = eps
-        self.row_clip = row_clip
-        self.row_floor = row_floor
+        self.row_clip = check_row_limit("row_clip", row_clip)
+        self.row_floor = check_row_limit("row_floor", row_floor)
         self.rounding = rounding
         self.seed = seed
         self._warned = False
@@ -203,6 +201,7 @@ class Ember(Optimizer):
             self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
         else:
             check_number("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
+            self.beta2 = float(beta2)
 
     def init(self, parameters):
         check_parameters(parameters)

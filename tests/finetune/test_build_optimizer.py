@@ -11,6 +11,7 @@ from ember_mlx.finetune.build_optimizer import (
     body_optimizer,
     build_optimizer,
     peak,
+    rounding_of_tables,
     table_learning_rate,
     table_optimizer,
 )
@@ -43,7 +44,8 @@ def test_every_optimizer_of_mlx_lm_hears_the_learning_rate(parse, name):
 def test_every_table_optimizer_takes_the_tables_settings(parse, name):
     beta2 = ["--table-beta2", 0.99] if name in ("ember", "adamw") else []
     args = parse("--table-optimizer", name, "--table-learning-rate", 0.25, "--table-weight-decay", 0.5, *beta2)
-    optimizer = table_optimizer(args, [mx.float32])
+    args.table_rounding = "nearest"
+    optimizer = table_optimizer(args)
     assert type(optimizer).__name__.lower() == name
     assert optimizer.learning_rate.item() == 0.25
     if name == "ember":
@@ -58,21 +60,32 @@ def test_every_table_optimizer_takes_the_tables_settings(parse, name):
 def test_the_options_of_ember_reach_it(parse):
     options = ("--table-row-clip", 3, "--table-row-floor", 2, "--table-rounding", "stochastic", "--seed", 5)
     options += ("--table-beta2-decay", 0.8)
-    ember = table_optimizer(parse(*options), [mx.bfloat16])
+    ember = table_optimizer(parse(*options))
     assert (ember.row_clip, ember.row_floor, ember.rounding, ember.seed) == (3, 2, "stochastic", 5)
     at = lambda ember, steps_done: ember.beta2(mx.array(steps_done, mx.uint64)).item()  # noqa: E731
     assert [at(ember, t - 1) for t in (1, 2, 1000)] == pytest.approx([1 - t**-0.8 for t in (1, 2, 1000)], abs=1e-6)
-    limited = table_optimizer(parse(*options, "--table-beta2", 0.9), [mx.bfloat16])
+    limited = table_optimizer(parse(*options, "--table-beta2", 0.9))
     assert [at(limited, t - 1) for t in (1, 2, 1000)] == pytest.approx([0, 1 - 2**-0.8, 0.9], abs=1e-6)
-    assert at(table_optimizer(parse("--table-beta2-decay", 50), [mx.float32]), 100) < 1
-    plain = table_optimizer(parse(), [mx.float32, mx.float32])
-    assert (plain.beta2, plain.row_clip, plain.row_floor, plain.rounding) == (0.999, None, None, "nearest")
+    assert at(table_optimizer(parse("--table-rounding", "nearest", "--table-beta2-decay", 50)), 100) < 1
+    plain = table_optimizer(parse("--table-rounding", "nearest"))
+    assert (plain.beta2, plain.row_clip, plain.row_floor) == (0.999, None, None)
 
 
 def test_tables_of_16_bits_are_rounded_stochastically_unless_asked_otherwise(parse):
     for dtypes in ([mx.bfloat16], [mx.float16], [mx.float32, mx.bfloat16]):
-        assert table_optimizer(parse(), dtypes).rounding == "stochastic"
-        assert table_optimizer(parse("--table-rounding", "nearest"), dtypes).rounding == "nearest"
+        assert rounding_of_tables(parse(), dtypes) == "stochastic"
+        assert rounding_of_tables(parse("--table-rounding", "nearest"), dtypes) == "nearest"
+        assert rounding_of_tables(parse("--table-optimizer", "adamw"), dtypes) == "nearest"
+    assert rounding_of_tables(parse(), [mx.float32, mx.float32]) == "nearest"
+    assert rounding_of_tables(parse("--table-rounding", "stochastic"), [mx.float32]) == "stochastic"
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(mx.bfloat16, "stochastic"), (mx.float32, "nearest")])
+def test_the_rounding_of_a_run_is_that_of_its_records(parse, dtype, rounding):
+    args, model = parse(), tiny_llama()
+    model.set_dtype(dtype)
+    optimizer = build_optimizer(model, args, choose_tables(model, "auto", dequantize=False))
+    assert optimizer.tables.rounding == args.table_rounding == rounding
 
 
 def test_tables_none_leaves_the_bodys_optimizer_alone_and_both_are_guarded(parse):

@@ -229,6 +229,26 @@ def test_row_clip_limits_what_row_floor_leaves():
     np.testing.assert_allclose(-as_float64(stepped), [[0.5, 0.5], [2**0.5 * 1e-3] * 2], rtol=1e-4)
 
 
+@pytest.mark.parametrize("least", ["row_clip", "row_floor"])
+def test_the_outermost_limits_of_rows_make_no_nan_of_a_column_without_gradients(least):
+    gradient = mx.array([[1.0, 0.0], [0.0, 0.0], [1e-3, 0.0]])
+    optimizer = Ember(1.0, **{least: 1e-30 if least == "row_clip" else 1e30})
+    stepped = optimizer.apply_gradients({"table": gradient}, {"table": mx.zeros((3, 2))})["table"]
+    np.testing.assert_allclose(as_float64(stepped), 0.0, atol=1e-29)
+
+
+def test_numbers_of_numpy_are_as_good_as_python_s():
+    numbers, gradient = {"beta2": 0.5, "eps": 2.0**-27, "row_clip": 2.0, "row_floor": 0.75}, random_table(SHAPE)
+    for kind in (np.float32, np.float64):
+        stepped = []
+        for options in (numbers, {name: kind(value) for name, value in numbers.items()}):
+            optimizer, weights = Ember(1e-3, **options), {"table": mx.zeros(SHAPE)}
+            optimizer.init(weights)
+            step = mx.compile(optimizer.apply_gradients, inputs=optimizer.state, outputs=optimizer.state)
+            stepped.append(step({"table": gradient}, weights)["table"])
+        assert mx.array_equal(*stepped)
+
+
 SCHEDULES_OF_BETA2 = {
     "Adafactor's": lambda step: 1 - (step + 1) ** -0.8,
     "of floats": lambda step: 0.9 if step.item() < 3 else 0.99,
@@ -240,8 +260,9 @@ SCHEDULES_OF_BETA2 = {
 @pytest.mark.parametrize("name", SCHEDULES_OF_BETA2)
 def test_a_schedule_of_beta2_corrects_its_bias_by_the_product_of_its_values(name):
     schedule = SCHEDULES_OF_BETA2[name]
-    optimizer, zeros = Ember(LEARNING_RATE, beta2=schedule), mx.zeros(SHAPE)
-    oracle = EmberOracle(SHAPE, beta2=lambda step: at(schedule, step))
+    limits = {"row_clip": 0.8, "row_floor": 1.0}
+    optimizer, zeros = Ember(LEARNING_RATE, beta2=schedule, **limits), mx.zeros(SHAPE)
+    oracle = EmberOracle(SHAPE, beta2=lambda step: at(schedule, step), **limits)
     for t, gradient in enumerate(gradient_stream("random", SHAPE, steps=30), start=1):
         stepped = optimizer.apply_gradients({"table": mx.array(gradient)}, {"table": zeros})["table"]
         change = oracle.change(gradient, LEARNING_RATE)

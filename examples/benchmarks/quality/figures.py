@@ -1,6 +1,7 @@
 """The pictures of the quality benchmark; ``draw.py`` saves them."""
 
 import math
+from functools import partial
 from statistics import mean
 
 from plan import BASELINE, SETTINGS
@@ -12,7 +13,9 @@ __all__ = ["PICTURES"]
 
 PICTURED = ("ember", "ember-growing", "adafactor", "adamw-b1=0", "rows", "ember-clip3")
 COMPARED = PICTURED[:3]  # with AdamW, in the picture of differences
+TRAINED = ("ember", "adamw", "ember-bf16", "ember-bf16-stochastic", "columns")  # compared with frozen tables
 BY_DECILE = ("ember", "ember-growing", "adafactor", "ember-0.99", "ember-clip3", "rows")
+FORGETFUL = ("ember", "adamw", "rows", "sgd", "columns")
 PANELS = {None: "pretraining", "smollm2": "fine-tuning of SmolLM2-135M"}  # by what training starts from
 BETA2 = {"ember-0.95": 0.95, "ember-0.99": 0.99, "ember": 0.999, "ember-0.9999": 0.9999}
 AGES = [str(2**i) for i in range(11)] + ["never"]
@@ -22,8 +25,14 @@ def reported_settings(results):
     return [s for s in results.settings if results.reported(s, BASELINE).by_seed]
 
 
-def draw_differences(results, shown, figure, theme):
-    """Distances to AdamW in two panels, since they are ten times as large in pretraining as in fine-tuning."""
+def fine_tuned_settings(results):
+    """Those of fine-tuning in which frozen tables were tried too, and what trains them under several schedules not."""
+    return [s for s in results.settings if SETTINGS[s].start and not SETTINGS[s].constant
+            and results.reported(s, "frozen").by_seed]  # fmt: skip
+
+
+def draw_differences(results, shown, figure, theme, rules=COMPARED, baseline=BASELINE):
+    """Distances to the baseline, a panel each for pretraining, where they are ten times as large, and fine-tuning."""
     panels = {}
     for setting in shown:
         title = PANELS.get(SETTINGS[setting].start, "fine-tuning of the pretrained model")
@@ -31,9 +40,10 @@ def draw_differences(results, shown, figure, theme):
     heights = [1 + len(settings) for settings in panels.values()]
     many_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, settings) in zip(many_axes, panels.items(), strict=True):
-        for i, optimizer in enumerate(COMPARED):
-            pairs = [against(results.reported(s, optimizer), results.reported(s, BASELINE)) for s in settings]
-            points = [(d, half, y + 0.22 * (i - 1)) for y, (d, half, _) in enumerate(pairs) if math.isfinite(d)]
+        for i, optimizer in enumerate(rules):
+            pairs = [against(results.reported(s, optimizer), results.reported(s, baseline)) for s in settings]
+            beside = 0.66 / len(rules) * (i - (len(rules) - 1) / 2)
+            points = [(d, half, y + beside) for y, (d, half, _) in enumerate(pairs) if math.isfinite(d)]
             if points:
                 x, half, y = zip(*points, strict=True)
                 half = [0 if math.isnan(h) else h for h in half]
@@ -44,9 +54,11 @@ def draw_differences(results, shown, figure, theme):
         axes.set_yticks(range(len(settings)), [in_short(setting) for setting in settings])
         axes.set_ylim(len(settings) - 0.5, -0.5)
         axes.grid(False, axis="y")
+    with_what = "frozen tables" if baseline == "frozen" else f"{WORDS[baseline]} on the tables"
+    scales = "; the scales differ" if len(panels) > 1 else ""
     words = (
-        "validation loss minus that with AdamW on the tables, nats a token: left is better\n"
-        "(mean of the seeds, 95 % interval of their differences; the scales differ)"
+        f"validation loss minus that with {with_what}, nats a token: left is better\n"
+        f"(mean of the seeds, 95 % interval of their differences{scales})"
     )
     figure.supxlabel(words, fontsize=11)
     _legend(figure, *many_axes)
@@ -95,13 +107,17 @@ def pretraining_settings(results):
     return [s for s in reported_settings(results) if SETTINGS[s].start is None]
 
 
-def draw_deciles(results, shown, figure, theme):
-    grid, drawn = figure.subplots(1, len(shown), sharey=True, squeeze=False), [0.0]
+def draw_deciles(results, shown, figure, theme, rules=BY_DECILE, baseline=BASELINE):
+    columns = 4 if len(shown) < 5 else 3
+    grid, drawn = (
+        figure.subplots(-(-len(shown) // columns), min(columns, len(shown)), sharey=True, squeeze=False),
+        [0.0],
+    )
     for axes, setting in zip(grid.flat, shown, strict=False):
-        baseline = results.reported(setting, BASELINE).by_seed
-        for i, optimizer in enumerate(BY_DECILE):
+        base = results.reported(setting, baseline).by_seed
+        for i, optimizer in enumerate(rules):
             theirs = results.reported(setting, optimizer).by_seed
-            pairs = [(theirs[s]["decile_losses"], baseline[s]["decile_losses"]) for s in theirs if s in baseline]
+            pairs = [(theirs[s]["decile_losses"], base[s]["decile_losses"]) for s in theirs if s in base]
             if pairs:
                 y = [mean(a[d] - b[d] for a, b in pairs) for d in range(10)]
                 drawn += y
@@ -110,11 +126,13 @@ def draw_deciles(results, shown, figure, theme):
         axes.set_title(setting)
         axes.set_xticks([1, 4, 7, 10])
         axes.set_yscale("symlog", linthresh=0.1)
-        ticks = [-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1]
+        ticks = [-1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1, 3]
         axes.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axes.set_ylim(1.3 * min(drawn), 1.3 * max(drawn))
     figure.supxlabel("tenth of the vocabulary, the most frequent tokens first")
-    figure.supylabel("loss minus AdamW's, nats")
+    figure.supylabel(
+        "loss minus " + ("that of frozen tables" if baseline == "frozen" else f"{WORDS[baseline]}'s") + ", nats"
+    )
     _legend(figure, *grid.flat)
 
 
@@ -182,7 +200,19 @@ def _legend(figure, *many_axes):
 PICTURES = {  # name -> (what it shows: of nothing there is no picture, how, inches of width, of height by how much)
     "differences": (reported_settings, draw_differences, 8, lambda shown: 1.8 + 0.45 * len(shown)),
     "rates": (tuned_settings, draw_rates, 10, lambda shown: 1.5 + 2.8 * -(-len(shown) // 3)),
+    "gains": (
+        fine_tuned_settings,
+        partial(draw_differences, rules=TRAINED, baseline="frozen"),
+        8,
+        lambda shown: 2.0 + 0.75 * len(shown),
+    ),
     "deciles": (pretraining_settings, draw_deciles, 10, lambda shown: 4.5),
+    "rare_tokens": (
+        fine_tuned_settings,
+        partial(draw_deciles, rules=FORGETFUL, baseline="frozen"),
+        10,
+        lambda shown: 2.0 + 2.5 * -(-len(shown) // 3),
+    ),
     "beta2": (settings_with_beta2, draw_beta2, 8, lambda shown: 4.5),
     "row_steps": (probed_tables, draw_row_steps, 11, lambda shown: 4.5),
 }

@@ -126,6 +126,7 @@ VARIANTS = ("ember-growing", "ember-clip3", "ember-0.99", "adamw-0.95", "ember-0
 REST = (
     "adamw-0.99", "ember-tableclip", "ember-growing-clip3", "ember-0.99-clip3", "adamw-decay", "ember-decay", *IN_BF16,
 )  # fmt: skip
+FLOORS = ("ember-floor3", "ember-floor10", "ember-floor1")
 PROBES = ("ember", "adamw", "adafactor", "ember-clip3")
 SMALL, BIG = ("untied-4k", "tied-4k"), ("untied-16k", "tied-16k")
 LARGE = tuple(name for name, setting in SETTINGS.items() if setting.start == "smollm2" and not setting.constant)
@@ -145,6 +146,7 @@ PHASES = {
     ],
     "rivals": _one_by_one(SMALL, RIVALS, apart=True, probes=PROBES),
     "smollm2-rivals": _one_by_one(LARGE, RIVALS),
+    "floors": [*_one_by_one((*LARGE, *CONSTANT), FLOORS), *_one_by_one(SMALL, FLOORS)],
     "constant": _one_by_one(CONSTANT, ("ember", "adamw", "frozen")),  # the schedule that ember-mlx train has
     "16k": _one_by_one(BIG, (*MAIN, "ember-growing")),
     "seeds": [  # with six, intervals are less than half as wide

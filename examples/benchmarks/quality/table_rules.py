@@ -115,6 +115,9 @@ TABLE_RULES = {
     "ember-0.9999": (partial(Ember, beta2=0.9999), -5, "Ember, beta2 0.9999"),
     "ember-clip1": (partial(Ember, row_clip=1.0), -5, "Ember, row_clip 1"),
     "ember-clip3": (partial(Ember, row_clip=3.0), -5, "Ember, row_clip 3"),
+    "ember-floor1": (partial(Ember, row_floor=1.0), -5, "Ember, row_floor 1"),
+    "ember-floor3": (partial(Ember, row_floor=3.0), -4, "Ember, row_floor 3"),
+    "ember-floor10": (partial(Ember, row_floor=10.0), -3, "Ember, row_floor 10"),
     "ember-0.99-clip3": (partial(Ember, beta2=0.99, row_clip=3.0), -5, "Ember, beta2 0.99, row_clip 3"),
     "ember-growing": (partial(Ember, beta2=growing_beta2), -5, "Ember, beta2 1 - t^-0.8"),
     "ember-growing-clip3": (

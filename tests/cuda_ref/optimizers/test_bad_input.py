@@ -91,8 +91,8 @@ def test_values_out_of_range_are_refused_wherever_they_come_in(option, value):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *(("row_clip", value) for value in (0, -1.0, NAN, INFINITY, "3")),
-        *(("row_floor", value) for value in (0, -1.0, NAN, INFINITY, "3")),
+        *(("row_clip", value) for value in (0, -1.0, 1e-31, NAN, INFINITY, "3")),
+        *(("row_floor", value) for value in (0, -1.0, 1e31, NAN, INFINITY, "3")),
         *(("rounding", value) for value in ("up", True)),
         *(("seed", value) for value in (-1, 2**32, 0.5)),
         ("beta2", lambda step: 1 - step * 0.01),  # falls below 0
