@@ -146,8 +146,8 @@ class Ember(Optimizer):
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
             is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining rows of an embedding went up
-            to 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
+            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining, some rows of an
+            embedding went 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
         row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
             mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
             theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
