@@ -201,8 +201,6 @@ class Ember(Optimizer):
             of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.
     """
 
-    row_floor = None  # of a pickle from before there was one
-
     def __init__(
         self,
         params,

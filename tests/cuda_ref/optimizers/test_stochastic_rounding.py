@@ -94,14 +94,6 @@ def test_a_state_from_before_gets_its_seeds():
         assert torch.equal(after.state[table]["seed"], fresh.state[other]["seed"])
 
 
-def test_a_pickle_from_before_there_was_row_floor_has_none():
-    original, old = train(two_tables(), 1), Ember.__new__(Ember)
-    state = copy.deepcopy(original).__getstate__()
-    del state["row_floor"]
-    old.__setstate__(state)
-    assert everything(train(old, 1, first=1)) == everything(train(original, 1, first=1))
-
-
 def test_a_compiled_step_rounds_as_an_eager_one_does():
     tables = [parameter(dtype="bfloat16") for _ in range(2)]
     eager, compiled = (Ember([table], lr=1e-3, **ALL_OPTIONS) for table in tables)
