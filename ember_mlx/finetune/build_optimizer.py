@@ -50,7 +50,7 @@ def body_optimizer(args) -> optim.Optimizer:
 def rounding_of_tables(args, dtypes: list[mx.Dtype]) -> str:
     """What ``--table-rounding`` asks for; by default 16-bit tables are rounded stochastically where Ember trains them.
 
-    To nearest they lose up to half of what training them brings (examples/benchmarks/quality).
+    To nearest they lose a part of what training them brings, up to half (examples/benchmarks/quality).
     """
     stochastic = args.table_optimizer == "ember" and any(dtype != mx.float32 for dtype in dtypes)
     return args.table_rounding or ("stochastic" if stochastic else "nearest")
