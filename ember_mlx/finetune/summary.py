@@ -53,7 +53,8 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
             Trained(
                 table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
-                type(optimizer.tables).__name__,
+                type(optimizer.tables).__name__
+                + (", stochastic rounding" if args.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, args),
                 rows * columns,
                 sum(array.nbytes for array in optimizer.tables.state[table.path].values()),

@@ -153,13 +153,14 @@ def main():
     results = Results(read_results(sorted(args.results.glob("*.jsonl"))))
     if not results.by_run:
         raise SystemExit(f"{args.results}: no results in *.jsonl; run.py makes them")
-    write_tables(results, args.out / "tables.md")
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
+    write_tables(results, args.out / "tables.md")
     for name, (what, how, width, height) in PICTURES.items():
         if shown := what(results):
             draw = partial(how, results, shown)
             save_light_and_dark(args.out / "pictures" / f"{name}.png", draw, width, height(shown))
     print((args.out / "tables.md").read_text())
+    print(f"This is {args.out / 'tables.md'}; the pictures are in {args.out / 'pictures'}")
 
 
 if __name__ == "__main__":
