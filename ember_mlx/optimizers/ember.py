@@ -92,7 +92,7 @@ def bias_correction(t, beta2):
     return -mx.expm1(t.astype(mx.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip=None, row_floor=None):
+def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = mx.maximum(c.mean(), 1e-30)
     a = mx.sqrt(r / (s * q))

@@ -26,7 +26,7 @@ def reported_settings(results):
 
 
 def fine_tuned_settings(results):
-    """Those of fine-tuning in which frozen tables were tried too, and what trains them under several schedules not."""
+    """Those of fine-tuning, with the usual schedule, in which frozen tables were tried too."""
     return [s for s in results.settings if SETTINGS[s].start and not SETTINGS[s].constant
             and results.reported(s, "frozen").by_seed]  # fmt: skip
 
@@ -78,9 +78,8 @@ def tuned_settings(results):
 
 
 def draw_rates(results, shown, figure, theme):
-    columns = min(3, len(shown))
-    grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
-    for axes, setting in zip(grid.flat, shown, strict=False):
+    grid = _grid(figure, len(shown), 3)
+    for axes, setting in zip(grid, shown, strict=True):
         curves = [results.tuning(setting, optimizer) for optimizer in (*PICTURED, BASELINE)]
         losses = sorted(loss for curve in curves for loss in curve.values())
         height = min(0.5, 1.3 * (losses[3 * len(losses) // 4] - losses[0])) or 0.1  # the worst quarter may lie outside
@@ -96,11 +95,9 @@ def draw_rates(results, shown, figure, theme):
         )
         axes.set_title(setting)
         axes.set_ylim(losses[0] - height / 20, losses[0] + height)
-    for axes in list(grid.flat)[len(shown) :]:
-        axes.remove()
     figure.supxlabel("learning rate of the tables")
     figure.supylabel("validation loss, nats")
-    _legend(figure, *grid.flat)
+    _legend(figure, *grid)
 
 
 def pretraining_settings(results):
@@ -108,12 +105,8 @@ def pretraining_settings(results):
 
 
 def draw_deciles(results, shown, figure, theme, rules=BY_DECILE, baseline=BASELINE):
-    columns = 4 if len(shown) < 5 else 3
-    grid, drawn = (
-        figure.subplots(-(-len(shown) // columns), min(columns, len(shown)), sharey=True, squeeze=False),
-        [0.0],
-    )
-    for axes, setting in zip(grid.flat, shown, strict=False):
+    grid, drawn = _grid(figure, len(shown), 4 if len(shown) < 5 else 3, sharey=True), [0.0]
+    for axes, setting in zip(grid, shown, strict=True):
         base = results.reported(setting, baseline).by_seed
         for i, optimizer in enumerate(rules):
             theirs = results.reported(setting, optimizer).by_seed
@@ -133,7 +126,7 @@ def draw_deciles(results, shown, figure, theme, rules=BY_DECILE, baseline=BASELI
     figure.supylabel(
         "loss minus " + ("that of frozen tables" if baseline == "frozen" else f"{WORDS[baseline]}'s") + ", nats"
     )
-    _legend(figure, *grid.flat)
+    _legend(figure, *grid)
 
 
 def settings_with_beta2(results):
@@ -179,6 +172,14 @@ def draw_row_steps(results, shown, figure, theme):
     figure.supxlabel("steps since the row's token was last in a batch")
     figure.supylabel("mean size of its step, learning rates")
     _legend(figure, *grid.flat)
+
+
+def _grid(figure, count, columns, **how):
+    """So many axes, in rows of that many columns; the last row may have fewer."""
+    grid = list(figure.subplots(-(-count // columns), min(columns, count), squeeze=False, **how).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return grid[:count]
 
 
 def _plot(axes, theme, i, x, y, label):
