@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:
     guard = {"skip_nonfinite": True, "clip_grad_norm": args.clip_grad_norm}
     if tables:
         return PairedOptimizer(model, tables=table_optimizer(args), rest=body, **guard)
-    return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
+    return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
 def body_optimizer(args) -> optim.Optimizer:

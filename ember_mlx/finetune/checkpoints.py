@@ -31,7 +31,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ember_mlx.finetune import safe_reading, safe_writing
-from ember_mlx.finetune.loop import NUMPY_STATE, Position
+from ember_mlx.finetune.position import NUMPY_STATE, Position
 from ember_mlx.shared.errors import InputError
 
 FOLDER = "checkpoints"

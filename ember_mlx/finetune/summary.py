@@ -63,7 +63,7 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
             )
         )
     if parameters:
-        body = optimizer.rest
+        body = optimizer.rest if tables else optimizer.optimizer
         lines.append(
             Trained(
                 None,
