@@ -18,7 +18,7 @@ from ember_mlx.shared.units import format_bytes
 
 __all__ = ["main"]
 
-# What a fused model's folder can hold. --overwrite removes nothing else.
+# What fuse itself writes. Other files in the folder stay.
 FILES_OF_A_MODEL = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -99,22 +99,17 @@ def _parser():
 
 
 def _check_folder(folder, args):
-    where = f"--save-path {args.save_path!r}"
-    for other in (args.model, args.adapter_path):
+    where = f"--save-path {args.save_path}"
+    for other, what in ((args.model, "model"), (args.adapter_path, "adapter")):
         if folder.resolve() == Path(other).resolve():
-            raise InputError(f"{where}: is {other} itself; give another path")
+            raise InputError(f"{where}: is the {what} itself; give another path")
     if folder.is_symlink() and not folder.exists():
         raise InputError(f"{where}: is a link that leads nowhere; give another path")
     above = next((path for path in folder.absolute().parents if path.exists()), None)
     if (folder.exists() and not folder.is_dir()) or not above.is_dir():
         raise InputError(f"{where}: {folder if folder.exists() else above} is a file; give a folder")
-    there = sorted(folder.iterdir()) if folder.exists() else []
-    if there and not args.overwrite:
-        raise InputError(f"{where}: already exists; give another path, or --overwrite")
-    foreign = [path.name for path in there if not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)]
-    if foreign or (there and not (folder / "config.json").exists()):
-        what = f"holds {foreign[0]}, which is no part of a model" if foreign else "holds no model"
-        raise InputError(f"{where}: {what}, and --overwrite replaces whole models only; give another path")
+    if folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace the model in it")
     name = args.gguf_path
     if args.export_gguf and (Path(name).name != name or not name.endswith(".gguf")):
         raise InputError(f"--gguf-path {name}: must be a name that ends in .gguf; it is written into --save-path")
@@ -141,7 +136,7 @@ def _write(folder, model, tokenizer, config, args):
         )
     try:
         source = Path(args.model) if Path(args.model).exists() else hf_repo_to_path(args.model)
-        with safe_writing.new_folder(folder) as partial:
+        with safe_writing.new_folder(folder, _is_foreign) as partial:
             save(partial, source, model, tokenizer, config, donate_model=False)
             if not Path(args.model).exists():
                 with suppress(Exception):  # the hub may be out of reach; the card of before then stays
@@ -161,6 +156,10 @@ def _write(folder, model, tokenizer, config, args):
         raise InputError(
             f"--save-path {folder}: could not be written ({_reason(error)}); what was there is as it was"
         ) from error
+
+
+def _is_foreign(path):
+    return not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)
 
 
 def _said(folder, size_before, size, merged: Merged, args):

@@ -62,9 +62,7 @@ def merge_adapters(model: nn.Module, config: dict, *, requantize: int | None = N
         layer.set_dtype(dtype)
         if settings and requantize:
             if requantize < settings["bits"]:
-                raise InputError(
-                    f"--requantize {requantize}: {path} has {settings['bits']} bits; give at least so many"
-                )
+                raise InputError(f"--requantize {requantize}: {path} has {settings['bits']} bits; use at least that")
             before.add(settings["bits"])
             settings = settings if settings["bits"] == requantize else _affine(settings, requantize)
             layer = layer.to_quantized(**settings)

@@ -163,7 +163,7 @@ def tokenized(rows, index: int, where: str) -> tuple[list[int], int]:
             raise InputError(f"{where} {fault}: {REMEDY}")
         if not getattr(part.tokenizer, "has_chat_template", True):
             raise InputError(
-                f"{where} needs a chat template, and the model has none: use rows of text, or another model"
+                f"{where} needs a chat template, which the model lacks: use rows of text, or another model"
             )
     try:
         tokens, offset = rows.process(row)
