@@ -162,9 +162,7 @@ def tokenized(rows, index: int, where: str) -> tuple[list[int], int]:
         if fault := part.fault_of(row):
             raise InputError(f"{where} {fault}: {REMEDY}")
         if not getattr(part.tokenizer, "has_chat_template", True):
-            raise InputError(
-                f"{where} needs a chat template, which the model lacks: use rows of text, or another model"
-            )
+            raise InputError(f"{where} needs a chat template, which the model lacks: use rows of text")
     try:
         tokens, offset = rows.process(row)
     # Whatever a tokenizer or a chat template has against it.

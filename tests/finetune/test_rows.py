@@ -119,7 +119,7 @@ def test_a_run_refuses_a_bad_row_before_it_writes(parse, tmp_path):
 
 def test_a_model_without_a_chat_template_says_what_to_do(load, tokenizer):
     tokenizer.has_chat_template = False
-    with pytest.raises(InputError, match="line 1 needs a chat template, which the model lacks: use rows of text, or"):
+    with pytest.raises(InputError, match="line 1 needs a chat template, which the model lacks: use rows of text"):
         load([GOOD])
 
 
