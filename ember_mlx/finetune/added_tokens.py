@@ -125,7 +125,12 @@ def grow_tokenizer(wrapper: TokenizerWrapper, asked, where: str) -> tuple[Tokeni
     vocabulary = tokenizer.get_vocab()
     taken = set(vocabulary.values())
     for content, _ in asked:
-        pieces[content] = tuple(tokenizer.encode(content, add_special_tokens=False))
+        try:
+            pieces[content] = tuple(tokenizer.encode(content, add_special_tokens=False))
+        # Half of a surrogate pair, which JSON can hold and no text can, or whatever a tokenizer of its own kind refuses.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{where}: the tokenizer refuses {content!r} ({reason}); leave it out") from error
         if not pieces[content]:
             raise InputError(f"{where}: the tokenizer makes nothing of {content!r}; leave it out")
     known = {

@@ -15,15 +15,9 @@ from ember_mlx.finetune import adapters
 from ember_mlx.finetune.run import run
 
 FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
-KEYS = [
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "model_type",
-    "quantization",
-    "rope_theta",
-]
+KEYS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"]
+KEYS += ["model_type", "quantization", "rope_theta"]
+ADAPTER_FILES = ["adapter_config.json", "adapters.safetensors", "token_tables.safetensors"]
 # Sizes that a machine would really allocate are no test of an error.
 SMALL = (NUMBERS | JSON).filter(lambda value: not (isinstance(value, int) and abs(value) > 1000))
 
