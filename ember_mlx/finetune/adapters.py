@@ -12,7 +12,9 @@ the arrays in both files. An older adapter, or one of stock mlx-lm, has neither.
 import hashlib
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +29,24 @@ from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
+__all__ = [
+    "ADAPTERS",
+    "CONFIG",
+    "SETTINGS_ID",
+    "TABLES",
+    "Saver",
+    "add_tokens_of",
+    "apply_adapter",
+    "load",
+    "load_base",
+    "load_weights",
+    "read_arrays",
+    "read_config",
+    "refuse_other_tokens",
+    "run_files",
+    "tables_of",
+]
+
 ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
@@ -37,7 +57,9 @@ SAVE_ID = "save_id"
 RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
 
 
-def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
+def load(
+    path_or_hf_repo: str | Path, adapter_path: str | Path | None = None, *, return_config: bool = False, **options: Any
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """``mlx_lm.load``, which also loads the token tables of an adapter folder that ``ember-mlx train`` wrote.
 
     Tokens that the run added are in the tokenizer.
@@ -53,8 +75,8 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
         ``(model, tokenizer)``, or ``(model, tokenizer, config)``.
 
     Raises:
-        InputError: (a ``ValueError``) when there is no such model or adapter, or when the two do not match; it names
-            the tensor.
+        InputError: (a ``ValueError``) when there is no such model or adapter, when the two do not match, or when the
+            adapter has a number that is not finite; it names the tensor.
     """
     adapter_config = None if adapter_path is None else read_config(Path(adapter_path))
     model, tokenizer, config = load_base(path_or_hf_repo, **options)
@@ -65,8 +87,12 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_base(path_or_hf_repo, **options):
-    """``mlx_lm.load`` with its config, and one clear error when that fails."""
+def load_base(path_or_hf_repo: str | Path, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """``mlx_lm.load`` with its config.
+
+    Raises:
+        InputError: for whatever mlx-lm raises.
+    """
     path = Path(path_or_hf_repo)
     try:
         return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
@@ -87,7 +113,7 @@ class Saver:
     before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args, goes_on=False):
+    def __init__(self, folder: Path, model: nn.Module, args: Namespace, goes_on: bool = False):
         self.folder = folder
         self.model = model
         self.options = vars(args).copy()
@@ -131,7 +157,7 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def add_tokens_of(
-    folder: Path, model: nn.Module, tokenizer, config: dict, adapter_config: dict | None = None
+    folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, config: dict, adapter_config: dict | None = None
 ) -> TokenizerWrapper:
     """Add the tokens that the run of the adapter in ``folder`` added; the new tokenizer. Before ``apply_adapter``."""
     adapter_config = adapter_config or read_config(folder)

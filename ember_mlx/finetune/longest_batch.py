@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
@@ -63,7 +64,7 @@ def is_local(args: Namespace) -> bool:
     return not (getattr(args, "hf_dataset", None) or named_on_hub)
 
 
-def longest_batch(rows, batch_size: int, max_seq_length: int, where: Callable[[int], str]) -> LongestBatch:
+def longest_batch(rows: Any, batch_size: int, max_seq_length: int, where: Callable[[int], str]) -> LongestBatch:
     """The longest of the batches that mlx-lm makes of ``rows``, one of its data sets.
 
     ``where``, called with the number of a row from 0, names it for errors.

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import platform
+from argparse import Namespace
 from dataclasses import replace
 from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
@@ -18,6 +20,8 @@ from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, se
 from ember_mlx.finetune.rows import TriedRows
 from ember_mlx.optimizers.guarded import fill
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["as_json", "checksum", "made_of", "refuse_changes", "restore", "versions"]
 
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
@@ -81,6 +85,7 @@ def _architecture(model):
 
 
 def versions() -> dict:
+    """What a run runs with: packages, device and machine, by name."""
     packages = ("ember-mlx", "mlx", "mlx-lm", "numpy")
     return {name: version(name) for name in packages} | {
         "device": str(mx.default_device()),
@@ -88,7 +93,7 @@ def versions() -> dict:
     }
 
 
-def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
+def refuse_changes(args: Namespace, checkpoint: Checkpoint, own_made_of: dict):
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
@@ -117,7 +122,14 @@ def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
         rprint(f"The checkpoint was made with {'; '.join(other)}: the last bits may differ")
 
 
-def restore(args, checkpoint: Checkpoint, own_made_of: dict, model, optimizer, batches_an_epoch: int) -> Position:
+def restore(
+    args: Namespace,
+    checkpoint: Checkpoint,
+    own_made_of: dict,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches_an_epoch: int,
+) -> Position:
     """Put weights, optimizer state and random states back; where the data goes on.
 
     Raises:

@@ -138,14 +138,14 @@ class ChatRows:
         return self.tokenizer.apply_chat_template(turns, tools=row.get("tools"), return_dict=False, **options)
 
 
-def with_compared_prompts(rows):
+def with_compared_prompts(rows: Any) -> Any:
     """A data set of mlx-lm's, with :class:`ChatRows` in the place of chats and completions."""
     if isinstance(rows, ConcatenatedDataset):
         rows._data = [with_compared_prompts(each) for each in rows._data]
     return ChatRows(rows) if isinstance(rows, ChatDataset | CompletionsDataset) else rows
 
 
-def tokenized(rows, index: int, where: str) -> tuple[list[int], int]:
+def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int]:
     """What ``rows.process`` makes of a row: its tokens, and the number of those that are not learned.
 
     Args:
@@ -186,7 +186,7 @@ class TriedRows:
         InputError: for the first row that cannot be trained on; see :func:`tokenized`.
     """
 
-    def __init__(self, rows, where: Callable[[int], str]):
+    def __init__(self, rows: Any, where: Callable[[int], str]):
         self.rows = rows
         content, learned = hashlib.sha256(), hashlib.sha256()
         for i in range(len(rows)):

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from mlx.optimizers import Optimizer
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -13,6 +16,8 @@ from ember_mlx.finetune import run_log
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.update_ratio import MeasuredOptimizer
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["RunLogWriter", "check"]
 
 
 class RunLogWriter(TrainingCallback):
@@ -27,7 +32,7 @@ class RunLogWriter(TrainingCallback):
         OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
     """
 
-    def __init__(self, args, steps_done: int, goes_on: bool):
+    def __init__(self, args: Namespace, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
@@ -40,7 +45,7 @@ class RunLogWriter(TrainingCallback):
             self.path.unlink(missing_ok=True)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def measured(self, optimizer) -> MeasuredOptimizer:
+    def measured(self, optimizer: Optimizer) -> MeasuredOptimizer:
         """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
         self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
         self.before_step(self.steps_done + 1)
@@ -52,7 +57,8 @@ class RunLogWriter(TrainingCallback):
         next_report = min(math.ceil(step / every) * every, self.args.iters)
         self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
 
-    def on_train_loss_report(self, train_info):
+    def on_train_loss_report(self, train_info: dict[str, Any]):
+        """A report of mlx-lm's loop."""
         ratios = self.optimizer.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
@@ -65,7 +71,8 @@ class RunLogWriter(TrainingCallback):
             update_ratio_body=ratios["body"],
         )
 
-    def on_val_loss_report(self, val_info):
+    def on_val_loss_report(self, val_info: dict[str, Any]):
+        """A validation of mlx-lm's loop."""
         self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
 
     def end(self, steps_done: int, validation_loss: float | None):
@@ -84,7 +91,7 @@ class RunLogWriter(TrainingCallback):
             self._unwritten.clear()
 
 
-def check(args, goes_on: bool):
+def check(args: Namespace, goes_on: bool):
     """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
 
     Raises:

@@ -143,3 +143,33 @@ def test_a_run_ends_in_one_line_and_every_file_is_whole(parse, tmp_path, monkeyp
             mx.eval(adapters.read_arrays(adapter / name))
     log = tmp_path / "log.jsonl"
     assert not log.exists() or not log.stat().st_size or log.read_bytes().endswith(b"\n")
+
+
+def kept(path):
+    return path.name == "mine.txt"
+
+
+@pytest.mark.parametrize("state", ["aside", "between", "not kept yet", "partial"])
+def test_whatever_a_kill_leaves_the_next_folder_has_what_is_kept(tmp_path, state):
+    path, aside = tmp_path / "model", tmp_path / ".removed-model"
+    there = aside if state in ("aside", "between", "not kept yet") else path
+    there.mkdir()
+    (there / "old.safetensors").write_text("old")
+    (there / "mine.txt").write_text("mine")
+    if state == "not kept yet":
+        path.mkdir()
+        (path / "new.safetensors").write_text("of the run that was killed")
+    if state in ("between", "partial"):
+        (tmp_path / ".partial-model").mkdir()
+        (tmp_path / ".partial-model" / "half").write_text("half")
+    with pytest.raises(ValueError, match="breaks"), safe_writing.new_folder(path, kept) as partial:
+        (partial / "half").write_text("half")
+        raise ValueError("breaks")
+    assert (path / "mine.txt").read_text() == "mine"
+    with safe_writing.new_folder(path, kept) as partial:
+        (partial / "newest.safetensors").write_text("newest")
+    assert {file.name: file.read_text() for file in path.iterdir()} == {
+        "newest.safetensors": "newest",
+        "mine.txt": "mine",
+    }
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]

@@ -80,7 +80,6 @@ def test_a_damaged_adapter_is_loaded_with_finite_numbers_or_refused(data, file, 
     [
         ["--prompt", "a", "--chat-template-config", "no json"],
         ["--prompt", "a", "--prompt-cache-file", "/no/such/file.safetensors"],
-        ["--prompt", "a", "--max-kv-size", "-5"],
         ["--prompt", "a", "--extra-eos-token", "\ud800"],
         ["--prompt", "a", "--adapter-path", "/no/such"],
         ["--prompt", "a\ud800"],
