@@ -3,7 +3,6 @@
 W is the weight of a layer as the model has it, M the weight with its adapter, both in float32, and S what is saved.
 The share of the change that is left is its projection, <S - W, M - W> / <M - W, M - W> over all layers. Rounding to the
 same grid gives back W where a change is smaller than half a step: that share falls, and the gain in loss with it.
-Rounding to another grid only adds noise; it costs the loss less, and the projection nothing.
 """
 
 import math
@@ -16,7 +15,7 @@ from mlx_lm.utils import dequantize_model
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Merged", "merge_adapters"]
+__all__ = ["QUANTIZATION", "Merged", "merge_adapters"]
 
 QUANTIZATION = ("quantization", "quantization_config")
 

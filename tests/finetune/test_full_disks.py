@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -162,9 +162,8 @@ def test_whatever_a_kill_leaves_the_next_folder_has_what_is_kept(tmp_path, state
     if state in ("between", "partial"):
         (tmp_path / ".partial-model").mkdir()
         (tmp_path / ".partial-model" / "half").write_text("half")
-    with pytest.raises(ValueError, match="breaks"), safe_writing.new_folder(path, kept) as partial:
-        (partial / "half").write_text("half")
-        raise ValueError("breaks")
+    with suppress(ZeroDivisionError), safe_writing.new_folder(path, kept) as partial:
+        (partial / "half").write_text(str(1 / 0))
     assert (path / "mine.txt").read_text() == "mine"
     with safe_writing.new_folder(path, kept) as partial:
         (partial / "newest.safetensors").write_text("newest")
