@@ -11,6 +11,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ember_mlx.optimizers.guarded import all_finite
+from ember_mlx.shared.errors import InputError
+
 __all__ = [
     "PARTIAL",
     "REMOVED",
@@ -31,12 +34,24 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
     """A new safetensors file, on the disk when this returns; its size and checksum: ``{"bytes": ..., "sha256": ...}``.
 
     Raises:
+        InputError: for an array that is not finite; nothing is written.
         OSError: for whatever the disk has against it.
     """
+    refuse_nonfinite(path.name, arrays)
     with _new_file(path) as file:
         hashed = _Hashed(file)
         mx.save_safetensors(hashed, arrays, metadata or {})
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
+
+
+def refuse_nonfinite(where: str, arrays: dict[str, mx.array]):
+    """Raises InputError for the first array with a NaN or an infinity in it; they are looked at one at a time."""
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
+            raise InputError(
+                f"{where}: {name} holds a NaN or an infinity, so it is not saved: a step overflowed, or it "
+                "was so from the start; lower the learning rates, or resume from an earlier checkpoint"
+            )
 
 
 def write_bytes(path: Path, data: bytes):

@@ -34,17 +34,18 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, capsys, kind):
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [("lora", "adam"), ("dora", "adam"), ("lora", "adamw"), ("lora", "muon"), ("lora", "sgd"), ("lora", "adafactor")],
+)
+def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, capsys, kind, optimizer):
     data = tmp_path / "data"
     shutil.copytree(folders["data"], data)
     shutil.copy(data / "valid.jsonl", data / "test.jsonl")
     common = ["--train-tables", "none", "--fine-tune-type", kind, "--iters", 5, "--grad-accumulation-steps", 2]
     common += ["--data", data, "--train", "--test", "--test-batches", 1]
-    args = parse(*common, adapter="ours")
-    # The one thing that we set otherwise: MLX's Adam leaves its bias.
-    args.optimizer_config = {"adam": {"bias_correction": False}}
-    run(args)
+    common += ["--optimizer", optimizer]
+    run(parse(*common, adapter="ours"))
     theirs = parse(*common, adapter="theirs")
     theirs.num_layers = 2
     lora.run(theirs)
