@@ -64,7 +64,7 @@ def _require_mlx(command):
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
-        extras = "pip install 'ember-mlx[cpu]', or [cuda12] or [cuda13] with an NVIDIA GPU"
+        extras = "pip install 'mlx[cpu]', or 'mlx[cuda12]' or 'mlx[cuda13]' for an NVIDIA GPU"
         sys.exit(_one_line(f"ember-mlx {command}", f"mlx has no backend here ({error}): {extras}"))
 
 

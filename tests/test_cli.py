@@ -127,5 +127,5 @@ def test_without_a_backend_of_mlx_it_says_what_to_install(tmp_path):
     )
     assert refused.returncode == 2
     assert "mlx has no backend here (libmlx.so" in refused.stderr
-    assert "pip install 'ember-mlx[cpu]'" in refused.stderr
+    assert "pip install 'mlx[cpu]'" in refused.stderr
     assert refused.stderr.count("\n") == 1

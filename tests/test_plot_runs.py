@@ -40,7 +40,7 @@ def test_two_runs_are_drawn_with_what_there_is_of_them(tmp_path, capsys, drawn):
     main([str(one), str(two), "--out", str(tmp_path / "runs.png"), "--theme", "both"])
     assert {path.name for path in tmp_path.glob("*.png")} == {"runs-light.png", "runs-dark.png"}
     said = capsys.readouterr().out
-    assert f"{two}: its last line is cut off, and was left out" in said
+    assert f"{two}: the last line is cut off, and was left out" in said
     assert f"{one}: " not in said
     titles = [axes.get_title("left") for axes in drawn]
     there = [PANELS[i][0] for i in (0, 1, 3, 4)]  # no tables, and no speed
@@ -90,8 +90,8 @@ def test_more_runs_than_can_be_told_apart_are_refused(tmp_path):
         ("{log} --out {log}", "must be the name of a PNG file"),
         ("{log}", "the following arguments are required: --out"),
         ("{broken} {log} --out {picture}", "broken.jsonl line 3: is not JSON"),
-        ("{log} {new} --out {picture}", "new.jsonl: there is nothing to draw in it yet"),
-        ("{nulls} --out {picture}", "nulls.jsonl: there is nothing to draw in it yet"),
+        ("{log} {new} --out {picture}", "new.jsonl: nothing to draw yet"),
+        ("{nulls} --out {picture}", "nulls.jsonl: nothing to draw yet"),
         ("{log} /no/such/file --out {picture}", "log /no/such/file: cannot be read (No such file or directory)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``ember-mlx geometry``: checks, a few steps to compare the time with, the run that is measured, and the report."""
+"""``ember-mlx geometry``: checks, a few unmeasured steps for comparison, the measured run, and the report."""
 
 import argparse
 import copy
@@ -19,7 +19,7 @@ from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plots.style import require_matplotlib
 from ember_mlx.shared.errors import InputError, with_one_line_errors
 
-# What each part of the report needs at the least, in updates of the weights.
+# The fewest updates of the weights that each part of the report needs.
 NEEDED = {
     "successive gradients": 4,
     "second moments": 8,  # with fewer squares the dense moment is mostly noise
@@ -29,32 +29,32 @@ REPORT, PAGE = "geometry.json", "index.html"
 
 
 def main(arguments: list[str]):
-    """Train and measure; print the verdict, and where the report is."""
+    """Train and measure; print the verdict and the files of the report."""
     parser = argparse.ArgumentParser(
         prog="ember-mlx geometry",
-        description="Train as `ember-mlx train` does, with its options, while measuring the gradients and the steps of "
-        "the token tables: does Ember suit this model and this data? Writes a report for people (index.html), its "
-        "pictures and its numbers (geometry.json).",
+        description="Does Ember suit this model and this data? Trains as `ember-mlx train` does, with its options, and "
+        "measures the gradients and steps of the token tables. Writes a page (index.html), its pictures and its "
+        "numbers (geometry.json).",
         add_help=False,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", required=True, help="For the report. The adapter goes to its folder "
-        "adapters, unless --adapter-path is given.",
+        "--out", type=Path, metavar="FOLDER", required=True, help="Folder of the report. Required. The adapter "
+        "goes to its subfolder adapters, unless --adapter-path is given.",
     )  # fmt: skip
     if {"-h", "--help"} & set(arguments):
         print(parser.format_help(), "and the options of `ember-mlx train`:\n", sep="\n")
         options.build_parser().print_help()
         return
     own, theirs = with_one_line_errors(parser).parse_known_args(arguments)
-    # The last of two flags counts, so one that was given does.
+    # The last of two equal flags counts: the user's own wins.
     args = options.parse(["--adapter-path", str(own.out / "adapters"), *theirs])
     check(args, own.out)
-    # Nothing is saved there; but what the run asks of the disk, it asks of the one that has to have it.
-    there = next(path for path in (own.out, *own.out.absolute().parents) if path.exists())
-    with tempfile.TemporaryDirectory(prefix="timing-", dir=there) as folder:
+    # Nothing is saved there, but the run checks the free space of the disk that --out is on.
+    existing = next(path for path in (own.out, *own.out.absolute().parents) if path.exists())
+    with tempfile.TemporaryDirectory(prefix="timing-", dir=existing) as folder:
         timed = time_without_measuring(args, Path(folder))
-    rprint("\n=== The run that is measured ===\n")
+    rprint("\n=== The measured run ===\n")
     own.out.mkdir(parents=True, exist_ok=True)
     observer = Observer(args, own.out)
     try:
@@ -67,7 +67,7 @@ def main(arguments: list[str]):
     finally:
         observer.close()
     files = write(found, own.out)
-    rprint(f"\n{report.in_words(found)}\n")
+    rprint(f"\n{report.to_text(found)}\n")
     rprint("\n".join(f"  {path}" for path in files))
 
 
@@ -75,16 +75,15 @@ def check(args, out: Path):
     """Refuse what cannot be measured, before anything is loaded.
 
     Raises:
-        InputError: for options with which there is nothing to measure, a run that is too short, and a folder that
-            holds another report.
+        InputError: for options that leave nothing to measure, a run too short, and a folder with another report.
     """
     require_matplotlib()
     if not args.train or args.test:
-        raise InputError("train: false or --test: geometry measures a run that trains, and tests nothing; leave it out")
+        raise InputError("train: false or --test: geometry measures a run that trains, and does not test; leave it out")
     if args.resume is not None:
         raise InputError("--resume: geometry measures a run from its first step; leave it out")
     if args.train_tables == "none":
-        raise InputError("--train-tables none: nothing to measure: geometry is of the token tables; leave it out")
+        raise InputError("--train-tables none: nothing to measure, since no token table trains; leave it out")
     if args.table_optimizer != "ember":
         raise InputError(
             f"--table-optimizer {args.table_optimizer}: geometry measures whether Ember suits; leave it out"
@@ -97,8 +96,8 @@ def check(args, out: Path):
     if updates < least:
         needed = ", ".join(f"{number} for {what}" for what, number in NEEDED.items())
         raise InputError(
-            f"--iters {args.iters}: {updates} updates are too few to measure; it takes {needed}, and rare tokens want "
-            f"a hundred or more: use --iters {least * args.grad_accumulation_steps} at the least"
+            f"--iters {args.iters}: {updates} updates are too few to measure; it takes {needed}, and a hundred or more "
+            f"for rare tokens; use --iters {least * args.grad_accumulation_steps} or more"
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
@@ -109,7 +108,7 @@ def check(args, out: Path):
 
 def time_without_measuring(args, folder: Path):
     """Seconds a position in each of the first updates of the same run without an observer, and its peak memory then."""
-    rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory with ===\n")
+    rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory ===\n")
     plain = copy.deepcopy(args)
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
     plain.iters = (TIMED_UPDATES + 2) * args.grad_accumulation_steps

@@ -17,7 +17,7 @@ PANELS = (  # title, what is on the axis, the logs' list, the key in it
 )
 PANEL_HEIGHT = 2.7  # inches
 MARKERS = 8  # on a line
-# Where a run is and how it is watched: it says nothing of what was tried.
+# Where a run is and how it is watched; these say nothing of what was tried.
 NOT_OF_THE_RUN = {"adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"}
 END = "after the last step, on the batches of the first validation"
 LONGEST_NAME = 90  # of a legend in two columns, in characters
@@ -26,16 +26,18 @@ LONGEST_NAME = 90  # of a legend in two columns, in characters
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(
         prog="ember-mlx plot",
-        description="Draw what `ember-mlx train --log-jsonl FILE` wrote: losses, how far each step moves the weights, "
-        "peak memory and speed; of one run or of several for comparison.",
+        description="Draw logs of `ember-mlx train --log-jsonl FILE`, one run or several: losses, how far each step "
+        "moves the weights, peak memory and speed.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="Logs of runs, finished or not.")
-    parser.add_argument("--out", required=True, metavar="PNG", help="The picture; replaced if it is there.")
+    parser.add_argument(
+        "--out", required=True, metavar="PNG", help="The picture. Required; an existing file is replaced."
+    )
     parser.add_argument(
         "--theme",
         choices=[*THEMES, "both"],
         default="light",
-        help="both writes NAME-light.png and NAME-dark.png. Default: light.",
+        help="Colours. Default: light. `both` writes NAME-light.png and NAME-dark.png.",
     )
     args = with_one_line_errors(parser).parse_args(arguments)
     out = check_path(args.out)
@@ -43,7 +45,7 @@ def main(arguments: list[str]):
     pictures = plot_runs(logs, out, args.theme)
     for log in logs:
         if log.unfinished:
-            print(f"{log.path}: its last line is cut off, and was left out")
+            print(f"{log.path}: the last line is cut off, and was left out")
     print("\n".join(f"The picture is in {path}" for path in pictures))
 
 
@@ -75,7 +77,7 @@ def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[
 
 
 def name_runs(logs: list[run_log.Log]) -> list[str]:
-    """The options in which they differ, where these tell them apart in few words; otherwise the files."""
+    """The options in which the runs differ, if these are short and tell them apart; otherwise the files."""
     options = [{key: value for key, value in log.options.items() if key not in NOT_OF_THE_RUN} for log in logs]
     keys = sorted(set().union(*options))
     differing = [key for key in keys if any(run.get(key) != options[0].get(key) for run in options)]
@@ -88,7 +90,7 @@ def name_runs(logs: list[run_log.Log]) -> list[str]:
 def _read(path):
     log = run_log.read(path)
     if not any(_points(log, *panel[2:])[0] for panel in PANELS):
-        raise InputError(f"log {path}: there is nothing to draw in it yet; try again after --steps-per-report steps")
+        raise InputError(f"log {path}: nothing to draw yet; try again after --steps-per-report steps")
     return log
 
 
@@ -122,6 +124,6 @@ def _draw_ends(axes, logs, theme):
 
 
 def _points(log, events, key):
-    """Steps and values, without those that there are not; a ratio of 0, of a step left out, has no logarithm."""
+    """Steps and values, without missing ones; a ratio of 0, of a step left out, has no logarithm."""
     rows = [row for row in getattr(log, events) if row[key] is not None and (row[key] > 0 or "ratio" not in key)]
     return [row["step"] for row in rows], [row[key] for row in rows]

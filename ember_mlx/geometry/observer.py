@@ -127,8 +127,8 @@ class Observer:
         free = shutil.disk_usage(self.kept.name).free
         if on_disk > 0.9 * free:
             raise InputError(
-                f"--out {self.folder}: {format_bytes(free)} are free there, and measuring keeps "
-                f"{format_bytes(on_disk)} there while it trains: make room, or give another folder"
+                f"--out {self.folder}: measuring keeps {format_bytes(on_disk)} there during the run, and only "
+                f"{format_bytes(free)} are free; make room, or give another folder"
             )
         disk = Path(self.kept.name)
         shared = vocabulary * 5 / len(tables)  # token history and classes

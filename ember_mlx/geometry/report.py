@@ -11,7 +11,7 @@ from ember_mlx.geometry.recorder import COLD
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.shared.environment import environment
 
-ROWS_TOLD = 12
+ROWS_LISTED = 12
 
 
 def build(observer, result, timed, tokenizer, command: str) -> dict:
@@ -19,9 +19,9 @@ def build(observer, result, timed, tokenizer, command: str) -> dict:
 
     Args:
         observer (Observer): Of a run that is over.
-        result (Result): What came of it.
-        timed (tuple): Of the same run's first updates without measuring, the seconds a position of each, and the peak
-            memory in bytes.
+        result (Result): Its result.
+        timed (tuple): The same run's first updates without measuring: seconds a position of each, and the peak memory
+            in bytes.
         tokenizer: Has ``decode``.
         command (str): What the user typed.
     """
@@ -55,7 +55,7 @@ def build(observer, result, timed, tokenizer, command: str) -> dict:
     return _as_json(numbers | {"verdict": verdict.judge(numbers)})
 
 
-def in_words(found: dict) -> str:
+def to_text(found: dict) -> str:
     """The verdict for the terminal."""
     judged = found["verdict"]
     lines = [judged["words"], ""]
@@ -87,7 +87,7 @@ def _table(record, observer, tokenizer, rng):
     state = observer.optimizer.tables.state[table.path]
     rate = _learning_rate(observer.args)
     rows_moved, row_sizes = record.rows_moved(dict(tree_flatten(observer.model.trainable_parameters()))[table.path])
-    most = np.argsort(-rows_moved)[:ROWS_TOLD]
+    most = np.argsort(-rows_moved)[:ROWS_LISTED]
     classes = observer.classes[: len(rows_moved)]
 
     def describe(token):
@@ -192,7 +192,7 @@ def _cost(observer, timed):
 
 
 def _as_json(value):
-    """NaN has no place in JSON: it is what was not there to be measured."""
+    """JSON has no NaN; it stands for what could not be measured, and becomes null."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

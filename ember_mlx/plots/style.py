@@ -78,7 +78,7 @@ THEMES = {
 
 
 def require_matplotlib():
-    """Call it before long work whose result is to be drawn.
+    """Call this before long work whose result will be drawn.
 
     Raises:
         InputError: when matplotlib is not installed, with the command that installs it.
@@ -86,14 +86,14 @@ def require_matplotlib():
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("drawing needs matplotlib: pip install 'ember-mlx[plots]'") from error
+        raise InputError("drawing needs matplotlib: pip install matplotlib") from error
 
 
 def save_picture(path, draw: Callable, theme: str = "light", width: float = WIDTH, height: float = HEIGHT) -> Path:
     """Draw one picture and save it.
 
     Args:
-        path (str or Path): A name that ends in .png, in a folder that is there.
+        path (str or Path): A name that ends in .png, in a folder that exists.
         draw (callable): ``draw(figure, theme)``, an empty ``matplotlib.figure.Figure`` with constrained layout and a
             :class:`Theme`.
         theme (str): "light" or "dark".
@@ -133,7 +133,7 @@ def check_path(path) -> Path:
     if path.suffix.lower() != ".png" or path.is_dir():
         raise InputError(f"picture {path}: must be the name of a PNG file, such as runs.png")
     if not path.parent.is_dir():
-        raise InputError(f"picture {path}: there is no folder {path.parent}; make it first")
+        raise InputError(f"picture {path}: folder {path.parent} does not exist; make it first")
     return path
 
 
