@@ -19,8 +19,8 @@ RANK_ONE_FACTOR, ROUGHLY_RANK_ONE_FACTOR = 2.0, 4.0
 # A dense moment of fewer squares than this is itself off by more than a factor 2 either way, most of the time.
 LEAST_SQUARES = 4
 LEAST_COSINES = 30  # of fewer, the median is itself chance
-# A cosine of 0.3 means that the last gradient tells 9 % of the next one's energy: nine tenths are new, which a first
-# moment cannot foretell. At 0.6 it tells a third.
+# A cosine of 0.3 means that the last gradient explains 9 % of the next one's energy: nine tenths are new, which a first
+# moment cannot predict. At 0.6 it explains a third.
 UNCORRELATED, PARTLY_CORRELATED = 0.3, 0.6
 # A ray leaves a tenth beside it, and at most half of what a random walk of the same moves leaves: that one alone has
 # about 0.8 on one line.
