@@ -15,7 +15,8 @@ from mlx_lm.utils import _get_classes, quantize_model
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
-from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.finetune.choices import choose
+from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.inputs import find_config
@@ -55,9 +56,9 @@ def made(config, *words):
     model.set_dtype(mx.bfloat16)
     if "quantization" in config:
         model, _ = quantize_model(model, config, **config["quantization"])
-    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
-    make_trainable(model, args, tables)
-    optimizer = build_optimizer(model, args, tables)
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    optimizer = build_optimizer(model, args, choices)
     arrays = (model.parameters(), model.trainable_parameters(), optimizer.state)
     return [sum(array.nbytes for _, array in tree_flatten(tree) if array.ndim) for tree in arrays]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from mlx_lm.tuner.datasets import CacheDataset
 
 from ember_mlx.finetune.data import HUB_NAME, load_data
+from ember_mlx.finetune.mlx_lm_internals import PAD_TO
 from ember_mlx.shared.errors import InputError
 
-PAD_TO = 32  # of mlx_lm.tuner.trainer.iterate_batches
 CHARACTERS = 5_000_000  # of a set that are tokenized: a few seconds
 
 

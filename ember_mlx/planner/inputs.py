@@ -11,7 +11,8 @@ from mlx_lm.utils import load_tokenizer
 from safetensors import SafetensorError, safe_open
 
 from ember_mlx.finetune import options
-from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens, refuse_rows_that_cannot_train
+from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.data import check_data_folder
 from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_batches
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
@@ -137,7 +138,7 @@ def _with_new_tokens(args, model, tokenizer):
     where = f"--add-tokens {args.add_tokens}"
     asked = read_tokens(Path(args.add_tokens))
     quantized = [table.name for table in model.tables() if table.nbytes is not None]
-    refuse_rows_that_cannot_train(args, quantized, where)
+    refuse_frozen_rows(args, quantized, where)
     if tokenizer is None:
         said = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
         return model.with_rows(model.vocabulary + len(asked)), None, [said]

@@ -5,8 +5,8 @@ import os
 import sys
 
 import mlx.core as mx
-from mlx_lm.utils import _parse_size
 
+from ember_mlx.finetune.mlx_lm_internals import parse_size
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.plan import plan
 from ember_mlx.shared.errors import InputError
@@ -51,8 +51,8 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
     """Bytes, and whose they are, in words that end a sentence's first half."""
     if asked is not None:
         try:
-            size = _parse_size(asked)
-        except (ArithmeticError, KeyError, ValueError):
+            size = parse_size(asked)
+        except ValueError:
             size = 0
         if not LEAST_MEMORY <= size < math.inf:
             raise InputError(f"--memory {asked}: must be a size of at least 1MB, in MB or GB: such as 16GB or 512MB")

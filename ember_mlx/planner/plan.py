@@ -2,21 +2,15 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
+from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.builder import Run
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.step import Step
-from ember_mlx.shared.errors import InputError
 
-DEFAULT_LAYERS = 16  # mlx-lm's, for LoRA
 SHORTEST = 256
-ROLES = {
-    "auto": ("embedding", "head", "tied"),
-    "embedding": ("embedding", "tied"),
-    "head": ("head",),
-    "none": (),
-}
 
 
 @dataclass(frozen=True)
@@ -72,51 +66,30 @@ def _evaluation_peak(model, run, backend):
     return peak_memory([*step.losses, *step.there], step.there, DEVICES[backend])
 
 
-def run_of(args, model: Architecture) -> Run:
+def run_of(options: Any, model: Architecture) -> Run:
     """What of ``ember-mlx train``'s options memory depends on, with rows as long as --max-seq-length allows.
 
     Raises:
-        InputError: for what ``train`` would refuse too.
+        InputError: for what ``train`` would refuse too: both ask :func:`ember_mlx.finetune.choices.choose`.
     """
-    asked, there = args.num_layers, model.layers
-    if asked is not None and asked > there and there:
-        raise InputError(f"--num-layers {asked}: the model has {there} layers; use at most that, or -1 for all")
-    if asked is None:
-        layers = there if args.fine_tune_type == "full" else min(DEFAULT_LAYERS, there)
-    else:
-        layers = there if asked < 0 else min(asked, there)
-    if model.quantization and args.fine_tune_type == "full":
-        raise InputError(
-            "--fine-tune-type full: the model is quantized, and quantized weights cannot be trained: use lora"
-        )
-    found = {table.role: table for table in model.tables()}
-    chosen = tuple(role for role in found if role in ROLES[args.train_tables])
-    if args.train_tables != "none" and not chosen:
-        raise InputError(f"--train-tables {args.train_tables}: the embedding is the head too (tied); use auto")
-    if asked == 0 and not chosen and args.fine_tune_type != "full":
-        raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
-    packed = [found[role].name for role in chosen if found[role].nbytes is not None]
-    if packed and not args.dequantize_tables:
-        raise InputError(
-            f"--train-tables {args.train_tables}: the weights of {' and '.join(packed)} are quantized, and a quantized "
-            "table cannot be trained: add --dequantize-tables, or leave the tables frozen with --train-tables none"
-        )
-    keys = (args.lora_parameters or {}).get("keys")
+    choices = choose(options, model.shapes())
+    lora = choices.lora_parameters or {}
+    keys = lora.get("keys")
     return Run(
-        batch_size=args.batch_size,
-        length=args.max_seq_length - 1,  # the last token is only predicted
-        fine_tune_type=args.fine_tune_type,
-        layers=layers,
-        rank=(args.lora_parameters or {}).get("rank", 8),
+        batch_size=options.batch_size,
+        length=options.max_seq_length - 1,  # the last token is only predicted
+        fine_tune_type=options.fine_tune_type,
+        layers=choices.num_layers,
+        rank=lora.get("rank", 8),
         lora_keys=None if keys is None else tuple(keys),
-        tables=chosen,
-        optimizer=args.optimizer.lower(),
-        table_optimizer=args.table_optimizer,
-        stochastic_rounding=args.table_rounding != "nearest",
-        grad_checkpoint=bool(args.grad_checkpoint),
-        chunked_loss=bool(args.chunked_loss),
-        accumulate=args.grad_accumulation_steps > 1,
-        tables_must_train=args.add_tokens is not None or asked == 0,
+        tables=tuple(table.role for table in choices.tables),
+        optimizer=options.optimizer.lower(),
+        table_optimizer=options.table_optimizer,
+        stochastic_rounding=options.table_rounding != "nearest",
+        grad_checkpoint=bool(options.grad_checkpoint),
+        chunked_loss=bool(options.chunked_loss),
+        accumulate=options.grad_accumulation_steps > 1,
+        tables_must_train=options.add_tokens is not None or options.num_layers == 0,
     )
 
 
