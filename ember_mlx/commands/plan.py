@@ -17,7 +17,7 @@ def main(arguments: list[str]):
     """
     own, args = options.parse_command(_parser(), arguments)
     backend = own.backend or machine.backend()
-    memory, whose = machine.memory(own.memory, backend)
+    memory, source = machine.memory(own.memory, backend)
     inputs = with_rows_of_data(args, read_inputs(args))
     model, run = inputs.model, inputs.run
     planned = plan(model, run, backend)
@@ -27,11 +27,11 @@ def main(arguments: list[str]):
         run=run,
         backend=backend,
         planned=planned,
-        said=inputs.said,
-        others={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
+        assumptions=inputs.assumptions,
+        alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
         memory=memory,
-        whose=whose,
+        memory_source=source,
     )
     print(json.dumps(report.to_json(), indent=1) if own.json else report.to_text())
 

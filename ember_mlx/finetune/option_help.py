@@ -105,8 +105,8 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
         ),
         "resume": (
             "FOLDER",
-            "Resume exactly where a run stopped: from the newest intact checkpoint in --adapter-path, or from FOLDER, a "
-            "checkpoint or another adapter folder. Give the options of that run again; --iters may be more. Default: "
+            "Resume exactly where a run stopped: from the newest intact checkpoint in --adapter-path, or from FOLDER: "
+            "a checkpoint or another adapter folder. Give the options of that run again; --iters may be more. Default: "
             "start anew.",
         ),
         "resume_with_changes": (None, "Resume although options, data or model have changed since the checkpoint."),

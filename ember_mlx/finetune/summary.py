@@ -104,8 +104,8 @@ def format_result(result: Result) -> str:
     total = _total(result.trained)
     lines = [
         f"{_losses(result)}.",
-        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where Adam "
-        f"would keep {format_bytes(total.adam_bytes)}.",
+        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where "
+        f"Adam would keep {format_bytes(total.adam_bytes)}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
     ]
     return "\n".join(lines)

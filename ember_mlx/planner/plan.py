@@ -6,9 +6,9 @@ from typing import Any
 
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose
 from ember_mlx.planner.architecture import Architecture
-from ember_mlx.planner.builder import Run
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
-from ember_mlx.planner.step import Step
+from ember_mlx.planner.graph import Run
+from ember_mlx.planner.step import build_step
 
 SHORTEST = 256
 
@@ -39,8 +39,8 @@ class Plan:
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
-    step = Step(model, run, backend).build()
-    peak = of_step = peak_memory(step.results, step.there, DEVICES[backend])
+    step = build_step(model, run, backend)
+    peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend])
     if run.evaluation_length > run.length:
         of_evaluation = _evaluation_peak(model, run, backend)
         peak = max(of_step, of_evaluation, key=lambda peak: peak.total)
@@ -49,7 +49,7 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         weights=_bytes(step.weights.values()),
         trainable=_bytes(step.weights[name] for name in step.gradients),
         gradients=_bytes(step.gradients.values()),
-        optimizer_state=_bytes(array for array in step.there if array.role == "optimizer state"),
+        optimizer_state=_bytes(array for array in step.existing if array.role == "optimizer state"),
         most=_whole(peak.most),
         at_peak=_whole(peak.parts),
         peak=int(peak.total),
@@ -62,8 +62,8 @@ def _evaluation_peak(model, run, backend):
 
     Attention is as it is in training, which for Metal's is too much.
     """
-    step = Step(model, replace(run, length=run.evaluation_length), backend).build()
-    return peak_memory([*step.losses, *step.there], step.there, DEVICES[backend])
+    step = build_step(model, replace(run, length=run.evaluation_length), backend)
+    return peak_memory([*step.losses, *step.existing], step.existing, DEVICES[backend])
 
 
 def run_of(options: Any, model: Architecture) -> Run:
