@@ -11,7 +11,7 @@ from ember_mlx.finetune.options import Options
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.plan import plan
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.units import format_bytes
+from ember_mlx.shared.units import in_units
 
 __all__ = ["backend", "memory", "warning"]
 
@@ -36,7 +36,7 @@ def warning(options: Options) -> str | None:
     run = inputs.run
     return (
         f"Warning: with batches of {run.batch_size} x {max(run.length, run.evaluation_length)} tokens this run is "
-        f"predicted to take {format_bytes(peak)}, and {source} {format_bytes(available)}: `ember-mlx plan` with the "
+        f"predicted to take {in_units(peak)}, and {source} {in_units(available)}: `ember-mlx plan` with the "
         "same flags names what to change"
     )
 
@@ -76,5 +76,5 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
     if sys.platform == "darwin":
         return int(
             GPU_SHARE_OF_A_MAC * ram
-        ), f"of this Mac's {format_bytes(ram)} the GPU may use about 75 % by default,"
+        ), f"of this Mac's {in_units(ram)} the GPU may use about 75 % by default,"
     return ram, "this machine has"

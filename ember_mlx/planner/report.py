@@ -7,7 +7,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.plan import Plan
 from ember_mlx.shared.text_tables import text_table
-from ember_mlx.shared.units import format_bytes
+from ember_mlx.shared.units import in_units
 
 __all__ = ["Report"]
 
@@ -49,12 +49,12 @@ class Report:
         kinds = kinds if model.layers else "token tables alone"
         sizes = []
         for role in ROWS:
-            sizes.append((role, format_bytes(planned.most[role]), format_bytes(planned.at_peak[role])))
+            sizes.append((role, in_units(planned.most[role]), in_units(planned.at_peak[role])))
             if role == "weights":
-                sizes.append(("  of which train", format_bytes(planned.trainable), ""))
-        sizes.append(("predicted peak", "", format_bytes(planned.peak)))
+                sizes.append(("  of which train", in_units(planned.trainable), ""))
+        sizes.append(("predicted peak", "", in_units(planned.peak)))
         others = [
-            (LABELS[flags.split()[-1]], format_bytes(other.optimizer_state), format_bytes(other.peak))
+            (LABELS[flags.split()[-1]], in_units(other.optimizer_state), in_units(other.peak))
             for flags, other in self.alternatives.items()
         ]
         return "\n".join(
@@ -92,14 +92,14 @@ class Report:
         }
 
     def _verdict(self):
-        has = f"{self.memory_source[0].upper()}{self.memory_source[1:]} {format_bytes(self.memory)}"
+        has = f"{self.memory_source[0].upper()}{self.memory_source[1:]} {in_units(self.memory)}"
         if self.planned.peak <= self.memory:
             fits = "what is planned fits (see the note)" if self.model.notes else "it fits"
-            return [f"{has}: {fits}, with {format_bytes(self.memory - self.planned.peak)} to spare."]
+            return [f"{has}: {fits}, with {in_units(self.memory - self.planned.peak)} to spare."]
         if not self.changes:
             return [f"{has}: it does not fit, and no change of flags makes it fit."]
         lines = [f"{has}: it does not fit. The cheapest changes, each on top of those before, and the new peak:"]
-        changes = [(f"  {flags}", format_bytes(after.peak)) for flags, after in self.changes]
+        changes = [(f"  {flags}", in_units(after.peak)) for flags, after in self.changes]
         lines.append(text_table(("  change", "new peak"), changes, right=(1,)))
         if self.changes[-1][1].peak > self.memory:
             lines.append("With all of these it still does not fit: choose a smaller model, or a quantized one.")
