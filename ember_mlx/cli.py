@@ -32,6 +32,10 @@ COMMANDS = ("train", "plan", "generate", "fuse", "demo", "geometry", "plot", "pa
 
 def main():
     """Entry point. Exit code 0; 2 for bad input, with a line that says what to do; 128 + the signal if stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name or a token may hold what the terminal's encoding does not have.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):

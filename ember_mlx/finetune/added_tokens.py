@@ -135,6 +135,10 @@ def grow_tokenizer(
     vocabulary = tokenizer.get_vocab()
     taken = set(vocabulary.values())
     for content, _ in asked:
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: {content!r} holds half of a surrogate pair; leave it out") from error
         pieces[content] = tuple(tokenizer.encode(content, add_special_tokens=False))
         if not pieces[content]:
             raise InputError(f"{where}: the tokenizer makes nothing of {content!r}; leave it out")

@@ -74,7 +74,5 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
             return int(size), "the GPU has"
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
-        return int(
-            GPU_SHARE_OF_A_MAC * ram
-        ), f"of this Mac's {in_units(ram)} the GPU may use about 75 % by default,"
+        return int(GPU_SHARE_OF_A_MAC * ram), f"of this Mac's {in_units(ram)} the GPU may use about 75 % by default,"
     return ram, "this machine has"
