@@ -1,7 +1,5 @@
 """``ember-mlx geometry``: checks, a few unmeasured steps for comparison, the measured run, and the report."""
 
-import argparse
-import copy
 import gc
 import json
 import tempfile
@@ -14,10 +12,11 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import add_tokens_of, load_base
 from ember_mlx.finetune.run import check_adapter_folder, run
+from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plots.style import require_matplotlib
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.errors import InputError
 
 # The fewest updates of the weights that each part of the report needs.
 NEEDED = {
@@ -30,29 +29,27 @@ REPORT, PAGE = "geometry.json", "index.html"
 
 def main(arguments: list[str]):
     """Train and measure; print the verdict and the files of the report."""
-    parser = argparse.ArgumentParser(
-        prog="ember-mlx geometry",
+    parser = options.build_parser(
+        "ember-mlx geometry",
+        usage="ember-mlx geometry --model MODEL --data FOLDER --out FOLDER [options of train]",
         description="Does Ember suit this model and this data? Trains as `ember-mlx train` does, with its options, and "
         "measures the gradients and steps of the token tables. Writes a page (index.html), its pictures and its "
         "numbers (geometry.json).",
-        add_help=False,
-        allow_abbrev=False,
+        epilog="example:\n  ember-mlx geometry --model Qwen/Qwen3-0.6B --data my_data --iters 200 --out report",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", required=True, help="Folder of the report. Required. The adapter "
-        "goes to its subfolder adapters, unless --adapter-path is given.",
-    )  # fmt: skip
-    if {"-h", "--help"} & set(arguments):
-        print(parser.format_help(), "and the options of `ember-mlx train`:\n", sep="\n")
-        options.build_parser().print_help()
-        return
-    own, theirs = with_one_line_errors(parser).parse_known_args(arguments)
+    parser.add_argument_group("the report").add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        required=True,
+        help="Where the report goes, and the adapter, unless --adapter-path is given. Required.",
+    )
+    out = parser.parse_args(arguments).out
     # The last of two equal flags counts: the user's own wins.
-    args = options.parse(["--adapter-path", str(own.out / "adapters"), *theirs])
+    own, args = options.parse_command(parser, ["--adapter-path", str(out / "adapters"), *arguments], data_required=True)
     check(args, own.out)
     # Nothing is saved there, but the run checks the free space of the disk that --out is on.
-    existing = next(path for path in (own.out, *own.out.absolute().parents) if path.exists())
-    with tempfile.TemporaryDirectory(prefix="timing-", dir=existing) as folder:
+    with tempfile.TemporaryDirectory(prefix="timing-", dir=existing_parent(own.out)) as folder:
         timed = time_without_measuring(args, Path(folder))
     rprint("\n=== The measured run ===\n")
     own.out.mkdir(parents=True, exist_ok=True)
@@ -109,11 +106,10 @@ def check(args, out: Path):
 def time_without_measuring(args, folder: Path):
     """Seconds a position in each of the first updates of the same run without an observer, and its peak memory then."""
     rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory ===\n")
-    plain = copy.deepcopy(args)
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
-    plain.iters = (TIMED_UPDATES + 2) * args.grad_accumulation_steps
-    plain.steps_per_eval, plain.save_every, plain.keep_checkpoints = 10**9, 10**9, 0
-    plain.adapter_path, plain.report_to, plain.log_jsonl = str(folder / "adapters"), None, None
+    plain = args | {"iters": (TIMED_UPDATES + 2) * args.grad_accumulation_steps, "steps_per_eval": 10**9}
+    plain |= {"save_every": 10**9, "keep_checkpoints": 0, "adapter_path": str(folder / "adapters")}
+    plain |= {"report_to": None, "log_jsonl": None}
     timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
         run(plain, observe=timer)

@@ -4,7 +4,16 @@ import argparse
 from pathlib import Path
 
 from ember_mlx.finetune import run_log
-from ember_mlx.plots.style import THEMES, check_path, save_light_and_dark, save_picture, thousands, units
+from ember_mlx.plots.style import (
+    THEMES,
+    check_path,
+    literal,
+    picture_paths,
+    save_light_and_dark,
+    save_picture,
+    thousands,
+    units,
+)
 from ember_mlx.shared.errors import InputError, with_one_line_errors
 
 PANELS = (  # title, what is on the axis, the logs' list, the key in it
@@ -23,7 +32,8 @@ END = "after the last step, on the batches of the first validation"
 LONGEST_NAME = 90  # of a legend in two columns, in characters
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
+    """Draw logs of runs into a picture."""
     parser = argparse.ArgumentParser(
         prog="ember-mlx plot",
         description="Draw logs of `ember-mlx train --log-jsonl FILE`, one run or several: losses, how far each step "
@@ -42,6 +52,7 @@ def main(arguments: list[str]):
     args = with_one_line_errors(parser).parse_args(arguments)
     out = check_path(args.out)
     logs = [_read(path) for path in args.files]
+    _refuse_own_input(out, args.theme, args.files)
     pictures = plot_runs(logs, out, args.theme)
     for log in logs:
         if log.unfinished:
@@ -58,7 +69,7 @@ def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[
     most = len(THEMES["light"].lines)
     if len(logs) > most:
         raise InputError(f"{len(logs)} runs: at most {most} can be told apart in one picture; draw fewer")
-    names = name_runs(logs)
+    names = [literal(name) for name in name_runs(logs)]
     panels = [panel for panel in PANELS if any(_points(log, *panel[2:])[0] for log in logs)]
     size = {"height": 0.6 + 0.25 * (len(logs) + 1) + PANEL_HEIGHT * ((len(panels) + 1) // 2)}
 
@@ -84,7 +95,15 @@ def name_runs(logs: list[run_log.Log]) -> list[str]:
     names = [", ".join(f"{key.replace('_', '-')} {run.get(key)}" for key in differing) for run in options]
     if len(set(names)) == len(logs) > 1 and max(map(len, names)) <= LONGEST_NAME:
         return names
-    return [str(log.path) for log in logs]
+    paths = [str(log.path) for log in logs]
+    return [f"./{path}" if path.startswith("_") else path for path in paths]  # matplotlib hides labels like _this
+
+
+def _refuse_own_input(out, theme, files):
+    written = picture_paths(out) if theme == "both" else [out]
+    for path in files:
+        if Path(path).resolve() in [each.resolve() for each in written]:
+            raise InputError(f"--out {out}: would replace the log {path}; give another name")
 
 
 def _read(path):

@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 def main(arguments: list[str]):
     """Train, test, or both."""
-    args = options.parse(arguments)
+    args = options.parse(arguments, data_required=True)
     if args.train and (warning := machine.warning(args)):
         rprint(warning)
     try:

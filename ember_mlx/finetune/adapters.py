@@ -92,6 +92,13 @@ class Saver:
         self.model = model
         self.options = vars(args).copy()
         self.options[SETTINGS_ID] = _settings_id(self.options)
+        self.config = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
+        # Half, because a checkpoint's index holds the same and a little more.
+        if len(self.config) > safe_reading.JSON_LIMIT // 2:
+            raise InputError(
+                f"--adapter-path {folder}: {CONFIG} would have {len(self.config):,} bytes, and at most "
+                f"{safe_reading.JSON_LIMIT // 2:,} are read again: add fewer tokens, or give a smaller YAML file"
+            )
         self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
         self.replaced = [] if goes_on else run_files(folder)
         self.saved = False
@@ -115,7 +122,7 @@ class Saver:
         if tables:
             metadata[SAVE_ID] = _save_id(weights | tables)
         if not self.saved:
-            files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
+            files[CONFIG] = self.config
         safe_writing.replace_together(self.folder, files, metadata)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
@@ -128,6 +135,16 @@ class Saver:
 def run_files(folder: Path) -> list[Path]:
     """The files in ``folder`` that a run wrote: this one or an earlier one."""
     return sorted(path for path in folder.glob("*") if RUN_FILE.fullmatch(path.name))
+
+
+def is_run_path(folder: Path, path: Path) -> bool:
+    """Whether ``path`` is a file that a run writes into its adapter folder ``folder``, or may be one of its parts."""
+    folder, path = folder.resolve(), path.resolve()
+    if not path.is_relative_to(folder):
+        return False
+    first = path.relative_to(folder).parts[:1]
+    # Some disks take A and a for one name.
+    return not first or first[0].lower().startswith((".", "checkpoints")) or bool(RUN_FILE.fullmatch(first[0].lower()))
 
 
 def add_tokens_of(

@@ -1,100 +1,122 @@
 """The optimizer of a run: mlx-lm's choice for the body, ours for the token tables."""
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
+from ember_mlx.finetune.choices import Choices
+from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 
+__all__ = [
+    "Schedule",
+    "body_learning_rate",
+    "body_optimizer",
+    "build_optimizer",
+    "growing_beta2",
+    "peak",
+    "table_learning_rate",
+    "table_optimizer",
+]
 
-def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:
+Schedule = Callable[[mx.array], mx.array]
+"""From the number of updates that are done, counted from 0, to a learning rate or a beta2."""
+
+
+def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> GuardedOptimizer:
     """A PairedOptimizer, or the body's optimizer alone when no table trains; either lets no NaN through.
 
-    ``args.table_rounding`` then says how the tables are rounded, for the records of the run.
+    Args:
+        model: Made ready to train by :func:`ember_mlx.finetune.trainable.make_trainable`.
+        options: The run's.
+        choices: What trains, and how tables are rounded.
+
+    Raises:
+        InputError: for settings of an optimizer or a schedule that MLX refuses.
     """
-    args.table_rounding = rounding_of_tables(args, [table.dtype for table in tables])
-    body = body_optimizer(args)
-    guard = {"skip_nonfinite": True, "clip_grad_norm": args.clip_grad_norm}
-    if tables:
-        return PairedOptimizer(model, tables=table_optimizer(args), rest=body, **guard)
+    body = body_optimizer(options)
+    guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
+    if choices.tables:
+        return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)
     return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
 
 
-def body_optimizer(args) -> optim.Optimizer:
+def body_optimizer(options: Options) -> optim.Optimizer:
     """The class that ``--optimizer`` names, with ``optimizer_config``'s settings over these defaults of ours.
 
     Adam and AdamW correct their bias, as PyTorch's do (MLX's do not unless told to), and Adafactor takes the learning
     rate that it was given (MLX's ignores it unless told not to).
     """
-    name = args.optimizer.lower()
+    name = options.optimizer.lower()
     optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
     defaults = {
         "adam": {"bias_correction": True},
         "adamw": {"bias_correction": True},
         "adafactor": {"relative_step": False},
     }
-    asked = args.optimizer_config.get(name) or {}
-    learning_rate = body_learning_rate(args)
+    asked = options.optimizer_config.get(name) or {}
+    learning_rate = body_learning_rate(options)
     try:
         return optimizer_class(learning_rate=learning_rate, **defaults.get(name, {}) | asked)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
 
 
-def rounding_of_tables(args, dtypes: list[mx.Dtype]) -> str:
-    """What ``--table-rounding`` asks for; by default 16-bit tables are rounded stochastically where Ember trains them.
+def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
+    """Ember, or another for comparison; in every case at ``--table-learning-rate`` and with no scaling of its own.
 
-    To nearest they lose a part of what training them brings, up to half (examples/benchmarks/quality).
+    ``rounding`` is "nearest" or "stochastic", of Ember alone.
     """
-    stochastic = args.table_optimizer == "ember" and any(dtype != mx.float32 for dtype in dtypes)
-    return args.table_rounding or ("stochastic" if stochastic else "nearest")
-
-
-def table_optimizer(args) -> optim.Optimizer:
-    """Ember, or another for comparison; in every case at ``--table-learning-rate`` and with no scaling of its own."""
-    learning_rate = table_learning_rate(args)
-    decay = args.table_weight_decay
-    beta2 = 0.999 if args.table_beta2 is None else args.table_beta2
-    if args.table_optimizer == "ember":
-        beta2 = beta2 if args.table_beta2_decay is None else growing_beta2(args.table_beta2_decay, args.table_beta2)
-        how = {"row_clip": args.table_row_clip, "row_floor": args.table_row_floor}
-        return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=args.table_rounding, seed=args.seed)
-    if args.table_optimizer == "adamw":
+    learning_rate = table_learning_rate(options)
+    decay = options.table_weight_decay
+    beta2 = 0.999 if options.table_beta2 is None else options.table_beta2
+    if options.table_optimizer == "ember":
+        beta2 = (
+            beta2
+            if options.table_beta2_decay is None
+            else growing_beta2(options.table_beta2_decay, options.table_beta2)
+        )
+        how = {"row_clip": options.table_row_clip, "row_floor": options.table_row_floor}
+        return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=rounding, seed=options.seed)
+    if options.table_optimizer == "adamw":
         return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
-    if args.table_optimizer == "adafactor":
+    if options.table_optimizer == "adafactor":
         return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
     return optim.SGD(learning_rate, weight_decay=decay)
 
 
-def growing_beta2(decay: float, most: float | None):
+def growing_beta2(decay: float, most: float | None) -> Schedule:
     """A schedule of beta2, 1 - t^-decay at step t from 1, as Adafactor's with 0.8 (arXiv 1804.04235, section 7.2)."""
     most = 1 - 2.0**-24 if most is None else most  # the largest float32 below 1
     return lambda steps_done: mx.minimum(1 - (steps_done + 1).astype(mx.float32) ** -decay, most)
 
 
-def body_learning_rate(args):
+def body_learning_rate(options: Options) -> float | Schedule:
     """A number, or the schedule that the YAML key lr_schedule describes."""
-    return _schedule("lr_schedule", args.lr_schedule, args.iters) if args.lr_schedule else args.learning_rate
+    return (
+        _schedule("lr_schedule", options.lr_schedule, options.iters) if options.lr_schedule else options.learning_rate
+    )
 
 
-def table_learning_rate(args):
+def table_learning_rate(options: Options) -> float | Schedule:
     """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
-    if args.table_lr_schedule:
-        return _schedule("table_lr_schedule", args.table_lr_schedule, args.iters)
-    body = body_learning_rate(args)
+    if options.table_lr_schedule:
+        return _schedule("table_lr_schedule", options.table_lr_schedule, options.iters)
+    body = body_learning_rate(options)
     if not callable(body):
-        return args.table_learning_rate
-    scale = args.table_learning_rate / peak(body, args.iters)
+        return options.table_learning_rate
+    scale = options.table_learning_rate / peak(body, options.iters)
     return lambda step: scale * body(step)
 
 
-def peak(schedule, iters: int) -> float:
+def peak(schedule: Schedule, iters: int) -> float:
     """The highest learning rate of a schedule within ``iters`` steps."""
     return mx.max(schedule(mx.arange(iters))).item()
 

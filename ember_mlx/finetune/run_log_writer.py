@@ -9,8 +9,9 @@ import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ember_mlx.finetune import run_log
+from ember_mlx.finetune import adapters, run_log
 from ember_mlx.finetune.resume import as_json, versions
+from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.update_ratio import MeasuredOptimizer
 from ember_mlx.shared.errors import InputError
 
@@ -92,7 +93,9 @@ def check(args, goes_on: bool):
     """
     path = Path(args.log_jsonl)
     where = f"--log-jsonl {path}"
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = existing_parent(path.absolute().parent)
+    if adapters.is_run_path(Path(args.adapter_path), path):
+        raise InputError(f"{where}: is a file that the run itself writes there; give another name")
     if path.exists() and not path.is_file():
         raise InputError(f"{where}: is not an ordinary file; give the name of one")
     if not above.is_dir() or not os.access(above, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):

@@ -67,6 +67,11 @@ def make_folder(path: Path):
         sync_folder(path.parent)
 
 
+def existing_parent(path: Path) -> Path:
+    """The path if something is there, or else the nearest folder above it that exists: on its disk it will lie."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
 def sync_folder(path: Path):
     """Make the names in a folder last."""
     descriptor = os.open(path, os.O_RDONLY)

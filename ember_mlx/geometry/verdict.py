@@ -60,8 +60,7 @@ def judge(numbers: dict) -> dict:
     elif rank == PARTLY or NO in (correlation, step):
         reasons = {
             "its second moment is only roughly that of a dense one": rank == PARTLY,
-            "the gradients of a token are alike each time, and Ember has no first moment to use it": correlation
-            == NO,
+            "the gradients of a token are alike each time, and Ember has no first moment to use it": correlation == NO,
             "some steps are far larger than the learning rate": step == NO,
         }
         why = ", and ".join(reason for reason, holds in reasons.items() if holds)

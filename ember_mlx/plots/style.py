@@ -24,6 +24,8 @@ __all__ = [
     "THEMES",
     "Theme",
     "check_path",
+    "literal",
+    "picture_paths",
     "require_matplotlib",
     "save_light_and_dark",
     "save_picture",
@@ -121,10 +123,13 @@ def save_picture(path, draw: Callable, theme: str = "light", width: float = WIDT
 
 def save_light_and_dark(path, draw: Callable, width: float = WIDTH, height: float = HEIGHT) -> list[Path]:
     """As :func:`save_picture`, in both themes: NAME.png becomes NAME-light.png and NAME-dark.png, which it returns."""
-    path = check_path(path)
-    return [
-        save_picture(path.with_name(f"{path.stem}-{name}.png"), draw, name, width, height) for name in ("light", "dark")
-    ]
+    paths = picture_paths(check_path(path))
+    return [save_picture(each, draw, name, width, height) for each, name in zip(paths, THEMES, strict=True)]
+
+
+def picture_paths(path: Path) -> list[Path]:
+    """Where both pictures of ``NAME.png`` go: NAME-light.png and NAME-dark.png."""
+    return [path.with_name(f"{path.stem}-{name}.png") for name in THEMES]
 
 
 def check_path(path) -> Path:
@@ -135,6 +140,11 @@ def check_path(path) -> Path:
     if not path.parent.is_dir():
         raise InputError(f"picture {path}: folder {path.parent} does not exist; make it first")
     return path
+
+
+def literal(text: str) -> str:
+    """Text of the user's as it is to be read: matplotlib takes what stands between two dollars for mathematics."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def units(unit: str, places: int | None = None):
