@@ -85,7 +85,17 @@ def test_every_command_that_is_shown_parses(page, monkeypatch):
 @pages(GUIDES)
 def test_every_flag_that_a_guide_names_exists(page):
     known = set(options.build_parser()._option_string_actions) | {"--memory", "--backend", "--json", "--out"}
-    known |= {"--verbose", "--theme", "--keep", "--prompt", "--adapter-path", "--save-path"}  # of the other commands
+    known |= {
+        "--verbose",
+        "--theme",
+        "--keep",
+        "--prompt",
+        "--adapter-path",
+        "--save-path",
+        "--requantize",
+        "--dequantize",
+        "--export-gguf",
+    }  # of the other commands
     prose = CODE.sub("", page.read_text())
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", prose)) <= known
 
