@@ -56,7 +56,7 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
         InputError: (a ``ValueError``) when there is no such model or adapter, or when the two do not match; it names
             the tensor.
     """
-    adapter_config = None if adapter_path is None else _read_config(Path(adapter_path))
+    adapter_config = None if adapter_path is None else read_config(Path(adapter_path))
     model, tokenizer, config = load_base(path_or_hf_repo, **options)
     if adapter_path is not None:
         tokenizer = add_tokens_of(Path(adapter_path), model, tokenizer, config, adapter_config)
@@ -151,7 +151,7 @@ def add_tokens_of(
     folder: Path, model: nn.Module, tokenizer, config: dict, adapter_config: dict | None = None
 ) -> TokenizerWrapper:
     """Add the tokens that the run of the adapter in ``folder`` added; the new tokenizer. Before ``apply_adapter``."""
-    adapter_config = adapter_config or _read_config(folder)
+    adapter_config = adapter_config or read_config(folder)
     added = adapter_config.get("added_tokens")
     if not added:
         return tokenizer
@@ -167,7 +167,7 @@ def add_tokens_of(
 
 def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None):
     """Load the adapter of ``folder`` into ``model``, its token tables included; ``config`` is the model's."""
-    adapter_config = adapter_config or _read_config(folder)
+    adapter_config = adapter_config or read_config(folder)
     adapters = read_arrays(folder / ADAPTERS)
     full = adapter_config.get("fine_tune_type", "lora") == "full"
     trained = set() if full else set(adapter_config.get("token_tables") or ())
@@ -196,7 +196,7 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
 
 def refuse_other_tokens(path: Path, added_tokens: list[dict] | None):
     """Raises InputError when the run that wrote the adapter at ``path`` added other tokens than these."""
-    if (path.parent / CONFIG).is_file() and (_read_config(path.parent).get("added_tokens") or None) != added_tokens:
+    if (path.parent / CONFIG).is_file() and (read_config(path.parent).get("added_tokens") or None) != added_tokens:
         raise InputError(f"--resume-adapter-file {path}: its run added other tokens; give its file as --add-tokens")
 
 
@@ -234,7 +234,12 @@ def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, 
     model.load_weights(list(weights.items()), strict=False)
 
 
-def _read_config(folder):
+def read_config(folder: Path) -> dict:
+    """The adapter_config.json of an adapter folder.
+
+    Raises:
+        InputError: when there is none, and for what no run writes.
+    """
     if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: there is no {CONFIG} in it; give the --adapter-path of a finished run")
     config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")
@@ -255,8 +260,12 @@ def _read_config(folder):
     return config
 
 
-def read_arrays(path: Path) -> dict:
-    """The arrays of a safetensors file, by name."""
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file of an adapter, by name.
+
+    Raises:
+        InputError: when it cannot be read, and for an array that is not of floats or not finite.
+    """
     if not path.is_file():
         raise InputError(f"adapter {path.parent}: there is no file {path.name} in it; give that of a finished run")
     arrays = safe_reading.read_arrays(path, f"adapter {path.parent}")
@@ -265,6 +274,8 @@ def read_arrays(path: Path) -> dict:
             raise InputError(
                 f"adapter {path.parent}: {path.name}: {name} is of dtype {array.dtype}, which never trains"
             )
+    remedy = "give an earlier save, or train anew with lower learning rates"
+    safe_reading.check_finite(arrays, f"adapter {path.parent}: {path.name}", remedy)
     return arrays
 
 

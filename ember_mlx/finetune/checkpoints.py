@@ -221,6 +221,7 @@ def read(folder: Path) -> Checkpoint:
         if size != described["bytes"] or safe_reading.sha256(folder / name, where) != described["sha256"]:
             raise InputError(f"{where}: {name} is damaged: its checksum is not the one in {INDEX}")
         arrays[name] = safe_reading.read_arrays(folder / name, where)
+        safe_reading.check_finite(arrays[name], f"{where}: {name}", "use an earlier checkpoint")
     return Checkpoint(
         folder=folder,
         position=_position(content["position"], f"{where}: {INDEX}"),

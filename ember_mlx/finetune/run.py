@@ -251,7 +251,7 @@ def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
 def _test(args, model, test_set):
     """mlx-lm's test, whose function takes no loss."""
     loss = _evaluate(args, model, choose_loss(args, model), test_set, args.test_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f}, Test ppl {np.exp(np.float64(loss)):.3f}.")
 
 
 def _evaluate(args, model, loss, rows, num_batches):

@@ -5,10 +5,23 @@ import hashlib
 import io
 import os
 import shutil
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
+
+__all__ = [
+    "PARTIAL",
+    "REMOVED",
+    "make_folder",
+    "new_folder",
+    "remove",
+    "replace_together",
+    "sync_folder",
+    "write_arrays",
+    "write_bytes",
+]
 
 PARTIAL = ".partial-"  # a name that begins so is of something unfinished
 REMOVED = ".removed-"  # and one that begins so is on its way out
@@ -57,6 +70,46 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
             partial.unlink(missing_ok=True)
         raise
     sync_folder(folder)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into. It takes the place of ``path``, whole, when the block ends, and is gone if that raises.
+
+    A kill between two renames may leave what was there under ``.removed-`` and its name.
+
+    Raises:
+        OSError: for whatever the disk has against it; what was there is as it was.
+    """
+    path = path.resolve()  # a link stays, and leads to the new one
+    missing = [folder for folder in path.parents if not folder.exists()]
+    partial, replaced = (path.with_name(mark + path.name) for mark in (PARTIAL, REMOVED))
+    try:
+        make_folder(path.parent)
+        remove(partial)
+        partial.mkdir()
+        yield partial
+        for written in partial.rglob("*"):
+            sync_folder(written)  # or a file
+        sync_folder(partial)
+        remove(replaced)
+        if path.exists():
+            os.rename(path, replaced)
+        try:
+            os.rename(partial, path)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, path)
+            raise
+    except BaseException:
+        with suppress(OSError):
+            remove(partial)
+            for folder in missing:
+                folder.rmdir()
+        raise
+    sync_folder(path.parent)
+    with suppress(OSError):  # it is out of the way
+        remove(replaced)
 
 
 def make_folder(path: Path):
