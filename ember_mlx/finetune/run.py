@@ -62,6 +62,8 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
             check_adapter_folder(args)
             if args.log_jsonl:
                 run_log_writer.check(args, _resumes_in_place(args))
+                if Path(args.log_jsonl).exists():
+                    lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
             if mx.distributed.init().rank() == 0:
                 lock.take(make=False)
         return _run(args, training_callback, lock, observe)
@@ -157,6 +159,8 @@ def _begin(args, model, optimizer, of, rows, lock):
     saving = Saving(args, model, optimizer, of, resumed)
     log = None
     if args.log_jsonl and leader:
+        safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
+        lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
         log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
     return start, saving, log
 

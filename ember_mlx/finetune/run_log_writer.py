@@ -35,10 +35,8 @@ class RunLogWriter(TrainingCallback):
         self.optimizer = None
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if goes_on and self.path.exists():
-            _cut_unfinished_line(self.path)
-        else:
-            self.path.unlink(missing_ok=True)
+        if self.path.exists():  # the same file, on which the run has a lock
+            os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
     def measured(self, optimizer) -> MeasuredOptimizer:
@@ -122,8 +120,6 @@ def _append(path, data):
             raise
 
 
-def _cut_unfinished_line(path):
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+def _whole_lines(path):
+    """The bytes of a file up to its last end of line."""
+    return path.read_bytes().rfind(b"\n") + 1

@@ -23,7 +23,7 @@ def shapes_of(model: nn.Module) -> Shapes:
         looked_for=f"{type(model).__module__}; looked for {LOOKED_FOR}",
         layers=None if layers is None else len(layers),
         tables=tuple(find_token_tables(model)),
-        quantized=next((path for path, module in model.named_modules() if hasattr(module, "bits")), None),
+        quantized=min((path for path, module in model.named_modules() if hasattr(module, "bits")), default=None),
         layer_modules=tuple(names),
         modules=frozenset(name for name, _ in model.named_modules()),
     )

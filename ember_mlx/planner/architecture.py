@@ -127,7 +127,7 @@ class Architecture:
             looked_for="config.json",
             layers=self.layers or None,
             tables=tuple(tables),
-            quantized=next((module.name for module in modules if module.nbytes is not None), None),
+            quantized=min((module.name for module in modules if module.nbytes is not None), default=None),
             layer_modules=tuple(
                 frozenset(linear.name.removeprefix(f"model.layers.{layer}.") for linear in each)
                 for layer, each in enumerate(linears)
