@@ -21,8 +21,8 @@ LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|srcset)="([^"]+)"')
 CODE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-class Parsed(Exception):
-    """The parser took the line; nothing is to run."""
+class Parsed(BaseException):
+    """The parser took the line; nothing is to run. No ``except Exception`` on the way may keep it."""
 
 
 def pages(chosen=PAGES):
