@@ -18,6 +18,8 @@ from ember_mlx.finetune.run import run
 from ember_mlx.shared.errors import InputError, with_one_line_errors
 from ember_mlx.shared.units import format_bytes
 
+__all__ = ["demo", "main"]
+
 # So many rows of the validation set are shown with what the model makes of them, the first ones, not the best.
 EXAMPLES = 3
 SETTINGS = {
@@ -32,7 +34,7 @@ SETTINGS = {
 }
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Fine-tune the bundled model twice, with Ember and with AdamW on its tables, and print both beside each other."""
     parser = argparse.ArgumentParser(
         prog="ember-mlx demo",
@@ -53,7 +55,7 @@ def main(arguments: list[str]):
         print(f"Everything is in {keep}.")
 
 
-def demo(folder: Path):
+def demo(folder: Path) -> None:
     start = time.perf_counter()
     examples = _write_data(folder / "data")
     model, tokenizer, config = load_base(MODEL)

@@ -13,7 +13,7 @@ from ember_mlx.shared.replacing import replaced
 __all__ = ["main"]
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Merge an adapter into an ordinary model folder."""
     if {"-h", "--help"} & set(arguments):
         print("ember-mlx fuse also takes --overwrite: replace the model that --save-path holds\n")

@@ -13,6 +13,8 @@ from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError, with_one_line_errors
 
+__all__ = ["format_failures", "format_summary", "format_table", "main"]
+
 DESCRIPTION = """\
 Compare every implementation of Ember that this machine can run (MLX, PyTorch, Triton; CPU and GPU) with a float64
 oracle, step by step, over named and recorded streams of gradients, in float32, bfloat16 and float16; and with results

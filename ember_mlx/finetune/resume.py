@@ -3,10 +3,13 @@
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
@@ -14,8 +17,10 @@ from ember_mlx.finetune import options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
-from ember_mlx.optimizers.guarded import fill
+from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["as_json", "made_of", "refuse_changes", "restore", "versions"]
 
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
@@ -35,7 +40,7 @@ def as_json(values: dict) -> dict:
     return json.loads(json.dumps(values, default=str), parse_constant=str)  # YAML has dates and infinities, too
 
 
-def made_of(model, train_set, valid_set, workers: int) -> dict:
+def made_of(model: nn.Module, train_set: Sequence[Any], valid_set: Sequence[Any], workers: int) -> dict:
     """What else a run hangs on: checksums of the rows and of a sample of every weight, and the number of workers."""
     rows = hashlib.sha256()
     for data in (train_set, valid_set):
@@ -59,7 +64,7 @@ def versions() -> dict:
     }
 
 
-def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
+def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: dict) -> None:
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
@@ -88,7 +93,14 @@ def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
         rprint(f"The checkpoint was made with {'; '.join(other)}: the last bits may differ")
 
 
-def restore(args, checkpoint: Checkpoint, own_made_of: dict, model, optimizer, batches_an_epoch: int) -> Position:
+def restore(
+    args: options.Options,
+    checkpoint: Checkpoint,
+    own_made_of: dict,
+    model: nn.Module,
+    optimizer: GuardedOptimizer,
+    batches_an_epoch: int,
+) -> Position:
     """Put weights, optimizer state and random states back; where the data goes on.
 
     Raises:

@@ -4,16 +4,21 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import adapters, run_log
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.update_ratio import MeasuredOptimizer
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["RunLogWriter", "check"]
 
 
 class RunLogWriter(TrainingCallback):
@@ -28,7 +33,7 @@ class RunLogWriter(TrainingCallback):
         OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
     """
 
-    def __init__(self, args, steps_done: int, goes_on: bool):
+    def __init__(self, args: Options, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
@@ -39,19 +44,19 @@ class RunLogWriter(TrainingCallback):
             os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def measured(self, optimizer) -> MeasuredOptimizer:
+    def measured(self, optimizer: optim.Optimizer) -> MeasuredOptimizer:
         """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
         self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
         self.before_step(self.steps_done + 1)
         return self.optimizer
 
-    def before_step(self, step: int):
+    def before_step(self, step: int) -> None:
         """Call it between two steps, with the number of the next: it is measured if the next report will tell of it."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
         self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
 
-    def on_train_loss_report(self, train_info):
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         ratios = self.optimizer.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
@@ -64,10 +69,10 @@ class RunLogWriter(TrainingCallback):
             update_ratio_body=ratios["body"],
         )
 
-    def on_val_loss_report(self, val_info):
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
 
-    def end(self, steps_done: int, validation_loss: float | None):
+    def end(self, steps_done: int, validation_loss: float | None) -> None:
         """After the last step, with the loss on the batches of the first validation if there is a set."""
         self._write("end", steps_done, validation_loss=validation_loss)
 
@@ -83,7 +88,7 @@ class RunLogWriter(TrainingCallback):
             self._unwritten.clear()
 
 
-def check(args, goes_on: bool):
+def check(args: Options, goes_on: bool) -> None:
     """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
 
     Raises:

@@ -4,11 +4,14 @@ import hashlib
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["check_arrays", "check_types", "plain_file", "read_arrays", "read_json", "read_metadata", "sha256"]
 
 JSON_LIMIT = 10**7  # bytes
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError)
@@ -74,7 +77,7 @@ def sha256(path: Path, where: str) -> str:
         raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
 
 
-def check_types(value, expected, where: str):
+def check_types(value: Any, expected: Any, where: str) -> None:
     """Refuse a value from JSON that is not built as ``expected`` says.
 
     ``expected`` is a type, a tuple of types, a list with the type of every item, or a dict with a type for each key,
@@ -96,7 +99,7 @@ def check_types(value, expected, where: str):
             raise InputError(f"{where} is of type {type(value).__name__}, not {words}")
 
 
-def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], where: str, remedy: str):
+def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], where: str, remedy: str) -> None:
     """Refuse arrays that are not those of ``expected``, name by name, in shape and dtype."""
     for name in sorted(arrays.keys() | expected.keys()):
         if name not in arrays or name not in expected:

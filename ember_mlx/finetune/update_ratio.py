@@ -7,6 +7,8 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path
 
+__all__ = ["MeasuredOptimizer", "add_squares"]
+
 ELEMENTS_PER_BLOCK = 2**20  # 4 MB of float32
 
 
@@ -32,11 +34,11 @@ class MeasuredOptimizer:
         self.state = [optimizer.state, self._squares, self._wanted]
         self.measure_next(False)
 
-    def measure_next(self, wanted: bool):
+    def measure_next(self, wanted: bool) -> None:
         """Whether to measure the next step. A compiled step has no branches; but it is compiled anew for each shape."""
         self._wanted["shape"] = mx.zeros(1 if wanted else 0)
 
-    def update(self, model: nn.Module, gradients: dict):
+    def update(self, model: nn.Module, gradients: dict) -> None:
         if not self._wanted["shape"].size:
             self.optimizer.update(model, gradients)
             return

@@ -16,6 +16,8 @@ from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHi
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
 
+__all__ = ["TIMED_UPDATES", "Observer", "Timed", "Timer", "Watch"]
+
 POINTS = 32  # of a path: enough to tell a line from a walk
 TIMED_UPDATES = 10  # that are run without measuring too, with the same batches
 
@@ -42,7 +44,7 @@ class Watch:
         drawn = self.batches(*arguments, loop=loop, **options)
         return self._training(drawn) if loop else drawn
 
-    def finish(self):
+    def finish(self) -> None:
         if self._open:
             self._open = False
             self.after_step()
@@ -156,7 +158,7 @@ class Observer:
         self.seconds_of_start = time.perf_counter() - start
         return self.probed, self.watch
 
-    def finish(self):
+    def finish(self) -> None:
         """Take in what the last step left."""
         self.watch.finish()
 
@@ -173,7 +175,7 @@ class Observer:
         limit = math.inf if callable(tables.beta2) else measures.cold_step(1, tables.beta2)
         return min(limit, tables.row_clip or math.inf)
 
-    def close(self):
+    def close(self) -> None:
         """Delete what was kept on disk."""
         if hasattr(self, "kept"):
             self.kept.cleanup()

@@ -8,6 +8,8 @@ from ember_mlx.geometry.verdict import MATRICES, NO, PARTLY, UNKNOWN, YES
 from ember_mlx.plots.style import THEMES
 from ember_mlx.shared.units import format_bytes
 
+__all__ = ["html"]
+
 MARKS = {YES: "✓", PARTLY: "~", NO: "✗", UNKNOWN: "?"}
 TITLES = {
     YES: "Ember suits",

@@ -13,6 +13,8 @@ from mlx.utils import tree_flatten
 from ember_mlx.optimizers.guarded import clip_by_norm, global_norm
 from ember_mlx.optimizers.paired import PairedOptimizer
 
+__all__ = ["UPDATES", "ProbedOptimizer", "TableSample"]
+
 UPDATES = "updates"
 
 
@@ -72,7 +74,7 @@ class ProbedOptimizer:
     def learning_rate(self):
         return self.optimizer.learning_rate
 
-    def update(self, model, gradients):
+    def update(self, model, gradients) -> None:
         taken = gradients
         if self.optimizer.clip_grad_norm is not None:
             taken = clip_by_norm(gradients, global_norm(gradients), self.optimizer.clip_grad_norm)

@@ -7,6 +7,8 @@ from ember_mlx.finetune.choices import Shapes
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.token_table_rules import TokenTable
 
+__all__ = ["Architecture", "Linear", "Table", "read_architecture"]
+
 # The keys of Hugging Face's Llama, and what other families call the same.
 NAMES = {
     "hidden_size": ("n_embd", "d_model", "dim", "model_dim"),
