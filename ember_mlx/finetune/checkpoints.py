@@ -33,7 +33,7 @@ from typing import Any
 import mlx.core as mx
 
 from ember_mlx.finetune import safe_reading, safe_writing
-from ember_mlx.finetune.loop import NUMPY_STATE, Position
+from ember_mlx.finetune.position import NUMPY_STATE, Position
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Checkpoint", "Checkpoints", "adapter_folder_of", "find", "in_folder", "read"]

@@ -16,7 +16,7 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
 

@@ -3,11 +3,12 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
+import mlx.nn as nn
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -15,8 +16,11 @@ from ember_mlx.finetune import adapters, run_log
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
-from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+from ember_mlx.finetune.update_ratio import UpdateRatio
+from ember_mlx.finetune.watchers import Measurement, StepResult
+from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.token_tables import TokenTable
 
 __all__ = ["RunLogWriter", "check"]
 
@@ -37,27 +41,33 @@ class RunLogWriter(TrainingCallback):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
-        self.optimizer = None
+        self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():  # the same file, on which the run has a lock
             os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def measured(self, optimizer: optim.Optimizer) -> MeasuredOptimizer:
-        """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
-        self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
-        self.before_step(self.steps_done + 1)
-        return self.optimizer
+    def before_training(
+        self, model: nn.Module, optimizer: GuardedOptimizer, tables: list[TokenTable], rows: Sequence[Any]
+    ) -> None:
+        """The run begins."""
 
-    def before_step(self, step: int) -> None:
-        """Call it between two steps, with the number of the next: it is measured if the next report will tell of it."""
+    def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
+        """The update is measured if the next report will tell of it."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
-        self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
+        due = step % accumulate == 0 and next_report < step + accumulate
+        return self.update_ratio.measurement if due else None
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        self.update_ratio.take(result)
+
+    def after_validation(self, step: int, loss: float) -> None:
+        """It is written when mlx-lm's callbacks hear of it."""
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        ratios = self.optimizer.ratios()
+        ratios = self.update_ratio.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
             "train",

@@ -76,7 +76,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
             )
         )
     if parameters:
-        body = optimizer.rest
+        body = optimizer.rest if choices.tables else optimizer.optimizer
         lines.append(
             Trained(
                 None,
