@@ -24,6 +24,7 @@ __all__ = [
     "peak",
     "table_learning_rate",
     "table_optimizer",
+    "updates",
 ]
 
 Schedule = Callable[[mx.array], mx.array]
@@ -101,30 +102,37 @@ def growing_beta2(decay: float, most: float | None) -> Schedule:
 def body_learning_rate(options: Options) -> float | Schedule:
     """A number, or the schedule that the YAML key lr_schedule describes."""
     return (
-        _schedule("lr_schedule", options.lr_schedule, options.iters) if options.lr_schedule else options.learning_rate
+        _schedule("lr_schedule", options.lr_schedule, updates(options))
+        if options.lr_schedule
+        else options.learning_rate
     )
 
 
 def table_learning_rate(options: Options) -> float | Schedule:
     """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
     if options.table_lr_schedule:
-        return _schedule("table_lr_schedule", options.table_lr_schedule, options.iters)
+        return _schedule("table_lr_schedule", options.table_lr_schedule, updates(options))
     body = body_learning_rate(options)
     if not callable(body):
         return options.table_learning_rate
-    scale = options.table_learning_rate / peak(body, options.iters)
+    scale = options.table_learning_rate / peak(body, updates(options))
     return lambda step: scale * body(step)
 
 
-def peak(schedule: Schedule, iters: int) -> float:
-    """The highest learning rate of a schedule within ``iters`` steps."""
-    return mx.max(schedule(mx.arange(iters))).item()
+def updates(options: Options, iters: int | None = None) -> int:
+    """How many updates ``iters`` batches make (default: ``--iters``): schedules count updates, not batches."""
+    return max((iters or options.iters) // options.grad_accumulation_steps, 1)
 
 
-def _schedule(key, description, iters):
+def peak(schedule: Schedule, number: int) -> float:
+    """The highest learning rate of a schedule within so many updates."""
+    return mx.max(schedule(mx.arange(number))).item()
+
+
+def _schedule(key, description, number):
     try:
         schedule = build_schedule(description)
-        rates = schedule(mx.arange(iters))
+        rates = schedule(mx.arange(number))
         if not mx.all((rates >= 0) & (rates < math.inf)).item() or not rates.max().item() > 0:
             raise ValueError("its learning rates are not all finite and at least 0, or never above 0")
         return schedule

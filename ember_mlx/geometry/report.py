@@ -6,7 +6,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
+from ember_mlx.finetune.build_optimizer import peak, table_learning_rate, updates
 from ember_mlx.finetune.summary import Result
 from ember_mlx.geometry import measures, verdict
 from ember_mlx.geometry.observer import Observer
@@ -73,7 +73,7 @@ def in_words(found: dict) -> str:
 def _learning_rate(args):
     """The tables'; of a schedule, its peak."""
     rate = table_learning_rate(args)
-    return peak(rate, args.iters) if callable(rate) else rate
+    return peak(rate, updates(args)) if callable(rate) else rate
 
 
 def _tokens(observer):

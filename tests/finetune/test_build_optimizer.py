@@ -8,13 +8,16 @@ from tiny_models import tiny_llama
 
 from ember_mlx import Ember, InputError, PairedOptimizer
 from ember_mlx.finetune.build_optimizer import (
+    body_learning_rate,
     body_optimizer,
     build_optimizer,
     peak,
     table_learning_rate,
     table_optimizer,
+    updates,
 )
 from ember_mlx.finetune.choices import choose, rounding
+from ember_mlx.finetune.summary import what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 
@@ -125,6 +128,21 @@ def test_the_tables_follow_the_bodys_schedule_at_their_own_scale(parse):
         assert peak(body, args.iters) == pytest.approx(1e-5)
         for step in range(12):
             assert tables(mx.array(step)).item() == pytest.approx(1000 * body(mx.array(step)).item())
+
+
+@pytest.mark.parametrize("accumulation", [2, 5])
+def test_schedules_count_updates_and_the_summary_reports_what_is_reached(parse, accumulation):
+    rising = {"name": "linear_schedule", "arguments": [0.0, 1e-3, 10]}
+    args = parse("--iters", 10, "--grad-accumulation-steps", accumulation, "--table-learning-rate", 1e-2)
+    args |= {"lr_schedule": rising}
+    reached = 1e-4 * (10 // accumulation - 1)  # the first update is at 0
+    assert peak(body_learning_rate(args), updates(args)) == pytest.approx(reached)
+    assert peak(table_learning_rate(args), updates(args)) == pytest.approx(1e-2)
+    model = tiny_llama()
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    lines = what_trains(model, build_optimizer(model, args, choices), args, choices)
+    assert {line.learning_rate for line in lines} == {"up to 0.01", f"up to {reached:.3g}"}
 
 
 def test_the_tables_can_have_a_schedule_of_their_own(parse):
