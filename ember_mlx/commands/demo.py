@@ -16,6 +16,7 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import load, load_base
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["demo", "main"]
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             demo(Path(folder))
     elif Path(keep).exists():
-        raise InputError(f"--keep {keep}: is there already; give a new folder")
+        raise InputError(f"--keep {keep}: folder already exists; choose a new one")
     else:
         demo(Path(keep))
         print(f"Everything is in {keep}.")
@@ -98,15 +99,15 @@ def _complete(model, tokenizer, examples):
 
 def _format(results, examples, completions):
     rows = [
-        ("", *(f"{name} on the tables" for name in results)),
         ("validation loss before", *(f"{result.loss_before:.3f}" for result in results.values())),
         ("validation loss after", *(f"{result.loss_after:.3f}" for result in results.values())),
         ("optimizer state of the tables", *(format_bytes(result.table_state_bytes) for result in results.values())),
         ("peak memory", *(format_bytes(result.peak_memory) for result in results.values())),
     ]
-    lines = ["", *(f"{name:<30}{left:>22}{right:>22}" for name, left, right in rows), ""]
+    header = ("", *(f"{name} on the tables" for name in results))
+    lines = ["", text_table(header, rows, right=(1, 2)), ""]
     for i, example in enumerate(examples):
-        said = {"prompt": example["prompt"], "in the library": example["completion"]}
-        said |= {name: texts[i] for name, texts in completions.items()}
-        lines += [*(f"{name:<16}{text}" for name, text in said.items()), ""]
+        shown = {"prompt": example["prompt"], "in the library": example["completion"]}
+        shown |= {name: texts[i] for name, texts in completions.items()}
+        lines += [*(f"{name:<16}{text}" for name, text in shown.items()), ""]
     return "\n".join(lines)

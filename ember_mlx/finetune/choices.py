@@ -129,9 +129,9 @@ def refuse_frozen_rows(options: Any, quantized: list[str], where: str) -> None:
         where: What the message begins with.
     """
     if options.train_tables == "none":
-        raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
+        raise InputError(f"{where}: the new tokens would learn nothing with --train-tables none: remove that flag")
     if quantized and not options.dequantize_tables:
-        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow so: add --dequantize-tables")
+        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow as it is: add --dequantize-tables")
 
 
 def _tables(options, shapes):

@@ -192,8 +192,8 @@ def check(args: Options) -> None:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:
         raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: is more than --iters {args.iters}, so nothing "
-            "would be learned; use at most that"
+            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
+            "would be learned; lower it"
         )
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:

@@ -93,7 +93,9 @@ class RunLogWriter(TrainingCallback):
             _append(self.path, "".join(self._unwritten).encode())
         except OSError as error:
             if len(self._unwritten) == 1:
-                rprint(f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when there is room")
+                rprint(
+                    f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when the disk has room"
+                )
         else:
             self._unwritten.clear()
 
@@ -112,13 +114,13 @@ def check(args: Options, goes_on: bool) -> None:
     if path.exists() and not path.is_file():
         raise InputError(f"{where}: is not an ordinary file; give the name of one")
     if not above.is_dir() or not os.access(above, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{where}: cannot be written there; give another path")
+        raise InputError(f"{where}: cannot be written; give another path")
     if not path.exists() or not path.stat().st_size:
         return
     try:
         run_log.read(path)
     except InputError as error:
-        raise InputError(f"{where}: is there and is no log: {error}; give another path, or remove it") from error
+        raise InputError(f"{where}: exists and is not a log: {error}; give another path, or remove it") from error
     if not goes_on and not args.overwrite:
         raise InputError(f"{where}: already holds the log of a run; give another path, or --overwrite to replace it")
 

@@ -176,7 +176,7 @@ def read_architecture(config: dict, where: str) -> Architecture:
     missing = [name for name in ("vocab_size", "hidden_size") if name not in sizes]
     if missing:
         raise InputError(
-            f"{where}: {' and '.join(missing)} missing, without which nothing can be planned; give the config.json of "
+            f"{where}: {' and '.join(missing)} missing, and nothing can be planned without; give the config.json of "
             "a language model"
         )
     missing = [name for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in sizes]

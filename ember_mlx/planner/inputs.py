@@ -165,12 +165,10 @@ def find_config(model: str) -> tuple[dict[str, Any], Path]:
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise InputError(f"--model {model}: there is no config.json in it; give a model's folder, or a config.json")
+            raise InputError(f"--model {model}: has no config.json; give a model's folder, or a config.json")
     elif not path.is_file():
         if path.suffix == ".json" or path.is_absolute() or model.count("/") != 1:
-            raise InputError(
-                f"--model {model}: there is no such file or folder; give a model's folder, or a config.json"
-            )
+            raise InputError(f"--model {model}: no such file or folder; give a model's folder, or a config.json")
         path = _from_hub(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
