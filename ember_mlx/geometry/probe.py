@@ -11,7 +11,7 @@ import numpy as np
 from ember_mlx.finetune.watchers import Measurement, Update
 from ember_mlx.optimizers.paired import PairedOptimizer
 
-__all__ = ["Probe", "TableSample"]
+__all__ = ["NAME", "Probe", "TableSample"]
 
 NAME = "geometry"
 
