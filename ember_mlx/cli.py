@@ -30,7 +30,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = ("train", "plan", "generate", "fuse", "demo", "geometry", "plot", "parity")
 
 
-def main():
+def main() -> None:
     """Entry point. Exit code 0; 2 for bad input, with a line that says what to do; 128 + the signal if stopped."""
     for stream in (sys.stdout, sys.stderr):
         # A file's name or a token may hold what the terminal's encoding does not have.

@@ -145,7 +145,7 @@ def test_new_tokens_must_train(parse, tokens):
     assert "--train-tables none" not in [flags for flags, _ in advice(inputs.model, inputs.run, "cpu", 1)]
     with pytest.raises(InputError, match="the new tokens would learn nothing"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "none"))
-    with pytest.raises(InputError, match="is quantized, and cannot grow so: add --dequantize-tables"):
+    with pytest.raises(InputError, match="is quantized, and cannot grow as it is: add --dequantize-tables"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "head", model="quantized"))
     tokens.write_text("</s>\n")
     with pytest.raises(InputError, match=r"tokens already: '</s>'"):

@@ -297,9 +297,9 @@ def test_bad_options_are_one_line(tmp_path, words, message):
 
 
 def test_a_model_that_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="there is no config.json in it"):
+    with pytest.raises(InputError, match="has no config.json"):
         main(["--model", str(tmp_path)])
-    with pytest.raises(InputError, match="there is no such file or folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         main(["--model", str(tmp_path / "nowhere")])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="no such folder here, and the Hugging Face hub gave no config.json"):

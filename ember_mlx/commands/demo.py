@@ -16,7 +16,10 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import load, load_base
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
+
+__all__ = ["demo", "main"]
 
 # So many validation rows are shown with the model's answers: the first ones, not the best.
 EXAMPLES = 3
@@ -32,7 +35,7 @@ SETTINGS = {
 }
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Fine-tune the bundled model twice, with Ember and with AdamW on its tables, and print both beside each other."""
     parser = argparse.ArgumentParser(
         prog="ember-mlx demo",
@@ -53,7 +56,7 @@ def main(arguments: list[str]):
         print(f"Everything is in {keep}.")
 
 
-def demo(folder: Path):
+def demo(folder: Path) -> None:
     start = time.perf_counter()
     examples = _write_data(folder / "data")
     model, tokenizer, config = load_base(MODEL)
@@ -96,15 +99,15 @@ def _complete(model, tokenizer, examples):
 
 def _format(results, examples, completions):
     rows = [
-        ("", *(f"{name} on the tables" for name in results)),
         ("validation loss before", *(f"{result.loss_before:.3f}" for result in results.values())),
         ("validation loss after", *(f"{result.loss_after:.3f}" for result in results.values())),
         ("optimizer state of the tables", *(format_bytes(result.table_state_bytes) for result in results.values())),
         ("peak memory", *(format_bytes(result.peak_memory) for result in results.values())),
     ]
-    lines = ["", *(f"{name:<30}{left:>22}{right:>22}" for name, left, right in rows), ""]
+    header = ("", *(f"{name} on the tables" for name in results))
+    lines = ["", text_table(header, rows, right=(1, 2)), ""]
     for i, example in enumerate(examples):
-        texts = {"prompt": example["prompt"], "in the library": example["completion"]}
-        texts |= {name: answers[i] for name, answers in completions.items()}
-        lines += [*(f"{name:<16}{text}" for name, text in texts.items()), ""]
+        shown = {"prompt": example["prompt"], "in the library": example["completion"]}
+        shown |= {name: texts[i] for name, texts in completions.items()}
+        lines += [*(f"{name:<16}{text}" for name, text in shown.items()), ""]
     return "\n".join(lines)

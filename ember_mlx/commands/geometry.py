@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
@@ -18,6 +19,8 @@ from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plots.style import require_matplotlib
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["check", "main", "time_without_measuring", "write"]
+
 # The fewest updates of the weights that each part of the report needs.
 NEEDED = {
     "successive gradients": 4,
@@ -27,7 +30,7 @@ NEEDED = {
 REPORT, PAGE = "geometry.json", "index.html"
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Train and measure; print the verdict and the files of the report."""
     parser = options.build_parser(
         "ember-mlx geometry",
@@ -55,8 +58,7 @@ def main(arguments: list[str]):
     own.out.mkdir(parents=True, exist_ok=True)
     observer = Observer(args, own.out)
     try:
-        result = run(args, observe=observer)
-        observer.finish()
+        result = run(args, watchers=[observer])
         trust = {"trust_remote_code": args.trust_remote_code}
         model, tokenizer, config = load_base(args.model, lazy=True, tokenizer_config=trust, **trust)
         tokenizer = add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
@@ -68,7 +70,7 @@ def main(arguments: list[str]):
     rprint("\n".join(f"  {path}" for path in files))
 
 
-def check(args, out: Path):
+def check(args: options.Options, out: Path) -> None:
     """Refuse what cannot be measured, before anything is loaded.
 
     Raises:
@@ -103,7 +105,7 @@ def check(args, out: Path):
     check_adapter_folder(args)  # as the run will, after the steps that are timed
 
 
-def time_without_measuring(args, folder: Path):
+def time_without_measuring(args: options.Options, folder: Path) -> tuple[np.ndarray, int]:
     """Seconds a position in each of the first updates of the same run without an observer, and its peak memory then."""
     rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory ===\n")
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
@@ -112,7 +114,7 @@ def time_without_measuring(args, folder: Path):
     plain |= {"report_to": None, "log_jsonl": None}
     timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
-        run(plain, observe=timer)
+        run(plain, watchers=[timer])
     timed = timer.watch.seconds_a_position(), timer.watch.peak_memory
     del timer  # it holds the model, and would count in the peak of the next run
     gc.collect()
@@ -120,7 +122,7 @@ def time_without_measuring(args, folder: Path):
     return timed
 
 
-def write(found: dict, out: Path):
+def write(found: dict, out: Path) -> list[Path]:
     """The report's files: numbers, pictures in light and dark, and the page."""
     (out / REPORT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     drawn = pictures.draw_all(found, out)

@@ -7,8 +7,10 @@ from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.report import Report
 
+__all__ = ["main"]
 
-def main(arguments: list[str]):
+
+def main(arguments: list[str]) -> None:
     """What ``ember-mlx plan`` does.
 
     Raises:

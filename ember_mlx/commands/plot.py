@@ -16,6 +16,8 @@ from ember_mlx.plots.style import (
 )
 from ember_mlx.shared.errors import InputError, with_one_line_errors
 
+__all__ = ["END", "PANELS", "main", "name_runs", "plot_runs"]
+
 PANELS = (  # title, what is on the axis, the logs' list, the key in it
     ("Training loss", "nats a token", "train", "train_loss"),
     ("Validation loss", "nats a token", "validation", "validation_loss"),

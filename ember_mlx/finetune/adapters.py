@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,20 @@ from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
+__all__ = [
+    "Saver",
+    "add_tokens_of",
+    "apply_adapter",
+    "is_run_path",
+    "load",
+    "load_base",
+    "load_weights",
+    "read_arrays",
+    "refuse_other_tokens",
+    "run_files",
+    "tables_of",
+]
+
 ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
@@ -37,7 +52,9 @@ SAVE_ID = "save_id"
 RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
 
 
-def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
+def load(
+    path_or_hf_repo: str | Path, adapter_path: str | Path | None = None, *, return_config: bool = False, **options: Any
+) -> tuple[Any, ...]:
     """``mlx_lm.load``, which also loads the token tables of an adapter folder that ``ember-mlx train`` wrote.
 
     Tokens that the run added are in the tokenizer.
@@ -65,7 +82,7 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_base(path_or_hf_repo, **options):
+def load_base(path_or_hf_repo: str | Path, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """``mlx_lm.load`` with its config, and one clear error when that fails."""
     path = Path(path_or_hf_repo)
     try:
@@ -87,7 +104,7 @@ class Saver:
     before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args, goes_on=False):
+    def __init__(self, folder: Path, model: nn.Module, args: options.Options, goes_on: bool = False):
         self.folder = folder
         self.model = model
         self.options = vars(args).copy()
@@ -148,7 +165,7 @@ def is_run_path(folder: Path, path: Path) -> bool:
 
 
 def add_tokens_of(
-    folder: Path, model: nn.Module, tokenizer, config: dict, adapter_config: dict | None = None
+    folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, config: dict, adapter_config: dict | None = None
 ) -> TokenizerWrapper:
     """Add the tokens that the run of the adapter in ``folder`` added; the new tokenizer. Before ``apply_adapter``."""
     adapter_config = adapter_config or read_config(folder)
@@ -165,7 +182,7 @@ def add_tokens_of(
     return tokenizer
 
 
-def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None):
+def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None) -> None:
     """Load the adapter of ``folder`` into ``model``, its token tables included; ``config`` is the model's."""
     adapter_config = adapter_config or read_config(folder)
     adapters = read_arrays(folder / ADAPTERS)
@@ -194,7 +211,7 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
     load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
 
 
-def refuse_other_tokens(path: Path, added_tokens: list[dict] | None):
+def refuse_other_tokens(path: Path, added_tokens: list[dict] | None) -> None:
     """Raises InputError when the run that wrote the adapter at ``path`` added other tokens than these."""
     if (path.parent / CONFIG).is_file() and (read_config(path.parent).get("added_tokens") or None) != added_tokens:
         raise InputError(f"--resume-adapter-file {path}: its run added other tokens; give its file as --add-tokens")
@@ -221,7 +238,7 @@ def tables_of(path: Path) -> Path | None:
     return tables
 
 
-def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str):
+def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str) -> None:
     """``model.load_weights``, strict about what is there to load: names and shapes must be among ``parameters``."""
     parameters = dict(tree_flatten(parameters))
     for name, array in weights.items():

@@ -73,7 +73,7 @@ def add_asked_tokens(
     rprint(f"Added {len(tokens)} tokens, ids {tokens[0].id} to {tokens[-1].id}; {size}")
     for table in tables:
         if table.role not in ROLES[options.train_tables]:
-            rprint(f"Warning: --train-tables {options.train_tables}: the new rows of {table.path} stay as they start")
+            rprint(f"Warning: --train-tables {options.train_tables}: the new rows of {table.path} are not trained")
     return tokenizer, [{"content": t.content, "special": t.special, "id": t.id} for t in tokens]
 
 
@@ -94,7 +94,7 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f'{where}: must hold a list of special tokens, such as ["<think>", "</think>"]')
     if not tokens:
-        raise InputError(f"{where}: there is no token in it; put one a line there")
+        raise InputError(f"{where}: holds no token; put one a line")
     for number, token in enumerate(tokens, 1):
         if not token.strip():
             raise InputError(f"{where}: token {number} is empty; remove that line")
@@ -102,7 +102,7 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
             raise InputError(f"{where}: token {number}, {token!r}, begins or ends with a space; remove the space")
     token, count = Counter(tokens).most_common(1)[0]
     if count > 1:
-        raise InputError(f"{where}: {token!r} is there {count} times; leave one")
+        raise InputError(f"{where}: {token!r} appears {count} times; keep one")
     return [(token, special) for token in tokens]
 
 

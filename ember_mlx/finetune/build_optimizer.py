@@ -12,8 +12,10 @@ from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
 __all__ = [
     "Schedule",
@@ -24,6 +26,7 @@ __all__ = [
     "peak",
     "table_learning_rate",
     "table_optimizer",
+    "updates",
 ]
 
 Schedule = Callable[[mx.array], mx.array]
@@ -41,31 +44,31 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     Raises:
         InputError: for settings of an optimizer or a schedule that MLX refuses.
     """
-    body = body_optimizer(options)
+    body = in_float32(body_optimizer(options), but=None if choices.body_in_float32 else mx.bfloat16)
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     if choices.tables:
         return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)
-    return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
+    return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
 def body_optimizer(options: Options) -> optim.Optimizer:
-    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings over these defaults of ours.
+    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings: that of stock mlx-lm, to the bit.
 
-    Adam and AdamW correct their bias, as PyTorch's do (MLX's do not unless told to), and Adafactor takes the learning
-    rate that it was given (MLX's ignores it unless told not to).
+    ``--bias-correction`` sets that of Adam and AdamW, unless ``optimizer_config`` does.
     """
     name = options.optimizer.lower()
     optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
-    defaults = {
-        "adam": {"bias_correction": True},
-        "adamw": {"bias_correction": True},
-        "adafactor": {"relative_step": False},
-    }
+    defaults = {}
+    if options.bias_correction:
+        if name not in ("adam", "adamw"):
+            raise InputError(f"--bias-correction: is for adam and adamw, not for {name}; leave it out")
+        defaults["bias_correction"] = True
     asked = options.optimizer_config.get(name) or {}
     learning_rate = body_learning_rate(options)
     try:
-        return optimizer_class(learning_rate=learning_rate, **defaults.get(name, {}) | asked)
-    except (TypeError, ValueError) as error:
+        _refuse_numbers(f"optimizer_config: {name}: ", asked)
+        return in_place(optimizer_class(learning_rate=learning_rate, **defaults | asked))
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
 
 
@@ -78,18 +81,28 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
     decay = options.table_weight_decay
     beta2 = 0.999 if options.table_beta2 is None else options.table_beta2
     if options.table_optimizer == "ember":
-        beta2 = (
-            beta2
-            if options.table_beta2_decay is None
-            else growing_beta2(options.table_beta2_decay, options.table_beta2)
-        )
+        if options.table_beta2_decay is not None:
+            beta2 = growing_beta2(options.table_beta2_decay, options.table_beta2)
         how = {"row_clip": options.table_row_clip, "row_floor": options.table_row_floor}
         return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=rounding, seed=options.seed)
     if options.table_optimizer == "adamw":
-        return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
+        adamw = optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
+        return in_float32(in_place(adamw))
     if options.table_optimizer == "adafactor":
-        return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
-    return optim.SGD(learning_rate, weight_decay=decay)
+        adafactor = optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
+        return in_float32(adafactor)
+    return in_float32(optim.SGD(learning_rate, weight_decay=decay))
+
+
+def _refuse_numbers(where, settings):
+    """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0."""
+    for name, value in settings.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if not abs(number) <= LARGEST or (name == "eps" and number < SMALLEST_NORMAL):
+                least = f"at least {SMALLEST_NORMAL:.3g}, usually 1e-8" if name == "eps" else "finite in float32"
+                raise InputError(f"{where}{name}: {value} must be {least}")
 
 
 def growing_beta2(decay: float, most: float | None) -> Schedule:
@@ -100,31 +113,36 @@ def growing_beta2(decay: float, most: float | None) -> Schedule:
 
 def body_learning_rate(options: Options) -> float | Schedule:
     """A number, or the schedule that the YAML key lr_schedule describes."""
-    return (
-        _schedule("lr_schedule", options.lr_schedule, options.iters) if options.lr_schedule else options.learning_rate
-    )
+    if options.lr_schedule:
+        return _schedule("lr_schedule", options.lr_schedule, updates(options))
+    return options.learning_rate
 
 
 def table_learning_rate(options: Options) -> float | Schedule:
     """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
     if options.table_lr_schedule:
-        return _schedule("table_lr_schedule", options.table_lr_schedule, options.iters)
+        return _schedule("table_lr_schedule", options.table_lr_schedule, updates(options))
     body = body_learning_rate(options)
     if not callable(body):
         return options.table_learning_rate
-    scale = options.table_learning_rate / peak(body, options.iters)
+    scale = options.table_learning_rate / peak(body, updates(options))
     return lambda step: scale * body(step)
 
 
-def peak(schedule: Schedule, iters: int) -> float:
-    """The highest learning rate of a schedule within ``iters`` steps."""
-    return mx.max(schedule(mx.arange(iters))).item()
+def updates(options: Options, iters: int | None = None) -> int:
+    """How many updates ``iters`` batches make (default: ``--iters``): schedules count updates, not batches."""
+    return max((iters or options.iters) // options.grad_accumulation_steps, 1)
 
 
-def _schedule(key, description, iters):
+def peak(schedule: Schedule, number: int) -> float:
+    """The highest learning rate of a schedule within so many updates."""
+    return mx.max(schedule(mx.arange(number))).item()
+
+
+def _schedule(key, description, number):
     try:
         schedule = build_schedule(description)
-        rates = schedule(mx.arange(iters))
+        rates = schedule(mx.arange(number))
         if not mx.all((rates >= 0) & (rates < math.inf)).item() or not rates.max().item() > 0:
             raise ValueError("its learning rates are not all finite and at least 0, or never above 0")
         return schedule

@@ -56,6 +56,8 @@ class Choices:
         num_layers: How many of the last layers train.
         lora_parameters: Rank, scale, dropout and keys; None for ``full``.
         table_rounding: "nearest" or "stochastic".
+        body_in_float32: Whether the body's optimizer computes in float32 for bfloat16 weights. Without tables it does
+            not: the run is stock mlx-lm's, to the bit. For float16, whose numbers end at 65504, it does always.
         added_tokens: Content, special and id of each new token; None without ``--add-tokens``.
     """
 
@@ -64,6 +66,7 @@ class Choices:
     num_layers: int
     lora_parameters: dict[str, Any] | None
     table_rounding: str
+    body_in_float32: bool
     added_tokens: list[dict[str, Any]] | None = None
 
     def as_options(self) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
         num_layers=num_layers,
         lora_parameters=None if full else options.lora_parameters,
         table_rounding=rounding(options, [table.dtype for table in tables]),
+        body_in_float32=bool(tables),
         added_tokens=added_tokens,
     )
 
@@ -129,9 +133,9 @@ def refuse_frozen_rows(options: Any, quantized: list[str], where: str) -> None:
         where: What the message begins with.
     """
     if options.train_tables == "none":
-        raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
+        raise InputError(f"{where}: the new tokens would learn nothing with --train-tables none: remove that flag")
     if quantized and not options.dequantize_tables:
-        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow so: add --dequantize-tables")
+        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow as it is: add --dequantize-tables")
 
 
 def _tables(options, shapes):

@@ -22,7 +22,7 @@ SETS = ("train", "valid", "test")
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
-def check_data_folder(args: Namespace):
+def check_data_folder(args: Namespace) -> None:
     """Check a local data folder, as far as that needs no tokenizer.
 
     Hub data sets (``hf_dataset`` in the YAML file, or an ``owner/name`` that is no folder) are left to mlx-lm.

@@ -10,6 +10,8 @@ from mlx_lm.cli_ui import rprint
 
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["FolderLock"]
+
 NAME = ".lock"
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of some network drives
 
@@ -28,7 +30,7 @@ class FolderLock:
         self._descriptor = None
         self._files = {}  # descriptors by path
 
-    def take(self, make: bool):
+    def take(self, make: bool) -> None:
         """Raises InputError when another process, or another run in this one, holds it."""
         if self._descriptor is not None:
             return

@@ -16,7 +16,7 @@ from mlx_lm.utils import dequantize_model
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Merged", "merge_adapters"]
+__all__ = ["QUANTIZATION", "Merged", "merge_adapters"]
 
 QUANTIZATION = ("quantization", "quantization_config")
 

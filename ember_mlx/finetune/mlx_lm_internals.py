@@ -78,7 +78,7 @@ def parse_size(text: str) -> int:
 
 def is_size(action: argparse.Action) -> bool:
     """Whether an option of mlx-lm's takes a size."""
-    return action.type is _parse_size
+    return action.type in (_parse_size, parse_size)
 
 
 def dequantized(module: nn.Module) -> nn.Module:

@@ -51,6 +51,11 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
+        "bias_correction": (
+            None,
+            "Correct the bias of adam and adamw, as PyTorch does: the first steps are 3 to 6.5 times shorter. Not of "
+            "the tables. Default: off, as mlx_lm.lora has it.",
+        ),
         "on_nonfinite": (
             None,
             "At a NaN or an infinity in the loss or a gradient: stop the run, or skip that step and count it. Neither "
@@ -92,6 +97,7 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
     "memory": {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
+        "memory_limit": ("SIZE", "End the run when MLX needs more memory than SIZE, such as 12GB. Default: no limit."),
         "clear_cache_threshold": ("SIZE", "Clear MLX's cache when it is larger than SIZE, such as 2GB; 0: never."),
     },
     "saving and resuming": {

@@ -24,7 +24,7 @@ from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
 from ember_mlx.shared.ember_options import check_row_limit
 from ember_mlx.shared.errors import InputError, with_one_line_errors
-from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
 __all__ = [
     "Options",
@@ -59,6 +59,8 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "keep_checkpoints": (3, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
+    "bias_correction": (False, SWITCH),
+    "memory_limit": (None, {"type": parse_size}),
     "log_jsonl": (None, {"type": str}),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
@@ -186,14 +188,14 @@ def check(args: Options) -> None:
     """Refuse values out of range before anything is loaded."""
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
-        if not least <= value < math.inf:
-            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}")
+        if not least <= value <= LARGEST:
+            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}, finite in float32")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:
         raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: is more than --iters {args.iters}, so nothing "
-            "would be learned; use at most that"
+            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
+            "would be learned; lower it"
         )
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:

@@ -12,12 +12,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options, safe_reading
-from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
+from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
-from ember_mlx.optimizers.guarded import fill
+from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["as_json", "made_of", "refuse_changes", "restore", "versions"]
 
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
@@ -88,7 +90,7 @@ def versions() -> dict:
     }
 
 
-def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
+def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: dict) -> None:
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
@@ -117,7 +119,14 @@ def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
         rprint(f"The checkpoint was made with {'; '.join(other)}: the last bits may differ")
 
 
-def restore(args, checkpoint: Checkpoint, own_made_of: dict, model, optimizer, batches_an_epoch: int) -> Position:
+def restore(
+    args: options.Options,
+    checkpoint: Checkpoint,
+    own_made_of: dict,
+    model: nn.Module,
+    optimizer: GuardedOptimizer,
+    batches_an_epoch: int,
+) -> Position:
     """Put weights, optimizer state and random states back; where the data goes on.
 
     Raises:
@@ -172,7 +181,7 @@ def _iters_matter(args, iters):
     if type(iters) is not int or not 0 < iters <= MOST_ITERS:
         return True
     schedule = body_learning_rate(args)
-    return peak(schedule, iters) != peak(schedule, args.iters)
+    return peak(schedule, updates(args, iters)) != peak(schedule, updates(args))
 
 
 def _changed_contents(own, saved):

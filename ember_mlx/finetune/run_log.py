@@ -20,6 +20,8 @@ from pathlib import Path
 from ember_mlx.finetune import safe_reading
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["Log", "read"]
+
 FORMAT = 1
 NUMBER = (int, float, type(None))
 EVENT = {"event": str, "step": int}
@@ -60,7 +62,7 @@ class Log:
     unfinished: bool = False
 
 
-def read(path) -> Log:
+def read(path: str | Path) -> Log:
     """Read a log, also that of a run which is under way or was killed.
 
     Raises:

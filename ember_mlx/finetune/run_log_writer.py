@@ -3,17 +3,26 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import adapters, run_log
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
-from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+from ember_mlx.finetune.update_ratio import UpdateRatio
+from ember_mlx.finetune.watchers import Measurement, StepResult
+from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.token_tables import TokenTable
+
+__all__ = ["RunLogWriter", "check"]
 
 
 class RunLogWriter(TrainingCallback):
@@ -28,31 +37,37 @@ class RunLogWriter(TrainingCallback):
         OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
     """
 
-    def __init__(self, args, steps_done: int, goes_on: bool):
+    def __init__(self, args: Options, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
-        self.optimizer = None
+        self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():  # the same file, on which the run has a lock
             os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def measured(self, optimizer) -> MeasuredOptimizer:
-        """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
-        self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
-        self.before_step(self.steps_done + 1)
-        return self.optimizer
+    def before_training(
+        self, model: nn.Module, optimizer: GuardedOptimizer, tables: list[TokenTable], rows: Sequence[Any]
+    ) -> None:
+        """The run begins."""
 
-    def before_step(self, step: int):
-        """Call it between two steps, with the number of the next: it is measured if the next report will tell of it."""
+    def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
+        """The update is measured if the next report will tell of it."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
-        self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
+        due = step % accumulate == 0 and next_report < step + accumulate
+        return self.update_ratio.measurement if due else None
 
-    def on_train_loss_report(self, train_info):
-        ratios = self.optimizer.ratios()
+    def after_step(self, step: int, result: StepResult) -> None:
+        self.update_ratio.take(result)
+
+    def after_validation(self, step: int, loss: float) -> None:
+        """It is written when mlx-lm's callbacks hear of it."""
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        ratios = self.update_ratio.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
             "train",
@@ -64,10 +79,10 @@ class RunLogWriter(TrainingCallback):
             update_ratio_body=ratios["body"],
         )
 
-    def on_val_loss_report(self, val_info):
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
 
-    def end(self, steps_done: int, validation_loss: float | None):
+    def end(self, steps_done: int, validation_loss: float | None) -> None:
         """After the last step, with the loss on the batches of the first validation if there is a set."""
         self._write("end", steps_done, validation_loss=validation_loss)
 
@@ -78,12 +93,14 @@ class RunLogWriter(TrainingCallback):
             _append(self.path, "".join(self._unwritten).encode())
         except OSError as error:
             if len(self._unwritten) == 1:
-                rprint(f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when there is room")
+                rprint(
+                    f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when the disk has room"
+                )
         else:
             self._unwritten.clear()
 
 
-def check(args, goes_on: bool):
+def check(args: Options, goes_on: bool) -> None:
     """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
 
     Raises:
@@ -97,13 +114,13 @@ def check(args, goes_on: bool):
     if path.exists() and not path.is_file():
         raise InputError(f"{where}: is not an ordinary file; give the name of one")
     if not above.is_dir() or not os.access(above, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{where}: cannot be written there; give another path")
+        raise InputError(f"{where}: cannot be written; give another path")
     if not path.exists() or not path.stat().st_size:
         return
     try:
         run_log.read(path)
     except InputError as error:
-        raise InputError(f"{where}: is there and is no log: {error}; give another path, or remove it") from error
+        raise InputError(f"{where}: exists and is not a log: {error}; give another path, or remove it") from error
     if not goes_on and not args.overwrite:
         raise InputError(f"{where}: already holds the log of a run; give another path, or --overwrite to replace it")
 

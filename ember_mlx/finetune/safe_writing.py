@@ -14,6 +14,7 @@ import mlx.core as mx
 __all__ = [
     "PARTIAL",
     "REMOVED",
+    "existing_parent",
     "make_folder",
     "new_folder",
     "remove",
@@ -39,13 +40,13 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
 
 
-def write_bytes(path: Path, data: bytes):
+def write_bytes(path: Path, data: bytes) -> None:
     """A new file, on the disk when this returns."""
     with _new_file(path) as file:
         file.write(data)
 
 
-def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]):
+def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
@@ -112,7 +113,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         remove(replaced)
 
 
-def make_folder(path: Path):
+def make_folder(path: Path) -> None:
     """Make a folder and those above it that are missing, each of them to last."""
     if not path.is_dir():
         make_folder(path.parent)
@@ -125,7 +126,7 @@ def existing_parent(path: Path) -> Path:
     return next(above for above in (path, *path.absolute().parents) if above.exists())
 
 
-def sync_folder(path: Path):
+def sync_folder(path: Path) -> None:
     """Make the names in a folder last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -134,7 +135,7 @@ def sync_folder(path: Path):
         os.close(descriptor)
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     """Remove a folder or a link, at once for whoever looks at the names; nothing that a link leads to is touched."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)

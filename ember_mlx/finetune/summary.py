@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ember_mlx.finetune.build_optimizer import peak
+from ember_mlx.finetune.build_optimizer import peak, updates
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
@@ -76,7 +76,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
             )
         )
     if parameters:
-        body = optimizer.rest
+        body = optimizer.rest if choices.tables else optimizer.optimizer
         lines.append(
             Trained(
                 None,
@@ -140,7 +140,7 @@ def _body(options, choices):
 
 def _rate(optimizer: optim.Optimizer, options):
     schedule = rate_schedule(optimizer)
-    return f"up to {peak(schedule, options.iters):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
+    return f"up to {peak(schedule, updates(options)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 
 
 def _dtype(dtype: mx.Dtype):

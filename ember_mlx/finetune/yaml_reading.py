@@ -26,7 +26,7 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
             more than ``MOST_VALUES`` values.
     """
     if not path.is_file():
-        raise InputError(f"{where}: there is no such file")
+        raise InputError(f"{where}: no such file; give an existing one")
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; options take a few hundred")

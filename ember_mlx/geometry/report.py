@@ -4,17 +4,24 @@ import math
 
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
+from ember_mlx.finetune.build_optimizer import peak, table_learning_rate, updates
+from ember_mlx.finetune.summary import Result
 from ember_mlx.geometry import measures, verdict
+from ember_mlx.geometry.observer import Observer
 from ember_mlx.geometry.recorder import COLD
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.shared.environment import environment
 
+__all__ = ["build", "to_text"]
+
 ROWS_LISTED = 12
 
 
-def build(observer, result, timed, tokenizer, command: str) -> dict:
+def build(
+    observer: Observer, result: Result, timed: tuple[np.ndarray, int], tokenizer: TokenizerWrapper, command: str
+) -> dict:
     """Everything that was measured, and the verdict.
 
     Args:
@@ -66,7 +73,7 @@ def to_text(found: dict) -> str:
 def _learning_rate(args):
     """The tables'; of a schedule, its peak."""
     rate = table_learning_rate(args)
-    return peak(rate, args.iters) if callable(rate) else rate
+    return peak(rate, updates(args)) if callable(rate) else rate
 
 
 def _tokens(observer):

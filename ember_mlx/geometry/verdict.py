@@ -9,9 +9,24 @@ explains why so little state is enough; Ember does not need it.
 """
 
 import math
+from typing import Any
 
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.shared.units import format_bytes
+
+__all__ = [
+    "MATRICES",
+    "NO",
+    "PARTLY",
+    "UNKNOWN",
+    "YES",
+    "judge",
+    "rank_one",
+    "rays",
+    "step_factor",
+    "steps",
+    "uncorrelated",
+]
 
 # A typical step within a factor 2 of the dense one's is within one point of the usual grid of learning rates, 1, 3, 10;
 # at 4 it is beyond the next one.
@@ -75,7 +90,7 @@ def judge(numbers: dict) -> dict:
     return {"suits": suits, "words": words, "findings": findings}
 
 
-def rank_one(tables):
+def rank_one(tables: list[dict[str, Any]]) -> dict[str, str]:
     """By how much a typical step differs from the dense moment's, beyond that one's noise, in the worst class."""
     claim, factors, unknown = "The second moment is of rank one", [], []
     for table in tables:
@@ -103,7 +118,7 @@ def rank_one(tables):
     return {"claim": claim, "answer": _answer(factor, RANK_ONE_FACTOR, ROUGHLY_RANK_ONE_FACTOR), "words": words}
 
 
-def step_factor(found):
+def step_factor(found: dict[str, Any]) -> float | None:
     """The factor between the two steps that a typical log error makes, noise taken off; None if there is too little.
 
     Spread and median of the error, e, add up as squares; a step goes with exp(-e / 2).
@@ -116,7 +131,7 @@ def step_factor(found):
     return math.exp(math.sqrt(beyond) / 2)
 
 
-def uncorrelated(tables, hidden):
+def uncorrelated(tables: list[dict[str, Any]], hidden: dict[str, Any]) -> dict[str, str]:
     """The median cosines of successive gradients: from one sighting of a token to the next, and from step to step.
 
     In an embedding the two are the same. In a head and in a tied table the steps in which a token is not in the batch
@@ -162,7 +177,7 @@ def _ranges(medians):
     return "; ".join(f"{min(found):+.2f} to {max(found):+.2f} ({path})" for path, found in ranges.items())
 
 
-def rays(tables, hidden):
+def rays(tables: list[dict[str, Any]], hidden: dict[str, Any]) -> dict[str, str]:
     """What share of the moves lies on one line, against a random walk of the same moves."""
     claim, medians = "A token's path has one dimension", []
     for table in tables:
@@ -187,7 +202,7 @@ def rays(tables, hidden):
     return {"claim": claim, "answer": YES if all(holds) else PARTLY if any(holds) else NO, "words": words}
 
 
-def steps(tables, run):
+def steps(tables: list[dict[str, Any]], run: dict[str, Any]) -> dict[str, str]:
     """How many steps are far larger than the learning rate, and whether the run was long enough to make any."""
     worst = max(tables, key=lambda table: table["steps_above_cold"]["share"])
     cold, size = worst["steps_above_cold"], worst["largest_steps"]

@@ -7,6 +7,8 @@ from ember_mlx.finetune.choices import Shapes
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.token_table_rules import TokenTable
 
+__all__ = ["Architecture", "Linear", "Table", "read_architecture"]
+
 # The keys of Hugging Face's Llama, and what other families call the same.
 NAMES = {
     "hidden_size": ("n_embd", "d_model", "dim", "model_dim"),
@@ -174,7 +176,7 @@ def read_architecture(config: dict, where: str) -> Architecture:
     missing = [name for name in ("vocab_size", "hidden_size") if name not in sizes]
     if missing:
         raise InputError(
-            f"{where}: {' and '.join(missing)} missing, without which nothing can be planned; give the config.json of "
+            f"{where}: {' and '.join(missing)} missing, and nothing can be planned without; give the config.json of "
             "a language model"
         )
     missing = [name for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in sizes]

@@ -19,6 +19,8 @@ from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_bat
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["Inputs", "find_config", "read_inputs", "with_rows_of_data"]
+
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tiktoken.model")
 # Above any length that a tokenizer's config allows: rows are cut by --max-seq-length, and need no warning here.
 ANY_LENGTH = 10**12
@@ -45,7 +47,7 @@ class Inputs:
     assumptions: list[str]
 
 
-def read_inputs(args) -> Inputs:
+def read_inputs(args: options.Options) -> Inputs:
     """Everything but the data.
 
     Raises:
@@ -59,7 +61,7 @@ def read_inputs(args) -> Inputs:
     return Inputs(model, run_of(args, model), path, tokenizer, assumptions)
 
 
-def with_rows_of_data(args, inputs: Inputs) -> Inputs:
+def with_rows_of_data(args: options.Options, inputs: Inputs) -> Inputs:
     """The same with rows as long as those of ``--data``, where these can be known.
 
     Raises:
@@ -163,12 +165,10 @@ def find_config(model: str) -> tuple[dict[str, Any], Path]:
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise InputError(f"--model {model}: there is no config.json in it; give a model's folder, or a config.json")
+            raise InputError(f"--model {model}: has no config.json; give a model's folder, or a config.json")
     elif not path.is_file():
         if path.suffix == ".json" or path.is_absolute() or model.count("/") != 1:
-            raise InputError(
-                f"--model {model}: there is no such file or folder; give a model's folder, or a config.json"
-            )
+            raise InputError(f"--model {model}: no such file or folder; give a model's folder, or a config.json")
         path = _from_hub(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

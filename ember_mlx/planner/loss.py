@@ -4,7 +4,7 @@ from ember_mlx.planner.architecture import Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 
-__all__ = ["chunked_loss", "loss"]
+__all__ = ["LOGITS_AT_ONCE", "chunked_loss", "loss"]
 
 LOGITS_AT_ONCE = 2**23  # of ember_mlx.finetune.chunked_loss
 

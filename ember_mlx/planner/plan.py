@@ -10,6 +10,8 @@ from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.step import build_step
 
+__all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
+
 SHORTEST = 256
 
 

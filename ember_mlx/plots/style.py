@@ -17,10 +17,16 @@ matplotlib is imported when something is drawn, never before; nothing of its glo
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ember_mlx.shared.errors import InputError
 
+if TYPE_CHECKING:
+    from matplotlib.ticker import EngFormatter, StrMethodFormatter
+
 __all__ = [
+    "DASHES",
+    "MARKERS",
     "THEMES",
     "Theme",
     "check_path",
@@ -79,7 +85,7 @@ THEMES = {
 }
 
 
-def require_matplotlib():
+def require_matplotlib() -> None:
     """Call this before long work whose result will be drawn.
 
     Raises:
@@ -91,7 +97,9 @@ def require_matplotlib():
         raise InputError("drawing needs matplotlib: pip install matplotlib") from error
 
 
-def save_picture(path, draw: Callable, theme: str = "light", width: float = WIDTH, height: float = HEIGHT) -> Path:
+def save_picture(
+    path: str | Path, draw: Callable, theme: str = "light", width: float = WIDTH, height: float = HEIGHT
+) -> Path:
     """Draw one picture and save it.
 
     Args:
@@ -121,7 +129,7 @@ def save_picture(path, draw: Callable, theme: str = "light", width: float = WIDT
     return path
 
 
-def save_light_and_dark(path, draw: Callable, width: float = WIDTH, height: float = HEIGHT) -> list[Path]:
+def save_light_and_dark(path: str | Path, draw: Callable, width: float = WIDTH, height: float = HEIGHT) -> list[Path]:
     """As :func:`save_picture`, in both themes: NAME.png becomes NAME-light.png and NAME-dark.png, which it returns."""
     paths = picture_paths(check_path(path))
     return [save_picture(each, draw, name, width, height) for each, name in zip(paths, THEMES, strict=True)]
@@ -132,7 +140,7 @@ def picture_paths(path: Path) -> list[Path]:
     return [path.with_name(f"{path.stem}-{name}.png") for name in THEMES]
 
 
-def check_path(path) -> Path:
+def check_path(path: str | Path) -> Path:
     """Raises InputError for a path that no picture can be saved to."""
     path = Path(path)
     if path.suffix.lower() != ".png" or path.is_dir():
@@ -147,7 +155,7 @@ def literal(text: str) -> str:
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def units(unit: str, places: int | None = None):
+def units(unit: str, places: int | None = None) -> "EngFormatter":
     """A formatter that writes 3.1e9 as "3.1 GB" for the unit "B", and 0.02 as "20 ms" for "s", in powers of 1000.
 
     For the ticks of an axis, ``axes.yaxis.set_major_formatter(units("B"))``, and for text, ``units("B", 2)(3.1e9)``:
@@ -159,7 +167,7 @@ def units(unit: str, places: int | None = None):
     return EngFormatter(unit=unit, places=places)
 
 
-def thousands():
+def thousands() -> "StrMethodFormatter":
     """A formatter that writes 12000 as "12,000", for ticks and for text."""
     require_matplotlib()
     from matplotlib.ticker import StrMethodFormatter

@@ -91,7 +91,7 @@ def test_what_is_there_is_not_replaced_unasked(parse, folders, tmp_path):
     # rows of a data set, even with --overwrite; a folder; a folder that cannot be made
     data = tmp_path / "train.jsonl"
     data.write_bytes((folders["data"] / "train.jsonl").read_bytes())
-    for path, message in ((data, "is there and is no log"), (tmp_path, "ordinary file"), (log / "log", "be written")):
+    for path, message in ((data, "exists and is not a log"), (tmp_path, "ordinary file"), (log / "log", "be written")):
         with pytest.raises(InputError, match=message):
             run(parse("--log-jsonl", path, "--overwrite", adapter="two"))
     assert not (tmp_path / "two").exists()
