@@ -12,6 +12,9 @@ from ember_mlx.parity import implementations, recorded, suite
 from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.text_tables import text_table
+
+__all__ = ["format_failures", "format_summary", "format_table", "main"]
 
 DESCRIPTION = """\
 Compare every implementation of Ember that this machine can run (MLX, PyTorch, Triton; CPU and GPU) with a float64
@@ -97,7 +100,7 @@ def format_summary(comparisons: list[Comparison]) -> str:
             largest[one.quantity] = f"{one.of_allowed:.2f}"
         failed = sum(not one.passed for one in group)
         rows.append((_name(implementation, against), str(len(group)), str(failed), *largest.values()))
-    return _laid_out(rows, numbers=range(1, len(rows[0])))
+    return text_table(rows[0], rows[1:], right=range(1, len(rows[0])))
 
 
 def format_table(comparisons: list[Comparison]) -> str:
@@ -126,7 +129,7 @@ def _grouped(comparisons, key):
 
 def _format_rows(rows):
     head = ("implementation", "stream", "quantity", "ULPs", "allowed", "relative", "of allowed", "result", "where")
-    return _laid_out([head, *rows], numbers=range(3, 7))
+    return text_table(head, rows, right=range(3, 7))
 
 
 def _row(against, implementation, stream, quantity, group):
@@ -147,17 +150,6 @@ def _name(implementation, against):
 
 def _steps(one):
     return f" {one.steps}" if one.first_step == one.steps else f"s {one.first_step}-{one.steps}"
-
-
-def _laid_out(rows, numbers):
-    """Rows of text as lines, the first as their head; the columns in ``numbers`` end below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        aligned = [cell.rjust(width) if i in numbers else cell.ljust(width) for i, (cell, width) in enumerate(cells)]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _closing(comparisons, here, not_here, recordings, seconds):

@@ -17,6 +17,7 @@ from ember_mlx.shared.errors import InputError
 __all__ = [
     "PARTIAL",
     "REMOVED",
+    "existing_parent",
     "make_folder",
     "new_folder",
     "remove",
@@ -44,7 +45,7 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
 
 
-def refuse_nonfinite(where: str, arrays: dict[str, mx.array]):
+def refuse_nonfinite(where: str, arrays: dict[str, mx.array]) -> None:
     """Raises InputError for the first array with a NaN or an infinity in it; they are looked at one at a time."""
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
@@ -54,13 +55,13 @@ def refuse_nonfinite(where: str, arrays: dict[str, mx.array]):
             )
 
 
-def write_bytes(path: Path, data: bytes):
+def write_bytes(path: Path, data: bytes) -> None:
     """A new file, on the disk when this returns."""
     with _new_file(path) as file:
         file.write(data)
 
 
-def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]):
+def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
@@ -148,7 +149,7 @@ def _finish_replacing(replaced, path, keeps):
         remove(replaced)
 
 
-def make_folder(path: Path):
+def make_folder(path: Path) -> None:
     """Make a folder and those above it that are missing, each of them to last."""
     if not path.is_dir():
         make_folder(path.parent)
@@ -156,7 +157,12 @@ def make_folder(path: Path):
         sync_folder(path.parent)
 
 
-def sync_folder(path: Path):
+def existing_parent(path: Path) -> Path:
+    """The path if something is there, or else the nearest folder above it that exists: on its disk it will lie."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
+def sync_folder(path: Path) -> None:
     """Make the names in a folder last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -165,7 +171,7 @@ def sync_folder(path: Path):
         os.close(descriptor)
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     """Remove a folder or a link, at once for whoever looks at the names; nothing that a link leads to is touched."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)

@@ -10,11 +10,14 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ember_mlx.shared.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Implementation", "Stepped", "Tables", "implementations", "listed", "select"]
 
@@ -98,7 +101,15 @@ def listed(not_here: list[Implementation]) -> str:
 class MLXTables:
     """``ember_mlx.Ember`` on the CPU or the GPU of MLX."""
 
-    def __init__(self, device, shape, dtype, learning_rate, weight_decay, **options):
+    def __init__(
+        self,
+        device: str,
+        shape: tuple[int, int],
+        dtype: str,
+        learning_rate: float | Callable[[int], float],
+        weight_decay: float,
+        **options: Any,
+    ):
         import mlx.core as mx
 
         self.device = getattr(mx, device)
@@ -106,7 +117,7 @@ class MLXTables:
         self.dtype = getattr(mx, dtype)
         self.settings = {"learning_rate": learning_rate, "weight_decay": weight_decay} | options
 
-    def start(self):
+    def start(self) -> None:
         import mlx.core as mx
 
         from ember_mlx.optimizers import Ember
@@ -117,7 +128,7 @@ class MLXTables:
             self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
             mx.eval(self.zeros, self.optimizer.state)
 
-    def step(self, weights, gradient, gradient_dtype):
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> np.ndarray:
         import mlx.core as mx
 
         with mx.stream(self.device):
@@ -129,12 +140,12 @@ class MLXTables:
             mx.eval(read, self.optimizer.state)
         return Stepped(*(np.array(array).astype(np.float64) for array in read))
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         from mlx.utils import tree_map
 
         return tree_map(lambda array: array, self.optimizer.state)  # new dicts; steps replace arrays in the old ones
 
-    def restore(self, state):
+    def restore(self, state: dict[str, Any]) -> None:
         from mlx.utils import tree_map
 
         self.optimizer.state = tree_map(lambda array: array, state)
@@ -163,7 +174,17 @@ def _of_mlx():
 class TorchTables:
     """``cuda_ref.Ember`` with one of its implementations on a device, the step compiled or not."""
 
-    def __init__(self, device, implementation, compiled, shape, dtype, learning_rate, weight_decay, **options):
+    def __init__(
+        self,
+        device: str,
+        implementation: str,
+        compiled: bool,
+        shape: tuple[int, int],
+        dtype: str,
+        learning_rate: float | Callable[[int], float],
+        weight_decay: float,
+        **options: Any,
+    ):
         import torch
 
         from cuda_ref import Ember
@@ -180,11 +201,11 @@ class TorchTables:
             torch._logging.set_logs(dynamo=logging.ERROR)  # it warns of the profiler's mark in every PyTorch optimizer
             self.optimizer_step = torch.compile(self.optimizer.step, fullgraph=True)
 
-    def start(self):
+    def start(self) -> None:
         for tensor in self._state():
             tensor.zero_()
 
-    def step(self, weights, gradient, gradient_dtype):
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> np.ndarray:
         import torch
 
         g = torch.from_numpy(gradient).to(self.w.device, getattr(torch, gradient_dtype))
@@ -200,10 +221,10 @@ class TorchTables:
         read = (state["r"], state["c"], -self.zeros.detach(), self.w.detach())
         return Stepped(*(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read))
 
-    def state(self):
+    def state(self) -> "list[torch.Tensor]":
         return [tensor.clone() for tensor in self._state()]
 
-    def restore(self, state):
+    def restore(self, state: "list[torch.Tensor]") -> None:
         if not state:  # taken before the first step of all
             self.start()
             return

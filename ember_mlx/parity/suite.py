@@ -16,6 +16,7 @@ forward and backward passes, whose gradients it takes as given, or of tables lar
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -177,7 +178,9 @@ class Expected:
             c.append(oracle.column_mean_square)
         self.change, self.r, self.c = np.stack(change), np.stack(r), np.stack(c)
 
-    def compare(self, first: int, after: list[Stepped], before: np.ndarray, other: Stepped | None = None):
+    def compare(
+        self, first: int, after: list[Stepped], before: np.ndarray, other: Stepped | None = None
+    ) -> Iterator[tuple[str, Any]]:
         """Yield (quantity, numbers of a Comparison) for the steps from ``first`` on, taken from the weights ``before``.
 
         Against ``other``, the results of another implementation for the same one step, both sides may err.

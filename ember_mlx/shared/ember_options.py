@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -42,14 +43,14 @@ def check_row_limit(option: str, value: float | None, flag: str | None = None) -
     return float(value)
 
 
-def check_rounding(rounding: str, seed: int):
+def check_rounding(rounding: str, seed: int) -> None:
     if rounding not in ROUNDINGS:
         raise InputError(f"Ember(rounding={rounding!r}): must be 'nearest' or 'stochastic'")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"Ember(seed={seed!r}): must be a whole number from 0 to 2^32 - 1")
 
 
-def check_beta2_schedule(beta2: Callable[[int], float]):
+def check_beta2_schedule(beta2: Callable[[int], float]) -> None:
     """Look at the values of a schedule, from the number of steps done: inside a compiled step nothing can be raised."""
     for step in STEPS_TO_LOOK_AT:
         value = beta2(step)
@@ -60,7 +61,7 @@ def check_beta2_schedule(beta2: Callable[[int], float]):
             )
 
 
-def not_one_number(option: str, value, step: int | None = None) -> InputError:
+def not_one_number(option: str, value: Any, step: int | None = None) -> InputError:
     """What to raise where the schedule of an option gave, after ``step`` steps if that is known, such a value."""
     gave = f"an array of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
     when = "" if step is None else f" after {step} steps"
@@ -100,7 +101,7 @@ def rounding_warning(
     )
 
 
-def warn(message: str):
+def warn(message: str) -> None:
     """Warn at the line of the user's own code that led here, through whichever of the libraries."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:

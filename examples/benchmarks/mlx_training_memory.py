@@ -46,9 +46,10 @@ def measure(row, warm_up, steps, smoke):
 
     from ember_mlx.finetune import options
     from ember_mlx.finetune.build_optimizer import build_optimizer
+    from ember_mlx.finetune.choices import choose
     from ember_mlx.finetune.run import choose_loss
     from ember_mlx.finetune.step import Step
-    from ember_mlx.finetune.trainable import choose_tables, make_trainable
+    from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
     gc.collect()
     mx.clear_cache()
@@ -65,9 +66,9 @@ def measure(row, warm_up, steps, smoke):
     model = model_class(arguments_class.from_dict(config))
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
-    tables = choose_tables(model, args.train_tables, dequantize=False)
-    make_trainable(model, args, tables)
-    optimizer = build_optimizer(model, args, tables)
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    optimizer = build_optimizer(model, args, choices)
     optimizer.guard.skip_nonfinite = not of["unguarded"]
     loss = choose_loss(args, model)
     tokens = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
