@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from ember_mlx.finetune.summary import Result, format_result, format_table, what
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
+
+LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
 
 
 def run(args, training_callback: TrainingCallback | None = None, watchers: Sequence[Watcher] = ()) -> Result | None:
@@ -254,4 +257,4 @@ def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
 def _test(args, model, test_set):
     """mlx-lm's test, whose function takes no loss."""
     loss = evaluate(args, model, choose_loss(args, model), CacheDataset(test_set), args.test_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.cli_ui import rprint
@@ -14,6 +16,8 @@ from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.update_ratio import UpdateRatio
 from ember_mlx.finetune.watchers import Measurement, StepResult
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["RunLogWriter", "check"]
 
 
 class RunLogWriter(TrainingCallback):
@@ -28,7 +32,7 @@ class RunLogWriter(TrainingCallback):
         OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
     """
 
-    def __init__(self, args, steps_done: int, goes_on: bool):
+    def __init__(self, args: Namespace, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
@@ -57,7 +61,8 @@ class RunLogWriter(TrainingCallback):
     def after_validation(self, step: int, loss: float):
         """It is written when mlx-lm's callbacks hear of it."""
 
-    def on_train_loss_report(self, train_info):
+    def on_train_loss_report(self, train_info: dict[str, Any]):
+        """A report of the loop."""
         ratios = self.update_ratio.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
@@ -70,7 +75,8 @@ class RunLogWriter(TrainingCallback):
             update_ratio_body=ratios["body"],
         )
 
-    def on_val_loss_report(self, val_info):
+    def on_val_loss_report(self, val_info: dict[str, Any]):
+        """A validation of mlx-lm's loop."""
         self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
 
     def end(self, steps_done: int, validation_loss: float | None):
@@ -89,7 +95,7 @@ class RunLogWriter(TrainingCallback):
             self._unwritten.clear()
 
 
-def check(args, goes_on: bool):
+def check(args: Namespace, goes_on: bool):
     """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
 
     Raises:

@@ -1,6 +1,7 @@
 """A run: the same as mlx_lm.lora's where that is asked for, and what it leaves behind."""
 
 import json
+import math
 import shutil
 
 import mlx.core as mx
@@ -307,3 +308,10 @@ def test_a_model_that_does_not_load_is_an_input_error(parse, tmp_path):
     for model, message in ((tmp_path / "empty", "mlx-lm cannot load it"), ("/no/such/model", "no such folder here")):
         with pytest.raises(InputError, match=message):
             load_base(model)
+
+
+@pytest.mark.parametrize("loss", [0.0, 709.0, 710.0, 1e6, math.inf, math.nan])
+def test_any_test_loss_is_printed(parse, monkeypatch, capsys, loss):
+    monkeypatch.setattr("ember_mlx.finetune.run._evaluate", lambda *_: loss)
+    run_module._test(parse(), None, [])
+    assert f"Test loss {loss:.3f}, Test ppl " in capsys.readouterr().out
