@@ -79,7 +79,7 @@ def table_optimizer(args) -> optim.Optimizer:
 
 def _refuse_numbers(where, options):
     """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0."""
-    for name, value in options.items():
+    for name, value in dict(options).items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(number, int | float) or isinstance(number, bool):
                 continue
