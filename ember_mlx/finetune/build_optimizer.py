@@ -96,7 +96,7 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
 
 def _refuse_numbers(where, settings):
     """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0."""
-    for name, value in settings.items():
+    for name, value in dict(settings).items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(number, int | float) or isinstance(number, bool):
                 continue

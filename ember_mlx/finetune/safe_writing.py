@@ -20,6 +20,7 @@ __all__ = [
     "existing_parent",
     "make_folder",
     "new_folder",
+    "refuse_nonfinite",
     "remove",
     "replace_together",
     "sync_folder",

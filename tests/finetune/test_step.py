@@ -66,14 +66,14 @@ def test_float16_weights_that_overflow_are_a_bad_step():
     assert differing(before, everything(model, optimizer)) == ["state.nonfinite_steps"]
 
 
-def test_float16_trains_as_float32_does(rest=optim.AdamW):
-    """Every weight ends within one unit in the last place of each step's rounding."""
+def test_float16_trains_as_float32_does():
+    """Each of three steps rounds a weight by half a unit in the last place of what it then is."""
     ends = []
     for dtype in (mx.float16, mx.float32):
-        model, optimizer = made(rest=partial(rest, 1e-3))
+        model, optimizer = made(rest=partial(optim.AdamW, 1e-3))
         model.set_dtype(mx.float16)  # the same numbers in both
         model.set_dtype(dtype)
-        optimizer = PairedOptimizer(model, TABLES["ember"](), in_float32(rest(1e-3)), skip_nonfinite=True)
+        optimizer = PairedOptimizer(model, TABLES["ember"](), in_float32(optim.AdamW(1e-3)), skip_nonfinite=True)
         gradients = {path: 1e-3 * mx.random.normal(w.shape, key=mx.random.key(len(path)))
                      for path, w in tree_flatten(model.trainable_parameters())}  # fmt: skip
         gradients = {path: g.astype(mx.float16).astype(dtype) for path, g in gradients.items()}
@@ -83,7 +83,8 @@ def test_float16_trains_as_float32_does(rest=optim.AdamW):
         ends.append(dict(tree_flatten(model.trainable_parameters())))
     for path, half in ends[0].items():
         error = mx.abs(half.astype(mx.float32) - ends[1][path])
-        assert mx.all(error <= 3 * 2.0**-11 * mx.maximum(mx.abs(ends[1][path]), 2.0**-14)).item(), path
+        largest = mx.abs(ends[1][path]) + 3 * 5 * 1e-2  # on the way there, by steps of 5 learning rates
+        assert mx.all(error <= 3 * 2.0**-11 * largest).item(), path
 
 
 @pytest.mark.parametrize(
