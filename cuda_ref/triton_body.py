@@ -89,9 +89,13 @@ def _update_matrix(w, g, a, b, learning_rate, weight_decay):
         torch.as_tensor(number, dtype=torch.float32, device=w.device)
         for number in (learning_rate, 1 - learning_rate * weight_decay)
     )
-    whole = w if w.ndim == 2 else w.view(-1, rows, columns)
-    matrices = zip(whole.view(-1, rows, columns) if w.is_contiguous() else whole[None],
-                   g.reshape(-1, rows, columns), a.reshape(-1, rows), b.reshape(-1, columns), strict=True)  # fmt: skip
+    matrices = zip(
+        w.view(-1, rows, columns),
+        g.reshape(-1, rows, columns),
+        a.reshape(-1, rows),
+        b.reshape(-1, columns),
+        strict=True,
+    )
     with torch.cuda.device_of(w):
         for w_of, g_of, a_of, b_of in matrices:
             _scale_and_subtract[(triton.cdiv(rows, UPDATE_ROWS_PER_PROGRAM),)](

@@ -100,7 +100,7 @@ def update_in_pieces(w, g, m, rates, beta1, decay):
     """As ``update_weights`` with ``m`` as codes and scales: in float32 for a few rows at a time alone."""
     columns = w.shape[1]
     whole_groups = GROUP // math.gcd(columns, GROUP)  # so many rows are whole groups
-    piece = max(SMALLEST_PIECE, w.size // PIECES) // columns
+    piece = max(SMALLEST_PIECE, w.numel() // PIECES) // columns
     piece = max(1, piece // whole_groups) * whole_groups
     codes, scales = m
     for first in range(0, len(w), piece):
@@ -121,7 +121,7 @@ def blocks_of(w, heads, by_first):
     """How many blocks a weight has along each dimension.
 
     Args:
-        w (Tensor): The weight. A vector is one block, and every row of all else: (outputs, inputs), token tables (V, D),
+        w (Tensor): The weight. A vector is one block, and every row of all else: (outputs, inputs), tables (V, D),
             experts (E, outputs, inputs), both factors of LoRA.
         heads (dict): Weight -> number of heads, of queries and keys, each a block.
         by_first (set): Weights whose slices along the first dimension are blocks.

@@ -12,8 +12,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def attention_heads(model: nn.Module) -> dict[nn.Parameter, int]:
     """Each query and key weight -> its number of heads, by the ``head_dim`` of the attention module around it.
 
-    So a head has its true head_dim, whatever the width of the model. A weight whose rows the heads do not divide is left
-    out, and one of an adapted layer, which does not train.
+    So a head has its true head_dim, whatever the width of the model. Left out is a weight whose rows the heads do not
+    divide, and one of an adapted layer, which does not train.
     """
     found = {}
     for module in model.modules():

@@ -99,8 +99,8 @@ class SinkGD(BodyOptimizer):
         betas (tuple of float): Of vectors, :math:`(\beta_1, \beta_2)`. Default: ``(0.9, 0.999)``.
         eps (float): The term :math:`\epsilon` added to norms and denominators. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
-        model (nn.Module, optional): Its convolutions and token tables train by AdamW, as vectors do. Without it they are
-            taken for matrices, which blows rare tokens up to full steps: give tables to another optimizer.
+        model (nn.Module, optional): Its convolutions and token tables train by AdamW, as vectors do. Without it they
+            are taken for matrices, which blows rare tokens up to full steps: give tables to another optimizer.
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
         implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
             the kernels where a weight is on a CUDA device and Triton is installed. Default: ``"auto"``.
