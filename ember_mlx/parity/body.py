@@ -29,7 +29,7 @@ from ember_mlx.parity.suite import (
 from ember_mlx.parity.tolerances import ROUNDING
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place
 
-__all__ = ["OPTIMIZERS", "STREAMS", "Entry", "run"]
+__all__ = ["OPTIMIZERS", "STEPS", "STREAMS", "Entry", "run"]
 
 STEPS = 20
 AGREEMENT = 2e-6  # of the largest change
@@ -64,11 +64,12 @@ def run(
     streams: Iterable[str] = STREAMS,
     dtypes: Iterable[str] = DTYPES,
     optimizers: Iterable[Entry] = OPTIMIZERS,
+    steps: int = STEPS,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Iterator[Comparison]:
     """Yield every comparison of the optimizers in each of the ``chosen`` implementations that runs uncompiled.
 
-    One that raises fails in that case, and the others go on.
+    It looks after ``steps`` steps, and 20 at most. One that raises fails in that case, and the others go on.
     """
     for entry in optimizers:
         for implementation in chosen:
@@ -80,7 +81,7 @@ def run(
                     about |= {"shape": shape, "dtype": dtype}
                     progress(f"{stream}, {shape} {dtype}: {about['implementation']}")
                     try:
-                        yield from _compare(entry, implementation, stream, shape, dtype, about)
+                        yield from _compare(entry, implementation, stream, shape, dtype, min(steps, STEPS), about)
                     except Exception as error:  # whatever a framework may raise, a compiler's errors included
                         yield failed_comparison(error, STEPS, about)
 
@@ -96,11 +97,11 @@ def _cases(entry, streams):
 
 def _gradients(stream, shape):
     gradients = list(Case(stream, SMALL, (STEPS,)).gradients())
-    return gradients if shape is None else [gradient.reshape(shape) for gradient in gradients]
+    return gradients[:STEPS] if shape is None else [gradient.reshape(shape) for gradient in gradients]
 
 
-def _compare(entry, implementation, stream, shape, dtype, about):
-    gradients = [cast_gradient(gradient, dtype) for gradient in _gradients(stream, shape)]
+def _compare(entry, implementation, stream, shape, dtype, count, about):
+    gradients = [cast_gradient(gradient, dtype) for gradient in _gradients(stream, shape)[:count]]
     shape = gradients[0][0].shape
     about |= {"shape": shape}
     oracle = entry.oracle(shape, **entry.options)
