@@ -4,10 +4,10 @@
     python examples/benchmarks/optimizer_family.py --framework torch --out ...
 
 The baseline is MLX's AdamW, compiled, or PyTorch's, fused on a GPU. A step of MLX is compiled as mlx-lm compiles its
-own, with the state for inputs and outputs. Each row is a fresh process: warm-up, then the median over samples of several steps
-each. The peak is that of a step above what lay there before it, weights, gradient and state, in tables of the
-weights' dtype. `peak_tables` has the new table and state in it: the caller holds the old ones. Where nobody holds them,
-they may be written over: `peak_tables_in_place`. PyTorch always writes in place.
+own, with the state for inputs and outputs. Each row is a fresh process: warm-up, then the median over samples of
+several steps each. The peak is that of a step above what lay there before it, weights, gradient and state, in tables of
+the weights' dtype. `peak_tables` has the new table and state in it: the caller holds the old ones. Where nobody holds
+them, they may be written over: `peak_tables_in_place`. PyTorch always writes in place.
 """
 
 import argparse
