@@ -135,30 +135,37 @@ if triton is not None:
         learning_rate, log_beta2 = tl.cast(learning_rate, tl.float32), tl.cast(log_beta2, tl.float32)
         eps, weight_decay = tl.cast(eps, tl.float32), tl.cast(weight_decay, tl.float32)
         row_clip, row_floor = tl.cast(row_clip, tl.float32), tl.cast(row_floor, tl.float32)
-        j = tl.arange(0, COLUMNS).to(tl.int64)
-        column_moment = tl.load(c + j, mask=j < columns, other=0)
-        s = tl.maximum(tl.sum(column_moment) / columns, 1e-30, propagate_nan=tl.PropagateNan.ALL)
+        s = _mean(c, columns, ALL_COLUMNS)
+        s = tl.maximum(s, 1e-30, propagate_nan=tl.PropagateNan.ALL)
         correction = _one_minus_exp(tl.load(t) * log_beta2) if q is None else tl.load(q)
         scale, quietest = s * correction, row_floor / tl.sqrt_rn(correction)
         if seed is not None:
             step_key = _mix(tl.load(seed).to(tl.uint32, bitcast=True) ^ _mix(tl.load(t).to(tl.uint32)))
-            column_keys = _mix(j.to(tl.uint32))
-        b = tl.sqrt_rn(column_moment)
         decay = 1 - learning_rate * weight_decay
-        for tile in range(0, ROWS_PER_PROGRAM, ROWS):
-            i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
-            a = tl.sqrt_rn(tl.load(r + i, mask=inside, other=0) / scale)
-            a = tl.maximum(a, quietest, propagate_nan=tl.PropagateNan.ALL)
-            if row_mean is not None:
-                least = tl.sqrt_rn(tl.load(row_mean + i, mask=inside, other=0) / s) / row_clip
-                a = tl.maximum(a, least, propagate_nan=tl.PropagateNan.ALL)
-            update = _load(g, i, g_row, j, g_column, inside, columns) / (a[:, None] * b[None, :] + eps)
-            new = decay * _load(w, i, w_row, j, w_column, inside, columns) - learning_rate * update
+        for first_column in range(0, columns, COLUMNS):
+            j = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
+            b = tl.sqrt_rn(tl.load(c + j, mask=j < columns, other=0))
             if seed is not None:
-                row_keys = _mix(step_key ^ (i + first_row).to(tl.uint32))
-                new = _round_stochastically(new, _mix(row_keys[:, None] ^ column_keys[None, :]), DROPPED_BITS)
-            place = w + i[:, None] * w_row + j[None, :] * w_column
-            tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+                column_keys = _mix(j.to(tl.uint32))
+            for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+                i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
+                a = tl.sqrt_rn(tl.load(r + i, mask=inside, other=0) / scale)
+                a = tl.maximum(a, quietest, propagate_nan=tl.PropagateNan.ALL)
+                if row_mean is not None:
+                    least = tl.sqrt_rn(tl.load(row_mean + i, mask=inside, other=0) / s) / row_clip
+                    a = tl.maximum(a, least, propagate_nan=tl.PropagateNan.ALL)
+                update = _load(g, i, g_row, j, g_column, inside, columns) / (a[:, None] * b[None, :] + eps)
+                new = decay * _load(w, i, w_row, j, w_column, inside, columns) - learning_rate * update
+                if seed is not None:
+                    row_keys = _mix(step_key ^ (i + first_row).to(tl.uint32))
+                    new = _round_stochastically(new, _mix(row_keys[:, None] ^ column_keys[None, :]), DROPPED_BITS)
+                place = w + i[:, None] * w_row + j[None, :] * w_column
+                tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+
+    @triton.jit
+    def _mean(c, columns, ALL_COLUMNS: tl.constexpr):
+        j = tl.arange(0, ALL_COLUMNS)
+        return tl.sum(tl.load(c + j, mask=j < columns, other=0)) / columns
 
     @triton.jit
     def _mix(x):
