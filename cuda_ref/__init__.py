@@ -3,6 +3,6 @@
 from cuda_ref.optimizers import Ember
 from cuda_ref.pairing import PairedOptimizer
 from cuda_ref.token_tables import TokenTable, find_token_tables
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["Ember", "InputError", "PairedOptimizer", "TokenTable", "find_token_tables"]

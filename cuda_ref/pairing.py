@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from cuda_ref.optimizers.checks import check_keys
 from cuda_ref.token_tables import LOOKED_FOR, find_token_tables
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["PairedOptimizer"]
 

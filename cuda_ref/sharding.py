@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = [
     "RowShards",

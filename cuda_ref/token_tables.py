@@ -7,8 +7,8 @@ from itertools import takewhile
 
 from torch import nn
 
-from ember_mlx.errors import InputError
-from ember_mlx.token_table_rules import Candidate, TokenTable, decide, stated_vocabularies
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.token_table_rules import Candidate, TokenTable, decide, stated_vocabularies
 
 __all__ = ["LOOKED_FOR", "TokenTable", "find_token_tables"]
 

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ember_mlx.errors import InputError
     from ember_mlx.finetune.adapters import load
     from ember_mlx.optimizers import Ember
-    from ember_mlx.pairing import PairedOptimizer
+    from ember_mlx.optimizers.paired import PairedOptimizer
+    from ember_mlx.shared.errors import InputError
     from ember_mlx.token_tables import TokenTable, find_token_tables
 
 __all__ = ["Ember", "InputError", "PairedOptimizer", "TokenTable", "find_token_tables", "load"]
@@ -16,8 +16,8 @@ __all__ = ["Ember", "InputError", "PairedOptimizer", "TokenTable", "find_token_t
 # be able to say so where MLX has no backend.
 _MODULES = {
     "Ember": "optimizers",
-    "InputError": "errors",
-    "PairedOptimizer": "pairing",
+    "InputError": "shared.errors",
+    "PairedOptimizer": "optimizers.paired",
     "TokenTable": "token_tables",
     "find_token_tables": "token_tables",
     "load": "finetune.adapters",

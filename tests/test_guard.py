@@ -10,7 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from ember_mlx import InputError
-from ember_mlx.guard import GuardedOptimizer, all_finite, clip_by_norm, global_norm, spoil_gradients_of_nonfinite
+from ember_mlx.optimizers.guarded import (
+    GuardedOptimizer,
+    all_finite,
+    clip_by_norm,
+    global_norm,
+    spoil_gradients_of_nonfinite,
+)
 
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 NONFINITE = [float("nan"), float("inf"), float("-inf")]
@@ -172,7 +178,7 @@ def test_a_step_with_a_nan_changes_nothing_and_the_next_ones_go_on_as_if_it_had_
 
 def test_off_it_computes_nothing_and_keeps_nothing(monkeypatch):
     for name in ("all_finite", "global_norm", "clip_by_norm"):
-        monkeypatch.setattr(f"ember_mlx.guard.{name}", None)
+        monkeypatch.setattr(f"ember_mlx.optimizers.guarded.{name}", None)
     optimizer = GuardedOptimizer(parameters(), OPTIMIZERS["adamw"]())
     after, _ = steps(optimizer, [gradients(0, "norm")], compiled=False)
     assert list(optimizer.state) == ["rest"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ember_mlx import Ember, InputError, PairedOptimizer
-from ember_mlx.option_checks import check_beta2_schedule, rounding_warning
+from ember_mlx.shared.ember_options import check_beta2_schedule, rounding_warning
 
 
 def table(scale=0.02, dtype=mx.bfloat16):

@@ -5,7 +5,8 @@ import pytest
 
 from ember_mlx.parity.gradient_streams import RARE_EVERY, SILENT_STEPS, STREAMS, gradient_stream, round_to_bfloat16
 from ember_mlx.parity.oracle_float64 import EmberOracle
-from ember_mlx.parity.tolerances import FORMATS, TOLERANCES, unit_in_the_last_place, worst
+from ember_mlx.parity.tolerances import TOLERANCES, worst
+from ember_mlx.shared.float_formats import FORMATS, unit_in_the_last_place
 
 
 def test_two_steps_of_a_2_by_2_table_are_as_computed_by_hand():

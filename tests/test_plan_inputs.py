@@ -6,13 +6,14 @@ import shutil
 import pytest
 from tiny_models import write_data, write_model
 
-from ember_mlx.errors import InputError
+from ember_mlx.commands.plan import main
 from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.options import defaults
-from ember_mlx.plan_command import main, warning
-from ember_mlx.plan_inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner import advice, alternatives, plan
+from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
+from ember_mlx.planner.machine import warning
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
 
@@ -172,10 +173,10 @@ def test_the_command_tells_of_the_rows(folders, long_validation, capsys):
 def test_train_warns_of_the_rows_that_it_will_have(parse, monkeypatch):
     args = parse(data="text")
     inputs = read_inputs(args)
-    monkeypatch.setattr("ember_mlx.plan_command._backend", lambda: "cpu")
+    monkeypatch.setattr("ember_mlx.planner.machine.backend", lambda: "cpu")
     real = plan(inputs.model, with_rows_of_data(args, inputs).run, "cpu").peak
     assert real < plan(inputs.model, inputs.run, "cpu").peak
-    monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (real, "this machine has"))
+    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (real, "this machine has"))
     assert warning(args) is None
-    monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (real - 1, "this machine has"))
+    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (real - 1, "this machine has"))
     assert "with batches of 2 x 32 tokens" in warning(args)

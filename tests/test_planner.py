@@ -12,17 +12,18 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
 
-from ember_mlx.errors import InputError
+from ember_mlx.commands.plan import main
 from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
-from ember_mlx.plan_command import main, warning
-from ember_mlx.plan_inputs import find_config
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
+from ember_mlx.planner.inputs import find_config
 from ember_mlx.planner.loss import LOGITS_AT_ONCE
-from ember_mlx.planner.report import in_units
+from ember_mlx.planner.machine import warning
 from ember_mlx.planner.step import Step
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.units import format_bytes
 
 QWEN = {
     "model_type": "qwen3",
@@ -183,7 +184,7 @@ def test_advice_goes_on_until_it_fits():
     ],
 )
 def test_bytes_are_written_as_people_do(nbytes, text):
-    assert in_units(nbytes) == text
+    assert format_bytes(nbytes) == text
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     args = options.parse(["--model", str(tmp_path), "--max-seq-length", "64"])
     assert warning(args) is None
-    monkeypatch.setattr("ember_mlx.plan_command._memory", lambda asked, backend: (1000, "this machine has"))
+    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (1000, "this machine has"))
     assert "this machine has 1.000 kB" in warning(args)
     (tmp_path / "config.json").unlink()
     assert warning(args) is None

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from ember_mlx import cli
-from ember_mlx.errors import InputError
+from ember_mlx.commands.plot import END, PANELS, main, name_runs, plot_runs
 from ember_mlx.finetune import run_log
-from ember_mlx.plot_runs import END, PANELS, main, name_runs, plot_runs
+from ember_mlx.shared.errors import InputError
 
 pytest.importorskip("matplotlib")
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from ember_mlx.errors import InputError
-from ember_mlx.plot_style import THEMES, require_matplotlib, save_light_and_dark, save_picture, thousands, units
+from ember_mlx.plots.style import THEMES, require_matplotlib, save_light_and_dark, save_picture, thousands, units
+from ember_mlx.shared.errors import InputError
 
 
 def draw(figure, theme):
@@ -70,7 +70,7 @@ def test_nothing_global_changes_and_pyplot_stays_out(tmp_path):
     code = f"""
 import sys, matplotlib
 before = matplotlib.rcParams.copy()  # looking at the key "backend" would import pyplot
-from ember_mlx.plot_style import save_picture
+from ember_mlx.plots.style import save_picture
 save_picture({str(tmp_path / "one.png")!r}, lambda figure, theme: figure.subplots().plot([1, 2]))
 assert all(matplotlib.rcParams.copy()[key] == before[key] for key in before if key != "backend")
 assert "matplotlib.pyplot" not in sys.modules

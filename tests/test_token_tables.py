@@ -11,7 +11,7 @@ from mlx_lm.models import gemma3_text, gpt2
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import tiny_llama
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, TokenTable, find_token_tables
 
 V, D = 173, 64

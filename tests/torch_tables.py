@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from cuda_ref import Ember
-from ember_mlx.parity.tolerances import bound, unit_in_the_last_place, weight_bound, worst
+from ember_mlx.parity.tolerances import bound, weight_bound, worst
+from ember_mlx.shared.float_formats import unit_in_the_last_place
 
 DTYPES = ["float32", "bfloat16", "float16"]
 SHAPE = (24, 8)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from cuda_ref import sharding, triton_kernels
-from ember_mlx.errors import InputError
-from ember_mlx.option_checks import SAMPLE, check_beta2_schedule, not_one_number, rounding_warning
+from ember_mlx.shared.ember_options import SAMPLE, check_beta2_schedule, not_one_number, rounding_warning
+from ember_mlx.shared.errors import InputError
 
 __all__ = [
     "OPTIONS",

@@ -40,8 +40,8 @@ from cuda_ref.optimizers.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
-from ember_mlx.errors import InputError
-from ember_mlx.option_checks import check_rounding, check_row_limit, warn
+from ember_mlx.shared.ember_options import check_rounding, check_row_limit, warn
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, compress
 from pathlib import Path
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["HELD_OUT", "finetuning_pairs", "pretraining_files", "pretraining_text", "stdlib_folder"]
 

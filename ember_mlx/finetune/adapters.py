@@ -21,10 +21,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import load_adapters
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import durable, options, reading
+from ember_mlx.finetune import options, safe_reading, safe_writing
 from ember_mlx.finetune.added_tokens import add_tokens
 from ember_mlx.finetune.trainable import dequantize_modules
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
 ADAPTERS = "adapters.safetensors"
@@ -116,9 +116,9 @@ class Saver:
             metadata[SAVE_ID] = _save_id(weights | tables)
         if not self.saved:
             files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
-        durable.replace_together(self.folder, files, metadata)
+        safe_writing.replace_together(self.folder, files, metadata)
         if not self.saved:
-            for path in (*self.replaced, *self.folder.glob(f"{durable.PARTIAL}*.safetensors")):
+            for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
                 if path.name not in files:
                     path.unlink(missing_ok=True)
         self.saved = True
@@ -159,7 +159,7 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
         name = min(trained ^ tables.keys())
         is_there = "there, though its run did not train it" if name in tables else "missing"
         raise InputError(f"adapter {folder}: {TABLES}: {name} is {is_there}; give the folder of a finished run")
-    ids = reading.read_metadata(folder / ADAPTERS, f"adapter {folder}")
+    ids = safe_reading.read_metadata(folder / ADAPTERS, f"adapter {folder}")
     if ids.get(SETTINGS_ID) != adapter_config.get(SETTINGS_ID):
         raise _mixed(folder, CONFIG, ADAPTERS)
     if tables:
@@ -191,7 +191,7 @@ def tables_of(path: Path) -> Path | None:
     """
     where = f"adapter {path.parent}"
     tables = path.with_name(path.name.replace(ADAPTERS, TABLES))
-    save_id = reading.read_metadata(path, where).get(SAVE_ID)
+    save_id = safe_reading.read_metadata(path, where).get(SAVE_ID)
     if tables == path or not tables.exists():
         if save_id is None:
             return None
@@ -199,7 +199,7 @@ def tables_of(path: Path) -> Path | None:
             f"{where}: the token tables that were saved with {path.name} are not there; put both files into one folder "
             f"under the names that they had, such as {ADAPTERS} and {TABLES}"
         )
-    if reading.read_metadata(tables, where).get(SAVE_ID) != save_id:
+    if safe_reading.read_metadata(tables, where).get(SAVE_ID) != save_id:
         raise _mixed(path.parent, path.name, tables.name)
     return tables
 
@@ -220,17 +220,17 @@ def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, 
 def _read_config(folder):
     if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: there is no {CONFIG} in it; give the --adapter-path of a finished run")
-    config = reading.read_json(folder / CONFIG, f"adapter {folder}")
+    config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")
     where = f"adapter {folder}: {CONFIG}"
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora", "full"):
         raise InputError(f"{where}: fine_tune_type {kind!r}: must be lora, dora or full")
-    reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
+    safe_reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
     added = config.get("added_tokens") or []
-    reading.check_types(added, [{"content": str, "special": bool, "id": int}], f"{where}: added_tokens")
+    safe_reading.check_types(added, [{"content": str, "special": bool, "id": int}], f"{where}: added_tokens")
     if kind != "full":
-        reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
-        reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
+        safe_reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
+        safe_reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
         try:
             options.check_lora_parameters(config["lora_parameters"])
         except InputError as error:
@@ -242,7 +242,7 @@ def read_arrays(path: Path) -> dict:
     """The arrays of a safetensors file, by name."""
     if not path.is_file():
         raise InputError(f"adapter {path.parent}: there is no file {path.name} in it; give that of a finished run")
-    arrays = reading.read_arrays(path, f"adapter {path.parent}")
+    arrays = safe_reading.read_arrays(path, f"adapter {path.parent}")
     for name, array in arrays.items():
         if not mx.issubdtype(array.dtype, mx.floating):
             raise InputError(

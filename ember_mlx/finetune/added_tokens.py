@@ -20,8 +20,8 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune.trainable import ROLES, dequantize_modules
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
 

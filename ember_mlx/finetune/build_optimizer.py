@@ -7,10 +7,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
-from ember_mlx.errors import InputError
-from ember_mlx.guard import GuardedOptimizer
 from ember_mlx.optimizers import Ember
-from ember_mlx.pairing import PairedOptimizer
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.shared.errors import InputError
 
 
 def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:

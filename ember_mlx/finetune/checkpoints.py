@@ -30,9 +30,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import durable, reading
+from ember_mlx.finetune import safe_reading, safe_writing
 from ember_mlx.finetune.loop import NUMPY_STATE, Position
+from ember_mlx.shared.errors import InputError
 
 FOLDER = "checkpoints"
 WEIGHTS = "weights.safetensors"
@@ -110,9 +110,9 @@ class Checkpoints:
             return None
         if self.folder.is_symlink():
             raise OSError(f"{self.folder} has become a link")
-        durable.make_folder(self.folder)
-        partial = path.with_name(durable.PARTIAL + path.name)
-        durable.remove(partial)
+        safe_writing.make_folder(self.folder)
+        partial = path.with_name(safe_writing.PARTIAL + path.name)
+        safe_writing.remove(partial)
         partial.mkdir()
         try:
             content = {
@@ -122,18 +122,18 @@ class Checkpoints:
                 "made_of": made_of,
                 "versions": versions,
                 "files": {
-                    WEIGHTS: durable.write_arrays(partial / WEIGHTS, weights),
-                    OPTIMIZER: durable.write_arrays(partial / OPTIMIZER, optimizer),
+                    WEIGHTS: safe_writing.write_arrays(partial / WEIGHTS, weights),
+                    OPTIMIZER: safe_writing.write_arrays(partial / OPTIMIZER, optimizer),
                 },
             }
             index = {"sha256": _checksum(content), "content": content}
-            durable.write_bytes(partial / INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
-            durable.sync_folder(partial)
+            safe_writing.write_bytes(partial / INDEX, json.dumps(index, indent=1, allow_nan=False).encode())
+            safe_writing.sync_folder(partial)
             _put_in_place(partial, path, [other for other in _not_replaced(self.folder) if other not in self.own])
         except BaseException:
-            durable.remove(partial)
+            safe_writing.remove(partial)
             raise
-        durable.sync_folder(self.folder)
+        safe_writing.sync_folder(self.folder)
         self.own = [*self.own, path][-self.keep :]
         self.remove_others()
         return path
@@ -143,11 +143,11 @@ class Checkpoints:
         if not self.folder.is_dir() or self.folder.is_symlink():
             return
         for path in self.folder.iterdir():
-            hidden = path.name.startswith((durable.PARTIAL, durable.REMOVED))
+            hidden = path.name.startswith((safe_writing.PARTIAL, safe_writing.REMOVED))
             checkpoint = NAME.fullmatch(path.name) and (newer or _step(path) <= _step(self.newest))
             if path not in self.own and (hidden or checkpoint):
                 with suppress(OSError):  # the next save tries again
-                    durable.remove(path)
+                    safe_writing.remove(path)
 
 
 def in_folder(adapter_folder: Path) -> list[Path]:
@@ -205,22 +205,22 @@ def read(folder: Path) -> Checkpoint:
     where = f"checkpoint {folder}"
     if folder.is_symlink() or not folder.is_dir():
         raise InputError(f"{where}: there is no such folder" + (", only a link" if folder.is_symlink() else ""))
-    index = reading.read_json(folder / INDEX, where)
-    reading.check_types(index, {"sha256": str, "content": dict}, f"{where}: {INDEX}")
+    index = safe_reading.read_json(folder / INDEX, where)
+    safe_reading.check_types(index, {"sha256": str, "content": dict}, f"{where}: {INDEX}")
     content = index["content"]
     if index["sha256"] != _checksum(content):
         raise InputError(f"{where}: {INDEX} is damaged: its checksum is not that of its content")
     if content.get("format") != FORMAT:
         raise InputError(f"{where}: is of format {content.get('format')!r}; this release reads format {FORMAT}")
-    reading.check_types(content, TYPES, f"{where}: {INDEX}")
+    safe_reading.check_types(content, TYPES, f"{where}: {INDEX}")
     if NAME.fullmatch(folder.name) and _step(folder) != content["position"]["step"]:
         raise InputError(f"{where}: {INDEX} is that of step {content['position']['step']}")
     arrays = {}
     for name, described in content["files"].items():
-        size = reading.plain_file(folder / name, where).stat().st_size
-        if size != described["bytes"] or reading.sha256(folder / name, where) != described["sha256"]:
+        size = safe_reading.plain_file(folder / name, where).stat().st_size
+        if size != described["bytes"] or safe_reading.sha256(folder / name, where) != described["sha256"]:
             raise InputError(f"{where}: {name} is damaged: its checksum is not the one in {INDEX}")
-        arrays[name] = reading.read_arrays(folder / name, where)
+        arrays[name] = safe_reading.read_arrays(folder / name, where)
     return Checkpoint(
         folder=folder,
         position=_position(content["position"], f"{where}: {INDEX}"),
@@ -238,7 +238,7 @@ def _put_in_place(partial, path, others):
     try:
         for other in others:  # the oldest first
             replaced = other.with_name(other.name + REPLACED)
-            durable.remove(replaced)
+            safe_writing.remove(replaced)
             os.rename(other, replaced)
             aside.append((replaced, other))
         os.rename(partial, path)
@@ -258,9 +258,9 @@ def _step(path):
 
 def _position(fields, where):
     if fields["first_evaluation"] is not None:
-        reading.check_types(fields["first_evaluation"], NUMPY_STATE, f"{where}: first_evaluation")
+        safe_reading.check_types(fields["first_evaluation"], NUMPY_STATE, f"{where}: first_evaluation")
     for name, losses in fields["record"]["losses"].items():
-        reading.check_types(losses, [(int, float)], f"{where}: losses: {name}")
+        safe_reading.check_types(losses, [(int, float)], f"{where}: losses: {name}")
         if name not in ("train_loss", "val_loss") or len(losses) != 2:
             raise InputError(f"{where}: losses: {name}: must be train_loss or val_loss, each the first and the last")
     if fields["step"] < 0 or fields["drawn"] < 0 or fields["drawn"] > fields["step"]:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["chunked_loss"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_lm.tuner.datasets import load_dataset
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 # The kinds of rows that mlx-lm takes; the names can be changed in its YAML file, as these keys.
 FEATURES = {"prompt_feature": "prompt", "completion_feature": "completion", "chat_feature": "messages"}

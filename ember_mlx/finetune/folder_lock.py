@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_lm.cli_ui import rprint
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 NAME = ".lock"
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of some network drives

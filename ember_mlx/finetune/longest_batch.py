@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mlx_lm.tuner.datasets import CacheDataset
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune.data import HUB_NAME, load_data
+from ember_mlx.shared.errors import InputError
 
 PAD_TO = 32  # of mlx_lm.tuner.trainer.iterate_batches
 CHARACTERS = 5_000_000  # of a set that are tokenized: a few seconds

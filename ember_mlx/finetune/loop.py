@@ -14,7 +14,7 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 NUMPY_STATE = {"keys": str, "position": int, "has_gauss": int, "cached_gaussian": float}
 

@@ -3,8 +3,8 @@
 import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 
-from ember_mlx.errors import InputError
-from ember_mlx.guard import COUNT, GuardedOptimizer
+from ember_mlx.optimizers.guarded import COUNT, GuardedOptimizer
+from ember_mlx.shared.errors import InputError
 
 RESUME = ". --resume goes on before that step; all but the last of these need --resume-with-changes too"
 

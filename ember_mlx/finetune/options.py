@@ -11,10 +11,10 @@ from mlx_lm import lora
 from mlx_lm.cli_ui import rprint
 from mlx_lm.utils import _parse_size
 
-from ember_mlx.errors import InputError, with_one_line_errors
-from ember_mlx.guard import check_clip_grad_norm
-from ember_mlx.option_checks import check_row_limit
-from ember_mlx.parity.tolerances import SMALLEST_NORMAL
+from ember_mlx.optimizers.guarded import check_clip_grad_norm
+from ember_mlx.shared.ember_options import check_row_limit
+from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
 OWN_DEFAULTS = {

@@ -10,12 +10,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import options, reading
+from ember_mlx.finetune import options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
-from ember_mlx.guard import fill
+from ember_mlx.optimizers.guarded import fill
+from ember_mlx.shared.errors import InputError
 
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
@@ -98,8 +98,8 @@ def restore(args, checkpoint: Checkpoint, own_made_of: dict, model, optimizer, b
     weights = dict(tree_flatten(model.trainable_parameters()))
     state = dict(tree_flatten(optimizer.state))
     remedy = "it is of another model, or of other options"
-    reading.check_arrays(checkpoint.weights, weights, f"{where}: weights.safetensors", remedy)
-    reading.check_arrays(checkpoint.optimizer, state, f"{where}: optimizer.safetensors", remedy)
+    safe_reading.check_arrays(checkpoint.weights, weights, f"{where}: weights.safetensors", remedy)
+    safe_reading.check_arrays(checkpoint.optimizer, state, f"{where}: optimizer.safetensors", remedy)
     saved = dict(checkpoint.optimizer)
     if args.resume_with_changes:
         saved |= {name: array for name, array in state.items() if name.rpartition(".")[2] in CONSTANTS}

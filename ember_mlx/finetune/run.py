@@ -13,21 +13,20 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import default_loss, evaluate, iterate_batches
 from mlx_lm.tuner.utils import print_trainable_parameters
 
-from ember_mlx import plan_command
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import adapters, checkpoints, durable, run_log_writer
+from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import set_numpy_random
-from ember_mlx.finetune.output import outliving_its_readers
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
 from ember_mlx.finetune.training import Training
+from ember_mlx.shared.errors import InputError
 
 
 def run(args, training_callback: TrainingCallback | None = None, observe: Callable | None = None) -> Result | None:
@@ -70,8 +69,6 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
 def _run(args, training_callback, lock, observe):
     np.random.seed(args.seed)
     callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
-    if args.train and (warning := plan_command.warning(args)):
-        rprint(warning)
     rprint("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
     model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
@@ -148,7 +145,7 @@ def _begin(args, model, optimizer, of, rows, lock):
     leader = mx.distributed.init().rank() == 0
     if leader:
         refuse_full_disk(args, model, optimizer, steps_done)
-        durable.make_folder(Path(args.adapter_path))
+        safe_writing.make_folder(Path(args.adapter_path))
         lock.take(make=True)
         check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
     saving = Saving(args, model, optimizer, of, resumed)

@@ -17,8 +17,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import reading
+from ember_mlx.finetune import safe_reading
+from ember_mlx.shared.errors import InputError
 
 FORMAT = 1
 NUMBER = (int, float, type(None))
@@ -100,7 +100,7 @@ def _parse(line, where):
         raise InputError(f"{where}: is not of such a log: its event must be one of {', '.join(TYPES)}")
     if event == "start" and row.get("format") != FORMAT:
         raise InputError(f"{where}: is of format {row.get('format')!r}; this release reads format {FORMAT}")
-    reading.check_types(row, TYPES[event], where)
+    safe_reading.check_types(row, TYPES[event], where)
     numbers = [value for value in row.values() if isinstance(value, int | float)]
     if row["step"] < 0 or not all(-LARGEST < number < LARGEST for number in numbers):
         raise InputError(f"{where}: has a number that cannot be; mend or remove that line")

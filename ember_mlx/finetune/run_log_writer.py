@@ -9,10 +9,10 @@ import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune import run_log
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+from ember_mlx.shared.errors import InputError
 
 
 class RunLogWriter(TrainingCallback):

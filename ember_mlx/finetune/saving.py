@@ -9,12 +9,12 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import make_console, rprint
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.stop_signals import Interrupted
-from ember_mlx.finetune.summary import format_bytes
-from ember_mlx.guard import all_finite
+from ember_mlx.optimizers.guarded import all_finite
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.units import format_bytes
 
 
 class Saving:

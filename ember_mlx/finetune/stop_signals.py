@@ -7,7 +7,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from ember_mlx.finetune.output import outliving_its_readers
+from ember_mlx.finetune.broken_pipes import outliving_its_readers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

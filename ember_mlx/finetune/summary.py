@@ -7,6 +7,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from ember_mlx.finetune.build_optimizer import peak
+from ember_mlx.shared.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,6 @@ def format_result(result: Result) -> str:
         f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(kept)}, where Adam would keep "
         f"{format_bytes(adam)}.\n{files}"
     )
-
-
-def format_bytes(count: int) -> str:
-    """In powers of 1000, as macOS and mlx-lm count memory."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def _total(lines):

@@ -7,7 +7,7 @@ from mlx_lm import lora
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, TokenTable, find_token_tables
 
 ROLES = {

@@ -8,13 +8,13 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import TrainingArgs, train
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune.loop import Batches, Finished, Position, Record, Rows, train_from
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.run_log_writer import RunLogWriter
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.stop_signals import StopSignals
-from ember_mlx.guard import spoil_gradients_of_nonfinite
+from ember_mlx.optimizers.guarded import spoil_gradients_of_nonfinite
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import TokenTable
 
 

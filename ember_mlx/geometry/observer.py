@@ -10,11 +10,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune.summary import format_bytes
 from ember_mlx.geometry import measures, sampling
 from ember_mlx.geometry.probe import UPDATES, ProbedOptimizer, TableSample
 from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHistory, WeightPaths
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.units import format_bytes
 
 POINTS = 32  # of a path: enough to tell a line from a walk
 TIMED_UPDATES = 10  # that are run without measuring too, with the same batches

@@ -3,10 +3,10 @@
 import base64
 from html import escape
 
-from ember_mlx.finetune.summary import format_bytes
 from ember_mlx.geometry.sampling import MEMORY_SHARE
 from ember_mlx.geometry.verdict import MATRICES, NO, PARTLY, UNKNOWN, YES
-from ember_mlx.plot_style import THEMES
+from ember_mlx.plots.style import THEMES
+from ember_mlx.shared.units import format_bytes
 
 MARKS = {YES: "✓", PARTLY: "~", NO: "✗", UNKNOWN: "?"}
 TITLES = {

@@ -7,7 +7,7 @@ import numpy as np
 from ember_mlx.geometry.recorder import GAPS, NEW, OUTSIDE
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.geometry.verdict import MATRICES
-from ember_mlx.plot_style import MARKERS, save_light_and_dark
+from ember_mlx.plots.style import MARKERS, save_light_and_dark
 
 ROW_HEIGHT, PANEL_HEIGHT, EXTRA_HEIGHT = 0.3, 0.5, 1.8  # inches
 LABELS = {"never": "never in the text", "never, columns": "never in the text, columns"}

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ember_mlx.guard import clip_by_norm, global_norm
-from ember_mlx.pairing import PairedOptimizer
+from ember_mlx.optimizers.guarded import clip_by_norm, global_norm
+from ember_mlx.optimizers.paired import PairedOptimizer
 
 UPDATES = "updates"
 

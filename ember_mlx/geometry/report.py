@@ -9,7 +9,7 @@ from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
 from ember_mlx.geometry import measures, verdict
 from ember_mlx.geometry.recorder import COLD
 from ember_mlx.geometry.sampling import CLASSES
-from ember_mlx.parity.environment import environment
+from ember_mlx.shared.environment import environment
 
 ROWS_TOLD = 12
 

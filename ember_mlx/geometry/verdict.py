@@ -8,8 +8,8 @@ why so little state is enough; Ember does not need it.
 
 import math
 
-from ember_mlx.finetune.summary import format_bytes
 from ember_mlx.geometry.sampling import CLASSES
+from ember_mlx.shared.units import format_bytes
 
 # A typical step within a factor 2 of the dense one's is within one point of the usual grid of learning rates, 1, 3, 10;
 # at 4 it is beyond the next one.

@@ -7,7 +7,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 VARIABLE = "EMBER_MLX_KERNELS"
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)

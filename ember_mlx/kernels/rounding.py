@@ -14,7 +14,7 @@ side. Such a tile is read along the rows and turned in threadgroup memory.
 import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel
-from ember_mlx.optimizers.stochastic_rounding import (
+from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
     random_bits,

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ember_mlx.errors import InputError
-from ember_mlx.option_checks import SAMPLE, not_one_number, rounding_warning
+from ember_mlx.shared.ember_options import SAMPLE, not_one_number, rounding_warning
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["as_number", "check_number", "check_parameters", "check_state", "warning_of"]
 

@@ -21,15 +21,15 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
-from ember_mlx.optimizers.checks import as_number, check_number, check_parameters, check_state, warning_of
-from ember_mlx.optimizers.stochastic_rounding import (
+from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
     random_bits,
     round_stochastically,
     table_seed,
 )
-from ember_mlx.option_checks import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_limit, warn
+from ember_mlx.optimizers.checks import as_number, check_number, check_parameters, check_state, warning_of
+from ember_mlx.shared.ember_options import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_limit, warn
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["Implementation", "Stepped", "Tables", "implementations", "listed", "select"]
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ember_mlx.errors import InputError
 from ember_mlx.parity import recorded, suite
-from ember_mlx.parity.environment import device, environment
 from ember_mlx.parity.implementations import Implementation, implementations, select
 from ember_mlx.parity.recorded import Recording
+from ember_mlx.shared.environment import device, environment
+from ember_mlx.shared.errors import InputError
 
 STEPS = 64
 BATCH_SIZE = 8

@@ -5,7 +5,7 @@ Written apart from what it checks, like the oracle, except for the hash, which i
 
 import numpy as np
 
-from ember_mlx.parity.tolerances import FORMATS
+from ember_mlx.shared.float_formats import FORMATS
 
 MASK = np.uint64(2**32 - 1)
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place
+
 ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
-SMALLEST_NORMAL = 2.0**-126  # of float32; below it GPUs flush to zero and a CPU keeps fewer and fewer digits
 
 # A running mean forgets: what happened more than about 1 / (1 - beta2) steps ago no longer adds to its error.
 MEMORY = 1000
@@ -32,9 +33,6 @@ STATISTICS_IN_STEP = 1.5
 # s, 1 - beta2^t (logarithm, product and exponential), their product, a division, two roots, a product, eps, the
 # division of the gradient, the learning rate and its rounding: about a dozen, those under a root counting half.
 STEP_OPERATIONS = 10 * ROUNDING
-
-# (bits of the fraction, smallest exponent) of the dtypes that a parameter may have.
-FORMATS = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,6 @@ TOLERANCES = {
         for dtype, measured in {"float32": 0.56, "bfloat16": 1.00, "float16": 1.00}.items()
     },
 }
-
-
-def unit_in_the_last_place(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The distance between neighbours of that dtype at each of the float64 values."""
-    fraction_bits, smallest_exponent = FORMATS[dtype]
-    fraction, exponent = np.frexp(values)  # value = fraction * 2^exponent with a fraction from 1/2 to 1, or 0 for 0
-    exponent = np.where(fraction == 0, smallest_exponent, np.maximum(exponent - 1, smallest_exponent))
-    return np.exp2(exponent - float(fraction_bits))
 
 
 def bound(quantity: str, dtype: str, expected: np.ndarray, steps: int | np.ndarray) -> np.ndarray:

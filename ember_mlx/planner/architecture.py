@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 # The keys of Hugging Face's Llama, and what other families call the same.
 NAMES = {

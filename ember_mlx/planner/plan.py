@@ -3,11 +3,11 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from ember_mlx.errors import InputError
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.builder import Run
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.step import Step
+from ember_mlx.shared.errors import InputError
 
 DEFAULT_LAYERS = 16  # mlx-lm's, for LoRA
 SHORTEST = 256

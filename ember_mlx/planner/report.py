@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.builder import Run
 from ember_mlx.planner.plan import Plan
+from ember_mlx.shared.units import format_bytes
 
 # By the last word of the flags.
 LABELS = {"ember": "Ember", "adamw": "AdamW", "adafactor": "Adafactor", "none": "no training (frozen)"}
 ROWS = ("weights", "gradients", "optimizer state", "activations", "logits", "scratch")
-UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,17 @@ class Report:
         }
 
     def _verdict(self):
-        said = f"{self.whose[0].upper()}{self.whose[1:]} {in_units(self.memory)}"
+        said = f"{self.whose[0].upper()}{self.whose[1:]} {format_bytes(self.memory)}"
         if self.planned.peak <= self.memory:
             fits = "what is planned fits (see the note)" if self.model.notes else "it fits"
-            return f"{said}: {fits}, with {in_units(self.memory - self.planned.peak)} to spare."
+            return f"{said}: {fits}, with {format_bytes(self.memory - self.planned.peak)} to spare."
         if not self.changes:
             return f"{said}: it does not fit, and no change of flags makes it fit."
         return f"{said}: it does not fit. The cheapest changes, each on top of those before, and the new peak:"
 
 
-def in_units(nbytes: float) -> str:
-    """Bytes, as people write them: four digits, and kB, MB, GB and so on of powers of 1000."""
-    unit = 0
-    while nbytes >= 999.95 and unit < len(UNITS) - 1:
-        nbytes /= 1000
-        unit += 1
-    places = 0 if unit == 0 else 3 if nbytes < 9.9995 else 2 if nbytes < 99.995 else 1
-    return f"{nbytes:,.{places}f} {UNITS[unit]}"
-
-
 def _line(label, *sizes):
-    return f"{label:32}" + "".join(f" {'' if nbytes is None else in_units(nbytes):>13}" for nbytes in sizes)
+    return f"{label:32}" + "".join(f" {'' if nbytes is None else format_bytes(nbytes):>13}" for nbytes in sizes)
 
 
 def _plan_as_json(planned):

@@ -3,7 +3,7 @@
 from ember_mlx.planner.builder import FLOAT32, Builder
 
 ROWS_PER_BLOCK = 4096  # of ember_mlx.optimizers.ember
-SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.guard
+SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.optimizers.guarded
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 
 

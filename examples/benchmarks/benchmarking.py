@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from ember_mlx.parity.environment import environment
+from ember_mlx.shared.environment import environment
 
 SEED = 0
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from interrupted_runs import KINDS, SAVE_EVERY, FileCalls, contents, train, train_words, unfinished
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune import checkpoints
 from ember_mlx.finetune.saving import Saving
+from ember_mlx.shared.errors import InputError
 
 SECOND, THIRD = 2 * SAVE_EVERY, 3 * SAVE_EVERY
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

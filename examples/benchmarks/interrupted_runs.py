@@ -10,10 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import checkpoints, durable, options
+from ember_mlx.finetune import checkpoints, options, safe_writing
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
+from ember_mlx.shared.errors import InputError
 
 SAVE_EVERY = 4
 ITERS = 40
@@ -39,7 +39,8 @@ def prepare(folder: Path):
     from mlx_lm.models import llama
     from mlx_lm.utils import save
 
-    from ember_mlx.demo import MODEL, _write_data
+    from ember_mlx.commands.demo import _write_data
+    from ember_mlx.demo import MODEL
     from ember_mlx.finetune.adapters import load_base
 
     _, tokenizer, config = load_base(MODEL)
@@ -149,7 +150,7 @@ class FileCalls:
             return CountedFile(io.FileIO(path, mode.replace("b", "")))
 
         before = {name: getattr(os, name) for name in self.FUNCTIONS}
-        Saving.save, durable.open = save, counted_open
+        Saving.save, safe_writing.open = save, counted_open
         for name, function in before.items():
             setattr(os, name, counted(name, function))
         try:
@@ -158,7 +159,7 @@ class FileCalls:
             for name, function in before.items():
                 setattr(os, name, function)
             Saving.save = saved
-            del durable.open
+            del safe_writing.open
 
 
 def contents(checkpoint):
@@ -183,6 +184,6 @@ def adapter_bytes(folder):
 
 def unfinished(folder):
     """What a save leaves behind that did not come to its end."""
-    hidden = (durable.PARTIAL, durable.REMOVED)
+    hidden = (safe_writing.PARTIAL, safe_writing.REMOVED)
     left = [path.name for path in (*folder.glob(".*"), *folder.glob("checkpoints/.*")) if path.name.startswith(hidden)]
     return left + [path.name for path in folder.glob(f"checkpoints/*{checkpoints.REPLACED}")]

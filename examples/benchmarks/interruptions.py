@@ -50,10 +50,10 @@ from interrupted_runs import (
 from mlx.utils import tree_flatten
 
 from ember_mlx import Ember
-from ember_mlx.errors import InputError
-from ember_mlx.finetune import checkpoints, durable
+from ember_mlx.finetune import checkpoints, safe_writing
 from ember_mlx.finetune.loop import Batches
 from ember_mlx.finetune.saving import Saving
+from ember_mlx.shared.errors import InputError
 
 # The children are many and their imports slow: forked, where that is safe, from a server that has imported all.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -143,8 +143,10 @@ def _killed_or_done(words, adapter, way, seconds, rng):
         child.join(rng.uniform(0, seconds))
         child.kill()
     elif way == "when an unfinished checkpoint shows":
-        first = f"{durable.PARTIAL}step-{rng.randrange(ITERS):07d}"
-        while child.is_alive() and not any(p.name >= first for p in adapter.glob(f"checkpoints/{durable.PARTIAL}*")):
+        first = f"{safe_writing.PARTIAL}step-{rng.randrange(ITERS):07d}"
+        while child.is_alive() and not any(
+            p.name >= first for p in adapter.glob(f"checkpoints/{safe_writing.PARTIAL}*")
+        ):
             pass
         time.sleep(rng.uniform(0, 0.01))
         child.kill()
@@ -228,7 +230,8 @@ def saving(folder: Path, runs: int, rng: random.Random, tell):
     """Train as the demo does ``runs`` times and take the time of saving; write Ember's state of a large table."""
     from mlx_lm.utils import save
 
-    from ember_mlx.demo import MODEL, _train_options, _write_data
+    from ember_mlx.commands.demo import _train_options, _write_data
+    from ember_mlx.demo import MODEL
     from ember_mlx.finetune.adapters import load_base
 
     del rng
@@ -274,7 +277,7 @@ def table_state_bytes(folder):
     """What Ember's state of a large table takes in a checkpoint."""
     optimizer = Ember(1e-4)
     optimizer.init({"weight": mx.zeros(TABLE, mx.bfloat16)})
-    return durable.write_arrays(folder / "table.safetensors", dict(tree_flatten(optimizer.state)))["bytes"]
+    return safe_writing.write_arrays(folder / "table.safetensors", dict(tree_flatten(optimizer.state)))["bytes"]
 
 
 def _timed(owner, name):

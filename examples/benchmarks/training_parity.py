@@ -37,7 +37,7 @@ from training_parity_twins import (
 )
 
 from ember_mlx.demo import MODEL
-from ember_mlx.parity.environment import environment
+from ember_mlx.shared.environment import environment
 
 ALLOWED = 1e-3  # of the loss, in nats a token
 BESIDE = ("mlx, neighbours", "torch, neighbours", "mlx, exact sums",

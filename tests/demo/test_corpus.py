@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ember_mlx.demo import corpus
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 SOURCE = '''"""Module docstring of many words."""
 

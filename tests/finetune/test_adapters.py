@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import fuse as mlx_lm_fuse
 
 from ember_mlx import InputError, cli, load
-from ember_mlx.finetune import adapters, durable, reading
+from ember_mlx.finetune import adapters, safe_reading, safe_writing
 from ember_mlx.finetune.run import run
 
 IDS = mx.array([[4, 60, 70, 80, 90]])
@@ -138,7 +138,7 @@ def test_a_table_of_another_shape_is_refused(parse, folders, tmp_path):
     file = tmp_path / "adapters" / "token_tables.safetensors"
     tables = {name: array[:-1] + 0 for name, array in mx.load(str(file)).items()}
     mx.eval(tables)
-    mx.save_safetensors(str(file), tables, reading.read_metadata(file, "here"))
+    mx.save_safetensors(str(file), tables, safe_reading.read_metadata(file, "here"))
     with pytest.raises(InputError, match=r"weight has shape \(259, 32\), but \(260, 32\) in this model"):
         load(folders["untied"], adapter_path=tmp_path / "adapters")
 
@@ -169,7 +169,7 @@ def test_an_adapter_folder_that_is_not_whole_is_refused(parse, folders, tmp_path
 def test_a_kill_between_the_files_of_a_save_is_seen_and_mended_by_resume(parse, folders, tmp_path, monkeypatch):
     common = ["--save-every", 1, "--table-learning-rate", 1e-2, "--learning-rate", 1e-2]
     run(parse(*common, "--iters", 1, adapter="first"))
-    replace, outcomes = durable.os.replace, []
+    replace, outcomes = safe_writing.os.replace, []
     for scale in (20.0, 10.0):  # that of the first run, and another
         for at in range(5):
             folder, calls = tmp_path / f"{scale} {at}", []
@@ -184,7 +184,7 @@ def test_a_kill_between_the_files_of_a_save_is_seen_and_mended_by_resume(parse, 
             args = parse(*common, "--iters", 2, "--overwrite", "--seed", 1, adapter=folder.name)
             args.lora_parameters["scale"] = scale
             with monkeypatch.context() as context:
-                context.setattr(durable.os, "replace", killed)
+                context.setattr(safe_writing.os, "replace", killed)
                 with pytest.raises(KeyboardInterrupt):
                     run(args)
             try:

@@ -16,7 +16,7 @@ from ember_mlx.finetune.build_optimizer import (
     table_optimizer,
 )
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
-from ember_mlx.guard import GuardedOptimizer
+from ember_mlx.optimizers.guarded import GuardedOptimizer
 
 WARMUP_AND_COSINE = {"name": "cosine_decay", "warmup": 2, "warmup_init": 1e-7, "arguments": [1e-5, 10, 1e-7]}
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 
 from ember_mlx import InputError
-from ember_mlx.finetune import checkpoints, durable
+from ember_mlx.finetune import checkpoints, safe_writing
 from ember_mlx.finetune.checkpoints import Checkpoints
 from ember_mlx.finetune.loop import Position, numpy_random
 from ember_mlx.finetune.run import run
@@ -105,7 +105,7 @@ class FullDisk:
             (os, "rename"),
             (os, "replace"),
             (Path, "mkdir"),
-            (durable._Hashed, "write"),
+            (safe_writing._Hashed, "write"),
         ):
             self.wrap(monkeypatch, owner, name)
         monkeypatch.setattr("builtins.open", self.opening(io.open))
@@ -184,7 +184,7 @@ def test_while_a_run_is_replaced_either_it_or_the_new_one_is_gone_on_from(tmp_pa
 
 def test_the_name_of_a_new_folder_lasts_too(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(durable, "sync_folder", synced.append)
+    monkeypatch.setattr(safe_writing, "sync_folder", synced.append)
     save(Checkpoints(tmp_path / "new" / "adapters", keep=1), 1)
     assert [tmp_path, tmp_path / "new", tmp_path / "new" / "adapters"] == synced[:3]
 
@@ -193,7 +193,7 @@ def test_a_run_that_keeps_none_removes_those_of_before_only_when_its_adapter_is_
     run(parse("--save-every", 2))
     again = parse("--keep-checkpoints", 0, "--overwrite")
     with monkeypatch.context() as broken:
-        broken.setattr(durable, "write_arrays", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        broken.setattr(safe_writing, "write_arrays", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(InputError, match="could not be saved"):
             run(again)
     assert names(tmp_path / "adapters") == ["step-0000002", "step-0000003"]
@@ -251,7 +251,7 @@ def test_when_what_was_trained_cannot_be_saved_the_run_says_so_and_fails(parse, 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(durable, "write_arrays", full)
+    monkeypatch.setattr(safe_writing, "write_arrays", full)
     with pytest.raises(
         InputError, match=r"what was trained could not be saved: adapter of step 3 \(No space left on device\)"
     ):
@@ -336,7 +336,7 @@ def test_arrays_that_are_not_those_of_the_run_are_refused_by_name(parse, tmp_pat
     ):
         arrays = good.weights | weights if weights else dict(list(good.weights.items())[1:])
         (folder / "weights.safetensors").unlink()
-        described = durable.write_arrays(folder / "weights.safetensors", arrays)
+        described = safe_writing.write_arrays(folder / "weights.safetensors", arrays)
         content = json.loads((folder / "checkpoint.json").read_text())["content"]
         content["files"]["weights.safetensors"] = described
         index = {"sha256": checkpoints._checksum(content), "content": content}

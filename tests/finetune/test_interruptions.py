@@ -63,7 +63,7 @@ def test_the_campaign_would_see_what_loads_wrong(interruptions, folder, monkeypa
     def believe(path, where):
         return json.loads((path.parent / checkpoints.INDEX).read_text())["content"]["files"][path.name]["sha256"]
 
-    monkeypatch.setattr("ember_mlx.finetune.reading.sha256", believe)
+    monkeypatch.setattr("ember_mlx.finetune.safe_reading.sha256", believe)
     report = interruptions.flips(folder, 40, random.Random(0), print)
     assert any(broken.endswith("LOADED WRONG") for broken in report["broken"])
 

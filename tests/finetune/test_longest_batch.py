@@ -7,10 +7,10 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 from mlx_lm.utils import load_tokenizer
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune import longest_batch as module
 from ember_mlx.finetune.data import load_data
 from ember_mlx.finetune.longest_batch import longest_batches
+from ember_mlx.shared.errors import InputError
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ember_mlx.finetune.output import outliving_its_readers
+from ember_mlx.finetune.broken_pipes import outliving_its_readers
 
 
 def test_a_reader_that_is_gone_is_told_of_and_its_pipe_leads_nowhere(monkeypatch):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from ember_mlx import InputError
-from ember_mlx.finetune import reading
+from ember_mlx.finetune import safe_reading
 
 
 def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -48,7 +48,7 @@ def test_a_broken_safetensors_file_is_an_input_error(tmp_path, kind):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(BROKEN[kind])
     with pytest.raises(InputError, match="^here: weights.safetensors cannot be read"):
-        mx.eval(reading.read_arrays(path, "here"))
+        mx.eval(safe_reading.read_arrays(path, "here"))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_broken_safetensors_file_is_an_input_error(tmp_path, kind):
 def test_broken_json_is_an_input_error(tmp_path, text, message):
     (tmp_path / "file.json").write_bytes(text)
     with pytest.raises(InputError, match=f"^here: file.json.*{message}"):
-        reading.read_json(tmp_path / "file.json", "here")
+        safe_reading.read_json(tmp_path / "file.json", "here")
 
 
 def test_links_out_of_the_folder_and_what_is_no_file_are_not_read(tmp_path):
@@ -76,7 +76,7 @@ def test_links_out_of_the_folder_and_what_is_no_file_are_not_read(tmp_path):
     elsewhere.write_text("{}")
     (folder / "real.json").write_text("{}")
     (folder / "inside.json").symlink_to("real.json")
-    assert reading.read_json(folder / "inside.json", "here") == {}
+    assert safe_reading.read_json(folder / "inside.json", "here") == {}
     (folder / "out.json").symlink_to(elsewhere)
     (folder / "circle.json").symlink_to("circle.json")
     os.mkfifo(folder / "pipe.json")
@@ -89,13 +89,13 @@ def test_links_out_of_the_folder_and_what_is_no_file_are_not_read(tmp_path):
         "none.json": "there is no file",
     }.items():
         with pytest.raises(InputError, match=f"here: .*{message}"):
-            reading.read_json(folder / name, "here")
+            safe_reading.read_json(folder / name, "here")
 
 
 def test_types_of_json_are_checked_to_the_leaves():
     expected = {"n": int, "list": [int], "maybe": (dict, type(None)), "inner": {"x": float}}
     good = {"n": 1, "list": [1, 2], "maybe": None, "inner": {"x": 0.5}}
-    reading.check_types(good, expected, "here")
+    safe_reading.check_types(good, expected, "here")
     for change, message in (
         ({"n": True}, "here: n is of type bool, not int"),
         ({"n": "1"}, "here: n is of type str"),
@@ -106,4 +106,4 @@ def test_types_of_json_are_checked_to_the_leaves():
         ({"more": 1}, "here must hold n, list, maybe, inner, and nothing else"),
     ):
         with pytest.raises(InputError, match=message):
-            reading.check_types(good | change, expected, "here")
+            safe_reading.check_types(good | change, expected, "here")

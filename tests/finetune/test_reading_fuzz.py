@@ -17,7 +17,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from tiny_models import llama_config
 
 from ember_mlx import InputError
-from ember_mlx.finetune import adapters, checkpoints, loop, options, reading, resume
+from ember_mlx.finetune import adapters, checkpoints, loop, options, resume, safe_reading
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
@@ -132,7 +132,7 @@ def test_any_safetensors_file_is_read_or_refused(header, data, length, tmp_path)
     path = tmp_path / "weights.safetensors"
     path.write_bytes(safetensors(header, data, length))
     try:
-        mx.eval(reading.read_arrays(path, "here"))
+        mx.eval(safe_reading.read_arrays(path, "here"))
     except InputError as error:
         says(error, "here: weights.safetensors cannot be read (")
 
@@ -143,7 +143,7 @@ def test_any_json_file_is_read_or_refused(content, tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(content)
     try:
-        assert isinstance(reading.read_json(path, "here"), dict)
+        assert isinstance(safe_reading.read_json(path, "here"), dict)
     except InputError as error:
         says(error, "here: file.json ")
 

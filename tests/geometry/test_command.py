@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ember_mlx import InputError, cli
+from ember_mlx.commands import geometry as command
 from ember_mlx.finetune.run import run
-from ember_mlx.geometry import command
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Watch
 from ember_mlx.geometry.recorder import NEW, OUTSIDE, TokenHistory, WeightPaths
 

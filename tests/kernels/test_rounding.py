@@ -7,8 +7,8 @@ from kernels.emulator import EmulationError
 from kernels.views import VIEWS
 
 from ember_mlx.kernels import choice, metal_and_cuda, rounding
+from ember_mlx.kernels.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
 from ember_mlx.optimizers.ember import ember_step, update_table
-from ember_mlx.optimizers.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
 TILE = rounding.TILE_BYTES // 4, rounding.COLUMNS  # rows and columns, of a float32 gradient

@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from optimizers.contract import OPTIMIZERS
 
-from ember_mlx.errors import InputError
 from ember_mlx.parity.gradient_streams import gradient_stream
-from ember_mlx.parity.tolerances import unit_in_the_last_place
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import unit_in_the_last_place
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does nothing to.*float32")
 

@@ -10,11 +10,11 @@ import pytest
 from mlx.utils import tree_map
 from optimizers.tables import SHAPE, as_float64, random_table
 
-from ember_mlx.errors import InputError
 from ember_mlx.optimizers import Ember
 from ember_mlx.parity.gradient_streams import SILENT_STEPS, STREAMS, gradient_stream
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.parity.tolerances import bound, weight_bound, worst
+from ember_mlx.shared.errors import InputError
 
 DTYPES = ["float32", "bfloat16", "float16"]
 LEARNING_RATE = 1e-3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ember_mlx import Ember
-from ember_mlx.optimizers.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
+from ember_mlx.kernels.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
 from ember_mlx.parity import stochastic_rounding as reference
 
 DTYPES = ["bfloat16", "float16"]

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from ember_mlx import cli
-from ember_mlx.parity import command, recorded, suite
+from ember_mlx.commands import parity as command
+from ember_mlx.parity import recorded, suite
 
 SHORT = ("--stream", "random", "--steps", "1", "--dtype", "float32", "bfloat16")
 TORCH = ("torch eager cpu", "torch eager cuda", "torch compiled cpu", "torch compiled cuda", "triton")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["REAL_STREAMS", "RESULTS", "Recording", "read_results", "real_streams", "write_results"]
 

@@ -15,7 +15,7 @@ from reported import WORDS, Results, against
 from run import read_results
 from table_rules import TABLE_RULES
 
-from ember_mlx.plot_style import save_light_and_dark
+from ember_mlx.plots.style import save_light_and_dark
 
 HERE = Path(__file__).parent
 RIVALS = (BASELINE, "adamw-b1=0", "adafactor", "rows", "columns", "sgd", "frozen")

@@ -7,7 +7,7 @@ from statistics import mean
 from plan import BASELINE, SETTINGS
 from reported import WORDS, against
 
-from ember_mlx.plot_style import DASHES, MARKERS
+from ember_mlx.plots.style import DASHES, MARKERS
 
 __all__ = ["PICTURES"]
 

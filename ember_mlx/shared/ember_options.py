@@ -7,8 +7,8 @@ from numbers import Real
 
 import numpy as np
 
-from ember_mlx.errors import InputError
-from ember_mlx.parity.tolerances import unit_in_the_last_place
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import unit_in_the_last_place
 
 __all__ = [
     "SAMPLE",

@@ -8,10 +8,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.parity import implementations, recorded, suite
-from ember_mlx.parity.environment import environment
 from ember_mlx.parity.suite import ORACLE, Comparison
+from ember_mlx.shared.environment import environment
+from ember_mlx.shared.errors import InputError, with_one_line_errors
 
 DESCRIPTION = """\
 Compare every implementation of Ember that this machine can run (MLX, PyTorch, Triton; CPU and GPU) with a float64

@@ -12,8 +12,8 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx import kernels
-from ember_mlx.errors import InputError
 from ember_mlx.optimizers.ember import mean_squares
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["GuardedOptimizer", "all_finite", "clip_by_norm", "global_norm", "spoil_gradients_of_nonfinite"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 JSON_LIMIT = 10**7  # bytes
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError)

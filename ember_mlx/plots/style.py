@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ember_mlx.errors import InputError
+from ember_mlx.shared.errors import InputError
 
 __all__ = [
     "THEMES",

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.finetune import run_log
-from ember_mlx.plot_style import THEMES, check_path, save_light_and_dark, save_picture, thousands, units
+from ember_mlx.plots.style import THEMES, check_path, save_light_and_dark, save_picture, thousands, units
+from ember_mlx.shared.errors import InputError, with_one_line_errors
 
 PANELS = (  # title, what is on the axis, the logs' list, the key in it
     ("Training loss", "nats a token", "train", "train_loss"),

@@ -3,9 +3,9 @@
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ember_mlx.errors import InputError
-from ember_mlx.guard import GuardedOptimizer
 from ember_mlx.optimizers import Ember
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
 
 __all__ = ["PairedOptimizer"]
@@ -36,7 +36,7 @@ class PairedOptimizer(GuardedOptimizer):
         optimizer.state = mx.load("optimizer.safetensors")
 
     Inside ``mx.compile`` nothing can be raised, so a loop that is to stop at a NaN asks between two steps, when the
-    state has been evaluated. :class:`ember_mlx.guard.GuardedOptimizer` says more of the guard:
+    state has been evaluated. :class:`ember_mlx.optimizers.guarded.GuardedOptimizer` says more of the guard:
 
         if optimizer.nonfinite_steps.item():
             break

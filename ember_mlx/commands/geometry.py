@@ -11,13 +11,13 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 
-from ember_mlx.errors import InputError, with_one_line_errors
 from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import add_tokens_of, load_base
 from ember_mlx.finetune.run import check_adapter_folder, run
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
-from ember_mlx.plot_style import require_matplotlib
+from ember_mlx.plots.style import require_matplotlib
+from ember_mlx.shared.errors import InputError, with_one_line_errors
 
 # What each part of the report needs at the least, in updates of the weights.
 NEEDED = {

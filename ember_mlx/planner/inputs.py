@@ -10,12 +10,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from safetensors import SafetensorError, safe_open
 
-from ember_mlx.errors import InputError
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens, refuse_rows_that_cannot_train
 from ember_mlx.finetune.data import check_data_folder
 from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_batches
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
+from ember_mlx.shared.errors import InputError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tiktoken.model")
 # Above any length that a tokenizer's config allows: rows are cut by --max-seq-length, and need no warning here.

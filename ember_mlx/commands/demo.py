@@ -1,0 +1,110 @@
+"""``ember-mlx demo``: the main job with nothing to download, on a model and a Python that are there already."""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm import generate
+from mlx_lm.utils import save
+
+from ember_mlx.demo import MODEL
+from ember_mlx.demo.corpus import finetuning_pairs
+from ember_mlx.finetune import options
+from ember_mlx.finetune.adapters import load, load_base
+from ember_mlx.finetune.run import run
+from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.units import format_bytes
+
+# So many rows of the validation set are shown with what the model makes of them, the first ones, not the best.
+EXAMPLES = 3
+SETTINGS = {
+    "--iters": 40,
+    "--batch-size": 4,
+    "--learning-rate": 5e-4,
+    "--table-learning-rate": 5e-4,
+    "--val-batches": -1,
+    "--steps-per-eval": 1000,
+    "--max-seq-length": 128,
+    "--seed": 0,
+}
+
+
+def main(arguments: list[str]):
+    """Fine-tune the bundled model twice, with Ember and with AdamW on its tables, and print both beside each other."""
+    parser = argparse.ArgumentParser(
+        prog="ember-mlx demo",
+        description="Fine-tune the model that comes with the package on docstrings of Python's own library: LoRA on "
+        "the layers, the token tables with Ember, then with AdamW. Takes about a minute on two CPU cores.",
+    )
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="Keep the data, the model and both adapters in this new folder."
+    )
+    keep = with_one_line_errors(parser).parse_args(arguments).keep
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            demo(Path(folder))
+    elif Path(keep).exists():
+        raise InputError(f"--keep {keep}: is there already; give a new folder")
+    else:
+        demo(Path(keep))
+        print(f"Everything is in {keep}.")
+
+
+def demo(folder: Path):
+    start = time.perf_counter()
+    examples = _write_data(folder / "data")
+    model, tokenizer, config = load_base(MODEL)
+    model.set_dtype(mx.float32)  # a CPU multiplies bfloat16 many times slower
+    save(folder / "model", MODEL, model, tokenizer, config, donate_model=False)
+    completions = {"before": _complete(model, tokenizer, examples)}
+    results = {}
+    for name in ("Ember", "AdamW"):
+        print(f"\n=== {name} on the token tables ===\n", flush=True)
+        results[name] = run(options.parse(_train_options(folder, name)))
+        model, tokenizer = load(folder / "model", adapter_path=folder / name)
+        completions[f"after, {name}"] = _complete(model, tokenizer, examples)
+    print(_format(results, examples, completions))
+    print(f"{time.perf_counter() - start:.0f} s in all.")
+
+
+def _write_data(folder):
+    folder.mkdir(parents=True)
+    train, valid = finetuning_pairs()
+    for name, pairs in (("train", train), ("valid", valid)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return valid[:EXAMPLES]
+
+
+def _train_options(folder, name):
+    paths = {"--model": folder / "model", "--data": folder / "data", "--adapter-path": folder / name}
+    words = [str(word) for pair in (paths | SETTINGS).items() for word in pair]
+    return [*words, "--table-optimizer", name.lower()]
+
+
+def _complete(model, tokenizer, examples):
+    """What the model says to each prompt, at most 40 tokens, on one line."""
+    texts = []
+    for example in examples:
+        messages = [{"role": "user", "content": example["prompt"]}]
+        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        texts.append(" ".join(generate(model, tokenizer, tokens, max_tokens=40).split()))
+    return texts
+
+
+def _format(results, examples, completions):
+    rows = [
+        ("", *(f"{name} on the tables" for name in results)),
+        ("validation loss before", *(f"{result.loss_before:.3f}" for result in results.values())),
+        ("validation loss after", *(f"{result.loss_after:.3f}" for result in results.values())),
+        ("optimizer state of the tables", *(format_bytes(result.table_state_bytes) for result in results.values())),
+        ("peak memory", *(format_bytes(result.peak_memory) for result in results.values())),
+    ]
+    lines = ["", *(f"{name:<30}{left:>22}{right:>22}" for name, left, right in rows), ""]
+    for i, example in enumerate(examples):
+        said = {"prompt": example["prompt"], "in the library": example["completion"]}
+        said |= {name: texts[i] for name, texts in completions.items()}
+        lines += [*(f"{name:<16}{text}" for name, text in said.items()), ""]
+    return "\n".join(lines)

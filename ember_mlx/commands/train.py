@@ -1,0 +1,30 @@
+"""``ember-mlx train``: fine-tune, and say how to resume what a signal stopped."""
+
+import shlex
+import sys
+
+from mlx_lm.cli_ui import rprint
+
+from ember_mlx.finetune import options
+from ember_mlx.finetune.broken_pipes import outliving_its_readers
+from ember_mlx.finetune.run import run
+from ember_mlx.finetune.stop_signals import Interrupted
+from ember_mlx.planner import machine
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str]):
+    """Train, test, or both."""
+    args = options.parse(arguments)
+    if args.train and (warning := machine.warning(args)):
+        rprint(warning)
+    try:
+        run(args)
+    except Interrupted as stopped:
+        with outliving_its_readers():
+            print(stopped, file=sys.stderr)
+            if stopped.checkpoint:
+                words = options.command_to_resume(arguments, stopped.resume_words)
+                print(f"To go on:\n  {shlex.join(['ember-mlx', 'train', *words])}", file=sys.stderr)
+        sys.exit(stopped.exit_code)

@@ -1,0 +1,1 @@
+"""The ground: what needs neither MLX nor PyTorch, and what both packages share."""
