@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not triton_kernels.available(TRITON_DEVICE), rea
 
 
 @pytest.mark.parametrize("rows", [1, 96, 97, 193])
-def test_one_step_is_the_same_however_the_rows_are_cut_into_programs(rows, monkeypatch):
+def test_one_step_is_the_same_however_the_table_is_cut_into_tiles(rows, monkeypatch):
     shape = (rows, 5)
     gradient = next(gradient_stream("random", shape, 1))
 
@@ -27,8 +27,9 @@ def test_one_step_is_the_same_however_the_rows_are_cut_into_programs(rows, monke
 
     expected = trained("eager")
     found = trained("triton")
-    monkeypatch.setattr(triton_kernels, "STATISTICS_ROWS_PER_PROGRAM", 7)
-    monkeypatch.setattr(triton_kernels, "UPDATE_ROWS_PER_PROGRAM", 3)
+    statistics, update = {"ROWS": 8, "COLUMNS": 4}, {"ROWS_PER_PROGRAM": 3, "ROWS": 2, "COLUMNS": 2}
+    monkeypatch.setattr(triton_kernels, "statistics_tile", lambda columns: statistics)
+    monkeypatch.setattr(triton_kernels, "update_tile", lambda columns: update)
     for results in (found, trained("triton")):
         for result, wanted in zip(results, expected, strict=True):
             np.testing.assert_allclose(result, wanted, rtol=2e-6, atol=1e-8)
