@@ -66,9 +66,7 @@ def ember_step(
                 column_sums, mean, programs, rows, columns, 0.0, 1.0, BETA2_IS_TENSOR=False, **COLUMN_TILE
             )
             mean = shards.mean_over_all_rows(mean)[None]
-            _column_means[column_grid](
-                mean, c, 1, 1, columns, beta2, forget, BETA2_IS_TENSOR=scheduled, **COLUMN_TILE
-            )
+            _column_means[column_grid](mean, c, 1, 1, columns, beta2, forget, BETA2_IS_TENSOR=scheduled, **COLUMN_TILE)
         if rows:
             _update_table[(triton.cdiv(rows, tile_of_update["ROWS_PER_PROGRAM"]),)](
                 w, *w.stride(), g, *g.stride(), r, row_mean, c, t, q, seed, rows, columns,

@@ -96,7 +96,10 @@ def launch(g):
     """What the kernel is called with for ``g``: its constants, the size of its grid, and its outputs."""
     rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
-    threads = min(MOST_THREADS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
+    # As many threads as leave the last of their walks along the columns as full as the others.
+    simdgroups = -(-columns // (SIMDGROUP * vector))
+    walks = -(-simdgroups * SIMDGROUP // MOST_THREADS)
+    threads = -(-simdgroups // walks) * SIMDGROUP
     groups = -(-rows // ROWS)
     constants = {
         "T": g.dtype,  # not in the text, but MLX's CUDA backend keeps compiled kernels by their name and these alone
