@@ -79,9 +79,14 @@ def test_the_warning_points_at_the_users_own_line_through_all_that_makes_optimiz
 
 
 def test_on_the_command_line_a_warning_is_one_line():
-    program = "import warnings; from ember_mlx import cli; cli._run('train', lambda _: warnings.warn('mind this'), [])"
+    program = """
+import warnings
+from ember_mlx import cli
+from ember_mlx.commands import plot
+plot.main = lambda arguments: warnings.warn("mind this")
+cli._run("plot", [])"""
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert said.stderr == "ember-mlx train: warning: mind this\n"
+    assert said.stderr == "ember-mlx plot: warning: mind this\n"
 
 
 def test_inside_a_compiled_step_nothing_is_said_and_nothing_fails():

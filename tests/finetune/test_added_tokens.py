@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from tiny_models import write_model
 from tokenizers import decoders, normalizers
 
-from ember_mlx import InputError, cli, load
+from ember_mlx import InputError, load
+from ember_mlx.commands import fuse
 from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.added_tokens import add_tokens, read_tokens
 from ember_mlx.finetune.run import run
@@ -57,7 +58,7 @@ def test_adapter_and_fused_model_know_the_new_tokens(parse, folders, tmp_path, t
     detokenizer.finalize()
     assert detokenizer.text == "日本語"
 
-    cli.fuse(["--model", str(folders[base]), "--adapter-path", str(adapter), "--save-path", str(fused)])
+    fuse.main(["--model", str(folders[base]), "--adapter-path", str(adapter), "--save-path", str(fused)])
     stock, stock_tokenizer = mlx_lm.load(str(fused))
     assert json.loads((fused / "config.json").read_text())["vocab_size"] == 263
     assert [ids(stock_tokenizer, token) for token in TOKENS] == [[260], [261], [262]]
