@@ -8,7 +8,13 @@ import numpy as np
 import torch
 
 from cuda_ref import sharding, triton_kernels
-from ember_mlx.shared.ember_options import SAMPLE, check_beta2_schedule, not_one_number, rounding_warning
+from ember_mlx.shared.ember_options import (
+    BETA2_RANGE,
+    SAMPLE,
+    check_beta2_schedule,
+    not_one_number,
+    rounding_warning,
+)
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
@@ -37,7 +43,7 @@ def check_group(group, implementation, row_shard_group):
     _check_learning_rate(group)
     _check("weight_decay", group["weight_decay"], 0, math.inf, "a finite number, zero or more")
     if not callable(group["beta2"]):
-        _check("beta2", group["beta2"], 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
+        _check("beta2", group["beta2"], *BETA2_RANGE)
     _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
     for number, w in enumerate(group["params"]):
         # A slice of a table may have no rows.

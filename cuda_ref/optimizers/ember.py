@@ -98,8 +98,15 @@ def mean_squares(g):
 
 
 def update_second_moment(moment, mean_square, beta2):
-    """``beta2 * moment + (1 - beta2) * mean_square``, as a step towards it: 0.999 has no exact float32, 0 has."""
-    return moment + (1 - beta2) * (mean_square - moment)
+    """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
+
+    0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
+    """
+    as_written = beta2 * moment + (1 - beta2) * mean_square
+    towards = moment + (1 - beta2) * (mean_square - moment)
+    if isinstance(beta2, torch.Tensor):
+        return torch.where(beta2 < 0.5, as_written, towards)
+    return as_written if beta2 < 0.5 else towards
 
 
 def bias_correction(t, beta2):

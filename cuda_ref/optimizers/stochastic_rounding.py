@@ -7,7 +7,7 @@ The random bits are a hash of (seed, step, row, column), so nothing is drawn and
 resumes bit for bit, each shard of a table rounds as the whole table would, and every backend and framework gives the
 same 16 bits for the same float32 value.
 
-The functions are those of ``ember_mlx/optimizers/stochastic_rounding.py``, line against line. PyTorch computes little
+The functions are those of ``ember_mlx/kernels/stochastic_rounding.py``, line against line. PyTorch computes little
 in uint32: here it is an int32, whose sums and products are the same bits.
 """
 
@@ -16,6 +16,7 @@ import torch
 __all__ = ["bit_keys", "mix", "random_bits", "round_stochastically", "table_seed"]
 
 DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of the fraction of a float32; these can be rounded to
+LARGEST = {torch.bfloat16: (2 - 2**-7) * 2.0**127, torch.float16: 65504.0}
 SMALLEST_NORMAL_HALF = 2.0**-14  # float16 below it: all numbers are 2^-24 apart
 
 
@@ -52,10 +53,11 @@ def random_bits(row_keys, column_keys):
 def round_stochastically(values, random, dtype):
     """float32 ``values`` in bfloat16 or float16, each to one of its two neighbours there, by ``random`` of its shape.
 
-    Infinity and NaN stay what they are. Beyond the largest number the upper neighbour is infinity, as it is to nearest.
+    Infinity and NaN stay what they are. What is finite stays finite: beyond the largest number of ``dtype`` it is that.
     """
     dropped = DROPPED_BITS[dtype]
-    bits = values.view(torch.int32) + shift_right(random, 32 - dropped)  # carries into what is kept, and the exponent
+    bits = torch.clamp(values, -LARGEST[dtype], LARGEST[dtype]).view(torch.int32)
+    bits = bits + shift_right(random, 32 - dropped)  # carries into the bits that are kept, and the exponent
     rounded = ((bits >> dropped) << dropped).view(torch.float32)
     if dtype == torch.float16:
         scaled = values * 2.0**24

@@ -98,7 +98,7 @@ SOURCE = """
     }
 """
 
-# As in optimizers/stochastic_rounding.py, number by number.
+# As in stochastic_rounding.py, number by number.
 FUNCTIONS = """
 FUNCTION uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -115,7 +115,9 @@ FUNCTION float round_stochastically(float value, uint32_t random) {
         const float scaled = value / apart, lower = floor(scaled);
         return (lower + (scaled - lower > (random >> 8) * apart ? 1.0f : 0.0f)) * apart;
     }
-    return float_of(((bits + (random >> (32 - DROPPED))) >> DROPPED) << DROPPED);
+    constexpr uint32_t largest = DROPPED == 13 ? 0x477fe000u : 0x7f7f0000u;  // what is finite stays finite
+    const uint32_t rounded = ((magnitude + (random >> (32 - DROPPED))) >> DROPPED) << DROPPED;
+    return float_of((bits & 0x80000000u) | (rounded < largest ? rounded : largest));
 }
 
 template <int DROPPED>

@@ -13,6 +13,7 @@ import mlx.core as mx
 __all__ = ["bit_keys", "mix", "random_bits", "round_stochastically", "table_seed"]
 
 DROPPED_BITS = {mx.bfloat16: 16, mx.float16: 13}  # of the fraction of a float32; these dtypes can be rounded to
+LARGEST = {mx.bfloat16: (2 - 2**-7) * 2.0**127, mx.float16: 65504.0}
 SMALLEST_NORMAL_HALF = 2.0**-14  # float16 below it: all numbers are 2^-24 apart
 
 
@@ -42,10 +43,11 @@ def random_bits(row_keys, column_keys):
 def round_stochastically(values, random, dtype):
     """float32 ``values`` in bfloat16 or float16, each to one of its two neighbours there, by ``random`` of its shape.
 
-    Infinity and NaN stay what they are. Beyond the largest number the upper neighbour is infinity, as it is to nearest.
+    Infinity and NaN stay what they are. What is finite stays finite: beyond the largest number of ``dtype`` it is that.
     """
     dropped = DROPPED_BITS[dtype]
-    bits = values.view(mx.uint32) + (random >> (32 - dropped))  # carries into the bits that are kept, and the exponent
+    bits = mx.clip(values, -LARGEST[dtype], LARGEST[dtype]).view(mx.uint32)
+    bits = bits + (random >> (32 - dropped))  # carries into the bits that are kept, and the exponent
     rounded = ((bits >> dropped) << dropped).view(mx.float32)
     if dtype == mx.float16:
         scaled = values * 2.0**24

@@ -29,7 +29,14 @@ from ember_mlx.kernels.stochastic_rounding import (
     table_seed,
 )
 from ember_mlx.optimizers.checks import as_number, check_number, check_parameters, check_state, warning_of
-from ember_mlx.shared.ember_options import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_limit, warn
+from ember_mlx.shared.ember_options import (
+    BETA2_RANGE,
+    STEPS_TO_LOOK_AT,
+    check_beta2_schedule,
+    check_rounding,
+    check_row_limit,
+    warn,
+)
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
@@ -82,8 +89,15 @@ def mean_squares(g):
 
 
 def update_second_moment(moment, mean_square, beta2):
-    """``beta2 * moment + (1 - beta2) * mean_square``, as a step towards it: 0.999 has no exact float32, 0 has."""
-    return moment + (1 - beta2) * (mean_square - moment)
+    """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
+
+    0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
+    """
+    as_written = beta2 * moment + (1 - beta2) * mean_square
+    towards = moment + (1 - beta2) * (mean_square - moment)
+    if isinstance(beta2, mx.array):
+        return mx.where(beta2 < 0.5, as_written, towards)
+    return as_written if beta2 < 0.5 else towards
 
 
 def bias_correction(t, beta2):
@@ -200,7 +214,7 @@ class Ember(Optimizer):
             self.state["bias_correction"] = mx.array(0.0)
             self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
         else:
-            check_number("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
+            check_number("beta2", beta2, *BETA2_RANGE)
             self.beta2 = float(beta2)
 
     def init(self, parameters):
