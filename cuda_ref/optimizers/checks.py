@@ -25,6 +25,7 @@ __all__ = [
     "check_group",
     "check_keys",
     "check_schedule",
+    "check_state",
     "check_state_dict",
     "fault_of",
     "name_of",
@@ -166,6 +167,19 @@ def check_gradient(w):
         raise InputError(
             f"Ember: a table with the placements {w.placements} has a gradient with {g.placements}: both must be the "
             "same, as fully_shard leaves them. Under torch's tensor parallelism give this table to another optimizer"
+        )
+
+
+def check_state(name, w, state):
+    """That the state of a table, where it has any, is of a table of this shape on this device."""
+    if not state:
+        return
+    w, r, c = (sharding.local_part(tensor) for tensor in (w, state["r"], state["c"]))
+    if w.shape != (len(r), len(c)) or w.device != r.device:
+        raise InputError(
+            f"Ember.step: {name} has shape {tuple(w.shape)} on {w.device}, and its state is of shape "
+            f"{(len(r), len(c))} on {r.device}: resize or move the model before the first step, or make the optimizer "
+            "anew"
         )
 
 

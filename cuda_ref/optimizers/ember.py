@@ -27,6 +27,7 @@ from cuda_ref.optimizers.checks import (
     check_gradient,
     check_group,
     check_schedule,
+    check_state,
     check_state_dict,
     fault_of,
     name_of,
@@ -311,8 +312,9 @@ class Ember(Optimizer):
     def _check_step(self):
         for group in self.param_groups:
             self._check_group(group)
-            for w in group["params"]:
+            for number, w in enumerate(group["params"]):
                 check_gradient(w)
+                check_state(name_of(group, number), w, self.state.get(w))
 
     def _find_shards(self):
         for _, w, _ in self._named_tables():
