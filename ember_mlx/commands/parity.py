@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ember_mlx.parity import implementations, recorded, suite
+from ember_mlx.parity import implementations, processes, recorded, suite
 from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError, with_one_line_errors
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     here, not_here = implementations.select(args.implementation)
     recordings = recorded.read_results()
     start = time.perf_counter()
-    comparisons = list(suite.run(here, cases, args.dtype or suite.DTYPES, recordings, _progress()))
+    comparisons = list(processes.run(here, cases, args.dtype or suite.DTYPES, recordings, _progress()))
     seconds = time.perf_counter() - start
     if not comparisons:
         raise InputError("nothing is left to compare: no chosen implementation does the chosen streams in --dtype")

@@ -28,7 +28,7 @@ from ember_mlx.parity.tolerances import bound, weight_bound
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place
 
-__all__ = ["DTYPES", "ORACLE", "Case", "Comparison", "Expected", "cases", "follow", "run", "select"]
+__all__ = ["DTYPES", "ORACLE", "Case", "Comparison", "Expected", "cases", "failed", "follow", "run", "select"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = 0
@@ -269,7 +269,7 @@ def run(
                             tables[key] = implementation.make(*settings, **RULES[case.rule])
                         yield from _compare_case(tables[key], case, expected, recordings, about)
                     except Exception as error:  # whatever a framework may raise, a compiler's errors included
-                        yield _failed(error, case, about)
+                        yield failed(error, case, about)
 
 
 def follow(
@@ -348,7 +348,8 @@ def _compare_rounding(implementation, case, expected, about):
     )  # fmt: skip
 
 
-def _failed(error, case, about):
+def failed(error: Exception, case: Case, about: dict) -> Comparison:
+    """What an implementation that raised ``error`` in that case is told to have failed in."""
     infinite = dict.fromkeys(("ulps", "relative", "of_allowed"), np.inf)
     return Comparison(
         **about, against=ORACLE, first_step=1, steps=case.steps[-1], quantity="all", allowed_ulps=0, **infinite,
