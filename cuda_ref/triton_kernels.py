@@ -17,13 +17,14 @@ except ImportError:  # a Mac, or a CPU build of PyTorch
     triton = None
 
 from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS
+from cuda_ref.sharding import RowShards
 
 __all__ = ["available", "ember_step"]
 
 COLUMN_TILE = {"ROWS": 1024, "COLUMNS": 16, "num_warps": 8}  # of the second kernel
 
 
-def available(device=None):
+def available(device: torch.device | None = None) -> bool:
     """Whether Triton is installed and runs there: on a GPU, or anywhere if TRITON_INTERPRET=1 was set on its import."""
     if triton is None or device is None or device.type == "cuda":
         return triton is not None
@@ -31,9 +32,22 @@ def available(device=None):
 
 
 def ember_step(
-    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None,
-    shards=None,
-):  # fmt: skip
+    w: torch.Tensor,  # (V, D)
+    g: torch.Tensor,  # (V, D)
+    r: torch.Tensor,  # (V,) float32
+    c: torch.Tensor,  # (D,) float32
+    t: torch.Tensor,  # ()
+    *,
+    learning_rate: float | torch.Tensor,
+    beta2: float | torch.Tensor,
+    eps: float,
+    weight_decay: float,
+    q: torch.Tensor | None = None,
+    row_clip: float | None = None,
+    row_floor: float | None = None,
+    seed: torch.Tensor | None = None,
+    shards: RowShards | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``ember_step`` of ``cuda_ref.optimizers.ember``, except that ``w``, ``r`` and ``c`` are overwritten."""
     rows, columns = w.shape
     scheduled = isinstance(beta2, torch.Tensor)
@@ -211,15 +225,15 @@ if triton is not None:
         return tl.where(x > -0.5, series, 1 - tl.exp(x))
 
 
-def statistics_tile(columns):
+def statistics_tile(columns: int) -> dict[str, int]:
     return {"ROWS": 128, "COLUMNS": _tile_columns(columns), "num_warps": 4}
 
 
-def update_tile(columns):
+def update_tile(columns: int) -> dict[str, int]:
     width = _tile_columns(columns)
     return {"ROWS_PER_PROGRAM": 128, "ROWS": 4096 // width, "COLUMNS": width, "num_warps": 16}
 
 
-def _tile_columns(columns):
+def _tile_columns(columns: int) -> int:
     """The largest power of two, from 64 to 128, that divides ``columns``: no thread of a tile is without work."""
     return 128 if columns % 128 == 0 else 64

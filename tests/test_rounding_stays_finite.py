@@ -23,7 +23,7 @@ def near(dtype):
     largest = np.float32(LARGEST[dtype])
     below, above = np.nextafter(largest, np.float32(0)), np.nextafter(largest, np.float32(np.inf))
     parts = [largest * np.float32(1 + part * 2.0**-8) for part in (0.1, 0.25, 0.49)] if dtype == "float16" else []
-    values = np.array([below, largest, above, *parts, (largest + MOST) / 2, MOST], np.float32)
+    values = np.array([below, largest, above, *parts, largest / 2 + MOST / 2, MOST], np.float32)
     return np.concatenate([values, -values])
 
 

@@ -15,9 +15,12 @@ The functions are those of ``ember_mlx/optimizers/ember.py``, line against line.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref import sharding, triton_kernels
 from cuda_ref.optimizers.checks import (
@@ -41,6 +44,7 @@ from cuda_ref.optimizers.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
+from cuda_ref.sharding import RowShards
 from ember_mlx.shared.ember_options import check_rounding, check_row_limit, warn
 from ember_mlx.shared.errors import InputError
 
@@ -54,24 +58,31 @@ MOST_BLOCKS, FEWEST_ROWS = 32, 1024
 
 
 def ember_step(
-    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None,
-    shards=None,
-):  # fmt: skip
+    w: Tensor,  # (V, D), the table
+    g: Tensor,  # (V, D), its gradient
+    r: Tensor,  # (V,) float32, second moment of the rows
+    c: Tensor,  # (D,) float32, second moment of the columns
+    t: Tensor,  # (), the number of this step, from 1
+    *,
+    learning_rate: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float | Tensor,
+    q: Tensor | None = None,  # (), the bias correction
+    row_clip: float | None = None,
+    row_floor: float | None = None,
+    seed: Tensor | None = None,  # (), int32
+    shards: RowShards | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
-        w (Tensor): The table, (V, D).
-        g (Tensor): Its gradient, (V, D).
-        r (Tensor): Second moment of the rows, (V,) float32.
-        c (Tensor): Second moment of the columns, (D,) float32.
-        t (Tensor): The number of this step, from 1.
-        learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
-        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is a tensor.
-        q (Tensor, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
-        row_floor (float, optional): How large a row's gradients must be, over the table's, for whole steps.
-        seed (Tensor, optional): For stochastic rounding, the table's own, int32. Without it: to nearest.
-        shards (RowShards, optional): Of a table whose rows lie on several ranks; ``w``, ``g``, ``r`` are this rank's.
+        learning_rate, weight_decay: :math:`\\eta` and the decoupled :math:`\\lambda`.
+        beta2: :math:`\\beta_2`; on a schedule a tensor, with its bias correction ``q``.
+        row_clip: The most learning rates that a row's step may have as its root mean square.
+        row_floor: How large a row's gradients must be, over the table's, for whole steps.
+        seed: Of the table, for stochastic rounding. Without it: to nearest.
+        shards: Of a table whose rows lie on several ranks; ``w``, ``g`` and ``r`` are this rank's.
 
     Returns:
         ``w``, overwritten, and the new ``r`` and ``c``.
@@ -88,7 +99,7 @@ def ember_step(
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
-def mean_squares(g):
+def mean_squares(g: Tensor) -> tuple[Tensor, Tensor]:
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32."""
     row_means, column_sums = [], []
     for rows in blocks(g):
@@ -98,7 +109,7 @@ def mean_squares(g):
     return torch.cat(row_means), torch.stack(column_sums).sum(dim=0) / g.shape[0]
 
 
-def update_second_moment(moment, mean_square, beta2):
+def update_second_moment(moment: Tensor, mean_square: Tensor | float, beta2: float | Tensor) -> Tensor:
     """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
 
     0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
@@ -110,13 +121,20 @@ def update_second_moment(moment, mean_square, beta2):
     return as_written if beta2 < 0.5 else towards
 
 
-def bias_correction(t, beta2):
+def bias_correction(t: Tensor, beta2: float) -> Tensor:
     """``1 - beta2 ** t``, which loses four digits in float32 at t = 1; expm1 loses none."""
     log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
     return -torch.expm1(t.to(torch.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
+def denominator_factors(
+    r: Tensor,  # (V,)
+    c: Tensor,  # (D,)
+    q: Tensor,  # ()
+    row_mean: Tensor,  # (V,)
+    row_clip: float | None,
+    row_floor: float | None,
+) -> tuple[Tensor, Tensor]:
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = torch.clamp(c.mean(), min=1e-30)
     a = torch.sqrt(r / (s * q))
@@ -128,7 +146,16 @@ def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
     return a, torch.sqrt(c)
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_table(
+    w: Tensor,  # (V, D)
+    g: Tensor,  # (V, D)
+    a: Tensor,  # (V,)
+    b: Tensor,  # (D,)
+    learning_rate: float | Tensor,
+    eps: float,
+    weight_decay: float | Tensor,
+    keys: tuple[Tensor, Tensor] | None = None,  # (V,) and (D,) int32
+) -> Tensor:
     """The table, overwritten block by block, so that no second one is needed."""
     for rows in blocks(w):
         block_keys = None if keys is None else (keys[0][rows], keys[1])
@@ -136,7 +163,16 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return w
 
 
-def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_rows(
+    w: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    learning_rate: float | Tensor,
+    eps: float,
+    weight_decay: float | Tensor,
+    keys: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
     update = g.to(torch.float32) / (a[:, None] * b + eps)
@@ -144,7 +180,7 @@ def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new.to(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table):
+def blocks(table: Tensor) -> list[slice]:
     """Slices of its rows, so that their float32 copies stay small. A compiled step makes no copies and needs none."""
     rows = len(table)
     block = rows if torch.compiler.is_compiling() else max(FEWEST_ROWS, min(ROWS_PER_BLOCK, rows // MOST_BLOCKS))
@@ -211,17 +247,17 @@ class Ember(Optimizer):
 
     def __init__(
         self,
-        params,
-        lr,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        row_clip=None,
-        row_floor=None,
-        rounding="nearest",
-        seed=0,
-        implementation="auto",
-        row_shard_group=None,
+        params: ParamsT,
+        lr: float | Tensor,
+        beta2: float | Callable[[Tensor], float | Tensor] = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        row_clip: float | None = None,
+        row_floor: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        implementation: str = "auto",
+        row_shard_group: "torch.distributed.ProcessGroup | None" = None,
     ):
         check_rounding(rounding, seed)
         if implementation not in ("auto", "eager", "triton"):
@@ -239,7 +275,7 @@ class Ember(Optimizer):
         self._warned = False
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict):
         self._agreed = False
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -258,7 +294,7 @@ class Ember(Optimizer):
             warn(found)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step on every table that has a gradient; returns what ``closure`` returns."""
         loss = None
         if closure is not None:
@@ -282,12 +318,9 @@ class Ember(Optimizer):
             self._agree()
         for number, (_, w, group) in enumerate(self._named_tables()):
             if w.grad is not None and not self.state[w]:
-                shards = self._shards.get(w)
-                rows, columns = w.shape if shards is None else (shards.rows, w.shape[1])
-                r = torch.zeros(rows, dtype=torch.float32, device=w.device)
                 self.state[w]["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
-                self.state[w]["r"] = r if shards is None else shards.lay_out(r)
-                self.state[w]["c"] = torch.zeros(columns, dtype=torch.float32, device=w.device)
+                self.state[w]["r"] = sharding.zeros_of_rows(w, self._shards.get(w))
+                self.state[w]["c"] = torch.zeros(w.shape[1], dtype=torch.float32, device=w.device)
                 if callable(group["beta2"]):
                     self.state[w]["q"] = torch.zeros((), dtype=torch.float32, device=w.device)
             # A state from before may have none.
@@ -296,17 +329,14 @@ class Ember(Optimizer):
 
     def _agree(self):
         """Find the sharded tables, and that all ranks are about to take the same step on them."""
-        self._find_shards()
-        fault = fault_of(self._check_step)
-        for communicator in dict.fromkeys(shards.communicator for shards in self._shards.values()):
-            facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
-            facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
-            for name, w, group in self._named_tables() if fault is None else ():
-                if w in self._shards and self._shards[w].communicator is communicator:
-                    facts |= sharding.facts_of_table(name, w, self.state.get(w), {o: group[o] for o in OPTIONS})
-            sharding.agree(communicator, "Ember.step", facts, fault)
-        if fault is not None:
-            raise fault
+        sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
+        facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
+        facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
+        tables = [
+            (name, w, self.state.get(w), {option: group[option] for option in OPTIONS})
+            for name, w, group in self._named_tables()
+        ]
+        sharding.agree_on_step(self._shards, facts, tables, fault_of(self._check_step))
         self._agreed = True
 
     def _check_step(self):
@@ -315,11 +345,6 @@ class Ember(Optimizer):
             for number, w in enumerate(group["params"]):
                 check_gradient(w)
                 check_state(name_of(group, number), w, self.state.get(w))
-
-    def _find_shards(self):
-        for _, w, _ in self._named_tables():
-            if w not in self._shards and sharding.is_dtensor(w):
-                self._shards[w] = sharding.shards_of_dtensor(w)
 
     def _step_table(self, w, group):
         state = self.state[w]
@@ -333,29 +358,37 @@ class Ember(Optimizer):
             self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
         )
         step = triton_kernels.ember_step if use_triton else ember_step
-        w, g, r, c = w, w.grad, state["r"], state["c"]
-        if shards is not None:
-            w, g, r = (sharding.local_part(tensor) for tensor in (w, g, r))
-            shards = shards if shards.communicator is not None else None  # this rank has all rows
-        old = w, r, c, state["step"]
-        q = state["q"] if callable(group["beta2"]) else None
-        seed = state["seed"] if self.rounding == "stochastic" else None
-        new = *step(w, g, r, c, t, *options.values(), q, self.row_clip, self.row_floor, seed, shards), t
-        for before, after in zip(old, new, strict=True):
+        here, shards = sharding.parts_here((w, w.grad, state["r"]), shards)
+        old = here[0], here[2], state["c"], state["step"]
+        new = step(
+            *here,
+            state["c"],
+            t,
+            learning_rate=options["lr"],
+            beta2=options["beta2"],
+            eps=options["eps"],
+            weight_decay=options["weight_decay"],
+            q=state["q"] if callable(group["beta2"]) else None,
+            row_clip=self.row_clip,
+            row_floor=self.row_floor,
+            seed=state["seed"] if self.rounding == "stochastic" else None,
+            shards=shards,
+        )
+        for before, after in zip(old, (*new, t), strict=True):
             if after is not before:
                 before.copy_(after)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """As PyTorch's, with a word in the place of a schedule."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group["beta2"] = SCHEDULE if callable(group["beta2"]) else group["beta2"]
         return saved
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict):
         """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
         self._agreed = False  # also where this rank refuses: the others may not
-        self._find_shards()
+        sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
         saved = {}
 
         def check(_, state_dict):  # what the user's own hooks have made of it
@@ -365,7 +398,7 @@ class Ember(Optimizer):
 
         def keep_float32(_):  # PyTorch has cast the state to the dtype of its parameter
             for w, state in saved.items():
-                self.state[w] = self._state_of(w, state)
+                self.state[w] = sharding.state_here(state, w, self._shards.get(w))
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),
@@ -376,17 +409,6 @@ class Ember(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _state_of(self, w, saved):
-        """A copy of saved state as this rank keeps it."""
-        shards = self._shards.get(w)
-        state = {}
-        for name in ("step", "r", "c", *({"q", "seed"} & saved.keys())):
-            lies_like_rows = name == "r" and shards is not None
-            value = shards.rows_of(saved[name]) if lies_like_rows else sharding.whole(saved[name])
-            value = value.to(device=w.device, dtype=torch.int32 if name == "seed" else torch.float32, copy=True)
-            state[name] = shards.lay_out(value) if lies_like_rows else value
-        return state
 
     def __getstate__(self):
         """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""

@@ -15,6 +15,7 @@ It is Adafactor's factored second moment with Adam's constant beta2 and bias cor
 
 import itertools
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
@@ -47,22 +48,29 @@ SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
 def ember_step(
-    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None
-):  # fmt: skip
+    w: mx.array,  # (V, D), the table
+    g: mx.array,  # (V, D), its gradient
+    r: mx.array,  # (V,) float32, second moment of the rows
+    c: mx.array,  # (D,) float32, second moment of the columns
+    t: mx.array,  # (), the number of this step, from 1
+    *,
+    learning_rate: float | mx.array,
+    beta2: float | mx.array,
+    eps: float,
+    weight_decay: float | mx.array,
+    q: mx.array | None = None,  # (), the bias correction
+    row_clip: float | None = None,
+    row_floor: float | None = None,
+    seed: mx.array | None = None,  # (), uint32
+) -> tuple[mx.array, mx.array, mx.array]:
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
-        w (array): The table, (V, D).
-        g (array): Its gradient, (V, D).
-        r (array): Second moment of the rows, (V,) float32.
-        c (array): Second moment of the columns, (D,) float32.
-        t (array): The number of this step, from 1.
-        learning_rate, weight_decay (array or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
-        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is an array.
-        q (array, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
-        row_floor (float, optional): How large a row's gradients must be, over the table's, for whole steps.
-        seed (array, optional): For stochastic rounding, the table's own, uint32. Without it: to nearest.
+        learning_rate, weight_decay: :math:`\\eta` and the decoupled :math:`\\lambda`.
+        beta2: :math:`\\beta_2`; on a schedule an array, with its bias correction ``q``.
+        row_clip: The most learning rates that a row's step may have as its root mean square.
+        row_floor: How large a row's gradients must be, over the table's, for whole steps.
+        seed: Of the table, for stochastic rounding. Without it: to nearest.
 
     Returns:
         The new ``w`` in its own dtype, and the new ``r`` and ``c``.
@@ -76,7 +84,7 @@ def ember_step(
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
-def mean_squares(g):
+def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32."""
     if kernels.usable(kernels.statistics, g.dtype):
         return kernels.statistics.mean_squares(g)
@@ -88,7 +96,7 @@ def mean_squares(g):
     return mx.concatenate(row_means), mx.stack(column_sums).sum(axis=0) / g.shape[0]
 
 
-def update_second_moment(moment, mean_square, beta2):
+def update_second_moment(moment: mx.array, mean_square: mx.array | float, beta2: float | mx.array) -> mx.array:
     """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
 
     0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
@@ -100,13 +108,20 @@ def update_second_moment(moment, mean_square, beta2):
     return as_written if beta2 < 0.5 else towards
 
 
-def bias_correction(t, beta2):
+def bias_correction(t: mx.array, beta2: float) -> mx.array:
     """``1 - beta2 ** t``, which loses four digits in float32 at t = 1; expm1 loses none."""
     log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
     return -mx.expm1(t.astype(mx.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
+def denominator_factors(
+    r: mx.array,  # (V,)
+    c: mx.array,  # (D,)
+    q: mx.array,  # ()
+    row_mean: mx.array,  # (V,)
+    row_clip: float | None,
+    row_floor: float | None,
+) -> tuple[mx.array, mx.array]:
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = mx.maximum(c.mean(), 1e-30)
     a = mx.sqrt(r / (s * q))
@@ -118,7 +133,16 @@ def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
     return a, mx.sqrt(c)
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_table(
+    w: mx.array,  # (V, D)
+    g: mx.array,  # (V, D)
+    a: mx.array,  # (V,)
+    b: mx.array,  # (D,)
+    learning_rate: float | mx.array,
+    eps: float,
+    weight_decay: float | mx.array,
+    keys: tuple[mx.array, mx.array] | None = None,  # (V,) and (D,) uint32
+) -> mx.array:
     """The new table: at once where ``mx.compile`` fuses all of it, block by block where it does not, with ``keys``."""
     if keys is None:
         return update_rows(w, g, a, b, learning_rate, eps, weight_decay)
@@ -131,7 +155,16 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new
 
 
-def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_rows(
+    w: mx.array,
+    g: mx.array,
+    a: mx.array,
+    b: mx.array,
+    learning_rate: float | mx.array,
+    eps: float,
+    weight_decay: float | mx.array,
+    keys: tuple[mx.array, mx.array] | None = None,
+) -> mx.array:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
     update = g.astype(mx.float32) / (a[:, None] * b + eps)
@@ -139,7 +172,7 @@ def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new.astype(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table, block=ROWS_PER_BLOCK):
+def blocks(table: mx.array, block: int = ROWS_PER_BLOCK) -> list[slice]:
     """Slices of its rows."""
     return [slice(first, first + block) for first in range(0, len(table), block)]
 
@@ -187,14 +220,14 @@ class Ember(Optimizer):
 
     def __init__(
         self,
-        learning_rate,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        row_clip=None,
-        row_floor=None,
-        rounding="nearest",
-        seed=0,
+        learning_rate: float | Callable[[mx.array], float | mx.array],
+        beta2: float | Callable[[mx.array], float | mx.array] = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float | Callable[[mx.array], float | mx.array] = 0.0,
+        row_clip: float | None = None,
+        row_floor: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ):
         super().__init__()
         check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
@@ -217,7 +250,7 @@ class Ember(Optimizer):
             check_number("beta2", beta2, *BETA2_RANGE)
             self.beta2 = float(beta2)
 
-    def init(self, parameters):
+    def init(self, parameters: dict):
         check_parameters(parameters)
         for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
             kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
@@ -233,32 +266,32 @@ class Ember(Optimizer):
             self._warned = True
             warn(found)
 
-    def apply_gradients(self, gradients, parameters):
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         if not self._initialized:  # MLX would call init with the gradients
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         return super().apply_gradients(gradients, parameters)
 
-    def init_single(self, parameter, state):
+    def init_single(self, parameter: mx.array, state: dict):
         """Zeros of (V,) and (D,), float32 whatever the dtype: a bfloat16 moment would never decay by 0.999."""
         rows, columns = parameter.shape
         state["r"] = mx.zeros((rows,), mx.float32)
         state["c"] = mx.zeros((columns,), mx.float32)
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         parameter, state["r"], state["c"] = ember_step(
             parameter,
             gradient,
             state["r"],
             state["c"],
             self.step,
-            self.learning_rate,
-            self.state["beta2"] if callable(self.beta2) else self.beta2,
-            self.eps,
-            self.state["weight_decay"],
-            self.state["bias_correction"] if callable(self.beta2) else None,
-            self.row_clip,
-            self.row_floor,
-            state["seed"] if self.rounding == "stochastic" else None,
+            learning_rate=self.learning_rate,
+            beta2=self.state["beta2"] if callable(self.beta2) else self.beta2,
+            eps=self.eps,
+            weight_decay=self.state["weight_decay"],
+            q=self.state["bias_correction"] if callable(self.beta2) else None,
+            row_clip=self.row_clip,
+            row_floor=self.row_floor,
+            seed=state["seed"] if self.rounding == "stochastic" else None,
         )
         return parameter
 
