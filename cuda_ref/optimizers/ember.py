@@ -50,6 +50,9 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
+Real = float | Tensor
+Keys = tuple[Tensor, Tensor] | None
+
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
 # A GPU wants few and large blocks: each operation on one is a kernel to launch. 4 float32 copies of a block are alive
@@ -64,10 +67,10 @@ def ember_step(
     c: Tensor,  # (D,) float32, second moment of the columns
     t: Tensor,  # (), the number of this step, from 1
     *,
-    learning_rate: float | Tensor,
-    beta2: float | Tensor,
+    learning_rate: Real,
+    beta2: Real,
     eps: float,
-    weight_decay: float | Tensor,
+    weight_decay: Real,
     q: Tensor | None = None,  # (), the bias correction
     row_clip: float | None = None,
     row_floor: float | None = None,
@@ -109,7 +112,7 @@ def mean_squares(g: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(row_means), torch.stack(column_sums).sum(dim=0) / g.shape[0]
 
 
-def update_second_moment(moment: Tensor, mean_square: Tensor | float, beta2: float | Tensor) -> Tensor:
+def update_second_moment(moment: Tensor, mean_square: Tensor | float, beta2: Real) -> Tensor:
     """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
 
     0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
@@ -151,10 +154,10 @@ def update_table(
     g: Tensor,  # (V, D)
     a: Tensor,  # (V,)
     b: Tensor,  # (D,)
-    learning_rate: float | Tensor,
+    learning_rate: Real,
     eps: float,
-    weight_decay: float | Tensor,
-    keys: tuple[Tensor, Tensor] | None = None,  # (V,) and (D,) int32
+    weight_decay: Real,
+    keys: Keys = None,  # (V,) and (D,) int32
 ) -> Tensor:
     """The table, overwritten block by block, so that no second one is needed."""
     for rows in blocks(w):
@@ -168,10 +171,10 @@ def update_rows(
     g: Tensor,
     a: Tensor,
     b: Tensor,
-    learning_rate: float | Tensor,
+    learning_rate: Real,
     eps: float,
-    weight_decay: float | Tensor,
-    keys: tuple[Tensor, Tensor] | None = None,
+    weight_decay: Real,
+    keys: Keys = None,
 ) -> Tensor:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
@@ -188,67 +191,49 @@ def blocks(table: Tensor) -> list[slice]:
 
 
 class Ember(Optimizer):
-    r"""The Ember optimizer [1], for embedding tables and LM heads.
+    r"""The Ember optimizer (Token Geometry, arXiv 2607.01455), for embedding tables and LM heads.
 
     For a table of shape (V, D) in float32, bfloat16 or float16 it keeps ``r`` of shape (V,) and ``c`` of shape (D,),
     float32 always, and the number of steps. The formula stands at the top of this file.
-
-    [1]: Token Geometry. arXiv 2607.01455.
 
     Args:
         params (iterable): The tables, or groups of them, or named tables, as any PyTorch optimizer takes them.
         lr (float or Tensor): The learning rate :math:`\eta`, about the size of an element's step. A tensor is one
             float32 number, ``torch.tensor(1e-3)``, on the CPU or where the tables are.
-        beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule: it gets the number
-            of steps done, a float32 tensor beside the table, and returns the value for the next one. Adafactor's is
-            ``lambda step: 1 - (step + 1) ** -0.8``. In a CUDA graph it must be made of operations on that tensor: a
-            Python number would be that of the capture for ever. Default: ``0.999``.
+        beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule. A schedule gets the
+            number of steps done, a float32 tensor beside the table, and returns the value for the next step.
+            Adafactor's is ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
-            is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining, some rows of an
-            embedding went 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
-        row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
-            mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
-            theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
-            and whole steps on those make a fine-tuned model forget them. Wants a higher learning rate. Default:
-            ``None``, whole steps for all.
-        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
-            between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
-        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
-            of its tables bits of their own; two optimizers in one run need two seeds for that. Default: ``0``.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square. Without
+            it, a token seen late steps by up to 31. Default: ``None``.
+        row_floor (float, optional): Rows whose gradients are smaller than this part of the table's (both root mean
+            squares) step in proportion to them, so that tokens missing from the data are forgotten less. Use a higher
+            learning rate with it. Default: ``None``, whole steps for all.
+        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: values
+            are then kept on average. Default: ``"nearest"``.
+        seed (int): Of stochastic rounding, from 0 to 2^32 - 1; the same seed repeats a run bit for bit. Give two
+            optimizers in one run two seeds. Default: ``0``.
         implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
             the kernels where a table is on a CUDA device and Triton is installed. Default: ``"auto"``.
-        row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: every table given is this rank's slice
-            of the rows, and the slices lie on the ranks of this group in their order. All ranks make the optimizer
-            together. Tables sharded by FSDP2 are found without it.
+        row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: each rank gives its slice of the rows,
+            in the order of the ranks. All ranks make the optimizer together. FSDP2 needs no group.
 
-    Of a sharded table ``r`` lies like the rows, as a DTensor, ``c`` is the same on every rank, and a step needs one
-    all-reduce of D float32 numbers. Slices that do not lie as ``torch.chunk`` cuts them have a plain ``r`` each, which
-    ``torch.distributed.checkpoint`` would take for copies of one: there, save the state of each rank on its own.
-
-    A schedule of ``beta2`` keeps the bias correction ``q`` of each table, one minus the product of all values, in the
-    state, and stochastic rounding a ``seed`` of each table, made from that above and its place among the tables. A
-    function cannot be saved: ``state_dict`` says only that there is a schedule, and the new optimizer's is taken. Where
-    ``rounding="nearest"`` would leave most elements of a table as they are in a step, one warning says so.
-
-    A step reads nothing back from the GPU, so a CUDA graph can hold it: give ``lr`` as a tensor on the GPU if it is to
-    change between replays, and do one step before the capture.
+    A ``state_dict`` holds no schedule, only that there is one: the new optimizer's is used. ``cuda_ref/README.md``
+    tells of sharded tables, checkpoints, CUDA graphs, and how exact ``row_clip`` is.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D table of those dtypes,
             a gradient that is sparse or of another shape or device, state of another table; nothing is written then.
-            For a schedule that gives anything but one number; a step may have written other tables before it asks.
-            On every rank where ranks that share a table disagree on the step or the options, which is looked at in the
-            first step and in the first one after ``load_state_dict`` or ``add_param_group``. Not looked at is the value
-            of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.
+            For a schedule that gives anything but one number; other tables may have stepped by then. On every rank
+            where ranks that share a table disagree on the step or the options. The value of a learning rate on the GPU
+            is not looked at, nor any tensor in a compiled step: that would wait for it.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor,
+        lr: Real,
         beta2: float | Callable[[Tensor], float | Tensor] = 0.999,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -308,10 +293,7 @@ class Ember(Optimizer):
         return loss
 
     def _init_group(self):
-        """Check every group, before anything is written; make the state of tables that have their first gradient.
-
-        The name is PyTorch's: ``torch.compile`` runs a method of this name as it stands, once.
-        """
+        """Check every group, then make the state of new tables. torch.compile runs a method of this name once, as it is."""
         if self._agreed:
             self._check_step()
         else:
@@ -333,8 +315,7 @@ class Ember(Optimizer):
         facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
         facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
         tables = [
-            (name, w, self.state.get(w), {option: group[option] for option in OPTIONS})
-            for name, w, group in self._named_tables()
+            (name, w, self.state.get(w), {o: group[o] for o in OPTIONS}) for name, w, group in self._named_tables()
         ]
         sharding.agree_on_step(self._shards, facts, tables, fault_of(self._check_step))
         self._agreed = True
@@ -348,33 +329,21 @@ class Ember(Optimizer):
 
     def _step_table(self, w, group):
         state = self.state[w]
-        shards = self._shards.get(w) if self._shards else None
         t = state["step"] + 1
-        options = {option: group[option] for option in OPTIONS}
+        options = {"learning_rate": group["lr"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        options |= {"beta2": group["beta2"], "row_clip": self.row_clip, "row_floor": self.row_floor}
         if callable(group["beta2"]):
             options["beta2"] = as_number("beta2", group["beta2"](state["step"]), state["step"].device)
-            state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
+            options["q"] = state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
+        if self.rounding == "stochastic":
+            options["seed"] = state["seed"]
         use_triton = self.implementation == "triton" or (
             self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
         )
         step = triton_kernels.ember_step if use_triton else ember_step
-        here, shards = sharding.parts_here((w, w.grad, state["r"]), shards)
-        old = here[0], here[2], state["c"], state["step"]
-        new = step(
-            *here,
-            state["c"],
-            t,
-            learning_rate=options["lr"],
-            beta2=options["beta2"],
-            eps=options["eps"],
-            weight_decay=options["weight_decay"],
-            q=state["q"] if callable(group["beta2"]) else None,
-            row_clip=self.row_clip,
-            row_floor=self.row_floor,
-            seed=state["seed"] if self.rounding == "stochastic" else None,
-            shards=shards,
-        )
-        for before, after in zip(old, (*new, t), strict=True):
+        (w, g, r), shards = sharding.parts_here((w, w.grad, state["r"]), self._shards.get(w))
+        new = *step(w, g, r, state["c"], t, **options, shards=shards), t
+        for before, after in zip((w, r, state["c"], state["step"]), new, strict=True):
             if after is not before:
                 before.copy_(after)
 

@@ -41,6 +41,9 @@ from ember_mlx.shared.ember_options import (
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
 
+Real = float | mx.array
+Keys = tuple[mx.array, mx.array] | None
+
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
 SMALL_BLOCK = 512  # rows, where each needs several float32 copies of itself
@@ -54,10 +57,10 @@ def ember_step(
     c: mx.array,  # (D,) float32, second moment of the columns
     t: mx.array,  # (), the number of this step, from 1
     *,
-    learning_rate: float | mx.array,
-    beta2: float | mx.array,
+    learning_rate: Real,
+    beta2: Real,
     eps: float,
-    weight_decay: float | mx.array,
+    weight_decay: Real,
     q: mx.array | None = None,  # (), the bias correction
     row_clip: float | None = None,
     row_floor: float | None = None,
@@ -96,7 +99,7 @@ def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
     return mx.concatenate(row_means), mx.stack(column_sums).sum(axis=0) / g.shape[0]
 
 
-def update_second_moment(moment: mx.array, mean_square: mx.array | float, beta2: float | mx.array) -> mx.array:
+def update_second_moment(moment: mx.array, mean_square: mx.array | float, beta2: Real) -> mx.array:
     """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
 
     0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
@@ -138,10 +141,10 @@ def update_table(
     g: mx.array,  # (V, D)
     a: mx.array,  # (V,)
     b: mx.array,  # (D,)
-    learning_rate: float | mx.array,
+    learning_rate: Real,
     eps: float,
-    weight_decay: float | mx.array,
-    keys: tuple[mx.array, mx.array] | None = None,  # (V,) and (D,) uint32
+    weight_decay: Real,
+    keys: Keys = None,  # (V,) and (D,) uint32
 ) -> mx.array:
     """The new table: at once where ``mx.compile`` fuses all of it, block by block where it does not, with ``keys``."""
     if keys is None:
@@ -160,10 +163,10 @@ def update_rows(
     g: mx.array,
     a: mx.array,
     b: mx.array,
-    learning_rate: float | mx.array,
+    learning_rate: Real,
     eps: float,
-    weight_decay: float | mx.array,
-    keys: tuple[mx.array, mx.array] | None = None,
+    weight_decay: Real,
+    keys: Keys = None,
 ) -> mx.array:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
@@ -178,12 +181,10 @@ def blocks(table: mx.array, block: int = ROWS_PER_BLOCK) -> list[slice]:
 
 
 class Ember(Optimizer):
-    r"""The Ember optimizer [1], for embedding tables and LM heads.
+    r"""The Ember optimizer (Token Geometry, arXiv 2607.01455), for embedding tables and LM heads.
 
     For a table of shape (V, D) in float32, bfloat16 or float16 it keeps ``r`` of shape (V,) and ``c`` of shape (D,),
     float32 always. The formula stands at the top of this file.
-
-    [1]: Token Geometry. arXiv 2607.01455.
 
     Args:
         learning_rate (float or callable): The learning rate :math:`\eta`, about the size of an element's step.
@@ -191,19 +192,15 @@ class Ember(Optimizer):
             ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
-            is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining, some rows of an
-            embedding went 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
-        row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
-            mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
-            theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
-            and whole steps on those make a fine-tuned model forget them. Wants a higher learning rate. Default:
-            ``None``, whole steps for all.
-        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
-            between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
-        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
-            of its tables bits of their own; two optimizers in one run need two seeds for that. Default: ``0``.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square. Without
+            it, a token seen late steps by up to 31. Default: ``None``.
+        row_floor (float, optional): Rows whose gradients are smaller than this part of the table's (both root mean
+            squares) step in proportion to them, so that tokens missing from the data are forgotten less. Use a higher
+            learning rate with it. Default: ``None``, whole steps for all.
+        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: values
+            are then kept on average. Default: ``"nearest"``.
+        seed (int): Of stochastic rounding, from 0 to 2^32 - 1; the same seed repeats a run bit for bit. Give two
+            optimizers in one run two seeds. Default: ``0``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``: state that first appears in the first step is compiled for anew in the second.

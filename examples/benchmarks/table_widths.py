@@ -239,19 +239,9 @@ def whole_step(columns, dtype, rows, bandwidth, repeats, device, stochastic=Fals
 
     def step(number):
         table = tables[number]
-        options = {"seed": table.seed} if stochastic else {}
-        triton_kernels.ember_step(
-            table.w,
-            table.g,
-            table.r,
-            table.c,
-            table.t,
-            learning_rate=1e-3,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            **options,
-        )
+        options = {"learning_rate": 1e-3, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        options |= {"seed": table.seed} if stochastic else {}
+        triton_kernels.ember_step(table.w, table.g, table.r, table.c, table.t, **options)
 
     about = {"kernel": "step", "columns": columns, "dtype": dtype, "stochastic": stochastic}
     taken = milliseconds(step, repeats)

@@ -39,9 +39,8 @@ def test_the_kernels_write_the_tensors_that_they_are_given():
     w, g = (random_table(seed=seed, device=TRITON_DEVICE) for seed in (1, 2))
     r, c = torch.zeros(SHAPE[0], device=TRITON_DEVICE), torch.zeros(SHAPE[1], device=TRITON_DEVICE)
     before = bits(g)
-    result = triton_kernels.ember_step(
-        w, g, r, c, torch.ones((), device=TRITON_DEVICE), learning_rate=1e-3, beta2=0.999, eps=1e-8, weight_decay=0.0
-    )
+    t, options = torch.ones((), device=TRITON_DEVICE), {"learning_rate": 1e-3, "beta2": 0.999}
+    result = triton_kernels.ember_step(w, g, r, c, t, **options, eps=1e-8, weight_decay=0.0)
     assert [tensor.data_ptr() for tensor in result] == [tensor.data_ptr() for tensor in (w, r, c)]
     assert (r > 0).all()
     assert (c > 0).all()
