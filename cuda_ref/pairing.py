@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from itertools import chain
 
 import torch
@@ -61,7 +61,7 @@ class PairedOptimizer(Optimizer):
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(lambda: PairedOptimizer, sides), ...)
     """
 
-    def __init__(self, model, tables, rest):
+    def __init__(self, model: torch.nn.Module, tables: Callable[[list], Optimizer], rest: Callable[[list], Optimizer]):
         if not isinstance(model, torch.nn.Module):
             raise InputError(
                 f"PairedOptimizer(model={type(model).__name__}): the first argument is the torch.nn.Module, not its "
@@ -93,28 +93,28 @@ class PairedOptimizer(Optimizer):
         self._stepped = {}  # parameter -> its shape, dtype and device in the last step, which its state has too
 
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         return [group for side in self._sides for group in side.param_groups]
 
     @property
-    def state(self):
+    def state(self) -> MutableMapping:
         return _StateOfBoth(self._sides)
 
     @property
     def _sides(self):
         return [side for side in (self.rest, self.tables) if side is not None]
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict):
         raise InputError(
             "PairedOptimizer.add_param_group: a group belongs to one side: call .rest.add_param_group or "
             ".tables.add_param_group, and make the learning rate scheduler afterwards"
         )
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True):
         for side in self._sides:
             side.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both optimizers; returns what ``closure`` returns, which is called once."""
         loss = None
         if closure is not None:
@@ -160,7 +160,7 @@ class PairedOptimizer(Optimizer):
                         "first step, or make the optimizer anew"
                     )
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """The ordinary format of PyTorch, joined from what the ``state_dict`` of each side gives."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -177,7 +177,7 @@ class PairedOptimizer(Optimizer):
             joined = hook(self, joined) or joined
         return joined
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict):
         """Load what ``state_dict`` gave: the ordinary format of PyTorch, in which the groups decide what is whose."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():

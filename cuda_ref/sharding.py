@@ -168,7 +168,7 @@ def agree(
     ranks = [0] if communicator is None else dist.get_process_group_ranks(communicator)
     for rank, (their_fault, _, _) in zip(ranks, everyone, strict=True):
         if their_fault is not None:
-            raise InputError(f"{call}: rank {rank} cannot go on: {their_fault}")
+            raise InputError(f"{call}: rank {rank} stopped: {their_fault}")
     for name in dict.fromkeys(name for _, theirs, _ in everyone for name in theirs):
         mine = everyone[0][1].get(name)
         for rank, (_, theirs, _) in zip(ranks, everyone, strict=True):

@@ -293,7 +293,7 @@ class Ember(Optimizer):
         return loss
 
     def _init_group(self):
-        """Check every group, then make the state of new tables. torch.compile runs a method of this name once, as it is."""
+        """Check every group, then make new state; ``torch.compile`` runs a method of this name as it stands."""
         if self._agreed:
             self._check_step()
         else:

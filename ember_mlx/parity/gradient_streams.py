@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+__all__ = ["RARE_EVERY", "SILENT_STEPS", "STREAMS", "gradient_stream", "round_to_bfloat16"]
+
 SILENT_STEPS = 1000  # of the first row, in "row silent then loud"
 RARE_EVERY = 37  # steps from one gradient of the rare row to the next
 

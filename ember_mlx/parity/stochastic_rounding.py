@@ -7,6 +7,8 @@ import numpy as np
 
 from ember_mlx.shared.float_formats import FORMATS
 
+__all__ = ["mix", "random_bits", "round_stochastically"]
+
 MASK = np.uint64(2**32 - 1)
 
 
