@@ -1,8 +1,8 @@
 """Checkpoints: all of a run between two of its steps, so that it can go on as if it had never stopped.
 
-Where. mlx-lm's loop asks for its next batch between two finished steps (``loop.Batches``); there a checkpoint is
+Where. Between two finished steps (``finetune/loop.py``) a checkpoint is
 written every ``--save-every`` steps, and before a signal stops the run; another one at the end. Gradients that are
-accumulated lie in a local variable of that loop; but while they gather, weights and optimizer stand still. So a
+accumulated lie in the step; but while they gather, weights and optimizer stand still. So a
 checkpoint is always of the last step after which nothing was accumulated, whose random states and data position are
 kept for that: it can be taken at any step, and costs the repetition of the micro-batches since.
 
@@ -31,7 +31,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ember_mlx.finetune import safe_reading, safe_writing
-from ember_mlx.finetune.loop import NUMPY_STATE, Position
+from ember_mlx.finetune.position import NUMPY_STATE, Position
 from ember_mlx.shared.errors import InputError
 
 FOLDER = "checkpoints"

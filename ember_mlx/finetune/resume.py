@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options, safe_reading
-from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
+from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.optimizers.guarded import fill
 from ember_mlx.shared.errors import InputError
 
@@ -143,7 +143,8 @@ def _iters_matter(args, iters):
     if type(iters) is not int or not 0 < iters <= MOST_ITERS:
         return True
     schedule = body_learning_rate(args)
-    return peak(schedule, iters) != peak(schedule, args.iters)
+    before = max(iters // args.grad_accumulation_steps, 1)
+    return peak(schedule, before) != peak(schedule, updates(args))
 
 
 def _changed_contents(own, saved):

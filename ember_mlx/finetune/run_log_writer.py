@@ -11,7 +11,8 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import run_log
 from ember_mlx.finetune.resume import as_json, versions
-from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+from ember_mlx.finetune.update_ratio import UpdateRatio
+from ember_mlx.finetune.watchers import Measurement, StepResult
 from ember_mlx.shared.errors import InputError
 
 
@@ -31,7 +32,7 @@ class RunLogWriter(TrainingCallback):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
-        self.optimizer = None
+        self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if goes_on and self.path.exists():
@@ -40,20 +41,24 @@ class RunLogWriter(TrainingCallback):
             self.path.unlink(missing_ok=True)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def measured(self, optimizer) -> MeasuredOptimizer:
-        """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
-        self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
-        self.before_step(self.steps_done + 1)
-        return self.optimizer
+    def before_training(self, model, optimizer, tables, rows):
+        """The run begins."""
 
-    def before_step(self, step: int):
-        """Call it between two steps, with the number of the next: it is measured if the next report will tell of it."""
+    def before_step(self, step: int, batch) -> Measurement | None:
+        """The update is measured if the next report will tell of it."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
-        self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
+        due = step % accumulate == 0 and next_report < step + accumulate
+        return self.update_ratio.measurement if due else None
+
+    def after_step(self, step: int, result: StepResult):
+        self.update_ratio.take(result)
+
+    def after_validation(self, step: int, loss: float):
+        """It is written when mlx-lm's callbacks hear of it."""
 
     def on_train_loss_report(self, train_info):
-        ratios = self.optimizer.ratios()
+        ratios = self.update_ratio.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
             "train",

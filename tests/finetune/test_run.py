@@ -12,8 +12,8 @@ from mlx_lm import lora
 from mlx_lm.tuner.trainer import default_loss, evaluate
 
 from ember_mlx import InputError, load
+from ember_mlx.finetune import loop as loop_module
 from ember_mlx.finetune import run as run_module
-from ember_mlx.finetune import training as training_module
 from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.run import run
 
@@ -129,7 +129,6 @@ def test_the_loss_after_is_of_the_same_batches_as_the_loss_before(parse, folders
         return evaluate(**(options | {"iterate_batches": wrapped}))
 
     monkeypatch.setattr("mlx_lm.tuner.trainer.evaluate", recording)
-    monkeypatch.setattr(run_module, "evaluate", recording)
     result = run(parse("--steps-per-eval", 2))
     first, *_, last = drawn
     assert len(first) == 2
@@ -240,13 +239,13 @@ def test_the_config_tells_what_stock_mlx_lm_needs_and_which_tables_trained(parse
 
 def test_the_options_of_the_loop_arrive_there_those_that_mlx_lm_drops_too(parse, monkeypatch):
     seen = {}
-    real = training_module.train
+    real = loop_module.Training._loop
 
-    def spy(**options):
-        seen.update(options)
-        return real(**options)
+    def spy(training, *options):
+        seen["args"] = training.args
+        return real(training, *options)
 
-    monkeypatch.setattr(training_module, "train", spy)
+    monkeypatch.setattr(loop_module.Training, "_loop", spy)
     asked = {"--clear-cache-threshold": "3MB", "--max-seq-length": 77, "--steps-per-eval": 5, "--val-batches": 1}
     asked |= {"--grad-accumulation-steps": 2, "--steps-per-report": 4, "--iters": 2}
     run(parse(*[word for pair in asked.items() for word in pair], "--grad-checkpoint"))
