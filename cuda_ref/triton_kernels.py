@@ -55,7 +55,7 @@ def ember_step(
     log_beta2 = 0.0 if scheduled else math.log(beta2) if beta2 > 0 else -math.inf
     row_mean = None if row_clip is None else torch.empty_like(r)
     seed = seed if w.dtype in DROPPED_BITS else None
-    tile_of_statistics, tile_of_update = statistics_tile(columns), update_tile(columns)
+    tile_of_statistics, tile_of_update = (cut(columns, g.itemsize) for cut in (statistics_tile, update_tile))
     programs = triton.cdiv(rows, tile_of_statistics["ROWS"])
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=w.device)
     column_grid = (triton.cdiv(columns, COLUMN_TILE["COLUMNS"]),)
@@ -225,15 +225,20 @@ if triton is not None:
         return tl.where(x > -0.5, series, 1 - tl.exp(x))
 
 
-def statistics_tile(columns: int) -> dict[str, int]:
-    return {"ROWS": 128, "COLUMNS": _tile_columns(columns), "num_warps": 4}
-
-
-def update_tile(columns: int) -> dict[str, int]:
+def statistics_tile(columns: int, itemsize: int = 4) -> dict[str, int]:
+    """How the first kernel is cut, as measured on an H100 (examples/benchmarks/table_widths.py)."""
     width = _tile_columns(columns)
-    return {"ROWS_PER_PROGRAM": 128, "ROWS": 4096 // width, "COLUMNS": width, "num_warps": 16}
+    return {"ROWS": 256 if width == 64 and itemsize == 2 else 128, "COLUMNS": width, "num_warps": 4}
+
+
+def update_tile(columns: int, itemsize: int = 4) -> dict[str, int]:
+    """How the last kernel is cut, likewise."""
+    width = _tile_columns(columns)
+    if width == 64 and itemsize == 4:
+        return {"ROWS_PER_PROGRAM": 128, "ROWS": 64, "COLUMNS": width, "num_warps": 16}
+    return {"ROWS_PER_PROGRAM": 32, "ROWS": 32, "COLUMNS": width, "num_warps": width // 8}
 
 
 def _tile_columns(columns: int) -> int:
-    """The largest power of two, from 64 to 128, that divides ``columns``: no thread of a tile is without work."""
+    """The larger of 64 and 128 that divides ``columns``, so that no thread of a tile is without work."""
     return 128 if columns % 128 == 0 else 64

@@ -44,10 +44,10 @@ def padded(columns, elements):
     return max(1, elements // width), width
 
 
-def statistics_cuts(columns):
+def statistics_cuts(columns, itemsize):
     """By name, the tiles of the first kernel to try for a width; ``PER_PROGRAM`` is for those of `_walk_down`."""
     divisor = columns & -columns
-    cuts = {"package": triton_kernels.statistics_tile(columns)}
+    cuts = {"package": triton_kernels.statistics_tile(columns, itemsize)}
     for width in (64, 128, 256, 512):
         for elements, warps in ((8192, 4), (16384, 4), (16384, 8)):
             if width <= divisor and 64 <= elements // width <= 256:
@@ -63,10 +63,10 @@ def statistics_cuts(columns):
     return cuts
 
 
-def update_cuts(columns):
+def update_cuts(columns, itemsize):
     """By name, the tiles of the last kernel to try for a width."""
     divisor = columns & -columns
-    cuts = {"package": triton_kernels.update_tile(columns)}
+    cuts = {"package": triton_kernels.update_tile(columns, itemsize)}
     for width in (64, 128, 256, 512):
         for elements, warps in ((2048, 8), (4096, 8), (4096, 16), (8192, 16)):
             for per_program in (32, 128):
@@ -211,10 +211,10 @@ def compare_cuts(columns, dtype, rows, bandwidth, repeats, device):
     """Rows of results of both kernels for one width and dtype: every cut that is right, with its time."""
     found = []
     tables = [Table(rows, columns, dtype, device, SEED + number) for number in range(2)]
-    size = tables[0].w.nbytes
+    size, itemsize = tables[0].w.nbytes, tables[0].w.itemsize
     for kernel, cuts, error_of, passes, allowed in (
-        ("statistics", statistics_cuts(columns), statistics_error, 1, 1e-5),
-        ("update", update_cuts(columns), update_error, 3, ALLOWED_UNITS[dtype]),
+        ("statistics", statistics_cuts(columns, itemsize), statistics_error, 1, 1e-5),
+        ("update", update_cuts(columns, itemsize), update_error, 3, ALLOWED_UNITS[dtype]),
     ):
         for name, tile in cuts.items():
             about = {"kernel": kernel, "columns": columns, "dtype": dtype, "cut": name}

@@ -28,8 +28,8 @@ def test_one_step_is_the_same_however_the_table_is_cut_into_tiles(rows, monkeypa
     expected = trained("eager")
     found = trained("triton")
     statistics, update = {"ROWS": 8, "COLUMNS": 4}, {"ROWS_PER_PROGRAM": 3, "ROWS": 2, "COLUMNS": 2}
-    monkeypatch.setattr(triton_kernels, "statistics_tile", lambda columns: statistics)
-    monkeypatch.setattr(triton_kernels, "update_tile", lambda columns: update)
+    monkeypatch.setattr(triton_kernels, "statistics_tile", lambda *table: statistics)
+    monkeypatch.setattr(triton_kernels, "update_tile", lambda *table: update)
     for results in (found, trained("triton")):
         for result, wanted in zip(results, expected, strict=True):
             np.testing.assert_allclose(result, wanted, rtol=2e-6, atol=1e-8)
