@@ -344,10 +344,10 @@ def main():
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--tuned", type=int, nargs="*", default=TUNED, help="widths at which the cuts are compared")
+    parser.add_argument("--tuned", type=int, nargs="*", default=[], help=f"compare cuts at these, such as {TUNED}")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=170)
+    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--no-mlx", action="store_true")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
@@ -361,6 +361,10 @@ def main():
     def done(new):
         rows.extend(new)
         write(args.out, report)
+        for row in new:
+            if row["kernel"] == "step" or "wrong" in row or "failed" in row:
+                print(row, flush=True)
+        print(*best(new), sep="\n", end="\n" if any("cut" in row for row in new) else "", flush=True)
         return time.monotonic() > end
 
     common = args.rows, bandwidth, args.repeats, device
@@ -382,12 +386,6 @@ def main():
             break
         if device == "cuda":
             torch.cuda.empty_cache()
-    for row in rows:
-        if "wrong" in row or "failed" in row:
-            print(row)
-        elif row["kernel"] == "step":
-            print({name: value for name, value in row.items() if name != "kernel"})
-    print(*best(rows), sep="\n")
 
 
 def mlx_on_gpu(device):
