@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ember_mlx.parity import body, implementations, recorded, suite
+from ember_mlx.parity import body, implementations, processes, recorded, suite
 from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError, with_one_line_errors
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     recordings = recorded.read_results()
     start = time.perf_counter()
     dtypes, progress = args.dtype or suite.DTYPES, _progress()
-    comparisons = list(suite.run(here, cases, dtypes, recordings, progress)) if "Ember" in names else []
+    comparisons = list(processes.run(here, cases, dtypes, recordings, progress)) if "Ember" in names else []
     others = [entry for entry in body.OPTIMIZERS if entry.name in names]
     comparisons += body.run(
         here, args.stream or body.STREAMS, dtypes, others, max(args.steps or [body.STEPS]), progress

@@ -22,7 +22,7 @@ from ember_mlx.parity.suite import (
     Case,
     Comparison,
     cast_gradient,
-    failed_comparison,
+    failed,
     initial_weights,
     worst_of,
 )
@@ -83,7 +83,7 @@ def run(
                     try:
                         yield from _compare(entry, implementation, stream, shape, dtype, min(steps, STEPS), about)
                     except Exception as error:  # whatever a framework may raise, a compiler's errors included
-                        yield failed_comparison(error, STEPS, about)
+                        yield failed(error, STEPS, about)
 
 
 def _cases(entry, streams):

@@ -30,6 +30,13 @@ class Stepped(NamedTuple):
     step: np.ndarray
     w: np.ndarray
 
+    @classmethod
+    def of(cls, together: np.ndarray, shape: tuple[int, int]) -> "Stepped":
+        """From all float32 numbers in one row: to wait for a GPU once a step, and not for each of them."""
+        rows, columns = shape
+        r, c, step, w = np.split(together.astype(np.float64), np.cumsum([rows, columns, rows * columns]))
+        return cls(r, c, step.reshape(shape), w.reshape(shape))
+
 
 class Tables(Protocol):
     """Two tables of one shape and dtype in one optimizer: the first is zeros at every step, the other gets weights."""
@@ -149,9 +156,10 @@ class MLXTables:
             g = mx.array(gradient).astype(getattr(mx, gradient_dtype))
             new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
             state = self.optimizer.state["w"]
-            read = [array.astype(mx.float32) for array in (state["r"], state["c"], -new["zeros"], new["w"])]
-            mx.eval(read, self.optimizer.state)
-        return Stepped(*(np.array(array).astype(np.float64) for array in read))
+            read = (state["r"], state["c"], -new["zeros"], new["w"])
+            together = mx.concatenate([array.astype(mx.float32).reshape(-1) for array in read])
+            mx.eval(together, self.optimizer.state)
+            return Stepped.of(np.array(together), self.shape)
 
     def state(self) -> dict[str, Any]:
         from mlx.utils import tree_map
@@ -255,7 +263,8 @@ class TorchTables:
         self.optimizer_step()
         state = self.optimizer.state[self.w]
         read = (state["r"], state["c"], -self.zeros.detach(), self.w.detach())
-        return Stepped(*(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read))
+        together = torch.cat([tensor.to(torch.float32).flatten() for tensor in read])
+        return Stepped.of(together.cpu().numpy(), tuple(self.w.shape))
 
     def state(self) -> "list[torch.Tensor]":
         return [tensor.clone() for tensor in self._state()]

@@ -36,7 +36,7 @@ __all__ = [
     "Comparison",
     "Expected",
     "cases",
-    "failed_comparison",
+    "failed",
     "follow",
     "run",
     "select",
@@ -284,7 +284,7 @@ def run(
                             tables[key] = implementation.make(*settings, **RULES[case.rule])
                         yield from _compare_case(tables[key], case, expected, recordings, about)
                     except Exception as error:  # whatever a framework may raise, a compiler's errors included
-                        yield failed_comparison(error, case.steps[-1], about)
+                        yield failed(error, case.steps[-1], about)
 
 
 def follow(
@@ -363,8 +363,8 @@ def _compare_rounding(implementation, case, expected, about):
     )  # fmt: skip
 
 
-def failed_comparison(error, steps, about):
-    """What an implementation that raised is worth."""
+def failed(error: Exception, steps: int, about: dict) -> Comparison:
+    """What an implementation that raised ``error`` within so many steps is told to have failed in."""
     infinite = dict.fromkeys(("ulps", "relative", "of_allowed"), np.inf)
     return Comparison(
         **about, against=ORACLE, first_step=1, steps=steps, quantity="all", allowed_ulps=0, **infinite,

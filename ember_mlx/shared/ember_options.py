@@ -12,6 +12,7 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import unit_in_the_last_place
 
 __all__ = [
+    "BETA2_RANGE",
     "SAMPLE",
     "STEPS_TO_LOOK_AT",
     "check_beta2_schedule",
@@ -26,6 +27,8 @@ ROUNDINGS = ("nearest", "stochastic")
 SAMPLE = 2**18  # elements of a table, about, that are looked at
 LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
+# From 1 - 2^-25 on float32 has 1, and a moment would never move.
+BETA2_RANGE = (0, 1 - 2.0**-25, "at least 0 and, in float32, below 1: usually 0.999, or a schedule")
 LEAST, MOST = 1e-30, 1e30  # of row_clip and row_floor: beyond, float32 comes to infinity, and that times 0 to NaN
 
 
