@@ -66,7 +66,7 @@ def mean_magnitudes(g):
 
 
 def column_damper(magnitudes, averaged, eps):
-    """H, (D,), of the magnitudes of this step and of their running mean, corrected: 1 at most, less for loud columns."""
+    """H, (D,), by the magnitudes of this step and their corrected running mean: at most 1, less for loud columns."""
     return mx.minimum(mx.minimum(rms(averaged) / (averaged + eps), rms(magnitudes) / (magnitudes + eps)), 1)
 
 

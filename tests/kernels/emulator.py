@@ -23,7 +23,8 @@ CHECKS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],
 }
-CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t"}
+CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t",
+              mx.int8: "int8_t", mx.uint8: "uint8_t"}  # fmt: skip
 
 
 class EmulationError(Exception):
@@ -54,7 +55,7 @@ class EmulatedKernel:
         command = [compiled(text, self.folder, self.checks), grid[0] // threadgroup[0], threadgroup[0], self.order]
         for name, array in zip(self.names, inputs, strict=True):
             memory, offset, first, strides = as_it_lies(array)
-            facts = {f"{name}_shape": np.array(array.shape, np.int32), f"{name}_strides": np.array(strides, np.int64)}
+            facts = {f"{name}_shape": per_axis(array.shape, np.int32), f"{name}_strides": per_axis(strides, np.int64)}
             facts = {fact: values for fact, values in facts.items() if fact in text}
             for fact, values in ({name: memory} | facts).items():
                 (self.folder / fact).write_bytes(values.tobytes())
@@ -71,7 +72,7 @@ def as_it_lies(array):
     """The memory from an array's first byte to its last; how many bytes beyond a multiple of 16 it begins, as it would
     where allocations begin at such; where in it the element of index 0 is, in bytes; and the strides, in elements."""
     size = array.itemsize
-    view = np.asarray(array.view({2: mx.uint16, 4: mx.uint32}[size]))
+    view = np.asarray(array.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[size]))
     strides = [step // size for step in view.strides]
     ends = [stride * (length - 1) for stride, length in zip(strides, view.shape, strict=True)]
     first = -sum(min(end, 0) for end in ends)
@@ -79,6 +80,11 @@ def as_it_lies(array):
     memory = np.lib.stride_tricks.as_strided(ascending, (first + sum(max(end, 0) for end in ends) + 1,), (size,))
     begins = address(ascending) - address(np.asarray(mx.zeros(1)))
     return memory, begins % 16, first * size, strides
+
+
+def per_axis(numbers, dtype):
+    """Of two axes at least, as the emulated launch reads them."""
+    return np.array([*numbers, *[0] * (2 - len(numbers))], dtype)
 
 
 def address(array):
