@@ -8,10 +8,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx.optimizers.checks import as_number
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["ScheduledOptimizer", "bias_correction", "checked", "running_mean"]
-
-SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
 class ScheduledOptimizer(Optimizer):

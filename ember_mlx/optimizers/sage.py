@@ -79,10 +79,9 @@ def rms(x):
 def update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay):
     """The new ``w``, rounded once to its dtype, and the new ``m``: at once where ``mx.compile`` fuses all of it."""
     g = g.astype(mx.float32)
-    new = (1 - learning_rate * weight_decay) * w.astype(mx.float32) - learning_rate * mx.sign(
-        running_mean(m, g, beta1)
-    ) * h
-    new = new.astype(w.dtype)
+    decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
+    update = mx.sign(running_mean(m, g, beta1)) * h
+    new = (decayed - learning_rate * update).astype(w.dtype)
     return new if moves is None else mx.where(moves, new, w), running_mean(m, g, beta2)
 
 

@@ -11,13 +11,13 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["SplitWeights", "check_some_are_bfloat16", "half_unit", "join", "split"]
 
 STEPS = 127  # of the rest, to either side
 # Of a bfloat16 number, 0.53 to 1.06 units in its last place: rounded up to nearest, that is its upper neighbour.
 NEXT = 1 + 2.0**-8 + 2.0**-12
-SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
 def split(w):
