@@ -25,7 +25,8 @@ class ArrayOptimizer(Optimizer):
             gradient that is sparse or of another shape or device, state of another parameter; nothing is written then.
     """
 
-    def __init__(self, params, lr, weight_decay, betas, eps=None):
+    def __init__(self, params, lr, betas, eps, weight_decay, decay_vectors):
+        self.decay_vectors = decay_vectors
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults if eps is None else defaults | {"eps": eps})
 
@@ -101,6 +102,13 @@ class ArrayOptimizer(Optimizer):
                 if w.grad is not None and not self.state[w]:
                     self.state[w]["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
                     self.state[w].update(self.state_of(w))
+
+    def weight_decay_of(self, w, group):
+        """The weight decay of a parameter: zero for vectors (norms, biases), unless they are to decay."""
+        return group["weight_decay"] if w.ndim > 1 or self.decay_vectors else 0.0
+
+    def __getstate__(self):
+        return super().__getstate__() | {"decay_vectors": self.decay_vectors}
 
     def _check_gradient(self, path, w):
         g = w.grad

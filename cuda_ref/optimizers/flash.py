@@ -25,7 +25,7 @@ class _Flash(ArrayOptimizer):
 
     has_second_moment: bool
 
-    def __init__(self, params, lr, betas, eps, weight_decay, weights, state_format, implementation):
+    def __init__(self, params, lr, betas, eps, weight_decay, weights, state_format, implementation, decay_vectors):
         if weights not in (None, "bf16+int8"):
             raise InputError(f"{self.name}(weights={weights!r}): must be 'bf16+int8' or None")
         if state_format not in STATE_FORMATS:
@@ -42,7 +42,7 @@ class _Flash(ArrayOptimizer):
         self.weights = weights
         self.state_format = state_format
         self.implementation = implementation
-        super().__init__(params, lr, weight_decay, betas, eps)
+        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors)
         if weights:
             check_some_are_bfloat16(self.name, self.param_groups)
 
@@ -66,7 +66,8 @@ class _Flash(ArrayOptimizer):
 
     def step_parameter(self, w, state, group):
         """All of it is overwritten."""
-        numbers = numbers_of(state["step"], group["lr"], group["weight_decay"], group["betas"], group.get("eps", 0.0))
+        decay = self.weight_decay_of(w, group)
+        numbers = numbers_of(state["step"], group["lr"], decay, group["betas"], group.get("eps", 0.0))
         moments = [state.get(name) for name in Stored._fields[2:]]
         rest = state.get("rest")
         if self._use_triton(w):
@@ -113,6 +114,7 @@ class FlashAdamW(_Flash):
             may round to 0. For comparisons with it only. Default: ``"float32"``.
         implementation (str): ``"triton"`` for the kernel, ``"eager"`` for plain operations, ``"auto"`` for the kernel
             where a parameter is on a CUDA device and Triton is installed. Default: ``"auto"``.
+        decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
     A NaN in a gradient makes the moments of its whole group NaN.
 
@@ -130,11 +132,13 @@ class FlashAdamW(_Flash):
         betas=(0.9, 0.999),
         eps=1e-8,
         weight_decay=0.0,
+        *,
         weights=None,
         state_format="float32",
         implementation="auto",
+        decay_vectors=False,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, weights, state_format, implementation)
+        super().__init__(params, lr, betas, eps, weight_decay, weights, state_format, implementation, decay_vectors)
 
 
 class FlashLion(_Flash):
@@ -148,7 +152,7 @@ class FlashLion(_Flash):
         params (iterable): As any PyTorch optimizer takes them.
         lr (float or Tensor): :math:`\eta`, the step of each weight. A third to a tenth of AdamW's.
         betas (tuple): :math:`(\beta_1, \beta_2)`, of the step and of the momentum. Default: ``(0.9, 0.99)``.
-        weight_decay, weights, state_format, implementation: As of :class:`FlashAdamW`.
+        weight_decay, weights, state_format, implementation, decay_vectors: As of :class:`FlashAdamW`.
 
     Raises:
         InputError: As :class:`FlashAdamW`.
@@ -162,8 +166,10 @@ class FlashLion(_Flash):
         lr,
         betas=(0.9, 0.99),
         weight_decay=0.0,
+        *,
         weights=None,
         state_format="float32",
         implementation="auto",
+        decay_vectors=False,
     ):
-        super().__init__(params, lr, betas, None, weight_decay, weights, state_format, implementation)
+        super().__init__(params, lr, betas, None, weight_decay, weights, state_format, implementation, decay_vectors)

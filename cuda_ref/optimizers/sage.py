@@ -103,16 +103,19 @@ class SAGE(ArrayOptimizer):
         weight_decay (float): The decoupled :math:`\lambda`. Default: ``0.01``.
         still_rows (bool): Leave rows without a gradient as they are, weight decay included; their momentum fades.
             ``False`` is the published rule. Default: ``True``.
+        decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
     Raises:
         InputError: As :class:`ArrayOptimizer`; also for a parameter that is neither 1-D nor 2-D.
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, still_rows=True):
+    def __init__(
+        self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, *, still_rows=True, decay_vectors=False
+    ):
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
         self.still_rows = still_rows
-        super().__init__(params, lr, weight_decay, betas, eps)
+        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors)
 
     def check_parameter(self, path, w):
         super().check_parameter(path, w)
@@ -127,7 +130,7 @@ class SAGE(ArrayOptimizer):
         return {"m": torch.zeros(w.shape, **like), "s": torch.zeros(w.shape[-1:], **like)}
 
     def step_parameter(self, w, state, group):
-        options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
         new, m, s = sage_step(w, w.grad, state["m"], state["s"], state["step"], *options, self.still_rows)
         w.copy_(new)
         return {"m": m, "s": s}

@@ -112,7 +112,7 @@ class SplitWeights(Optimizer):
         w.grad_dtype = None  # any
         try:
             w.data = join(low, rest)
-            w.grad = g
+            w.grad = g.to(torch.float32)
             self.optimizer.step()
             new, self.state[w]["rest"] = split(w.data)
             low.copy_(new)

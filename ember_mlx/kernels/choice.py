@@ -6,6 +6,7 @@ import warnings
 from functools import cache
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ember_mlx.shared.errors import InputError
 
@@ -33,6 +34,12 @@ def usable(kernel, *dtypes):
     if setting == "off" or not on_gpu or not all(dtype in DTYPES for dtype in dtypes):
         return False
     return fault(kernel, *dtypes) is None
+
+
+def try_all(kernel, parameters):
+    """Try a kernel of one dtype for each of the parameters' now: a first step may be one that MLX traces."""
+    for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
+        usable(kernel, dtype)
 
 
 @cache

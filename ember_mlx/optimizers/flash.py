@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import flash_kernel
-from ember_mlx.optimizers.base import ScheduledOptimizer
+from ember_mlx.optimizers.body import BodyOptimizer
 from ember_mlx.optimizers.companded import GROUP, groups_of
 from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
 from ember_mlx.optimizers.split_weights import check_some_are_bfloat16
@@ -23,44 +23,42 @@ STATE_FORMATS = ("float32", "published")
 MOST_FLAT = 2**31  # elements of an array that the kernel can take
 
 
-class _Flash(ScheduledOptimizer):
+class _Flash(BodyOptimizer):
     """What FlashAdamW and FlashLion share: everything but the second moment."""
 
     has_second_moment: bool
 
-    def __init__(self, learning_rate, betas, eps, weight_decay, weights, state_format):
-        super().__init__(learning_rate, weight_decay, eps, betas)
+    def __init__(self, learning_rate, betas, eps, weight_decay, weights, state_format, decay_vectors):
+        super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
+        name = type(self).__name__
         if weights not in (None, "bf16+int8"):
-            raise InputError(f"{self.name}(weights={weights!r}): must be 'bf16+int8' or None")
+            raise InputError(f"{name}(weights={weights!r}): must be 'bf16+int8' or None")
         if state_format not in STATE_FORMATS:
-            raise InputError(f"{self.name}(state_format={state_format!r}): must be 'float32' or 'published'")
+            raise InputError(f"{name}(state_format={state_format!r}): must be 'float32' or 'published'")
         self.weights = weights
         self.state_format = state_format
 
     def init(self, parameters):
         flat = tree_flatten(parameters)
         if self.weights:
-            check_some_are_bfloat16(self.name, flat)
+            check_some_are_bfloat16(type(self).__name__, flat)
         for dtype in {parameter.dtype for _, parameter in flat}:
             self._kernel_takes(dtype, dtype)  # tried now: a first step may be one that MLX traces
         super().init(parameters)
 
-    def state_of(self, shape, dtype):
-        size = 1
-        for length in shape:
-            size *= length
-        groups, scale_dtype = groups_of(size), mx.float16 if self.state_format == "published" else mx.float32
-        state = {"m": mx.zeros((groups, GROUP), mx.int8), "m_scales": mx.zeros((groups,), scale_dtype)}
+    def state_of(self, path, parameter):
+        groups = groups_of(parameter.size)
+        scales = (groups,), mx.float16 if self.state_format == "published" else mx.float32
+        state = {"m": ((groups, GROUP), mx.int8), "m_scales": scales}
         if self.has_second_moment:
-            state |= {"v": mx.zeros((groups, GROUP), mx.uint8), "v_scales": mx.zeros((groups,), scale_dtype)}
-        if self._splits(dtype):
-            state["rest"] = mx.zeros(shape, mx.int8)
+            state |= {"v": ((groups, GROUP), mx.uint8), "v_scales": scales}
+        if self._splits(parameter.dtype):
+            state["rest"] = parameter.shape, mx.int8
         return state
 
     def apply_single(self, gradient, parameter, state):
-        numbers = numbers_of(
-            self.step, self.learning_rate, self.state["weight_decay"], self.betas, getattr(self, "eps", 0.0)
-        )
+        decay = self.weight_decay_of(parameter)
+        numbers = numbers_of(self.step, self.learning_rate, decay, self.betas, self.eps)
         moments = [state.get(name) for name in Stored._fields[2:]]
         rest = state["rest"] if self._splits(parameter.dtype) else None
         if parameter.size < MOST_FLAT and self._kernel_takes(parameter.dtype, gradient.dtype):
@@ -82,12 +80,12 @@ class _Flash(ScheduledOptimizer):
         takes = self.state_format == "float32" and w_dtype != mx.float16
         return takes and kernels.usable(flash_kernel, w_dtype, g_dtype)
 
-    def _check_state(self, path, parameter, state):
-        super()._check_state(path, parameter, state)
-        if f"{path}.rest" in state and not self._splits(parameter.dtype):
+    def _check_state(self, path, parameter, state, wanted):
+        super()._check_state(path, parameter, state, wanted)
+        if "rest" in state and "rest" not in wanted:
             raise InputError(
-                f"{self.name}: the state has a rest for {path}, so its run had weights='bf16+int8': give that option, "
-                "or start without that state"
+                f"{type(self).__name__}: the state has a rest for {path}, so its run had weights='bf16+int8': give "
+                "that option, or start without that state"
             )
 
 
@@ -108,6 +106,7 @@ class FlashAdamW(_Flash):
             as ``rest``: steps that bfloat16 would round away add up. Other dtypes have no rest. Default: ``None``.
         state_format (str): ``"published"`` for FlashOptim's own: float16 scales, 2.125 bytes, and second moments that
             may round to 0. For comparisons with it only. Default: ``"float32"``.
+        decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``. A NaN in a gradient makes the moments of its whole group NaN.
@@ -120,9 +119,17 @@ class FlashAdamW(_Flash):
     has_second_moment = True
 
     def __init__(
-        self, learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, weights=None, state_format="float32"
+        self,
+        learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        weights=None,
+        state_format="float32",
+        decay_vectors=False,
     ):
-        super().__init__(learning_rate, betas, eps, weight_decay, weights, state_format)
+        super().__init__(learning_rate, betas, eps, weight_decay, weights, state_format, decay_vectors)
 
 
 class FlashLion(_Flash):
@@ -135,7 +142,7 @@ class FlashLion(_Flash):
     Args:
         learning_rate (float or callable): :math:`\eta`, the step of each weight. A third to a tenth of AdamW's.
         betas (tuple): :math:`(\beta_1, \beta_2)`, of the step and of the momentum. Default: ``(0.9, 0.99)``.
-        weight_decay, weights, state_format: As of :class:`FlashAdamW`.
+        weight_decay, weights, state_format, decay_vectors: As of :class:`FlashAdamW`.
 
     Raises:
         InputError: As :class:`FlashAdamW`.
@@ -143,5 +150,14 @@ class FlashLion(_Flash):
 
     has_second_moment = False
 
-    def __init__(self, learning_rate, betas=(0.9, 0.99), weight_decay=0.0, weights=None, state_format="float32"):
-        super().__init__(learning_rate, betas, None, weight_decay, weights, state_format)
+    def __init__(
+        self,
+        learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        *,
+        weights=None,
+        state_format="float32",
+        decay_vectors=False,
+    ):
+        super().__init__(learning_rate, betas, 1e-8, weight_decay, weights, state_format, decay_vectors)

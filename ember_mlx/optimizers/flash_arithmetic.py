@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ember_mlx.optimizers.base import bias_correction, running_mean
 from ember_mlx.optimizers.companded import (
     GROUP,
     decode_momentum,
@@ -26,6 +25,8 @@ from ember_mlx.optimizers.companded import (
     encode_momentum,
     encode_second_moment,
 )
+from ember_mlx.optimizers.ember import bias_correction
+from ember_mlx.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.optimizers.split_weights import join, split
 
 __all__ = ["Numbers", "Stored", "adamw", "flash_step", "lion", "numbers_of"]

@@ -19,8 +19,11 @@ momentum before the sign, which is the rule above with :math:`\beta_1 \beta_2` i
 """
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from ember_mlx.optimizers.base import ScheduledOptimizer, bias_correction, running_mean
+from ember_mlx.optimizers.body import BodyOptimizer
+from ember_mlx.optimizers.ember import bias_correction
+from ember_mlx.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
@@ -85,7 +88,7 @@ def update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_deca
     return new if moves is None else mx.where(moves, new, w), running_mean(m, g, beta2)
 
 
-class SAGE(ScheduledOptimizer):
+class SAGE(BodyOptimizer):
     r"""The SAGE optimizer [1], for embedding tables, LM heads, norms and biases.
 
     For a parameter of shape (V, D) or (D,) it keeps the momentum ``m`` in its shape, and ``s`` of shape (D,), both
@@ -101,6 +104,7 @@ class SAGE(ScheduledOptimizer):
         weight_decay (float or callable): The decoupled :math:`\lambda`. Default: ``0.01``.
         still_rows (bool): Leave rows without a gradient as they are, weight decay included; their momentum fades.
             ``False`` is the published rule. Default: ``True``.
+        decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``.
@@ -110,22 +114,25 @@ class SAGE(ScheduledOptimizer):
             and for state that is not of these parameters.
     """
 
-    def __init__(self, learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, still_rows=True):
-        super().__init__(learning_rate, weight_decay, eps, betas)
+    def __init__(
+        self, learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, *, still_rows=True, decay_vectors=False
+    ):
+        super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
         self.still_rows = still_rows
 
-    def check_parameter(self, path, parameter):
-        super().check_parameter(path, parameter)
-        if parameter.ndim not in (1, 2):
-            raise InputError(
-                f"SAGE: {path} has shape {parameter.shape} and dtype {parameter.dtype}; SAGE takes 2-D and 1-D "
-                "parameters only, since its damper is of columns: give this one to SinkGD or AdamMini"
-            )
+    def init(self, parameters):
+        for path, parameter in tree_flatten(parameters):
+            if parameter.ndim not in (1, 2):
+                raise InputError(
+                    f"SAGE: {path} has shape {parameter.shape} and dtype {parameter.dtype}; SAGE takes 2-D and 1-D "
+                    "parameters only, since its damper is of columns: give this one to SinkGD or AdamMini"
+                )
+        super().init(parameters)
 
-    def state_of(self, shape, dtype):
-        return {"m": mx.zeros(shape, mx.float32), "s": mx.zeros(shape[-1:], mx.float32)}
+    def state_of(self, path, parameter):
+        return {"m": (parameter.shape, mx.float32), "s": (parameter.shape[-1:], mx.float32)}
 
     def apply_single(self, gradient, parameter, state):
         parameter, state["m"], state["s"] = sage_step(
@@ -137,7 +144,7 @@ class SAGE(ScheduledOptimizer):
             self.learning_rate,
             *self.betas,
             self.eps,
-            self.state["weight_decay"],
+            self.weight_decay_of(parameter),
             self.still_rows,
         )
         return parameter

@@ -60,13 +60,13 @@ def check_beta2_schedule(beta2: Callable[[int], float]):
             )
 
 
-def not_one_number(option: str, value, step: int | None = None) -> InputError:
+def not_one_number(option: str, value, step: int | None = None, optimizer: str = "Ember") -> InputError:
     """What to raise where the schedule of an option gave, after ``step`` steps if that is known, such a value."""
     gave = f"an array of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
     when = "" if step is None else f" after {step} steps"
     return InputError(
-        f"Ember({option}=...): the schedule gives {gave}{when}: must be one number; return a float or an array without "
-        "dimensions"
+        f"{optimizer}({option}=...): the schedule gives {gave}{when}: must be one number; return a float or an "
+        "array without dimensions"
     )
 
 

@@ -16,7 +16,10 @@ STREAMS = ["zero", "ones", "constant", "random", "one rare row", "tiny", "huge",
 
 def way_apart(weights, gradients, **options):
     """How far optimizer and oracle are apart after all gradients, and the longest way, both in learning rates."""
-    optimizer, oracle = SAGE(1e-3, **options), SageOracle(weights.shape, still_rows=options.get("still_rows", True))
+    optimizer, oracle = (
+        SAGE(1e-3, decay_vectors=True, **options),
+        SageOracle(weights.shape, still_rows=options.get("still_rows", True)),
+    )
     decay = options.get("weight_decay", 0.01)
     found, start = {"w": weights}, as_float64(weights)
     expected = start

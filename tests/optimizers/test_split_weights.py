@@ -20,7 +20,8 @@ def as_float64(array):
 
 def test_half_a_unit_is_right_for_every_bfloat16_whose_half_unit_is_a_normal_float32():
     every = mx.arange(2**16).astype(mx.uint16).view(mx.bfloat16)
-    values = as_float64(every)
+    with np.errstate(invalid="ignore"):  # NaNs
+        values = as_float64(every)
     normal = np.isfinite(values) & (np.abs(values) >= 2.0**-118) & (np.abs(values) < 3.3e38)
     assert normal.sum() > 60_000
     assert np.array_equal(as_float64(half_unit(every))[normal], oracle.half_unit(values[normal]))
