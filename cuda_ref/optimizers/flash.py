@@ -8,90 +8,75 @@ positive second moment gets the code 0: there it did, and its weight went up to 
 
 import torch
 
-from cuda_ref import flash_triton, triton_kernels
-from cuda_ref.optimizers.base import ArrayOptimizer
+from cuda_ref import flash_triton
+from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, groups_of
 from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
 from cuda_ref.optimizers.split_weights import check_some_are_bfloat16
-from ember_mlx.shared.errors import InputError
 
 __all__ = ["FlashAdamW", "FlashLion"]
 
 STATE_FORMATS = ("float32", "published")
 
 
-class _Flash(ArrayOptimizer):
+class _Flash(BodyOptimizer):
     """What FlashAdamW and FlashLion share: everything but the second moment."""
 
     has_second_moment: bool
 
     def __init__(self, params, lr, betas, eps, weight_decay, weights, state_format, implementation, decay_vectors):
         if weights not in (None, "bf16+int8"):
-            raise InputError(f"{self.name}(weights={weights!r}): must be 'bf16+int8' or None")
+            raise self._error(f"(weights={weights!r}): must be 'bf16+int8' or None")
         if state_format not in STATE_FORMATS:
-            raise InputError(f"{self.name}(state_format={state_format!r}): must be 'float32' or 'published'")
-        if implementation not in ("auto", "eager", "triton"):
-            raise InputError(f"{self.name}(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
-        if implementation == "triton" and not triton_kernels.available():
-            raise InputError(f"{self.name}(implementation='triton'): Triton is not installed; 'auto' does without it")
+            raise self._error(f"(state_format={state_format!r}): must be 'float32' or 'published'")
         if implementation == "triton" and state_format == "published":
-            raise InputError(
-                f"{self.name}(implementation='triton', state_format='published'): the kernel has the float32 format "
-                "only: take 'auto' or 'eager'"
+            raise self._error(
+                "(implementation='triton', state_format='published'): the kernel has the float32 format only: take "
+                "'auto' or 'eager'"
             )
         self.weights = weights
         self.state_format = state_format
-        self.implementation = implementation
-        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors)
+        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
         if weights:
-            check_some_are_bfloat16(self.name, self.param_groups)
+            check_some_are_bfloat16(type(self).__name__, self.param_groups)
 
-    def check_parameter(self, path, w):
-        super().check_parameter(path, w)
-        if self.implementation == "triton" and not triton_kernels.available(w.device):
-            raise InputError(
-                f"{self.name}(implementation='triton'): {path} is on {w.device}, and Triton needs a CUDA device: move "
-                "the model there before, or take 'auto'"
-            )
+    kept = (*BodyOptimizer.kept, "weights", "state_format")
 
     def state_of(self, w):
-        groups, scale_dtype = groups_of(w.numel()), torch.float16 if self.state_format == "published" else torch.float32
-        zeros = lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=w.device)  # noqa: E731
-        state = {"m": zeros((groups, GROUP), torch.int8), "m_scales": zeros((groups,), scale_dtype)}
+        groups = groups_of(w.numel())
+        scales = (groups,), torch.float16 if self.state_format == "published" else torch.float32
+        state = {"m": ((groups, GROUP), torch.int8), "m_scales": scales}
         if self.has_second_moment:
-            state |= {"v": zeros((groups, GROUP), torch.uint8), "v_scales": zeros((groups,), scale_dtype)}
+            state |= {"v": ((groups, GROUP), torch.uint8), "v_scales": scales}
         if self._splits(w.dtype):
-            state["rest"] = zeros(w.shape, torch.int8)
+            state["rest"] = tuple(w.shape), torch.int8
         return state
 
-    def step_parameter(self, w, state, group):
-        """All of it is overwritten."""
+    def step_weight(self, w, g, state, group):
         decay = self.weight_decay_of(w, group)
-        numbers = numbers_of(state["step"], group["lr"], decay, group["betas"], group.get("eps", 0.0))
+        numbers = numbers_of(state["step"], group["lr"], decay, group["betas"], group["eps"])
         moments = [state.get(name) for name in Stored._fields[2:]]
         rest = state.get("rest")
-        if self._use_triton(w):
-            flash_triton.flash_step(Stored(w, rest, *moments), w.grad, numbers)
-            return {}
+        if self.state_format == "float32" and self.by_triton(w):
+            flash_triton.flash_step(Stored(w, rest, *moments), g, numbers)
+            return
         stored = Stored(grouped(w), None if rest is None else grouped(rest), *moments)
-        flash_step(stored, grouped(w.grad), numbers, self.state_format == "published")
+        flash_step(stored, grouped(g), numbers, self.state_format == "published")
         if not w.is_contiguous() or w.numel() % GROUP:  # then the groups are copies
             w.copy_(ungrouped(stored.w, w))
             if rest is not None:
                 rest.copy_(ungrouped(stored.rest, w))
-        return {}
 
     def _splits(self, dtype):
         return self.weights is not None and dtype == torch.bfloat16
 
-    def _use_triton(self, w):
-        if self.implementation == "auto":
-            return self.state_format == "float32" and w.is_cuda and triton_kernels.available(w.device)
-        return self.implementation == "triton"
-
-    def __getstate__(self):
-        own = ("weights", "state_format", "implementation")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+    def _check_state(self, w, state):
+        super()._check_state(w, state)
+        if "rest" in state and not self._splits(w.dtype):
+            raise self._error(
+                f".load_state_dict: the state has a rest for a weight of shape {tuple(w.shape)}, so its run had "
+                "weights='bf16+int8': give that option, or start without that state"
+            )
 
 
 class FlashAdamW(_Flash):
@@ -172,4 +157,4 @@ class FlashLion(_Flash):
         implementation="auto",
         decay_vectors=False,
     ):
-        super().__init__(params, lr, betas, None, weight_decay, weights, state_format, implementation, decay_vectors)
+        super().__init__(params, lr, betas, 1e-8, weight_decay, weights, state_format, implementation, decay_vectors)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from cuda_ref.optimizers.base import bias_correction, running_mean
 from cuda_ref.optimizers.companded import (
     GROUP,
     decode_momentum,
@@ -26,6 +25,8 @@ from cuda_ref.optimizers.companded import (
     encode_momentum,
     encode_second_moment,
 )
+from cuda_ref.optimizers.ember import bias_correction
+from cuda_ref.optimizers.ember import update_second_moment as running_mean
 from cuda_ref.optimizers.split_weights import join, split
 
 __all__ = ["Numbers", "Stored", "adamw", "flash_step", "lion", "numbers_of"]

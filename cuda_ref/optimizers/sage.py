@@ -21,7 +21,10 @@ The functions are those of ``ember_mlx/optimizers/sage.py``, line against line.
 
 import torch
 
-from cuda_ref.optimizers.base import ArrayOptimizer, bias_correction, running_mean
+from cuda_ref.optimizers.body import BodyOptimizer
+from cuda_ref.optimizers.checks import name_of
+from cuda_ref.optimizers.ember import bias_correction
+from cuda_ref.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
@@ -86,7 +89,7 @@ def update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_deca
     return new if moves is None else torch.where(moves, new, w), running_mean(m, g, beta2)
 
 
-class SAGE(ArrayOptimizer):
+class SAGE(BodyOptimizer):
     r"""The SAGE optimizer [1], for embedding tables, LM heads, norms and biases.
 
     For a parameter of shape (V, D) or (D,) it keeps the momentum ``m`` in its shape, and ``s`` of shape (D,), both
@@ -106,7 +109,8 @@ class SAGE(ArrayOptimizer):
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
     Raises:
-        InputError: As :class:`ArrayOptimizer`; also for a parameter that is neither 1-D nor 2-D.
+        InputError: (a ``ValueError``) for a value out of range, for a parameter that is not 1-D or 2-D and floating,
+            and for state that is not of these parameters; nothing is written then.
     """
 
     def __init__(
@@ -115,25 +119,24 @@ class SAGE(ArrayOptimizer):
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
         self.still_rows = still_rows
-        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors)
+        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, "eager")
 
-    def check_parameter(self, path, w):
-        super().check_parameter(path, w)
-        if w.ndim not in (1, 2):
-            raise InputError(
-                f"SAGE: {path} has shape {tuple(w.shape)} and dtype {w.dtype}; SAGE takes 2-D and 1-D parameters only, "
-                "since its damper is of columns: give this one to SinkGD or AdamMini"
-            )
+    kept = (*BodyOptimizer.kept, "still_rows")
+
+    def _check_group(self, group):
+        super()._check_group(group)
+        for number, w in enumerate(group["params"]):
+            if w.ndim not in (1, 2):
+                raise InputError(
+                    f"SAGE: {name_of(group, number)} has shape {tuple(w.shape)} and dtype {w.dtype}; SAGE takes 2-D "
+                    "and 1-D parameters only, since its damper is of columns: give this one to SinkGD or AdamMini"
+                )
 
     def state_of(self, w):
-        like = {"dtype": torch.float32, "device": w.device}
-        return {"m": torch.zeros(w.shape, **like), "s": torch.zeros(w.shape[-1:], **like)}
+        return {"m": (tuple(w.shape), torch.float32), "s": (tuple(w.shape[-1:]), torch.float32)}
 
-    def step_parameter(self, w, state, group):
+    def step_weight(self, w, g, state, group):
         options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
-        new, m, s = sage_step(w, w.grad, state["m"], state["s"], state["step"], *options, self.still_rows)
-        w.copy_(new)
-        return {"m": m, "s": s}
-
-    def __getstate__(self):
-        return super().__getstate__() | {"still_rows": self.still_rows}
+        new = sage_step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows)
+        for before, after in zip((w, state["m"], state["s"]), new, strict=True):
+            before.copy_(after)

@@ -140,7 +140,7 @@ class AdamMini(BodyOptimizer):
         betas (tuple of float): :math:`(\beta_1, \beta_2)`. Default: ``(0.9, 0.999)``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
-        model (mlx.nn.Module, optional): For blocks that shapes do not show: queries and keys by head, factors of LoRA by
+        model (mlx.nn.Module, optional): For blocks that shapes do not show: queries and keys by head, LoRA's factors by
             rank and by output, convolutions by output channel. Give it with its adapters. Default: all by row.
         momentum (str): ``"float32"``, or ``"int8"``, companded in groups of 32. Default: ``"float32"``.
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.

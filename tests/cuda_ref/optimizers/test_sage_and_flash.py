@@ -89,7 +89,8 @@ def test_flash_agrees_with_float64_and_few_codes_are_flipped(kind, shape, implem
     flipped = []
     for t in range(1, 21):
         before, w.grad = as_float64(w), torch.tensor(gradient(shape, t), device=device)
-        state = {key: value.cpu().numpy() for key, value in (optimizer.state[w] or optimizer.state_of(w)).items()}
+        zeros = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in optimizer.state_of(w).items()}
+        state = {key: value.cpu().numpy() for key, value in (optimizer.state[w] or zeros).items()}
         expected, codes = flash_oracle.step(before, gradient(shape, t), state, t, 1e-3, betas, 1e-8, 0.1)
         optimizer.step()
         allowed = AGREEMENT * np.abs(expected - before).max() + 2.0**-23 * np.abs(before)
@@ -214,10 +215,10 @@ BAD = [
     (lambda: SAGE([start((2, 3, 4))], lr=1e-3), r"shape \(2, 3, 4\).*SinkGD or AdamMini"),
     (lambda: SAGE([start((2, 3))], lr=-1.0), r"SAGE\(lr=-1.0\)"),
     (lambda: SAGE([start((2, 3))], lr=1e-3, still_rows=1), "still_rows=1"),
-    (lambda: FlashAdamW([start((2, 3))], lr=1e-3, betas=(0.9, 1.0)), r"FlashAdamW\(betas=1.0\)"),
+    (lambda: FlashAdamW([start((2, 3))], lr=1e-3, betas=(0.9, 1.0)), r"FlashAdamW\(betas=\(0.9, 1.0\)"),
     (lambda: FlashAdamW([start((2, 3))], lr=1e-3, weights="bf16+int8"), "no parameter is bfloat16.*float32"),
     (lambda: FlashLion([start((2, 3))], lr=1e-3, state_format="float16"), "state_format='float16'"),
-    (lambda: FlashLion([start((0, 3))], lr=1e-3), "not empty"),
+    (lambda: FlashLion([start((0, 3))], lr=1e-3), "with elements"),
     (lambda: FlashLion([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))], lr=1e-3), "float64"),
     (lambda: SplitWeights(Ember([start((2, 3))], lr=1e-3)), "no parameter is bfloat16"),
     (lambda: SplitWeights(FlashLion([start((2, 3), "bfloat16")], lr=1e-3, weights="bf16+int8")), "already"),
@@ -239,6 +240,6 @@ def test_a_bad_gradient_and_state_of_another_format_change_nothing():
         optimizer.load_state_dict(train(make("FlashAdamW, split", [start((4, 8), "bfloat16")]), 1).state_dict())
     (w,) = optimizer.param_groups[0]["params"]
     w.grad = torch.zeros(4, 8).to_sparse().bfloat16()
-    with pytest.raises(InputError, match="sparse"):
+    with pytest.raises(InputError, match="dense"):
         optimizer.step()
     assert contents(optimizer) == before
