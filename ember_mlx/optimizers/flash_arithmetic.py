@@ -31,8 +31,8 @@ from ember_mlx.optimizers.split_weights import join, split
 
 __all__ = ["Numbers", "Stored", "adamw", "flash_step", "lion", "numbers_of"]
 
-# Plain operations make about six float32 copies of a block: of one in 32, a fifth of the weights as float32.
-MOST_BLOCKS, FEWEST_GROUPS = 32, 2048
+# MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
+MOST_BLOCKS, FEWEST_GROUPS = 512, 1024
 
 
 class Numbers(NamedTuple):
@@ -95,7 +95,9 @@ def flash_step(stored, g, numbers, published=False):
     for first in range(0, len(g), block):
         rows = slice(first, first + block)
         old = Stored(*(None if array is None else array[rows] for array in stored))
-        for array, made in zip(new, flash_block(old, g[rows], numbers, published), strict=True):
+        # All of a block before anything of the next one: else MLX makes all weights first, and keeps every moment.
+        (g_block,) = mx.depends([g[rows]], [array for array in new if array is not None])
+        for array, made in zip(new, flash_block(old, g_block, numbers, published), strict=True):
             if made is not None:
                 array[rows] = made
     return Stored(*new)

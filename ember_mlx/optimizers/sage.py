@@ -21,6 +21,7 @@ momentum before the sign, which is the rule above with :math:`\beta_1 \beta_2` i
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ember_mlx import kernels
 from ember_mlx.optimizers.body import BodyOptimizer
 from ember_mlx.optimizers.ember import bias_correction
 from ember_mlx.optimizers.ember import update_second_moment as running_mean
@@ -28,8 +29,8 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
 
-# A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
-ROWS_PER_BLOCK = 4096
+# MLX computes up to 20 blocks at once, each with float32 copies of itself.
+MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15  # elements
 
 
 def sage_step(w, g, m, s, t, learning_rate, beta1, beta2, eps, weight_decay, still_rows=True):
@@ -60,12 +61,21 @@ def mean_magnitudes(g):
     if g.ndim == 1:
         magnitudes = mx.abs(g.astype(mx.float32))
         return magnitudes, (magnitudes != 0).any(keepdims=True)
-    sums, largest = [], []
-    for first in range(0, len(g), ROWS_PER_BLOCK):
-        magnitudes = mx.abs(g[first : first + ROWS_PER_BLOCK].astype(mx.float32))
-        sums.append(magnitudes.sum(axis=0))
-        largest.append(magnitudes.max(axis=1, keepdims=True))
-    return mx.stack(sums).sum(axis=0) / g.shape[0], mx.concatenate(largest) != 0
+    if kernels.usable(kernels.statistics, g.dtype):
+        row_means, column_means = kernels.statistics.mean_magnitudes(g)
+        return column_means, row_means[:, None] != 0
+    block = max(1, max(SMALLEST_BLOCK, g.size // MOST_BLOCKS) // g.shape[1])
+    blocks = [g[first : first + block] for first in range(0, len(g), block)]
+    # Two readings of each block: MLX would keep all magnitudes until the last of two uses.
+    has_gradient = mx.concatenate([(rows != 0).any(axis=1, keepdims=True) for rows in blocks])
+    return sum_of([mx.abs(rows.astype(mx.float32)).sum(axis=0) for rows in blocks]) / g.shape[0], has_gradient
+
+
+def sum_of(sums):
+    """Of many arrays, in pairs of pairs: the error grows with the logarithm of their number."""
+    while len(sums) > 1:
+        sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    return sums[0]
 
 
 def column_damper(magnitudes, averaged, eps):
@@ -81,11 +91,12 @@ def rms(x):
 
 def update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay):
     """The new ``w``, rounded once to its dtype, and the new ``m``: at once where ``mx.compile`` fuses all of it."""
-    g = g.astype(mx.float32)
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
-    update = mx.sign(running_mean(m, g, beta1)) * h
+    update = mx.sign(running_mean(m, g.astype(mx.float32), beta1)) * h
     new = (decayed - learning_rate * update).astype(w.dtype)
-    return new if moves is None else mx.where(moves, new, w), running_mean(m, g, beta2)
+    # By -g, the same number: MLX would else keep g - m in float32, a table, for its two uses.
+    m = m - (1 - beta2) * (m + (-g).astype(mx.float32))
+    return new if moves is None else mx.where(moves, new, w), m
 
 
 class SAGE(BodyOptimizer):
@@ -130,6 +141,7 @@ class SAGE(BodyOptimizer):
                     "parameters only, since its damper is of columns: give this one to SinkGD or AdamMini"
                 )
         super().init(parameters)
+        kernels.try_all(kernels.statistics, parameters)
 
     def state_of(self, path, parameter):
         return {"m": (parameter.shape, mx.float32), "s": (parameter.shape[-1:], mx.float32)}
