@@ -92,14 +92,17 @@ def flash_step(stored, g, numbers, published=False):
     if len(g) <= block:
         return flash_block(stored, g, numbers, published)
     new = [None if array is None else mx.array(array) for array in stored]
+    before = [g]
     for first in range(0, len(g), block):
         rows = slice(first, first + block)
         old = Stored(*(None if array is None else array[rows] for array in stored))
         # All of a block before anything of the next one: else MLX makes all weights first, and keeps every moment.
-        (g_block,) = mx.depends([g[rows]], [array for array in new if array is not None])
-        for array, made in zip(new, flash_block(old, g_block, numbers, published), strict=True):
-            if made is not None:
-                array[rows] = made
+        (g_block,) = mx.depends([g[rows]], before)
+        made = flash_block(old, g_block, numbers, published)
+        before = [array for array in made if array is not None]
+        for array, part in zip(new, made, strict=True):
+            if part is not None:
+                array[rows] = part
     return Stored(*new)
 
 
