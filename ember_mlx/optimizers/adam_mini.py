@@ -27,7 +27,7 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
 
-# Of a weight with 8-bit momentum: MLX computes up to 20 pieces at once, each with a few float32 copies of itself.
+# MLX computes up to 20 pieces at once, each with a few float32 copies of itself.
 PIECES, SMALLEST_PIECE = 512, 2**15
 
 
@@ -58,11 +58,21 @@ def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay
 def block_mean_squares(g, blocks):
     """Means of ``g`` squared over each block, float32, of the shape ``blocks``."""
     rows = as_rows(g)
-    row_means, column_means = mean_squares(rows)
+    row_means, column_means = means_by_pieces(rows)
     if rows.shape[1] > 1 and blocks and blocks[-1] == rows.shape[1]:
         return column_means.reshape(blocks)
     split = [part for n, length in zip(blocks[:-1], g.shape[:-1], strict=True) for part in (n, length // n)]
     return row_means.reshape(split or [1]).mean(axis=tuple(range(1, len(split), 2)) or None).reshape(blocks)
+
+
+def means_by_pieces(g):
+    """As Ember's ``mean_squares``, but as plain operations in small pieces, for matrices of fewer rows than tables."""
+    if kernels.usable(kernels.statistics, g.dtype):
+        return kernels.statistics.mean_squares(g)
+    means = [mean_squares(g[rows]) for rows in pieces(g)]
+    shares = [rows.stop - rows.start for rows in pieces(g)]
+    column_means = sum(columns * (share / len(g)) for (_, columns), share in zip(means, shares, strict=True))
+    return mx.concatenate([rows for rows, _ in means]), column_means
 
 
 def spread(of_blocks, shape):
@@ -86,18 +96,22 @@ def update_weights(w, g, m, rates, beta1, decay):
 def update_in_pieces(w, g, m, rates, beta1, decay):
     """As ``update_weights`` with ``m`` as codes and scales: whole in float32 for a few rows at a time alone."""
     columns = w.shape[1]
-    whole_groups = GROUP // math.gcd(columns, GROUP)  # so many rows are whole groups
-    piece = max(SMALLEST_PIECE, w.size // PIECES) // columns
-    piece = max(1, piece // whole_groups) * whole_groups
     new, codes, scales = mx.array(w), mx.array(m[0]), mx.array(m[1])
-    for first in range(0, len(w), piece):
-        rows = slice(first, min(first + piece, len(w)))
-        groups = slice(first * columns // GROUP, groups_of(rows.stop * columns))
-        old = decode_momentum(m[0][groups], m[1][groups], (rows.stop - first, columns))
+    for rows in pieces(w):
+        groups = slice(rows.start * columns // GROUP, groups_of(rows.stop * columns))
+        old = decode_momentum(m[0][groups], m[1][groups], (rows.stop - rows.start, columns))
         of_rows = rates[rows] if len(rates) > 1 else rates
         new[rows], momentum = update_weights(w[rows], g[rows], old, of_rows, beta1, decay)
         codes[groups], scales[groups] = encode_momentum(momentum)
     return new, (codes, scales)
+
+
+def pieces(w):
+    """Slices of its rows, which are whole groups of 32 elements."""
+    whole_groups = GROUP // math.gcd(w.shape[1], GROUP)
+    piece = max(SMALLEST_PIECE, w.size // PIECES) // w.shape[1]
+    piece = max(1, piece // whole_groups) * whole_groups
+    return [slice(first, min(first + piece, len(w))) for first in range(0, len(w), piece)]
 
 
 def as_rows(x):

@@ -16,7 +16,7 @@ import numpy as np
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Implementation", "Stepped", "Tables", "implementations", "listed", "select"]
+__all__ = ["Implementation", "Stepped", "Tables", "Weights", "implementations", "listed", "select"]
 
 
 class Stepped(NamedTuple):
@@ -44,12 +44,24 @@ class Tables(Protocol):
         """Go back to what ``state`` gave."""
 
 
+class Weights(Protocol):
+    """Two weights of one shape and dtype in an optimizer of the body: the first is zeros at every step."""
+
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        """One step of both, from nothing on: what it subtracted from zeros, and the new weights, float64."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The state of the second, by name."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One implementation. ``make(shape, dtype, learning_rate, weight_decay, **options)`` gives its `Tables`.
 
     ``missing`` says in a few words why it is not here, and is None where it is. ``dtypes`` are those that tables may
     have, and ``mixed`` tells whether a gradient may have another dtype than its table.
+    ``make_weights(class_name, shape, dtype, learning_rate, weight_decay, **options)`` gives `Weights` for an optimizer
+    of the body; None where it does not run those.
     """
 
     name: str
@@ -57,6 +69,7 @@ class Implementation:
     make: Callable[..., Tables]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     mixed: bool = True
+    make_weights: Callable[..., Weights] | None = None
 
 
 def implementations() -> list[Implementation]:
@@ -140,6 +153,36 @@ class MLXTables:
         self.optimizer.state = tree_map(lambda array: array, state)
 
 
+class MLXWeights:
+    """An optimizer of ``ember_mlx.optimizers`` on the CPU or the GPU of MLX."""
+
+    def __init__(self, device, class_name, shape, dtype, learning_rate, weight_decay, **options):
+        import mlx.core as mx
+
+        from ember_mlx import optimizers
+
+        self.device, self.dtype = getattr(mx, device), getattr(mx, dtype)
+        self.optimizer = getattr(optimizers, class_name)(learning_rate, weight_decay=weight_decay, **options)
+        with mx.stream(self.device):
+            self.zeros = mx.zeros(shape, self.dtype)
+            self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
+            mx.eval(self.zeros, self.optimizer.state)
+
+    def step(self, weights, gradient, gradient_dtype):
+        import mlx.core as mx
+
+        with mx.stream(self.device):
+            w = mx.array(weights).astype(self.dtype)
+            g = mx.array(gradient).astype(getattr(mx, gradient_dtype))
+            new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
+            read = [array.astype(mx.float32) for array in (-new["zeros"], new["w"])]
+            mx.eval(read, self.optimizer.state)
+        return tuple(np.array(array).astype(np.float64) for array in read)
+
+    def state(self):
+        return {name: np.array(array) for name, array in self.optimizer.state["w"].items()}
+
+
 def _of_mlx():
     try:
         import mlx.core as mx
@@ -152,7 +195,7 @@ def _of_mlx():
             "cuda": None if mx.cuda.is_available() else "no CUDA in this MLX",
         }
     return [
-        Implementation(f"mlx {backend}", why, _with(MLXTables, mx_device))
+        Implementation(f"mlx {backend}", why, _with(MLXTables, mx_device), make_weights=_with(MLXWeights, mx_device))
         for (backend, why), mx_device in zip(missing.items(), ("cpu", "gpu", "gpu"), strict=True)
     ]
 
@@ -187,14 +230,7 @@ class TorchTables:
     def step(self, weights, gradient, gradient_dtype):
         import torch
 
-        g = torch.from_numpy(gradient).to(self.w.device, getattr(torch, gradient_dtype))
-        with torch.no_grad():
-            self.w.copy_(torch.from_numpy(weights))
-            self.zeros.zero_()
-        for table in (self.w, self.zeros):
-            table.grad = None
-            table.grad_dtype = g.dtype  # PyTorch wants that of the table unless told otherwise
-            table.grad = g
+        _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
         self.optimizer_step()
         state = self.optimizer.state[self.w]
         read = (state["r"], state["c"], -self.zeros.detach(), self.w.detach())
@@ -215,6 +251,46 @@ class TorchTables:
         """All but the seeds, which are of the tables and not of the steps."""
         states = self.optimizer.state.values()
         return [tensor for state in states for name, tensor in state.items() if name != "seed"]
+
+
+class TorchWeights:
+    """An optimizer of ``cuda_ref.optimizers`` with one of its implementations on a device."""
+
+    def __init__(self, device, implementation, class_name, shape, dtype, learning_rate, weight_decay, **options):
+        import torch
+
+        from cuda_ref import optimizers
+
+        self.zeros, self.w = (
+            torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device)) for _ in range(2)
+        )
+        settings = {"lr": learning_rate, "weight_decay": weight_decay, "implementation": implementation} | options
+        self.optimizer = getattr(optimizers, class_name)([self.zeros, self.w], **settings)
+
+    def step(self, weights, gradient, gradient_dtype):
+        import torch
+
+        _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
+        self.optimizer.step()
+        read = (-self.zeros.detach(), self.w.detach())
+        return tuple(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read)
+
+    def state(self):
+        return {name: tensor.cpu().numpy() for name, tensor in self.optimizer.state[self.w].items()}
+
+
+def _fill_and_give(zeros, w, weights, gradient, gradient_dtype):
+    """Set both parameters, and give them the gradient in its dtype."""
+    import torch
+
+    g = torch.from_numpy(gradient).to(w.device, getattr(torch, gradient_dtype))
+    with torch.no_grad():
+        w.copy_(torch.from_numpy(weights))
+        zeros.zero_()
+    for table in (w, zeros):
+        table.grad = None
+        table.grad_dtype = g.dtype  # PyTorch wants that of the table unless told otherwise
+        table.grad = g
 
 
 def _of_torch():
@@ -252,7 +328,11 @@ def _of_torch():
     }
     return [
         Implementation(
-            name if "triton" in name else f"torch {name}", why, _with(TorchTables, *how[name]), **limits.get(name, {})
+            name if "triton" in name else f"torch {name}",
+            why,
+            _with(TorchTables, *how[name]),
+            make_weights=None if "compiled" in name else _with(TorchWeights, *how[name][:2]),
+            **limits.get(name, {}),
         )
         for name, why in missing.items()
     ]

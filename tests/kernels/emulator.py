@@ -142,7 +142,10 @@ def cuda_text(source, header, names, output_names, *inputs, template, output_dty
         add(f"const {dtype}* {name}", f"static_cast<const {dtype}*>({{}})")
         for kind, number in (("Shape", "int32_t"), ("Strides", "int64_t")):
             if f"{name}_{kind.lower()}" in source:
-                add(f"const __grid_constant__ {kind} {name}_{kind.lower()}", f"per_axis<{kind}, {number}>({{}})")
+                add(
+                    f"const __grid_constant__ {kind} {name}_{kind.lower()}",
+                    f"per_axis<{kind}, {number}, {array.ndim}>({{}})",
+                )
     for name, dtype in zip(output_names, output_dtypes, strict=True):
         add(f"{CUDA_TYPES[dtype]}* {name}", f"static_cast<{CUDA_TYPES[dtype]}*>({{}})")
     return f"""
@@ -152,10 +155,11 @@ def cuda_text(source, header, names, output_names, *inputs, template, output_dty
             {" ".join(constants)}
             {source}
         }}
-        template <typename PerAxis, typename Number>
+        template <typename PerAxis, typename Number, int AXES>
         PerAxis per_axis(const void* buffer) {{
-            const Number* numbers = static_cast<const Number*>(buffer);
-            return PerAxis{{{{numbers[0], numbers[1]}}}};
+            PerAxis numbers = {{}};
+            for (int i = 0; i < AXES; i++) numbers.numbers[i] = static_cast<const Number*>(buffer)[i];
+            return numbers;
         }}
         void run_thread(void** buffers, const Attributes&) {{ emulated({", ".join(arguments)}); }}
     """
