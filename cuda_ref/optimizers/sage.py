@@ -107,6 +107,7 @@ class SAGE(BodyOptimizer):
         still_rows (bool): Leave rows without a gradient as they are, weight decay included; their momentum fades.
             ``False`` is the published rule. Default: ``True``.
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
+        implementation (str): ``"auto"`` or ``"eager"``, which are the same: there is no kernel. Default: ``"auto"``.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is not 1-D or 2-D and floating,
@@ -118,6 +119,8 @@ class SAGE(BodyOptimizer):
     ):
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
+        if implementation not in ("auto", "eager"):
+            raise InputError(f"SAGE(implementation={implementation!r}): must be 'auto' or 'eager'; there is no kernel")
         self.still_rows = still_rows
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, "eager")
 

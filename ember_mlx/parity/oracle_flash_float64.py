@@ -64,3 +64,35 @@ def step(weights, gradient, state, t, learning_rate, betas, eps=1e-8, weight_dec
     if "v" in state:
         new |= dict(zip(("v", "v_scales"), encode(v, "v", published), strict=True))
     return w.ravel()[:size].reshape(shape), new
+
+
+class FlashOracle:
+    """FlashAdamW, or FlashLion without ``second_moment``, from the state that ``load`` was given last."""
+
+    quantized = True
+    second_moment = True
+
+    def __init__(self, shape):
+        self.shape = shape
+        groups = -(-int(np.prod(shape)) // GROUP)
+        names = ("m", "v") if self.second_moment else ("m",)
+        self.state = {name: np.zeros((groups, GROUP)) for name in names}
+        self.state |= {f"{name}_scales": np.zeros(groups) for name in names}
+        self.step_number = 0
+
+    def load(self, state):
+        self.state = {name: np.asarray(state[name]) for name in self.state}
+
+    def change(self, gradient, learning_rate):
+        self.step_number += 1
+        betas = (0.9, 0.999) if self.second_moment else (0.9, 0.99)
+        zeros = np.zeros(self.shape)
+        new, self.state = step(zeros, gradient, self.state, self.step_number, learning_rate, betas)
+        return -new
+
+    def codes(self):
+        return {name: self.state[name] for name in ("m", "v") if name in self.state}
+
+
+class FlashLionOracle(FlashOracle):
+    second_moment = False

@@ -14,6 +14,12 @@ class SageOracle:
         self.mean_magnitude = np.zeros(shape[-1])
         self.step_number = 0
 
+    quantized = False
+
+    def change(self, gradient, learning_rate):
+        """What a step subtracts from decayed weights, where no row stands still."""
+        return -self.step(np.zeros(np.shape(gradient)), gradient, learning_rate)
+
     def step(self, weights, gradient, learning_rate, weight_decay=0.0):
         """The weights after one step."""
         weights, gradient = (np.asarray(values, dtype=np.float64) for values in (weights, gradient))
