@@ -115,7 +115,16 @@ class SAGE(BodyOptimizer):
     """
 
     def __init__(
-        self, params, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, *, still_rows=True, decay_vectors=False
+        self,
+        params,
+        lr,
+        betas=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.01,
+        *,
+        still_rows=True,
+        decay_vectors=False,
+        implementation="auto",
     ):
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
