@@ -135,7 +135,7 @@ def differences(dtype):
     for way, table in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
         for of, means, values in (
             ("", mean_squares, mx.square(exact)),
-            (" magnitudes", mean_magnitudes, mx.abs(exact)),
+            (" of magnitudes", mean_magnitudes, mx.abs(exact)),
         ):
             for axis, (name, mean) in enumerate(zip(("row", "column"), means(table), strict=True)):
                 expected = values.mean(axis=1 - axis)
