@@ -95,6 +95,7 @@ class StreamedStep:
         self.model = model
         self.notes = []
         self._loss = None if _is_the_usual(loss) else loss
+        _check_differentiable(model)
         self._updates = Updates(optimizer, model)
         if self._updates.clip_grad_norm is not None and not clip_norm_pass:
             raise InputError(
@@ -105,7 +106,6 @@ class StreamedStep:
         weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
         self._pace = Pace(max(LEAST_AHEAD, weights // SHARE_AHEAD))
         keep_bytes = {None: weights // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
-        _check_differentiable(model)
         self._head = self._find_head(keep_bytes, block_rows)
         self._embeddings = self._find_embeddings()
         key = mx.random.state[0]
