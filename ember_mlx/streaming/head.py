@@ -67,7 +67,7 @@ class StreamedHead:
             largest, total, by_hidden, logits = self._forward(hidden, self._rows(block), largest, total, by_hidden)
             if keeps:
                 self._kept.append(logits)
-            self._pace(by_hidden, largest, total, *self._kept[-1:])
+            self._pace.one_behind(by_hidden, largest, total, *self._kept[-1:])
         self._log_sum_exp = largest + mx.log(total)
         chosen, by_target = self._at_targets()
         loss = (weights * (self._log_sum_exp - chosen)).sum()
@@ -95,7 +95,7 @@ class StreamedHead:
             of_rows, part = self._quadratic(*arguments, gram) if quadratic else self._squares(*arguments, hidden)
             row_means.append(of_rows)
             columns = columns + part
-            self._pace(columns, of_rows)
+            self._pace.one_behind(columns, of_rows)
         row_mean = mx.concatenate(row_means)
         column_sum = ((columns @ hidden) * hidden).sum(0) if quadratic else columns
         if looked_up is not None:
@@ -143,7 +143,7 @@ class StreamedHead:
         for number, block in enumerate(self._blocks):
             arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
             parts.append(self._of_others(*arguments, self._hidden, self._rows(block)))
-            self._pace(*parts[-1])
+            self._pace.one_behind(*parts[-1])
         joined = zip(self.others, zip(*parts, strict=True), strict=True)
         return {f"{self.path}.{name}": self.head.joined(parameters[name], blocks) for name, blocks in joined}
 

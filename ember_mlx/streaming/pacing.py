@@ -12,33 +12,42 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Evaluates arrays with at most ``ahead`` bytes of them unfinished; on the CPU, which gains nothing, with none."""
+    """Evaluates weights with at most ``ahead`` bytes of them unfinished; on the CPU, which gains nothing, with none."""
 
     def __init__(self, ahead: int):
         self.ahead = ahead if mx.default_device().type == mx.DeviceType.gpu else 0
         self._unfinished = deque()
         self._bytes = 0
+        self._before = None
 
-    def __call__(self, *arrays, wait_for=None):
-        """Start ``arrays``; wait for the oldest. Only ``wait_for`` is held meanwhile, by default the first array."""
-        arrays = [array for array in arrays if array is not None]
-        if not arrays:
-            return
-        if not self.ahead:
+    def __call__(self, *arrays):
+        """Start these, the first of which is held until it is waited for; wait for the oldest."""
+        if not self.ahead or not arrays:
             mx.eval(arrays)
             return
         mx.async_eval(arrays)
         size = sum(array.nbytes for array in arrays)
-        self._unfinished.append((arrays[0] if wait_for is None else wait_for, size))
+        self._unfinished.append((arrays[0], size))
         self._bytes += size
         while self._bytes > self.ahead and len(self._unfinished) > 1:
             array, size = self._unfinished.popleft()
             self._bytes -= size
             mx.eval(array)
 
+    def one_behind(self, *arrays):
+        """Start these, which took much more memory to make than they have; wait for those before them."""
+        if not self.ahead or not arrays:
+            mx.eval(arrays)
+            return
+        mx.async_eval(arrays)
+        if self._before is not None:
+            mx.eval(self._before)
+        self._before = arrays[0]
+
     def finish(self):
         """Wait for all, and let go of it: what a table's rows are written into must be held by nobody else."""
         self._unfinished.clear()
         self._bytes = 0
+        self._before = None
         if self.ahead:
             mx.synchronize()

@@ -75,4 +75,4 @@ class GlobalNorm:
 
     def _add(self, squares):
         self._squares = self._squares + squares
-        self._pace(self._squares)
+        self._pace.one_behind(self._squares)

@@ -28,7 +28,7 @@ from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["StepResult", "StreamedStep"]
 
-LEAST_AHEAD = 2**24  # bytes that a GPU is run ahead
+LEAST_AHEAD = 2**25  # bytes that a GPU is run ahead
 SHARE_AHEAD = 128  # of the weights
 SHARE_OF_LOGITS = 8  # of the weights
 
@@ -69,7 +69,8 @@ class StreamedStep:
             Default: by their size.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
 
-    ``notes`` are the ways in which this model takes more memory than others, in words.
+    ``notes`` are the ways in which this model takes more memory than others, in words. ``on_phase``, if set, is called
+    with the name of each phase of a step at its end, when all of it is done: forward, loss, head, layers, embedding.
 
     Raises:
         InputError: (a ``ValueError``) for a model that MLX cannot differentiate, an optimizer that needs all gradients
@@ -94,6 +95,7 @@ class StreamedStep:
     ):
         self.model = model
         self.notes = []
+        self.on_phase = None
         self._loss = None if _is_the_usual(loss) else loss
         _check_differentiable(model)
         self._updates = Updates(optimizer, model)
@@ -142,12 +144,14 @@ class StreamedStep:
         self._refuse_a_trace()
         runs = [self._run_of(batch) for batch in batches]
         recordings = [self._record(run) for run in runs]
+        self._phase("forward")
         key = mx.random.state[0]
         try:
             if self._head:
                 value, tokens, cotangents = self._loss_by_head(recordings, batches)
             else:
                 value, tokens, cotangents = self._loss_as_a_whole(recordings)
+            self._phase("loss")
             return StepResult(value, tokens, tuple(self._step(recordings, value, cotangents)))
         finally:
             put_back_random_state(key)
@@ -186,11 +190,11 @@ class StreamedStep:
 
     def _record(self, run):
         key = mx.random.state[0]
-        recording = record(run, self._layers.units, self._pace, look_for_sources=not self._plans)
+        recording = record(run, self._layers.units, self._pace.one_behind, look_for_sources=not self._plans)
         if any(self._plan_key(recording, i) not in self._plans for i in range(len(recording.calls))):
             if self._plans:  # called in another way than before: look again
                 put_back_random_state(key)
-                recording = record(run, self._layers.units, self._pace, look_for_sources=True)
+                recording = record(run, self._layers.units, self._pace.one_behind, look_for_sources=True)
             self._make_plans(recording)
             put_back_random_state(recording.key_after)
         return recording
@@ -263,6 +267,7 @@ class StreamedStep:
                 sink.head(head)
                 if not sink.keeps_recordings:
                     head.forget()
+            self._phase("head")
         for recording in recordings:
             found = self._glue.vjp(
                 recording, _first, [cotangents.pop(0)] if not sink.keeps_recordings else cotangents[:1]
@@ -270,9 +275,10 @@ class StreamedStep:
             if sink.keeps_recordings:
                 cotangents = cotangents[1:]
             self._share(recording, found, of_glue)
-            self._pace(*found.values())
+            self._pace.one_behind(*found.values())
             del found
         self._through_the_calls(recordings, sink, of_glue, looked_up)
+        self._phase("layers")
         for path, rows in looked_up.items():
             tied = bool(head and head.table and head.path == path)
             rows = rows.rows()
@@ -281,6 +287,12 @@ class StreamedStep:
             elif rows is not None:
                 sink.embedding(self._embeddings[path], *rows)
         sink.arrays(self.model, "", of_glue)
+        self._phase("embedding")
+
+    def _phase(self, name):
+        if self.on_phase is not None:
+            self._pace.finish()
+            self.on_phase(name)
 
     def _through_the_calls(self, recordings, sink, of_glue, looked_up):
         numbers = {tuple(call.path for call in recording.calls) for recording in recordings}
@@ -301,7 +313,7 @@ class StreamedStep:
                     if gradients is not None:
                         _add(waiting.setdefault(path, {}), gradients)
                         if len(recordings) > 1 or path in paths[:i]:
-                            self._pace(*waiting[path].values())
+                            self._pace.one_behind(*waiting[path].values())
                     del gradients
                 if not sink.keeps_recordings:
                     call.inputs = call.outputs = None
@@ -329,7 +341,7 @@ class StreamedStep:
             pick = lambda leaves: [leaves[j] for j in indirect]  # noqa: E731
             _add(found, self._glue.vjp(recording, pick, [of_inputs[j] for j in indirect], stop_at=i))
         self._share(recording, found, of_glue)
-        self._pace(*(recording.cotangents.get(place, of_glue.get(place)) for place in found))
+        self._pace.one_behind(*(recording.cotangents.get(place, of_glue.get(place)) for place in found))
         return dict(zip(self._layers.names[call.path], of_weights, strict=True))
 
     def _share(self, recording, found, of_glue):

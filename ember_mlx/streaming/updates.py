@@ -44,6 +44,7 @@ class Updates:
             optimizer.init(model.trainable_parameters())
         self._functions = {}
         self._finite = {}
+        self._shared = {}
 
     @property
     def clip_grad_norm(self):
@@ -69,6 +70,7 @@ class Updates:
             for name, schedule in leaf._schedulers.items():
                 leaf.state[name] = schedule(leaf.step)
             leaf.state["step"] = leaf.step + 1
+            self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
 
     def __call__(self, path, weight, gradient, scale=None):
         """The new weight and the arrays of its state that are new, lazy; the state is updated.
@@ -79,9 +81,8 @@ class Updates:
             scale (array, optional): What the gradient is multiplied by.
         """
         leaf, state = self._of[path], self.state(path)
-        shared = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
         read = {} if isinstance(leaf, SGD) and leaf.momentum <= 0 else state  # a momentum that nobody reads
-        weight, new, finite = self._function(leaf)(gradient, weight, dict(read), shared, scale)
+        weight, new, finite = self._function(leaf)(gradient, weight, dict(read), self._shared[id(leaf)], scale)
         state.update(new)
         self.note(path, finite)
         return weight, list(new.values())
