@@ -1,7 +1,7 @@
 """What becomes of a gradient as soon as it can be made: a step of its weight, or its square for the global norm."""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.guarded import global_norm
 from ember_mlx.streaming.embedding import mean_squares_of_rows, step_looked_up
@@ -35,7 +35,7 @@ class Stepping:
             name, gradient = gradients.popitem()
             new, state = self._updates(f"{prefix}{name}", weights.pop(name), gradient, scale)
             # The module lets go of the old weight before the new one is made: it may take its place.
-            module.update(tree_unflatten([(name, new)]))
+            _put(module, name, new)
             del gradient
             self._pace(new, *state)
             del new, state
@@ -76,3 +76,11 @@ class GlobalNorm:
     def _add(self, squares):
         self._squares = self._squares + squares
         self._pace.one_behind(self._squares)
+
+
+def _put(module, name, array):
+    """``Module.update`` with one array, which cannot reach one of several in a list."""
+    *parts, last = name.split(".")
+    for part in parts:
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    module[int(last) if isinstance(module, list) else last] = array

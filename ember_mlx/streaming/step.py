@@ -20,6 +20,7 @@ from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.head_module import check_after, find_head
 from ember_mlx.streaming.layers import Layers
 from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.segments import Segments
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import find_units, is_leaf, put_back_random_state, record
@@ -68,6 +69,7 @@ class StreamedStep:
         keep_logits (bool, optional): Whether the logits are kept between the passes over the head, or made again.
             Default: by their size.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
+        keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
 
     ``notes`` are the ways in which this model takes more memory than others, in words. ``on_phase``, if set, is called
     with the name of each phase of a step at its end, when all of it is done: forward, loss, head, layers, embedding.
@@ -92,6 +94,7 @@ class StreamedStep:
         clip_layer_norm: float | None = None,
         keep_logits: bool | None = None,
         block_rows: int | None = None,
+        keep_inputs: int = 1,
     ):
         self.model = model
         self.notes = []
@@ -123,6 +126,7 @@ class StreamedStep:
         trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
         self._glue = Glue(model, units, [name for name in trainable if name not in in_units | of_rows])
         self._plans = {}
+        self._segments = Segments(_at_least_one("keep_inputs", keep_inputs))
 
     def __call__(self, batch: mx.array, lengths: mx.array | None = None) -> tuple[float, int]:
         """One step on one batch: its loss and the number of its tokens.
@@ -190,14 +194,21 @@ class StreamedStep:
 
     def _record(self, run):
         key = mx.random.state[0]
-        recording = record(run, self._layers.units, self._pace.one_behind, look_for_sources=not self._plans)
+        recording = record(run, self._layers.units, self._pace.one_behind, not self._plans, self._drop)
         if any(self._plan_key(recording, i) not in self._plans for i in range(len(recording.calls))):
             if self._plans:  # called in another way than before: look again
+                self._plans = {}
                 put_back_random_state(key)
-                recording = record(run, self._layers.units, self._pace.one_behind, look_for_sources=True)
+                recording = record(run, self._layers.units, self._pace.one_behind, True, self._drop)
             self._make_plans(recording)
             put_back_random_state(recording.key_after)
         return recording
+
+    def _drop(self, recording):
+        i = len(recording.calls) - 1
+        plan = self._plans.get(self._plan_key(recording, i))
+        if plan is not None and i:
+            self._segments.drop(recording, i, plan[0])
 
     def _plan_key(self, recording, i):
         call = recording.calls[i]
@@ -219,6 +230,12 @@ class StreamedStep:
             for i, call in enumerate(recording.calls)
         ]
         lowest = trains.index(True) if True in trains else len(trains)
+        if self._segments.keep > 1:
+            zeros = mx.zeros_like(_first(recording.result)[0])
+            self._segments.needed = frozenset(self._glue.vjp(recording, _first, [zeros]))
+            if any(indirect):
+                self.notes.append("arithmetic between the layers reads their outputs: all inputs are kept")
+                self._segments.keep = 1
         for i in range(len(recording.calls)):
             wanted = {j: source for j, source in direct[i].items() if source[0] >= lowest}
             self._plans[self._plan_key(recording, i)] = wanted, indirect[i]
@@ -317,6 +334,8 @@ class StreamedStep:
                     del gradients
                 if not sink.keeps_recordings:
                     call.inputs = call.outputs = None
+                elif i:
+                    self._segments.drop(recording, i, self._plans[self._plan_key(recording, i)][0])
             if path in waiting and path not in paths[:i]:
                 sink.arrays(self._layers.units[path], f"{path}.", waiting.pop(path))
 
@@ -327,6 +346,8 @@ class StreamedStep:
         cotangents = [recording.cotangents.pop((i, j), None) for j in outputs]
         if all(cotangent is None for cotangent in cotangents):
             return None
+        if call.dropped:
+            self._segments.restore(recording, i, self._layers.units, self._pace.one_behind)
         for place, j in enumerate(outputs):
             given, output = cotangents[place], call.outputs[j]
             cotangents[place] = mx.zeros_like(output) if given is None else given.astype(output.dtype)
@@ -411,6 +432,12 @@ class StreamedStep:
                 "StreamedStep: it was called inside nn.value_and_grad, mx.grad or mx.compile, where nothing can be "
                 "freed: call it by itself; it makes the gradients and the update"
             )
+
+
+def _at_least_one(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"StreamedStep({name}={value!r}): must be a whole number, 1 or more; leave it out for all")
+    return value
 
 
 def _is_the_usual(loss):

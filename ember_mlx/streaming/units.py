@@ -31,6 +31,7 @@ class Call:
     outputs: list = None
     key_after: mx.array = None
     sources: list = None  # of each input: (call, output) that it is, as far as identity tells
+    dropped: dict = field(default_factory=dict)  # inputs that are to be made again, and which output each is
 
 
 @dataclass
@@ -121,7 +122,7 @@ def _called(modules, paths, run):
     return [path for path in paths if path in called] + (_called(modules, children, run) if children else [])
 
 
-def record(run, units, evaluate, look_for_sources) -> Recording:
+def record(run, units, evaluate, look_for_sources, after_call) -> Recording:
     """Run the model as it is and keep what each call of a unit took and gave, evaluated call by call.
 
     It must not happen inside a trace: there MLX keeps the graph of all that is evaluated.
@@ -130,6 +131,7 @@ def record(run, units, evaluate, look_for_sources) -> Recording:
         run: Runs the model; its result is kept, not evaluated.
         evaluate: Takes the arrays of a call and has them evaluated.
         look_for_sources: Whether to note which inputs are outputs of earlier calls.
+        after_call: Is called with the recording after each call.
     """
     recording = Recording(run, mx.random.state[0])
     made, alive = {}, []
@@ -153,6 +155,7 @@ def record(run, units, evaluate, look_for_sources) -> Recording:
             made.update({id(leaf): (len(recording.calls), j) for j, leaf in enumerate(outputs)})
             alive.extend(outputs)  # an id is one array's only while that array lives
         recording.calls.append(call)
+        after_call(recording)
         return result
 
     with calls_go_to(units, keep):

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from ember_mlx.optimizers.ember import Ember
 from ember_mlx.optimizers.guarded import COUNT, GuardedOptimizer, all_finite
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Updates"]
@@ -81,8 +82,8 @@ class Updates:
             scale (array, optional): What the gradient is multiplied by.
         """
         leaf, state = self._of[path], self.state(path)
-        read = {} if isinstance(leaf, SGD) and leaf.momentum <= 0 else state  # a momentum that nobody reads
-        weight, new, finite = self._function(leaf)(gradient, weight, dict(read), self._shared[id(leaf)], scale)
+        read = {name: value for name, value in state.items() if name not in _unread(leaf)}
+        weight, new, finite = self._function(leaf)(gradient, weight, read, self._shared[id(leaf)], scale)
         state.update(new)
         self.note(path, finite)
         return weight, list(new.values())
@@ -148,7 +149,15 @@ def _leaf_of(optimizer, path, weight):
     return optimizer
 
 
+def _unread(leaf):
+    """State that MLX makes and no step reads: to give it to a compiled function would be to have it."""
+    inner = leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
+    return ("v",) if isinstance(inner, SGD) and inner.momentum <= 0 else ()
+
+
 def _looks_at_one_array(leaf):
     """Whether it keeps MLX's own way through a tree, array by array. ``Ember`` makes its state there and no more."""
+    if isinstance(leaf, StochasticRounding):
+        return _looks_at_one_array(leaf.optimizer)
     own = type(leaf).apply_gradients
     return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", isinstance(leaf, Ember))
