@@ -20,12 +20,12 @@ class Segments:
 
     def __init__(self, keep: int):
         self.keep = keep
-        self.needed = frozenset()  # outputs, by (call, output), that the glue reads
+        self.needed = None  # outputs, by (call, output), that the glue reads; nothing is dropped before they are known
 
     def drop(self, recording, i, direct):
         """Let go of what call ``i`` took from the call before it. In its place stands an array that is never made."""
         call, before = recording.calls[i], recording.calls[i - 1]
-        if i % self.keep == 0 or signature(call.spec) is None or signature(before.spec) is None:
+        if self.needed is None or i % self.keep == 0 or signature(call.spec) is None or signature(before.spec) is None:
             return
         for j, source in direct.items():
             if source[0] == i - 1 and source not in self.needed:

@@ -127,6 +127,9 @@ class StreamedStep:
         self._glue = Glue(model, units, [name for name in trainable if name not in in_units | of_rows])
         self._plans = {}
         self._segments = Segments(_at_least_one("keep_inputs", keep_inputs))
+        if self._head:  # else the first step plans
+            self._record(lambda: self._head.head.hidden(_some_tokens()))
+            put_back_random_state(key)
 
     def __call__(self, batch: mx.array, lengths: mx.array | None = None) -> tuple[float, int]:
         """One step on one batch: its loss and the number of its tokens.
@@ -197,7 +200,6 @@ class StreamedStep:
         recording = record(run, self._layers.units, self._pace.one_behind, not self._plans, self._drop)
         if any(self._plan_key(recording, i) not in self._plans for i in range(len(recording.calls))):
             if self._plans:  # called in another way than before: look again
-                self._plans = {}
                 put_back_random_state(key)
                 recording = record(run, self._layers.units, self._pace.one_behind, True, self._drop)
             self._make_plans(recording)
@@ -206,9 +208,9 @@ class StreamedStep:
 
     def _drop(self, recording):
         i = len(recording.calls) - 1
-        plan = self._plans.get(self._plan_key(recording, i))
-        if plan is not None and i:
-            self._segments.drop(recording, i, plan[0])
+        call, plan = recording.calls[i], self._plans.get(self._plan_key(recording, i))
+        if i and (plan or call.sources):
+            self._segments.drop(recording, i, plan[0] if plan else _direct(call))
 
     def _plan_key(self, recording, i):
         call = recording.calls[i]
@@ -222,7 +224,7 @@ class StreamedStep:
         direct, indirect = [], []
         for i, call in enumerate(recording.calls):
             floats = [j for j, array in enumerate(call.inputs) if is_float(array)]
-            direct.append({j: call.sources[j] for j in floats if call.sources[j] is not None})
+            direct.append(_direct(call))
             indirect.append(self._glue.depends(recording, i, [j for j in floats if j not in direct[i]]))
             call.sources = None
         trains = [
@@ -230,10 +232,10 @@ class StreamedStep:
             for i, call in enumerate(recording.calls)
         ]
         lowest = trains.index(True) if True in trains else len(trains)
-        if self._segments.keep > 1:
+        if self._segments.needed is None:
             zeros = mx.zeros_like(_first(recording.result)[0])
             self._segments.needed = frozenset(self._glue.vjp(recording, _first, [zeros]))
-            if any(indirect):
+            if any(indirect) and self._segments.keep > 1:
                 self.notes.append("arithmetic between the layers reads their outputs: all inputs are kept")
                 self._segments.keep = 1
         for i in range(len(recording.calls)):
@@ -432,6 +434,11 @@ class StreamedStep:
                 "StreamedStep: it was called inside nn.value_and_grad, mx.grad or mx.compile, where nothing can be "
                 "freed: call it by itself; it makes the gradients and the update"
             )
+
+
+def _direct(call):
+    """The inputs that are outputs of earlier calls themselves."""
+    return {j: source for j, source in enumerate(call.sources) if source is not None and is_float(call.inputs[j])}
 
 
 def _at_least_one(name, value):
