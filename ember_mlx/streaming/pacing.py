@@ -21,18 +21,18 @@ class Pace:
         self._before = None
 
     def __call__(self, *arrays):
-        """Start these, the first of which is held until it is waited for; wait for the oldest."""
+        """Wait for the oldest until there is room for these, and start them."""
         if not self.ahead or not arrays:
             mx.eval(arrays)
             return
-        mx.async_eval(arrays)
         size = sum(array.nbytes for array in arrays)
+        while self._unfinished and self._bytes + size > self.ahead:
+            array, of_array = self._unfinished.popleft()
+            self._bytes -= of_array
+            mx.eval(array)
+        mx.async_eval(arrays)
         self._unfinished.append((arrays[0], size))
         self._bytes += size
-        while self._bytes > self.ahead and len(self._unfinished) > 1:
-            array, size = self._unfinished.popleft()
-            self._bytes -= size
-            mx.eval(array)
 
     def one_behind(self, *arrays):
         """Start these, which took much more memory to make than they have; wait for those before them."""

@@ -6,6 +6,9 @@ of it in Python nor a command that the GPU has not finished; else it copies the 
 
 import mlx.core as mx
 
+from ember_mlx import kernels
+from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS
+
 __all__ = ["EmberTable"]
 
 
@@ -28,6 +31,9 @@ class EmberTable:
         self._pace = pace
         self._ember = updates.leaf(path)
         self._new_rows = mx.compile(self._new_rows_of)
+        if self._ember.rounding == "stochastic" and self.weight.dtype in DROPPED_BITS:
+            for dtype in (self.weight.dtype, mx.float32):
+                kernels.usable(kernels.rounding, self.weight.dtype, dtype)  # tried now: a step traces it
 
     @property
     def weight(self):
