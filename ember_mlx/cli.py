@@ -15,7 +15,7 @@ ember-mlx: fine-tune language models with mlx-lm and train their token tables to
   ember-mlx train     train: the options of mlx_lm.lora, and --train-tables, --table-learning-rate, --resume, ...
   ember-mlx plan      how much memory that will take, by the same flags: nothing is loaded or trained
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
-  ember-mlx fuse      merge an adapter into an ordinary model folder: the options of mlx_lm.fuse, and --overwrite
+  ember-mlx fuse      merge an adapter into an ordinary model folder: mlx_lm.fuse's options, --requantize, --overwrite
   ember-mlx geometry  train and measure whether Ember suits the model and the data: the options of train, and --out
   ember-mlx plot      draw runs that were logged with train --log-jsonl: losses, memory, how far each step moves
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download

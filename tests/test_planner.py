@@ -23,7 +23,7 @@ from ember_mlx.planner.loss import LOGITS_AT_ONCE
 from ember_mlx.planner.machine import warning
 from ember_mlx.planner.step import Step
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.units import format_bytes
+from ember_mlx.shared.units import in_units
 
 QWEN = {
     "model_type": "qwen3",
@@ -184,7 +184,7 @@ def test_advice_goes_on_until_it_fits():
     ],
 )
 def test_bytes_are_written_as_people_do(nbytes, text):
-    assert format_bytes(nbytes) == text
+    assert in_units(nbytes) == text
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,198 @@
-"""``ember-mlx fuse``: mlx_lm.fuse, whose ``--adapter-path`` takes token tables too; it overwrites only if asked."""
+"""``ember-mlx fuse``: merge an adapter, its token tables too, into an ordinary model folder."""
 
-import json
-import sys
+import argparse
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from mlx_lm.fuse import parse_arguments
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.gguf import convert_to_gguf
+from mlx_lm.utils import create_model_card, dequantize_model, hf_repo_to_path, save, upload_to_hub
 
-from ember_mlx.commands.mlx_lm_command import run_mlx_lm
-from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.finetune import adapters, safe_reading, safe_writing
+from ember_mlx.finetune.merging import QUANTIZATION, Merged, merge_adapters
+from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.units import format_bytes
 
 __all__ = ["main"]
 
+# What fuse itself writes. Other files in the folder stay.
+FILES_OF_A_MODEL = (
+    *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("additional_chat_templates", "*.py", "*.gguf"),
+)
+GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx-lm's converter
+BITS = (2, 3, 4, 5, 6, 8)
+ENOUGH = 0.95  # of a change
+
 
 def main(arguments: list[str]):
-    """Merge an adapter into an ordinary model folder."""
-    if {"-h", "--help"} & set(arguments):
-        print("ember-mlx fuse also takes --overwrite: replace the model that --save-path holds\n")
-    theirs = [argument for argument in arguments if argument != "--overwrite"]
-    with replaced(sys, "argv", ["ember-mlx fuse", *theirs]):
-        args = parse_arguments()
+    """Merge an adapter into an ordinary model folder, which is there whole or not at all.
+
+    Raises:
+        InputError: for bad options, a model or an adapter that does not load, and whatever keeps the folder from being
+            written; what was there is as it was.
+    """
+    args = _parser().parse_args(arguments)
     folder = Path(args.save_path)
-    if folder.resolve() == Path(args.model).resolve():
-        raise InputError(f"--save-path {folder}: is the model itself; give another path")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--save-path {folder}: is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()) and "--overwrite" not in arguments:
-        raise InputError(f"--save-path {folder}: is there already; give another path, or --overwrite")
-    run_mlx_lm("fuse", theirs)
-    # mlx-lm loads every model*.safetensors that it finds, those of an earlier, larger model too.
-    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()
-    for path in folder.glob("model*.safetensors"):
-        if path.name not in shards:
-            path.unlink()
-    print(f"The fused model is in {folder}")
+    _check_folder(folder, args)
+    print("Loading pretrained model")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
+    model, tokenizer, config = adapters.load_base(args.model, **trust)
+    size_before = _size(model)
+    tokenizer = adapters.add_tokens_of(adapter, model, tokenizer, config, adapter_config)
+    adapters.apply_adapter(model, adapter, config, adapter_config)
+    if args.export_gguf:
+        _refuse_gguf(model, config, args)
+    merged = merge_adapters(model, config, requantize=args.requantize)
+    if args.dequantize:
+        model = dequantize_model(model)
+    if not _quantized(model):
+        if args.requantize:
+            raise InputError(f"--requantize {args.requantize}: the model is not quantized; leave it out")
+        for key in QUANTIZATION:
+            config.pop(key, None)
+    safe_reading.check_finite(
+        dict(tree_flatten(model.parameters())), f"model {args.model} with {adapter}", "use an adapter of finite numbers"
+    )
+    _write(folder, model, tokenizer, config, args)
+    print(_said(folder, size_before, _size(model), merged, args))
+    if args.upload_repo is not None:
+        try:
+            upload_to_hub(args.save_path, args.upload_repo)
+        # Whatever the hub's client raises.
+        except Exception as error:
+            raise InputError(f"--upload-repo {args.upload_repo}: {_reason(error)}; the model is in {folder}") from error
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="ember-mlx fuse",
+        description="Merge an adapter, its token tables too, into an ordinary model folder.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="mlx_model", help="A model folder or a name on the Hugging Face hub.")
+    parser.add_argument("--adapter-path", default="adapters", help="The adapter folder. Default: adapters.")
+    parser.add_argument("--save-path", default="fused_model", help="The folder to write. Default: fused_model.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the model that --save-path holds.")
+    quantized = parser.add_mutually_exclusive_group()
+    quantized.add_argument(
+        "--requantize",
+        type=int,
+        choices=BITS,
+        metavar="BITS",
+        help="Quantize the layers with adapters again, at so many bits. Default: they stay in 16 bits, or in the dtype "
+        "of the model, because rounding to 4 bits can undo most of what was learned.",
+    )
+    quantized.add_argument("--dequantize", action="store_true", help="Write all layers in 16 bits.")
+    parser.add_argument("--export-gguf", action="store_true", help="Write a GGUF file of 16 bits too.")
+    parser.add_argument(
+        "--gguf-path", default="ggml-model-f16.gguf", metavar="NAME", help="Its name. Default: ggml-model-f16.gguf."
+    )
+    parser.add_argument("--upload-repo", help="The Hugging Face repo to upload the model to.")
+    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
+    return with_one_line_errors(parser)
+
+
+def _check_folder(folder, args):
+    where = f"--save-path {args.save_path}"
+    for other, what in ((args.model, "model"), (args.adapter_path, "adapter")):
+        if folder.resolve() == Path(other).resolve():
+            raise InputError(f"{where}: is the {what} itself; give another path")
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"{where}: is a link that leads nowhere; give another path")
+    above = next((path for path in folder.absolute().parents if path.exists()), None)
+    if (folder.exists() and not folder.is_dir()) or not above.is_dir():
+        raise InputError(f"{where}: {folder if folder.exists() else above} is a file; give a folder")
+    if folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace the model in it")
+    name = args.gguf_path
+    if args.export_gguf and (Path(name).name != name or not name.endswith(".gguf")):
+        raise InputError(f"--gguf-path {name}: must be a name that ends in .gguf; it is written into --save-path")
+
+
+def _refuse_gguf(model, config, args):
+    kind = config.get("model_type")
+    if kind not in GGUF_MODELS:
+        raise InputError(
+            f"--export-gguf: mlx-lm converts {', '.join(GGUF_MODELS)}, and this model is of type {kind}; fuse without "
+            "--export-gguf, with --dequantize, and give the folder to llama.cpp's convert_hf_to_gguf.py"
+        )
+    if _quantized(model) and not args.dequantize:
+        raise InputError("--export-gguf: the model is quantized, which mlx-lm does not convert; add --dequantize")
+
+
+def _write(folder, model, tokenizer, config, args):
+    needed = _size(model) * (2 if args.export_gguf else 1)
+    on = next(path for path in folder.absolute().parents if path.exists())
+    free = shutil.disk_usage(on).free
+    if needed > free:
+        raise InputError(
+            f"--save-path {folder}: {format_bytes(needed)} are to be written, and {format_bytes(free)} are free there"
+        )
+    try:
+        source = Path(args.model) if Path(args.model).exists() else hf_repo_to_path(args.model)
+        with safe_writing.new_folder(folder, _is_foreign) as partial:
+            save(partial, source, model, tokenizer, config, donate_model=False)
+            if not Path(args.model).exists():
+                with suppress(Exception):  # the hub may be out of reach; the card of before then stays
+                    create_model_card(partial, args.model)
+            for path in partial.glob("*.safetensors"):
+                safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
+            if args.export_gguf:
+                weights = dict(tree_flatten(model.parameters()))
+                half = {name: array.astype(mx.float16) for name, array in weights.items() if array.dtype == mx.bfloat16}
+                safe_reading.check_finite(half, "--export-gguf: as float16", "fuse without --export-gguf")
+                heads = {"num_key_value_heads": config.get("num_attention_heads")}
+                convert_to_gguf(partial, weights, heads | config, str(partial / args.gguf_path))
+    except InputError:
+        raise
+    # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
+    except Exception as error:
+        raise InputError(
+            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is as it was"
+        ) from error
+
+
+def _is_foreign(path):
+    return not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)
+
+
+def _said(folder, size_before, size, merged: Merged, args):
+    said = f"The fused model is in {folder}: {format_bytes(size)}, of {format_bytes(size_before)} before"
+    if not merged.layers:
+        return said
+    of = f"the {merged.layers} layers with adapters"
+    if merged.bits:
+        said += f"; {of} are quantized at {_words(merged.bits)} bits again"
+    elif merged.bits_before:
+        said += f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
+    else:
+        of = of[0].upper() + of[1:]
+    said += f"; {merged.kept:.1%} of their change is left".replace("%", " %")
+    if merged.noise >= 0.05:
+        said += f", with rounding errors of {merged.noise:.2f} times its size"
+    if merged.kept < ENOUGH:
+        remedy = "leave --requantize out, or give more bits" if merged.bits else "use the adapter as it is, unfused"
+        said += f": to keep more, {remedy}"
+    return said
+
+
+def _words(numbers):
+    return " and ".join(map(str, numbers))
+
+
+def _size(model: nn.Module):
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def _quantized(model):
+    return any(hasattr(module, "bits") for module in model.modules())
+
+
+def _reason(error):
+    return " ".join(str(error).split()) or type(error).__name__

@@ -58,8 +58,7 @@ def main(arguments: list[str]):
     own.out.mkdir(parents=True, exist_ok=True)
     observer = Observer(args, own.out)
     try:
-        result = run(args, observe=observer)
-        observer.finish()
+        result = run(args, watchers=[observer])
         trust = {"trust_remote_code": args.trust_remote_code}
         model, tokenizer, config = load_base(args.model, lazy=True, tokenizer_config=trust, **trust)
         tokenizer = add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
@@ -117,7 +116,7 @@ def time_without_measuring(args, folder: Path):
     plain.adapter_path, plain.report_to, plain.log_jsonl = str(folder / "adapters"), None, None
     timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
-        run(plain, observe=timer)
+        run(plain, watchers=[timer])
     timed = timer.watch.seconds_a_position(), timer.watch.peak_memory
     del timer  # it holds the model, and would count in the peak of the next run
     gc.collect()

@@ -12,7 +12,9 @@ the arrays in both files. An older adapter, or one of stock mlx-lm, has neither.
 import hashlib
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +29,24 @@ from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
+__all__ = [
+    "ADAPTERS",
+    "CONFIG",
+    "SETTINGS_ID",
+    "TABLES",
+    "Saver",
+    "add_tokens_of",
+    "apply_adapter",
+    "load",
+    "load_base",
+    "load_weights",
+    "read_arrays",
+    "read_config",
+    "refuse_other_tokens",
+    "run_files",
+    "tables_of",
+]
+
 ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
@@ -37,7 +57,9 @@ SAVE_ID = "save_id"
 RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
 
 
-def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
+def load(
+    path_or_hf_repo: str | Path, adapter_path: str | Path | None = None, *, return_config: bool = False, **options: Any
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """``mlx_lm.load``, which also loads the token tables of an adapter folder that ``ember-mlx train`` wrote.
 
     Tokens that the run added are in the tokenizer.
@@ -53,10 +75,10 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
         ``(model, tokenizer)``, or ``(model, tokenizer, config)``.
 
     Raises:
-        InputError: (a ``ValueError``) when there is no such model or adapter, or when the two do not match; it names
-            the tensor.
+        InputError: (a ``ValueError``) when there is no such model or adapter, when the two do not match, or when the
+            adapter has a number that is not finite; it names the tensor.
     """
-    adapter_config = None if adapter_path is None else _read_config(Path(adapter_path))
+    adapter_config = None if adapter_path is None else read_config(Path(adapter_path))
     model, tokenizer, config = load_base(path_or_hf_repo, **options)
     if adapter_path is not None:
         tokenizer = add_tokens_of(Path(adapter_path), model, tokenizer, config, adapter_config)
@@ -65,8 +87,12 @@ def load(path_or_hf_repo, adapter_path=None, *, return_config=False, **options):
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_base(path_or_hf_repo, **options):
-    """``mlx_lm.load`` with its config, and one clear error when that fails."""
+def load_base(path_or_hf_repo: str | Path, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    """``mlx_lm.load`` with its config.
+
+    Raises:
+        InputError: for whatever mlx-lm raises.
+    """
     path = Path(path_or_hf_repo)
     try:
         return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
@@ -87,7 +113,7 @@ class Saver:
     before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args, goes_on=False):
+    def __init__(self, folder: Path, model: nn.Module, args: Namespace, goes_on: bool = False):
         self.folder = folder
         self.model = model
         self.options = vars(args).copy()
@@ -131,10 +157,10 @@ def run_files(folder: Path) -> list[Path]:
 
 
 def add_tokens_of(
-    folder: Path, model: nn.Module, tokenizer, config: dict, adapter_config: dict | None = None
+    folder: Path, model: nn.Module, tokenizer: TokenizerWrapper, config: dict, adapter_config: dict | None = None
 ) -> TokenizerWrapper:
     """Add the tokens that the run of the adapter in ``folder`` added; the new tokenizer. Before ``apply_adapter``."""
-    adapter_config = adapter_config or _read_config(folder)
+    adapter_config = adapter_config or read_config(folder)
     added = adapter_config.get("added_tokens")
     if not added:
         return tokenizer
@@ -150,7 +176,7 @@ def add_tokens_of(
 
 def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None):
     """Load the adapter of ``folder`` into ``model``, its token tables included; ``config`` is the model's."""
-    adapter_config = adapter_config or _read_config(folder)
+    adapter_config = adapter_config or read_config(folder)
     adapters = read_arrays(folder / ADAPTERS)
     full = adapter_config.get("fine_tune_type", "lora") == "full"
     trained = set() if full else set(adapter_config.get("token_tables") or ())
@@ -179,7 +205,7 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
 
 def refuse_other_tokens(path: Path, added_tokens: list[dict] | None):
     """Raises InputError when the run that wrote the adapter at ``path`` added other tokens than these."""
-    if (path.parent / CONFIG).is_file() and (_read_config(path.parent).get("added_tokens") or None) != added_tokens:
+    if (path.parent / CONFIG).is_file() and (read_config(path.parent).get("added_tokens") or None) != added_tokens:
         raise InputError(f"--resume-adapter-file {path}: its run added other tokens; give its file as --add-tokens")
 
 
@@ -217,7 +243,12 @@ def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, 
     model.load_weights(list(weights.items()), strict=False)
 
 
-def _read_config(folder):
+def read_config(folder: Path) -> dict:
+    """The adapter_config.json of an adapter folder.
+
+    Raises:
+        InputError: when there is none, and for what no run writes.
+    """
     if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: there is no {CONFIG} in it; give the --adapter-path of a finished run")
     config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")
@@ -238,8 +269,12 @@ def _read_config(folder):
     return config
 
 
-def read_arrays(path: Path) -> dict:
-    """The arrays of a safetensors file, by name."""
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file of an adapter, by name.
+
+    Raises:
+        InputError: when it cannot be read, and for an array that is not of floats or not finite.
+    """
     if not path.is_file():
         raise InputError(f"adapter {path.parent}: there is no file {path.name} in it; give that of a finished run")
     arrays = safe_reading.read_arrays(path, f"adapter {path.parent}")
@@ -248,6 +283,8 @@ def read_arrays(path: Path) -> dict:
             raise InputError(
                 f"adapter {path.parent}: {path.name}: {name} is of dtype {array.dtype}, which never trains"
             )
+    remedy = "give an earlier save, or train anew with lower learning rates"
+    safe_reading.check_finite(arrays, f"adapter {path.parent}: {path.name}", remedy)
     return arrays
 
 

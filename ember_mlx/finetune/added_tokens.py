@@ -9,6 +9,7 @@ puts the trained rows in; so no second copy of the tokenizer can disagree with t
 """
 
 import json
+from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,15 @@ from ember_mlx.finetune.trainable import ROLES, dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
+__all__ = [
+    "NewToken",
+    "add_asked_tokens",
+    "add_tokens",
+    "grow_tokenizer",
+    "read_tokens",
+    "refuse_rows_that_cannot_train",
+]
+
 
 @dataclass(frozen=True)
 class NewToken:
@@ -35,7 +45,7 @@ class NewToken:
     pieces: tuple[int, ...]
 
 
-def add_asked_tokens(args, model: nn.Module, tokenizer: TokenizerWrapper, config: dict) -> TokenizerWrapper:
+def add_asked_tokens(args: Namespace, model: nn.Module, tokenizer: TokenizerWrapper, config: dict) -> TokenizerWrapper:
     """Add those of ``--add-tokens`` to the model and return its new tokenizer. ``args.added_tokens`` then names them.
 
     Raises:
@@ -63,7 +73,7 @@ def add_asked_tokens(args, model: nn.Module, tokenizer: TokenizerWrapper, config
     return tokenizer
 
 
-def refuse_rows_that_cannot_train(args, quantized: list[str], where: str):
+def refuse_rows_that_cannot_train(args: Namespace, quantized: list[str], where: str):
     """Raises InputError for options under which new rows would never train; ``quantized`` are names of tables."""
     if args.train_tables == "none":
         raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
@@ -100,7 +110,9 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
     return [(token, special) for token in tokens]
 
 
-def add_tokens(model: nn.Module, tokenizer: TokenizerWrapper, config: dict, asked, where: str):
+def add_tokens(
+    model: nn.Module, tokenizer: TokenizerWrapper, config: dict, asked: list[tuple[str, bool]], where: str
+) -> tuple[TokenizerWrapper, list[NewToken]]:
     """Add ``asked``, pairs of text and whether it is special, to the model and its config.
 
     Args:
@@ -118,14 +130,21 @@ def add_tokens(model: nn.Module, tokenizer: TokenizerWrapper, config: dict, aske
     return tokenizer, tokens
 
 
-def grow_tokenizer(wrapper: TokenizerWrapper, asked, where: str) -> tuple[TokenizerWrapper, list[NewToken]]:
+def grow_tokenizer(
+    wrapper: TokenizerWrapper, asked: list[tuple[str, bool]], where: str
+) -> tuple[TokenizerWrapper, list[NewToken]]:
     """What :func:`add_tokens` does to the tokenizer alone: no model is needed for that."""
     tokenizer = wrapper._tokenizer
     pieces = {}
     vocabulary = tokenizer.get_vocab()
     taken = set(vocabulary.values())
     for content, _ in asked:
-        pieces[content] = tuple(tokenizer.encode(content, add_special_tokens=False))
+        try:
+            pieces[content] = tuple(tokenizer.encode(content, add_special_tokens=False))
+        # Half of a surrogate pair, which JSON can hold, or whatever else a tokenizer refuses.
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{where}: the tokenizer refuses {content!r} ({reason}); leave it out") from error
         if not pieces[content]:
             raise InputError(f"{where}: the tokenizer makes nothing of {content!r}; leave it out")
     known = {

@@ -9,8 +9,10 @@ from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
 
 def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:
@@ -19,30 +21,31 @@ def build_optimizer(model: nn.Module, args, tables) -> GuardedOptimizer:
     ``args.table_rounding`` then says how the tables are rounded, for the records of the run.
     """
     args.table_rounding = rounding_of_tables(args, [table.dtype for table in tables])
-    body = body_optimizer(args)
+    # Without tables the run is stock mlx-lm's, to the bit: see in_float32.
+    body = in_float32(body_optimizer(args), but=None if tables else mx.bfloat16)
     guard = {"skip_nonfinite": True, "clip_grad_norm": args.clip_grad_norm}
     if tables:
         return PairedOptimizer(model, tables=table_optimizer(args), rest=body, **guard)
-    return GuardedOptimizer(model.trainable_parameters(), rest=body, **guard)
+    return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
 def body_optimizer(args) -> optim.Optimizer:
-    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings over these defaults of ours.
+    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings: that of stock mlx-lm, to the bit.
 
-    Adam and AdamW correct their bias, as PyTorch's do (MLX's do not unless told to), and Adafactor takes the learning
-    rate that it was given (MLX's ignores it unless told not to).
+    ``--bias-correction`` sets that of Adam and AdamW, unless ``optimizer_config`` does.
     """
     name = args.optimizer.lower()
     optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
-    defaults = {
-        "adam": {"bias_correction": True},
-        "adamw": {"bias_correction": True},
-        "adafactor": {"relative_step": False},
-    }
+    defaults = {}
+    if args.bias_correction:
+        if name not in ("adam", "adamw"):
+            raise InputError(f"--bias-correction: is for adam and adamw, not for {name}; leave it out")
+        defaults["bias_correction"] = True
     asked = args.optimizer_config.get(name) or {}
     learning_rate = body_learning_rate(args)
     try:
-        return optimizer_class(learning_rate=learning_rate, **defaults.get(name, {}) | asked)
+        _refuse_numbers(f"optimizer_config: {name}: ", asked)
+        return in_place(optimizer_class(learning_rate=learning_rate, **defaults | asked))
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
 
@@ -66,10 +69,23 @@ def table_optimizer(args) -> optim.Optimizer:
         how = {"row_clip": args.table_row_clip, "row_floor": args.table_row_floor}
         return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=args.table_rounding, seed=args.seed)
     if args.table_optimizer == "adamw":
-        return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
+        adamw = optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
+        return in_float32(in_place(adamw))
     if args.table_optimizer == "adafactor":
-        return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
-    return optim.SGD(learning_rate, weight_decay=decay)
+        adafactor = optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
+        return in_float32(adafactor)
+    return in_float32(optim.SGD(learning_rate, weight_decay=decay))
+
+
+def _refuse_numbers(where, options):
+    """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0."""
+    for name, value in options.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if not abs(number) <= LARGEST or (name == "eps" and number < SMALLEST_NORMAL):
+                least = f"at least {SMALLEST_NORMAL:.3g}, usually 1e-8" if name == "eps" else "finite in float32"
+                raise InputError(f"{where}{name}: {value} must be {least}")
 
 
 def growing_beta2(decay: float, most: float | None):
@@ -80,23 +96,28 @@ def growing_beta2(decay: float, most: float | None):
 
 def body_learning_rate(args):
     """A number, or the schedule that the YAML key lr_schedule describes."""
-    return _schedule("lr_schedule", args.lr_schedule, args.iters) if args.lr_schedule else args.learning_rate
+    return _schedule("lr_schedule", args.lr_schedule, updates(args)) if args.lr_schedule else args.learning_rate
 
 
 def table_learning_rate(args):
     """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
     if args.table_lr_schedule:
-        return _schedule("table_lr_schedule", args.table_lr_schedule, args.iters)
+        return _schedule("table_lr_schedule", args.table_lr_schedule, updates(args))
     body = body_learning_rate(args)
     if not callable(body):
         return args.table_learning_rate
-    scale = args.table_learning_rate / peak(body, args.iters)
+    scale = args.table_learning_rate / peak(body, updates(args))
     return lambda step: scale * body(step)
 
 
-def peak(schedule, iters: int) -> float:
-    """The highest learning rate of a schedule within ``iters`` steps."""
-    return mx.max(schedule(mx.arange(iters))).item()
+def updates(args) -> int:
+    """How often the run updates the weights, which is what schedules count."""
+    return max(args.iters // args.grad_accumulation_steps, 1)
+
+
+def peak(schedule, updates: int) -> float:
+    """The highest learning rate of a schedule within so many updates."""
+    return mx.max(schedule(mx.arange(updates))).item()
 
 
 def _schedule(key, description, iters):

@@ -1,8 +1,8 @@
 """Checkpoints: all of a run between two of its steps, so that it can go on as if it had never stopped.
 
-Where. mlx-lm's loop asks for its next batch between two finished steps (``loop.Batches``); there a checkpoint is
+Where. Between two finished steps (``finetune/loop.py``) a checkpoint is
 written every ``--save-every`` steps, and before a signal stops the run; another one at the end. Gradients that are
-accumulated lie in a local variable of that loop; but while they gather, weights and optimizer stand still. So a
+accumulated lie in the step; but while they gather, weights and optimizer stand still. So a
 checkpoint is always of the last step after which nothing was accumulated, whose random states and data position are
 kept for that: it can be taken at any step, and costs the repetition of the micro-batches since.
 
@@ -24,15 +24,32 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ember_mlx.finetune import safe_reading, safe_writing
-from ember_mlx.finetune.loop import NUMPY_STATE, Position
+from ember_mlx.finetune.position import NUMPY_STATE, Position
 from ember_mlx.shared.errors import InputError
+
+__all__ = [
+    "FOLDER",
+    "INDEX",
+    "NAME",
+    "OPTIMIZER",
+    "REPLACED",
+    "WEIGHTS",
+    "Checkpoint",
+    "Checkpoints",
+    "adapter_folder_of",
+    "find",
+    "in_folder",
+    "read",
+]
 
 FOLDER = "checkpoints"
 WEIGHTS = "weights.safetensors"
@@ -92,9 +109,18 @@ class Checkpoints:
 
     @property
     def newest(self) -> Path | None:
+        """The newest checkpoint of this run."""
         return self.own[-1] if self.own else None
 
-    def save(self, position: Position, weights, optimizer, options, made_of, versions) -> Path | None:
+    def save(
+        self,
+        position: Position,
+        weights: dict[str, mx.array],
+        optimizer: dict[str, mx.array],
+        options: dict,
+        made_of: dict,
+        versions: dict,
+    ) -> Path | None:
         """Write one, then remove what is no longer kept; the folder written, or None with ``keep`` of 0.
 
         One that is there already, since the run began with it, is not written again, and newer ones then stay.
@@ -138,7 +164,7 @@ class Checkpoints:
         self.remove_others()
         return path
 
-    def remove_others(self, newer=True):
+    def remove_others(self, newer: bool = True):
         """Remove what is not this run's, the newer ones too if asked for, and what a kill left unfinished."""
         if not self.folder.is_dir() or self.folder.is_symlink():
             return
@@ -166,7 +192,7 @@ def adapter_folder_of(asked: Path) -> Path | None:
     return asked if (asked / FOLDER).is_dir() else None
 
 
-def find(adapter_folder: Path, asked: str | bool, tell=print) -> Checkpoint:
+def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = print) -> Checkpoint:
     """The checkpoint that ``--resume`` means.
 
     That is the folder of one, or the newest good one: with True of ``adapter_folder``, else of the one asked for.
@@ -200,7 +226,7 @@ def read(folder: Path) -> Checkpoint:
     """A checkpoint, whose files are those that were written.
 
     Raises:
-        InputError: for anything else: missing, damaged, made to do harm, or of a later release.
+        InputError: for anything else: missing, damaged, made to do harm, not finite, or of a later release.
     """
     where = f"checkpoint {folder}"
     if folder.is_symlink() or not folder.is_dir():
@@ -221,6 +247,7 @@ def read(folder: Path) -> Checkpoint:
         if size != described["bytes"] or safe_reading.sha256(folder / name, where) != described["sha256"]:
             raise InputError(f"{where}: {name} is damaged: its checksum is not the one in {INDEX}")
         arrays[name] = safe_reading.read_arrays(folder / name, where)
+        safe_reading.check_finite(arrays[name], f"{where}: {name}", "use an earlier checkpoint")
     return Checkpoint(
         folder=folder,
         position=_position(content["position"], f"{where}: {INDEX}"),

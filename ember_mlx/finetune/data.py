@@ -1,23 +1,34 @@
-"""Checks of a data folder before mlx-lm reads it, so that a broken line is named and nothing has been written."""
+"""A data folder: checked before mlx-lm reads it, and loaded with every row tried, before anything is written."""
 
 import json
 import re
+from argparse import Namespace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from mlx_lm.cli_ui import rprint
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import load_dataset
 
+from ember_mlx.finetune.rows import REMEDY, TriedRows, fault_of, with_compared_prompts
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["FEATURES", "HUB_NAME", "check_data_folder", "load_data", "load_sets", "row_name"]
 
 # The kinds of rows that mlx-lm takes; the names can be changed in its YAML file, as these keys.
 FEATURES = {"prompt_feature": "prompt", "completion_feature": "completion", "chat_feature": "messages"}
+SETS = ("train", "valid", "test")
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
-def check_data_folder(args):
-    """Refuse a local data folder without train.jsonl or with a row that mlx-lm could not use, naming the line.
+def check_data_folder(args: Namespace):
+    """Check a local data folder, as far as that needs no tokenizer.
 
     Hub data sets (``hf_dataset`` in the YAML file, or an ``owner/name`` that is no folder) are left to mlx-lm.
+
+    Raises:
+        InputError: for a folder without train.jsonl, and for a row that cannot be trained on; it names file and line.
     """
     folder = Path(args.data)
     described = getattr(args, "hf_dataset", None)
@@ -31,30 +42,57 @@ def check_data_folder(args):
     for name, needed in (("train", args.train), ("test", args.test)):
         if needed and not (folder / f"{name}.jsonl").is_file():
             raise InputError(f"--data {args.data}: there is no {name}.jsonl in it; put one row a line there, as JSON")
-    for name in ("train", "valid", "test"):
+    for name in SETS:
         if (folder / f"{name}.jsonl").is_file():
             _check_rows(folder / f"{name}.jsonl", args)
 
 
-def load_data(args, tokenizer):
-    """mlx-lm's train, valid and test sets; each that will be used has at least a batch of rows."""
+def load_data(args: Namespace, tokenizer: TokenizerWrapper) -> tuple[TriedRows, TriedRows, TriedRows]:
+    """The train, valid and test sets; those that are not used are empty. Every row is tokenized once.
+
+    Raises:
+        InputError: for a set of fewer rows than a batch, and for a row that the tokenizer or its chat template
+            refuses; it names file and line.
+    """
+    tried = []
+    for name, rows in zip(SETS, load_sets(args, tokenizer), strict=True):
+        used = args.test if name == "test" else args.train
+        tried.append(TriedRows(rows if used else [], partial(row_name, args, name)))
+    unshared = sum(rows.unshared for rows in tried)
+    if unshared:
+        rprint(
+            f"--mask-prompt: in {unshared} of {sum(map(len, tried))} rows the chat template begins an answer otherwise "
+            "than after a prompt (an empty think block?); what row and prompt share is masked"
+        )
+    return tuple(tried)
+
+
+def load_sets(args: Namespace, tokenizer: TokenizerWrapper) -> tuple:
+    """mlx-lm's train, valid and test sets, no row of which has been tokenized yet.
+
+    Raises:
+        InputError: for data that mlx-lm does not load, and for a set that is used and has fewer rows than a batch.
+    """
     try:
-        train, valid, test = load_dataset(args, tokenizer)
-        for rows in (train, valid, test):
-            if rows:
-                rows.process(rows[0])  # a tokenizer without a chat template says so here, and not in the middle
-    # Whatever the hub's client or the chat template raises: the user gave data that cannot be used.
+        sets = [with_compared_prompts(rows) for rows in load_dataset(args, tokenizer)]
+    # Whatever the hub's client raises: the user gave data that cannot be used.
     except Exception as error:
         raise InputError(f"--data {args.data}: {' '.join(str(error).split())}") from error
-    used = [("train", train if args.train else []), ("valid", valid if args.train else [])]
-    used.append(("test", test if args.test else []))
-    for name, rows in used:
-        if 0 < len(rows) < args.batch_size:
+    for name, rows in zip(SETS, sets, strict=True):
+        used = args.test if name == "test" else args.train
+        if used and 0 < len(rows) < args.batch_size:
             raise InputError(
                 f"--data {args.data}: the {name} set has {len(rows)} rows, fewer than --batch-size {args.batch_size}: "
                 f"use --batch-size {len(rows)} or more rows"
             )
-    return train, valid, test
+    return tuple(sets)
+
+
+def row_name(args: Namespace, name: str, index: int) -> str:
+    """How errors name a row of the set ``name``: by its line, or, in a data set of the hub, by its number from 1."""
+    if getattr(args, "hf_dataset", None) or not Path(args.data).exists():
+        return f"--data {args.data}: {name} row {index + 1}"
+    return f"--data {args.data}: {name}.jsonl line {index + 1}"
 
 
 def _check_rows(path, args):
@@ -65,11 +103,11 @@ def _check_rows(path, args):
     keys = None
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            where = f"--data {path.parent}: {path.name} line {number}"
+            where = row_name(args, path.stem, number - 1)
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise InputError(f"{where} is not JSON ({error}): mend or remove that line") from error
+            except (RecursionError, ValueError) as error:
+                raise InputError(f"{where} is not JSON ({error}): {REMEDY}") from error
             if keys is None:
                 keys = next((kind for kind in kinds if isinstance(row, dict) and set(kind) <= row.keys()), None)
                 if keys is None:
@@ -84,18 +122,8 @@ def _check_rows(path, args):
                     )
             for key in keys:
                 if not isinstance(row, dict) or key not in row:
-                    raise InputError(f"{where} has no {key}, which the first line has: mend or remove that line")
-                kind = {messages: list, text: str}.get(key, object)
-                if not isinstance(row[key], kind) or (kind is not object and not row[key]):
-                    raise InputError(f"{where} has no {key} that can be trained on: mend or remove that line")
-            if keys == (messages,):
-                _check_turns(where, row[messages], args.mask_prompt)
+                    raise InputError(f"{where} has no {key}, which the first line has: {REMEDY}")
+            if fault := fault_of(row, keys, messages, mask_prompt=args.mask_prompt):
+                raise InputError(f"{where} {fault}: {REMEDY}")
     if keys is None:
         raise InputError(f"--data {path.parent}: {path.name} is empty: put one row a line there, as JSON")
-
-
-def _check_turns(where, turns, mask_prompt):
-    if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        raise InputError(f"{where} has a message without a role: mend or remove that line")
-    if mask_prompt and len(turns) < 2:
-        raise InputError(f"{where} has one message, of which --mask-prompt leaves nothing: mend or remove that line")

@@ -2,13 +2,21 @@
 
 import contextlib
 import io
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
-from ember_mlx.finetune.data import HUB_NAME, load_data
+from ember_mlx.finetune.data import HUB_NAME, load_sets, row_name
+from ember_mlx.finetune.rows import tokenized as tokens_of
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["LongestBatch", "is_local", "longest_batch", "longest_batches"]
 
 PAD_TO = 32  # of mlx_lm.tuner.trainer.iterate_batches
 CHARACTERS = 5_000_000  # of a set that are tokenized: a few seconds
@@ -33,7 +41,7 @@ class LongestBatch:
     rows: int
 
 
-def longest_batches(args, tokenizer) -> dict[str, LongestBatch]:
+def longest_batches(args: Namespace, tokenizer: TokenizerWrapper) -> dict[str, LongestBatch]:
     """The longest batches of the local folder ``--data`` in training: of "train", and of "valid" and "test" if used.
 
     Raises:
@@ -41,23 +49,29 @@ def longest_batches(args, tokenizer) -> dict[str, LongestBatch]:
             taken the folder, and for a row of which the tokenizer makes nothing.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # what mlx-lm says of the sets, training says
-        train, valid, test = load_data(args, tokenizer)
+        train, valid, test = load_sets(args, tokenizer)
     sets = {"train": train, "valid": valid, "test": test if args.test else []}
     return {
-        name: longest_batch(rows, args.batch_size, args.max_seq_length, f"--data {args.data}: {name}.jsonl")
+        name: longest_batch(rows, args.batch_size, args.max_seq_length, partial(row_name, args, name))
         for name, rows in sets.items()
         if rows
     }
 
 
-def is_local(args) -> bool:
+def is_local(args: Namespace) -> bool:
     """Whether ``--data`` is a folder here, or can be meant as nothing else."""
     named_on_hub = not Path(args.data).exists() and HUB_NAME.fullmatch(args.data)
     return not (getattr(args, "hf_dataset", None) or named_on_hub)
 
 
-def longest_batch(rows, batch_size: int, max_seq_length: int, where: str) -> LongestBatch:
-    """The longest of the batches that mlx-lm makes of ``rows``, one of its data sets; ``where`` is its file."""
+def longest_batch(rows: Any, batch_size: int, max_seq_length: int, where: Callable[[int], str]) -> LongestBatch:
+    """The longest of the batches that mlx-lm makes of ``rows``, one of its data sets.
+
+    ``where``, called with the number of a row from 0, names it for errors.
+
+    Raises:
+        InputError: for a row that the tokenizer refuses, and where it makes nothing of any.
+    """
     order = sorted(range(len(rows)), key=CacheDataset(rows).itemlen)
     of_batches = order[: len(rows) // batch_size * batch_size]  # a last, smaller batch is left out
     sizes = {i: len(str(rows[i])) for i in of_batches}
@@ -65,20 +79,10 @@ def longest_batch(rows, batch_size: int, max_seq_length: int, where: str) -> Lon
     for i in sorted(sizes, key=sizes.get, reverse=True):
         if longest > max_seq_length or (tokenized and characters + sizes[i] > CHARACTERS):
             break
-        longest = max(longest, _tokens(rows, i, where))
+        longest = max(longest, len(tokens_of(rows, i, where(i))[0]))
         tokenized += 1
         characters += sizes[i]
     if not longest:
-        raise InputError(f"{where}: the chat template makes nothing of its rows: see chat_template of the tokenizer")
+        raise InputError(f"{where(0)}: the chat template makes nothing of it: see chat_template of the tokenizer")
     width = min(1 + PAD_TO * -(-longest // PAD_TO), max_seq_length)
     return LongestBatch(width, longest, longest > max_seq_length, tokenized, len(of_batches))
-
-
-def _tokens(rows, i, where):
-    """How many tokens a row has."""
-    try:
-        return len(rows.process(rows[i])[0])
-    # Whatever a tokenizer or a chat template has against it.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{where} line {i + 1} cannot be tokenized ({reason}): mend or remove that line") from error

@@ -1,266 +1,214 @@
-"""What hangs into mlx-lm's training loop: its batches, its reports, and where it begins to count.
+"""The training loop: draw, step, accumulate, evaluate, report, save, stop.
 
-The loop asks for a batch exactly between two steps. There nothing is under way, so there a run is saved and stopped.
+It does what mlx-lm's ``train`` does, to the bit, with mlx-lm's data sets, batches, losses and progress display. Here it
+is also saved and stopped between two steps, starts from any position, and lets watchers look on.
 """
 
-import math
-from dataclasses import asdict, dataclass
-from functools import partial
-from types import FunctionType
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.tuner import trainer
+from mlx_lm.cli_ui import TrainUI, rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from ember_mlx.finetune.batches import Rows, TrainingBatches
+from ember_mlx.finetune.evaluation import evaluate
+from ember_mlx.finetune.history import LossHistory
+from ember_mlx.finetune.nonfinite import NonfiniteSteps
+from ember_mlx.finetune.position import Position, numpy_random
+from ember_mlx.finetune.saving import Saving
+from ember_mlx.finetune.step import Step
+from ember_mlx.finetune.stop_signals import StopSignals
+from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
-
-NUMPY_STATE = {"keys": str, "position": int, "has_gauss": int, "cached_gaussian": float}
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is, after a step that left no gradients accumulated; all of it can be JSON.
-
-    Args:
-        step (int): Steps done, as mlx-lm counts them: batches.
-        drawn (int): How many of them were drawn in the epoch under way; 0 between two epochs.
-        epoch_random (dict): NumPy's random state from which the order of this epoch's batches was drawn.
-        numpy_random (dict): NumPy's random state now: evaluations draw from it too.
-        mlx_random (list): MLX's random state, two numbers.
-        first_evaluation (dict): NumPy's random state from which the first evaluation drew its batches, or None.
-        record (dict): What Record keeps.
-    """
-
-    step: int
-    drawn: int
-    epoch_random: dict
-    numpy_random: dict
-    mlx_random: list
-    first_evaluation: dict | None
-    record: dict
-
-    TYPES = {  # noqa: RUF012
-        "step": int,
-        "drawn": int,
-        "epoch_random": NUMPY_STATE,
-        "numpy_random": NUMPY_STATE,
-        "mlx_random": [int],
-        "first_evaluation": (dict, type(None)),
-        "record": {"losses": dict, "trained_tokens": int},
-    }
-    to_json = asdict
+from ember_mlx.token_tables import TokenTable
 
 
-class Rows(CacheDataset):
-    """mlx-lm's data set, which need not tokenize the rows of batches that are only counted off."""
+class Training:
+    """The steps of one run.
 
-    skipping = False
-
-    def __getitem__(self, index):
-        return ([0], 0) if self.skipping else super().__getitem__(index)
-
-
-class Batches:
-    """mlx-lm's ``iterate_batches``, from any position on.
+    ``leader`` says whether this worker is the one that saves. After :meth:`train`, ``history`` has the losses,
+    ``batches`` the position in the data, and ``nonfinite`` the number of steps that were left out.
 
     Args:
-        args: The run's options.
-        record (Record): What the reports said so far.
-        after_step (callable): Called with the number of steps done between any two; it may raise to leave the loop.
-        save (callable): Called with the number of steps done after every ``--save-every``.
-        stop (callable): Called between two steps, and between the batches of an evaluation; it may raise to leave the
-            loop.
-        start (Position, optional): Where to go on.
+        args, model, optimizer, tables: The run's.
+        saving (Saving): What saves it; of several workers only the first uses it.
+        callbacks (list): Of mlx-lm's kind; they hear of every report.
+        watchers (list): They look on between the steps.
+        start (Position, optional): Where to resume.
     """
 
-    def __init__(self, args, record, after_step, save, stop, start: Position | None = None):
+    def __init__(
+        self,
+        args,
+        model,
+        optimizer,
+        tables: list[TokenTable],
+        saving: Saving,
+        callbacks: Sequence[TrainingCallback] = (),
+        watchers: Sequence[Watcher] = (),
+        start: Position | None = None,
+    ):
         self.args = args
-        self.record = record
-        self.after_step = after_step
-        self.save = save
-        self.stop = stop
-        self.start = start
-        self.position = start  # the last one at which nothing was accumulated; weights and optimizer are as they were
-        self.steps_drawn = self.drawn = 0
-        self.epoch_random = self.first_evaluation = self._before_extra_evaluation = None
-        if start:
-            self.steps_drawn, self.drawn = start.step, start.drawn
-            self.epoch_random, self.first_evaluation = start.epoch_random, start.first_evaluation
-
-    def __call__(self, dataset, batch_size, max_seq_length, loop=False, **options):
-        draw = partial(trainer.iterate_batches, dataset, batch_size, max_seq_length, loop=loop, **options)
-        if not loop:
-            return self._evaluation(draw())
-        return self._training(draw(), dataset, len(dataset) // batch_size)
-
-    def finish(self):
-        """The last step is done, and mlx-lm asks for no more."""
-        self.after_step(self.steps_drawn)
-        if self._before_extra_evaluation is None:
-            self._mark()
-        else:
-            self._mark(numpy_random=self._before_extra_evaluation)
-
-    def _training(self, batches, dataset, batches_an_epoch):
-        if self.start:
-            if self.drawn:
-                set_numpy_random(self.epoch_random)
-                dataset.skipping = True
-                for _ in range(self.drawn):
-                    next(batches)
-                dataset.skipping = False
-            set_random(self.start)
-        else:
-            self._mark()
-        first = self.steps_drawn
-        while True:
-            if self.steps_drawn > first:
-                self.after_step(self.steps_drawn)
-                self._mark()
-                if self.steps_drawn % self.args.save_every == 0:
-                    self.save(self.steps_drawn)
-            self.stop()
-            if not self.drawn:
-                self.epoch_random = numpy_random()
-            batch = next(batches)
-            self.drawn = (self.drawn + 1) % batches_an_epoch
-            self.steps_drawn += 1
-            self.record.draw(batch)
-            yield batch
-
-    def _evaluation(self, batches):
-        self.first_evaluation = self.first_evaluation or numpy_random()
-        iters = self.args.iters
-        if self.steps_drawn == iters > 1 and iters % self.args.steps_per_eval:
-            # Of the last step only because it is the last: a run of more iterations goes on as if it had not been.
-            self._before_extra_evaluation = numpy_random()
-        for batch in batches:
-            self.stop()
-            yield batch
-
-    def _mark(self, **known):
-        if self.steps_drawn % self.args.grad_accumulation_steps == 0:
-            now = {
-                "step": self.steps_drawn,
-                "drawn": self.drawn,
-                "epoch_random": self.epoch_random,
-                "numpy_random": numpy_random(),
-                "mlx_random": mx.random.state[0].tolist(),
-                "first_evaluation": self.first_evaluation,
-                "record": self.record.to_json(),
-            }
-            now["epoch_random"] = now["epoch_random"] or now["numpy_random"]
-            self.position = Position(**(now | known))
-
-
-class Record(TrainingCallback):
-    """Keeps the first and the last losses, adds the tables' learning rate, and hands the reports on to other callbacks.
-
-    With the report of the last step it raises Finished: mlx-lm's loop would go on to write everything that trains,
-    tables and all, into one file.
-    """
-
-    def __init__(self, args, callbacks, optimizer, saved: dict | None = None):
-        self.args = args
-        self.callbacks = callbacks
+        self.model = model
         self.optimizer = optimizer
-        saved = saved or {"losses": {}, "trained_tokens": 0}
-        self.losses = dict(saved["losses"])  # "train_loss" and "val_loss": [first, last]
-        self.trained_tokens = self._tokens_before = saved["trained_tokens"]
-        self._tokens_since = 0
+        self.tables = tables
+        self.saving = saving
+        self.watchers = watchers
+        self.start = start
+        self.leader = mx.distributed.init().rank() == 0
+        self.signals = StopSignals()
+        self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
+        self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint)
 
-    def to_json(self):
-        return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
+    def train(self, loss: Callable, train_set, valid_set) -> int:
+        """Take all the steps that are left, and save; returns the peak memory in bytes.
 
-    def draw(self, batch):
-        """Count the tokens of a batch that mlx-lm's loss learns from, which it tells with the next report only."""
-        tokens, lengths = batch
-        last = tokens.shape[1] - 1
-        # Of this worker; the report then brings the sum over all of them.
-        self._tokens_since += sum(max(0, min(end, last) - max(start, 1) + 1) for start, end in lengths.tolist())
+        Raises:
+            InputError: when the disk did not take what was trained, and, with ``--on-nonfinite stop``, for a loss or a
+                gradient that is not finite.
+            Interrupted: when a signal stopped the run, once it is saved.
+        """
+        args, rows = self.args, Rows(train_set)
+        self.batches = TrainingBatches(args, rows, self.history, self.start)
+        for watcher in self.watchers:
+            watcher.before_training(self.model, self.optimizer, self.tables, rows)
+        # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
+        alone = mx.distributed.init().size() == 1
+        maybe_set_recommended_wired_limit()
+        mx.reset_peak_memory()
+        with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():
+            if self.batches.step < args.iters:
+                if args.grad_checkpoint:
+                    grad_checkpoint(self.model.layers[0])
+                step = Step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
+                self._loop(step, loss, CacheDataset(valid_set))
+            peak_memory = mx.get_peak_memory()
+            if not self._save(args.iters):
+                failed = self.saving.failed[-1]
+                raise InputError(f"--adapter-path {self.saving.folder}: what was trained could not be saved: {failed}")
+        self._stop_if_asked()  # for the signals that came last, too
+        return peak_memory
 
-    def on_train_loss_report(self, train_info):
-        # A step that was left out has a loss all the same, and one that stops the run is told between the steps.
-        if math.isfinite(train_info["train_loss"]):
-            self._keep("train_loss", train_info)
-        train_info["trained_tokens"] += self._tokens_before
-        self.trained_tokens, self._tokens_since = int(train_info["trained_tokens"]), 0
-        if self.args.token_tables:
-            train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
-        for callback in self.callbacks:
-            callback.on_train_loss_report(train_info)
-        if train_info["iteration"] == self.args.iters:
-            raise Finished
+    def _loop(self, take_step, loss, valid_set):
+        args, batches = self.args, self.batches
+        first, before_extra_evaluation = batches.step + 1, None
+        report = Report(args, self.optimizer, self.history)
+        with TrainUI(args.iters, rank=mx.distributed.init().rank()) as ui:
+            for _ in range(batches.step):
+                ui.advance()
+            self.model.train()
+            for step in range(first, args.iters + 1):
+                self._stop_if_asked()
+                batch = batches.draw()
 
-    def on_val_loss_report(self, val_info):
-        loss = val_info["val_loss"]
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the validation loss is {loss} at iteration {val_info['iteration']}; the weights are not saved. Lower "
-                "the learning rates, or look for rows with nothing to learn: with --mask-prompt, prompts as long as "
-                "--max-seq-length"
+                if len(valid_set) and (step in (1, args.iters) or step % args.steps_per_eval == 0):
+                    if step == args.iters > 1 and args.iters % args.steps_per_eval:
+                        # Evaluated only because it is the last: a longer run resumes as if it had not been.
+                        before_extra_evaluation = numpy_random()
+                    self._evaluate(step, loss, valid_set, ui)
+
+                start = time.perf_counter()
+                asked = [watcher.before_step(step, batch) for watcher in self.watchers]
+                result = take_step(
+                    batch, step % args.grad_accumulation_steps == 0, [each for each in asked if each is not None]
+                )
+                report.add(result, start)
+                for watcher in self.watchers:
+                    watcher.after_step(step, result)
+                if mx.get_cache_memory() > args.clear_cache_threshold:
+                    mx.clear_cache()
+                ui.advance()
+
+                if step % args.steps_per_report == 0 or step == args.iters:
+                    report.send(step, ui)
+                self.nonfinite(step, result)
+                batches.mark(before_extra_evaluation)
+                if step % args.save_every == 0 and step < args.iters:
+                    self._save(step)
+        self._report_dropped()
+
+    def _evaluate(self, step, loss, valid_set, ui):
+        """The validation loss before ``step``."""
+        args = self.args
+        self.batches.begin_evaluation()
+        start = time.perf_counter()
+        whole = len(valid_set) // args.batch_size
+        total = whole if args.val_batches == -1 else min(whole, args.val_batches)
+        with ui.val_task(total) as advance:
+
+            def between_batches():
+                advance()
+                self._stop_if_asked()
+
+            value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
+        self.model.train()
+        seconds = time.perf_counter() - start
+        ui.report_val(step, value, seconds)
+        self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
+        for watcher in self.watchers:
+            watcher.after_validation(step, value)
+
+    def _report_dropped(self):
+        dropped = self.args.iters % self.args.grad_accumulation_steps
+        if dropped:
+            rprint(
+                f"The last {dropped} of --iters {self.args.iters} steps are not applied: an update takes "
+                f"--grad-accumulation-steps {self.args.grad_accumulation_steps}"
             )
-        self._keep("val_loss", val_info)
-        for callback in self.callbacks:
-            callback.on_val_loss_report(val_info)
 
-    def _keep(self, name, info):
-        self.losses[name] = [self.losses.get(name, [info[name]])[0], info[name]]
+    def _save(self, step):
+        return self.saving.save(step, self.batches.position) if self.leader else True
 
+    def _save_checkpoint(self):
+        return self.leader and self.saving.save_checkpoint(self.batches.position)
 
-class Finished(Exception):
-    """All steps are done and reported."""
-
-
-def train_from(step: int):
-    """mlx-lm's ``train``, which counts its steps on from ``step``.
-
-    It has no option for that, and what a step does (accumulate, evaluate, report) follows from its number. This is its
-    own code with another ``range``, which it calls once, for that number.
-    """
-
-    def steps(first, end):
-        return range(first + step, end)
-
-    def ui(total, rank):
-        shown = trainer.TrainUI(total, rank=rank)
-        for _ in range(step):
-            shown.advance()
-        return shown
-
-    train = trainer.train
-    return FunctionType(train.__code__, vars(trainer) | {"range": steps, "TrainUI": ui}, argdefs=train.__defaults__)
+    def _stop_if_asked(self):
+        if self.signals.number is not None:
+            self._save_checkpoint()
+            raise self.saving.interrupted(self.signals.number, self.batches.position)
 
 
-def numpy_random() -> dict:
-    """NumPy's random state, as JSON can have it."""
-    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
-    return {
-        "keys": keys.astype("<u4").tobytes().hex(),
-        "position": position,
-        "has_gauss": has_gauss,
-        "cached_gaussian": cached_gaussian,
-    }
+class Report:
+    """Adds up what the steps since the last report told, as mlx-lm does."""
 
+    def __init__(self, args, optimizer, history: LossHistory):
+        self.args = args
+        self.optimizer = optimizer
+        self.history = history
+        self.trained_tokens = 0
+        self._begin()
 
-def set_numpy_random(state: dict):
-    """Raises ValueError for what is no state: NumPy itself would take a position beyond the end of the keys."""
-    keys = np.frombuffer(bytes.fromhex(state["keys"]), "<u4")
-    if len(keys) != 624 or not 0 <= state["position"] <= 624 or state["has_gauss"] not in (0, 1):
-        raise ValueError("no state of NumPy's generator")
-    np.random.set_state(("MT19937", keys, state["position"], state["has_gauss"], state["cached_gaussian"]))
+    def _begin(self):
+        self.losses = self.tokens = self.steps = self.seconds = 0
 
+    def add(self, result, start: float):
+        self.losses += result.loss
+        self.tokens += result.tokens
+        self.steps += 1
+        mx.eval(self.losses, self.tokens)
+        self.seconds += time.perf_counter() - start
 
-def set_random(position: Position):
-    """Put MLX's and NumPy's random states back.
-
-    Raises:
-        ValueError: for what is no random state.
-    """
-    set_numpy_random(position.numpy_random)
-    high, low = position.mlx_random
-    if not (0 <= high < 2**32 and 0 <= low < 2**32):
-        raise ValueError(f"mlx_random {position.mlx_random}: two numbers of 32 bits")
-    mx.random.seed(high << 32 | low)  # the seed is the state: its two halves
+    def send(self, step: int, ui: TrainUI):
+        """To the display, the history and the callbacks."""
+        workers = mx.distributed.init().size()
+        loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)
+        tokens = mx.distributed.all_sum(self.tokens, stream=mx.cpu).item()
+        self.trained_tokens += tokens
+        ui.report_train(step, loss, tokens / self.seconds, self.trained_tokens)
+        self.history.on_train_loss_report(
+            {
+                "iteration": step,
+                "train_loss": loss,
+                "learning_rate": self.optimizer.learning_rate.item(),
+                "iterations_per_second": self.args.steps_per_report / self.seconds,
+                "tokens_per_second": tokens / self.seconds,
+                "trained_tokens": self.trained_tokens,
+                "peak_memory": mx.get_peak_memory() / 1e9,
+            }
+        )
+        self._begin()

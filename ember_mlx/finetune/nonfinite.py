@@ -3,6 +3,7 @@
 import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune.watchers import StepResult
 from ember_mlx.optimizers.guarded import COUNT, GuardedOptimizer
 from ember_mlx.shared.errors import InputError
 
@@ -12,8 +13,7 @@ RESUME = ". --resume goes on before that step; all but the last of these need --
 class NonfiniteSteps:
     """Called between two steps with the number of steps done: stops the run, or says what was left out.
 
-    Between two steps mlx-lm has evaluated the optimizer's state, so the count is there and nothing waits for it. The
-    guard judges sums of gradients: with accumulation, the step named here is the one that the sum was for, and with
+    The guard judges sums of gradients: with accumulation, the step named here is the one that the sum was for, and with
     several machines it is the same on all of them.
 
     Args:
@@ -32,9 +32,8 @@ class NonfiniteSteps:
         self.save = save
         self.count = optimizer.nonfinite_steps.item()
 
-    def __call__(self, steps_done: int):
-        count = self.optimizer.nonfinite_steps.item()
-        if count == self.count:
+    def __call__(self, steps_done: int, result: StepResult):
+        if not result.nonfinite:
             return
         found = f"step {steps_done}: a NaN or an infinity in the loss or in a gradient"
         if self.on_nonfinite == "stop":
@@ -45,8 +44,8 @@ class NonfiniteSteps:
                 "the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with --mask-prompt, "
                 f"prompts as long as --max-seq-length), or leave such steps out with --on-nonfinite skip{resume}"
             )
-        self.count = count
-        rprint(f"Warning: {found}; it was left out, {count} so far")
+        self.count += 1
+        rprint(f"Warning: {found}; it was left out, {self.count} so far")
 
     def report(self):
         """At the end: how many there were, those before a resumption included."""

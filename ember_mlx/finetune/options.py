@@ -14,7 +14,7 @@ from mlx_lm.utils import _parse_size
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
 from ember_mlx.shared.ember_options import check_row_limit
 from ember_mlx.shared.errors import InputError, with_one_line_errors
-from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
 # Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
 OWN_DEFAULTS = {
@@ -37,6 +37,8 @@ OWN_DEFAULTS = {
     "keep_checkpoints": 3,
     "on_nonfinite": "stop",
     "clip_grad_norm": None,
+    "bias_correction": False,
+    "memory_limit": None,
     "log_jsonl": None,
 }
 AT_LEAST = {
@@ -138,6 +140,18 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="Scale the gradients of all that trains together to at most this norm. Default: do not.",
     )
+    group.add_argument(
+        "--bias-correction",
+        action="store_true",
+        help="Correct the bias of adam and adamw on the body, as PyTorch does: the first steps are 3 to 6.5 times "
+        "shorter. Default: off, as mlx_lm.lora has it.",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=_parse_size,
+        metavar="SIZE",
+        help="End the run when MLX needs more memory than this, such as 12GB. Default: no limit.",
+    )
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
         "--resume",
@@ -205,8 +219,8 @@ def check(args):
     """Refuse values out of range before anything is loaded."""
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
-        if not least <= value < math.inf:
-            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}")
+        if not least <= value <= LARGEST:
+            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}, finite in float32")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:

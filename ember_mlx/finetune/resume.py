@@ -3,19 +3,25 @@
 import hashlib
 import json
 import platform
+from argparse import Namespace
 from dataclasses import replace
 from importlib.metadata import version
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options, safe_reading
-from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
+from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.loop import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.rows import TriedRows
 from ember_mlx.optimizers.guarded import fill
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["as_json", "checksum", "made_of", "refuse_changes", "restore", "versions"]
 
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
@@ -26,7 +32,8 @@ FREE = {
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
-SAMPLE = 16
+WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
+PART = 2**22  # words
 MOST_ITERS = 10**7  # of a checkpoint for whose schedule every rate is computed
 
 
@@ -35,23 +42,50 @@ def as_json(values: dict) -> dict:
     return json.loads(json.dumps(values, default=str), parse_constant=str)  # YAML has dates and infinities, too
 
 
-def made_of(model, train_set, valid_set, workers: int) -> dict:
-    """What else a run hangs on: checksums of the rows and of a sample of every weight, and the number of workers."""
-    rows = hashlib.sha256()
-    for data in (train_set, valid_set):
-        for i in range(len(data)):
-            rows.update(json.dumps(data[i], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-        rows.update(b"\n")
+def made_of(model: nn.Module, train_set: TriedRows, valid_set: TriedRows, workers: int) -> dict:
+    """What else a run hangs on: rows, their tokens, every number of every weight, the architecture, and the workers.
+
+    The tokens stand for the tokenizer and its chat template: what changes no token of these rows changes no run.
+    """
     weights = hashlib.sha256()
-    parameters = sorted(tree_flatten(model.parameters()))
-    samples = [array.reshape(-1)[:SAMPLE].view(mx.uint8) for _, array in parameters]
-    mx.eval(samples)
-    for (name, array), sample in zip(parameters, samples, strict=True):
-        weights.update(f"{name} {array.shape} {array.dtype}".encode() + bytes(memoryview(sample)))
-    return {"data": rows.hexdigest(), "model": weights.hexdigest(), "workers": workers}
+    for name, array in sorted(tree_flatten(model.parameters())):
+        weights.update(f"{name} {array.shape} {array.dtype} {checksum(array)}".encode())
+    return {
+        "data": [train_set.checksum, valid_set.checksum],
+        "tokens": [train_set.token_checksum, valid_set.token_checksum],
+        "model": weights.hexdigest(),
+        "architecture": _architecture(model),
+        "workers": workers,
+    }
+
+
+def checksum(array: mx.array) -> int:
+    """32 bits that depend on every byte of an array and on their order; another value of any one element changes them.
+
+    Each word w_i counts as (2 i + 1) w_i modulo 2^32, an odd multiple, over parts that fit the memory; a part's sum
+    counts as an odd multiple of its number too.
+    """
+    width = next(size for size in WORDS if array.nbytes % size == 0)
+    words = array.reshape(-1).view(WORDS[width])
+    total = 0
+    for number, start in enumerate(range(0, words.size, PART)):
+        part = words[start : start + PART].astype(mx.uint32)
+        odd = 2 * mx.arange(part.size, dtype=mx.uint32) + 1
+        total += (2 * number + 1) * mx.sum(part * odd).item()
+    return total % 2**32
+
+
+def _architecture(model):
+    """The settings that the model was built from, as JSON, by name."""
+    args = getattr(model, "args", None) or getattr(model, "config", None)
+    named = json.dumps(
+        getattr(args, "__dict__", {}), default=lambda value: getattr(value, "__dict__", str(type(value)))
+    )
+    return as_json(json.loads(named))
 
 
 def versions() -> dict:
+    """What a run runs with: packages, device and machine, by name."""
     packages = ("ember-mlx", "mlx", "mlx-lm", "numpy")
     return {name: version(name) for name in packages} | {
         "device": str(mx.default_device()),
@@ -59,7 +93,7 @@ def versions() -> dict:
     }
 
 
-def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
+def refuse_changes(args: Namespace, checkpoint: Checkpoint, own_made_of: dict):
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
@@ -88,7 +122,14 @@ def refuse_changes(args, checkpoint: Checkpoint, own_made_of: dict):
         rprint(f"The checkpoint was made with {'; '.join(other)}: the last bits may differ")
 
 
-def restore(args, checkpoint: Checkpoint, own_made_of: dict, model, optimizer, batches_an_epoch: int) -> Position:
+def restore(
+    args: Namespace,
+    checkpoint: Checkpoint,
+    own_made_of: dict,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches_an_epoch: int,
+) -> Position:
     """Put weights, optimizer state and random states back; where the data goes on.
 
     Raises:
@@ -143,16 +184,28 @@ def _iters_matter(args, iters):
     if type(iters) is not int or not 0 < iters <= MOST_ITERS:
         return True
     schedule = body_learning_rate(args)
-    return peak(schedule, iters) != peak(schedule, args.iters)
+    before = max(iters // args.grad_accumulation_steps, 1)
+    return peak(schedule, before) != peak(schedule, updates(args))
 
 
 def _changed_contents(own, saved):
     words = {
         "data": "--data: its rows are not those of the checkpoint",
+        "tokens": "--model: its tokenizer or chat template makes other tokens of the rows than at the checkpoint",
         "model": "--model: its weights are not those of the checkpoint",
+        "architecture": f"--model: config.json: {_changed_settings(own['architecture'], saved.get('architecture'))}",
         "workers": f"{own['workers']} workers, but {_short(saved.get('workers'))} before",
     }
-    return [words[name] for name in own if saved.get(name) != own[name]]
+    changed = [name for name in own if saved.get(name) != own[name]]
+    if "data" in changed and "tokens" in changed:
+        changed.remove("tokens")  # other rows have other tokens
+    return [words[name] for name in changed]
+
+
+def _changed_settings(own, saved):
+    saved = saved if isinstance(saved, dict) else {}
+    names = [name for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]
+    return ", ".join(f"{name} was {_short(saved.get(name))} and is now {_short(own.get(name))}" for name in names)
 
 
 def _short(value):

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import default_loss, evaluate, iterate_batches
+from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
@@ -19,24 +20,27 @@ from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
-from ember_mlx.finetune.loop import set_numpy_random
+from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
-from ember_mlx.finetune.training import Training
+from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
 
+LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
 
-def run(args, training_callback: TrainingCallback | None = None, observe: Callable | None = None) -> Result | None:
+
+def run(args, training_callback: TrainingCallback | None = None, watchers: Sequence[Watcher] = ()) -> Result | None:
     """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
 
     Nothing is written before all that can be checked has been. ``training_callback`` hears of every report, beside
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
-    ``observe``, called as ``observe(model, optimizer, tables, rows, batches)`` when all is ready to train, returns what
-    mlx-lm's loop is to take in the place of ``optimizer`` and ``batches``, to look on.
+    ``watchers`` look on while it trains.
 
     While it trains in the main thread, SIGINT, SIGTERM, SIGHUP and a pipe that has lost its reader end it between two
     steps, with a checkpoint; whatever else ends it leaves the checkpoints of before.
@@ -46,8 +50,8 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
 
     Raises:
         InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
-            run is writing to the same folder, when the disk did not take what was trained, for a validation loss that
-            is not finite, and, with ``--on-nonfinite stop``, for a training loss or a gradient that is not.
+            run is writing to the same folder, when the disk did not take what was trained, and, with
+            ``--on-nonfinite stop``, for a loss or a gradient that is not finite.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
     if not (args.train or args.test):
@@ -63,10 +67,10 @@ def run(args, training_callback: TrainingCallback | None = None, observe: Callab
                 run_log_writer.check(args, _resumes_in_place(args))
             if mx.distributed.init().rank() == 0:
                 lock.take(make=False)
-        return _run(args, training_callback, lock, observe)
+        return _run(args, training_callback, lock, watchers)
 
 
-def _run(args, training_callback, lock, observe):
+def _run(args, training_callback, lock, watchers):
     np.random.seed(args.seed)
     callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
     rprint("Loading pretrained model")
@@ -80,7 +84,7 @@ def _run(args, training_callback, lock, observe):
     train_set, valid_set, test_set = load_data(args, tokenizer)
     result = None
     if args.train:
-        result = train_model(args, model, train_set, valid_set, callbacks, lock, observe)
+        result = train_model(args, model, train_set, valid_set, callbacks, lock, watchers)
     elif args.adapter_path != "":
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
@@ -90,9 +94,15 @@ def _run(args, training_callback, lock, observe):
 
 
 def train_model(
-    args, model, train_set, valid_set, callbacks: list[TrainingCallback], lock: FolderLock, observe=None
+    args,
+    model,
+    train_set,
+    valid_set,
+    callbacks: list[TrainingCallback],
+    lock: FolderLock,
+    watchers: Sequence[Watcher] = (),
 ) -> Result:
-    """Train ``model`` and save what was trained to ``args.adapter_path``; ``observe`` is :func:`run`'s."""
+    """Train ``model`` and save what was trained to ``args.adapter_path``."""
     if args.fine_tune_type == "full":
         refuse_quantized(model)
     of = made_of(model, train_set, valid_set, mx.distributed.init().size())
@@ -104,8 +114,10 @@ def train_model(
     rprint(f"\n{format_table(trained)}\n")
 
     start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
-    training = Training(args, model, optimizer, tables, saving, callbacks, log, start)
-    peak_memory = training.train(loss, train_set, valid_set, observe)
+    if log:
+        callbacks, watchers = [*callbacks, log], [*watchers, log]
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start)
+    peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
     if log:
@@ -158,10 +170,10 @@ def _begin(args, model, optimizer, of, rows, lock):
 def _losses(args, model, loss, valid_set, training):
     """Before and after: of the validation or, without a set, of the first and the last report."""
     if not valid_set:
-        first, last = training.record.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
+        first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return first, last
     last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches)
-    return training.record.losses.get("val_loss", [last])[0], last
+    return training.history.losses.get("val_loss", [last])[0], last
 
 
 def _go_on(args, model, optimizer, of, rows):
@@ -237,25 +249,12 @@ def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
     random_state = np.random.get_state()
     if batches.first_evaluation:
         set_numpy_random(batches.first_evaluation)
-    mean = _evaluate(args, model, loss, valid_set, args.val_batches)
+    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches)
     np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
     return mean
 
 
 def _test(args, model, test_set):
     """mlx-lm's test, whose function takes no loss."""
-    loss = _evaluate(args, model, choose_loss(args, model), test_set, args.test_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
-
-
-def _evaluate(args, model, loss, rows, num_batches):
-    return evaluate(
-        model=model,
-        dataset=CacheDataset(rows),
-        batch_size=args.batch_size,
-        num_batches=num_batches,
-        max_seq_length=args.max_seq_length,
-        loss=loss,
-        iterate_batches=iterate_batches,
-        clear_cache_threshold=args.clear_cache_threshold,
-    )
+    loss = evaluate(args, model, choose_loss(args, model), CacheDataset(test_set), args.test_batches)
+    rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")

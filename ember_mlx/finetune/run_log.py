@@ -20,6 +20,8 @@ from pathlib import Path
 from ember_mlx.finetune import safe_reading
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["FORMAT", "TRAIN", "Log", "read"]
+
 FORMAT = 1
 NUMBER = (int, float, type(None))
 EVENT = {"event": str, "step": int}
@@ -60,7 +62,7 @@ class Log:
     unfinished: bool = False
 
 
-def read(path) -> Log:
+def read(path: str | Path) -> Log:
     """Read a log, also that of a run which is under way or was killed.
 
     Raises:
@@ -94,7 +96,7 @@ def _parse(line, where):
     try:
         row = json.loads(line, parse_constant=_no_constant)
     except (RecursionError, ValueError) as error:
-        raise InputError(f"{where}: is not JSON ({error}); mend or remove that line") from error
+        raise InputError(f"{where}: is not JSON ({error}); fix or remove that line") from error
     event = row.get("event") if isinstance(row, dict) else None
     if not isinstance(event, str) or event not in TYPES:
         raise InputError(f"{where}: is not of such a log: its event must be one of {', '.join(TYPES)}")
@@ -103,7 +105,7 @@ def _parse(line, where):
     safe_reading.check_types(row, TYPES[event], where)
     numbers = [value for value in row.values() if isinstance(value, int | float)]
     if row["step"] < 0 or not all(-LARGEST < number < LARGEST for number in numbers):
-        raise InputError(f"{where}: has a number that cannot be; mend or remove that line")
+        raise InputError(f"{where}: has a number that cannot be; fix or remove that line")
     return row
 
 

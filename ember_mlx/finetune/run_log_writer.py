@@ -3,7 +3,9 @@
 import json
 import math
 import os
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.cli_ui import rprint
@@ -11,8 +13,11 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import run_log
 from ember_mlx.finetune.resume import as_json, versions
-from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+from ember_mlx.finetune.update_ratio import UpdateRatio
+from ember_mlx.finetune.watchers import Measurement, StepResult
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["RunLogWriter", "check"]
 
 
 class RunLogWriter(TrainingCallback):
@@ -27,11 +32,11 @@ class RunLogWriter(TrainingCallback):
         OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
     """
 
-    def __init__(self, args, steps_done: int, goes_on: bool):
+    def __init__(self, args: Namespace, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
-        self.optimizer = None
+        self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if goes_on and self.path.exists():
@@ -40,20 +45,25 @@ class RunLogWriter(TrainingCallback):
             self.path.unlink(missing_ok=True)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def measured(self, optimizer) -> MeasuredOptimizer:
-        """The optimizer to train with in the place of ``optimizer``: it measures the steps that are reported."""
-        self.optimizer = MeasuredOptimizer(optimizer, self.args.token_tables)
-        self.before_step(self.steps_done + 1)
-        return self.optimizer
+    def before_training(self, model, optimizer, tables, rows):
+        """The run begins."""
 
-    def before_step(self, step: int):
-        """Call it between two steps, with the number of the next: it is measured if the next report will tell of it."""
+    def before_step(self, step: int, batch) -> Measurement | None:
+        """The update is measured if the next report will tell of it."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
-        self.optimizer.measure_next(step % accumulate == 0 and next_report < step + accumulate)
+        due = step % accumulate == 0 and next_report < step + accumulate
+        return self.update_ratio.measurement if due else None
 
-    def on_train_loss_report(self, train_info):
-        ratios = self.optimizer.ratios()
+    def after_step(self, step: int, result: StepResult):
+        self.update_ratio.take(result)
+
+    def after_validation(self, step: int, loss: float):
+        """It is written when mlx-lm's callbacks hear of it."""
+
+    def on_train_loss_report(self, train_info: dict[str, Any]):
+        """A report of the loop."""
+        ratios = self.update_ratio.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
         self._write(
             "train",
@@ -65,7 +75,8 @@ class RunLogWriter(TrainingCallback):
             update_ratio_body=ratios["body"],
         )
 
-    def on_val_loss_report(self, val_info):
+    def on_val_loss_report(self, val_info: dict[str, Any]):
+        """A validation of mlx-lm's loop."""
         self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
 
     def end(self, steps_done: int, validation_loss: float | None):
@@ -84,7 +95,7 @@ class RunLogWriter(TrainingCallback):
             self._unwritten.clear()
 
 
-def check(args, goes_on: bool):
+def check(args: Namespace, goes_on: bool):
     """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
 
     Raises:

@@ -4,11 +4,24 @@ import hashlib
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from ember_mlx.shared.errors import InputError
+
+__all__ = [
+    "JSON_LIMIT",
+    "check_arrays",
+    "check_finite",
+    "check_types",
+    "plain_file",
+    "read_arrays",
+    "read_json",
+    "read_metadata",
+    "sha256",
+]
 
 JSON_LIMIT = 10**7  # bytes
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError)
@@ -74,7 +87,7 @@ def sha256(path: Path, where: str) -> str:
         raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
 
 
-def check_types(value, expected, where: str):
+def check_types(value: Any, expected: Any, where: str):
     """Refuse a value from JSON that is not built as ``expected`` says.
 
     ``expected`` is a type, a tuple of types, a list with the type of every item, or a dict with a type for each key,
@@ -107,6 +120,14 @@ def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], whe
                 f"{where}: {name} has shape {found.shape} and dtype {found.dtype}, but {own.shape} and {own.dtype} in "
                 f"this run; {remedy}"
             )
+
+
+def check_finite(arrays: dict[str, mx.array], where: str, remedy: str):
+    """Refuse, by name, an array with a number that is not finite."""
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            count = array.size - mx.isfinite(array).sum().item()
+            raise InputError(f"{where}: {name} has {count} of {array.size} numbers that are not finite; {remedy}")
 
 
 def _no_constant(name):

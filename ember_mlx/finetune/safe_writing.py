@@ -5,10 +5,23 @@ import hashlib
 import io
 import os
 import shutil
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
+
+__all__ = [
+    "PARTIAL",
+    "REMOVED",
+    "make_folder",
+    "new_folder",
+    "remove",
+    "replace_together",
+    "sync_folder",
+    "write_arrays",
+    "write_bytes",
+]
 
 PARTIAL = ".partial-"  # a name that begins so is of something unfinished
 REMOVED = ".removed-"  # and one that begins so is on its way out
@@ -57,6 +70,67 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
             partial.unlink(missing_ok=True)
         raise
     sync_folder(folder)
+
+
+@contextmanager
+def new_folder(path: Path, keeps: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
+    """A folder to write into. It takes the place of ``path``, whole, when the block ends, and is gone if that raises.
+
+    Args:
+        path (Path): What it replaces, if that exists. Of a link, what the link leads to.
+        keeps (callable): Of each entry of the folder that is replaced: whether it moves into the new one.
+
+    Raises:
+        OSError: for whatever the disk has against it; what was there is as it was.
+    """
+    path = path.resolve()
+    missing = [folder for folder in path.parents if not folder.exists()]
+    partial, replaced = (path.with_name(mark + path.name) for mark in (PARTIAL, REMOVED))
+    try:
+        _finish_replacing(replaced, path, keeps)
+        make_folder(path.parent)
+        remove(partial)
+        partial.mkdir()
+        yield partial
+        for written in partial.rglob("*"):
+            sync_folder(written)  # or a file
+        sync_folder(partial)
+        kept = [entry.name for entry in path.iterdir() if keeps(entry)] if path.exists() else []
+        moves = [(path, replaced)] if path.exists() else []
+        _move_all([*moves, (partial, path), *((replaced / name, path / name) for name in kept)])
+    except BaseException:
+        with suppress(OSError):
+            remove(partial)
+            for folder in missing:
+                folder.rmdir()
+        raise
+    with suppress(OSError):  # the next one tries again
+        sync_folder(path.parent)
+        remove(replaced)
+
+
+def _move_all(moves):
+    """All of them or none."""
+    moved = []
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            moved.append((target, source))
+    except BaseException:
+        for names in reversed(moved):
+            os.rename(*names)
+        raise
+
+
+def _finish_replacing(replaced, path, keeps):
+    """What a kill between two moves has left to do."""
+    if replaced.exists() and not path.exists():
+        os.rename(replaced, path)
+    elif replaced.exists():
+        for entry in replaced.iterdir():
+            if keeps(entry) and not (path / entry.name).exists():
+                os.rename(entry, path / entry.name)
+        remove(replaced)
 
 
 def make_folder(path: Path):

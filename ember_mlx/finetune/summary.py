@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ember_mlx.finetune.build_optimizer import peak
+from ember_mlx.finetune.build_optimizer import peak, updates
 from ember_mlx.shared.units import format_bytes
 
 
@@ -63,7 +63,7 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
             )
         )
     if parameters:
-        body = optimizer.rest
+        body = optimizer.rest if tables else optimizer.optimizer
         lines.append(
             Trained(
                 None,
@@ -116,7 +116,7 @@ def _body(args):
 
 def _rate(optimizer: optim.Optimizer, args):
     schedule = optimizer._schedulers.get("learning_rate")
-    return f"up to {peak(schedule, args.iters):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
+    return f"up to {peak(schedule, updates(args)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 
 
 def _dtype(dtype):

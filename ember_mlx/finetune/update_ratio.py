@@ -3,64 +3,48 @@
 from collections.abc import Iterable
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map_with_path
+
+from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 
 ELEMENTS_PER_BLOCK = 2**20  # 4 MB of float32
+NAME = "update_ratio"
 
 
-class MeasuredOptimizer:
-    """An optimizer whose steps are measured where that is asked for, for a loop that compiles ``optimizer.update``.
+class UpdateRatio:
+    """Measures updates where that is asked for.
 
-    A step is measured in blocks, each after the other and all of them right after the parameter is updated: nothing of
-    a table's size is made, and the old weights live no longer than the update itself lets them.
+    An update is measured in blocks, each after the other and all of them right after the parameter is updated: nothing
+    of a table's size is made, and the old weights live no longer than the update itself lets them.
 
     Args:
-        optimizer (Optimizer): The optimizer; its state must have been made.
         table_paths (iterable of str): The parameters that are token tables; all others are the body.
-
-    ``state`` is what a compiled step must capture: that of the optimizer, which is all that a checkpoint needs, and the
-    measurements.
     """
 
-    def __init__(self, optimizer: Optimizer, table_paths: Iterable[str]):
-        self.optimizer = optimizer
+    def __init__(self, table_paths: Iterable[str]):
         self.table_paths = frozenset(table_paths)
-        self._squares = {side: {"step": mx.array(0.0), "weights": mx.array(0.0)} for side in ("tables", "body")}
-        self._wanted = {}
-        self.state = [optimizer.state, self._squares, self._wanted]
-        self.measure_next(False)
+        self.measurement = Measurement(NAME, self._measure)
+        self._squares = {"tables": (0.0, 0.0), "body": (0.0, 0.0)}  # of the step and of the weights
 
-    def measure_next(self, wanted: bool):
-        """Whether to measure the next step. A compiled step has no branches; but it is compiled anew for each shape."""
-        self._wanted["shape"] = mx.zeros(1 if wanted else 0)
-
-    def update(self, model: nn.Module, gradients: dict):
-        if not self._wanted["shape"].size:
-            self.optimizer.update(model, gradients)
-            return
-        old = dict(tree_flatten(model.parameters()))
-        self.optimizer.update(model, gradients)
-        new = dict(tree_flatten(model.parameters()))
-        sums = {side: (mx.array(0.0), mx.array(0.0)) for side in self._squares}
-        for path, _ in tree_flatten(gradients):
-            side = "tables" if path in self.table_paths else "body"
-            new[path], *sums[side] = add_squares(old[path], new[path], *sums[side])
-        for side, (step, weights) in sums.items():
-            self._squares[side] |= {"step": step, "weights": weights}
-        model.update(tree_map_with_path(lambda path, _: new[path], gradients))
-
-    @property
-    def learning_rate(self):
-        return self.optimizer.learning_rate
+    def take(self, result: StepResult):
+        """Take in what an update that was measured told, if this is one."""
+        if NAME in result.measurements:
+            self._squares = {
+                side: (step.item(), weights.item()) for side, (step, weights) in result.measurements[NAME].items()
+            }
 
     def ratios(self) -> dict[str, float | None]:
         """By side, ``||w_new - w|| / ||w||`` of the last step measured; None where nothing trains or all of w was 0."""
-        return {
-            side: (squares["step"].item() / squares["weights"].item()) ** 0.5 if squares["weights"].item() else None
-            for side, squares in self._squares.items()
-        }
+        return {side: (step / weights) ** 0.5 if weights else None for side, (step, weights) in self._squares.items()}
+
+    def _measure(self, update: Update):
+        sums = {side: (mx.array(0.0), mx.array(0.0)) for side in self._squares}
+        for path in update.new:
+            side = "tables" if path in self.table_paths else "body"
+            # No sum over all parameters in here: each is measured when it is updated, in whatever order that is.
+            zero = mx.array(0.0)
+            update.new[path], *squares = add_squares(update.old[path], update.new[path], zero, zero)
+            sums[side] = [total + square for total, square in zip(sums[side], squares, strict=True)]
+        return sums
 
 
 def add_squares(old, new, step, weights):

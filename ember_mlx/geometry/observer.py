@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ember_mlx.geometry import measures, sampling
-from ember_mlx.geometry.probe import UPDATES, ProbedOptimizer, TableSample
+from ember_mlx.geometry.probe import NAME, Probe, TableSample
 from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHistory, WeightPaths
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -20,53 +20,25 @@ POINTS = 32  # of a path: enough to tell a line from a walk
 TIMED_UPDATES = 10  # that are run without measuring too, with the same batches
 
 
-class Watch:
-    """mlx-lm's ``iterate_batches``, which tells when a training step begins and when it has ended, and takes the time.
+class Stopwatch:
+    """Takes the time of the first updates, each of ``steps_an_update`` steps."""
 
-    Between the two the loop has evaluated weights and state. After the last step it asks for no batch, so the end of
-    that one is for :meth:`finish` to tell. Time is taken by updates, each of ``steps_an_update`` steps.
-    """
-
-    def __init__(self, batches, before_step, after_step, steps_an_update):
-        self.batches = batches
-        self.before_step = before_step
-        self.after_step = after_step
+    def __init__(self, steps_an_update: int):
         self.steps_an_update = steps_an_update
         self.steps = 0
         self.began = []  # when the first updates began, by the clock and in this process's CPU time, seconds
         self.positions = []  # tokens of their batches, padding included
         self.peak_memory = None  # after TIMED_UPDATES
-        self._open = False
 
-    def __call__(self, *arguments, loop=False, **options):
-        drawn = self.batches(*arguments, loop=loop, **options)
-        return self._training(drawn) if loop else drawn
-
-    def finish(self):
-        if self._open:
-            self._open = False
-            self.after_step()
-
-    def _training(self, drawn):
-        while True:
-            self.finish()  # before the batch is drawn: the run may save and stop while it is
-            try:
-                batch = next(drawn)
-            except StopIteration:
-                return
-            self.before_step(batch)
-            self._take_time(batch[0].size)
-            self._open = True
-            yield batch
-
-    def _take_time(self, positions):
+    def before_step(self, batch):
+        """Call it before each step."""
         if len(self.began) <= TIMED_UPDATES:
             if self.steps % self.steps_an_update == 0:
                 self.began.append((time.perf_counter(), time.process_time()))
                 self.positions.append(0)
                 if len(self.began) == TIMED_UPDATES + 1:
                     self.peak_memory = mx.get_peak_memory()
-            self.positions[-1] += positions
+            self.positions[-1] += batch[0].size
         self.steps += 1
 
     def seconds_a_position(self):
@@ -80,22 +52,27 @@ class Timed(Exception):
 
 
 class Timer:
-    """For ``run(observe=...)``: times TIMED_UPDATES of a run as it is, and ends it with Timed before any save."""
+    """A watcher that times TIMED_UPDATES of a run as it is, and ends it with Timed before any save."""
 
-    def __init__(self, steps_an_update):
-        self.steps_an_update = steps_an_update
+    def __init__(self, steps_an_update: int):
+        self.watch = Stopwatch(steps_an_update)
 
-    def __call__(self, model, optimizer, tables, rows, batches):
-        self.watch = Watch(batches, lambda batch: None, self._end, self.steps_an_update)
-        return optimizer, self.watch
+    def before_training(self, model, optimizer, tables, rows):
+        """The run begins."""
 
-    def _end(self):
+    def before_step(self, step, batch):
+        self.watch.before_step(batch)
+
+    def after_step(self, step, result):
         if len(self.watch.began) > TIMED_UPDATES:
             raise Timed
 
+    def after_validation(self, step, loss):
+        """Its time is not taken."""
+
 
 class Observer:
-    """For ``run(observe=...)``: measures a run while it trains. Afterwards call :meth:`finish`, and last :meth:`close`.
+    """A watcher that measures a run while it trains. At the end call :meth:`close`.
 
     Args:
         args: The run's options.
@@ -111,7 +88,7 @@ class Observer:
         self.bias_correction = 0.0
         self.seconds = 0.0  # spent here between the steps
 
-    def __call__(self, model, optimizer, tables, rows, batches):
+    def before_training(self, model, optimizer, tables, rows):
         start = time.perf_counter()
         self.model, self.optimizer = model, optimizer
         parameters = dict(tree_flatten(model.trainable_parameters()))
@@ -141,7 +118,7 @@ class Observer:
             for table in tables
         }
         hidden = self._choose_hidden(parameters, set(samples))
-        self.probed = ProbedOptimizer(optimizer, parameters, samples, hidden)
+        self.probe = Probe(optimizer, samples, hidden)
         self.hidden = {
             path: GradientRows(np.zeros(len(rows), int), [path], (len(rows), parameters[path].shape[1]))
             for path, rows in hidden.items()
@@ -152,13 +129,8 @@ class Observer:
             chosen = np.sort(self.rng.choice(len(parameters[path]), min(each, len(parameters[path])), replace=False))
             self.hidden_paths[path] = WeightPaths(disk / f"{path}.paths", chosen.astype(np.int32), parameters[path])
         self.table_bytes = sum(parameters[table.path].nbytes for table in tables)
-        self.watch = Watch(batches, self._before_step, self._after_step, self.args.grad_accumulation_steps)
+        self.watch = Stopwatch(self.args.grad_accumulation_steps)
         self.seconds_of_start = time.perf_counter() - start
-        return self.probed, self.watch
-
-    def finish(self):
-        """Take in what the last step left."""
-        self.watch.finish()
 
     @property
     def beta2(self) -> float:
@@ -180,7 +152,7 @@ class Observer:
 
     def memory(self):
         """Bytes that measuring takes while the run trains, by what they are for."""
-        state = sum(array.nbytes for _, array in tree_flatten(self.probed.readings))
+        state = sum(array.nbytes for _, array in tree_flatten(self.probe.readings))
         history = self.history.last_seen.nbytes + self.classes.nbytes
         host = sum(record.nbytes for record in self.tables.values()) + history
         host += sum(rows.before.nbytes for rows in self.hidden.values())
@@ -218,25 +190,28 @@ class Observer:
         number = next(iter(self.sizes.values())).hidden_rows
         return sampling.choose_hidden(shapes, number, self.rng)
 
-    def _before_step(self, batch):
+    def before_step(self, step, batch):
+        self.watch.before_step(batch)
         start = time.perf_counter()
         self.history.add_batch(batch)
-        for path, record in self.tables.items():
-            tokens = record.choose_tokens(self.history, self.rng)
-            self.probed.readings["tables"][path]["tokens"] = mx.array(tokens)
+        chosen = {path: record.choose_tokens(self.history, self.rng) for path, record in self.tables.items()}
         self.seconds += time.perf_counter() - start
+        return self.probe.measurement({path: mx.array(tokens) for path, tokens in chosen.items()})
 
-    def _after_step(self):
-        if self.probed.readings[UPDATES].item() == self.updates:
+    def after_step(self, step, result):
+        if not (result.updated or result.nonfinite):
             return  # its gradients are accumulated: the update is still to come
         start = time.perf_counter()
         self.updates += 1
-        skipped = self.optimizer.nonfinite_steps.item()
-        if skipped == self.nonfinite:
+        self.nonfinite += result.nonfinite
+        if result.updated:
+            self.probe.readings = result.measurements[NAME]
             self._read()
-        self.nonfinite = skipped
         self.history.end_update(self.updates)
         self.seconds += time.perf_counter() - start
+
+    def after_validation(self, step, loss):
+        """Nothing is measured there."""
 
     def _read(self):
         state, beta2 = self.optimizer.tables.state, self.beta2
@@ -244,9 +219,9 @@ class Observer:
         largest = min(measures.cold_step(self.bias_correction, beta2), self.step_limit)
         self.cold_updates += largest > COLD
         for path, record in self.tables.items():
-            record.add(self.probed.readings["tables"][path], state[path]["r"], beta2, self.history, self.updates)
+            record.add(self.probe.readings["tables"][path], state[path]["r"], beta2, self.history, self.updates)
         for path, rows in self.hidden.items():
-            rows.add(measures.unit_rows(np.array(self.probed.readings["hidden"][path])))
+            rows.add(measures.unit_rows(np.array(self.probe.readings["hidden"][path])))
         if self.updates % self.every == 0:
             weights = dict(tree_flatten(self.model.trainable_parameters()))
             table_paths = {path: record.paths for path, record in self.tables.items()}

@@ -165,7 +165,7 @@ class TableRecord:
         """Take in what a step left.
 
         Args:
-            reading (dict): Of :class:`~ember_mlx.geometry.probe.ProbedOptimizer`.
+            reading (dict): Of :class:`~ember_mlx.geometry.probe.Probe`.
             r (array): Ember's second moment of the rows, (V,).
             beta2 (float): Ember's, of this step.
             history (TokenHistory): As it was before this step, its batch pending.

@@ -1,8 +1,10 @@
 """What stands between gradients and weights: clipping by the global norm, and the refusal of NaN and infinity.
 
 A step with a NaN or an infinity in it changes nothing: not the weights, not the optimizer's state, not its step counter
-or its schedules, bit for bit. Both outcomes are computed and one is selected, since a compiled step has no branches;
-the selection is fused into the update, which reads the old values anyway.
+or its schedules, bit for bit. Gradients are judged by their global norm: below SAFE_NORM no second moment and no sum of
+squares overflows in float32, so the new weights and the new state are finite too. float16 weights are judged as they
+come out. `ember-mlx train` judges first and then updates in place (finetune/step.py). Inside somebody's own
+``mx.compile`` there are no branches: there both outcomes are computed and one is selected.
 """
 
 import math
@@ -15,8 +17,18 @@ from ember_mlx import kernels
 from ember_mlx.optimizers.ember import mean_squares
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["GuardedOptimizer", "all_finite", "clip_by_norm", "global_norm", "spoil_gradients_of_nonfinite"]
+__all__ = [
+    "Guard",
+    "GuardedOptimizer",
+    "all_finite",
+    "clip_by_norm",
+    "fill",
+    "global_norm",
+    "norm_is_safe",
+    "spoil_gradients_of_nonfinite",
+]
 
+SAFE_NORM = 1e18  # its square is 1e36, of 3e38 in float32
 COUNT = "nonfinite_steps"
 SMALL = 2**16  # elements
 NEIGHBOURS = 16  # arrays: about those of one layer's adapters
@@ -44,20 +56,33 @@ def all_finite(arrays):
     return mx.isfinite(sum(number.astype(mx.float32) for number in numbers))
 
 
-def global_norm(gradients):
+def global_norm(gradients: dict) -> mx.array:
     """The L2 norm over all arrays of a tree, float32 whatever their dtypes.
 
     Within 1e-6, or 2e-5 over a million rows on the CPU, for elements from about 1e-18 to 1e16; infinite well above. It
-    is not finite if any element is not. The GPU kernel reads each gradient once and makes nothing of its size.
+    is not finite if any element is not. The GPU kernel reads each large gradient once and makes nothing of its size;
+    small neighbours are added up first, as in :func:`all_finite`.
     """
-    row_sums = []
-    for _, gradient in tree_flatten(gradients):
-        rows = gradient.reshape(-1, gradient.shape[-1] if gradient.ndim else 1)
-        row_sums.append(mean_squares(rows)[0] * rows.shape[1])
-    row_sums = mx.concatenate(row_sums)
+    small, sums = {}, []
+    for place, (_, gradient) in enumerate(tree_flatten(gradients)):
+        if gradient.size < SMALL:
+            squares = mx.square(gradient.astype(mx.float32))
+            small.setdefault((place // NEIGHBOURS, gradient.shape), []).append(squares)
+        else:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            sums.append(mean_squares(rows)[0] * rows.shape[1])
+    for alike in small.values():
+        rows = _added_up(alike)
+        sums.append(rows.sum(axis=-1).reshape(-1) if rows.ndim else rows.reshape(1))
+    sums = mx.concatenate(sums)
     # The squares of a row fit into float32 where those of all rows together may not.
-    scale = mx.maximum(row_sums.max(), 1e-30)
-    return mx.sqrt(scale) * mx.sqrt((row_sums / scale).sum())
+    scale = mx.maximum(sums.max(), 1e-30)
+    return mx.sqrt(scale) * mx.sqrt((sums / scale).sum())
+
+
+def norm_is_safe(norm):
+    """Whether gradients of this global norm, a number or an array, may update weights; NaN is not."""
+    return norm <= SAFE_NORM
 
 
 def clip_by_norm(gradients, norm, max_norm):
@@ -86,13 +111,84 @@ def spoil_gradients_of_nonfinite(loss):
     return spoiling
 
 
+class Guard:
+    """Clipping and the non-finite guard, for the optimizer that holds one.
+
+    Args:
+        where (str): The class of that optimizer, for messages.
+        parameters (dict): What it trains.
+        skip_nonfinite (bool): See :class:`GuardedOptimizer`.
+        clip_grad_norm (float, optional): See :class:`GuardedOptimizer`.
+    """
+
+    def __init__(self, where: str, parameters: dict, skip_nonfinite: bool, clip_grad_norm: float | None):
+        check_clip_grad_norm(f"{where}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
+        self.where = where
+        self.skip_nonfinite = skip_nonfinite
+        self.clip_grad_norm = clip_grad_norm
+        if skip_nonfinite or clip_grad_norm is not None:
+            for dtype in {array.dtype for _, array in tree_flatten(parameters)}:
+                kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
+
+    def state(self) -> dict:
+        """What the optimizer's state has beside that of its parts."""
+        return {COUNT: mx.array(0, mx.uint32)} if self.skip_nonfinite else {}
+
+    def apply(self, update, state: dict, gradients: dict, parameters: dict) -> dict:
+        """The parameters after ``update(gradients, parameters)``, which changes ``state``, or as they were."""
+        if not self.skip_nonfinite and self.clip_grad_norm is None:
+            return update(gradients, parameters)
+        norm = global_norm(gradients)
+        if self.clip_grad_norm is not None:
+            gradients = clip_by_norm(gradients, norm, self.clip_grad_norm)
+        if not self.skip_nonfinite:
+            return update(gradients, parameters)
+        old, old_state = dict(tree_flatten(parameters)), dict(tree_flatten(state))
+        updated = update(gradients, parameters)
+        halves = [array for _, array in tree_flatten(updated) if array.dtype == mx.float16]
+        finite = norm_is_safe(norm) & all_finite(halves) if halves else norm_is_safe(norm)
+        selected = {}
+        for name, array in tree_flatten(state):
+            if name not in old_state:
+                raise InputError(
+                    f"skip_nonfinite: the optimizer first makes {name} in a step, so there is nothing to go back to: "
+                    "make it in init_single"
+                )
+            selected[name] = mx.where(finite, array, old_state[name]) if array is not old_state[name] else array
+        selected[COUNT] = old_state[COUNT] + mx.logical_not(finite)
+        fill(state, selected)
+        return tree_map_with_path(lambda path, array: mx.where(finite, array, old[path]), updated)
+
+    def assign(self, own_state: dict, state: dict):
+        """Put ``state``, nested or flat, into ``own_state`` by name: a compiled step holds these very containers."""
+        own, new = dict(tree_flatten(own_state)), dict(tree_flatten(state))
+        if COUNT in own:
+            new.setdefault(COUNT, own[COUNT])  # from a run without the guard
+        else:
+            new.pop(COUNT, None)
+        where = f"{self.where}.state"
+        for name in own | new:
+            if name not in own or name not in new:
+                raise InputError(
+                    f"{where}: {name} is {'missing' if name in own else 'not of this optimizer'}: assign a state saved "
+                    "from the same model with the same trainable parameters and optimizers"
+                )
+            if own[name].shape != new[name].shape or own[name].dtype != new[name].dtype:
+                raise InputError(
+                    f"{where}: {name} has shape {new[name].shape} and dtype {new[name].dtype}, which must be "
+                    f"{own[name].shape} and {own[name].dtype}: assign the state of this model"
+                )
+        fill(own_state, new)
+
+
 class GuardedOptimizer(Optimizer):
     """Any MLX optimizer, with clipping and the non-finite guard before it.
 
     Args:
         parameters (dict): What it will train; the state is made at once.
-        rest (Optimizer): The optimizer. It is called so since :class:`ember_mlx.PairedOptimizer` adds one for tables.
-        skip_nonfinite (bool): Let a step whose gradients hold a NaN or an infinity change nothing, and count it.
+        optimizer (Optimizer): The optimizer.
+        skip_nonfinite (bool): Let a step whose gradients hold a NaN or an infinity, or are so large that their squares
+            overflow, change nothing, and count it. float16 weights that overflow are such a step too.
         clip_grad_norm (float, optional): Scale all gradients together to at most this global norm, which is computed
             in float32.
 
@@ -106,95 +202,66 @@ class GuardedOptimizer(Optimizer):
             name. A counter of skipped steps may be missing in it, or be too much.
     """
 
-    def __init__(self, parameters, rest, skip_nonfinite=False, clip_grad_norm=None):
-        check_clip_grad_norm(f"{type(self).__name__}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
-        self.rest = rest
-        self.skip_nonfinite = skip_nonfinite
-        self.clip_grad_norm = clip_grad_norm
-        self._state = {"rest": rest.state}
-        if skip_nonfinite:
-            self._state[COUNT] = mx.array(0, mx.uint32)
-        if clip_grad_norm is not None:
-            for dtype in {array.dtype for _, array in tree_flatten(parameters)}:
-                kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
+    def __init__(
+        self,
+        parameters: dict,
+        optimizer: Optimizer,
+        skip_nonfinite: bool = False,
+        clip_grad_norm: float | None = None,
+    ):
+        self.guard = Guard("GuardedOptimizer", parameters, skip_nonfinite, clip_grad_norm)
+        self.optimizer = optimizer
+        self._state = {"rest": optimizer.state} | self.guard.state()
         self.init(parameters)
 
-    def init(self, parameters):
+    def init(self, parameters: dict):
         """Make the state of ``parameters``; what is there already stays. Done when the optimizer is made."""
-        self.rest.init(parameters)
+        self.optimizer.init(parameters)
 
-    def apply_gradients(self, gradients, parameters):
-        if self.clip_grad_norm is not None:
-            norm = global_norm(gradients)
-            gradients = clip_by_norm(gradients, norm, self.clip_grad_norm)
-        if not self.skip_nonfinite:
-            return self._apply(gradients, parameters)
-        old, old_state = dict(tree_flatten(parameters)), dict(tree_flatten(self._state))
-        updated = self._apply(gradients, parameters)
-        witnesses = self._witnesses(gradients) if self.clip_grad_norm is None else [norm]
-        finite = all_finite(witnesses)
-        state = {}
-        for name, array in tree_flatten(self._state):
-            if name not in old_state:
-                raise InputError(
-                    f"skip_nonfinite: the optimizer first makes {name} in a step, so there is nothing to go back to: "
-                    "make it in init_single"
-                )
-            state[name] = mx.where(finite, array, old_state[name]) if array is not old_state[name] else array
-        state[COUNT] = old_state[COUNT] + mx.logical_not(finite)
-        fill(self._state, state)
-        return tree_map_with_path(lambda path, array: mx.where(finite, array, old[path]), updated)
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        return self.guard.apply(self.apply_unguarded, self._state, gradients, parameters)
 
-    def _apply(self, gradients, parameters):
-        return self.rest.apply_gradients(gradients, parameters)
-
-    def _witnesses(self, gradients):
-        """Arrays of which one is not finite if the gradients are not. Asked for after the step."""
-        return [gradient for _, gradient in tree_flatten(gradients)]
+    def apply_unguarded(self, gradients: dict, parameters: dict) -> dict:
+        """The update alone, of gradients that are judged and clipped already."""
+        return self.optimizer.apply_gradients(gradients, parameters)
 
     @property
-    def nonfinite_steps(self):
-        """The number of steps that changed nothing, an mx.array; None without ``skip_nonfinite``."""
+    def skip_nonfinite(self) -> bool:
+        return self.guard.skip_nonfinite
+
+    @property
+    def clip_grad_norm(self) -> float | None:
+        return self.guard.clip_grad_norm
+
+    @property
+    def nonfinite_steps(self) -> mx.array | None:
+        """The number of steps that changed nothing; None without ``skip_nonfinite``."""
         return self._state.get(COUNT)
 
+    def count_nonfinite(self):
+        """For a loop that judges by itself: one more step that changed nothing."""
+        self._state[COUNT] = self._state[COUNT] + 1
+
     @property
-    def state(self):
+    def state(self) -> dict:
         return self._state
 
     @state.setter
-    def state(self, state):
-        own, new = dict(tree_flatten(self._state)), dict(tree_flatten(state))
-        if COUNT in own:
-            new.setdefault(COUNT, own[COUNT])  # from a run without the guard
-        else:
-            new.pop(COUNT, None)
-        where = f"{type(self).__name__}.state"
-        for name in own | new:
-            if name not in own or name not in new:
-                raise InputError(
-                    f"{where}: {name} is {'missing' if name in own else 'not of this optimizer'}: assign a state saved "
-                    "from the same model with the same trainable parameters and optimizers"
-                )
-            if own[name].shape != new[name].shape or own[name].dtype != new[name].dtype:
-                raise InputError(
-                    f"{where}: {name} has shape {new[name].shape} and dtype {new[name].dtype}, which must be "
-                    f"{own[name].shape} and {own[name].dtype}: assign the state of this model"
-                )
-        # In place, name by name: a compiled step holds these very containers.
-        fill(self._state, new)
+    def state(self, state: dict):
+        self.guard.assign(self._state, state)
 
     @property
-    def step(self):
-        """The number of steps done, an mx.array."""
-        return _steps_done(self.rest)
+    def step(self) -> mx.array:
+        """The number of steps done."""
+        return _steps_done(self.optimizer)
 
     @property
-    def learning_rate(self):
-        return self.rest.learning_rate
+    def learning_rate(self) -> mx.array:
+        return self.optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.rest.learning_rate = learning_rate
+    def learning_rate(self, learning_rate: float | mx.array):
+        self.optimizer.learning_rate = learning_rate
 
 
 def check_clip_grad_norm(where, clip_grad_norm):

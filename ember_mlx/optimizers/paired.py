@@ -3,15 +3,14 @@
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ember_mlx.optimizers import Ember
-from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.guarded import COUNT, Guard
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
 
 __all__ = ["PairedOptimizer"]
 
 
-class PairedOptimizer(GuardedOptimizer):
+class PairedOptimizer(Optimizer):
     """One optimizer for the token tables, another for the rest of a model, each with its own learning rate.
 
     It goes wherever an ``mlx.optimizers.Optimizer`` goes: a loop of one's own, ``mx.compile``, mlx-lm's ``train``.
@@ -22,7 +21,7 @@ class PairedOptimizer(GuardedOptimizer):
         tables (Optimizer): For the trainable token tables, usually :class:`ember_mlx.Ember`.
         rest (Optimizer): For every other trainable parameter.
         skip_nonfinite (bool): Let a step whose gradients hold a NaN or an infinity change nothing, neither weights nor
-            state, and count it in ``nonfinite_steps``. With Ember, gradients whose squares overflow are such too.
+            state, and count it in ``nonfinite_steps``. Gradients whose squares overflow are such too.
         clip_grad_norm (float, optional): Scale the gradients of tables and rest together to at most this global norm,
             which is computed in float32.
 
@@ -65,28 +64,27 @@ class PairedOptimizer(GuardedOptimizer):
             raise InputError(_no_table(model))
         _refuse_shared(model, self._table_paths)
         self._rest_paths = frozenset(trainable) - self._table_paths
-        super().__init__(trainable, rest, skip_nonfinite, clip_grad_norm)
-        self._state["tables"] = tables.state
+        self.rest = rest
+        self.guard = Guard("PairedOptimizer", trainable, skip_nonfinite, clip_grad_norm)
+        self._state = {"rest": rest.state, "tables": tables.state} | self.guard.state()
+        self.init(trainable)
 
     def init(self, parameters):
         tables, rest = self._split(parameters)
         self.tables.init(tables)
         self.rest.init(self._as_rest_takes_it(rest))
 
-    def _apply(self, gradients, parameters):
+    def apply_gradients(self, gradients, parameters):
+        return self.guard.apply(self.apply_unguarded, self._state, gradients, parameters)
+
+    def apply_unguarded(self, gradients, parameters):
+        """The update alone, of gradients that are judged and clipped already."""
         tables, rest = self._split(gradients)
         flat = dict(tree_flatten(parameters))
         updated = self.tables.apply_gradients(tables, flat)
         rest_parameters = self._as_rest_takes_it({path: flat[path] for path in rest})
         updated |= tree_flatten(self.rest.apply_gradients(self._as_rest_takes_it(rest), rest_parameters))
         return tree_map_with_path(lambda path, _: updated[path], gradients)
-
-    def _witnesses(self, gradients):
-        tables, rest = self._split(gradients)
-        if isinstance(self.tables, Ember):
-            # Its means of squares show what is in the gradients, which are then not read again, and overflow first.
-            tables = {(path, name): self.tables.state[path][name] for path in tables for name in "rc"}
-        return [*tables.values(), *rest.values()]
 
     def side_of(self, path):
         """The optimizer that trains the parameter at ``path``."""
@@ -100,9 +98,42 @@ class PairedOptimizer(GuardedOptimizer):
         )
 
     @property
+    def skip_nonfinite(self):
+        return self.guard.skip_nonfinite
+
+    @property
+    def clip_grad_norm(self):
+        return self.guard.clip_grad_norm
+
+    @property
+    def nonfinite_steps(self):
+        """The number of steps that changed nothing, an mx.array; None without ``skip_nonfinite``."""
+        return self._state.get(COUNT)
+
+    def count_nonfinite(self):
+        """For a loop that judges by itself: one more step that changed nothing."""
+        self._state[COUNT] = self._state[COUNT] + 1
+
+    @property
+    def state(self):
+        return self._state
+
+    @state.setter
+    def state(self, state):
+        self.guard.assign(self._state, state)
+
+    @property
     def step(self):
         """The number of steps done, an mx.array; both sides count alike."""
         return self.tables.step
+
+    @property
+    def learning_rate(self):
+        return self.rest.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.rest.learning_rate = learning_rate
 
     @property
     def table_learning_rate(self):

@@ -10,7 +10,7 @@ from mlx_lm.utils import _parse_size
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.plan import plan
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.units import format_bytes
+from ember_mlx.shared.units import in_units
 
 __all__ = ["backend", "memory", "warning"]
 
@@ -35,7 +35,7 @@ def warning(args) -> str | None:
     run = inputs.run
     return (
         f"Warning: with batches of {run.batch_size} x {max(run.length, run.evaluation_length)} tokens this run is "
-        f"planned to take {format_bytes(peak)}, and {whose} {format_bytes(available)}: `ember-mlx plan` with the same "
+        f"planned to take {in_units(peak)}, and {whose} {in_units(available)}: `ember-mlx plan` with the same "
         "flags says what to change"
     )
 
@@ -65,7 +65,5 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
             return int(size), "the GPU has"
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if sys.platform == "darwin":
-        return int(
-            GPU_SHARE_OF_A_MAC * ram
-        ), f"of this Mac's {format_bytes(ram)} the GPU may use about 75 % by default,"
+        return int(GPU_SHARE_OF_A_MAC * ram), f"of this Mac's {in_units(ram)} the GPU may use about 75 % by default,"
     return ram, "this machine has"

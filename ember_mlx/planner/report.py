@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.builder import Run
 from ember_mlx.planner.plan import Plan
-from ember_mlx.shared.units import format_bytes
+from ember_mlx.shared.units import in_units
 
 # By the last word of the flags.
 LABELS = {"ember": "Ember", "adamw": "AdamW", "adafactor": "Adafactor", "none": "no training (frozen)"}
@@ -87,17 +87,17 @@ class Report:
         }
 
     def _verdict(self):
-        said = f"{self.whose[0].upper()}{self.whose[1:]} {format_bytes(self.memory)}"
+        said = f"{self.whose[0].upper()}{self.whose[1:]} {in_units(self.memory)}"
         if self.planned.peak <= self.memory:
             fits = "what is planned fits (see the note)" if self.model.notes else "it fits"
-            return f"{said}: {fits}, with {format_bytes(self.memory - self.planned.peak)} to spare."
+            return f"{said}: {fits}, with {in_units(self.memory - self.planned.peak)} to spare."
         if not self.changes:
             return f"{said}: it does not fit, and no change of flags makes it fit."
         return f"{said}: it does not fit. The cheapest changes, each on top of those before, and the new peak:"
 
 
 def _line(label, *sizes):
-    return f"{label:32}" + "".join(f" {'' if nbytes is None else format_bytes(nbytes):>13}" for nbytes in sizes)
+    return f"{label:32}" + "".join(f" {'' if nbytes is None else in_units(nbytes):>13}" for nbytes in sizes)
 
 
 def _plan_as_json(planned):

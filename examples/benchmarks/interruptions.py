@@ -51,7 +51,7 @@ from mlx.utils import tree_flatten
 
 from ember_mlx import Ember
 from ember_mlx.finetune import checkpoints, safe_writing
-from ember_mlx.finetune.loop import Batches
+from ember_mlx.finetune.batches import TrainingBatches
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.shared.errors import InputError
 
@@ -243,7 +243,7 @@ def saving(folder: Path, runs: int, rng: random.Random, tell):
     for number in range(runs):
         words = _train_options(folder / "demo", "Ember")
         words[words.index("--adapter-path") + 1] = str(folder / f"saved {number}")
-        timed = [_timed(Saving, "save"), _timed(Batches, "_mark")]
+        timed = [_timed(Saving, "save"), _timed(TrainingBatches, "mark")]
         start = time.perf_counter()
         train(words)
         wall = time.perf_counter() - start

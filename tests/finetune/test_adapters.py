@@ -23,8 +23,8 @@ def fuse(monkeypatch, *arguments):
     cli.main()
 
 
-def fused_in_memory(model):
-    layers = [(path, module.fuse()) for path, module in model.named_modules() if hasattr(module, "fuse")]
+def fused_in_memory(model, **options):
+    layers = [(path, module.fuse(**options)) for path, module in model.named_modules() if hasattr(module, "fuse")]
     model.update_modules(tree_unflatten(layers))
     return model
 
@@ -56,11 +56,23 @@ def test_a_quantized_model_with_trained_tables_is_loaded_and_fused(parse, folder
     assert type(model.model.embed_tokens) is nn.Embedding
     assert type(model.lm_head) is nn.Linear
     assert config["quantization"]["lm_head"] is False
-    fuse(monkeypatch, "--model", folders["quantized"], "--adapter-path", adapter, "--save-path", tmp_path / "fused")
-    stock, _ = mlx_lm.load(str(tmp_path / "fused"))
-    assert type(stock.lm_head) is nn.Linear
-    assert type(stock.layers[0].mlp.up_proj) is nn.QuantizedLinear
-    assert mx.array_equal(stock(IDS), fused_in_memory(model)(IDS))
+    words = [
+        "--model",
+        folders["quantized"],
+        "--adapter-path",
+        adapter,
+        "--save-path",
+        tmp_path / "fused",
+        "--overwrite",
+    ]
+    # The table was trained dequantized, and stays so.
+    for again, kind in (([], nn.Linear), (["--requantize", 8], nn.QuantizedLinear), (["--dequantize"], nn.Linear)):
+        fuse(monkeypatch, *words, "--overwrite", *again)
+        stock, _ = mlx_lm.load(str(tmp_path / "fused"))
+        assert type(stock.lm_head) is nn.Linear
+        assert type(stock.layers[0].mlp.up_proj) is kind
+        model, _ = load(folders["quantized"], adapter_path=adapter)
+        assert mx.array_equal(stock(IDS), fused_in_memory(model, dequantize=kind is nn.Linear)(IDS))
 
 
 def test_tables_alone_are_saved_loaded_and_fused(parse, folders, tmp_path, monkeypatch):
@@ -100,7 +112,7 @@ def test_fuse_replaces_nothing_without_overwrite(parse, folders, tmp_path, monke
     with pytest.raises(SystemExit) as exit_:
         fuse(monkeypatch, *arguments)
     assert exit_.value.code == 2
-    assert "is there already; give another path, or --overwrite" in capsys.readouterr().err
+    assert "already exists; give another path, or --overwrite" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "fused").iterdir()] == ["mine.txt"]
     # A shard of an earlier, larger model: mlx-lm would load it over the new weights.
     base = folders["untied"] / "model.safetensors"

@@ -95,7 +95,7 @@ def test_tables_none_leaves_the_bodys_optimizer_alone_and_both_are_guarded(parse
         make_trainable(model, args, tables)
         optimizer = build_optimizer(model, args, tables)
         assert type(optimizer) is kind
-        assert type(optimizer.rest) is optim.Adam
+        assert type(optimizer.rest if choice == "auto" else optimizer.optimizer) is optim.Adam
         assert (optimizer.nonfinite_steps.item(), optimizer.clip_grad_norm) == (0, 0.5)
         if kind is PairedOptimizer:
             assert type(optimizer.tables) is Ember

@@ -17,7 +17,7 @@ import pytest
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, safe_writing
 from ember_mlx.finetune.checkpoints import Checkpoints
-from ember_mlx.finetune.loop import Position, numpy_random
+from ember_mlx.finetune.position import Position, numpy_random
 from ember_mlx.finetune.run import run
 
 

@@ -40,7 +40,7 @@ def test_the_kind_of_rows_is_that_of_the_first_line(tmp_path):
     check(tmp_path, '{"messages": [{"role": "user", "content": "a"}]}\n')
     check(tmp_path, '{"text": "a"}\n{"text": "b", "source": "c"}\n')
     check(tmp_path, '{"prompt": "", "completion": ["a"]}\n')  # up to the chat template, as in mlx-lm
-    for kind, something, nothing in (("text", "a", ""), ("messages", [{"role": "user"}], [])):
+    for kind, something, nothing in (("text", "a", ""), ("messages", [{"role": "user", "content": "a"}], [])):
         with pytest.raises(InputError, match=f"line 2 has no {kind} that can be trained on"):
             check(tmp_path, "".join(json.dumps({kind: value}) + "\n" for value in (something, nothing)))
     check(tmp_path, '{"question": "a", "completion": "b"}', prompt_feature="question")

@@ -64,9 +64,9 @@ def test_what_train_would_refuse_is_refused_and_nothing_is_printed(parse, tokeni
     longest_batches(parse("--data", data), tokenizer)
     assert capsys.readouterr().out == ""
     row = {"messages": [{"role": "user", "content": "x"}]}
-    (data / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, row | {"tools": 5})))
-    with pytest.raises(InputError, match=r"train.jsonl line 2 cannot be tokenized \(.*: mend or remove that line"):
+    (data / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, row | {"tools": [5]})))
+    with pytest.raises(InputError, match=r"train.jsonl line 2 cannot be tokenized \(.*: fix or remove that line"):
         longest_batches(parse("--data", data, "--batch-size", 1), tokenizer)
     tokenizer._tokenizer.chat_template = "{# nothing #}"
-    with pytest.raises(InputError, match=r"train.jsonl: the chat template makes nothing of its rows"):
+    with pytest.raises(InputError, match=r"train.jsonl line 1: the chat template makes nothing of it"):
         longest_batches(parse(), tokenizer)

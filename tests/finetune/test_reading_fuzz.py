@@ -17,7 +17,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from tiny_models import llama_config
 
 from ember_mlx import InputError
-from ember_mlx.finetune import adapters, checkpoints, loop, options, resume, safe_reading
+from ember_mlx.finetune import adapters, checkpoints, history, options, resume, safe_reading
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.trainable import choose_tables, make_trainable
@@ -229,7 +229,7 @@ def test_a_checkpoint_made_to_do_harm_with_right_checksums_is_refused_or_gone_on
                 checkpoint = checkpoints.read(copy)
                 resume.refuse_changes(args, checkpoint, made_of)
                 position = resume.restore(args, checkpoint, made_of, model, optimizer, 6)
-                loop.Record(args, [], optimizer, position.record)
+                history.LossHistory(args, [], optimizer, position.record)
             except InputError as error:
                 says(error, str(copy))
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import shutil
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import pytest
 from finetune.breaking import BreakAt, Breaks
 
 from ember_mlx import InputError
-from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune import checkpoints, options, resume
 from ember_mlx.finetune.run import run
 
 YAML = """
@@ -231,3 +232,72 @@ def test_options_that_json_does_not_have_are_saved_as_words(parse, tmp_path):
     resumed.note, resumed.day = float("inf"), datetime.date(2026, 1, 1)
     run(resumed)
     assert sorted(path.name for path in (tmp_path / "adapters/checkpoints").iterdir())[-1] == "step-0000003"
+
+
+def edited(folder, place, file, change):
+    """A copy of a model folder with something else in a file."""
+    copy = shutil.copytree(folder, place)
+    path = copy / file
+    if path.suffix == ".safetensors":
+        arrays = mx.load(str(path))
+        change(arrays)
+        mx.save_safetensors(str(path), arrays, {"format": "mlx"})
+    else:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    return copy
+
+
+def last_number(arrays):
+    name = sorted(arrays)[-1]
+    flat = arrays[name].reshape(-1)
+    flat[-1] += 1
+    arrays[name] = flat.reshape(arrays[name].shape)
+
+
+def swap_rows(arrays):
+    table = arrays["model.embed_tokens.weight"]
+    arrays["model.embed_tokens.weight"] = mx.concatenate([table[:200], table[201:202], table[200:201], table[202:]])
+
+
+def swap_letters(tokenizer):
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["t"], vocabulary["r"] = vocabulary["r"], vocabulary["t"]
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda c: c.update(rope_theta=500.0), "config.json: rope_theta was 10000.* and is now 500.0"),
+        ("config.json", lambda c: c.update(rms_norm_eps=1e-6), "config.json: rms_norm_eps was 1e-05 and is now 1e-06"),
+        ("model.safetensors", last_number, "its weights are not those of the checkpoint"),
+        ("model.safetensors", swap_rows, "its weights are not those of the checkpoint"),
+        ("tokenizer.json", swap_letters, "its tokenizer or chat template makes other tokens of the rows"),
+        ("tokenizer_config.json", lambda c: c.update(chat_template=TEMPLATE), "its tokenizer or chat template makes o"),
+    ],
+)
+def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, file, change, message):
+    run(parse("--iters", 1, "--val-batches", 1))
+    model = edited(folders["untied"], tmp_path / "m", file, change)
+    with pytest.raises(InputError, match=message):
+        run(parse("--iters", 2, "--resume", "--model", model))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8, mx.int64, mx.bool_])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 1), (64, 33), ()])
+def test_a_checksum_sees_each_element_and_the_order(dtype, shape, monkeypatch):
+    monkeypatch.setattr(resume, "PART", 100)
+    size = math.prod(shape)
+    flat = mx.random.randint(0, 2, (size,)).astype(dtype)
+    checksum = resume.checksum(flat.reshape(shape))
+    assert checksum == resume.checksum(mx.array(flat).reshape(shape))
+    for i in {0, size // 2, size - 1}:
+        other = mx.array(flat)
+        other[i] = (1 - other[i].astype(mx.int32)).astype(dtype)
+        assert resume.checksum(other.reshape(shape)) != checksum
+    if size > 99 and dtype == mx.float32:
+        assert resume.checksum(mx.arange(float(size))) != resume.checksum(mx.arange(float(size))[::-1])

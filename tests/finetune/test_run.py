@@ -1,6 +1,7 @@
 """A run: the same as mlx_lm.lora's where that is asked for, and what it leaves behind."""
 
 import json
+import math
 import shutil
 
 import mlx.core as mx
@@ -12,8 +13,8 @@ from mlx_lm import lora
 from mlx_lm.tuner.trainer import default_loss, evaluate
 
 from ember_mlx import InputError, load
+from ember_mlx.finetune import loop as loop_module
 from ember_mlx.finetune import run as run_module
-from ember_mlx.finetune import training as training_module
 from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.run import run
 
@@ -129,7 +130,6 @@ def test_the_loss_after_is_of_the_same_batches_as_the_loss_before(parse, folders
         return evaluate(**(options | {"iterate_batches": wrapped}))
 
     monkeypatch.setattr("mlx_lm.tuner.trainer.evaluate", recording)
-    monkeypatch.setattr(run_module, "evaluate", recording)
     result = run(parse("--steps-per-eval", 2))
     first, *_, last = drawn
     assert len(first) == 2
@@ -240,13 +240,13 @@ def test_the_config_tells_what_stock_mlx_lm_needs_and_which_tables_trained(parse
 
 def test_the_options_of_the_loop_arrive_there_those_that_mlx_lm_drops_too(parse, monkeypatch):
     seen = {}
-    real = training_module.train
+    real = loop_module.Training._loop
 
-    def spy(**options):
-        seen.update(options)
-        return real(**options)
+    def spy(training, *options):
+        seen["args"] = training.args
+        return real(training, *options)
 
-    monkeypatch.setattr(training_module, "train", spy)
+    monkeypatch.setattr(loop_module.Training, "_loop", spy)
     asked = {"--clear-cache-threshold": "3MB", "--max-seq-length": 77, "--steps-per-eval": 5, "--val-batches": 1}
     asked |= {"--grad-accumulation-steps": 2, "--steps-per-report": 4, "--iters": 2}
     run(parse(*[word for pair in asked.items() for word in pair], "--grad-checkpoint"))
@@ -307,3 +307,10 @@ def test_a_model_that_does_not_load_is_an_input_error(parse, tmp_path):
     for model, message in ((tmp_path / "empty", "mlx-lm cannot load it"), ("/no/such/model", "no such folder here")):
         with pytest.raises(InputError, match=message):
             load_base(model)
+
+
+@pytest.mark.parametrize("loss", [0.0, 709.0, 710.0, 1e6, math.inf, math.nan])
+def test_any_test_loss_is_printed(parse, monkeypatch, capsys, loss):
+    monkeypatch.setattr("ember_mlx.finetune.run._evaluate", lambda *_: loss)
+    run_module._test(parse(), None, [])
+    assert f"Test loss {loss:.3f}, Test ppl " in capsys.readouterr().out

@@ -1,9 +1,6 @@
 """How far steps move the weights, against the weights themselves."""
 
-from functools import partial
-
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
@@ -11,7 +8,8 @@ from tiny_models import loss, tiny_llama
 
 from ember_mlx import Ember, PairedOptimizer
 from ember_mlx.finetune import update_ratio
-from ember_mlx.finetune.update_ratio import MeasuredOptimizer
+from ember_mlx.finetune.step import Step
+from ember_mlx.finetune.update_ratio import UpdateRatio
 
 TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
 
@@ -23,16 +21,9 @@ def made(dtype=mx.float32, **options):
     return model, paired
 
 
-def compiled_step(model, optimizer):
-    state = [model.state, optimizer.state]
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens):
-        value, gradients = nn.value_and_grad(model, loss)(model, tokens)
-        optimizer.update(model, gradients)
-        return value
-
-    return lambda tokens: mx.eval(step(tokens), state)
+def taken_step(model, optimizer, measured):
+    step = Step(model, optimizer, lambda model, tokens: (loss(model, tokens), mx.array(tokens.size)))
+    return lambda tokens, wanted: measured.take(step((tokens,), True, [measured.measurement] if wanted else []))
 
 
 def weights(model):
@@ -48,15 +39,14 @@ def ratio(before, after, paths):
 def test_the_ratios_are_those_of_the_weights_before_and_after(dtype, monkeypatch):
     monkeypatch.setattr(update_ratio, "ELEMENTS_PER_BLOCK", 32 * 100)  # tables of 260 rows: three blocks
     model, paired = made(dtype)
-    measured = MeasuredOptimizer(paired, TABLES)
+    measured = UpdateRatio(TABLES)
     assert measured.ratios() == {"tables": None, "body": None}
-    step = compiled_step(model, measured)
+    step = taken_step(model, paired, measured)
     tokens = mx.random.randint(0, 260, (2, 9))
     found = []
     for wanted in (False, True, True, False):
-        measured.measure_next(wanted)
         before = weights(model)
-        step(tokens)
+        step(tokens, wanted)
         after = weights(model)
         true = {"tables": ratio(before, after, TABLES), "body": ratio(before, after, before.keys() - TABLES)}
         if wanted:
@@ -70,11 +60,10 @@ def test_measuring_changes_no_bit_of_the_weights():
     results = []
     for wanted in (False, True):
         model, paired = made()
-        measured = MeasuredOptimizer(paired, TABLES)
-        step = compiled_step(model, measured)
-        measured.measure_next(wanted)
+        measured = UpdateRatio(TABLES)
+        step = taken_step(model, paired, measured)
         for seed in range(3):
-            step(mx.random.randint(0, 260, (2, 9), key=mx.random.key(seed)))
+            step(mx.random.randint(0, 260, (2, 9), key=mx.random.key(seed)), wanted)
         results.append(weights(model))
     assert all(mx.array_equal(array, results[1][path]) for path, array in results[0].items())
 
@@ -85,12 +74,11 @@ def test_measuring_keeps_nothing_of_a_tables_size(monkeypatch):
     peaks = []
     for wanted in (False, True):
         model, paired = made(vocabulary=20_000, hidden=64)
-        measured = MeasuredOptimizer(paired, TABLES)
-        step = compiled_step(model, measured)
-        measured.measure_next(wanted)
+        measured = UpdateRatio(TABLES)
+        step = taken_step(model, paired, measured)
         for _ in range(3):
             mx.reset_peak_memory()
-            step(mx.random.randint(0, 20_000, (1, 5)))
+            step(mx.random.randint(0, 20_000, (1, 5)), wanted)
         peaks.append(mx.get_peak_memory())
         del model, paired, measured, step
     assert peaks[1] < 1.03 * peaks[0]

@@ -11,7 +11,7 @@ import pytest
 from ember_mlx import InputError, cli
 from ember_mlx.commands import geometry as command
 from ember_mlx.finetune.run import run
-from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Watch
+from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Stopwatch
 from ember_mlx.geometry.recorder import NEW, OUTSIDE, TokenHistory, WeightPaths
 
 RATE = ["--table-learning-rate", 1e-2, "--steps-per-eval", 100]
@@ -19,8 +19,7 @@ RATE = ["--table-learning-rate", 1e-2, "--steps-per-eval", 100]
 
 def observed(args, tmp_path):
     observer = Observer(args, tmp_path)
-    run(args, observe=observer)
-    observer.finish()
+    run(args, watchers=[observer])
     return observer
 
 
@@ -79,11 +78,11 @@ def test_large_steps_are_possible_from_the_update_on_that_the_second_moment_allo
 def test_updates_are_timed_not_the_steps_of_which_they_are_made():
     batches = [(mx.zeros((1, width)), None) for width in range(1, 41)]
     times = iter(range(100))
-    watch = Watch(lambda loop: iter(batches), lambda batch: None, lambda: None, steps_an_update=3)
+    watch = Stopwatch(steps_an_update=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("time.perf_counter", lambda: next(times))
-        for _ in watch(loop=True):
-            pass
+        for batch in batches:
+            watch.before_step(batch)
     assert len(watch.began) == TIMED_UPDATES + 1
     assert watch.positions[:2] == [1 + 2 + 3, 4 + 5 + 6]
     assert watch.seconds_a_position()[0, 0] == pytest.approx(1 / (4 + 5 + 6))
@@ -92,7 +91,7 @@ def test_updates_are_timed_not_the_steps_of_which_they_are_made():
 def test_moves_are_those_of_the_weights(parse, tmp_path):
     observer = observed(parse("--iters", 1, *RATE, model="tied"), tmp_path)
     (record,) = observer.tables.values()
-    reading = observer.probed.readings["tables"][record.table.path]
+    reading = observer.probe.readings["tables"][record.table.path]
     weight = observer.model.model.embed_tokens.weight
     moved, sizes = record.rows_moved(weight)
     # After one step, what a row moved in all is what it moved in that step.

@@ -1,0 +1,56 @@
+"""The loss on a set: mlx-lm's ``evaluate``, where rows with nothing to learn are left out and named."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx_lm.cli_ui import rprint
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.datasets import CacheDataset
+
+from ember_mlx.finetune.history import learned_tokens
+
+
+def evaluate(
+    args, model, loss: Callable, rows: CacheDataset, num_batches: int, between_batches: Callable = lambda: None
+) -> float:
+    """The mean loss over the tokens of ``num_batches`` batches, or of all with -1, in nats.
+
+    NaN only if no batch has anything to learn. ``between_batches`` is called after each batch; it may raise.
+    """
+    empty = []
+
+    def batches(**options):
+        for batch in trainer.iterate_batches(**options):
+            empty.append(learned_tokens(batch).count(0))
+            yield batch
+
+    def loss_or_nothing(model, tokens, lengths):
+        value, count = loss(model, tokens, lengths)
+        return mx.where(count > 0, value, 0), count
+
+    mean = trainer.evaluate(
+        model=model,
+        dataset=rows,
+        batch_size=args.batch_size,
+        num_batches=num_batches,
+        max_seq_length=args.max_seq_length,
+        loss=loss_or_nothing,
+        iterate_batches=batches,
+        clear_cache_threshold=args.clear_cache_threshold,
+        progress_callback=between_batches,
+    )
+    if any(empty) and not getattr(rows, "empty_rows_named", False):
+        rows.empty_rows_named = True
+        _name_empty(args, rows)
+    return mean
+
+
+def _name_empty(args, rows):
+    """Say which rows the mean leaves out, counted from 1."""
+    empty = []
+    for i in range(len(rows)):
+        tokens, offset = (*rows[i], 0)[:2]
+        if min(len(tokens), args.max_seq_length) - max(offset, 1) < 1:
+            empty.append(i + 1)
+    shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+    rprint(f"Warning: {len(empty)} of {len(rows)} rows have nothing to learn; the mean loss leaves them out: {shown}")

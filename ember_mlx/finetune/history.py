@@ -1,0 +1,65 @@
+"""The losses of a run: the first and the last of each kind, and the tokens trained on."""
+
+import math
+
+from mlx_lm.cli_ui import rprint
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+
+class LossHistory:
+    """Keeps the first and the last losses, adds the tables' learning rate, and hands the reports on to callbacks.
+
+    Args:
+        args: The run's options.
+        callbacks (list): Of mlx-lm's kind; they hear of every report.
+        optimizer: The run's.
+        saved (dict, optional): What :meth:`to_json` gave, of a run that is resumed.
+    """
+
+    def __init__(self, args, callbacks: list[TrainingCallback], optimizer, saved: dict | None = None):
+        self.args = args
+        self.callbacks = callbacks
+        self.optimizer = optimizer
+        saved = saved or {"losses": {}, "trained_tokens": 0}
+        self.losses = dict(saved["losses"])  # "train_loss" and "val_loss": [first, last]
+        self.trained_tokens = self._tokens_before = saved["trained_tokens"]
+        self._tokens_since = 0
+
+    def to_json(self) -> dict:
+        return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
+
+    def draw(self, batch):
+        """Count the tokens of a batch that the loss learns from; the next report brings their sum over all workers."""
+        self._tokens_since += sum(learned_tokens(batch))
+
+    def on_train_loss_report(self, train_info: dict):
+        # A step that was left out has a loss all the same, and one that stops the run is told between the steps.
+        if math.isfinite(train_info["train_loss"]):
+            self._keep("train_loss", train_info)
+        train_info["trained_tokens"] += self._tokens_before
+        self.trained_tokens, self._tokens_since = int(train_info["trained_tokens"]), 0
+        if self.args.token_tables:
+            train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()
+        for callback in self.callbacks:
+            callback.on_train_loss_report(train_info)
+
+    def on_val_loss_report(self, val_info: dict):
+        if math.isfinite(val_info["val_loss"]):
+            self._keep("val_loss", val_info)
+        else:  # a failure of measuring: what is trained is judged by itself, step by step
+            step, loss = val_info["iteration"], val_info["val_loss"]
+            rprint(
+                f"Warning: validation loss is {loss} at step {step}; training continues while its weights are finite"
+            )
+        for callback in self.callbacks:
+            callback.on_val_loss_report(val_info)
+
+    def _keep(self, name, info):
+        self.losses[name] = [self.losses.get(name, [info[name]])[0], info[name]]
+
+
+def learned_tokens(batch) -> list[int]:
+    """How many tokens of each row of a batch mlx-lm's loss learns from."""
+    tokens, lengths = batch
+    last = tokens.shape[1] - 1
+    return [max(0, min(end, last) - max(start, 1) + 1) for start, end in lengths.tolist()]

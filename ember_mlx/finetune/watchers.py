@@ -1,0 +1,71 @@
+"""Who looks on while a run trains: the protocol of watchers, and what they may have measured inside a step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update as a measurement sees it, inside the compiled step. All three are flat: path -> array.
+
+    ``gradients`` are as the optimizer takes them: accumulated, averaged, clipped.
+    """
+
+    old: dict[str, mx.array]
+    gradients: dict[str, mx.array]
+    new: dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a watcher wants to know of the next update.
+
+    Args:
+        name (str): Under which the readings are found in ``StepResult.measurements``. One name, one ``measure``: the
+            update is compiled for each set of names.
+        measure (callable): ``measure(update, **inputs)`` gives the readings, a tree of arrays. It may put arrays into
+            ``update.new`` that depend on the readings, so that whoever evaluates the weights lets go of the old ones.
+        inputs (dict): Arrays that change from step to step.
+    """
+
+    name: str
+    measure: Callable[..., Any]
+    inputs: dict[str, mx.array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells.
+
+    Args:
+        loss (array): Mean over the batch's tokens, nats.
+        tokens (array): How many those are.
+        updated (bool): Whether the weights changed: not while gradients accumulate, not in a step left out.
+        nonfinite (bool): Whether an update was left out, for a loss, gradients or weights that are not finite.
+        measurements (dict): name -> the readings that were asked for, where ``updated``.
+    """
+
+    loss: mx.array
+    tokens: mx.array
+    updated: bool
+    nonfinite: bool
+    measurements: dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Looks on. Each method is called between two steps, when weights and optimizer state are evaluated."""
+
+    def before_training(self, model, optimizer, tables, rows) -> None:
+        """All is ready: the model, its optimizer, the tables that train, and the training set."""
+
+    def before_step(self, step: int, batch) -> Measurement | None:
+        """Step number ``step``, from 1, is about to see ``batch``. What is to be measured if it updates the weights."""
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        """The step is done; a report of it comes next, if one is due."""
+
+    def after_validation(self, step: int, loss: float) -> None:
+        """The validation before ``step`` found this loss."""

@@ -1,0 +1,115 @@
+"""MLX's own optimizers made fit for 16-bit weights, and for memory: float32 arithmetic, Adam's state updated in place.
+
+What has which precision in ``ember-mlx train``:
+
+========  ====================================  ==============================
+weights   arithmetic                            state (Ember's: float32 always)
+========  ====================================  ==============================
+float32   float32                               float32
+bfloat16  float32; bfloat16, as stock mlx-lm,   bfloat16, as stock mlx-lm
+          for the body with --train-tables none
+float16   float32                               float32
+========  ====================================  ==============================
+
+In float16 Adam's eps of 1e-8 is 0, and a second moment below 6e-8 too: its first step is NaN.
+"""
+
+import mlx.core as mx
+from mlx.optimizers import Adam, AdamW, Optimizer
+
+__all__ = ["adam_step", "in_float32", "in_place"]
+
+
+def in_float32(optimizer: Optimizer, but: mx.Dtype | None = None) -> Optimizer:
+    """The same optimizer, which computes in float32 for 16-bit weights and rounds once, to nearest, at the end.
+
+    Args:
+        optimizer (Optimizer): Of ``mlx.optimizers``, and not a ``MultiOptimizer``; its state must not be made yet.
+        but (Dtype, optional): Weights of this dtype are left as the optimizer has them.
+    """
+    init_single, apply_single = optimizer.init_single, optimizer.apply_single
+
+    def init_wide(parameter, state):
+        init_single(parameter.astype(mx.float32) if parameter.dtype == mx.float16 else parameter, state)
+
+    def apply_wide(gradient, parameter, state):
+        if parameter.dtype == but:
+            return apply_single(gradient, parameter, state)
+        wide = {name: _wide(array) for name, array in state.items()}
+        new = apply_single(_wide(gradient), _wide(parameter), wide)
+        for name, array in wide.items():
+            state[name] = array.astype(state[name].dtype) if name in state else array
+        return new.astype(parameter.dtype)
+
+    optimizer.init_single, optimizer.apply_single = init_wide, apply_wide
+    return optimizer
+
+
+def in_place(optimizer: Optimizer) -> Optimizer:
+    """The same optimizer with the same bits; inside ``mx.compile`` Adam and AdamW then reuse the memory of their state.
+
+    ``mx.compile`` makes one kernel of all that belongs together, and never reuses the inputs of a kernel with several
+    outputs. So each of the three arrays gets a kernel of its own.
+    """
+    if type(optimizer) not in (Adam, AdamW):
+        return optimizer
+
+    def apply(gradient, parameter, state):
+        parameter, state["m"], state["v"] = adam_step(
+            parameter,
+            gradient,
+            state["m"],
+            state["v"],
+            optimizer.step,
+            learning_rate=optimizer.learning_rate.astype(gradient.dtype),
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=getattr(optimizer, "weight_decay", None),
+            bias_correction=optimizer.bias_correction,
+        )
+        return parameter
+
+    optimizer.apply_single = apply
+    return optimizer
+
+
+def adam_step(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array,
+    v: mx.array,
+    t: mx.array,
+    *,
+    learning_rate: mx.array,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | None,
+    bias_correction: bool,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """MLX's Adam or, with a ``weight_decay``, AdamW, operation by operation; new ``w``, ``m`` and ``v``, of one shape.
+
+    Args:
+        w, g (array): A parameter and its gradient.
+        m, v (array): First and second moment.
+        t (array): The number of this step, from 1.
+        learning_rate (array), betas, eps, weight_decay, bias_correction: As in ``mlx.optimizers``.
+    """
+    b1, b2 = betas
+    if weight_decay is not None:
+        w = w * (1 - learning_rate * weight_decay)
+    m = _kernel_of_its_own(b1 * m + (1 - b1) * g)
+    v = _kernel_of_its_own(b2 * v + (1 - b2) * mx.square(g))
+    if not bias_correction:
+        return w - learning_rate * m / (mx.sqrt(v) + eps), m, v
+    c1 = (learning_rate / (1 - b1**t)).astype(g.dtype)
+    c2 = mx.rsqrt(1 - b2**t).astype(g.dtype)
+    return w - c1 * m / (mx.sqrt(v) * c2 + eps), m, v
+
+
+def _wide(array):
+    return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array
+
+
+def _kernel_of_its_own(array):
+    """Views cost nothing, and nothing is fused across them."""
+    return array[None].squeeze(0)
