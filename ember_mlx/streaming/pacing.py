@@ -16,23 +16,32 @@ class Pace:
 
     def __init__(self, ahead: int):
         self.ahead = ahead if mx.default_device().type == mx.DeviceType.gpu else 0
-        self._unfinished = deque()
-        self._bytes = 0
+        self._group, self._group_bytes = [], 0
+        self._unfinished, self._bytes = deque(), 0
         self._before = None
 
     def __call__(self, *arrays):
-        """Wait for the oldest until there is room for these, and start them."""
+        """Start these, small ones several together: each start costs a GPU as much as many operations."""
         if not self.ahead or not arrays:
             mx.eval(arrays)
             return
-        size = sum(array.nbytes for array in arrays)
-        while self._unfinished and self._bytes + size > self.ahead:
-            array, of_array = self._unfinished.popleft()
-            self._bytes -= of_array
+        self._group += arrays
+        self._group_bytes += sum(array.nbytes for array in arrays)
+        if self._group_bytes >= self.ahead // 2:
+            self.start()
+
+    def start(self):
+        """Start what is together so far; wait for the oldest until there is room for it."""
+        if not self._group:
+            return
+        while self._unfinished and self._bytes + self._group_bytes > self.ahead:
+            array, size = self._unfinished.popleft()
+            self._bytes -= size
             mx.eval(array)
-        mx.async_eval(arrays)
-        self._unfinished.append((arrays[0], size))
-        self._bytes += size
+        mx.async_eval(self._group)
+        self._unfinished.append((self._group[-1], self._group_bytes))
+        self._bytes += self._group_bytes
+        self._group, self._group_bytes = [], 0
 
     def one_behind(self, *arrays):
         """Start these, which took much more memory to make than they have; wait for those before them."""
@@ -46,6 +55,7 @@ class Pace:
 
     def finish(self):
         """Wait for all, and let go of it: what a table's rows are written into must be held by nobody else."""
+        self.start()
         self._unfinished.clear()
         self._bytes = 0
         self._before = None

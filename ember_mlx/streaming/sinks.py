@@ -30,15 +30,19 @@ class Stepping:
         scale = None
         if self._clip_layer_norm is not None and gradients:
             scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0)
-        weights = dict(tree_flatten(module.trainable_parameters()))
-        while gradients:
-            name, gradient = gradients.popitem()
-            new, state = self._updates(f"{prefix}{name}", weights.pop(name), gradient, scale)
-            # The module lets go of the old weight before the new one is made: it may take its place.
-            _put(module, name, new)
-            del gradient
+        parameters = dict(tree_flatten(module.trainable_parameters()))
+        weights = {f"{prefix}{name}": parameters[name] for name in gradients}
+        stepped = self._updates(weights, {f"{prefix}{name}": gradients[name] for name in gradients}, scale)
+        gradients.clear()
+        # The module lets go of the old weights before the new ones are made: they may take their place.
+        for path, (new, _) in stepped.items():
+            _put(module, path.removeprefix(prefix), new)
+        del parameters, weights
+        while stepped:
+            _, (new, state) = stepped.popitem()
             self._pace(new, *state)
             del new, state
+        self._pace.start()
 
     def embedding(self, table, ids, rows):
         table.take(*mean_squares_of_rows(ids, rows, table.shape[0]))

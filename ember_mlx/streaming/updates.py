@@ -9,7 +9,7 @@ from mlx.optimizers import SGD, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.ember import Ember
-from ember_mlx.optimizers.guarded import COUNT, GuardedOptimizer, all_finite
+from ember_mlx.optimizers.guarded import GuardedOptimizer, norm_is_safe
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.errors import InputError
@@ -41,7 +41,7 @@ class Updates:
                     f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once: "
                     "take an optimizer that looks at one array at a time, or train with an ordinary step"
                 )
-        if not isinstance(optimizer, GuardedOptimizer):
+        if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
             optimizer.init(model.trainable_parameters())
         self._functions = {}
         self._finite = {}
@@ -73,20 +73,30 @@ class Updates:
             leaf.state["step"] = leaf.step + 1
             self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
 
-    def __call__(self, path, weight, gradient, scale=None):
-        """The new weight and the arrays of its state that are new, lazy; the state is updated.
+    def __call__(self, weights, gradients, scale=None):
+        """New weights and what is new of their states, by path, lazy; the states are updated.
+
+        All of a layer's are built at once, and each may be evaluated by itself.
 
         Args:
-            path (str): Of the weight.
-            weight, gradient (array): Of one shape.
-            scale (array, optional): What the gradient is multiplied by.
+            weights, gradients (dict): By path, of the same paths.
+            scale (array, optional): What the gradients are multiplied by.
         """
-        leaf, state = self._of[path], self.state(path)
-        read = {name: value for name, value in state.items() if name not in _unread(leaf)}
-        weight, new, finite = self._function(leaf)(gradient, weight, read, self._shared[id(leaf)], scale)
-        state.update(new)
-        self.note(path, finite)
-        return weight, list(new.values())
+        by_leaf, results = {}, {}
+        for path in gradients:
+            by_leaf.setdefault(id(self._of[path]), []).append(path)
+        for paths in by_leaf.values():
+            leaf = self._of[paths[0]]
+            unread = _unread(leaf)
+            states = [self.state(path) for path in paths]
+            read = [{name: value for name, value in state.items() if name not in unread} for state in states]
+            triples = [(gradients[path], weights[path], state) for path, state in zip(paths, read, strict=True)]
+            applied = self._function(leaf)(triples, self._shared[id(leaf)], scale)
+            for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
+                state.update(new)
+                self.note(path, finite)
+                results[path] = weight, list(new.values())
+        return results
 
     def note(self, path, finite):
         """Whether the gradient of a weight was finite: False, and it was not stepped."""
@@ -105,8 +115,8 @@ class Updates:
 
     def count(self):
         """Count a step with a NaN or an infinity, where the optimizer counts them."""
-        if isinstance(self.optimizer, GuardedOptimizer) and COUNT in self.optimizer.state:
-            self.optimizer.state[COUNT] = self.optimizer.state[COUNT] + 1
+        if getattr(self.optimizer, "skip_nonfinite", False):
+            self.optimizer.count_nonfinite()
 
     def arrays(self):
         """What a step has changed that belongs to no single weight."""
@@ -120,29 +130,42 @@ class Updates:
         return self._functions[id(leaf)]
 
 
-def _applied(leaf, gradient, weight, state, shared, scale):
-    """The update as a function of all that it reads, so that ``mx.compile`` may fuse it."""
-    if scale is not None:
-        gradient = (gradient * scale).astype(gradient.dtype)
-    finite = all_finite([gradient])
+def _applied(leaf, triples, shared, scale):
+    """The updates as a function of all that they read, so that ``mx.compile`` may fuse each."""
     own = {name: leaf.state[name] for name in shared}
     leaf.state.update(shared)
-    new = dict(state)
     try:
-        updated = leaf.apply_single(gradient, weight, new)
+        return [_applied_to_one(leaf, *triple, scale) for triple in triples]
     finally:
         leaf.state.update(own)
+
+
+def _applied_to_one(leaf, gradient, weight, state, scale):
+    if scale is not None:
+        gradient = (gradient * scale).astype(gradient.dtype)
+    finite = _is_safe(gradient)
+    new = dict(state)
+    updated = leaf.apply_single(gradient, weight, new)
     changed = {
         name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
     }
     return mx.where(finite, updated, weight).astype(weight.dtype), changed, finite
 
 
+def _is_safe(gradient):
+    """A sum keeps every NaN and infinity, and an element whose square would overflow. It makes nothing of their size.
+
+    Only float16 overflows in a sum by itself.
+    """
+    wide = gradient.astype(mx.float32) if gradient.dtype == mx.float16 else gradient
+    return norm_is_safe(mx.abs(wide.sum().astype(mx.float32)))
+
+
 def _leaf_of(optimizer, path, weight):
     if isinstance(optimizer, PairedOptimizer):
         return _leaf_of(optimizer.side_of(path), path, weight)
     if isinstance(optimizer, GuardedOptimizer):
-        return _leaf_of(optimizer.rest, path, weight)
+        return _leaf_of(optimizer.optimizer, path, weight)
     if isinstance(optimizer, MultiOptimizer):
         filters = zip(optimizer.optimizers, optimizer.filters, strict=True)
         return _leaf_of(next(part for part, takes in filters if takes(path, weight)), path, weight)

@@ -5,21 +5,23 @@
 
 A row is model/batch x tokens/recipe/way. Recipes: `stateless` (normalized gradients on the body, Ember on the tables),
 `adamw` (AdamW on the body, computed in float32, its state in bfloat16; Ember on the tables), `lora` (adapters in all
-layers and both tables). Ways: `streamed`, and `checkpointed`, which is mlx-lm's own compiled step with
-`--grad-checkpoint`. No model is downloaded. Each row is a fresh process; the rows that are to be compared follow one
-another. Peaks are those of whole steps; the peaks of the phases are of one step more, which waits between them. The
-JSON file is written after each row, and rows that it has already are not run again. On a CPU say `--smoke`.
+layers and both tables). Ways: `streamed`, and `checkpointed`, an ordinary step: gradients by one compiled function with
+mlx-lm's `--grad-checkpoint`, then the update. No model is downloaded. Each row is a fresh process with a time limit;
+the rows that are to be compared follow one another. Peaks are those of whole steps; the peaks of the phases are of one
+step more, which waits between them. The JSON file is written after each row, and rows that it has already are not run
+again. On a CPU say `--smoke`.
 """
 
 import argparse
 import fnmatch
 import json
+import multiprocessing
 import statistics
 import time
 from functools import partial
 from pathlib import Path
 
-from benchmarking import SEED, at_least_one, in_fresh_process, machine, write
+from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
 from training_memory_rows import MODELS
 
 QWEN3_8B = MODELS["qwen3-0.6b"] | {
@@ -65,8 +67,12 @@ def body(recipe):
             if update.ndim < 2:
                 update = mx.sign(update)
             else:
-                for axis in (1, 0, 1, 0):
-                    update = update * mx.rsqrt(mx.square(update).mean(axis, keepdims=True) + 1e-30)
+                squares = mx.square(update)  # the factors of rows and columns come from these alone
+                rows, columns = mx.ones((len(update), 1)), mx.ones((1, update.shape[1]))
+                for _ in range(2):
+                    rows = mx.rsqrt(squares @ mx.square(columns).T / columns.size + 1e-30)
+                    columns = mx.rsqrt(mx.square(rows).T @ squares / rows.size + 1e-30)
+                update = update * rows * columns
             return (parameter.astype(mx.float32) - self.learning_rate * update).astype(parameter.dtype)
 
     class Float32AdamW(AdamW):
@@ -86,13 +92,14 @@ def measure(row, steps, smoke):
     """Peaks, phases and seconds of one row, after the first two steps."""
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx.utils import tree_flatten
+    from mlx.utils import tree_flatten, tree_unflatten
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import _get_classes
 
     from ember_mlx import Ember, PairedOptimizer
     from ember_mlx.streaming import StreamedStep
+    from ember_mlx.streaming.updates import Updates
 
     name, batch, recipe, way = row.split("/")
     batch_size, length = map(int, batch.split("x"))
@@ -124,17 +131,22 @@ def measure(row, steps, smoke):
         step = partial(streamed, batch, lengths)
     else:
         grad_checkpoint(model.layers[0])
-        captured = [model.state, optimizer.state]
-
-        @partial(mx.compile, inputs=captured, outputs=captured)
-        def compiled(batch, lengths):
-            (value, tokens), gradients = nn.value_and_grad(model, default_loss)(model, batch, lengths)
-            optimizer.update(model, gradients)
-            return value, tokens
+        updates = Updates(optimizer, model)
+        of_model = nn.value_and_grad(model, default_loss)
+        value_and_grad = mx.compile(lambda *batch: of_model(model, *batch), inputs=[model.state])
 
         def step():
-            value, tokens = compiled(batch, lengths)
-            mx.eval(captured, value, tokens)
+            """The update is compiled array by array: as one function of all, it takes CUDA minutes to compile."""
+            (value, tokens), gradients = value_and_grad(batch, lengths)
+            updates.begin()
+            weights = dict(tree_flatten(model.trainable_parameters()))
+            gradients = dict(tree_flatten(gradients))
+            for path in gradients:
+                new, _ = updates({path: weights[path]}, {path: gradients[path]})[path]
+                model.update(tree_unflatten([(path, new)]))
+            del weights, gradients, new
+            mx.eval(model.parameters(), optimizer.state, value, tokens)
+            updates.finish()
             return value.item(), tokens.item()
 
     mx.clear_cache()
@@ -171,11 +183,32 @@ def measure(row, steps, smoke):
     }
 
 
+def within(seconds, function, *arguments):
+    """What ``function`` returns in a process of its own, which is ended after that time."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, *arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else {"error": f"timed out after {seconds} s"}
+    except EOFError:
+        return {"error": "the process was killed, as it is when memory runs out"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sender, function, *arguments):
+    sender.send(in_this_process(function, *arguments))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="such as 'qwen3-8b/*'")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
+    parser.add_argument("--limit", type=at_least_one, default=150, help="seconds for a row, then it is given up")
     parser.add_argument("--steps", type=at_least_one, default=5)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try this script where there is no GPU")
     args = parser.parse_args()
@@ -191,7 +224,8 @@ def main():
     for row in rows:
         if "peak_memory" in report["rows"].get(row, {}):
             continue
-        result = report["rows"][row] = in_fresh_process(measure, row, args.steps, args.smoke)
+        print(f"{time.strftime('%H:%M:%S')} {row}", flush=True)
+        result = report["rows"][row] = within(args.limit, measure, row, args.steps, args.smoke)
         write(args.out, report)
         if "error" in result:
             print(f"{row:40} {result['error']}", flush=True)
