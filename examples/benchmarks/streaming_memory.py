@@ -132,8 +132,8 @@ def measure(row, steps, smoke):
     else:
         grad_checkpoint(model.layers[0])
         updates = Updates(optimizer, model)
-        of_model = nn.value_and_grad(model, default_loss)
-        value_and_grad = mx.compile(lambda *batch: of_model(model, *batch), inputs=[model.state])
+        of_model, held = nn.value_and_grad(model, default_loss), [model.state]
+        value_and_grad = mx.compile(lambda *batch: of_model(model, *batch), inputs=held, outputs=held)
 
         def step():
             """The update is compiled array by array: as one function of all, it takes CUDA minutes to compile."""
