@@ -1,13 +1,15 @@
 """Ember on the token tables and any other PyTorch optimizer on the rest, as one optimizer."""
 
 import warnings
-from collections.abc import MutableMapping
+import weakref
+from collections.abc import Callable, MutableMapping
 from itertools import chain
 
 import torch
 from torch.optim import Optimizer
 
-from cuda_ref.optimizers.checks import check_keys
+from cuda_ref.optimizers import Ember
+from cuda_ref.optimizers.checks import check_keys, name_of
 from cuda_ref.token_tables import LOOKED_FOR, find_token_tables
 from ember_mlx.shared.errors import InputError
 
@@ -59,7 +61,7 @@ class PairedOptimizer(Optimizer):
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(lambda: PairedOptimizer, sides), ...)
     """
 
-    def __init__(self, model, tables, rest):
+    def __init__(self, model: torch.nn.Module, tables: Callable[[list], Optimizer], rest: Callable[[list], Optimizer]):
         if not isinstance(model, torch.nn.Module):
             raise InputError(
                 f"PairedOptimizer(model={type(model).__name__}): the first argument is the torch.nn.Module, not its "
@@ -78,49 +80,104 @@ class PairedOptimizer(Optimizer):
         }
         # Optimizer.__init__ would make groups and state beside those of the sides; this sets up all else that it does.
         self.__setstate__({"defaults": {}, **sides})
+        self._model = weakref.ref(model)
+        self._table_paths = {p: name for name, p in of_tables}
 
     def __getstate__(self):
+        # A copy belongs to the copy of the model, which it does not know.
         return {"defaults": self.defaults, "tables": self.tables, "rest": self.rest}
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._model, self._table_paths = lambda: None, {}
+        self._stepped = {}  # parameter -> its shape, dtype and device in the last step, which its state has too
+
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[dict]:
         return [group for side in self._sides for group in side.param_groups]
 
     @property
-    def state(self):
+    def state(self) -> MutableMapping:
         return _StateOfBoth(self._sides)
 
     @property
     def _sides(self):
         return [side for side in (self.rest, self.tables) if side is not None]
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict):
         raise InputError(
             "PairedOptimizer.add_param_group: a group belongs to one side: call .rest.add_param_group or "
             ".tables.add_param_group, and make the learning rate scheduler afterwards"
         )
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True):
         for side in self._sides:
             side.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both optimizers; returns what ``closure`` returns, which is called once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if all(p.grad is None for group in self.tables.param_groups for p in group["params"]):
+        if stale := self._stale():
             warnings.warn(
-                "PairedOptimizer.step: no token table has a gradient. If not meant so, it was made before the "
-                "model got other parameters: make the optimizer after adapters, new tokens and fully_shard",
+                f"PairedOptimizer.step: {stale}. Make the optimizer after adapters, new tokens and fully_shard",
                 stacklevel=3,
             )
+        self._check_state()
         for side in reversed(self._sides):  # Ember refuses a bad gradient before anything is written
             side.step()
+        self._stepped = {p: _form(p) for p in self._parameters() if p.grad is not None}
         return loss
 
-    def load_state_dict(self, state_dict):
+    def _parameters(self):
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _stale(self):
+        """What to say where a token table does not train that should, or None."""
+        tables = [p for group in self.tables.param_groups for p in group["params"]]
+        if all(p.grad is None for p in tables):
+            return "no token table has a gradient"
+        model = self._model()
+        if model is None or all(_is_at(model, path, p) for p, path in self._table_paths.items()):
+            return None
+        kept = set(model.parameters())
+        replaced = [path for p, path in self._table_paths.items() if p not in kept]
+        return f"the model has replaced {', '.join(replaced)}, which trains no longer" if replaced else None
+
+    def _check_state(self):
+        """Every parameter must have the form for which its state was made: most optimizers fail in the middle else."""
+        for side in self._sides:
+            named = [(name_of(group, i), p) for group in side.param_groups for i, p in enumerate(group["params"])]
+            for name, p in named if not isinstance(side, Ember) else ():  # which looks for itself
+                was, now = self._stepped.get(p), _form(p)
+                state = [x for x in side.state.get(p, {}).values() if isinstance(x, torch.Tensor) and x.ndim]
+                if was not in (None, now) and p.grad is not None and state:
+                    raise InputError(
+                        f"PairedOptimizer.step: {name} was {_in_words(was)} in the last step and is "
+                        f"{_in_words(now)}: its state no longer fits. Convert, move or resize the model before the "
+                        "first step, or make the optimizer anew"
+                    )
+
+    def state_dict(self) -> dict:
+        """The ordinary format of PyTorch, joined from what the ``state_dict`` of each side gives."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        joined = {"state": {}, "param_groups": []}
+        first = 0  # number of a parameter
+        for side in self._sides:
+            saved = side.state_dict()
+            for number, state in saved["state"].items():
+                joined["state"][first + number if isinstance(number, int) else number] = state
+            for group in saved["param_groups"]:
+                joined["param_groups"].append(group | {"params": [first + number for number in group["params"]]})
+            first += sum(len(group["params"]) for group in saved["param_groups"])
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            joined = hook(self, joined) or joined
+        return joined
+
+    def load_state_dict(self, state_dict: dict):
         """Load what ``state_dict`` gave: the ordinary format of PyTorch, in which the groups decide what is whose."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -140,6 +197,7 @@ class PairedOptimizer(Optimizer):
             if side is not None:
                 own_state = {i: value for i, value in state.items() if (i in of_tables) == (side is self.tables)}
                 side.load_state_dict({"state": own_state, "param_groups": part})
+        self._stepped = {}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -174,6 +232,23 @@ class _StateOfBoth(MutableMapping):
 
     def __len__(self):
         return sum(len(side.state) for side in self._sides)
+
+
+def _form(p):
+    return tuple(p.shape), p.dtype, p.device
+
+
+def _in_words(form):
+    shape, dtype, device = form
+    return f"{shape} in {str(dtype).removeprefix('torch.')} on {device}"
+
+
+def _is_at(model, path, p):
+    """Whether the model has just this parameter there; quicker than to look through all of them."""
+    try:
+        return model.get_parameter(path) is p
+    except AttributeError:
+        return False
 
 
 def _side(name, make, named):

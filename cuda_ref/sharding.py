@@ -5,7 +5,9 @@ vocabulary-parallel model each rank has a plain tensor, its slice of the rows, a
 others.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,17 @@ from ember_mlx.shared.errors import InputError
 __all__ = [
     "RowShards",
     "agree",
+    "agree_on_step",
     "facts_of_table",
+    "find_shards",
     "is_dtensor",
     "local_part",
+    "parts_here",
     "shards_of_dtensor",
     "shards_of_slices",
+    "state_here",
     "whole",
+    "zeros_of_rows",
 ]
 
 _communicators = {}
@@ -45,13 +52,13 @@ class RowShards:
     mesh: "dist.DeviceMesh | None" = None
     placements: tuple = ()
 
-    def mean_over_all_rows(self, column_mean):
+    def mean_over_all_rows(self, column_mean: torch.Tensor) -> torch.Tensor:
         """The mean over the rows of all ranks, from those of each rank: one all-reduce of D float32 numbers."""
         share = column_mean * (self.rows / self.total_rows) if self.rows else torch.zeros_like(column_mean)
         dist.all_reduce(share, group=self.communicator)
         return share
 
-    def lay_out(self, r):
+    def lay_out(self, r: torch.Tensor) -> torch.Tensor:
         """``r`` of the rows here, (rows,), as the state keeps it: the rank's part of a DTensor of all rows, (V,)."""
         if self.mesh is None:
             return r
@@ -60,7 +67,7 @@ class RowShards:
         shape = torch.Size((self.total_rows,))
         return DTensor.from_local(r, self.mesh, self.placements, run_check=False, shape=shape, stride=(1,))
 
-    def rows_of(self, saved):
+    def rows_of(self, saved: torch.Tensor) -> torch.Tensor:
         """The rows here, (rows,), of a saved ``r``: a DTensor, a plain tensor of all rows, or of those here alone."""
         if is_dtensor(saved):
             if (saved.device_mesh, saved.placements) == (self.mesh, self.placements):
@@ -69,22 +76,22 @@ class RowShards:
         return saved[self.first_row : self.first_row + self.rows] if len(saved) == self.total_rows else saved
 
 
-def is_dtensor(tensor):
+def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor, without the 0.8 s that importing them takes."""
     return hasattr(tensor, "device_mesh")
 
 
-def local_part(tensor):
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a DTensor, the storage itself; a plain tensor is that already."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def whole(tensor):
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a DTensor, gathered from all ranks; a plain tensor is that already."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def shards_of_dtensor(w):
+def shards_of_dtensor(w: torch.Tensor) -> RowShards:
     """The RowShards of a DTensor that is sharded by rows, over one dimension of its mesh, and otherwise replicated."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -110,7 +117,9 @@ def shards_of_dtensor(w):
     return RowShards(_own_communicator(group), rows_of_ranks[rank], first_row, total_rows, mesh, placements)
 
 
-def shards_of_slices(tables, group, fault=None):
+def shards_of_slices(
+    tables: Sequence[torch.Tensor], group: "dist.ProcessGroup", fault: InputError | None = None
+) -> list[RowShards]:
     """The RowShards of plain tables, each of which has a slice of its rows on every rank of ``group``, by rank.
 
     All ranks call it together. ``fault`` is an InputError that this rank has found: then every rank raises one.
@@ -143,7 +152,9 @@ def shards_of_slices(tables, group, fault=None):
     return found
 
 
-def agree(communicator, call, facts, fault=None, own=None):
+def agree(
+    communicator: "dist.ProcessGroup | None", call: str, facts: dict, fault: InputError | None = None, own: Any = None
+) -> list:
     """Compare ``facts``, names and values, over the ranks; return what each gives as ``own``, in their order.
 
     All ranks call it together. Raises InputError on every one of them if they differ, or if one has a ``fault``.
@@ -157,7 +168,7 @@ def agree(communicator, call, facts, fault=None, own=None):
     ranks = [0] if communicator is None else dist.get_process_group_ranks(communicator)
     for rank, (their_fault, _, _) in zip(ranks, everyone, strict=True):
         if their_fault is not None:
-            raise InputError(f"{call}: rank {rank} cannot go on: {their_fault}")
+            raise InputError(f"{call}: rank {rank} stopped: {their_fault}")
     for name in dict.fromkeys(name for _, theirs, _ in everyone for name in theirs):
         mine = everyone[0][1].get(name)
         for rank, (_, theirs, _) in zip(ranks, everyone, strict=True):
@@ -169,7 +180,60 @@ def agree(communicator, call, facts, fault=None, own=None):
     return [theirs for _, _, theirs in everyone]
 
 
-def facts_of_table(name, w, state, options):
+def find_shards(shards: dict, tables: Iterable[torch.Tensor]):
+    """Add the RowShards of each DTensor among the tables to ``shards``, by table, unless they are there."""
+    for w in tables:
+        if w not in shards and is_dtensor(w):
+            shards[w] = shards_of_dtensor(w)
+
+
+def agree_on_step(shards: dict, facts: dict, tables: list[tuple], fault: InputError | None):
+    """Find that all ranks are about to take the same step on the tables that they share.
+
+    All ranks call it together.
+
+    Args:
+        shards: table -> RowShards.
+        facts: What must be the same for all tables, by name.
+        tables: Of each table its name, itself, its state or None, and its options by name.
+        fault: What this rank has found wrong; it is raised here, and an InputError on every rank.
+    """
+    for communicator in dict.fromkeys(found.communicator for found in shards.values()):
+        of_tables = {}
+        for name, w, state, options in tables if fault is None else ():
+            if w in shards and shards[w].communicator is communicator:
+                of_tables |= facts_of_table(name, w, state, options)
+        agree(communicator, "Ember.step", facts | of_tables, fault)
+    if fault is not None:
+        raise fault
+
+
+def zeros_of_rows(w: torch.Tensor, shards: RowShards | None) -> torch.Tensor:
+    """A new ``r`` of a table: (V,) float32, laid out as its rows are."""
+    rows = w.shape[0] if shards is None else shards.rows
+    r = torch.zeros(rows, dtype=torch.float32, device=w.device)
+    return r if shards is None else shards.lay_out(r)
+
+
+def parts_here(tensors: tuple, shards: RowShards | None) -> tuple[tuple, RowShards | None]:
+    """What this rank holds of tensors that lie like the rows, and their RowShards where others hold the rest."""
+    if shards is None:
+        return tensors, None
+    return tuple(local_part(tensor) for tensor in tensors), None if shards.communicator is None else shards
+
+
+def state_here(saved: dict, w: torch.Tensor, shards: RowShards | None) -> dict:
+    """A copy of the saved state of a table as this rank keeps it: float32 whatever the dtype of the table."""
+    state = {}
+    for name in ("step", "r", "c", *({"q", "seed"} & saved.keys())):
+        lies_like_rows = name == "r" and shards is not None
+        value = shards.rows_of(saved[name]) if lies_like_rows else whole(saved[name])
+        value = value.to(device=w.device, dtype=torch.int32 if name == "seed" else torch.float32, copy=True)
+        state[name] = shards.lay_out(value) if lies_like_rows else value
+    return state
+
+
+def facts_of_table(name: str, w: torch.Tensor, state: dict | None, options: dict) -> dict:
     """What must be the same on all ranks before a step of a table, by name. Reads numbers back from the GPU."""
     facts = {
         "having a gradient": w.grad is not None,

@@ -6,30 +6,36 @@ import warnings
 from importlib import import_module
 from importlib.metadata import version
 
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.replacing import replaced
 
 USAGE = """\
-ember-mlx: fine-tune language models with mlx-lm and train their token tables too, with the Ember optimizer
+ember-mlx: fine-tune language models with mlx-lm, token tables included, with the Ember optimizer
 
-  ember-mlx train     train: the options of mlx_lm.lora, and --train-tables, --table-learning-rate, --resume, ...
-  ember-mlx plan      how much memory that will take, by the same flags: nothing is loaded or trained
+  ember-mlx train     fine-tune: the options of mlx_lm.lora, and those of the token tables
+  ember-mlx plan      predict the memory of that run, by the same flags; nothing is loaded or trained
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
-  ember-mlx fuse      merge an adapter into an ordinary model folder: mlx_lm.fuse's options, --requantize, --overwrite
-  ember-mlx geometry  train and measure whether Ember suits the model and the data: the options of train, and --out
-  ember-mlx plot      draw runs that were logged with train --log-jsonl: losses, memory, how far each step moves
+  ember-mlx fuse      merge an adapter into a model that stock mlx-lm loads
+  ember-mlx geometry  train and measure whether Ember suits the model and the data
+  ember-mlx plot      draw the runs that train --log-jsonl recorded
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
-  ember-mlx parity    compare every implementation that runs here, MLX's and PyTorch's, with a float64 oracle
+  ember-mlx parity    compare every implementation that runs here with a float64 oracle
   ember-mlx --version
 
-ember-mlx COMMAND --help tells the options of each."""
+`ember-mlx COMMAND --help` lists the options of each."""
 
+
+__all__ = ["COMMANDS", "main"]
 
 COMMANDS = ("train", "plan", "generate", "fuse", "demo", "geometry", "plot", "parity")
 
 
-def main():
+def main() -> None:
     """Entry point. Exit code 0; 2 for bad input, with a line that says what to do; 128 + the signal if stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name or a token may hold what the terminal's encoding does not have.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -39,7 +45,8 @@ def main():
     elif command in COMMANDS:
         _run(command, arguments[1:])
     else:
-        sys.exit(_one_line("ember-mlx", f"{command} is none of its commands: {', '.join(COMMANDS)}"))
+        hint = did_you_mean(command, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+        sys.exit(_one_line("ember-mlx", f"unknown command {command!r}{hint}"))
 
 
 def _run(command, arguments):
@@ -64,7 +71,7 @@ def _require_mlx(command):
     try:
         import mlx.core  # noqa: F401
     except ImportError as error:
-        extras = "pip install 'ember-mlx[cpu]', or [cuda12] or [cuda13] with an NVIDIA GPU"
+        extras = "in the checkout, pip install '.[cpu]', or '.[cuda12]' or '.[cuda13]' with an NVIDIA GPU"
         sys.exit(_one_line(f"ember-mlx {command}", f"mlx has no backend here ({error}): {extras}"))
 
 

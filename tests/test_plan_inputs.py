@@ -38,14 +38,16 @@ def test_rows_are_as_long_as_those_of_the_data(parse, folders):
     assert inputs.run.length == 32  # 22 bytes and the end, padded
     assert not inputs.run.evaluation_length
     train = folders["text"] / "train.jsonl"
-    assert inputs.said == [f"32 tokens: batches of {train} have rows of up to 23, and mlx-lm pads them"]
+    assert inputs.assumptions == [f"32 tokens: batches of {train} have rows of up to 23, and mlx-lm pads them"]
 
 
 def test_rows_that_are_cut_are_said_to_be(parse, long_validation):
     args = parse("--data", long_validation, "--max-seq-length", 300)
     inputs = with_rows_of_data(args, read_inputs(args))
     assert (inputs.run.length, inputs.run.evaluation_length) == (32, 299)
-    assert inputs.said[1].startswith("validation takes 2 x 299 tokens: --max-seq-length 300 cuts the longest rows of")
+    assert inputs.assumptions[1].startswith(
+        "validation takes 2 x 299 tokens: --max-seq-length 300 cuts the longest rows of"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_where_rows_cannot_be_known_they_fill_the_limit(parse, folders, tmp_path
     args = parse("--model", model, "--max-seq-length", 200, *more)
     inputs = with_rows_of_data(args, read_inputs(args))
     assert inputs.run.length == 199
-    assert inputs.said[0].startswith(f"as if every row filled --max-seq-length 200: {words}")
+    assert inputs.assumptions[0].startswith(f"as if every row filled --max-seq-length 200: {words}")
 
 
 def test_data_that_train_would_refuse_is_refused(parse, tmp_path):
@@ -89,7 +91,7 @@ def test_a_short_run_is_told_that_it_may_draw_shorter_rows(parse):
     for steps, told in ((5, True), (6, False)):  # of 12 rows, 2 at a time
         for limit in (2048, 20):
             args = parse("--iters", steps, "--max-seq-length", limit, data="text")
-            (said,) = with_rows_of_data(args, read_inputs(args)).said
+            (said,) = with_rows_of_data(args, read_inputs(args)).assumptions
             assert said.endswith("; 5 steps may draw only shorter ones of the 6 batches") is told
 
 
@@ -132,7 +134,9 @@ def test_rows_are_split_into_new_tokens_too(parse, tokens):
     tokens.write_text("number\n")
     args = parse("--add-tokens", tokens, data="text")
     inputs = with_rows_of_data(args, read_inputs(args))
-    assert "train.jsonl have rows of up to 18," in inputs.said[1]  # 23, and five fewer for the letters of one word
+    assert (
+        "train.jsonl have rows of up to 18," in inputs.assumptions[1]
+    )  # 23, and five fewer for the letters of one word
 
 
 def test_new_tokens_must_train(parse, tokens):
@@ -141,7 +145,7 @@ def test_new_tokens_must_train(parse, tokens):
     assert "--train-tables none" not in [flags for flags, _ in advice(inputs.model, inputs.run, "cpu", 1)]
     with pytest.raises(InputError, match="the new tokens would learn nothing"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "none"))
-    with pytest.raises(InputError, match="is quantized, and cannot grow so: add --dequantize-tables"):
+    with pytest.raises(InputError, match="is quantized, and cannot grow as it is: add --dequantize-tables"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "head", model="quantized"))
     tokens.write_text("</s>\n")
     with pytest.raises(InputError, match=r"tokens already: '</s>'"):

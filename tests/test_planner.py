@@ -15,13 +15,14 @@ from mlx_lm.utils import _get_classes, quantize_model
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
-from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.finetune.choices import choose
+from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.inputs import find_config
 from ember_mlx.planner.loss import LOGITS_AT_ONCE
 from ember_mlx.planner.machine import warning
-from ember_mlx.planner.step import Step
+from ember_mlx.planner.step import build_step
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import in_units
 
@@ -55,9 +56,9 @@ def made(config, *words):
     model.set_dtype(mx.bfloat16)
     if "quantization" in config:
         model, _ = quantize_model(model, config, **config["quantization"])
-    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
-    make_trainable(model, args, tables)
-    optimizer = build_optimizer(model, args, tables)
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    optimizer = build_optimizer(model, args, choices)
     arrays = (model.parameters(), model.trainable_parameters(), optimizer.state)
     return [sum(array.nbytes for _, array in tree_flatten(tree) if array.ndim) for tree in arrays]
 
@@ -123,9 +124,9 @@ def test_chunks_never_hold_the_logits_of_the_whole_vocabulary():
     """Those of one slice, in bfloat16 and in float32, if the device keeps up; not those of all 75."""
     model = read_architecture(QWEN | {"vocab_size": 151_936, "num_hidden_layers": 1}, "config.json")
     run = run_of(options.parse(["--chunked-loss", "--batch-size", "1", "--max-seq-length", "4097"]), model)
-    step = Step(model, run, "cpu").build()
+    step = build_step(model, run, "cpu")
     one_after_another = replace(DEVICES["cpu"], ahead=0)
-    logits = peak_memory(step.results, step.there, one_after_another).most["logits"]
+    logits = peak_memory(step.results, step.existing, one_after_another).most["logits"]
     assert logits < 6.5 * LOGITS_AT_ONCE
 
 
@@ -295,12 +296,13 @@ def test_bad_options_are_one_line(tmp_path, words, message):
         main(["--model", str(tmp_path / "config.json"), *words])
 
 
-def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="there is no config.json in it"):
+def test_a_model_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="has no config.json"):
         main(["--model", str(tmp_path)])
-    with pytest.raises(InputError, match="there is no such file or folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         main(["--model", str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match="planning downloads nothing"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="no such folder here, and the Hugging Face hub gave no config.json"):
         main(["--model", "nobody/nothing-here"])
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config.json cannot be read"):

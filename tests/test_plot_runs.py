@@ -4,6 +4,8 @@ import json
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ember_mlx import cli
 from ember_mlx.commands.plot import END, PANELS, main, name_runs, plot_runs
@@ -11,6 +13,8 @@ from ember_mlx.finetune import run_log
 from ember_mlx.shared.errors import InputError
 
 pytest.importorskip("matplotlib")
+
+NAMES = st.text(st.sampled_from("a$_\\{}^%[]/ü*\n "), min_size=1, max_size=12)
 
 
 def write(path, loss=1.0, end="", **options):
@@ -40,7 +44,7 @@ def test_two_runs_are_drawn_with_what_there_is_of_them(tmp_path, capsys, drawn):
     main([str(one), str(two), "--out", str(tmp_path / "runs.png"), "--theme", "both"])
     assert {path.name for path in tmp_path.glob("*.png")} == {"runs-light.png", "runs-dark.png"}
     said = capsys.readouterr().out
-    assert f"{two}: its last line is cut off, and was left out" in said
+    assert f"{two}: the last line is cut off, and was left out" in said
     assert f"{one}: " not in said
     titles = [axes.get_title("left") for axes in drawn]
     there = [PANELS[i][0] for i in (0, 1, 3, 4)]  # no tables, and no speed
@@ -90,8 +94,8 @@ def test_more_runs_than_can_be_told_apart_are_refused(tmp_path):
         ("{log} --out {log}", "must be the name of a PNG file"),
         ("{log}", "the following arguments are required: --out"),
         ("{broken} {log} --out {picture}", "broken.jsonl line 3: is not JSON"),
-        ("{log} {new} --out {picture}", "new.jsonl: there is nothing to draw in it yet"),
-        ("{nulls} --out {picture}", "nulls.jsonl: there is nothing to draw in it yet"),
+        ("{log} {new} --out {picture}", "new.jsonl: nothing to draw yet"),
+        ("{nulls} --out {picture}", "nulls.jsonl: nothing to draw yet"),
         ("{log} /no/such/file --out {picture}", "log /no/such/file: cannot be read (No such file or directory)"),
     ],
 )
@@ -113,3 +117,34 @@ def test_bad_input_is_one_line_and_no_picture(tmp_path, monkeypatch, capsys, wor
     assert message in errors
     assert errors.count("\n") == 1
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["run$\\frac$.jsonl", "_hidden.jsonl", "[red].jsonl", "$a$ $b.jsonl", "x\udc80.jsonl"])
+def test_any_name_of_a_log_is_drawn_as_it_is(tmp_path, monkeypatch, capsys, name):
+    from matplotlib.figure import Figure
+
+    labels = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (labels.extend(self.legends), saved(self, *a, **k))[1])
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name)
+    main([name, "--out", "runs.png"])
+    (text,) = labels[0].get_texts()
+    shown = text.get_text().replace("\\$", "$")
+    assert shown.removeprefix("./") == name.encode(errors="replace").decode()
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.lists(NAMES, min_size=1, max_size=3, unique=True))
+def test_option_values_of_any_text_are_drawn(tmp_path, names):
+    files = [write(tmp_path / f"{i}.jsonl", model=name) for i, name in enumerate(names)]
+    main([*map(str, files), "--out", str(tmp_path / "runs.png")])
+
+
+@pytest.mark.parametrize(("theme", "out"), [("light", "runs.png"), ("both", "runs.png")])
+def test_a_picture_does_not_replace_a_log_that_it_draws(tmp_path, theme, out):
+    log = write(tmp_path / ("runs.png" if theme == "light" else "runs-dark.png"))
+    before = log.read_bytes()
+    with pytest.raises(InputError, match="would replace the log"):
+        main([str(log), "--theme", theme, "--out", str(tmp_path / out)])
+    assert log.read_bytes() == before

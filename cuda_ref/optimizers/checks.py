@@ -8,7 +8,13 @@ import numpy as np
 import torch
 
 from cuda_ref import sharding, triton_kernels
-from ember_mlx.shared.ember_options import SAMPLE, check_beta2_schedule, not_one_number, rounding_warning
+from ember_mlx.shared.ember_options import (
+    BETA2_RANGE,
+    SAMPLE,
+    check_beta2_schedule,
+    not_one_number,
+    rounding_warning,
+)
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "check_group",
     "check_keys",
     "check_schedule",
+    "check_state",
     "check_state_dict",
     "fault_of",
     "name_of",
@@ -37,7 +44,7 @@ def check_group(group, implementation, row_shard_group):
     _check_learning_rate(group)
     _check("weight_decay", group["weight_decay"], 0, math.inf, "a finite number, zero or more")
     if not callable(group["beta2"]):
-        _check("beta2", group["beta2"], 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
+        _check("beta2", group["beta2"], *BETA2_RANGE)
     _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
     for number, w in enumerate(group["params"]):
         # A slice of a table may have no rows.
@@ -160,6 +167,19 @@ def check_gradient(w):
         raise InputError(
             f"Ember: a table with the placements {w.placements} has a gradient with {g.placements}: both must be the "
             "same, as fully_shard leaves them. Under torch's tensor parallelism give this table to another optimizer"
+        )
+
+
+def check_state(name, w, state):
+    """That the state of a table, where it has any, is of a table of this shape on this device."""
+    if not state:
+        return
+    w, r, c = (sharding.local_part(tensor) for tensor in (w, state["r"], state["c"]))
+    if w.shape != (len(r), len(c)) or w.device != r.device:
+        raise InputError(
+            f"Ember.step: {name} has shape {tuple(w.shape)} on {w.device}, and its state is of shape "
+            f"{(len(r), len(c))} on {r.device}: resize or move the model before the first step, or make the optimizer "
+            "anew"
         )
 
 

@@ -15,9 +15,12 @@ The functions are those of ``ember_mlx/optimizers/ember.py``, line against line.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref import sharding, triton_kernels
 from cuda_ref.optimizers.checks import (
@@ -27,6 +30,7 @@ from cuda_ref.optimizers.checks import (
     check_gradient,
     check_group,
     check_schedule,
+    check_state,
     check_state_dict,
     fault_of,
     name_of,
@@ -40,10 +44,14 @@ from cuda_ref.optimizers.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
+from cuda_ref.sharding import RowShards
 from ember_mlx.shared.ember_options import check_rounding, check_row_limit, warn
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
+
+Real = float | Tensor
+Keys = tuple[Tensor, Tensor] | None
 
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
@@ -53,24 +61,31 @@ MOST_BLOCKS, FEWEST_ROWS = 32, 1024
 
 
 def ember_step(
-    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None,
-    shards=None,
-):  # fmt: skip
+    w: Tensor,  # (V, D), the table
+    g: Tensor,  # (V, D), its gradient
+    r: Tensor,  # (V,) float32, second moment of the rows
+    c: Tensor,  # (D,) float32, second moment of the columns
+    t: Tensor,  # (), the number of this step, from 1
+    *,
+    learning_rate: Real,
+    beta2: Real,
+    eps: float,
+    weight_decay: Real,
+    q: Tensor | None = None,  # (), the bias correction
+    row_clip: float | None = None,
+    row_floor: float | None = None,
+    seed: Tensor | None = None,  # (), int32
+    shards: RowShards | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
-        w (Tensor): The table, (V, D).
-        g (Tensor): Its gradient, (V, D).
-        r (Tensor): Second moment of the rows, (V,) float32.
-        c (Tensor): Second moment of the columns, (D,) float32.
-        t (Tensor): The number of this step, from 1.
-        learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
-        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is a tensor.
-        q (Tensor, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
-        row_floor (float, optional): How large a row's gradients must be, over the table's, for whole steps.
-        seed (Tensor, optional): For stochastic rounding, the table's own, int32. Without it: to nearest.
-        shards (RowShards, optional): Of a table whose rows lie on several ranks; ``w``, ``g``, ``r`` are this rank's.
+        learning_rate, weight_decay: :math:`\\eta` and the decoupled :math:`\\lambda`.
+        beta2: :math:`\\beta_2`; on a schedule a tensor, with its bias correction ``q``.
+        row_clip: The most learning rates that a row's step may have as its root mean square.
+        row_floor: How large a row's gradients must be, over the table's, for whole steps.
+        seed: Of the table, for stochastic rounding. Without it: to nearest.
+        shards: Of a table whose rows lie on several ranks; ``w``, ``g`` and ``r`` are this rank's.
 
     Returns:
         ``w``, overwritten, and the new ``r`` and ``c``.
@@ -87,7 +102,7 @@ def ember_step(
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
-def mean_squares(g):
+def mean_squares(g: Tensor) -> tuple[Tensor, Tensor]:
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32."""
     row_means, column_sums = [], []
     for rows in blocks(g):
@@ -97,18 +112,32 @@ def mean_squares(g):
     return torch.cat(row_means), torch.stack(column_sums).sum(dim=0) / g.shape[0]
 
 
-def update_second_moment(moment, mean_square, beta2):
-    """``beta2 * moment + (1 - beta2) * mean_square``, as a step towards it: 0.999 has no exact float32, 0 has."""
-    return moment + (1 - beta2) * (mean_square - moment)
+def update_second_moment(moment: Tensor, mean_square: Tensor | float, beta2: Real) -> Tensor:
+    """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
+
+    0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
+    """
+    as_written = beta2 * moment + (1 - beta2) * mean_square
+    towards = moment + (1 - beta2) * (mean_square - moment)
+    if isinstance(beta2, torch.Tensor):
+        return torch.where(beta2 < 0.5, as_written, towards)
+    return as_written if beta2 < 0.5 else towards
 
 
-def bias_correction(t, beta2):
+def bias_correction(t: Tensor, beta2: float) -> Tensor:
     """``1 - beta2 ** t``, which loses four digits in float32 at t = 1; expm1 loses none."""
     log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
     return -torch.expm1(t.to(torch.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
+def denominator_factors(
+    r: Tensor,  # (V,)
+    c: Tensor,  # (D,)
+    q: Tensor,  # ()
+    row_mean: Tensor,  # (V,)
+    row_clip: float | None,
+    row_floor: float | None,
+) -> tuple[Tensor, Tensor]:
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = torch.clamp(c.mean(), min=1e-30)
     a = torch.sqrt(r / (s * q))
@@ -120,7 +149,16 @@ def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
     return a, torch.sqrt(c)
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_table(
+    w: Tensor,  # (V, D)
+    g: Tensor,  # (V, D)
+    a: Tensor,  # (V,)
+    b: Tensor,  # (D,)
+    learning_rate: Real,
+    eps: float,
+    weight_decay: Real,
+    keys: Keys = None,  # (V,) and (D,) int32
+) -> Tensor:
     """The table, overwritten block by block, so that no second one is needed."""
     for rows in blocks(w):
         block_keys = None if keys is None else (keys[0][rows], keys[1])
@@ -128,7 +166,16 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return w
 
 
-def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_rows(
+    w: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    learning_rate: Real,
+    eps: float,
+    weight_decay: Real,
+    keys: Keys = None,
+) -> Tensor:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
     update = g.to(torch.float32) / (a[:, None] * b + eps)
@@ -136,7 +183,7 @@ def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new.to(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table):
+def blocks(table: Tensor) -> list[slice]:
     """Slices of its rows, so that their float32 copies stay small. A compiled step makes no copies and needs none."""
     rows = len(table)
     block = rows if torch.compiler.is_compiling() else max(FEWEST_ROWS, min(ROWS_PER_BLOCK, rows // MOST_BLOCKS))
@@ -144,76 +191,58 @@ def blocks(table):
 
 
 class Ember(Optimizer):
-    r"""The Ember optimizer [1], for embedding tables and LM heads.
+    r"""The Ember optimizer (Token Geometry, arXiv 2607.01455), for embedding tables and LM heads.
 
     For a table of shape (V, D) in float32, bfloat16 or float16 it keeps ``r`` of shape (V,) and ``c`` of shape (D,),
     float32 always, and the number of steps. The formula stands at the top of this file.
-
-    [1]: Token Geometry. arXiv 2607.01455.
 
     Args:
         params (iterable): The tables, or groups of them, or named tables, as any PyTorch optimizer takes them.
         lr (float or Tensor): The learning rate :math:`\eta`, about the size of an element's step. A tensor is one
             float32 number, ``torch.tensor(1e-3)``, on the CPU or where the tables are.
-        beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule: it gets the number
-            of steps done, a float32 tensor beside the table, and returns the value for the next one. Adafactor's is
-            ``lambda step: 1 - (step + 1) ** -0.8``. In a CUDA graph it must be made of operations on that tensor: a
-            Python number would be that of the capture for ever. Default: ``0.999``.
+        beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule. A schedule gets the
+            number of steps done, a float32 tensor beside the table, and returns the value for the next step.
+            Adafactor's is ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
-            is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining, some rows of an
-            embedding went 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
-        row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
-            mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
-            theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
-            and whole steps on those make a fine-tuned model forget them. Wants a higher learning rate. Default:
-            ``None``, whole steps for all.
-        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
-            between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
-        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
-            of its tables bits of their own; two optimizers in one run need two seeds for that. Default: ``0``.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square. Without
+            it, a token seen late steps by up to 31. Default: ``None``.
+        row_floor (float, optional): Rows whose gradients are smaller than this part of the table's (both root mean
+            squares) step in proportion to them, so that tokens missing from the data are forgotten less. Use a higher
+            learning rate with it. Default: ``None``, whole steps for all.
+        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: values
+            are then kept on average. Default: ``"nearest"``.
+        seed (int): Of stochastic rounding, from 0 to 2^32 - 1; the same seed repeats a run bit for bit. Give two
+            optimizers in one run two seeds. Default: ``0``.
         implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
             the kernels where a table is on a CUDA device and Triton is installed. Default: ``"auto"``.
-        row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: every table given is this rank's slice
-            of the rows, and the slices lie on the ranks of this group in their order. All ranks make the optimizer
-            together. Tables sharded by FSDP2 are found without it.
+        row_shard_group (ProcessGroup, optional): Of vocabulary-parallel tables: each rank gives its slice of the rows,
+            in the order of the ranks. All ranks make the optimizer together. FSDP2 needs no group.
 
-    Of a sharded table ``r`` lies like the rows, as a DTensor, ``c`` is the same on every rank, and a step needs one
-    all-reduce of D float32 numbers. Slices that do not lie as ``torch.chunk`` cuts them have a plain ``r`` each, which
-    ``torch.distributed.checkpoint`` would take for copies of one: there, save the state of each rank on its own.
-
-    A schedule of ``beta2`` keeps the bias correction ``q`` of each table, one minus the product of all values, in the
-    state, and stochastic rounding a ``seed`` of each table, made from that above and its place among the tables. A
-    function cannot be saved: ``state_dict`` says only that there is a schedule, and the new optimizer's is taken. Where
-    ``rounding="nearest"`` would leave most elements of a table as they are in a step, one warning says so.
-
-    A step reads nothing back from the GPU, so a CUDA graph can hold it: give ``lr`` as a tensor on the GPU if it is to
-    change between replays, and do one step before the capture.
+    A ``state_dict`` holds no schedule, only that there is one: the new optimizer's is used. ``cuda_ref/README.md``
+    tells of sharded tables, checkpoints, CUDA graphs, and how exact ``row_clip`` is.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, a parameter that is not a 2-D table of those dtypes,
             a gradient that is sparse or of another shape or device, state of another table; nothing is written then.
-            For a schedule that gives anything but one number; a step may have written other tables before it asks.
-            On every rank where ranks that share a table disagree on the step or the options, which is looked at in the
-            first step and in the first one after ``load_state_dict`` or ``add_param_group``. Not looked at is the value
-            of a learning rate on the GPU, and of any tensor in a compiled step: that would wait for it.
+            For a schedule that gives anything but one number; other tables may have stepped by then. On every rank
+            where ranks that share a table disagree on the step or the options. The value of a learning rate on the GPU
+            is not looked at, nor any tensor in a compiled step: that would wait for it.
     """
 
     def __init__(
         self,
-        params,
-        lr,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        row_clip=None,
-        row_floor=None,
-        rounding="nearest",
-        seed=0,
-        implementation="auto",
-        row_shard_group=None,
+        params: ParamsT,
+        lr: Real,
+        beta2: float | Callable[[Tensor], float | Tensor] = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        row_clip: float | None = None,
+        row_floor: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        implementation: str = "auto",
+        row_shard_group: "torch.distributed.ProcessGroup | None" = None,
     ):
         check_rounding(rounding, seed)
         if implementation not in ("auto", "eager", "triton"):
@@ -231,7 +260,7 @@ class Ember(Optimizer):
         self._warned = False
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict):
         self._agreed = False
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -250,7 +279,7 @@ class Ember(Optimizer):
             warn(found)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step on every table that has a gradient; returns what ``closure`` returns."""
         loss = None
         if closure is not None:
@@ -264,22 +293,16 @@ class Ember(Optimizer):
         return loss
 
     def _init_group(self):
-        """Check every group, before anything is written; make the state of tables that have their first gradient.
-
-        The name is PyTorch's: ``torch.compile`` runs a method of this name as it stands, once.
-        """
+        """Check every group, then make new state; ``torch.compile`` runs a method of this name as it stands."""
         if self._agreed:
             self._check_step()
         else:
             self._agree()
         for number, (_, w, group) in enumerate(self._named_tables()):
             if w.grad is not None and not self.state[w]:
-                shards = self._shards.get(w)
-                rows, columns = w.shape if shards is None else (shards.rows, w.shape[1])
-                r = torch.zeros(rows, dtype=torch.float32, device=w.device)
                 self.state[w]["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
-                self.state[w]["r"] = r if shards is None else shards.lay_out(r)
-                self.state[w]["c"] = torch.zeros(columns, dtype=torch.float32, device=w.device)
+                self.state[w]["r"] = sharding.zeros_of_rows(w, self._shards.get(w))
+                self.state[w]["c"] = torch.zeros(w.shape[1], dtype=torch.float32, device=w.device)
                 if callable(group["beta2"]):
                     self.state[w]["q"] = torch.zeros((), dtype=torch.float32, device=w.device)
             # A state from before may have none.
@@ -288,65 +311,53 @@ class Ember(Optimizer):
 
     def _agree(self):
         """Find the sharded tables, and that all ranks are about to take the same step on them."""
-        self._find_shards()
-        fault = fault_of(self._check_step)
-        for communicator in dict.fromkeys(shards.communicator for shards in self._shards.values()):
-            facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
-            facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
-            for name, w, group in self._named_tables() if fault is None else ():
-                if w in self._shards and self._shards[w].communicator is communicator:
-                    facts |= sharding.facts_of_table(name, w, self.state.get(w), {o: group[o] for o in OPTIONS})
-            sharding.agree(communicator, "Ember.step", facts, fault)
-        if fault is not None:
-            raise fault
+        sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
+        facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
+        facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
+        tables = [
+            (name, w, self.state.get(w), {o: group[o] for o in OPTIONS}) for name, w, group in self._named_tables()
+        ]
+        sharding.agree_on_step(self._shards, facts, tables, fault_of(self._check_step))
         self._agreed = True
 
     def _check_step(self):
         for group in self.param_groups:
             self._check_group(group)
-            for w in group["params"]:
+            for number, w in enumerate(group["params"]):
                 check_gradient(w)
-
-    def _find_shards(self):
-        for _, w, _ in self._named_tables():
-            if w not in self._shards and sharding.is_dtensor(w):
-                self._shards[w] = sharding.shards_of_dtensor(w)
+                check_state(name_of(group, number), w, self.state.get(w))
 
     def _step_table(self, w, group):
         state = self.state[w]
-        shards = self._shards.get(w) if self._shards else None
         t = state["step"] + 1
-        options = {option: group[option] for option in OPTIONS}
+        options = {"learning_rate": group["lr"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
+        options |= {"beta2": group["beta2"], "row_clip": self.row_clip, "row_floor": self.row_floor}
         if callable(group["beta2"]):
             options["beta2"] = as_number("beta2", group["beta2"](state["step"]), state["step"].device)
-            state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
+            options["q"] = state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
+        if self.rounding == "stochastic":
+            options["seed"] = state["seed"]
         use_triton = self.implementation == "triton" or (
             self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
         )
         step = triton_kernels.ember_step if use_triton else ember_step
-        w, g, r, c = w, w.grad, state["r"], state["c"]
-        if shards is not None:
-            w, g, r = (sharding.local_part(tensor) for tensor in (w, g, r))
-            shards = shards if shards.communicator is not None else None  # this rank has all rows
-        old = w, r, c, state["step"]
-        q = state["q"] if callable(group["beta2"]) else None
-        seed = state["seed"] if self.rounding == "stochastic" else None
-        new = *step(w, g, r, c, t, *options.values(), q, self.row_clip, self.row_floor, seed, shards), t
-        for before, after in zip(old, new, strict=True):
+        (w, g, r), shards = sharding.parts_here((w, w.grad, state["r"]), self._shards.get(w))
+        new = *step(w, g, r, state["c"], t, **options, shards=shards), t
+        for before, after in zip((w, r, state["c"], state["step"]), new, strict=True):
             if after is not before:
                 before.copy_(after)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """As PyTorch's, with a word in the place of a schedule."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group["beta2"] = SCHEDULE if callable(group["beta2"]) else group["beta2"]
         return saved
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict):
         """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
         self._agreed = False  # also where this rank refuses: the others may not
-        self._find_shards()
+        sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
         saved = {}
 
         def check(_, state_dict):  # what the user's own hooks have made of it
@@ -356,7 +367,7 @@ class Ember(Optimizer):
 
         def keep_float32(_):  # PyTorch has cast the state to the dtype of its parameter
             for w, state in saved.items():
-                self.state[w] = self._state_of(w, state)
+                self.state[w] = sharding.state_here(state, w, self._shards.get(w))
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),
@@ -367,17 +378,6 @@ class Ember(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _state_of(self, w, saved):
-        """A copy of saved state as this rank keeps it."""
-        shards = self._shards.get(w)
-        state = {}
-        for name in ("step", "r", "c", *({"q", "seed"} & saved.keys())):
-            lies_like_rows = name == "r" and shards is not None
-            value = shards.rows_of(saved[name]) if lies_like_rows else sharding.whole(saved[name])
-            value = value.to(device=w.device, dtype=torch.int32 if name == "seed" else torch.float32, copy=True)
-            state[name] = shards.lay_out(value) if lies_like_rows else value
-        return state
 
     def __getstate__(self):
         """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""

@@ -1,4 +1,4 @@
-"""``ember-mlx demo``: the main job with nothing to download, on a model and a Python that are there already."""
+"""``ember-mlx demo``: a whole fine-tune with nothing to download, on the bundled model and Python's own library."""
 
 import argparse
 import json
@@ -16,9 +16,12 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import load, load_base
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
 
-# So many rows of the validation set are shown with what the model makes of them, the first ones, not the best.
+__all__ = ["demo", "main"]
+
+# So many validation rows are shown with the model's answers: the first ones, not the best.
 EXAMPLES = 3
 SETTINGS = {
     "--iters": 40,
@@ -32,28 +35,28 @@ SETTINGS = {
 }
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Fine-tune the bundled model twice, with Ember and with AdamW on its tables, and print both beside each other."""
     parser = argparse.ArgumentParser(
         prog="ember-mlx demo",
-        description="Fine-tune the model that comes with the package on docstrings of Python's own library: LoRA on "
-        "the layers, the token tables with Ember, then with AdamW. Takes about a minute on two CPU cores.",
+        description="Fine-tune the bundled model on docstrings of Python's own library, once with Ember on the token "
+        "tables and once with AdamW. The layers train by LoRA. Takes about a minute on two CPU cores.",
     )
     parser.add_argument(
-        "--keep", metavar="FOLDER", help="Keep the data, the model and both adapters in this new folder."
+        "--keep", metavar="FOLDER", help="Keep data, model and both adapters in this new folder. Default: keep nothing."
     )
     keep = with_one_line_errors(parser).parse_args(arguments).keep
     if keep is None:
         with tempfile.TemporaryDirectory() as folder:
             demo(Path(folder))
     elif Path(keep).exists():
-        raise InputError(f"--keep {keep}: is there already; give a new folder")
+        raise InputError(f"--keep {keep}: folder already exists; choose a new one")
     else:
         demo(Path(keep))
         print(f"Everything is in {keep}.")
 
 
-def demo(folder: Path):
+def demo(folder: Path) -> None:
     start = time.perf_counter()
     examples = _write_data(folder / "data")
     model, tokenizer, config = load_base(MODEL)
@@ -81,11 +84,12 @@ def _write_data(folder):
 def _train_options(folder, name):
     paths = {"--model": folder / "model", "--data": folder / "data", "--adapter-path": folder / name}
     words = [str(word) for pair in (paths | SETTINGS).items() for word in pair]
-    return [*words, "--table-optimizer", name.lower()]
+    # The rate is one for Adam with bias correction: without, 40 steps end at 2.9 nats in place of 2.2.
+    return [*words, "--table-optimizer", name.lower(), "--bias-correction"]
 
 
 def _complete(model, tokenizer, examples):
-    """What the model says to each prompt, at most 40 tokens, on one line."""
+    """The model's answer to each prompt, at most 40 tokens, on one line."""
     texts = []
     for example in examples:
         messages = [{"role": "user", "content": example["prompt"]}]
@@ -96,15 +100,15 @@ def _complete(model, tokenizer, examples):
 
 def _format(results, examples, completions):
     rows = [
-        ("", *(f"{name} on the tables" for name in results)),
         ("validation loss before", *(f"{result.loss_before:.3f}" for result in results.values())),
         ("validation loss after", *(f"{result.loss_after:.3f}" for result in results.values())),
         ("optimizer state of the tables", *(format_bytes(result.table_state_bytes) for result in results.values())),
         ("peak memory", *(format_bytes(result.peak_memory) for result in results.values())),
     ]
-    lines = ["", *(f"{name:<30}{left:>22}{right:>22}" for name, left, right in rows), ""]
+    header = ("", *(f"{name} on the tables" for name in results))
+    lines = ["", text_table(header, rows, right=(1, 2)), ""]
     for i, example in enumerate(examples):
-        said = {"prompt": example["prompt"], "in the library": example["completion"]}
-        said |= {name: texts[i] for name, texts in completions.items()}
-        lines += [*(f"{name:<16}{text}" for name, text in said.items()), ""]
+        shown = {"prompt": example["prompt"], "in the library": example["completion"]}
+        shown |= {name: texts[i] for name, texts in completions.items()}
+        lines += [*(f"{name:<16}{text}" for name, text in shown.items()), ""]
     return "\n".join(lines)

@@ -29,7 +29,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 ENOUGH = 0.95  # of a change
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Merge an adapter into an ordinary model folder, which is there whole or not at all.
 
     Raises:

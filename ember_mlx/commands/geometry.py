@@ -1,7 +1,5 @@
-"""``ember-mlx geometry``: checks, a few steps to compare the time with, the run that is measured, and the report."""
+"""``ember-mlx geometry``: checks, a few unmeasured steps for comparison, the measured run, and the report."""
 
-import argparse
-import copy
 import gc
 import json
 import tempfile
@@ -9,17 +7,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import add_tokens_of, load_base
 from ember_mlx.finetune.run import check_adapter_folder, run
+from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plots.style import require_matplotlib
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.errors import InputError
 
-# What each part of the report needs at the least, in updates of the weights.
+__all__ = ["check", "main", "time_without_measuring", "write"]
+
+# The fewest updates of the weights that each part of the report needs.
 NEEDED = {
     "successive gradients": 4,
     "second moments": 8,  # with fewer squares the dense moment is mostly noise
@@ -28,33 +30,31 @@ NEEDED = {
 REPORT, PAGE = "geometry.json", "index.html"
 
 
-def main(arguments: list[str]):
-    """Train and measure; print the verdict, and where the report is."""
-    parser = argparse.ArgumentParser(
-        prog="ember-mlx geometry",
-        description="Train as `ember-mlx train` does, with its options, while measuring the gradients and the steps of "
-        "the token tables: does Ember suit this model and this data? Writes a report for people (index.html), its "
-        "pictures and its numbers (geometry.json).",
-        add_help=False,
-        allow_abbrev=False,
+def main(arguments: list[str]) -> None:
+    """Train and measure; print the verdict and the files of the report."""
+    parser = options.build_parser(
+        "ember-mlx geometry",
+        usage="ember-mlx geometry --model MODEL --data FOLDER --out FOLDER [options of train]",
+        description="Does Ember suit this model and this data? Trains as `ember-mlx train` does, with its options, and "
+        "measures the gradients and steps of the token tables. Writes a page (index.html), its pictures and its "
+        "numbers (geometry.json).",
+        epilog="example:\n  ember-mlx geometry --model Qwen/Qwen3-0.6B --data my_data --iters 200 --out report",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", required=True, help="For the report. The adapter goes to its folder "
-        "adapters, unless --adapter-path is given.",
-    )  # fmt: skip
-    if {"-h", "--help"} & set(arguments):
-        print(parser.format_help(), "and the options of `ember-mlx train`:\n", sep="\n")
-        options.build_parser().print_help()
-        return
-    own, theirs = with_one_line_errors(parser).parse_known_args(arguments)
-    # The last of two flags counts, so one that was given does.
-    args = options.parse(["--adapter-path", str(own.out / "adapters"), *theirs])
+    parser.add_argument_group("the report").add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        required=True,
+        help="Where the report goes, and the adapter, unless --adapter-path is given. Required.",
+    )
+    out = parser.parse_args(arguments).out
+    # The last of two equal flags counts: the user's own wins.
+    own, args = options.parse_command(parser, ["--adapter-path", str(out / "adapters"), *arguments], data_required=True)
     check(args, own.out)
-    # Nothing is saved there; but what the run asks of the disk, it asks of the one that has to have it.
-    there = next(path for path in (own.out, *own.out.absolute().parents) if path.exists())
-    with tempfile.TemporaryDirectory(prefix="timing-", dir=there) as folder:
+    # Nothing is saved there, but the run checks the free space of the disk that --out is on.
+    with tempfile.TemporaryDirectory(prefix="timing-", dir=existing_parent(own.out)) as folder:
         timed = time_without_measuring(args, Path(folder))
-    rprint("\n=== The run that is measured ===\n")
+    rprint("\n=== The measured run ===\n")
     own.out.mkdir(parents=True, exist_ok=True)
     observer = Observer(args, own.out)
     try:
@@ -66,24 +66,23 @@ def main(arguments: list[str]):
     finally:
         observer.close()
     files = write(found, own.out)
-    rprint(f"\n{report.in_words(found)}\n")
+    rprint(f"\n{report.to_text(found)}\n")
     rprint("\n".join(f"  {path}" for path in files))
 
 
-def check(args, out: Path):
+def check(args: options.Options, out: Path) -> None:
     """Refuse what cannot be measured, before anything is loaded.
 
     Raises:
-        InputError: for options with which there is nothing to measure, a run that is too short, and a folder that
-            holds another report.
+        InputError: for options that leave nothing to measure, a run too short, and a folder with another report.
     """
     require_matplotlib()
     if not args.train or args.test:
-        raise InputError("train: false or --test: geometry measures a run that trains, and tests nothing; leave it out")
+        raise InputError("train: false or --test: geometry measures a run that trains, and does not test; leave it out")
     if args.resume is not None:
         raise InputError("--resume: geometry measures a run from its first step; leave it out")
     if args.train_tables == "none":
-        raise InputError("--train-tables none: nothing to measure: geometry is of the token tables; leave it out")
+        raise InputError("--train-tables none: nothing to measure, since no token table trains; leave it out")
     if args.table_optimizer != "ember":
         raise InputError(
             f"--table-optimizer {args.table_optimizer}: geometry measures whether Ember suits; leave it out"
@@ -96,8 +95,8 @@ def check(args, out: Path):
     if updates < least:
         needed = ", ".join(f"{number} for {what}" for what, number in NEEDED.items())
         raise InputError(
-            f"--iters {args.iters}: {updates} updates are too few to measure; it takes {needed}, and rare tokens want "
-            f"a hundred or more: use --iters {least * args.grad_accumulation_steps} at the least"
+            f"--iters {args.iters}: {updates} updates are too few to measure; it takes {needed}, and a hundred or more "
+            f"for rare tokens; use --iters {least * args.grad_accumulation_steps} or more"
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
@@ -106,14 +105,13 @@ def check(args, out: Path):
     check_adapter_folder(args)  # as the run will, after the steps that are timed
 
 
-def time_without_measuring(args, folder: Path):
+def time_without_measuring(args: options.Options, folder: Path) -> tuple[np.ndarray, int]:
     """Seconds a position in each of the first updates of the same run without an observer, and its peak memory then."""
-    rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory with ===\n")
-    plain = copy.deepcopy(args)
+    rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory ===\n")
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
-    plain.iters = (TIMED_UPDATES + 2) * args.grad_accumulation_steps
-    plain.steps_per_eval, plain.save_every, plain.keep_checkpoints = 10**9, 10**9, 0
-    plain.adapter_path, plain.report_to, plain.log_jsonl = str(folder / "adapters"), None, None
+    plain = args | {"iters": (TIMED_UPDATES + 2) * args.grad_accumulation_steps, "steps_per_eval": 10**9}
+    plain |= {"save_every": 10**9, "keep_checkpoints": 0, "adapter_path": str(folder / "adapters")}
+    plain |= {"report_to": None, "log_jsonl": None}
     timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
         run(plain, watchers=[timer])
@@ -124,7 +122,7 @@ def time_without_measuring(args, folder: Path):
     return timed
 
 
-def write(found: dict, out: Path):
+def write(found: dict, out: Path) -> list[Path]:
     """The report's files: numbers, pictures in light and dark, and the page."""
     (out / REPORT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     drawn = pictures.draw_all(found, out)

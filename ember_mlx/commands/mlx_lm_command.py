@@ -10,7 +10,7 @@ from ember_mlx.shared.replacing import replaced
 __all__ = ["run_mlx_lm"]
 
 
-def run_mlx_lm(name: str, arguments: list[str]):
+def run_mlx_lm(name: str, arguments: list[str]) -> None:
     """Run ``mlx_lm.NAME`` with these arguments.
 
     Raises:

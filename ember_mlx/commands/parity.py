@@ -8,21 +8,26 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ember_mlx.parity import implementations, recorded, suite
+from ember_mlx.parity import body, implementations, processes, recorded, suite
 from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.text_tables import text_table
+
+__all__ = ["format_failures", "format_summary", "format_table", "main"]
 
 DESCRIPTION = """\
-Compare every implementation of Ember that this machine can run (MLX, PyTorch, Triton; CPU and GPU) with a float64
-oracle, step by step, over named and recorded streams of gradients, in float32, bfloat16 and float16; and with results
-recorded on a GPU. Exit code 1 when something is not within its tolerance."""
+Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch,
+Triton; CPU and GPU) with a float64 oracle, step by step, over named and recorded streams of gradients, in float32,
+bfloat16 and float16; and with results recorded on a GPU. Exit code 1 when something is not within its tolerance."""
+
+OPTIMIZERS = ("Ember", *(entry.name for entry in body.OPTIMIZERS))
 
 SUMMARY_LEGEND = """\
 A name alone is compared with the float64 oracle. r, c (second moments of rows and columns), step, w (weights, after a
 step and after the whole run): the largest error as a part of what is allowed there. More than 1 fails; a rounding to 16
-bits alone reaches 1. rounding: no bit of stochastic rounding may differ. --verbose tells it of each stream, with where
-and how large it is."""
+bits alone reaches 1. codes: of 8-bit state, 2 % may differ, by one. rounding: no bit of stochastic rounding may differ.
+--verbose tells it of each stream, with where and how large it is."""
 
 LEGEND = """\
 r, c: second moments of rows and columns (float32); step: what one step subtracts, seen alone; w: the weights after a
@@ -44,11 +49,17 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--json {args.json}: there is no folder {args.json.parent}; give a path in one that exists")
     if args.json is not None and args.json.is_dir():
         raise InputError(f"--json {args.json}: is a folder; give the path of a file")
+    names = args.optimizer or OPTIMIZERS
     cases = suite.select(args.stream, args.steps)
     here, not_here = implementations.select(args.implementation)
     recordings = recorded.read_results()
     start = time.perf_counter()
-    comparisons = list(suite.run(here, cases, args.dtype or suite.DTYPES, recordings, _progress()))
+    dtypes, progress = args.dtype or suite.DTYPES, _progress()
+    comparisons = list(processes.run(here, cases, dtypes, recordings, progress)) if "Ember" in names else []
+    others = [entry for entry in body.OPTIMIZERS if entry.name in names]
+    comparisons += body.run(
+        here, args.stream or body.STREAMS, dtypes, others, max(args.steps or [body.STEPS]), progress
+    )
     seconds = time.perf_counter() - start
     if not comparisons:
         raise InputError("nothing is left to compare: no chosen implementation does the chosen streams in --dtype")
@@ -69,6 +80,8 @@ def _parser():
     )
     parser.add_argument("--implementation", nargs="+", metavar="NAME", help='only these, such as "mlx cpu" "triton"')
     parser.add_argument("--stream", nargs="+", metavar="NAME", help='only these, such as "random" "real head"')
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, metavar="NAME",
+                        help=f"only these of {', '.join(OPTIMIZERS)}")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=suite.DTYPES, help="only tables of these")
     parser.add_argument(
         "--steps",
@@ -97,7 +110,7 @@ def format_summary(comparisons: list[Comparison]) -> str:
             largest[one.quantity] = f"{one.of_allowed:.2f}"
         failed = sum(not one.passed for one in group)
         rows.append((_name(implementation, against), str(len(group)), str(failed), *largest.values()))
-    return _laid_out(rows, numbers=range(1, len(rows[0])))
+    return text_table(rows[0], rows[1:], right=range(1, len(rows[0])))
 
 
 def format_table(comparisons: list[Comparison]) -> str:
@@ -126,12 +139,12 @@ def _grouped(comparisons, key):
 
 def _format_rows(rows):
     head = ("implementation", "stream", "quantity", "ULPs", "allowed", "relative", "of allowed", "result", "where")
-    return _laid_out([head, *rows], numbers=range(3, 7))
+    return text_table(head, rows, right=range(3, 7))
 
 
 def _row(against, implementation, stream, quantity, group):
     worst = max(group, key=lambda one: (not one.passed, one.ulps))
-    where = f"{worst.dtype}, step{_steps(worst)}, {worst.shape[0]} x {worst.shape[1]}"
+    where = f"{worst.dtype}, step{_steps(worst)}, {' x '.join(map(str, worst.shape))}"
     if stream != worst.stream:
         where = f"{worst.stream}, {where}"
     passed = all(one.passed for one in group)
@@ -147,17 +160,6 @@ def _name(implementation, against):
 
 def _steps(one):
     return f" {one.steps}" if one.first_step == one.steps else f"s {one.first_step}-{one.steps}"
-
-
-def _laid_out(rows, numbers):
-    """Rows of text as lines, the first as their head; the columns in ``numbers`` end below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        aligned = [cell.rjust(width) if i in numbers else cell.ljust(width) for i, (cell, width) in enumerate(cells)]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _closing(comparisons, here, not_here, recordings, seconds):

@@ -1,26 +1,25 @@
 """``ember-mlx plan``: the flags of ``train``, and what that run will take."""
 
-import argparse
 import json
 
 from ember_mlx.finetune import options
 from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.report import Report
-from ember_mlx.shared.errors import with_one_line_errors
+
+__all__ = ["main"]
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """What ``ember-mlx plan`` does.
 
     Raises:
         InputError: for options, new tokens and data that ``train`` would refuse, a config.json that cannot be planned,
             or no memory.
     """
-    own, theirs = _parser().parse_known_args(arguments)
-    args = options.parse(theirs)
+    own, args = options.parse_command(_parser(), arguments)
     backend = own.backend or machine.backend()
-    memory, whose = machine.memory(own.memory, backend)
+    memory, source = machine.memory(own.memory, backend)
     inputs = with_rows_of_data(args, read_inputs(args))
     model, run = inputs.model, inputs.run
     planned = plan(model, run, backend)
@@ -30,31 +29,32 @@ def main(arguments: list[str]):
         run=run,
         backend=backend,
         planned=planned,
-        said=inputs.said,
-        others={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
+        assumptions=inputs.assumptions,
+        alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
         memory=memory,
-        whose=whose,
+        memory_source=source,
     )
     print(json.dumps(report.to_json(), indent=1) if own.json else report.to_text())
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="ember-mlx plan",
-        usage="ember-mlx plan [FLAGS OF ember-mlx train] [--memory SIZE] [--backend {metal,cuda,cpu}] [--json]",
-        description="Say how much memory `ember-mlx train` with the same flags will take; no weights are needed.",
-        epilog="--model may be a model's folder, its config.json alone, or a hub name that is in the cache. Where "
-        "--data is a folder here and the model has its tokenizer, rows are planned as long as they will be; otherwise "
-        "as long as --max-seq-length. For a Mac with 16 GB: ember-mlx plan --model FOLDER --data FOLDER --backend "
-        "metal --memory 16GB",
-        allow_abbrev=False,
+    parser = options.build_parser(
+        "ember-mlx plan",
+        usage="ember-mlx plan --model MODEL --data FOLDER [--memory SIZE] [--backend BACKEND] [options of train]",
+        description="Say how much memory `ember-mlx train` with the same flags will take; no weights are needed.\n"
+        "--model may be a model's folder, its config.json alone, or a hub name that is in the cache.\n"
+        "Rows are planned as long as those of --data, if that is a folder here and the model has its tokenizer;\n"
+        "otherwise as long as --max-seq-length.",
+        epilog="example, for a Mac with 16 GB:\n"
+        "  ember-mlx plan --model FOLDER --data FOLDER --backend metal --memory 16GB",
     )
-    parser.add_argument(
-        "--memory", metavar="SIZE", help="Plan for a machine with so much: 16GB. Default: what this one has."
+    group = parser.add_argument_group("planning")
+    group.add_argument(
+        "--memory", metavar="SIZE", help="Plan for a machine with this memory, such as 16GB. Default: this machine's."
     )
-    parser.add_argument(
+    group.add_argument(
         "--backend", choices=["metal", "cuda", "cpu"], help="Where it will train. Default: where MLX computes here."
     )
-    parser.add_argument("--json", action="store_true", help="Print bytes, as JSON.")
-    return with_one_line_errors(parser)
+    group.add_argument("--json", action="store_true", help="Print bytes, as JSON. Default: off.")
+    return parser

@@ -4,8 +4,19 @@ import argparse
 from pathlib import Path
 
 from ember_mlx.finetune import run_log
-from ember_mlx.plots.style import THEMES, check_path, save_light_and_dark, save_picture, thousands, units
+from ember_mlx.plots.style import (
+    THEMES,
+    check_path,
+    literal,
+    picture_paths,
+    save_light_and_dark,
+    save_picture,
+    thousands,
+    units,
+)
 from ember_mlx.shared.errors import InputError, with_one_line_errors
+
+__all__ = ["END", "PANELS", "main", "name_runs", "plot_runs"]
 
 PANELS = (  # title, what is on the axis, the logs' list, the key in it
     ("Training loss", "nats a token", "train", "train_loss"),
@@ -17,33 +28,37 @@ PANELS = (  # title, what is on the axis, the logs' list, the key in it
 )
 PANEL_HEIGHT = 2.7  # inches
 MARKERS = 8  # on a line
-# Where a run is and how it is watched: it says nothing of what was tried.
+# Where a run is and how it is watched; these say nothing of what was tried.
 NOT_OF_THE_RUN = {"adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"}
 END = "after the last step, on the batches of the first validation"
 LONGEST_NAME = 90  # of a legend in two columns, in characters
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
+    """Draw logs of runs into a picture."""
     parser = argparse.ArgumentParser(
         prog="ember-mlx plot",
-        description="Draw what `ember-mlx train --log-jsonl FILE` wrote: losses, how far each step moves the weights, "
-        "peak memory and speed; of one run or of several for comparison.",
+        description="Draw logs of `ember-mlx train --log-jsonl FILE`, one run or several: losses, how far each step "
+        "moves the weights, peak memory and speed.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="Logs of runs, finished or not.")
-    parser.add_argument("--out", required=True, metavar="PNG", help="The picture; replaced if it is there.")
+    parser.add_argument(
+        "--out", required=True, metavar="PNG", help="The picture. Required; an existing file is replaced."
+    )
     parser.add_argument(
         "--theme",
         choices=[*THEMES, "both"],
         default="light",
-        help="both writes NAME-light.png and NAME-dark.png. Default: light.",
+        help="Colours. Default: light. `both` writes NAME-light.png and NAME-dark.png.",
     )
     args = with_one_line_errors(parser).parse_args(arguments)
     out = check_path(args.out)
     logs = [_read(path) for path in args.files]
+    _refuse_own_input(out, args.theme, args.files)
     pictures = plot_runs(logs, out, args.theme)
     for log in logs:
         if log.unfinished:
-            print(f"{log.path}: its last line is cut off, and was left out")
+            print(f"{log.path}: the last line is cut off, and was left out")
     print("\n".join(f"The picture is in {path}" for path in pictures))
 
 
@@ -56,7 +71,7 @@ def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[
     most = len(THEMES["light"].lines)
     if len(logs) > most:
         raise InputError(f"{len(logs)} runs: at most {most} can be told apart in one picture; draw fewer")
-    names = name_runs(logs)
+    names = [literal(name) for name in name_runs(logs)]
     panels = [panel for panel in PANELS if any(_points(log, *panel[2:])[0] for log in logs)]
     size = {"height": 0.6 + 0.25 * (len(logs) + 1) + PANEL_HEIGHT * ((len(panels) + 1) // 2)}
 
@@ -75,20 +90,28 @@ def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[
 
 
 def name_runs(logs: list[run_log.Log]) -> list[str]:
-    """The options in which they differ, where these tell them apart in few words; otherwise the files."""
+    """The options in which the runs differ, if these are short and tell them apart; otherwise the files."""
     options = [{key: value for key, value in log.options.items() if key not in NOT_OF_THE_RUN} for log in logs]
     keys = sorted(set().union(*options))
     differing = [key for key in keys if any(run.get(key) != options[0].get(key) for run in options)]
     names = [", ".join(f"{key.replace('_', '-')} {run.get(key)}" for key in differing) for run in options]
     if len(set(names)) == len(logs) > 1 and max(map(len, names)) <= LONGEST_NAME:
         return names
-    return [str(log.path) for log in logs]
+    paths = [str(log.path) for log in logs]
+    return [f"./{path}" if path.startswith("_") else path for path in paths]  # matplotlib hides labels like _this
+
+
+def _refuse_own_input(out, theme, files):
+    written = picture_paths(out) if theme == "both" else [out]
+    for path in files:
+        if Path(path).resolve() in [each.resolve() for each in written]:
+            raise InputError(f"--out {out}: would replace the log {path}; give another name")
 
 
 def _read(path):
     log = run_log.read(path)
     if not any(_points(log, *panel[2:])[0] for panel in PANELS):
-        raise InputError(f"log {path}: there is nothing to draw in it yet; try again after --steps-per-report steps")
+        raise InputError(f"log {path}: nothing to draw yet; try again after --steps-per-report steps")
     return log
 
 
@@ -122,6 +145,6 @@ def _draw_ends(axes, logs, theme):
 
 
 def _points(log, events, key):
-    """Steps and values, without those that there are not; a ratio of 0, of a step left out, has no logarithm."""
+    """Steps and values, without missing ones; a ratio of 0, of a step left out, has no logarithm."""
     rows = [row for row in getattr(log, events) if row[key] is not None and (row[key] > 0 or "ratio" not in key)]
     return [row["step"] for row in rows], [row[key] for row in rows]

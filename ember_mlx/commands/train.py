@@ -14,9 +14,9 @@ from ember_mlx.planner import machine
 __all__ = ["main"]
 
 
-def main(arguments: list[str]):
+def main(arguments: list[str]) -> None:
     """Train, test, or both."""
-    args = options.parse(arguments)
+    args = options.parse(arguments, data_required=True)
     if args.train and (warning := machine.warning(args)):
         rprint(warning)
     try:

@@ -1,10 +1,10 @@
-"""Text that every Python brings along: the docstrings and comments of its own library, read and never imported.
+"""Text that every Python brings: the docstrings and comments of its own library, read and never imported.
 
-Two things are made of it, from files that do not overlap:
+It makes two things, from files that do not overlap:
 
 - `pretraining_text`: what the bundled model was pretrained on (examples/02_pretrain_demo_model.py);
-- `finetuning_pairs`: prompt/completion pairs for the demo, from the modules in `HELD_OUT`, which the pretraining leaves
-  out, copies of their text in other files included.
+- `finetuning_pairs`: prompt/completion pairs for the demo, from the modules in `HELD_OUT`. The pretraining leaves these
+  out, and copies of their text in other files too.
 
 Only the standard library of Python is needed.
 """
@@ -151,14 +151,13 @@ def _key(text: str) -> bytes:
 def stdlib_folder() -> Path:
     """The folder of this Python's standard library.
 
-    Raises InputError if there are no .py files in it (a frozen or zipped Python).
+    Raises InputError if it holds no .py files (a frozen or zipped Python).
     """
     folder = Path(sysconfig.get_path("stdlib"))
     if not (folder / "ast.py").is_file():
         raise InputError(
-            f"The demo reads the docstrings of Python's own library, but {folder} holds no .py files. "
-            "Use a Python that brings its library as source files: one from python.org, conda, uv, Homebrew or a "
-            "Linux distribution."
+            f"The demo reads the docstrings of Python's own library, but {folder} holds no .py files. Use a Python "
+            "with source files: one from python.org, conda, uv, Homebrew or a Linux distribution."
         )
     return folder
 
@@ -237,7 +236,7 @@ def finetuning_pairs(valid: int = 64) -> tuple[list[dict[str, str]], list[dict[s
     No completion occurs twice. The order is that of a hash of the pair: the same on every machine with the same
     version of Python, and not sorted by module.
 
-    Raises InputError if the standard library is not there as source files, or not enough of it.
+    Raises InputError without the standard library's source files, or with too few of them.
     """
     pairs: dict[bytes, dict[str, str]] = {}
     for path, module in _stdlib_files(held_out=True):

@@ -12,7 +12,6 @@ the arrays in both files. An older adapter, or one of stock mlx-lm, has neither.
 import hashlib
 import json
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ __all__ = [
     "Saver",
     "add_tokens_of",
     "apply_adapter",
+    "is_run_path",
     "load",
     "load_base",
     "load_weights",
@@ -113,11 +113,18 @@ class Saver:
     before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args: Namespace, goes_on: bool = False):
+    def __init__(self, folder: Path, model: nn.Module, args: options.Options, goes_on: bool = False):
         self.folder = folder
         self.model = model
         self.options = vars(args).copy()
         self.options[SETTINGS_ID] = _settings_id(self.options)
+        self.config = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
+        # Half, because a checkpoint's index holds the same and a little more.
+        if len(self.config) > safe_reading.JSON_LIMIT // 2:
+            raise InputError(
+                f"--adapter-path {folder}: {CONFIG} would have {len(self.config):,} bytes, and at most "
+                f"{safe_reading.JSON_LIMIT // 2:,} are read again: add fewer tokens, or give a smaller YAML file"
+            )
         self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
         self.replaced = [] if goes_on else run_files(folder)
         self.saved = False
@@ -141,7 +148,7 @@ class Saver:
         if tables:
             metadata[SAVE_ID] = _save_id(weights | tables)
         if not self.saved:
-            files[CONFIG] = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
+            files[CONFIG] = self.config
         safe_writing.replace_together(self.folder, files, metadata)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
@@ -154,6 +161,16 @@ class Saver:
 def run_files(folder: Path) -> list[Path]:
     """The files in ``folder`` that a run wrote: this one or an earlier one."""
     return sorted(path for path in folder.glob("*") if RUN_FILE.fullmatch(path.name))
+
+
+def is_run_path(folder: Path, path: Path) -> bool:
+    """Whether ``path`` is a file that a run writes into its adapter folder ``folder``, or may be one of its parts."""
+    folder, path = folder.resolve(), path.resolve()
+    if not path.is_relative_to(folder):
+        return False
+    first = path.relative_to(folder).parts[:1]
+    # Some disks take A and a for one name.
+    return not first or first[0].lower().startswith((".", "checkpoints")) or bool(RUN_FILE.fullmatch(first[0].lower()))
 
 
 def add_tokens_of(
@@ -174,7 +191,7 @@ def add_tokens_of(
     return tokenizer
 
 
-def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None):
+def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: dict | None = None) -> None:
     """Load the adapter of ``folder`` into ``model``, its token tables included; ``config`` is the model's."""
     adapter_config = adapter_config or read_config(folder)
     adapters = read_arrays(folder / ADAPTERS)
@@ -203,7 +220,7 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
     load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
 
 
-def refuse_other_tokens(path: Path, added_tokens: list[dict] | None):
+def refuse_other_tokens(path: Path, added_tokens: list[dict] | None) -> None:
     """Raises InputError when the run that wrote the adapter at ``path`` added other tokens than these."""
     if (path.parent / CONFIG).is_file() and (read_config(path.parent).get("added_tokens") or None) != added_tokens:
         raise InputError(f"--resume-adapter-file {path}: its run added other tokens; give its file as --add-tokens")
@@ -230,7 +247,7 @@ def tables_of(path: Path) -> Path | None:
     return tables
 
 
-def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str):
+def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str) -> None:
     """``model.load_weights``, strict about what is there to load: names and shapes must be among ``parameters``."""
     parameters = dict(tree_flatten(parameters))
     for name, array in weights.items():

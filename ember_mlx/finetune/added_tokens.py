@@ -9,11 +9,11 @@ puts the trained rows in; so no second copy of the tokenizer can disagree with t
 """
 
 import json
-from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,18 +21,13 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 
-from ember_mlx.finetune.trainable import ROLES, dequantize_modules
+from ember_mlx.finetune.choices import ROLES, refuse_frozen_rows
+from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
-__all__ = [
-    "NewToken",
-    "add_asked_tokens",
-    "add_tokens",
-    "grow_tokenizer",
-    "read_tokens",
-    "refuse_rows_that_cannot_train",
-]
+__all__ = ["NewToken", "add_asked_tokens", "add_tokens", "grow_tokenizer", "read_tokens"]
 
 
 @dataclass(frozen=True)
@@ -45,40 +40,41 @@ class NewToken:
     pieces: tuple[int, ...]
 
 
-def add_asked_tokens(args: Namespace, model: nn.Module, tokenizer: TokenizerWrapper, config: dict) -> TokenizerWrapper:
-    """Add those of ``--add-tokens`` to the model and return its new tokenizer. ``args.added_tokens`` then names them.
+def add_asked_tokens(
+    options: Options, model: nn.Module, tokenizer: TokenizerWrapper, config: dict[str, Any]
+) -> tuple[TokenizerWrapper, list[dict[str, Any]] | None]:
+    """Add the tokens of ``--add-tokens`` to the model.
+
+    Args:
+        options: The run's.
+        model: Its tables get the new rows; quantized ones are dequantized.
+        tokenizer: The model's.
+        config: The model's, of which the vocabulary is changed if the tables grow.
+
+    Returns:
+        The new tokenizer, and content, special and id of each token; None without ``--add-tokens``.
 
     Raises:
         InputError: for a file that cannot be used, a token that is there already, is empty or repeats, a tokenizer or
             a model that cannot grow, and for options under which the new rows would never train.
     """
-    args.added_tokens = None
-    if args.add_tokens is None:
-        return tokenizer
-    where = f"--add-tokens {args.add_tokens}"
-    asked = read_tokens(Path(args.add_tokens))
+    if options.add_tokens is None:
+        return tokenizer, None
+    where = f"--add-tokens {options.add_tokens}"
+    asked = read_tokens(Path(options.add_tokens))
     tables = find_token_tables(model)
     quantized = [table for table in tables if table.quantized]
-    refuse_rows_that_cannot_train(args, [table.path for table in quantized], where)
+    refuse_frozen_rows(options, [table.path for table in quantized], where)
     dequantize_modules(model, [table.module_path for table in quantized])
     rows = tables[0].shape[0] if tables else 0
     tokenizer, tokens = add_tokens(model, tokenizer, config, asked, where)
-    args.added_tokens = [{"content": t.content, "special": t.special, "id": t.id} for t in tokens]
     now = find_token_tables(model)[0].shape[0]
     size = f"the token tables grow from {rows} to {now} rows" if now > rows else f"of {rows} rows, which were to spare"
     rprint(f"Added {len(tokens)} tokens, ids {tokens[0].id} to {tokens[-1].id}; {size}")
     for table in tables:
-        if table.role not in ROLES[args.train_tables]:
-            rprint(f"Warning: --train-tables {args.train_tables}: the new rows of {table.path} stay as they start")
-    return tokenizer
-
-
-def refuse_rows_that_cannot_train(args: Namespace, quantized: list[str], where: str):
-    """Raises InputError for options under which new rows would never train; ``quantized`` are names of tables."""
-    if args.train_tables == "none":
-        raise InputError(f"{where}: with --train-tables none the new tokens would learn nothing: leave that out")
-    if quantized and not args.dequantize_tables:
-        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow so: add --dequantize-tables")
+        if table.role not in ROLES[options.train_tables]:
+            rprint(f"Warning: --train-tables {options.train_tables}: the new rows of {table.path} are not trained")
+    return tokenizer, [{"content": t.content, "special": t.special, "id": t.id} for t in tokens]
 
 
 def read_tokens(path: Path) -> list[tuple[str, bool]]:
@@ -98,7 +94,7 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f'{where}: must hold a list of special tokens, such as ["<think>", "</think>"]')
     if not tokens:
-        raise InputError(f"{where}: there is no token in it; put one a line there")
+        raise InputError(f"{where}: holds no token; put one a line")
     for number, token in enumerate(tokens, 1):
         if not token.strip():
             raise InputError(f"{where}: token {number} is empty; remove that line")
@@ -106,12 +102,12 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
             raise InputError(f"{where}: token {number}, {token!r}, begins or ends with a space; remove the space")
     token, count = Counter(tokens).most_common(1)[0]
     if count > 1:
-        raise InputError(f"{where}: {token!r} is there {count} times; leave one")
+        raise InputError(f"{where}: {token!r} appears {count} times; keep one")
     return [(token, special) for token in tokens]
 
 
 def add_tokens(
-    model: nn.Module, tokenizer: TokenizerWrapper, config: dict, asked: list[tuple[str, bool]], where: str
+    model: nn.Module, tokenizer: TokenizerWrapper, config: dict[str, Any], asked: list[tuple[str, bool]], where: str
 ) -> tuple[TokenizerWrapper, list[NewToken]]:
     """Add ``asked``, pairs of text and whether it is special, to the model and its config.
 
@@ -236,7 +232,7 @@ def _grow_tables(model, config, tokens, where):
             module[key] = _with_new_rows(module[key], tokens, needed)
         mx.eval(module.parameters())
     if needed > rows:
-        _tell_vocabulary(model, config, rows, needed)
+        _state_vocabulary(model, config, rows, needed)
         _refuse_unloadable(model, config, where)
 
 
@@ -249,18 +245,18 @@ def _with_new_rows(array, tokens, needed):
     return grown
 
 
-def _tell_vocabulary(model, config, rows, needed):
+def _state_vocabulary(model, config, rows, needed):
     """Everything that names the number of rows as the vocabulary: modules, their args, and the config."""
     for module in model.modules():
         for owner in (module, getattr(module, "args", None), getattr(module, "config", None)):
             if getattr(owner, "vocab_size", None) == rows:
                 owner.vocab_size = needed
-    told = False
+    stated = False
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
         if part.get("vocab_size") == rows:
             part["vocab_size"] = needed
-            told = True
-    if not told:
+            stated = True
+    if not stated:
         config["vocab_size"] = needed
 
 

@@ -117,9 +117,9 @@ class Checkpoints:
         position: Position,
         weights: dict[str, mx.array],
         optimizer: dict[str, mx.array],
-        options: dict,
-        made_of: dict,
-        versions: dict,
+        options: dict[str, Any],
+        made_of: dict[str, Any],
+        versions: dict[str, str],
     ) -> Path | None:
         """Write one, then remove what is no longer kept; the folder written, or None with ``keep`` of 0.
 
@@ -164,7 +164,7 @@ class Checkpoints:
         self.remove_others()
         return path
 
-    def remove_others(self, newer: bool = True):
+    def remove_others(self, newer: bool = True) -> None:
         """Remove what is not this run's, the newer ones too if asked for, and what a kill left unfinished."""
         if not self.folder.is_dir() or self.folder.is_symlink():
             return

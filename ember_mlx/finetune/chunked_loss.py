@@ -6,6 +6,8 @@ vocabulary and not of the tokens: so the gradient of a row of the head is one ma
 once, where slices of tokens would need a float32 table to add it up in.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -18,7 +20,9 @@ LOGITS_AT_ONCE = 2**23  # tokens times words; an array of them is 34 MB in float
 REMEDY = "train without --chunked-loss"
 
 
-def chunked_loss(model: nn.Module, logits_at_once: int = LOGITS_AT_ONCE):
+def chunked_loss(
+    model: nn.Module, logits_at_once: int = LOGITS_AT_ONCE
+) -> Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """The same loss as ``mlx_lm.tuner.trainer.default_loss``, for mlx-lm's ``train`` and ``evaluate``, in less memory.
 
     Make it when the model is ready to be trained: adapters in it, tables dequantized. The model is run once here, on

@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import load_dataset
 
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import REMEDY, TriedRows, fault_of, with_compared_prompts
 from ember_mlx.shared.errors import InputError
 
@@ -22,7 +22,7 @@ SETS = ("train", "valid", "test")
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
-def check_data_folder(args: Namespace):
+def check_data_folder(args: Options) -> None:
     """Check a local data folder, as far as that needs no tokenizer.
 
     Hub data sets (``hf_dataset`` in the YAML file, or an ``owner/name`` that is no folder) are left to mlx-lm.
@@ -47,7 +47,7 @@ def check_data_folder(args: Namespace):
             _check_rows(folder / f"{name}.jsonl", args)
 
 
-def load_data(args: Namespace, tokenizer: TokenizerWrapper) -> tuple[TriedRows, TriedRows, TriedRows]:
+def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, TriedRows, TriedRows]:
     """The train, valid and test sets; those that are not used are empty. Every row is tokenized once.
 
     Raises:
@@ -67,7 +67,7 @@ def load_data(args: Namespace, tokenizer: TokenizerWrapper) -> tuple[TriedRows, 
     return tuple(tried)
 
 
-def load_sets(args: Namespace, tokenizer: TokenizerWrapper) -> tuple:
+def load_sets(args: Options, tokenizer: TokenizerWrapper) -> tuple:
     """mlx-lm's train, valid and test sets, no row of which has been tokenized yet.
 
     Raises:
@@ -88,7 +88,7 @@ def load_sets(args: Namespace, tokenizer: TokenizerWrapper) -> tuple:
     return tuple(sets)
 
 
-def row_name(args: Namespace, name: str, index: int) -> str:
+def row_name(args: Options, name: str, index: int) -> str:
     """How errors name a row of the set ``name``: by its line, or, in a data set of the hub, by its number from 1."""
     if getattr(args, "hf_dataset", None) or not Path(args.data).exists():
         return f"--data {args.data}: {name} row {index + 1}"

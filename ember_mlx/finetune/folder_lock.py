@@ -10,6 +10,8 @@ from mlx_lm.cli_ui import rprint
 
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["FolderLock"]
+
 NAME = ".lock"
 CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of some network drives
 
@@ -26,8 +28,9 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.path = folder / NAME
         self._descriptor = None
+        self._files = {}  # descriptors by path
 
-    def take(self, make: bool):
+    def take(self, make: bool) -> None:
         """Raises InputError when another process, or another run in this one, holds it."""
         if self._descriptor is not None:
             return
@@ -65,6 +68,25 @@ class FolderLock:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
+    def hold(self, path: Path, where: str) -> None:
+        """Lock another file that the run writes, made if it is missing, for as long; where locks are unknown, nothing.
+
+        Raises:
+            InputError: when another run holds it; ``where`` names it.
+        """
+        if path.resolve() in self._files:
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise InputError(f"{where}: another run is writing to it; wait for it, or give another path") from error
+        except OSError:
+            os.close(descriptor)
+            return
+        self._files[path.resolve()] = descriptor
+
     @staticmethod
     def _holder(descriptor):
         with suppress(OSError):
@@ -75,6 +97,9 @@ class FolderLock:
         return self
 
     def __exit__(self, *error):
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

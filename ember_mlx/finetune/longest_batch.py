@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +12,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
 from ember_mlx.finetune.data import HUB_NAME, load_sets, row_name
+from ember_mlx.finetune.mlx_lm_internals import PAD_TO
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import tokenized as tokens_of
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["LongestBatch", "is_local", "longest_batch", "longest_batches"]
 
-PAD_TO = 32  # of mlx_lm.tuner.trainer.iterate_batches
 CHARACTERS = 5_000_000  # of a set that are tokenized: a few seconds
 
 
@@ -41,7 +41,7 @@ class LongestBatch:
     rows: int
 
 
-def longest_batches(args: Namespace, tokenizer: TokenizerWrapper) -> dict[str, LongestBatch]:
+def longest_batches(args: Options, tokenizer: TokenizerWrapper) -> dict[str, LongestBatch]:
     """The longest batches of the local folder ``--data`` in training: of "train", and of "valid" and "test" if used.
 
     Raises:
@@ -58,7 +58,7 @@ def longest_batches(args: Namespace, tokenizer: TokenizerWrapper) -> dict[str, L
     }
 
 
-def is_local(args: Namespace) -> bool:
+def is_local(args: Options) -> bool:
     """Whether ``--data`` is a folder here, or can be meant as nothing else."""
     named_on_hub = not Path(args.data).exists() and HUB_NAME.fullmatch(args.data)
     return not (getattr(args, "hf_dataset", None) or named_on_hub)

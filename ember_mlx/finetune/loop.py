@@ -13,11 +13,11 @@ from mlx_lm.cli_ui import TrainUI, rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ember_mlx.finetune.batches import Rows, TrainingBatches
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
+from ember_mlx.finetune.memory_limit import limited_memory
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.position import Position, numpy_random
 from ember_mlx.finetune.saving import Saving
@@ -79,9 +79,12 @@ class Training:
             watcher.before_training(self.model, self.optimizer, self.tables, rows)
         # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
         alone = mx.distributed.init().size() == 1
-        maybe_set_recommended_wired_limit()
         mx.reset_peak_memory()
-        with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():
+        with (
+            self.signals if alone else nullcontext(),
+            self.saving.telling_what_is_left(),
+            limited_memory(args.memory_limit),
+        ):
             if self.batches.step < args.iters:
                 if args.grad_checkpoint:
                     grad_checkpoint(self.model.layers[0])

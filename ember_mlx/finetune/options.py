@@ -1,46 +1,69 @@
-"""The options of ``ember-mlx train``: those of the installed ``mlx_lm.lora``, as they are, and our own."""
+"""The options of ``ember-mlx train``: those of the installed ``mlx_lm.lora``, and our own."""
 
 import argparse
 import copy
 import difflib
 import math
 import types
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
-from mlx_lm import lora
 from mlx_lm.cli_ui import rprint
-from mlx_lm.utils import _parse_size
 
+from ember_mlx.finetune.mlx_lm_internals import (
+    CONFIG_DEFAULTS,
+    actions_of,
+    build_lora_parser,
+    is_size,
+    move_to_group,
+    parse_size,
+)
+from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
+from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
 from ember_mlx.shared.ember_options import check_row_limit
 from ember_mlx.shared.errors import InputError, with_one_line_errors
 from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
-# Beside mlx_lm.lora.CONFIG_DEFAULTS, which holds the defaults of every other option.
-OWN_DEFAULTS = {
-    "train_tables": "auto",
-    "table_optimizer": "ember",
-    "table_learning_rate": 1e-4,
-    "table_lr_schedule": None,
-    "table_weight_decay": 0.0,
-    "table_beta2": None,
-    "table_beta2_decay": None,
-    "table_row_clip": None,
-    "table_row_floor": None,
-    "table_rounding": None,
-    "dequantize_tables": False,
-    "add_tokens": None,
-    "chunked_loss": False,
-    "overwrite": False,
-    "resume": None,
-    "resume_with_changes": False,
-    "keep_checkpoints": 3,
-    "on_nonfinite": "stop",
-    "clip_grad_norm": None,
-    "bias_correction": False,
-    "memory_limit": None,
-    "log_jsonl": None,
+__all__ = [
+    "Options",
+    "build_parser",
+    "check",
+    "check_lora_parameters",
+    "command_to_resume",
+    "defaults",
+    "flag",
+    "parse",
+    "parse_command",
+]
+
+SWITCH = {"action": "store_true"}
+# Our own options: each with its default, and what argparse is told. option_help.py has the texts.
+OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
+    "table_optimizer": ("ember", {"choices": ["ember", "adamw", "adafactor", "sgd"]}),
+    "table_learning_rate": (1e-4, {"type": float}),
+    "table_weight_decay": (0.0, {"type": float}),
+    "table_beta2": (None, {"type": float}),
+    "table_beta2_decay": (None, {"type": float}),
+    "table_row_clip": (None, {"type": float}),
+    "table_row_floor": (None, {"type": float}),
+    "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "dequantize_tables": (False, SWITCH),
+    "add_tokens": (None, {"type": str}),
+    "chunked_loss": (False, SWITCH),
+    "overwrite": (False, SWITCH),
+    "resume": (None, {"type": str, "nargs": "?", "const": True}),
+    "resume_with_changes": (False, SWITCH),
+    "keep_checkpoints": (3, {"type": int}),
+    "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
+    "clip_grad_norm": (None, {"type": float}),
+    "bias_correction": (False, SWITCH),
+    "memory_limit": (None, {"type": parse_size}),
+    "log_jsonl": (None, {"type": str}),
 }
+YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
 AT_LEAST = {
     "batch_size": 1,
     "iters": 1,
@@ -56,166 +79,112 @@ AT_LEAST = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """mlx_lm.lora's parser and a group of our own. Every default is None, so that a YAML file can tell "not given"."""
-    parser = lora.build_parser()
-    parser.prog = "ember-mlx train"
-    parser.description = "Fine-tune with mlx-lm (LoRA, DoRA or full) and train the token tables too, with Ember."
-    group = parser.add_argument_group("token tables")
-    group.add_argument(
-        "--train-tables",
-        choices=["auto", "embedding", "head", "none"],
-        help="Which token tables to train. Default: auto, all there are.",
+class Options(types.SimpleNamespace):
+    """The options of one run, as attributes. They are decided once: nothing can be assigned.
+
+    ``options | {"iters": 5}`` makes others, and ``vars(options)`` is the dictionary that mlx-lm and JSON take.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"options are never written to: make others, as options | {{{name!r}: ...}}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"options are never written to: {name!r} stays")
+
+    def __or__(self, changes: Mapping[str, Any]) -> "Options":
+        return Options(**(vars(self) | changes))
+
+
+def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.ArgumentParser:
+    """mlx_lm.lora's parser with our options, texts and groups. Every default is None: then YAML can tell "not given".
+
+    Args:
+        prog: The command that takes these options.
+        how: Whatever else differs from ``train``: usage, description, epilog.
+    """
+    parser = build_lora_parser()
+    parser.prog = prog
+    parser.usage = how.get("usage", USAGE)
+    parser.description = how.get(
+        "description", "Fine-tune with mlx-lm (LoRA, DoRA or full) and train the token tables too, with Ember."
     )
-    group.add_argument(
-        "--table-optimizer",
-        choices=["ember", "adamw", "adafactor", "sgd"],
-        help="Optimizer for the tables. Default: ember; the others are for comparison.",
-    )
-    group.add_argument(
-        "--table-learning-rate",
-        type=float,
-        help=f"Learning rate of the tables. Default: {OWN_DEFAULTS['table_learning_rate']}. If the YAML file has an "
-        "lr_schedule, the tables follow it with this as its peak, unless it has a table_lr_schedule too.",
-    )
-    group.add_argument("--table-weight-decay", type=float, help="Decoupled weight decay of the tables. Default: 0.")
-    group.add_argument("--table-beta2", type=float, help="Decay of the second moment, ember and adamw. Default: 0.999.")
-    group.add_argument(
-        "--table-beta2-decay",
-        type=float,
-        metavar="DECAY",
-        help="Let beta2 grow as 1 - step^-DECAY, as Adafactor's does with 0.8, up to --table-beta2. ember only.",
-    )
-    group.add_argument(
-        "--table-row-clip",
-        type=float,
-        metavar="CLIP",
-        help="Let no row of a table step by more than so many learning rates (root mean square): a token seen late "
-        "would step by up to 31. ember only. Default: no limit.",
-    )
-    group.add_argument(
-        "--table-row-floor",
-        type=float,
-        metavar="FLOOR",
-        help="Let rows whose gradients are smaller than so many times those of their whole table (root mean squares) "
-        "step in proportion to them: tokens that the data does not have are then forgotten less. Wants a higher "
-        "--table-learning-rate. ember only. Default: whole steps for all.",
-    )
-    group.add_argument(
-        "--table-rounding",
-        choices=["nearest", "stochastic"],
-        help="How 16-bit tables are rounded after a step. Stochastic, the default, keeps steps on average that are too "
-        "small for them, by chances that follow --seed; nearest takes less memory where the tables' step is the peak. "
-        "ember only.",
-    )
-    group.add_argument(
-        "--dequantize-tables",
-        action="store_true",
-        help="For a quantized model: train its tables in the dtype that they dequantize to.",
-    )
-    group.add_argument(
-        "--add-tokens",
-        metavar="FILE",
-        type=str,
-        help="Add the tokens in this file to tokenizer and tables: one a line, or a .json list of special ones. They "
-        "start at the mean of what they were split into.",
-    )
-    group.add_argument(
-        "--chunked-loss",
-        action="store_true",
-        help="The same loss without ever holding all logits: far less memory with long sequences and batches.",
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="Replace the run that --adapter-path holds. Default: refuse."
-    )
-    group = parser.add_argument_group("non-finite numbers")
-    group.add_argument(
-        "--on-nonfinite",
-        choices=["stop", "skip"],
-        help="When the loss or a gradient holds a NaN or an infinity, which never reaches the weights: end the run, or "
-        "leave the step out and count it. Default: stop.",
-    )
-    group.add_argument(
-        "--clip-grad-norm",
-        type=float,
-        help="Scale the gradients of all that trains together to at most this norm. Default: do not.",
-    )
-    group.add_argument(
-        "--bias-correction",
-        action="store_true",
-        help="Correct the bias of adam and adamw on the body, as PyTorch does: the first steps are 3 to 6.5 times "
-        "shorter. Default: off, as mlx_lm.lora has it.",
-    )
-    group.add_argument(
-        "--memory-limit",
-        type=_parse_size,
-        metavar="SIZE",
-        help="End the run when MLX needs more memory than this, such as 12GB. Default: no limit.",
-    )
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const=True,
-        type=str,
-        metavar="FOLDER",
-        help="Go on from a checkpoint as if the run had never stopped: the newest good one in --adapter-path, or this "
-        "one, or the newest good one in this adapter folder. Give the options of that run again; --iters may be more. "
-        "(--resume-adapter-file is another thing: a new run that begins with the weights of an old one.)",
-    )
-    group.add_argument(
-        "--resume-with-changes",
-        action="store_true",
-        help="Go on although options, data or model are not those of the checkpoint. Default: refuse, and name them.",
-    )
-    group.add_argument(
-        "--keep-checkpoints",
-        type=int,
-        metavar="N",
-        help=f"Keep the newest N checkpoints; 0 writes none. Default: {OWN_DEFAULTS['keep_checkpoints']}. One is "
-        "written every --save-every steps, at the end, and when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops "
-        "the run.",
-    )
-    group = parser.add_argument_group("log")
-    group.add_argument(
-        "--log-jsonl",
-        metavar="FILE",
-        type=str,
-        help="Write losses, learning rates, speed, peak memory and how far the weights move, a line of JSON for each "
-        "report; `ember-mlx plot FILE` draws it. With --resume it is appended to. Default: none.",
-    )
-    for action in parser._actions:
-        if action.type is _parse_size:
+    parser.epilog = how.get("epilog", EPILOG)
+    parser.formatter_class = _HelpFormatter
+    actions = {action.dest: action for action in actions_of(parser)}
+    for name, (_, settings) in OWN_OPTIONS.items():
+        actions[name] = parser.add_argument(flag(name), **settings)
+    values = defaults()
+    for title, options in HELP.items():
+        group = parser.add_argument_group(title)
+        for name, (metavar, text) in options.items():
+            action = actions[name]
+            action.metavar = metavar
+            action.help = _with_default(text, values[name]).replace("%", "%%")
+            move_to_group(parser, action, group)
+    for action in actions_of(parser):
+        if is_size(action):
             action.type = _size
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
-    parser.set_defaults(**dict.fromkeys(defaults()))
+    parser.set_defaults(**dict.fromkeys(values))
     return with_one_line_errors(parser)
 
 
-def parse(arguments: list[str]) -> types.SimpleNamespace:
+def parse(arguments: list[str], *, data_required: bool = False) -> Options:
     """Options from the command line, then from the YAML file of ``--config``, then the defaults.
+
+    Args:
+        arguments: The words of a command line.
+        data_required: Refuse mlx-lm's default of ``--data``, a download that nobody asked for.
 
     Raises:
         InputError: for a value that cannot be, naming the option.
     """
-    parser = build_parser()
+    return _complete(build_parser(), arguments, data_required)
+
+
+def parse_command(
+    parser: argparse.ArgumentParser, arguments: list[str], *, data_required: bool = False
+) -> tuple[argparse.Namespace, Options]:
+    """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
+
+    Args:
+        parser: That of :func:`build_parser`, to which the command has added its own.
+        arguments, data_required: As for :func:`parse`.
+
+    Raises:
+        InputError: as :func:`parse` does.
+    """
+    options = vars(_complete(parser, arguments, data_required))
+    own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
+    return (
+        argparse.Namespace(**{name: options[name] for name in own}),
+        Options(**{name: value for name, value in options.items() if name not in own}),
+    )
+
+
+def _complete(parser, arguments, data_required):
     options = vars(parser.parse_args(arguments))
     if options["config"]:
-        for key, value in _read_yaml(options["config"], parser).items():
+        for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
                 options[key] = value
+    if data_required and options["data"] is None and not options.get("hf_dataset"):
+        raise InputError(
+            f"--data is required: a folder with train.jsonl. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, must be "
+            "given by name, and needs: pip install 'mlx-lm[train]')"
+        )
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
     for key, value in defaults().items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
-    args = types.SimpleNamespace(**options)
-    check(args)
-    return args
+    complete = Options(**options)
+    check(complete)
+    return complete
 
 
-def check(args):
+def check(args: Options) -> None:
     """Refuse values out of range before anything is loaded."""
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
@@ -225,8 +194,8 @@ def check(args):
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:
         raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: is more than --iters {args.iters}, so nothing "
-            "would be learned; use at most that"
+            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
+            "would be learned; lower it"
         )
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
@@ -260,7 +229,7 @@ def _check_ember_options(args):
         check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
 
 
-def check_lora_parameters(parameters: dict):
+def check_lora_parameters(parameters: dict[str, Any]) -> None:
     """Refuse a rank, scale, dropout or keys that cannot be."""
     ranges = {
         "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
@@ -290,31 +259,43 @@ def command_to_resume(arguments: list[str], resume_words: list[str]) -> list[str
 
 
 def flag(name: str) -> str:
+    """The flag of an option: "--batch-size" of "batch_size"."""
     return "--" + name.replace("_", "-")
 
 
-def defaults() -> dict:
+def defaults() -> dict[str, Any]:
     """The defaults of all options: mlx_lm.lora's, and our own."""
     # The default of 16 layers is more than many models have: what None means is settled once the model is known.
-    return lora.CONFIG_DEFAULTS | OWN_DEFAULTS | {"num_layers": None}
+    own = {name: default for name, (default, _) in OWN_OPTIONS.items()}
+    return CONFIG_DEFAULTS | own | YAML_ONLY | {"num_layers": None}
 
 
-def _read_yaml(path, parser):
-    if not Path(path).is_file():
-        raise InputError(f"--config {path}: there is no such file")
-    try:
-        config = lora.yaml.load(Path(path).read_text(encoding="utf-8"), lora.yaml_loader)
-    except (lora.yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"--config {path}: must hold `option: value` lines, as mlx_lm.lora takes them")
-    actions = {action.dest: action for action in parser._actions}
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Texts start in one column that leaves them room, and the examples of the epilog keep their lines."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28)
+
+
+def _with_default(text, value):
+    """The help text with the default, unless it says itself what is done by default."""
+    if "Default:" in text or "Required" in text:
+        return text
+    if isinstance(value, bool):
+        return f"{text} Default: {'on' if value else 'off'}."
+    return f"{text} Default: {f'{value:g}' if isinstance(value, float) else value}."
+
+
+def _read_config(path, parser):
+    where = f"--config {path}"
+    config = read_yaml(Path(path), where)
+    actions = {action.dest: action for action in actions_of(parser)}
     for key, value in config.items():
-        near = difflib.get_close_matches(str(key), defaults(), n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key, defaults(), n=1, cutoff=0.8)
         if near and near != [key]:
-            rprint(f"Warning: --config {path}: {key} is not an option; did you mean {near[0]}?")
+            rprint(f"Warning: {where}: {key} is not an option; did you mean {near[0]}?")
         if key in actions and value is not None:
-            config[key] = _typed(f"--config {path}: {key}: {value}", value, actions[key])
+            config[key] = _typed(f"{where}: {key}: {value}", value, actions[key])
     return config
 
 
@@ -345,6 +326,6 @@ def _typed(where, value, action):
 
 def _size(text):
     try:
-        return _parse_size(text)
-    except (ArithmeticError, KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 500MB or 2GB") from None
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

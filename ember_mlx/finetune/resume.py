@@ -3,13 +3,11 @@
 import hashlib
 import json
 import platform
-from argparse import Namespace
 from dataclasses import replace
 from importlib.metadata import version
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
@@ -18,7 +16,7 @@ from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
-from ember_mlx.optimizers.guarded import fill
+from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["as_json", "checksum", "made_of", "refuse_changes", "restore", "versions"]
@@ -93,7 +91,7 @@ def versions() -> dict:
     }
 
 
-def refuse_changes(args: Namespace, checkpoint: Checkpoint, own_made_of: dict):
+def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: dict) -> None:
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
@@ -123,11 +121,11 @@ def refuse_changes(args: Namespace, checkpoint: Checkpoint, own_made_of: dict):
 
 
 def restore(
-    args: Namespace,
+    args: options.Options,
     checkpoint: Checkpoint,
     own_made_of: dict,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: GuardedOptimizer,
     batches_an_epoch: int,
 ) -> Position:
     """Put weights, optimizer state and random states back; where the data goes on.
@@ -184,8 +182,7 @@ def _iters_matter(args, iters):
     if type(iters) is not int or not 0 < iters <= MOST_ITERS:
         return True
     schedule = body_learning_rate(args)
-    before = max(iters // args.grad_accumulation_steps, 1)
-    return peak(schedule, before) != peak(schedule, updates(args))
+    return peak(schedule, updates(args, iters)) != peak(schedule, updates(args))
 
 
 def _changed_contents(own, saved):

@@ -18,6 +18,7 @@ from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writi
 from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
+from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
@@ -27,7 +28,7 @@ from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
-from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
+from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
 
@@ -65,6 +66,8 @@ def run(args, training_callback: TrainingCallback | None = None, watchers: Seque
             check_adapter_folder(args)
             if args.log_jsonl:
                 run_log_writer.check(args, _resumes_in_place(args))
+                if Path(args.log_jsonl).exists():
+                    lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
             if mx.distributed.init().rank() == 0:
                 lock.take(make=False)
         return _run(args, training_callback, lock, watchers)
@@ -77,14 +80,15 @@ def _run(args, training_callback, lock, watchers):
     trust = {"trust_remote_code": args.trust_remote_code}
     model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
     if args.train:
-        tokenizer = add_asked_tokens(args, model, tokenizer, config)
+        tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
     elif args.adapter_path != "":
         tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
     rprint("Loading datasets")
     train_set, valid_set, test_set = load_data(args, tokenizer)
     result = None
     if args.train:
-        result = train_model(args, model, train_set, valid_set, callbacks, lock, watchers)
+        choices = choose(args, shapes_of(model), added_tokens)
+        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers)
     elif args.adapter_path != "":
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
@@ -95,6 +99,7 @@ def _run(args, training_callback, lock, watchers):
 
 def train_model(
     args,
+    choices: Choices,
     model,
     train_set,
     valid_set,
@@ -103,12 +108,12 @@ def train_model(
     watchers: Sequence[Watcher] = (),
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
-    if args.fine_tune_type == "full":
-        refuse_quantized(model)
     of = made_of(model, train_set, valid_set, mx.distributed.init().size())
-    tables = _set_what_trains(args, model)
-    optimizer = build_optimizer(model, args, tables)
-    trained = what_trains(model, optimizer, tables, args)
+    _set_what_trains(args, choices, model)
+    optimizer = build_optimizer(model, args, choices)
+    trained = what_trains(model, optimizer, args, choices)
+    args = args | choices.as_options()  # what the records of the run say of it
+    tables = list(choices.tables)
     loss = choose_loss(args, model)
     print_trainable_parameters(model)
     rprint(f"\n{format_table(trained)}\n")
@@ -138,16 +143,13 @@ def train_model(
     return result
 
 
-def _set_what_trains(args, model):
-    """Make trainable what ``args`` ask for, with the weights of ``--resume-adapter-file``; returns the tables."""
-    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
-    args.token_tables = [table.path for table in tables]
+def _set_what_trains(args, choices, model):
+    """Make trainable what was chosen, with the weights of ``--resume-adapter-file``."""
     mx.random.seed(args.seed)
-    make_trainable(model, args, tables)
+    make_trainable(model, args, choices)
     if args.resume_adapter_file is not None and args.resume is None:
-        adapters.refuse_other_tokens(Path(args.resume_adapter_file), args.added_tokens)
+        adapters.refuse_other_tokens(Path(args.resume_adapter_file), choices.added_tokens)
         _load_adapter_file(model, Path(args.resume_adapter_file))
-    return tables
 
 
 def _begin(args, model, optimizer, of, rows, lock):
@@ -163,15 +165,17 @@ def _begin(args, model, optimizer, of, rows, lock):
     saving = Saving(args, model, optimizer, of, resumed)
     log = None
     if args.log_jsonl and leader:
+        safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
+        lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
         log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
     return start, saving, log
 
 
 def _losses(args, model, loss, valid_set, training):
-    """Before and after: of the validation or, without a set, of the first and the last report."""
+    """Before and after: of the validation or, without a set, of the first and the last report, if these are two."""
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
-        return first, last
+        return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
     last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches)
     return training.history.losses.get("val_loss", [last])[0], last
 
@@ -195,17 +199,17 @@ def check_adapter_folder(args):
     if not args.adapter_path:
         raise InputError("--adapter-path '': give a folder to save to")
     folder = Path(args.adapter_path)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--adapter-path {folder}: {there} is no folder that can be written to; give another path")
-    there = checkpoints.in_folder(folder)
+    parent = safe_writing.existing_parent(folder)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--adapter-path {folder}: {parent} is no folder that can be written to; give another path")
+    saved = checkpoints.in_folder(folder)
     if _resumes_in_place(args):
-        if not there:
+        if not saved:
             raise InputError(f"--resume: --adapter-path {folder}: there is no checkpoint in it; start without --resume")
-    elif (adapters.run_files(folder) or there) and not args.overwrite:
+    elif (adapters.run_files(folder) or saved) and not args.overwrite:
         raise InputError(
             f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
-            f"the first save of this one{', or --resume to go on with it' if there else ''}"
+            f"the first save of this one{', or --resume to go on with it' if saved else ''}"
         )
 
 

@@ -3,19 +3,26 @@
 import json
 import math
 import os
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ember_mlx.finetune import run_log
+from ember_mlx.finetune import adapters, run_log
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
+from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.update_ratio import UpdateRatio
 from ember_mlx.finetune.watchers import Measurement, StepResult
+from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.token_tables import TokenTable
+
+__all__ = ["RunLogWriter", "check"]
 
 __all__ = ["RunLogWriter", "check"]
 
@@ -32,36 +39,36 @@ class RunLogWriter(TrainingCallback):
         OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
     """
 
-    def __init__(self, args: Namespace, steps_done: int, goes_on: bool):
+    def __init__(self, args: Options, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
         self.steps_done = steps_done
         self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if goes_on and self.path.exists():
-            _cut_unfinished_line(self.path)
-        else:
-            self.path.unlink(missing_ok=True)
+        if self.path.exists():  # the same file, on which the run has a lock
+            os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def before_training(self, model, optimizer, tables, rows):
+    def before_training(
+        self, model: nn.Module, optimizer: GuardedOptimizer, tables: list[TokenTable], rows: Sequence[Any]
+    ) -> None:
         """The run begins."""
 
-    def before_step(self, step: int, batch) -> Measurement | None:
+    def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
         """The update is measured if the next report will tell of it."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
         due = step % accumulate == 0 and next_report < step + accumulate
         return self.update_ratio.measurement if due else None
 
-    def after_step(self, step: int, result: StepResult):
+    def after_step(self, step: int, result: StepResult) -> None:
         self.update_ratio.take(result)
 
-    def after_validation(self, step: int, loss: float):
+    def after_validation(self, step: int, loss: float) -> None:
         """It is written when mlx-lm's callbacks hear of it."""
 
-    def on_train_loss_report(self, train_info: dict[str, Any]):
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """A report of the loop."""
         ratios = self.update_ratio.ratios()
         same = ("train_loss", "learning_rate", "tokens_per_second", "trained_tokens")
@@ -75,11 +82,11 @@ class RunLogWriter(TrainingCallback):
             update_ratio_body=ratios["body"],
         )
 
-    def on_val_loss_report(self, val_info: dict[str, Any]):
-        """A validation of mlx-lm's loop."""
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """A validation of the loop."""
         self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
 
-    def end(self, steps_done: int, validation_loss: float | None):
+    def end(self, steps_done: int, validation_loss: float | None) -> None:
         """After the last step, with the loss on the batches of the first validation if there is a set."""
         self._write("end", steps_done, validation_loss=validation_loss)
 
@@ -90,12 +97,14 @@ class RunLogWriter(TrainingCallback):
             _append(self.path, "".join(self._unwritten).encode())
         except OSError as error:
             if len(self._unwritten) == 1:
-                rprint(f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when there is room")
+                rprint(
+                    f"  not logged  step {step} ({error.strerror or error}); {self.path} gets it when the disk has room"
+                )
         else:
             self._unwritten.clear()
 
 
-def check(args: Namespace, goes_on: bool):
+def check(args: Options, goes_on: bool) -> None:
     """Refuse a ``--log-jsonl`` that cannot be written, or holds what is not to be replaced; nothing is changed.
 
     Raises:
@@ -103,17 +112,19 @@ def check(args: Namespace, goes_on: bool):
     """
     path = Path(args.log_jsonl)
     where = f"--log-jsonl {path}"
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = existing_parent(path.absolute().parent)
+    if adapters.is_run_path(Path(args.adapter_path), path):
+        raise InputError(f"{where}: is a file that the run itself writes there; give another name")
     if path.exists() and not path.is_file():
         raise InputError(f"{where}: is not an ordinary file; give the name of one")
     if not above.is_dir() or not os.access(above, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise InputError(f"{where}: cannot be written there; give another path")
+        raise InputError(f"{where}: cannot be written; give another path")
     if not path.exists() or not path.stat().st_size:
         return
     try:
         run_log.read(path)
     except InputError as error:
-        raise InputError(f"{where}: is there and is no log: {error}; give another path, or remove it") from error
+        raise InputError(f"{where}: exists and is not a log: {error}; give another path, or remove it") from error
     if not goes_on and not args.overwrite:
         raise InputError(f"{where}: already holds the log of a run; give another path, or --overwrite to replace it")
 
@@ -130,8 +141,6 @@ def _append(path, data):
             raise
 
 
-def _cut_unfinished_line(path):
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+def _whole_lines(path):
+    """The bytes of a file up to its last end of line."""
+    return path.read_bytes().rfind(b"\n") + 1

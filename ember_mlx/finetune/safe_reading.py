@@ -87,7 +87,7 @@ def sha256(path: Path, where: str) -> str:
         raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
 
 
-def check_types(value: Any, expected: Any, where: str):
+def check_types(value: Any, expected: Any, where: str) -> None:
     """Refuse a value from JSON that is not built as ``expected`` says.
 
     ``expected`` is a type, a tuple of types, a list with the type of every item, or a dict with a type for each key,
@@ -109,7 +109,7 @@ def check_types(value: Any, expected: Any, where: str):
             raise InputError(f"{where} is of type {type(value).__name__}, not {words}")
 
 
-def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], where: str, remedy: str):
+def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], where: str, remedy: str) -> None:
     """Refuse arrays that are not those of ``expected``, name by name, in shape and dtype."""
     for name in sorted(arrays.keys() | expected.keys()):
         if name not in arrays or name not in expected:
@@ -122,7 +122,7 @@ def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], whe
             )
 
 
-def check_finite(arrays: dict[str, mx.array], where: str, remedy: str):
+def check_finite(arrays: dict[str, mx.array], where: str, remedy: str) -> None:
     """Refuse, by name, an array with a number that is not finite."""
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ember_mlx.optimizers.guarded import all_finite
+from ember_mlx.shared.errors import InputError
+
 __all__ = [
     "PARTIAL",
     "REMOVED",
+    "existing_parent",
     "make_folder",
     "new_folder",
+    "refuse_nonfinite",
     "remove",
     "replace_together",
     "sync_folder",
@@ -31,21 +36,33 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
     """A new safetensors file, on the disk when this returns; its size and checksum: ``{"bytes": ..., "sha256": ...}``.
 
     Raises:
+        InputError: for an array that is not finite; nothing is written.
         OSError: for whatever the disk has against it.
     """
+    refuse_nonfinite(path.name, arrays)
     with _new_file(path) as file:
         hashed = _Hashed(file)
         mx.save_safetensors(hashed, arrays, metadata or {})
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
 
 
-def write_bytes(path: Path, data: bytes):
+def refuse_nonfinite(where: str, arrays: dict[str, mx.array]) -> None:
+    """Raises InputError for the first array with a NaN or an infinity in it; they are looked at one at a time."""
+    for name, array in arrays.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
+            raise InputError(
+                f"{where}: {name} holds a NaN or an infinity, so it is not saved: a step overflowed, or it "
+                "was so from the start; lower the learning rates, or resume from an earlier checkpoint"
+            )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """A new file, on the disk when this returns."""
     with _new_file(path) as file:
         file.write(data)
 
 
-def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]):
+def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
@@ -133,7 +150,7 @@ def _finish_replacing(replaced, path, keeps):
         remove(replaced)
 
 
-def make_folder(path: Path):
+def make_folder(path: Path) -> None:
     """Make a folder and those above it that are missing, each of them to last."""
     if not path.is_dir():
         make_folder(path.parent)
@@ -141,7 +158,12 @@ def make_folder(path: Path):
         sync_folder(path.parent)
 
 
-def sync_folder(path: Path):
+def existing_parent(path: Path) -> Path:
+    """The path if something is there, or else the nearest folder above it that exists: on its disk it will lie."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
+
+
+def sync_folder(path: Path) -> None:
     """Make the names in a folder last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -150,7 +172,7 @@ def sync_folder(path: Path):
         os.close(descriptor)
 
 
-def remove(path: Path):
+def remove(path: Path) -> None:
     """Remove a folder or a link, at once for whoever looks at the names; nothing that a link leads to is touched."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from mlx_lm.cli_ui import make_console, rprint
 
 from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.resume import as_json, versions
+from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.optimizers.guarded import all_finite
 from ember_mlx.shared.errors import InputError
@@ -126,8 +127,7 @@ def refuse_full_disk(args, model, optimizer, steps_done: int):
     needed = kept * (weights + state) + adapters_to_come * weights
     folder = Path(args.adapter_path)
     there = [file for path in checkpoints.in_folder(folder) for file in path.glob("*") if not path.is_symlink()]
-    on = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(on).free + sum(file.lstat().st_size for file in there)
+    free = shutil.disk_usage(existing_parent(folder)).free + sum(file.lstat().st_size for file in there)
     if needed > free:
         raise InputError(
             f"--adapter-path {folder}: {format_bytes(free)} are free there, and this run may write "

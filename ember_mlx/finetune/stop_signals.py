@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 
+__all__ = ["SIGNALS", "Interrupted", "StopSignals"]
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

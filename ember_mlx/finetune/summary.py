@@ -1,13 +1,22 @@
-"""What a run says of itself: what trains before it, and what came of it after."""
+"""What a run reports: what trains before it, and what came of it after."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 from ember_mlx.finetune.build_optimizer import peak, updates
+from ember_mlx.finetune.choices import Choices
+from ember_mlx.finetune.mlx_lm_internals import rate_schedule
+from ember_mlx.finetune.options import Options
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
+
+__all__ = ["Result", "Trained", "format_result", "format_table", "what_trains"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run. Losses are nats a token, over the validation batches or, without a set, the training's."""
+    """What came of a run.
+
+    Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
+    the training; ``loss_before`` is None where these are one.
+    """
 
     loss_name: str
-    loss_before: float
+    loss_before: float | None
     loss_after: float
     peak_memory: int
     trained: list[Trained]
@@ -44,32 +57,32 @@ class Result:
         return sum(line.state_bytes for line in self.trained if line.table)
 
 
-def what_trains(model, optimizer, tables, args) -> list[Trained]:
+def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options, choices: Choices) -> list[Trained]:
     """A line for each token table and one for the rest."""
     parameters = dict(tree_flatten(model.trainable_parameters()))
     lines = []
-    for table in tables:
+    for table in choices.tables:
         rows, columns = table.shape
         lines.append(
             Trained(
                 table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
                 type(optimizer.tables).__name__
-                + (", stochastic rounding" if args.table_rounding == "stochastic" else ""),
-                _rate(optimizer.tables, args),
+                + (", stochastic rounding" if choices.table_rounding == "stochastic" else ""),
+                _rate(optimizer.tables, options),
                 rows * columns,
                 sum(array.nbytes for array in optimizer.tables.state[table.path].values()),
                 2 * parameters.pop(table.path).nbytes,
             )
         )
     if parameters:
-        body = optimizer.rest if tables else optimizer.optimizer
+        body = optimizer.rest if choices.tables else optimizer.optimizer
         lines.append(
             Trained(
                 None,
-                _body(args),
+                _body(options, choices),
                 type(body).__name__,
-                _rate(body, args),
+                _rate(body, options),
                 sum(parameter.size for parameter in parameters.values()),
                 sum(array.nbytes for _, array in tree_flatten(body.state) if array.ndim),
                 2 * sum(parameter.nbytes for parameter in parameters.values()),
@@ -79,45 +92,56 @@ def what_trains(model, optimizer, tables, args) -> list[Trained]:
 
 
 def format_table(lines: list[Trained]) -> str:
-    rows = [["trains", "optimizer", "learning rate", "parameters", "optimizer state", "Adam would keep"]]
-    for line in lines:
-        sizes = [f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)]
-        rows.append([line.what, line.optimizer, line.learning_rate, *sizes])
-    total = _total(lines)
-    rows.append(["in all", "", "", f"{total[0]:,}", format_bytes(total[1]), format_bytes(total[2])])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    text = ["  ".join(place(cell, width) for place, cell, width in zip(left, row, widths, strict=True)) for row in rows]
-    text.insert(1, "-" * len(text[0]))
-    return "\n".join(line.rstrip() for line in text)
+    """A table of what trains, with the total in the last row; it folds at the terminal's width."""
+    rows = [(line.what, line.optimizer, line.learning_rate, *_sizes(line)) for line in lines]
+    rows.append(("in all", "", "", *_sizes(_total(lines))))
+    header = ("trains", "optimizer", "learning rate", "parameters", "optimizer state", "Adam would keep")
+    return text_table(header, rows, right=(3, 4, 5), total=True)
 
 
 def format_result(result: Result) -> str:
-    files = "\n".join(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files)
-    same = ", on the same batches" if result.loss_name == "Validation loss" else ""
-    _, kept, adam = _total(result.trained)
-    return (
-        f"{result.loss_name} {result.loss_before:.3f} before, {result.loss_after:.3f} after, in nats a token{same}.\n"
-        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(kept)}, where Adam would keep "
-        f"{format_bytes(adam)}.\n{files}"
-    )
+    """Losses, memory and the files of a run, in lines."""
+    total = _total(result.trained)
+    lines = [
+        f"{_losses(result)}.",
+        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where "
+        f"Adam would keep {format_bytes(total.adam_bytes)}.",
+        *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
+    ]
+    return "\n".join(lines)
+
+
+def _losses(result):
+    if result.loss_before is None:
+        return f"{result.loss_name} {result.loss_after:.3f} nats a token, in the only report (no validation set)"
+    if result.loss_name == "Validation loss":
+        when, same = ("before", "after"), ", on the same batches"
+    else:
+        when, same = ("in the first report", "in the last"), ""
+    before, after = f"{result.loss_before:.3f} {when[0]}", f"{result.loss_after:.3f} {when[1]}"
+    return f"{result.loss_name} {before}, {after}, in nats a token{same}"
 
 
 def _total(lines):
-    return [sum(getattr(line, field) for line in lines) for field in ("parameters", "state_bytes", "adam_bytes")]
+    sums = [sum(getattr(line, field) for line in lines) for field in ("parameters", "state_bytes", "adam_bytes")]
+    return Trained(None, "in all", "", "", *sums)
 
 
-def _body(args):
-    layers = "layer" if args.num_layers == 1 else "layers"
-    if args.fine_tune_type == "full":
-        return f"the rest ({args.num_layers} {layers}, norms)"
-    return f"{args.fine_tune_type} in {args.num_layers} {layers}, rank {args.lora_parameters['rank']}"
+def _sizes(line):
+    return f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)
 
 
-def _rate(optimizer: optim.Optimizer, args):
-    schedule = optimizer._schedulers.get("learning_rate")
-    return f"up to {peak(schedule, updates(args)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
+def _body(options, choices):
+    layers = f"{choices.num_layers} {'layer' if choices.num_layers == 1 else 'layers'}"
+    if options.fine_tune_type == "full":
+        return f"the rest ({layers}, norms)"
+    return f"{options.fine_tune_type} in {layers}, rank {choices.lora_parameters['rank']}"
 
 
-def _dtype(dtype):
+def _rate(optimizer: optim.Optimizer, options):
+    schedule = rate_schedule(optimizer)
+    return f"up to {peak(schedule, updates(options)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
+
+
+def _dtype(dtype: mx.Dtype):
     return str(dtype).rpartition(".")[2]

@@ -6,6 +6,8 @@ import mlx.core as mx
 
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 
+__all__ = ["NAME", "UpdateRatio", "add_squares"]
+
 ELEMENTS_PER_BLOCK = 2**20  # 4 MB of float32
 NAME = "update_ratio"
 

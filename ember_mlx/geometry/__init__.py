@@ -1,1 +1,3 @@
-"""``ember-mlx geometry``: train as ``train`` does, measure the shape of the token tables' gradients, and tell of it."""
+"""``ember-mlx geometry``: train as ``train`` does, measure the token tables' gradients, and report."""
+
+__all__ = []

@@ -16,6 +16,8 @@ from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHi
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
 
+__all__ = ["TIMED_UPDATES", "Observer", "Stopwatch", "Timed", "Timer"]
+
 POINTS = 32  # of a path: enough to tell a line from a walk
 TIMED_UPDATES = 10  # that are run without measuring too, with the same batches
 
@@ -104,8 +106,8 @@ class Observer:
         free = shutil.disk_usage(self.kept.name).free
         if on_disk > 0.9 * free:
             raise InputError(
-                f"--out {self.folder}: {format_bytes(free)} are free there, and measuring keeps "
-                f"{format_bytes(on_disk)} there while it trains: make room, or give another folder"
+                f"--out {self.folder}: measuring keeps {format_bytes(on_disk)} there during the run, and only "
+                f"{format_bytes(free)} are free; make room, or give another folder"
             )
         disk = Path(self.kept.name)
         shared = vocabulary * 5 / len(tables)  # token history and classes
@@ -145,7 +147,7 @@ class Observer:
         limit = math.inf if callable(tables.beta2) else measures.cold_step(1, tables.beta2)
         return min(limit, tables.row_clip or math.inf)
 
-    def close(self):
+    def close(self) -> None:
         """Delete what was kept on disk."""
         if hasattr(self, "kept"):
             self.kept.cleanup()

@@ -9,6 +9,8 @@ from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.geometry.verdict import MATRICES
 from ember_mlx.plots.style import MARKERS, save_light_and_dark
 
+__all__ = ["draw_all"]
+
 ROW_HEIGHT, PANEL_HEIGHT, EXTRA_HEIGHT = 0.3, 0.5, 1.8  # inches
 LABELS = {"never": "never in the text", "never, columns": "never in the text, columns"}
 LEAST = 5  # values, of which quantiles say something

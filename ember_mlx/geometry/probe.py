@@ -11,6 +11,8 @@ import numpy as np
 from ember_mlx.finetune.watchers import Measurement, Update
 from ember_mlx.optimizers.paired import PairedOptimizer
 
+__all__ = ["NAME", "Probe", "TableSample"]
+
 NAME = "geometry"
 
 

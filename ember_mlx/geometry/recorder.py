@@ -1,13 +1,19 @@
 """What is kept from step to step of the readings: sums and counts whose size does not grow with the run."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ember_mlx.geometry import measures
+from ember_mlx.geometry.probe import TableSample
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.optimizers.ember import blocks
+from ember_mlx.token_tables import TokenTable
+
+__all__ = ["COLD", "GAPS", "NEW", "OUTSIDE", "GradientRows", "TableRecord", "TokenHistory", "WeightPaths", "as_float32"]
 
 COSINES = np.linspace(-1, 1, 401)
 MULTIPLES = np.geomspace(1e-3, 1e3, 241)  # of the learning rate; 40 bins to a factor of 10
@@ -25,16 +31,16 @@ LEAST_MOVES = 3  # a path of one or two moves lies on a line or nearly, wherever
 class TokenHistory:
     """When each token was last in a batch, in updates: (vocabulary,) int32, 0 for never."""
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary: int):
         self.last_seen = np.zeros(vocabulary, np.int32)
         self.pending = np.array([], np.int32)  # in the batches since the last update
 
-    def add_batch(self, batch):
+    def add_batch(self, batch: tuple[mx.array, mx.array]) -> None:
         tokens, (_, lengths) = np.array(batch[0]), np.array(batch[1]).T
         there = np.arange(tokens.shape[1]) < lengths[:, None]
         self.pending = np.union1d(self.pending, tokens[there]).astype(np.int32)
 
-    def end_update(self, update):
+    def end_update(self, update: int) -> None:
         self.last_seen[self.pending] = update
         self.pending = self.pending[:0]
 
@@ -48,22 +54,22 @@ class GradientRows:
         shape (tuple): (rows, D).
     """
 
-    def __init__(self, groups, names, shape):
+    def __init__(self, groups: np.ndarray, names: Sequence[str], shape: tuple[int, int]):
         self.groups = groups
         self.names = names
         self.before = np.zeros(shape, np.float16)
         self.cosines = [measures.Histogram(COSINES) for _ in names]
 
-    def add(self, directions):
+    def add(self, directions: np.ndarray) -> None:
         self._count(measures.cosines(directions, self.before))
         self.before[:] = directions
 
-    def add_seen(self, directions, seen):
+    def add_seen(self, directions: np.ndarray, seen: np.ndarray) -> None:
         """Only rows that were seen, each with the time that it was seen before."""
         self._count(np.where(seen, measures.cosines(directions, self.before), np.nan))
         self.before[seen] = directions[seen]
 
-    def summary(self):
+    def summary(self) -> dict[str, dict[str, float]]:
         return {name: cosines.summary() for name, cosines in zip(self.names, self.cosines, strict=True)}
 
     def _count(self, cosines):
@@ -80,20 +86,20 @@ class WeightPaths:
         weight (array): As it is at the start, (V, D).
     """
 
-    def __init__(self, file: Path, rows, weight):
+    def __init__(self, file: Path, rows: np.ndarray, weight: mx.array):
         self.file = file
         self.rows = rows
         self.columns = weight.shape[1]
         self.points = 0
         self.add(weight)
 
-    def add(self, weight):
+    def add(self, weight: mx.array) -> None:
         with open(self.file, "ab") as file:
             for first in range(0, len(self.rows), ROWS_AT_ONCE):
                 file.write(as_float32(weight[mx.array(self.rows[first : first + ROWS_AT_ONCE])]).tobytes())
         self.points += 1
 
-    def shares(self, rng):
+    def shares(self, rng: np.random.Generator) -> list[dict[str, float]]:
         """For each row ``{"share", "walk_share", "straightness", "walk_straightness", "moves"}``; NaN for too few
         moves."""
         places = np.memmap(self.file, np.float32, "r", shape=(self.points, len(self.rows), self.columns))
@@ -127,7 +133,7 @@ class TableRecord:
         folder (Path): For what is kept on disk.
     """
 
-    def __init__(self, table, sample, classes, weight, folder: Path):
+    def __init__(self, table: TokenTable, sample: TableSample, classes: np.ndarray, weight: mx.array, folder: Path):
         self.table = table
         self.sample = sample
         self.classes = classes
@@ -149,7 +155,7 @@ class TableRecord:
                 file.write(as_float32(weight[rows]).tobytes())
         self.paths = WeightPaths(folder / f"{table.path}.paths", sample.path_rows, weight)
 
-    def choose_tokens(self, history, rng):
+    def choose_tokens(self, history: TokenHistory, rng: np.random.Generator) -> np.ndarray:
         """Whose steps are measured in the step to come: half the tokens that are longest unseen, else any of the batch,
         and in a table whose every row has a gradient some that are not in the batch."""
         number, batch = self.sample.batch_tokens, rng.permutation(history.pending)
@@ -161,7 +167,7 @@ class TableRecord:
         # A batch of few tokens leaves places, which others take.
         return np.array([*chosen, *rng.integers(0, self.table.shape[0], number - len(chosen))], np.int32)
 
-    def add(self, reading, r, beta2, history, update):
+    def add(self, reading: dict[str, Any], r: mx.array, beta2: float, history: TokenHistory, update: int) -> None:
         """Take in what a step left.
 
         Args:
@@ -184,7 +190,7 @@ class TableRecord:
         self.seen_again.add_seen(directions, np.isin(self.sample.rows, history.pending))
         self._add_steps(np.array(reading["tokens"]), np.array(reading["moved"]), history, update)
 
-    def second_moment(self, r, c, rng):
+    def second_moment(self, r: mx.array, c: mx.array, rng: np.random.Generator) -> dict[str, Any]:
         """The log errors of the factored second moment, by frequency class: of the sampled rows in all columns, of the
         sampled columns in their rows, and what noise alone would make of it."""
         r, c, sample = np.array(r, np.float64), np.array(c, np.float64), self.sample
@@ -201,7 +207,7 @@ class TableRecord:
             for kind, name in enumerate(CLASSES)
         }
 
-    def rows_moved(self, weight):
+    def rows_moved(self, weight: mx.array) -> tuple[np.ndarray, np.ndarray]:
         """How far each row is from where it was at the start, and how large it was there: root mean squares over the
         row, both (V,) float32."""
         start = np.memmap(self.start, np.float32, "r", shape=self.table.shape)
@@ -210,12 +216,12 @@ class TableRecord:
         return np.concatenate(moved), np.concatenate(sizes)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         arrays = (self.dense_rows, self.dense_block, self.successive.before, self.seen_again.before)
         squares = (self.row_squares.sum, self.block_squares.sum)
         return sum(array.nbytes for array in arrays) + 2 * sum(array.nbytes for array in squares) + self.block_r.nbytes
 
-    def share_of_steps_above(self, multiple):
+    def share_of_steps_above(self, multiple: float) -> float:
         """Of the steps of all tokens in all batches, the share of those that moved the row by more learning rates.
 
         The tokens that are measured are no fair sample, since those long unseen are preferred; within one gap they are.
@@ -264,6 +270,6 @@ def _errors(errors, dense, squares, of_class, rng):
     }
 
 
-def as_float32(array):
+def as_float32(array: mx.array) -> np.ndarray:
     """An mx.array of any floating dtype, for NumPy."""
     return np.array(array.astype(mx.float32))

@@ -4,24 +4,31 @@ import math
 
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
+from ember_mlx.finetune.build_optimizer import peak, table_learning_rate, updates
+from ember_mlx.finetune.summary import Result
 from ember_mlx.geometry import measures, verdict
+from ember_mlx.geometry.observer import Observer
 from ember_mlx.geometry.recorder import COLD
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.shared.environment import environment
 
-ROWS_TOLD = 12
+__all__ = ["build", "to_text"]
+
+ROWS_LISTED = 12
 
 
-def build(observer, result, timed, tokenizer, command: str) -> dict:
+def build(
+    observer: Observer, result: Result, timed: tuple[np.ndarray, int], tokenizer: TokenizerWrapper, command: str
+) -> dict:
     """Everything that was measured, and the verdict.
 
     Args:
         observer (Observer): Of a run that is over.
-        result (Result): What came of it.
-        timed (tuple): Of the same run's first updates without measuring, the seconds a position of each, and the peak
-            memory in bytes.
+        result (Result): Its result.
+        timed (tuple): The same run's first updates without measuring: seconds a position of each, and the peak memory
+            in bytes.
         tokenizer: Has ``decode``.
         command (str): What the user typed.
     """
@@ -55,7 +62,7 @@ def build(observer, result, timed, tokenizer, command: str) -> dict:
     return _as_json(numbers | {"verdict": verdict.judge(numbers)})
 
 
-def in_words(found: dict) -> str:
+def to_text(found: dict) -> str:
     """The verdict for the terminal."""
     judged = found["verdict"]
     lines = [judged["words"], ""]
@@ -66,7 +73,7 @@ def in_words(found: dict) -> str:
 def _learning_rate(args):
     """The tables'; of a schedule, its peak."""
     rate = table_learning_rate(args)
-    return peak(rate, args.iters) if callable(rate) else rate
+    return peak(rate, updates(args)) if callable(rate) else rate
 
 
 def _tokens(observer):
@@ -87,7 +94,7 @@ def _table(record, observer, tokenizer, rng):
     state = observer.optimizer.tables.state[table.path]
     rate = _learning_rate(observer.args)
     rows_moved, row_sizes = record.rows_moved(dict(tree_flatten(observer.model.trainable_parameters()))[table.path])
-    most = np.argsort(-rows_moved)[:ROWS_TOLD]
+    most = np.argsort(-rows_moved)[:ROWS_LISTED]
     classes = observer.classes[: len(rows_moved)]
 
     def describe(token):
@@ -192,7 +199,7 @@ def _cost(observer, timed):
 
 
 def _as_json(value):
-    """NaN has no place in JSON: it is what was not there to be measured."""
+    """JSON has no NaN; it stands for what could not be measured, and becomes null."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

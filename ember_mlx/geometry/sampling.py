@@ -1,8 +1,21 @@
 """Which rows, columns and tokens are measured, and how many the memory allows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+__all__ = [
+    "CLASSES",
+    "MEMORY_SHARE",
+    "Sizes",
+    "choose_hidden",
+    "choose_tokens",
+    "count_tokens",
+    "frequency_classes",
+    "sizes",
+]
 
 MEMORY_SHARE = 0.05  # of the table's bytes: what measuring may take
 CLASSES = ("frequent", "middle", "rare", "never")
@@ -14,7 +27,7 @@ PATH_ROWS = 48  # they lie on disk, so the memory does not limit them
 HIDDEN_MATRICES = 6  # among which the hidden rows are spread, from the first layer to the last
 
 
-def count_tokens(rows, vocabulary, max_seq_length):
+def count_tokens(rows: Sequence[Any], vocabulary: int, max_seq_length: int) -> np.ndarray:
     """How often each token stands in the training set, (vocabulary,) int64.
 
     Args:
@@ -27,7 +40,7 @@ def count_tokens(rows, vocabulary, max_seq_length):
     return counts
 
 
-def frequency_classes(counts):
+def frequency_classes(counts: np.ndarray) -> np.ndarray:
     """The class of each token, an index into CLASSES, uint8: by the share of the text that it and all more frequent
     ones make up."""
     order = np.argsort(-counts, kind="stable")
@@ -39,7 +52,9 @@ def frequency_classes(counts):
     return classes
 
 
-def choose_tokens(classes, counts, number, with_never, rng):
+def choose_tokens(
+    classes: np.ndarray, counts: np.ndarray, number: int, with_never: bool, rng: np.random.Generator
+) -> np.ndarray:
     """About the same number of tokens from each class; within one rather the frequent ones, which are seen more often.
 
     Args:
@@ -69,7 +84,7 @@ class Sizes:
     hidden_rows: int
 
 
-def sizes(shape, table_bytes, shared_bytes):
+def sizes(shape: tuple[int, int], table_bytes: int, shared_bytes: int) -> Sizes:
     """As much as MEMORY_SHARE of the table allows, but never less than what makes a report at all.
 
     A row of D columns takes 12 D bytes for its gradient, its dense moment and two directions, and 12 D more of scratch
@@ -88,7 +103,7 @@ def sizes(shape, table_bytes, shared_bytes):
     return Sizes(number, number, entries, hidden)
 
 
-def choose_hidden(shapes, number, rng):
+def choose_hidden(shapes: dict[str, tuple[int, int]], number: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Rows of some matrices, spread evenly from the first to the last.
 
     Args:

@@ -1,15 +1,32 @@
-"""What the numbers say of the paper's three claims and of the steps, and whether Ember suits. Every bound has a reason,
-and yet they were set with three runs in view, those of README.md here: none of them has been tried on a run that fails.
+"""The verdict: what the numbers say of the paper's three claims and of the steps, and whether Ember suits.
+
+Every bound has a reason. They were set with three runs in view, those of README.md here; no run that fails has tried
+them.
 
 The claims are of "Token Geometry" (arXiv 2607.01455): the second moment of a token table is of rank one, successive
-gradients of a row are uncorrelated, and a token's path has one dimension. Ember rests on the first two. The third tells
-why so little state is enough; Ember does not need it.
+gradients of a row are uncorrelated, and a token's path has one dimension. Ember rests on the first two. The third
+explains why so little state is enough; Ember does not need it.
 """
 
 import math
+from typing import Any
 
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.shared.units import format_bytes
+
+__all__ = [
+    "MATRICES",
+    "NO",
+    "PARTLY",
+    "UNKNOWN",
+    "YES",
+    "judge",
+    "rank_one",
+    "rays",
+    "step_factor",
+    "steps",
+    "uncorrelated",
+]
 
 # A typical step within a factor 2 of the dense one's is within one point of the usual grid of learning rates, 1, 3, 10;
 # at 4 it is beyond the next one.
@@ -17,8 +34,8 @@ RANK_ONE_FACTOR, ROUGHLY_RANK_ONE_FACTOR = 2.0, 4.0
 # A dense moment of fewer squares than this is itself off by more than a factor 2 either way, most of the time.
 LEAST_SQUARES = 4
 LEAST_COSINES = 30  # of fewer, the median is itself chance
-# A cosine of 0.3 means that the last gradient tells 9 % of the next one's energy: nine tenths are new, which a first
-# moment cannot foretell. At 0.6 it tells a third.
+# A cosine of 0.3 means that the last gradient explains 9 % of the next one's energy: nine tenths are new, which a first
+# moment cannot predict. At 0.6 it explains a third.
 UNCORRELATED, PARTLY_CORRELATED = 0.3, 0.6
 # A ray leaves a tenth beside it, and at most half of what a random walk of the same moves leaves: that one alone has
 # about 0.8 on one line.
@@ -51,30 +68,29 @@ def judge(numbers: dict) -> dict:
         f"{format_bytes(numbers['run']['peak_memory'])}."
     )
     if UNKNOWN in (rank, correlation):
-        suits, words = UNKNOWN, "Whether Ember suits cannot be told from this run: see what is missing below."
+        suits, words = UNKNOWN, "This run cannot tell whether Ember suits: see below what is missing."
     elif rank == NO:
         suits = NO
         words = f"Ember does not suit this run: the second moment of a table is not of rank one here. {price} {COMPARE}"
     elif rank == PARTLY or NO in (correlation, step):
         reasons = {
             "its second moment is only roughly that of a dense one": rank == PARTLY,
-            "the gradients of a token are alike each time, where the paper goes without a first moment because they "
-            "are not": correlation == NO,
+            "the gradients of a token are alike each time, and Ember has no first moment to use it": correlation == NO,
             "some steps are far larger than the learning rate": step == NO,
         }
         why = ", and ".join(reason for reason, holds in reasons.items() if holds)
         suits, words = PARTLY, f"Ember may suit this run, but {why}. {price} {COMPARE}"
     else:
-        limits = " How large the steps of rare tokens get, it was too short to tell." if step == UNKNOWN else ""
+        limits = " The run was too short to tell how large the steps of rare tokens get." if step == UNKNOWN else ""
         words = (
-            "Ember suits this run, as far as gradients tell: their second moment is close to rank one, and from one "
-            f"sighting of a token to the next they are not very alike.{limits} {price} {COMPARE}"
+            "Ember suits this run, as far as gradients tell. Their second moment is close to rank one, and a token's "
+            f"gradients are not very alike from one sighting to the next.{limits} {price} {COMPARE}"
         )
         suits = YES
     return {"suits": suits, "words": words, "findings": findings}
 
 
-def rank_one(tables):
+def rank_one(tables: list[dict[str, Any]]) -> dict[str, str]:
     """By how much a typical step differs from the dense moment's, beyond that one's noise, in the worst class."""
     claim, factors, unknown = "The second moment is of rank one", [], []
     for table in tables:
@@ -86,23 +102,23 @@ def rank_one(tables):
                 unknown.append(f"the {TOKENS[name]} of {table['path']}")
     if not factors:
         words = (
-            f"No sampled row that the text has was seen with {LEAST_SQUARES} gradients of like size, so the dense "
-            "moment is noise: train longer."
+            f"No sampled row of the text has {LEAST_SQUARES} gradients of like size, so the dense moment is noise: "
+            "train longer."
         )
         return {"claim": claim, "answer": UNKNOWN, "words": words}
     factor, path, name, found = max(factors, key=lambda one: one[0])
     words = (
-        f"Beyond the noise of the dense moment, a typical step is within a factor {factor:.2f} of the one that a dense "
-        f"second moment would make; that is the worst class of rows, the {TOKENS[name]} of {path} (log error, 10 % to "
-        f"90 %: {found['p10']:+.2f} to {found['p90']:+.2f}; noise alone {found['noise']['p10']:+.2f} to "
-        f"{found['noise']['p90']:+.2f}). Up to {RANK_ONE_FACTOR:g} counts as rank one."
+        f"A typical step is within a factor {factor:.2f} of that of a dense second moment, beyond that one's noise. "
+        f"The worst class of rows: the {TOKENS[name]} of {path}. Their log error is {found['p10']:+.2f} to "
+        f"{found['p90']:+.2f} (10 % to 90 %); noise alone makes {found['noise']['p10']:+.2f} to "
+        f"{found['noise']['p90']:+.2f}. Up to {RANK_ONE_FACTOR:g} counts as rank one."
     )
     if unknown:
-        words += f" Not judged, for want of gradients: {', '.join(unknown)}."
+        words += f" Not judged, too few gradients: {', '.join(unknown)}."
     return {"claim": claim, "answer": _answer(factor, RANK_ONE_FACTOR, ROUGHLY_RANK_ONE_FACTOR), "words": words}
 
 
-def step_factor(found):
+def step_factor(found: dict[str, Any]) -> float | None:
     """The factor between the two steps that a typical log error makes, noise taken off; None if there is too little.
 
     Spread and median of the error, e, add up as squares; a step goes with exp(-e / 2).
@@ -115,7 +131,7 @@ def step_factor(found):
     return math.exp(math.sqrt(beyond) / 2)
 
 
-def uncorrelated(tables, hidden):
+def uncorrelated(tables: list[dict[str, Any]], hidden: dict[str, Any]) -> dict[str, str]:
     """The median cosines of successive gradients: from one sighting of a token to the next, and from step to step.
 
     In an embedding the two are the same. In a head and in a tied table the steps in which a token is not in the batch
@@ -139,8 +155,8 @@ def uncorrelated(tables, hidden):
     furthest_step = max((median for median, _ in steps_), key=abs, default=furthest)
     beside, matrices = hidden["successive_gradients"], MATRICES[hidden["kind"]]
     words = (
-        "Median cosine of the gradient with that of the last time the token was in a batch, by class of tokens: "
-        f"{_ranges(sightings)}; with that of the last step: {_ranges(steps_) or 'too few'}. Chance alone makes "
+        "Median cosine of a token's gradient with that of its last sighting, by class of tokens: "
+        f"{_ranges(sightings)}. With that of the last step: {_ranges(steps_) or 'too few'}. Chance alone makes "
         f"±{max(table['random_cosine'] for table in tables):.2f}. "
         + (f"Rows of {matrices}, from step to step: {beside['median']:+.2f}. " if beside["count"] else "")
         + f"Up to {UNCORRELATED:g} counts as uncorrelated."
@@ -148,7 +164,7 @@ def uncorrelated(tables, hidden):
     if abs(furthest) <= UNCORRELATED < furthest_step:
         words += " Steps in which the token is not in the batch are alike, hence partly: that is drift of the rows."
     if furthest < -UNCORRELATED:
-        words += " Below 0, steps take back what the last ones did: lower the table learning rate."
+        words += " Below 0, each step undoes part of the last one: lower the table learning rate."
     answer = _answer(abs(furthest), UNCORRELATED, PARTLY_CORRELATED)
     if answer == YES and abs(furthest_step) > UNCORRELATED:
         answer = PARTLY
@@ -161,24 +177,24 @@ def _ranges(medians):
     return "; ".join(f"{min(found):+.2f} to {max(found):+.2f} ({path})" for path, found in ranges.items())
 
 
-def rays(tables, hidden):
+def rays(tables: list[dict[str, Any]], hidden: dict[str, Any]) -> dict[str, str]:
     """What share of the moves lies on one line, against a random walk of the same moves."""
-    claim, told = "A token's path has one dimension", []
+    claim, medians = "A token's path has one dimension", []
     for table in tables:
         for name in CLASSES:
             found = table["paths"][name]
             if found["share"]["count"]:
-                told.append((found["share"]["median"], found["walk_share"]["median"], name, table["path"]))
-    if not told:
-        words = "No row that was followed moved three times: train longer."
+                medians.append((found["share"]["median"], found["walk_share"]["median"], name, table["path"]))
+    if not medians:
+        words = "No followed row moved three times: train longer."
         return {"claim": claim, "answer": UNKNOWN, "words": words}
-    holds = [share >= RAY_SHARE and 1 - share <= RAY_AGAINST_WALK * (1 - walk) for share, walk, _, _ in told]
-    share, walk, name, path = min(told)
-    high = max(told)
+    holds = [share >= RAY_SHARE and 1 - share <= RAY_AGAINST_WALK * (1 - walk) for share, walk, _, _ in medians]
+    share, walk, name, path = min(medians)
+    high = max(medians)
     beside = hidden["paths"]["share"]
     words = (
-        f"One line holds {share:.0%} of the path (median of the {TOKENS[name]}, {path}), where a random walk with the "
-        f"same moves has {walk:.0%}; at best {high[0]:.0%} (the {TOKENS[high[2]]}, {high[3]}; random walk "
+        f"One line holds {share:.0%} of the path (median of the {TOKENS[name]}, {path}). A random walk with the same "
+        f"moves has {walk:.0%}. At best it holds {high[0]:.0%} (the {TOKENS[high[2]]}, {high[3]}; random walk "
         f"{high[1]:.0%}). "
         + (f"Rows of {MATRICES[hidden['kind']]}: {beside['median']:.0%}. " if beside["count"] else "")
         + f"A ray has {RAY_SHARE:.0%} or more, and leaves half of what the walk leaves. Ember does not need this."
@@ -186,7 +202,7 @@ def rays(tables, hidden):
     return {"claim": claim, "answer": YES if all(holds) else PARTLY if any(holds) else NO, "words": words}
 
 
-def steps(tables, run):
+def steps(tables: list[dict[str, Any]], run: dict[str, Any]) -> dict[str, str]:
     """How many steps are far larger than the learning rate, and whether the run was long enough to make any."""
     worst = max(tables, key=lambda table: table["steps_above_cold"]["share"])
     cold, size = worst["steps_above_cold"], worst["largest_steps"]
@@ -201,8 +217,8 @@ def steps(tables, run):
     if answer == YES and run["step_limit"] > cold["learning_rates"] and could < LEAST_COLD_UPDATES * run["updates"]:
         answer = UNKNOWN
         words += (
-            f" But {run['updates'] - could} of the {run['updates']} updates came too early for such steps to be "
-            "common: they grow about as the square root of the updates that a token was not seen. Train longer."
+            f" But {run['updates'] - could} of the {run['updates']} updates came too early for such steps. A step "
+            "grows about as the square root of the updates since its token was last seen. Train longer."
         )
     return {"claim": "Few steps are far larger than the learning rate", "answer": answer, "words": words}
 

@@ -4,16 +4,20 @@ import os
 import platform
 import warnings
 from functools import cache
+from types import ModuleType
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["DTYPES", "VARIABLE", "fault", "usable"]
 
 VARIABLE = "EMBER_MLX_KERNELS"
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 
-def usable(kernel, *dtypes):
+def usable(kernel: ModuleType, *dtypes: mx.Dtype) -> bool:
     """Whether a kernel can take arrays of those dtypes, on MLX's default device.
 
     The first call on a GPU tries it, once a process for each combination. ``EMBER_MLX_KERNELS=off`` in the environment
@@ -35,8 +39,14 @@ def usable(kernel, *dtypes):
     return fault(kernel, *dtypes) is None
 
 
+def try_all(kernel, parameters):
+    """Try a kernel of one dtype for each of the parameters' now: a first step may be one that MLX traces."""
+    for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
+        usable(kernel, dtype)
+
+
 @cache
-def fault(kernel, *dtypes):
+def fault(kernel: ModuleType, *dtypes: mx.Dtype) -> str | None:
     """What is wrong with a kernel on this machine, or None. Found once a process, and then warned about."""
     try:
         found = kernel.differences(*dtypes)
@@ -45,9 +55,9 @@ def fault(kernel, *dtypes):
     if found:
         machine = f"{mx.device_info().get('device_name')}, {platform.platform()}, MLX {mx.__version__}"
         warnings.warn(
-            f"ember_mlx: the kernel {kernel.TEXT.name} does not work on this machine ({machine}). {found}. Ember goes "
-            "on with plain operations: the results are the same, the scratch memory is several tables. Please report "
-            f"this message to the authors of ember-mlx; {VARIABLE}=off silences it",
+            f"ember_mlx: the kernel {kernel.TEXT.name} does not work on this machine ({machine}). {found}. Ember "
+            "falls back to plain operations: the results are the same, the scratch memory is several tables. Please "
+            f"report this message to the authors of ember-mlx; {VARIABLE}=off silences it",
             RuntimeWarning,
             stacklevel=2,
         )

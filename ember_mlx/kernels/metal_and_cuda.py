@@ -5,12 +5,13 @@ there: `const device T* g`, or `constant` for fewer than 8 elements, `g_shape`, 
 and Metal's attributes. A header turns these words into CUDA's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
-__all__ = ["BYTES_AT_ONCE", "MOST_THREADS", "SIMDGROUP", "Text", "kernel"]
+__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel"]
 
 MOST_THREADS = 256  # of a threadgroup
 SIMDGROUP = 32  # threads, on every GPU that MLX runs on
@@ -103,13 +104,13 @@ class Text:
     source: str
     functions: str = ""
 
-    def header(self, backend):
+    def header(self, backend: str) -> str:
         """What stands before the body for ``"metal"`` or ``"cuda"``."""
         return {"metal": METAL, "cuda": CUDA}[backend] + BOTH + self.functions
 
 
 @cache
-def kernel(text, backend=None):
+def kernel(text: Text, backend: str | None = None) -> Callable:
     """MLX's callable of ``text``; nothing is compiled yet. It copies no input, however it lies in memory."""
     backend = backend or ("metal" if mx.metal.is_available() else "cuda")
     return {"metal": mx.fast.metal_kernel, "cuda": mx.fast.cuda_kernel}[backend](

@@ -22,7 +22,7 @@ from ember_mlx.kernels.stochastic_rounding import (
     table_seed,
 )
 
-__all__ = ["differences", "update_table"]
+__all__ = ["COLUMNS", "TEXT", "TILE_BYTES", "differences", "launch", "update_table"]
 
 COLUMNS = 128  # of a tile
 TILE_BYTES = 128  # of a tile's column: what lies side by side in a transposed gradient
@@ -98,7 +98,7 @@ SOURCE = """
     }
 """
 
-# As in optimizers/stochastic_rounding.py, number by number.
+# As in stochastic_rounding.py, number by number.
 FUNCTIONS = """
 FUNCTION uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -115,7 +115,9 @@ FUNCTION float round_stochastically(float value, uint32_t random) {
         const float scaled = value / apart, lower = floor(scaled);
         return (lower + (scaled - lower > (random >> 8) * apart ? 1.0f : 0.0f)) * apart;
     }
-    return float_of(((bits + (random >> (32 - DROPPED))) >> DROPPED) << DROPPED);
+    constexpr uint32_t largest = DROPPED == 13 ? 0x477fe000u : 0x7f7f0000u;  // what is finite stays finite
+    const uint32_t rounded = ((magnitude + (random >> (32 - DROPPED))) >> DROPPED) << DROPPED;
+    return float_of((bits & 0x80000000u) | (rounded < largest ? rounded : largest));
 }
 
 template <int DROPPED>
@@ -133,7 +135,16 @@ TEXT = Text(
 )
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys):
+def update_table(
+    w: mx.array,  # (V, D)
+    g: mx.array,  # (V, D)
+    a: mx.array,  # (V,) float32
+    b: mx.array,  # (D,) float32
+    learning_rate: float | mx.array,
+    eps: float,
+    weight_decay: float | mx.array,
+    keys: tuple[mx.array, mx.array],  # (V,) and (D,) uint32
+) -> mx.array:
     """As ``update_table`` of ``ember_mlx.optimizers.ember``, for tables (V, D) on the GPU, however they lie in memory.
 
     Args:
@@ -146,7 +157,7 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys):
     return new_w
 
 
-def launch(w, g):
+def launch(w: mx.array, g: mx.array) -> dict:
     """What the kernel is called with for ``w`` and ``g``: its constants, the size of its grid, and its output."""
     vector = BYTES_AT_ONCE // max(w.itemsize, g.itemsize)
     rows = TILE_BYTES // g.itemsize
@@ -169,7 +180,7 @@ def launch(w, g):
     }
 
 
-def differences(w_dtype, g_dtype):
+def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
     """Where the kernel differs from plain operations on awkward tables of those dtypes, in words, or None.
 
     By factors that are powers of two and a learning rate of 1 the value to be rounded is one difference, so every bit

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-__all__ = ["differences", "mean_squares"]
+__all__ = ["ROWS", "TEXT", "differences", "launch", "mean_squares"]
 
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
 
@@ -81,7 +81,7 @@ SOURCE = """
 TEXT = Text(name="ember_statistics", inputs=("g",), outputs=("row_means", "column_sums"), source=SOURCE)
 
 
-def mean_squares(g):
+def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32.
 
     Args:
@@ -92,11 +92,14 @@ def mean_squares(g):
     return row_means, column_sums.sum(axis=0) / g.shape[0]
 
 
-def launch(g):
+def launch(g: mx.array) -> dict:
     """What the kernel is called with for ``g``: its constants, the size of its grid, and its outputs."""
     rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
-    threads = min(MOST_THREADS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
+    # As many threads as leave the last of their walks along the columns as full as the others.
+    simdgroups = -(-columns // (SIMDGROUP * vector))
+    walks = -(-simdgroups * SIMDGROUP // MOST_THREADS)
+    threads = -(-simdgroups // walks) * SIMDGROUP
     groups = -(-rows // ROWS)
     constants = {
         "T": g.dtype,  # not in the text, but MLX's CUDA backend keeps compiled kernels by their name and these alone
@@ -114,7 +117,7 @@ def launch(g):
     }
 
 
-def differences(dtype):
+def differences(dtype: mx.Dtype) -> str | None:
     """Where the kernel differs from plain operations on an awkward table of that dtype, in words, or None.
 
     The table has more than one threadgroup of rows, more columns than its threads take at once, and odd sizes: rows

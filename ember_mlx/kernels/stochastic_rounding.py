@@ -10,42 +10,44 @@ same 16 bits for the same float32 value.
 
 import mlx.core as mx
 
-__all__ = ["bit_keys", "mix", "random_bits", "round_stochastically", "table_seed"]
+__all__ = ["DROPPED_BITS", "bit_keys", "mix", "random_bits", "round_stochastically", "table_seed"]
 
 DROPPED_BITS = {mx.bfloat16: 16, mx.float16: 13}  # of the fraction of a float32; these dtypes can be rounded to
+LARGEST = {mx.bfloat16: (2 - 2**-7) * 2.0**127, mx.float16: 65504.0}
 SMALLEST_NORMAL_HALF = 2.0**-14  # float16 below it: all numbers are 2^-24 apart
 
 
-def mix(x):
+def mix(x: mx.array) -> mx.array:
     """A 32-bit hash of each uint32, one to one: lowbias32 of Chris Wellons (nullprogram.com/blog/2018/07/31/)."""
     x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
     x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
     return x ^ (x >> 16)
 
 
-def table_seed(seed, number):
+def table_seed(seed: int, number: int) -> mx.array:
     """The seed, a uint32 array, of an optimizer's table of that number, from 0: no two tables use the same bits."""
     return mix(mx.array(seed, mx.uint32) ^ mix(mx.array(number + 1, mx.uint32)))
 
 
-def bit_keys(seed, t, rows, columns):
+def bit_keys(seed: mx.array, t: mx.array, rows: int, columns: int) -> tuple[mx.array, mx.array]:
     """What :func:`random_bits` takes for step ``t``: uint32 of the rows, (V,), and of the columns, (D,)."""
     step_key = mix(seed ^ mix(t.astype(mx.uint32)))
     return mix(step_key ^ mx.arange(rows, dtype=mx.uint32)), mix(mx.arange(columns, dtype=mx.uint32))
 
 
-def random_bits(row_keys, column_keys):
+def random_bits(row_keys: mx.array, column_keys: mx.array) -> mx.array:
     """A uint32 for each element, (V, D). Rows and columns are hashed apart: a table may have over 2^32 elements."""
     return mix(row_keys[:, None] ^ column_keys)
 
 
-def round_stochastically(values, random, dtype):
+def round_stochastically(values: mx.array, random: mx.array, dtype: mx.Dtype) -> mx.array:
     """float32 ``values`` in bfloat16 or float16, each to one of its two neighbours there, by ``random`` of its shape.
 
-    Infinity and NaN stay what they are. Beyond the largest number the upper neighbour is infinity, as it is to nearest.
+    Infinity and NaN stay what they are. What is finite stays finite: beyond the largest number of ``dtype`` it is that.
     """
     dropped = DROPPED_BITS[dtype]
-    bits = values.view(mx.uint32) + (random >> (32 - dropped))  # carries into the bits that are kept, and the exponent
+    bits = mx.clip(values, -LARGEST[dtype], LARGEST[dtype]).view(mx.uint32)
+    bits = bits + (random >> (32 - dropped))  # carries into the bits that are kept, and the exponent
     rounded = ((bits >> dropped) << dropped).view(mx.float32)
     if dtype == mx.float16:
         scaled = values * 2.0**24

@@ -1,4 +1,4 @@
-"""What ``Ember`` asks of options, parameters and loaded state: else InputError, before anything is computed."""
+"""What the optimizers ask of options, parameters and loaded state: else InputError, before anything is computed."""
 
 from functools import partial
 
@@ -12,16 +12,16 @@ from ember_mlx.shared.errors import InputError
 __all__ = ["as_number", "check_number", "check_parameters", "check_state", "warning_of"]
 
 
-def check_number(name, value, least, below, in_words):
+def check_number(name, value, least, below, in_words, optimizer="Ember"):
     try:
         allowed = least <= value < below
     except TypeError:
         allowed = False
     if not allowed:
-        raise InputError(f"Ember({name}={value!r}): must be {in_words}")
+        raise InputError(f"{optimizer}({name}={value!r}): must be {in_words}")
 
 
-def as_number(option, value, count=1, step=None):
+def as_number(option, value, count=1, step=None, optimizer="Ember"):
     """What the schedule of an option gave, as float32 whatever its type: another type would be compiled anew.
 
     A schedule that was asked for an array of ``count`` steps may give as many numbers.
@@ -29,9 +29,9 @@ def as_number(option, value, count=1, step=None):
     try:
         number = mx.array(value, mx.float32)
     except (TypeError, ValueError):
-        raise not_one_number(option, value, step) from None
+        raise not_one_number(option, value, step, optimizer) from None
     if number.size not in (1, count):
-        raise not_one_number(option, value, step)
+        raise not_one_number(option, value, step, optimizer)
     return number.reshape(()) if number.size == 1 else number
 
 

@@ -15,6 +15,7 @@ It is Adafactor's factored second moment with Adam's constant beta2 and bias cor
 
 import itertools
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
@@ -29,9 +30,19 @@ from ember_mlx.kernels.stochastic_rounding import (
     table_seed,
 )
 from ember_mlx.optimizers.checks import as_number, check_number, check_parameters, check_state, warning_of
-from ember_mlx.shared.ember_options import STEPS_TO_LOOK_AT, check_beta2_schedule, check_rounding, check_row_limit, warn
+from ember_mlx.shared.ember_options import (
+    BETA2_RANGE,
+    STEPS_TO_LOOK_AT,
+    check_beta2_schedule,
+    check_rounding,
+    check_row_limit,
+    warn,
+)
 
 __all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
+
+Real = float | mx.array
+Keys = tuple[mx.array, mx.array] | None
 
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
@@ -40,22 +51,29 @@ SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
 def ember_step(
-    w, g, r, c, t, learning_rate, beta2, eps, weight_decay, q=None, row_clip=None, row_floor=None, seed=None
-):  # fmt: skip
+    w: mx.array,  # (V, D), the table
+    g: mx.array,  # (V, D), its gradient
+    r: mx.array,  # (V,) float32, second moment of the rows
+    c: mx.array,  # (D,) float32, second moment of the columns
+    t: mx.array,  # (), the number of this step, from 1
+    *,
+    learning_rate: Real,
+    beta2: Real,
+    eps: float,
+    weight_decay: Real,
+    q: mx.array | None = None,  # (), the bias correction
+    row_clip: float | None = None,
+    row_floor: float | None = None,
+    seed: mx.array | None = None,  # (), uint32
+) -> tuple[mx.array, mx.array, mx.array]:
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
-        w (array): The table, (V, D).
-        g (array): Its gradient, (V, D).
-        r (array): Second moment of the rows, (V,) float32.
-        c (array): Second moment of the columns, (D,) float32.
-        t (array): The number of this step, from 1.
-        learning_rate, weight_decay (array or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
-        beta2, eps (float): :math:`\\beta_2` and :math:`\\epsilon`. On a schedule, ``beta2`` is an array.
-        q (array, optional): The bias correction, where :math:`\\beta_2` is on a schedule.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square.
-        row_floor (float, optional): How large a row's gradients must be, over the table's, for whole steps.
-        seed (array, optional): For stochastic rounding, the table's own, uint32. Without it: to nearest.
+        learning_rate, weight_decay: :math:`\\eta` and the decoupled :math:`\\lambda`.
+        beta2: :math:`\\beta_2`; on a schedule an array, with its bias correction ``q``.
+        row_clip: The most learning rates that a row's step may have as its root mean square.
+        row_floor: How large a row's gradients must be, over the table's, for whole steps.
+        seed: Of the table, for stochastic rounding. Without it: to nearest.
 
     Returns:
         The new ``w`` in its own dtype, and the new ``r`` and ``c``.
@@ -69,7 +87,7 @@ def ember_step(
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
-def mean_squares(g):
+def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
     """Means of ``g`` squared: over the columns, (V,), and over the rows, (D,), float32."""
     if kernels.usable(kernels.statistics, g.dtype):
         return kernels.statistics.mean_squares(g)
@@ -81,18 +99,32 @@ def mean_squares(g):
     return mx.concatenate(row_means), mx.stack(column_sums).sum(axis=0) / g.shape[0]
 
 
-def update_second_moment(moment, mean_square, beta2):
-    """``beta2 * moment + (1 - beta2) * mean_square``, as a step towards it: 0.999 has no exact float32, 0 has."""
-    return moment + (1 - beta2) * (mean_square - moment)
+def update_second_moment(moment: mx.array, mean_square: mx.array | float, beta2: Real) -> mx.array:
+    """``beta2 * moment + (1 - beta2) * mean_square``, written for both ends of the range from 0 to 1.
+
+    0.999 has no exact float32, and as a step towards the mean square that does not add up; near 0 such a step cancels.
+    """
+    as_written = beta2 * moment + (1 - beta2) * mean_square
+    towards = moment + (1 - beta2) * (mean_square - moment)
+    if isinstance(beta2, mx.array):
+        return mx.where(beta2 < 0.5, as_written, towards)
+    return as_written if beta2 < 0.5 else towards
 
 
-def bias_correction(t, beta2):
+def bias_correction(t: mx.array, beta2: float) -> mx.array:
     """``1 - beta2 ** t``, which loses four digits in float32 at t = 1; expm1 loses none."""
     log_beta2 = math.log(beta2) if beta2 > 0 else -math.inf
     return -mx.expm1(t.astype(mx.float32) * log_beta2)
 
 
-def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
+def denominator_factors(
+    r: mx.array,  # (V,)
+    c: mx.array,  # (D,)
+    q: mx.array,  # ()
+    row_mean: mx.array,  # (V,)
+    row_clip: float | None,
+    row_floor: float | None,
+) -> tuple[mx.array, mx.array]:
     """Factors a, (V,), and b, (D,), with ``outer(a, b) == sqrt(v_hat)``: no square root per element of the table."""
     s = mx.maximum(c.mean(), 1e-30)
     a = mx.sqrt(r / (s * q))
@@ -104,7 +136,16 @@ def denominator_factors(r, c, q, row_mean, row_clip, row_floor):
     return a, mx.sqrt(c)
 
 
-def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_table(
+    w: mx.array,  # (V, D)
+    g: mx.array,  # (V, D)
+    a: mx.array,  # (V,)
+    b: mx.array,  # (D,)
+    learning_rate: Real,
+    eps: float,
+    weight_decay: Real,
+    keys: Keys = None,  # (V,) and (D,) uint32
+) -> mx.array:
     """The new table: at once where ``mx.compile`` fuses all of it, block by block where it does not, with ``keys``."""
     if keys is None:
         return update_rows(w, g, a, b, learning_rate, eps, weight_decay)
@@ -117,7 +158,16 @@ def update_table(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new
 
 
-def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
+def update_rows(
+    w: mx.array,
+    g: mx.array,
+    a: mx.array,
+    b: mx.array,
+    learning_rate: Real,
+    eps: float,
+    weight_decay: Real,
+    keys: Keys = None,
+) -> mx.array:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``: by ``keys``, or to nearest."""
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
     update = g.astype(mx.float32) / (a[:, None] * b + eps)
@@ -125,18 +175,16 @@ def update_rows(w, g, a, b, learning_rate, eps, weight_decay, keys=None):
     return new.astype(w.dtype) if keys is None else round_stochastically(new, random_bits(*keys), w.dtype)
 
 
-def blocks(table, block=ROWS_PER_BLOCK):
+def blocks(table: mx.array, block: int = ROWS_PER_BLOCK) -> list[slice]:
     """Slices of its rows."""
     return [slice(first, first + block) for first in range(0, len(table), block)]
 
 
 class Ember(Optimizer):
-    r"""The Ember optimizer [1], for embedding tables and LM heads.
+    r"""The Ember optimizer (Token Geometry, arXiv 2607.01455), for embedding tables and LM heads.
 
     For a table of shape (V, D) in float32, bfloat16 or float16 it keeps ``r`` of shape (V,) and ``c`` of shape (D,),
     float32 always. The formula stands at the top of this file.
-
-    [1]: Token Geometry. arXiv 2607.01455.
 
     Args:
         learning_rate (float or callable): The learning rate :math:`\eta`, about the size of an element's step.
@@ -144,19 +192,15 @@ class Ember(Optimizer):
             ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
-        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square, which
-            is up to 31 for a token seen late or after a long silence. It is exact where the squares of the row lie over
-            the columns as ``c`` does, and an estimate otherwise: in 2,000 steps of pretraining, some rows of an
-            embedding went 1.3 times as far, of a tied table 1.4 times, of a head 2.2 times. Default: ``None``.
-        row_floor (float, optional): How large the gradients of a row must be, over those of the whole table (both root
-            mean squares), for its step to have the size of the learning rate; quieter rows step in proportion to
-            theirs. A head, tied or not, gives tokens that the data does not have small gradients too, by the softmax,
-            and whole steps on those make a fine-tuned model forget them. Wants a higher learning rate. Default:
-            ``None``, whole steps for all.
-        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: a value
-            between two neighbours goes to either, by chance, so that it is kept on average. Default: ``"nearest"``.
-        seed (int): Of that chance, from 0 to 2^32 - 1: the same seed repeats a run bit for bit. An optimizer gives each
-            of its tables bits of their own; two optimizers in one run need two seeds for that. Default: ``0``.
+        row_clip (float, optional): The most learning rates that a row's step may have as its root mean square. Without
+            it, a token seen late steps by up to 31. Default: ``None``.
+        row_floor (float, optional): Rows whose gradients are smaller than this part of the table's (both root mean
+            squares) step in proportion to them, so that tokens missing from the data are forgotten less. Use a higher
+            learning rate with it. Default: ``None``, whole steps for all.
+        rounding (str): ``"nearest"``, or ``"stochastic"`` for 16-bit tables whose steps are too small for them: values
+            are then kept on average. Default: ``"nearest"``.
+        seed (int): Of stochastic rounding, from 0 to 2^32 - 1; the same seed repeats a run bit for bit. Give two
+            optimizers in one run two seeds. Default: ``0``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``: state that first appears in the first step is compiled for anew in the second.
@@ -173,14 +217,14 @@ class Ember(Optimizer):
 
     def __init__(
         self,
-        learning_rate,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        row_clip=None,
-        row_floor=None,
-        rounding="nearest",
-        seed=0,
+        learning_rate: float | Callable[[mx.array], float | mx.array],
+        beta2: float | Callable[[mx.array], float | mx.array] = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float | Callable[[mx.array], float | mx.array] = 0.0,
+        row_clip: float | None = None,
+        row_floor: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ):
         super().__init__()
         check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
@@ -200,10 +244,12 @@ class Ember(Optimizer):
             self.state["bias_correction"] = mx.array(0.0)
             self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
         else:
-            check_number("beta2", beta2, 0, 1, "at least 0 and below 1, usually 0.999, or a schedule")
+            check_number("beta2", beta2, *BETA2_RANGE)
             self.beta2 = float(beta2)
 
-    def init(self, parameters):
+    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
+
+    def init(self, parameters: dict):
         check_parameters(parameters)
         for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
             kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
@@ -219,12 +265,12 @@ class Ember(Optimizer):
             self._warned = True
             warn(found)
 
-    def apply_gradients(self, gradients, parameters):
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
         if not self._initialized:  # MLX would call init with the gradients
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         return super().apply_gradients(gradients, parameters)
 
-    def init_single(self, parameter, state):
+    def init_single(self, parameter: mx.array, state: dict):
         """Zeros of (V,) and (D,), float32 whatever the dtype: a bfloat16 moment would never decay by 0.999."""
         rows, columns = parameter.shape
         state["r"] = mx.zeros((rows,), mx.float32)
@@ -251,21 +297,21 @@ class Ember(Optimizer):
         keys = keys if w.dtype in DROPPED_BITS else None
         return update_table(w, g, a, b, learning_rate, self.eps, weight_decay, keys)
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         parameter, state["r"], state["c"] = ember_step(
             parameter,
             gradient,
             state["r"],
             state["c"],
             self.step,
-            self.learning_rate,
-            self.state["beta2"] if callable(self.beta2) else self.beta2,
-            self.eps,
-            self.state["weight_decay"],
-            self.state["bias_correction"] if callable(self.beta2) else None,
-            self.row_clip,
-            self.row_floor,
-            state["seed"] if self.rounding == "stochastic" else None,
+            learning_rate=self.learning_rate,
+            beta2=self.state["beta2"] if callable(self.beta2) else self.beta2,
+            eps=self.eps,
+            weight_decay=self.state["weight_decay"],
+            q=self.state["bias_correction"] if callable(self.beta2) else None,
+            row_clip=self.row_clip,
+            row_floor=self.row_floor,
+            seed=state["seed"] if self.rounding == "stochastic" else None,
         )
         return parameter
 

@@ -33,7 +33,7 @@ def in_float32(optimizer: Optimizer, but: mx.Dtype | None = None) -> Optimizer:
         init_single(parameter.astype(mx.float32) if parameter.dtype == mx.float16 else parameter, state)
 
     def apply_wide(gradient, parameter, state):
-        if parameter.dtype == but:
+        if but is not None and parameter.dtype == but:
             return apply_single(gradient, parameter, state)
         wide = {name: _wide(array) for name, array in state.items()}
         new = apply_single(_wide(gradient), _wide(parameter), wide)

@@ -1,1 +1,3 @@
 """Parity: every implementation of Ember, in every framework, against one float64 oracle."""
+
+__all__ = []

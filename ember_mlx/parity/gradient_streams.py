@@ -9,6 +9,23 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+__all__ = [
+    "RARE_EVERY",
+    "SILENT_STEPS",
+    "STREAMS",
+    "bfloat16_rounded",
+    "constant",
+    "gradient_stream",
+    "huge",
+    "one_rare_row",
+    "ones",
+    "random",
+    "round_to_bfloat16",
+    "row_silent_then_loud",
+    "tiny",
+    "zero",
+]
+
 SILENT_STEPS = 1000  # of the first row, in "row silent then loud"
 RARE_EVERY = 37  # steps from one gradient of the rare row to the next
 
@@ -24,30 +41,30 @@ def _random_table(random: np.random.RandomState, shape: tuple[int, int]) -> Call
     return lambda: (random.uniform(-1, 1, size=shape) * row_scale * column_scale).astype(np.float32)
 
 
-def zero(random, shape, steps):
+def zero(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     for _ in range(steps):
         yield np.zeros(shape, dtype=np.float32)
 
 
-def ones(random, shape, steps):
+def ones(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     for _ in range(steps):
         yield np.ones(shape, dtype=np.float32)
 
 
-def constant(random, shape, steps):
+def constant(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     """One random table, every step again: with an exact bias correction every step has the same size."""
     table = _random_table(random, shape)()
     for _ in range(steps):
         yield table.copy()
 
 
-def random(random, shape, steps):
+def random(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     draw = _random_table(random, shape)
     for _ in range(steps):
         yield draw()
 
 
-def one_rare_row(random, shape, steps):
+def one_rare_row(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     """The first row has a gradient at the first step and then at every 37th: its mean square decays in between."""
     draw = _random_table(random, shape)
     for step in range(steps):
@@ -57,7 +74,7 @@ def one_rare_row(random, shape, steps):
         yield table
 
 
-def row_silent_then_loud(random, shape, steps):
+def row_silent_then_loud(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     """The first row has no gradient for 1000 steps, and then one 100 times as large as its neighbours'."""
     draw = _random_table(random, shape)
     for step in range(steps):
@@ -66,21 +83,21 @@ def row_silent_then_loud(random, shape, steps):
         yield table
 
 
-def tiny(random, shape, steps):
+def tiny(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     """About 1e-20: squares are subnormal in float32, or zero where the machine flushes them."""
     draw = _random_table(random, shape)
     for _ in range(steps):
         yield draw() * np.float32(1e-20)
 
 
-def huge(random, shape, steps):
+def huge(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     """About 1e15: squares are near 1e30, and a product of two of them has no place in float32."""
     draw = _random_table(random, shape)
     for _ in range(steps):
         yield draw() * np.float32(1e15)
 
 
-def bfloat16_rounded(random, shape, steps):
+def bfloat16_rounded(random: np.random.RandomState, shape: tuple[int, int], steps: int) -> Iterator[np.ndarray]:
     """Values that bfloat16 holds exactly, as the gradients of a bfloat16 model are."""
     draw = _random_table(random, shape)
     for _ in range(steps):

@@ -10,13 +10,16 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Implementation", "Stepped", "Tables", "implementations", "listed", "select"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Implementation", "Stepped", "Tables", "Weights", "implementations", "listed", "select"]
 
 
 class Stepped(NamedTuple):
@@ -26,6 +29,13 @@ class Stepped(NamedTuple):
     c: np.ndarray
     step: np.ndarray
     w: np.ndarray
+
+    @classmethod
+    def of(cls, together: np.ndarray, shape: tuple[int, int]) -> "Stepped":
+        """From all float32 numbers in one row: to wait for a GPU once a step, and not for each of them."""
+        rows, columns = shape
+        r, c, step, w = np.split(together.astype(np.float64), np.cumsum([rows, columns, rows * columns]))
+        return cls(r, c, step.reshape(shape), w.reshape(shape))
 
 
 class Tables(Protocol):
@@ -44,12 +54,24 @@ class Tables(Protocol):
         """Go back to what ``state`` gave."""
 
 
+class Weights(Protocol):
+    """Two weights of one shape and dtype in an optimizer of the body: the first is zeros at every step."""
+
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        """One step of both, from nothing on: what it subtracted from zeros, and the new weights, float64."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The state of the second, by name."""
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One implementation. ``make(shape, dtype, learning_rate, weight_decay, **options)`` gives its `Tables`.
 
     ``missing`` says in a few words why it is not here, and is None where it is. ``dtypes`` are those that tables may
     have, and ``mixed`` tells whether a gradient may have another dtype than its table.
+    ``make_weights(class_name, shape, dtype, learning_rate, weight_decay, **options)`` gives `Weights` for an optimizer
+    of the body; None where it does not run those.
     """
 
     name: str
@@ -57,6 +79,7 @@ class Implementation:
     make: Callable[..., Tables]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     mixed: bool = True
+    make_weights: Callable[..., Weights] | None = None
 
 
 def implementations() -> list[Implementation]:
@@ -98,7 +121,15 @@ def listed(not_here: list[Implementation]) -> str:
 class MLXTables:
     """``ember_mlx.Ember`` on the CPU or the GPU of MLX."""
 
-    def __init__(self, device, shape, dtype, learning_rate, weight_decay, **options):
+    def __init__(
+        self,
+        device: str,
+        shape: tuple[int, int],
+        dtype: str,
+        learning_rate: float | Callable[[int], float],
+        weight_decay: float,
+        **options: Any,
+    ):
         import mlx.core as mx
 
         self.device = getattr(mx, device)
@@ -106,7 +137,7 @@ class MLXTables:
         self.dtype = getattr(mx, dtype)
         self.settings = {"learning_rate": learning_rate, "weight_decay": weight_decay} | options
 
-    def start(self):
+    def start(self) -> None:
         import mlx.core as mx
 
         from ember_mlx.optimizers import Ember
@@ -117,7 +148,7 @@ class MLXTables:
             self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
             mx.eval(self.zeros, self.optimizer.state)
 
-    def step(self, weights, gradient, gradient_dtype):
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> np.ndarray:
         import mlx.core as mx
 
         with mx.stream(self.device):
@@ -125,19 +156,50 @@ class MLXTables:
             g = mx.array(gradient).astype(getattr(mx, gradient_dtype))
             new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
             state = self.optimizer.state["w"]
-            read = [array.astype(mx.float32) for array in (state["r"], state["c"], -new["zeros"], new["w"])]
-            mx.eval(read, self.optimizer.state)
-        return Stepped(*(np.array(array).astype(np.float64) for array in read))
+            read = (state["r"], state["c"], -new["zeros"], new["w"])
+            together = mx.concatenate([array.astype(mx.float32).reshape(-1) for array in read])
+            mx.eval(together, self.optimizer.state)
+            return Stepped.of(np.array(together), self.shape)
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         from mlx.utils import tree_map
 
         return tree_map(lambda array: array, self.optimizer.state)  # new dicts; steps replace arrays in the old ones
 
-    def restore(self, state):
+    def restore(self, state: dict[str, Any]) -> None:
         from mlx.utils import tree_map
 
         self.optimizer.state = tree_map(lambda array: array, state)
+
+
+class MLXWeights:
+    """An optimizer of ``ember_mlx.optimizers`` on the CPU or the GPU of MLX."""
+
+    def __init__(self, device, class_name, shape, dtype, learning_rate, weight_decay, **options):
+        import mlx.core as mx
+
+        from ember_mlx import optimizers
+
+        self.device, self.dtype = getattr(mx, device), getattr(mx, dtype)
+        self.optimizer = getattr(optimizers, class_name)(learning_rate, weight_decay=weight_decay, **options)
+        with mx.stream(self.device):
+            self.zeros = mx.zeros(shape, self.dtype)
+            self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
+            mx.eval(self.zeros, self.optimizer.state)
+
+    def step(self, weights, gradient, gradient_dtype):
+        import mlx.core as mx
+
+        with mx.stream(self.device):
+            w = mx.array(weights).astype(self.dtype)
+            g = mx.array(gradient).astype(getattr(mx, gradient_dtype))
+            new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
+            read = [array.astype(mx.float32) for array in (-new["zeros"], new["w"])]
+            mx.eval(read, self.optimizer.state)
+        return tuple(np.array(array).astype(np.float64) for array in read)
+
+    def state(self):
+        return {name: np.array(array) for name, array in self.optimizer.state["w"].items()}
 
 
 def _of_mlx():
@@ -152,7 +214,7 @@ def _of_mlx():
             "cuda": None if mx.cuda.is_available() else "no CUDA in this MLX",
         }
     return [
-        Implementation(f"mlx {backend}", why, _with(MLXTables, mx_device))
+        Implementation(f"mlx {backend}", why, _with(MLXTables, mx_device), make_weights=_with(MLXWeights, mx_device))
         for (backend, why), mx_device in zip(missing.items(), ("cpu", "gpu", "gpu"), strict=True)
     ]
 
@@ -163,7 +225,17 @@ def _of_mlx():
 class TorchTables:
     """``cuda_ref.Ember`` with one of its implementations on a device, the step compiled or not."""
 
-    def __init__(self, device, implementation, compiled, shape, dtype, learning_rate, weight_decay, **options):
+    def __init__(
+        self,
+        device: str,
+        implementation: str,
+        compiled: bool,
+        shape: tuple[int, int],
+        dtype: str,
+        learning_rate: float | Callable[[int], float],
+        weight_decay: float,
+        **options: Any,
+    ):
         import torch
 
         from cuda_ref import Ember
@@ -180,30 +252,24 @@ class TorchTables:
             torch._logging.set_logs(dynamo=logging.ERROR)  # it warns of the profiler's mark in every PyTorch optimizer
             self.optimizer_step = torch.compile(self.optimizer.step, fullgraph=True)
 
-    def start(self):
+    def start(self) -> None:
         for tensor in self._state():
             tensor.zero_()
 
-    def step(self, weights, gradient, gradient_dtype):
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> np.ndarray:
         import torch
 
-        g = torch.from_numpy(gradient).to(self.w.device, getattr(torch, gradient_dtype))
-        with torch.no_grad():
-            self.w.copy_(torch.from_numpy(weights))
-            self.zeros.zero_()
-        for table in (self.w, self.zeros):
-            table.grad = None
-            table.grad_dtype = g.dtype  # PyTorch wants that of the table unless told otherwise
-            table.grad = g
+        _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
         self.optimizer_step()
         state = self.optimizer.state[self.w]
         read = (state["r"], state["c"], -self.zeros.detach(), self.w.detach())
-        return Stepped(*(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read))
+        together = torch.cat([tensor.to(torch.float32).flatten() for tensor in read])
+        return Stepped.of(together.cpu().numpy(), tuple(self.w.shape))
 
-    def state(self):
+    def state(self) -> "list[torch.Tensor]":
         return [tensor.clone() for tensor in self._state()]
 
-    def restore(self, state):
+    def restore(self, state: "list[torch.Tensor]") -> None:
         if not state:  # taken before the first step of all
             self.start()
             return
@@ -215,6 +281,46 @@ class TorchTables:
         """All but the seeds, which are of the tables and not of the steps."""
         states = self.optimizer.state.values()
         return [tensor for state in states for name, tensor in state.items() if name != "seed"]
+
+
+class TorchWeights:
+    """An optimizer of ``cuda_ref.optimizers`` with one of its implementations on a device."""
+
+    def __init__(self, device, implementation, class_name, shape, dtype, learning_rate, weight_decay, **options):
+        import torch
+
+        from cuda_ref import optimizers
+
+        self.zeros, self.w = (
+            torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device)) for _ in range(2)
+        )
+        settings = {"lr": learning_rate, "weight_decay": weight_decay, "implementation": implementation} | options
+        self.optimizer = getattr(optimizers, class_name)([self.zeros, self.w], **settings)
+
+    def step(self, weights, gradient, gradient_dtype):
+        import torch
+
+        _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
+        self.optimizer.step()
+        read = (-self.zeros.detach(), self.w.detach())
+        return tuple(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read)
+
+    def state(self):
+        return {name: tensor.cpu().numpy() for name, tensor in self.optimizer.state[self.w].items()}
+
+
+def _fill_and_give(zeros, w, weights, gradient, gradient_dtype):
+    """Set both parameters, and give them the gradient in its dtype."""
+    import torch
+
+    g = torch.from_numpy(gradient).to(w.device, getattr(torch, gradient_dtype))
+    with torch.no_grad():
+        w.copy_(torch.from_numpy(weights))
+        zeros.zero_()
+    for table in (w, zeros):
+        table.grad = None
+        table.grad_dtype = g.dtype  # PyTorch wants that of the table unless told otherwise
+        table.grad = g
 
 
 def _of_torch():
@@ -252,7 +358,11 @@ def _of_torch():
     }
     return [
         Implementation(
-            name if "triton" in name else f"torch {name}", why, _with(TorchTables, *how[name]), **limits.get(name, {})
+            name if "triton" in name else f"torch {name}",
+            why,
+            _with(TorchTables, *how[name]),
+            make_weights=None if "compiled" in name else _with(TorchWeights, *how[name][:2]),
+            **limits.get(name, {}),
         )
         for name, why in missing.items()
     ]

@@ -4,7 +4,11 @@ It shares no line with ``ember_mlx`` and imports nothing of it. It builds the wh
 optimizer must never do, because here being obviously right is all that counts.
 """
 
+from collections.abc import Callable
+
 import numpy as np
+
+__all__ = ["EmberOracle"]
 
 
 class EmberOracle:
@@ -17,7 +21,14 @@ class EmberOracle:
     ``beta2`` may be a function of the steps done, whose value is then taken as float32 has it, as an optimizer does.
     """
 
-    def __init__(self, shape, beta2=0.999, eps=1e-8, row_clip=None, row_floor=None):
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        beta2: float | Callable[[int], float] = 0.999,
+        eps: float = 1e-8,
+        row_clip: float | None = None,
+        row_floor: float | None = None,
+    ):
         rows, columns = shape
         self.beta2 = beta2
         self.eps = eps
@@ -28,7 +39,7 @@ class EmberOracle:
         self.step_number = 0
         self.product_of_beta2 = 1.0
 
-    def change(self, gradient, learning_rate):
+    def change(self, gradient: np.ndarray, learning_rate: float) -> np.ndarray:
         """Take the gradient (V, D) into the statistics; return what the step subtracts from the weights, (V, D)."""
         gradient = np.asarray(gradient, dtype=np.float64)
         squares = gradient**2
@@ -54,7 +65,9 @@ class EmberOracle:
         ratio = np.divide(mean_square, running, where=running > 0, out=np.zeros(len(mean_square)))
         return np.maximum(1, np.sqrt(ratio * bias_correction) / self.row_clip)
 
-    def step(self, weights, gradient, learning_rate, weight_decay=0.0):
+    def step(
+        self, weights: np.ndarray, gradient: np.ndarray, learning_rate: float, weight_decay: float = 0.0
+    ) -> np.ndarray:
         """The weights (V, D) after one step."""
         weights = np.asarray(weights, dtype=np.float64)
         return (1 - learning_rate * weight_decay) * weights - self.change(gradient, learning_rate)

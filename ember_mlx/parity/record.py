@@ -23,6 +23,8 @@ from ember_mlx.parity.recorded import Recording
 from ember_mlx.shared.environment import device, environment
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["main", "record_results", "record_streams"]
+
 STEPS = 64
 BATCH_SIZE = 8
 LEARNING_RATE = 5e-4
@@ -30,7 +32,7 @@ COLUMNS = 24
 SEED = 0
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ember_mlx.parity.record", description=__doc__.split("\n\n")[0])
     what = parser.add_subparsers(dest="what", required=True)
     streams = what.add_parser("streams", help="gradients of a real training run; needs MLX and mlx-lm")
@@ -56,7 +58,7 @@ def _on_gpu(implementation):
     return not implementation.missing and implementation.name in ("mlx cuda", "torch eager cuda", "triton")
 
 
-def record_results(chosen: list[Implementation], path: Path):
+def record_results(chosen: list[Implementation], path: Path) -> None:
     """Record each of them along the small and the real streams; each result is within its tolerances, or InputError."""
     about = environment() | {"seed": suite.SEED}
     about |= {"learning_rate": suite.LEARNING_RATE, "weight_decay": suite.WEIGHT_DECAY}
@@ -90,7 +92,7 @@ def _check(implementation, case, dtype, comparisons):
             )
 
 
-def record_streams(path: Path):
+def record_streams(path: Path) -> None:
     """Train the bundled model and keep a part of the gradients of its tables."""
     import mlx.core as mx
     import mlx.nn as nn

@@ -7,6 +7,8 @@ import numpy as np
 
 from ember_mlx.shared.float_formats import FORMATS
 
+__all__ = ["mix", "random_bits", "round_stochastically"]
+
 MASK = np.uint64(2**32 - 1)
 
 
@@ -48,5 +50,5 @@ def round_stochastically(values: np.ndarray, random: np.ndarray, dtype: str) -> 
         up = np.where(finite, values, 0) / unit - below > (random >> 8) * 2.0**-24
         rounded = np.where(magnitude < 2.0**-14, (below + up) * unit, rounded)
     largest = (2 - 2.0**-fraction_bits) * 2.0 ** (127 if dtype == "bfloat16" else 15)
-    rounded = np.where(np.abs(rounded) > largest, np.copysign(np.inf, rounded), rounded)
+    rounded = np.clip(rounded, -largest, largest)  # what is finite stays finite
     return np.where(finite, rounded, values)

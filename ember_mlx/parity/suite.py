@@ -16,6 +16,7 @@ forward and backward passes, whose gradients it takes as given, or of tables lar
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,19 @@ from ember_mlx.parity.tolerances import bound, weight_bound
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place
 
-__all__ = ["DTYPES", "ORACLE", "Case", "Comparison", "Expected", "cases", "follow", "run", "select"]
+__all__ = [
+    "DTYPES",
+    "ORACLE",
+    "Case",
+    "Comparison",
+    "Expected",
+    "cases",
+    "failed",
+    "follow",
+    "run",
+    "select",
+    "worst_of",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 SEED = 0
@@ -177,7 +190,9 @@ class Expected:
             c.append(oracle.column_mean_square)
         self.change, self.r, self.c = np.stack(change), np.stack(r), np.stack(c)
 
-    def compare(self, first: int, after: list[Stepped], before: np.ndarray, other: Stepped | None = None):
+    def compare(
+        self, first: int, after: list[Stepped], before: np.ndarray, other: Stepped | None = None
+    ) -> Iterator[tuple[str, Any]]:
         """Yield (quantity, numbers of a Comparison) for the steps from ``first`` on, taken from the weights ``before``.
 
         Against ``other``, the results of another implementation for the same one step, both sides may err.
@@ -201,7 +216,7 @@ class Expected:
             scale = np.maximum(np.abs(value), np.abs(before) if quantity == "w" else 0)
             unit = unit_in_the_last_place(scale, self.dtype if quantity in ("step", "w") else "float32")
             actual = np.stack([getattr(stepped, quantity) for stepped in after])
-            yield quantity, _worst(actual, value, sides * getattr(allowed, quantity), unit, scale)
+            yield quantity, worst_of(actual, value, sides * getattr(allowed, quantity), unit, scale)
 
     def compare_run(self, before: list[np.ndarray], after: np.ndarray) -> dict:
         """The numbers of a Comparison for the whole run to the weights ``after``, over steps from those in ``before``.
@@ -217,10 +232,10 @@ class Expected:
             scale = np.maximum(scale, np.abs(w))
         t = np.arange(1, len(before) + 1)[:, None, None]
         allowed = weight_bound(self.dtype, before, decay * before - change, change, t).sum(axis=0)
-        return _worst(after, w, allowed, unit_in_the_last_place(scale, self.dtype), scale)
+        return worst_of(after, w, allowed, unit_in_the_last_place(scale, self.dtype), scale)
 
 
-def _worst(actual, expected, allowed, unit, scale):
+def worst_of(actual, expected, allowed, unit, scale):
     """The numbers of a Comparison."""
     error = np.abs(actual - expected)
     error = np.where(np.isfinite(error), error, np.inf)
@@ -269,7 +284,7 @@ def run(
                             tables[key] = implementation.make(*settings, **RULES[case.rule])
                         yield from _compare_case(tables[key], case, expected, recordings, about)
                     except Exception as error:  # whatever a framework may raise, a compiler's errors included
-                        yield _failed(error, case, about)
+                        yield failed(error, case.steps[-1], about)
 
 
 def follow(
@@ -348,9 +363,10 @@ def _compare_rounding(implementation, case, expected, about):
     )  # fmt: skip
 
 
-def _failed(error, case, about):
+def failed(error: Exception, steps: int, about: dict) -> Comparison:
+    """What an implementation that raised ``error`` within so many steps is told to have failed in."""
     infinite = dict.fromkeys(("ulps", "relative", "of_allowed"), np.inf)
     return Comparison(
-        **about, against=ORACLE, first_step=1, steps=case.steps[-1], quantity="all", allowed_ulps=0, **infinite,
+        **about, against=ORACLE, first_step=1, steps=steps, quantity="all", allowed_ulps=0, **infinite,
         error=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
     )  # fmt: skip

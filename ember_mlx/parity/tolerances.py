@@ -12,6 +12,8 @@ import numpy as np
 
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place
 
+__all__ = ["ROUNDING", "TOLERANCES", "Tolerance", "bound", "weight_bound", "worst"]
+
 ROUNDING = 2.0**-24  # the largest relative error of one float32 operation
 
 # A running mean forgets: what happened more than about 1 / (1 - beta2) steps ago no longer adds to its error.

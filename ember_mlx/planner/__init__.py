@@ -5,7 +5,7 @@ which MLX computes them, and gone through with a count of what is alive (:mod:`e
 """
 
 from ember_mlx.planner.architecture import Architecture, read_architecture
-from ember_mlx.planner.builder import Run
+from ember_mlx.planner.graph import Run
 from ember_mlx.planner.plan import Plan, advice, alternatives, plan, run_of
 
 __all__ = ["Architecture", "Plan", "Run", "advice", "alternatives", "plan", "read_architecture", "run_of"]

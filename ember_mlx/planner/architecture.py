@@ -1,8 +1,13 @@
 """What a config.json says of a model's shapes: weights by module, and the sizes that activations follow."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 
+from ember_mlx.finetune.choices import Shapes
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.token_table_rules import TokenTable
+
+__all__ = ["Architecture", "Linear", "Table", "read_architecture"]
 
 # The keys of Hugging Face's Llama, and what other families call the same.
 NAMES = {
@@ -109,6 +114,31 @@ class Architecture:
             for role, name in names.items()
         ]
 
+    def shapes(self) -> Shapes:
+        """What the choice of what trains depends on."""
+        dtype = {width: name for name, width in WIDTHS.items()}[self.width]
+        tables = [
+            TokenTable(f"{table.name}.weight", table.role, (table.rows, table.columns), dtype, table.nbytes is not None)
+            for table in self.tables()
+        ]
+        linears = [self.linears(layer) for layer in range(self.layers)]
+        modules = [*self.tables(), *itertools.chain.from_iterable(linears)]
+        # Other families may call the modules of their layers otherwise.
+        is_exact = self.model_type in EXACT and self.layers
+        return Shapes(
+            looked_for="config.json",
+            layers=self.layers or None,
+            tables=tuple(tables),
+            quantized=min((module.name for module in modules if module.nbytes is not None), default=None),
+            layer_modules=tuple(
+                frozenset(linear.name.removeprefix(f"model.layers.{layer}.") for linear in each)
+                for layer, each in enumerate(linears)
+            )
+            if is_exact
+            else None,
+            modules=frozenset(module.name for module in modules),
+        )
+
     def with_rows(self, rows: int) -> "Architecture":
         """The same with token tables of so many rows, all of them plain weights: what ``--add-tokens`` makes of it."""
         plain = dict.fromkeys((table.name for table in self.tables()), False)
@@ -146,7 +176,7 @@ def read_architecture(config: dict, where: str) -> Architecture:
     missing = [name for name in ("vocab_size", "hidden_size") if name not in sizes]
     if missing:
         raise InputError(
-            f"{where}: {' and '.join(missing)} missing, without which nothing can be planned; give the config.json of "
+            f"{where}: {' and '.join(missing)} missing, and nothing can be planned without; give the config.json of "
             "a language model"
         )
     missing = [name for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size") if name not in sizes]

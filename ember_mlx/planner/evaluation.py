@@ -13,6 +13,8 @@ From MLX 0.32: ``eval_impl`` in mlx/transforms.cpp, ``gpu::eval`` and ``CommandE
 from collections import Counter, deque
 from dataclasses import dataclass
 
+__all__ = ["DEVICES", "Array", "Device", "Operation", "Peak", "evaluation_order", "peak_memory"]
+
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
 TASKS_AHEAD = 10  # MAX_ACTIVE_TASKS
 
@@ -70,7 +72,9 @@ class Array:
 
     __slots__ = ("base", "made_by", "numbers", "role", "width")
 
-    def __init__(self, numbers, width, role, made_by=None, base=None):
+    def __init__(
+        self, numbers: int, width: float, role: str, made_by: "Operation | None" = None, base: "Array | None" = None
+    ):
         self.numbers = numbers
         self.width = width
         self.role = role
@@ -78,7 +82,7 @@ class Array:
         self.base = base.base if base else self
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> float:
         return self.numbers * self.width
 
 
@@ -93,18 +97,18 @@ class Operation:
 
     __slots__ = ("in_place", "inputs", "outputs", "work")
 
-    def __init__(self, inputs, in_place, work=0):
+    def __init__(self, inputs: list[Array], in_place: bool, work: float = 0):
         self.inputs = inputs
         self.in_place = in_place
         self.work = work
         self.outputs = []
 
     @property
-    def is_view(self):
+    def is_view(self) -> bool:
         """Whether it computes nothing: what it makes is another view of what is there."""
         return bool(self.outputs) and self.outputs[0].base is not self.outputs[0]
 
-    def seconds(self, device):
+    def seconds(self, device: Device) -> float:
         """What it takes the device."""
         arrays = [*self.inputs, *self.outputs]
         moved = sum(array.nbytes for array in arrays) / device.bytes_a_second

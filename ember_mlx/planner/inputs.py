@@ -5,17 +5,21 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from safetensors import SafetensorError, safe_open
 
 from ember_mlx.finetune import options
-from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens, refuse_rows_that_cannot_train
+from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.data import check_data_folder
 from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_batches
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["Inputs", "find_config", "read_inputs", "with_rows_of_data"]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tiktoken.model")
 # Above any length that a tokenizer's config allows: rows are cut by --max-seq-length, and need no warning here.
@@ -33,17 +37,17 @@ class Inputs:
         run (Run): What of the options matters.
         config_path (Path): Of the config.json; the tokenizer lies beside it.
         tokenizer (TokenizerWrapper, optional): The one that knows the new tokens, if there are any.
-        said (list[str]): Lines on what was supposed.
+        assumptions (list[str]): Lines on what was assumed.
     """
 
     model: Architecture
     run: Run
     config_path: Path
     tokenizer: TokenizerWrapper | None
-    said: list[str]
+    assumptions: list[str]
 
 
-def read_inputs(args) -> Inputs:
+def read_inputs(args: options.Options) -> Inputs:
     """Everything but the data.
 
     Raises:
@@ -51,14 +55,14 @@ def read_inputs(args) -> Inputs:
     """
     config, path = find_config(args.model)
     model = read_architecture(config, path.name)
-    tokenizer, said = None, []
+    tokenizer, assumptions = None, []
     if args.add_tokens is not None:
-        model, tokenizer, said = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
-    return Inputs(model, run_of(args, model), path, tokenizer, said)
+        model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
+    return Inputs(model, run_of(args, model), path, tokenizer, assumptions)
 
 
-def with_rows_of_data(args, inputs: Inputs) -> Inputs:
-    """The same with rows as long as those of ``--data``, where these can be known; ``said`` tells which are planned.
+def with_rows_of_data(args: options.Options, inputs: Inputs) -> Inputs:
+    """The same with rows as long as those of ``--data``, where these can be known.
 
     Raises:
         InputError: for data that ``train`` would refuse, and for batches that could never be trained on.
@@ -68,13 +72,13 @@ def with_rows_of_data(args, inputs: Inputs) -> Inputs:
         return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
-    said = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
+    lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
         taken = f"{run.batch_size} x {run.evaluation_length} tokens"
-        said.append(f"{EVALUATIONS[name]} takes {taken}: {_why_so_long(args, name, batches[name])}")
-    return replace(inputs, run=run, said=[*inputs.said, *said])
+        lines.append(f"{EVALUATIONS[name]} takes {taken}: {_why_so_long(args, name, batches[name])}")
+    return replace(inputs, run=run, assumptions=[*inputs.assumptions, *lines])
 
 
 def _tokenizer_of_rows(args, inputs):
@@ -97,22 +101,22 @@ def _with_full_rows(args, inputs, why):
             f"{MOST_TOKENS:,} tokens are not planned; use lower ones"
         )
     line = f"as if every row filled --max-seq-length {args.max_seq_length}: {why}; shorter rows take less"
-    return replace(inputs, said=[*inputs.said, line])
+    return replace(inputs, assumptions=[*inputs.assumptions, line])
 
 
 def _why_so_long(args, name, batch: LongestBatch):
     path = Path(args.data) / f"{name}.jsonl"
     if batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
-        said = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
+        reason = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
     else:
-        said = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
+        reason = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
         if batch.tokenized < batch.rows:
-            said += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
+            reason += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
     batches = batch.rows // args.batch_size
     if name == "train" and args.iters < batches:
-        said += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
-    return said
+        reason += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
+    return reason
 
 
 def _load_tokenizer(config_path, args):
@@ -137,34 +141,35 @@ def _with_new_tokens(args, model, tokenizer):
     where = f"--add-tokens {args.add_tokens}"
     asked = read_tokens(Path(args.add_tokens))
     quantized = [table.name for table in model.tables() if table.nbytes is not None]
-    refuse_rows_that_cannot_train(args, quantized, where)
+    refuse_frozen_rows(args, quantized, where)
     if tokenizer is None:
-        said = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
-        return model.with_rows(model.vocabulary + len(asked)), None, [said]
+        line = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
+        return model.with_rows(model.vocabulary + len(asked)), None, [line]
     tokenizer, tokens = grow_tokenizer(tokenizer, asked, where)
     rows = max(model.vocabulary, *(token.id + 1 for token in tokens))
     more = rows - model.vocabulary
     growth = f"the token tables grow by {more} rows" if more else "the token tables have rows to spare for them"
-    said = f"{len(asked)} new tokens: {growth}"
-    return model.with_rows(rows), tokenizer, [said]
+    line = f"{len(asked)} new tokens: {growth}"
+    return model.with_rows(rows), tokenizer, [line]
 
 
-def find_config(model: str) -> tuple[dict, Path]:
+def find_config(model: str) -> tuple[dict[str, Any], Path]:
     """The config.json of a model folder, of a file, or of a name on the Hugging Face hub; and its path.
 
-    Nothing is downloaded: of a name on the hub, the cache is looked into.
+    Of a name on the hub, config.json alone is downloaded, if it is not in the cache.
+
+    Raises:
+        InputError: when there is none, or it holds no object of JSON.
     """
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
-            raise InputError(f"--model {model}: there is no config.json in it; give a model's folder, or a config.json")
+            raise InputError(f"--model {model}: has no config.json; give a model's folder, or a config.json")
     elif not path.is_file():
         if path.suffix == ".json" or path.is_absolute() or model.count("/") != 1:
-            raise InputError(
-                f"--model {model}: there is no such file or folder; give a model's folder, or a config.json"
-            )
-        path = _in_hub_cache(model)
+            raise InputError(f"--model {model}: no such file or folder; give a model's folder, or a config.json")
+        path = _from_hub(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -184,17 +189,17 @@ def _stored_dtype(folder):
     return next(({"torch_dtype": names[dtype]} for dtype, _ in found.most_common() if dtype in names), {})
 
 
-def _in_hub_cache(name):
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def _from_hub(name):
+    """The config.json of a model on the Hugging Face hub: from the cache, or these kilobytes are downloaded."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
         path = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        path = None
-    if not isinstance(path, str):  # None, or a mark that the hub has none
+        return Path(path if isinstance(path, str) else hf_hub_download(name, "config.json"))
+    # Whatever the hub's client raises: a name that cannot be, no such model, no connection.
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"--model {name}: no such folder, no model of that name in the Hugging Face cache, and planning "
-            "downloads nothing: give a model's folder, or its config.json, which its page on the hub has"
-        )
-    return Path(path)
+            f"--model {name}: no such folder here, and the Hugging Face hub gave no config.json ({reason}): give a "
+            "model's folder or its config.json"
+        ) from error

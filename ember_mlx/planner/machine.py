@@ -5,8 +5,9 @@ import os
 import sys
 
 import mlx.core as mx
-from mlx_lm.utils import _parse_size
 
+from ember_mlx.finetune.mlx_lm_internals import parse_size
+from ember_mlx.finetune.options import Options
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.plan import plan
 from ember_mlx.shared.errors import InputError
@@ -18,15 +19,15 @@ GPU_SHARE_OF_A_MAC = 0.75  # about what macOS lets the GPU use, unless told othe
 LEAST_MEMORY = 10**6  # bytes: `--memory 16` is 16GB without its unit
 
 
-def warning(args) -> str | None:
-    """One line for ``train`` to say before it begins, if the run is planned to take more than there is; else None."""
+def warning(options: Options) -> str | None:
+    """One line for ``train`` to print before it begins, if the run is planned to take more memory than it has."""
     try:
         here = backend()
-        available, whose = memory(None, here)
-        inputs = read_inputs(args)
+        available, source = memory(None, here)
+        inputs = read_inputs(options)
         if plan(inputs.model, inputs.run, here).peak <= available:
             return None  # however long the rows are: they need not be read, which may take seconds
-        inputs = with_rows_of_data(args, inputs)
+        inputs = with_rows_of_data(options, inputs)
         peak = plan(inputs.model, inputs.run, here).peak
     except InputError:
         return None  # train itself says what is wrong, or it is no model that can be planned
@@ -35,8 +36,8 @@ def warning(args) -> str | None:
     run = inputs.run
     return (
         f"Warning: with batches of {run.batch_size} x {max(run.length, run.evaluation_length)} tokens this run is "
-        f"planned to take {in_units(peak)}, and {whose} {in_units(available)}: `ember-mlx plan` with the same "
-        "flags says what to change"
+        f"predicted to take {in_units(peak)}, and {source} {in_units(available)}: `ember-mlx plan` with the "
+        "same flags names what to change"
     )
 
 
@@ -48,11 +49,19 @@ def backend() -> str:
 
 
 def memory(asked: str | None, backend: str) -> tuple[int, str]:
-    """Bytes, and whose they are, in words that end a sentence's first half."""
+    """Bytes that a run may take, and whose they are, as the subject and verb of a sentence: "this machine has".
+
+    Args:
+        asked: What ``--memory`` says, or None for this machine's.
+        backend: Where the run will train: of a Mac's memory its GPU gets a share.
+
+    Raises:
+        InputError: for a size that cannot be.
+    """
     if asked is not None:
         try:
-            size = _parse_size(asked)
-        except (ArithmeticError, KeyError, ValueError):
+            size = parse_size(asked)
+        except ValueError:
             size = 0
         if not LEAST_MEMORY <= size < math.inf:
             raise InputError(f"--memory {asked}: must be a size of at least 1MB, in MB or GB: such as 16GB or 512MB")

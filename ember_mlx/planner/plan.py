@@ -2,21 +2,17 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
+from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose
 from ember_mlx.planner.architecture import Architecture
-from ember_mlx.planner.builder import Run
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
-from ember_mlx.planner.step import Step
-from ember_mlx.shared.errors import InputError
+from ember_mlx.planner.graph import Run
+from ember_mlx.planner.step import build_step
 
-DEFAULT_LAYERS = 16  # mlx-lm's, for LoRA
+__all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
+
 SHORTEST = 256
-ROLES = {
-    "auto": ("embedding", "head", "tied"),
-    "embedding": ("embedding", "tied"),
-    "head": ("head",),
-    "none": (),
-}
 
 
 @dataclass(frozen=True)
@@ -45,8 +41,8 @@ class Plan:
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
-    step = Step(model, run, backend).build()
-    peak = of_step = peak_memory(step.results, step.there, DEVICES[backend])
+    step = build_step(model, run, backend)
+    peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend])
     if run.evaluation_length > run.length:
         of_evaluation = _evaluation_peak(model, run, backend)
         peak = max(of_step, of_evaluation, key=lambda peak: peak.total)
@@ -55,7 +51,7 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         weights=_bytes(step.weights.values()),
         trainable=_bytes(step.weights[name] for name in step.gradients),
         gradients=_bytes(step.gradients.values()),
-        optimizer_state=_bytes(array for array in step.there if array.role == "optimizer state"),
+        optimizer_state=_bytes(array for array in step.existing if array.role == "optimizer state"),
         most=_whole(peak.most),
         at_peak=_whole(peak.parts),
         peak=int(peak.total),
@@ -68,55 +64,34 @@ def _evaluation_peak(model, run, backend):
 
     Attention is as it is in training, which for Metal's is too much.
     """
-    step = Step(model, replace(run, length=run.evaluation_length), backend).build()
-    return peak_memory([*step.losses, *step.there], step.there, DEVICES[backend])
+    step = build_step(model, replace(run, length=run.evaluation_length), backend)
+    return peak_memory([*step.losses, *step.existing], step.existing, DEVICES[backend])
 
 
-def run_of(args, model: Architecture) -> Run:
+def run_of(options: Any, model: Architecture) -> Run:
     """What of ``ember-mlx train``'s options memory depends on, with rows as long as --max-seq-length allows.
 
     Raises:
-        InputError: for what ``train`` would refuse too.
+        InputError: for what ``train`` would refuse too: both ask :func:`ember_mlx.finetune.choices.choose`.
     """
-    asked, there = args.num_layers, model.layers
-    if asked is not None and asked > there and there:
-        raise InputError(f"--num-layers {asked}: the model has {there} layers; use at most that, or -1 for all")
-    if asked is None:
-        layers = there if args.fine_tune_type == "full" else min(DEFAULT_LAYERS, there)
-    else:
-        layers = there if asked < 0 else min(asked, there)
-    if model.quantization and args.fine_tune_type == "full":
-        raise InputError(
-            "--fine-tune-type full: the model is quantized, and quantized weights cannot be trained: use lora"
-        )
-    found = {table.role: table for table in model.tables()}
-    chosen = tuple(role for role in found if role in ROLES[args.train_tables])
-    if args.train_tables != "none" and not chosen:
-        raise InputError(f"--train-tables {args.train_tables}: the embedding is the head too (tied); use auto")
-    if asked == 0 and not chosen and args.fine_tune_type != "full":
-        raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
-    packed = [found[role].name for role in chosen if found[role].nbytes is not None]
-    if packed and not args.dequantize_tables:
-        raise InputError(
-            f"--train-tables {args.train_tables}: the weights of {' and '.join(packed)} are quantized, and a quantized "
-            "table cannot be trained: add --dequantize-tables, or leave the tables frozen with --train-tables none"
-        )
-    keys = (args.lora_parameters or {}).get("keys")
+    choices = choose(options, model.shapes())
+    lora = choices.lora_parameters or {}
+    keys = lora.get("keys")
     return Run(
-        batch_size=args.batch_size,
-        length=args.max_seq_length - 1,  # the last token is only predicted
-        fine_tune_type=args.fine_tune_type,
-        layers=layers,
-        rank=(args.lora_parameters or {}).get("rank", 8),
+        batch_size=options.batch_size,
+        length=options.max_seq_length - 1,  # the last token is only predicted
+        fine_tune_type=options.fine_tune_type,
+        layers=choices.num_layers,
+        rank=lora.get("rank", 8),
         lora_keys=None if keys is None else tuple(keys),
-        tables=chosen,
-        optimizer=args.optimizer.lower(),
-        table_optimizer=args.table_optimizer,
-        stochastic_rounding=args.table_rounding != "nearest",
-        grad_checkpoint=bool(args.grad_checkpoint),
-        chunked_loss=bool(args.chunked_loss),
-        accumulate=args.grad_accumulation_steps > 1,
-        tables_must_train=args.add_tokens is not None or asked == 0,
+        tables=tuple(table.role for table in choices.tables),
+        optimizer=options.optimizer.lower(),
+        table_optimizer=options.table_optimizer,
+        stochastic_rounding=options.table_rounding != "nearest",
+        grad_checkpoint=bool(options.grad_checkpoint),
+        chunked_loss=bool(options.chunked_loss),
+        accumulate=options.grad_accumulation_steps > 1,
+        tables_must_train=options.add_tokens is not None or options.num_layers == 0,
     )
 
 

@@ -1,1 +1,3 @@
 """Pictures of runs."""
+
+__all__ = []

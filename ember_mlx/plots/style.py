@@ -17,13 +17,21 @@ matplotlib is imported when something is drawn, never before; nothing of its glo
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ember_mlx.shared.errors import InputError
 
+if TYPE_CHECKING:
+    from matplotlib.ticker import EngFormatter, StrMethodFormatter
+
 __all__ = [
+    "DASHES",
+    "MARKERS",
     "THEMES",
     "Theme",
     "check_path",
+    "literal",
+    "picture_paths",
     "require_matplotlib",
     "save_light_and_dark",
     "save_picture",
@@ -77,8 +85,8 @@ THEMES = {
 }
 
 
-def require_matplotlib():
-    """Call it before long work whose result is to be drawn.
+def require_matplotlib() -> None:
+    """Call this before long work whose result will be drawn.
 
     Raises:
         InputError: when matplotlib is not installed, with the command that installs it.
@@ -86,14 +94,16 @@ def require_matplotlib():
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("drawing needs matplotlib: pip install 'ember-mlx[plots]'") from error
+        raise InputError("drawing needs matplotlib: pip install matplotlib") from error
 
 
-def save_picture(path, draw: Callable, theme: str = "light", width: float = WIDTH, height: float = HEIGHT) -> Path:
+def save_picture(
+    path: str | Path, draw: Callable, theme: str = "light", width: float = WIDTH, height: float = HEIGHT
+) -> Path:
     """Draw one picture and save it.
 
     Args:
-        path (str or Path): A name that ends in .png, in a folder that is there.
+        path (str or Path): A name that ends in .png, in a folder that exists.
         draw (callable): ``draw(figure, theme)``, an empty ``matplotlib.figure.Figure`` with constrained layout and a
             :class:`Theme`.
         theme (str): "light" or "dark".
@@ -119,25 +129,33 @@ def save_picture(path, draw: Callable, theme: str = "light", width: float = WIDT
     return path
 
 
-def save_light_and_dark(path, draw: Callable, width: float = WIDTH, height: float = HEIGHT) -> list[Path]:
+def save_light_and_dark(path: str | Path, draw: Callable, width: float = WIDTH, height: float = HEIGHT) -> list[Path]:
     """As :func:`save_picture`, in both themes: NAME.png becomes NAME-light.png and NAME-dark.png, which it returns."""
-    path = check_path(path)
-    return [
-        save_picture(path.with_name(f"{path.stem}-{name}.png"), draw, name, width, height) for name in ("light", "dark")
-    ]
+    paths = picture_paths(check_path(path))
+    return [save_picture(each, draw, name, width, height) for each, name in zip(paths, THEMES, strict=True)]
 
 
-def check_path(path) -> Path:
+def picture_paths(path: Path) -> list[Path]:
+    """Where both pictures of ``NAME.png`` go: NAME-light.png and NAME-dark.png."""
+    return [path.with_name(f"{path.stem}-{name}.png") for name in THEMES]
+
+
+def check_path(path: str | Path) -> Path:
     """Raises InputError for a path that no picture can be saved to."""
     path = Path(path)
     if path.suffix.lower() != ".png" or path.is_dir():
         raise InputError(f"picture {path}: must be the name of a PNG file, such as runs.png")
     if not path.parent.is_dir():
-        raise InputError(f"picture {path}: there is no folder {path.parent}; make it first")
+        raise InputError(f"picture {path}: folder {path.parent} does not exist; make it first")
     return path
 
 
-def units(unit: str, places: int | None = None):
+def literal(text: str) -> str:
+    """Text of the user's as it is to be read: matplotlib takes what stands between two dollars for mathematics."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def units(unit: str, places: int | None = None) -> "EngFormatter":
     """A formatter that writes 3.1e9 as "3.1 GB" for the unit "B", and 0.02 as "20 ms" for "s", in powers of 1000.
 
     For the ticks of an axis, ``axes.yaxis.set_major_formatter(units("B"))``, and for text, ``units("B", 2)(3.1e9)``:
@@ -149,7 +167,7 @@ def units(unit: str, places: int | None = None):
     return EngFormatter(unit=unit, places=places)
 
 
-def thousands():
+def thousands() -> "StrMethodFormatter":
     """A formatter that writes 12000 as "12,000", for ticks and for text."""
     require_matplotlib()
     from matplotlib.ticker import StrMethodFormatter

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import unit_in_the_last_place
 
 __all__ = [
+    "BETA2_RANGE",
     "SAMPLE",
     "STEPS_TO_LOOK_AT",
     "check_beta2_schedule",
@@ -25,6 +27,8 @@ ROUNDINGS = ("nearest", "stochastic")
 SAMPLE = 2**18  # elements of a table, about, that are looked at
 LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
+# From 1 - 2^-25 on float32 has 1, and a moment would never move.
+BETA2_RANGE = (0, 1 - 2.0**-25, "at least 0 and, in float32, below 1: usually 0.999, or a schedule")
 LEAST, MOST = 1e-30, 1e30  # of row_clip and row_floor: beyond, float32 comes to infinity, and that times 0 to NaN
 
 
@@ -42,14 +46,14 @@ def check_row_limit(option: str, value: float | None, flag: str | None = None) -
     return float(value)
 
 
-def check_rounding(rounding: str, seed: int):
+def check_rounding(rounding: str, seed: int) -> None:
     if rounding not in ROUNDINGS:
         raise InputError(f"Ember(rounding={rounding!r}): must be 'nearest' or 'stochastic'")
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise InputError(f"Ember(seed={seed!r}): must be a whole number from 0 to 2^32 - 1")
 
 
-def check_beta2_schedule(beta2: Callable[[int], float]):
+def check_beta2_schedule(beta2: Callable[[int], float]) -> None:
     """Look at the values of a schedule, from the number of steps done: inside a compiled step nothing can be raised."""
     for step in STEPS_TO_LOOK_AT:
         value = beta2(step)
@@ -60,13 +64,13 @@ def check_beta2_schedule(beta2: Callable[[int], float]):
             )
 
 
-def not_one_number(option: str, value, step: int | None = None) -> InputError:
+def not_one_number(option: str, value: Any, step: int | None = None, optimizer: str = "Ember") -> InputError:
     """What to raise where the schedule of an option gave, after ``step`` steps if that is known, such a value."""
     gave = f"an array of shape {tuple(value.shape)}" if hasattr(value, "shape") else repr(value)
     when = "" if step is None else f" after {step} steps"
     return InputError(
-        f"Ember({option}=...): the schedule gives {gave}{when}: must be one number; return a float or an array without "
-        "dimensions"
+        f"{optimizer}({option}=...): the schedule gives {gave}{when}: must be one number; return a float or an "
+        "array without dimensions"
     )
 
 
@@ -100,7 +104,7 @@ def rounding_warning(
     )
 
 
-def warn(message: str):
+def warn(message: str) -> None:
     """Warn at the line of the user's own code that led here, through whichever of the libraries."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:

@@ -6,6 +6,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+__all__ = ["device", "environment"]
+
 PACKAGES = ("ember-mlx", "mlx", "mlx-lm", "numpy", "torch", "transformers", "triton")
 
 

@@ -8,7 +8,6 @@ import mlx.core as mx
 from mlx.optimizers import SGD, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
-from ember_mlx.optimizers.ember import Ember
 from ember_mlx.optimizers.guarded import GuardedOptimizer, norm_is_safe
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
@@ -179,8 +178,8 @@ def _unread(leaf):
 
 
 def _looks_at_one_array(leaf):
-    """Whether it keeps MLX's own way through a tree, array by array. ``Ember`` makes its state there and no more."""
+    """Whether it keeps MLX's own way through a tree, array by array, or says that it does."""
     if isinstance(leaf, StochasticRounding):
         return _looks_at_one_array(leaf.optimizer)
     own = type(leaf).apply_gradients
-    return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", isinstance(leaf, Ember))
+    return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", False)

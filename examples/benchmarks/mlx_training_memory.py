@@ -1,4 +1,4 @@
-"""Peak memory and step time of mlx-lm's own training loop, for the shapes of real models with random weights.
+"""Peak memory and step time of a training step, for the shapes of real models with random weights.
 
     python examples/benchmarks/mlx_training_memory.py --out RESULT.json --rows 'qwen3-0.6b/untied/*/1x512/*'
     python examples/benchmarks/mlx_training_memory.py --draw FOLDER RESULT.json...
@@ -18,9 +18,7 @@ the GPU is slower then, MLX runs further ahead of it, and peaks are up to 40 % h
 import argparse
 import contextlib
 import gc
-import io
 import statistics
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -35,43 +33,23 @@ WARM_UP = 2
 LEFT_OVER = 2**20  # bytes of earlier rows that do no harm
 
 
-class SameBatch:
-    """In the place of mlx-lm's ``iterate_batches``: one batch again and again; between two steps the loop asks here."""
-
-    def __init__(self, batch, lengths):
-        self.batch = batch
-        self.lengths = lengths
-        self.asked_at = []
-        self.peaks = []
-
-    def __call__(self, dataset, batch_size, max_seq_length, **options):
-        import mlx.core as mx
-
-        while True:
-            self.asked_at.append(time.perf_counter())
-            self.peaks.append(mx.get_peak_memory())  # of the step before; the first is none
-            mx.reset_peak_memory()
-            yield self.batch, self.lengths
-
-    def seconds(self):
-        return [after - before for before, after in zip(self.asked_at, self.asked_at[1:], strict=False)]
-
-
 def measure(row, warm_up, steps, smoke):
-    """Train a few steps with mlx-lm's ``train``, set up as ``ember-mlx train`` does it.
+    """Take a few steps of ``ember-mlx train``, set up as that does it.
 
     The time is the median of ``steps`` after the first ``warm_up``, or None for no warm-up. Raises RuntimeError if the
     process still holds arrays of a row before.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.tuner.trainer import TrainingArgs, train
+    from mlx_lm.tuner.trainer import grad_checkpoint
     from mlx_lm.utils import _get_classes
 
     from ember_mlx.finetune import options
     from ember_mlx.finetune.build_optimizer import build_optimizer
+    from ember_mlx.finetune.choices import choose
     from ember_mlx.finetune.run import choose_loss
-    from ember_mlx.finetune.trainable import choose_tables, make_trainable
+    from ember_mlx.finetune.step import Step
+    from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
     gc.collect()
     mx.clear_cache()
@@ -88,13 +66,13 @@ def measure(row, warm_up, steps, smoke):
     model = model_class(arguments_class.from_dict(config))
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
-    tables = choose_tables(model, args.train_tables, dequantize=False)
-    make_trainable(model, args, tables)
-    optimizer = build_optimizer(model, args, tables)
-    optimizer.skip_nonfinite = not of["unguarded"]
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    optimizer = build_optimizer(model, args, choices)
+    optimizer.guard.skip_nonfinite = not of["unguarded"]
     loss = choose_loss(args, model)
-    batch = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
-    batches = SameBatch(batch, mx.array([[0, length]] * batch_size))
+    tokens = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
+    batch = tokens, mx.array([[0, length]] * batch_size)
     mx.eval(model.parameters(), optimizer.state, batch)
 
     sizes = {
@@ -103,34 +81,23 @@ def measure(row, warm_up, steps, smoke):
         "optimizer_state": sum(array.nbytes for _, array in tree_flatten(optimizer.state) if array.ndim),
         "logits": batch_size * length * config["vocab_size"] * mx.bfloat16.size,
     }
-    losses = []
-
-    class Callback:
-        def on_train_loss_report(self, report):
-            losses.append(report["train_loss"])
-
     mx.clear_cache()
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, quiet, unpatched(type(model.layers[0])):
-        train(
-            model=model,
-            optimizer=optimizer,
-            train_dataset=None,
-            # One more step than is measured: after the last, the loop does not ask for a batch.
-            args=TrainingArgs(
-                iters=warm_up + steps + 1,
-                steps_per_report=1,
-                adapter_file=f"{folder}/weights.safetensors",
-                grad_checkpoint=args.grad_checkpoint,
-            ),
-            loss=loss,
-            iterate_batches=batches,
-            training_callback=Callback(),
-        )
+    seconds, peaks, losses = [], [], []
+    with unpatched(type(model.layers[0])):
+        if args.grad_checkpoint:
+            grad_checkpoint(model.layers[0])
+        step = Step(model, optimizer, loss)
+        for _ in range(warm_up + steps):
+            mx.reset_peak_memory()
+            start = time.perf_counter()
+            losses.append(step(batch).loss.item())
+            mx.clear_cache()  # as the loop does
+            seconds.append(time.perf_counter() - start)
+            peaks.append(mx.get_peak_memory())
     return {
-        "peak_memory": max(batches.peaks[1:]),
-        "peaks": batches.peaks[1:],
-        "seconds": round(statistics.median(batches.seconds()[warm_up:]), 4) if warm_up else None,
+        "peak_memory": max(peaks),
+        "peaks": peaks,
+        "seconds": round(statistics.median(seconds[warm_up:]), 4) if warm_up else None,
         "bytes": sizes,
         "losses": [round(value, 4) for value in losses],
     }

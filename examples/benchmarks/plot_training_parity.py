@@ -2,7 +2,7 @@
 
     python examples/benchmarks/plot_training_parity.py RESULT.json PICTURE.png
 
-Needs matplotlib: pip install 'ember-mlx[plots]'.
+Needs matplotlib.
 """
 
 import argparse

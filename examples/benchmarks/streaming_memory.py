@@ -3,7 +3,7 @@
     python examples/benchmarks/streaming_memory.py --out RESULT.json
     python examples/benchmarks/streaming_memory.py --out RESULT.json --rows 'qwen3-8b/*/streamed'
 
-A row is model/batch x tokens/recipe/way. Recipes: `stateless` (normalized gradients on the body, Ember on the tables),
+A row is model/batch x tokens/recipe/way. Recipes: `stateless` (SinkGD on the body, Ember on the tables),
 `adamw` (AdamW on the body, computed in float32, its state in bfloat16; Ember on the tables), `lora` (adapters in all
 layers and both tables). Ways: `streamed`, and `checkpointed`, an ordinary step: gradients by one compiled function with
 mlx-lm's `--grad-checkpoint`, then the update. No model is downloaded. Each row is a fresh process with a time limit;
@@ -50,30 +50,9 @@ WARM_UP = 2
 def body(recipe):
     """The optimizer of what is no table."""
     import mlx.core as mx
-    from mlx.optimizers import Adam, AdamW, Optimizer
+    from mlx.optimizers import Adam, AdamW
 
-    class Normalized(Optimizer):
-        """Each matrix's gradient, its rows and columns brought to one size, twice; signs for vectors. No state."""
-
-        def __init__(self, learning_rate):
-            super().__init__()
-            self._maybe_schedule("learning_rate", learning_rate)
-
-        def init_single(self, parameter, state):
-            pass
-
-        def apply_single(self, gradient, parameter, state):
-            update = gradient.astype(mx.float32)
-            if update.ndim < 2:
-                update = mx.sign(update)
-            else:
-                squares = mx.square(update)  # the factors of rows and columns come from these alone
-                rows, columns = mx.ones((len(update), 1)), mx.ones((1, update.shape[1]))
-                for _ in range(2):
-                    rows = mx.rsqrt(squares @ mx.square(columns).T / columns.size + 1e-30)
-                    columns = mx.rsqrt(mx.square(rows).T @ squares / rows.size + 1e-30)
-                update = update * rows * columns
-            return (parameter.astype(mx.float32) - self.learning_rate * update).astype(parameter.dtype)
+    from ember_mlx.optimizers.sinkgd import SinkGD
 
     class Float32AdamW(AdamW):
         """AdamW, computed in float32 and kept in the dtype of the weights."""
@@ -85,7 +64,7 @@ def body(recipe):
             state.update({name: value.astype(parameter.dtype) for name, value in in_float32.items()})
             return new.astype(parameter.dtype)
 
-    return {"stateless": Normalized, "adamw": Float32AdamW, "lora": AdamW}[recipe](1e-4)
+    return {"stateless": partial(SinkGD, passes=2), "adamw": Float32AdamW, "lora": AdamW}[recipe](1e-4)
 
 
 def measure(row, steps, smoke):

@@ -11,6 +11,8 @@ import json
 import os
 import time
 import traceback
+import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +39,11 @@ from sharded_table import (
     train,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from cuda_ref import Ember
+from cuda_ref import Ember, PairedOptimizer
 from ember_mlx.parity import stochastic_rounding
 from ember_mlx.parity.gradient_streams import gradient_stream, round_to_bfloat16
 from ember_mlx.parity.oracle_float64 import EmberOracle
@@ -338,6 +340,49 @@ def check_state_dicts():
         if way != "skewed slices":  # their r is of the rows here alone, on the first rank none in both
             raises("needs shape (6,)", refuses.load_state_dict, optimizer.state_dict())
         assert not refuses.state
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mid, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        self.to(DEVICE)
+        fully_shard(self, mesh=init_device_mesh(DEVICE.type, (RANKS,)))
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.mid(self.embed(ids))))
+
+
+def check_a_pair_with_every_option_goes_through_a_checkpoint():
+    """Both sides of a PairedOptimizer, from FSDP2 to a checkpoint and back: the run goes on bit for bit."""
+    tables = partial(Ember, lr=LEARNING_RATE, weight_decay=0.1, rounding="stochastic", seed=3, **OPTIONS)
+
+    def made():
+        model = Model()
+        return model, PairedOptimizer(model, tables=tables, rest=partial(torch.optim.AdamW, lr=1e-3))
+
+    def train_pair(model, optimizer, seeds):
+        for seed in seeds:
+            ids = torch.randint(0, 7, (9,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(ids[:-1]), ids[1:]).backward()
+            optimizer.step()
+
+    warnings.simplefilter("ignore")  # rounding does nothing to float32
+    model, optimizer = made()
+    train_pair(model, optimizer, range(3))
+    dcp.save(get_state_dict(model, optimizer)[1], checkpoint_id=FOLDER / "pair")
+    resumed, other = made()
+    resumed.load_state_dict(model.state_dict())
+    state = get_optimizer_state_dict(resumed, other)
+    dcp.load(state, checkpoint_id=FOLDER / "pair")
+    set_optimizer_state_dict(resumed, other, state)
+    assert other.param_groups[-1]["beta2"] is OPTIONS["beta2"]
+    train_pair(model, optimizer, range(3, 6))
+    train_pair(resumed, other, range(3, 6))
+    for w, same in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(w.full_tensor(), same.full_tensor())
 
 
 CHECKS = {name: check for name, check in globals().items() if name.startswith("check_")}

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -243,6 +244,90 @@ def test_state_goes_through_distributed_checkpoint(flat):
     assert rates(other) == [1e-3, 1e-2]
 
 
+def schedule(step):
+    return 1 - (step + 1) ** -0.8
+
+
+OPTIONS = {
+    "beta2": {"beta2": 0.9},
+    "beta2 schedule": {"beta2": schedule},
+    "eps": {"eps": 1e-3},
+    "weight_decay": {"weight_decay": 0.1},
+    "row_clip": {"row_clip": 0.5},
+    "row_floor": {"row_floor": 0.5},
+    "rounding": {"rounding": "stochastic", "seed": 5},
+    "implementation": {"implementation": "eager"},
+    "lr tensor": {"lr": torch.tensor(1e-2)},
+}
+OPTIONS["all"] = {name: value for options in list(OPTIONS.values()) for name, value in options.items()}
+
+
+def through_state_dict(model, optimizer, other_model, other, folder):
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # PyTorch's own optimizers would share the tensors
+
+
+def through_a_file(model, optimizer, other_model, other, folder):
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    other.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+
+def through_dcp(flat, model, optimizer, other_model, other, folder):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    dcp.save(get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=folder, no_dist=True)
+    saved = get_optimizer_state_dict(other_model, other, options=options)
+    dcp.load(saved, checkpoint_id=folder, no_dist=True)
+    set_optimizer_state_dict(other_model, other, saved, options=options)
+
+
+WAYS = {
+    "state_dict": through_state_dict,
+    "file": through_a_file,
+    "dcp": partial(through_dcp, False),
+    "flat dcp": partial(through_dcp, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Saving|.*process group|.*rounded away")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_ember_goes_through_the_pair_and_its_state_continues_bit_for_bit(name, way, tmp_path):
+    tables = partial(Ember, **{"lr": 1e-2} | OPTIONS[name])
+    model, optimizer = trained(2, torch.bfloat16, tables=tables)
+    for option, value in OPTIONS[name].items():
+        of_group = optimizer.param_groups[-1].get(option)
+        found = getattr(optimizer.tables, option) if of_group is None else of_group
+        assert found is value
+    resumed = Model().to(torch.bfloat16)
+    resumed.load_state_dict(model.state_dict())
+    other = paired(resumed, tables=tables)
+    WAYS[way](model, optimizer, resumed, other, tmp_path)
+    assert same_state(optimizer, other)
+    assert other.param_groups[-1]["beta2"] == tables.keywords.get("beta2", 0.999)
+    train(model, optimizer, 2, first=2)
+    train(resumed, other, 2, first=2)
+    assert not differing(model, resumed)
+    assert same_state(optimizer, other)
+
+
+def test_the_state_dict_of_the_pair_is_what_one_optimizer_of_all_parameters_would_give():
+    _, optimizer = trained(1, tables=partial(SGD, lr=1.0, momentum=0.9), rest=RESTS["two groups"])
+    state_dict = torch.optim.Optimizer.state_dict
+    ours, plain = optimizer.state_dict(), state_dict(optimizer)
+    assert ours["param_groups"] == plain["param_groups"]
+    assert ours["state"].keys() == plain["state"].keys()
+    assert all(ours["state"][i][name] is x for i, state in plain["state"].items() for name, x in state.items())
+
+
+def test_hooks_of_a_state_dict_run_once_and_may_change_it():
+    _, optimizer = trained(1)
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: seen.append("after") or saved | {"extra": 1})
+    optimizer.tables.register_state_dict_post_hook(lambda _, saved: seen.append("tables"))
+    assert optimizer.state_dict()["extra"] == 1
+    assert seen == ["before", "tables", "after"]
+
+
 @pytest.mark.parametrize(
     ("saved_by", "message"),
     [
@@ -350,6 +435,89 @@ def test_a_step_without_any_gradient_of_a_table_is_warned_of():
     optimizer = paired(Model())
     with pytest.warns(UserWarning, match="no token table has a gradient"):
         optimizer.step()
+
+
+def resize(model, *names):
+    """As ``resize_token_embeddings`` does: new modules with new parameters."""
+    for name in names:
+        old = getattr(model, name)
+        new = nn.Embedding(V + 7, D) if name == "embed" else nn.Linear(D, V + 7)
+        new.weight.data[:V] = old.weight.data
+        setattr(model, name, new)
+
+
+@pytest.mark.parametrize("names", [("embed",), ("head",), ("embed", "head")])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_each_table_that_the_model_has_replaced_is_warned_of(names, set_to_none):
+    model = Model()
+    optimizer = paired(model)
+    train(model, optimizer, 1)
+    resize(model, *names)
+    optimizer.zero_grad(set_to_none)
+    backward(model)
+    replaced = ", ".join(f"{name}.weight" for name in names)
+    says = replaced if len(names) == 1 or not set_to_none else "no token table has a gradient"
+    with pytest.warns(UserWarning, match=says):
+        optimizer.step()
+
+
+def test_a_table_without_a_gradient_that_the_model_still_has_is_no_reason_to_warn(recwarn):
+    model = Model()
+    optimizer = paired(model)
+    model.embed(torch.arange(3)).sum().backward()
+    optimizer.step()
+    wrapped = nn.ModuleDict({"inside": model})  # whose parameters have other names now
+    train(wrapped["inside"], optimizer, 1)
+    assert not recwarn.list
+
+
+CHANGES = {
+    "to another dtype": (lambda model: model.to(torch.bfloat16), "mid.weight was .* in float32 .* in bfloat16"),
+    "another shape of the rest": (
+        lambda model: setattr(model.mid.weight, "data", torch.ones(D + 1, D)) or setattr(model, "mid", Wider(model)),
+        "mid.weight was",
+    ),
+    "another shape of a table": (
+        lambda model: setattr(model.embed.weight, "data", torch.ones(V + 7, D)),
+        r"embed.weight has shape \(30, 4\) on cpu, and its state is of shape \(23, 4\)",
+    ),
+}
+
+
+class Wider(nn.Module):
+    """The middle with one more output, which it leaves out again."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weight, self.bias = model.mid.weight, model.mid.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)[..., :D] + self.bias
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_of_another_shape_or_dtype_is_refused_and_nothing_moves(change):
+    make, message = CHANGES[change]
+    model, optimizer = trained(1)
+    make(model)
+    optimizer.zero_grad()
+    before = copy.deepcopy(model)
+    backward(model)
+    with pytest.raises(InputError, match=message):
+        optimizer.step()
+    assert not differing(model, before)
+
+
+def test_a_state_that_fits_the_new_dtype_is_used():
+    model, optimizer = trained(1, rest=RESTS["sgd"])  # Ember's state is float32 always, and this SGD has none
+    model.to(torch.bfloat16)
+    train(model, optimizer, 1)
+    optimizer = trained(1)[1]
+    loaded = copy.deepcopy(optimizer.state_dict())
+    model = Model().to(torch.bfloat16)
+    optimizer = paired(model)
+    optimizer.load_state_dict(loaded)
+    train(model, optimizer, 1)
 
 
 def test_what_is_no_state_of_an_optimizer_is_refused_by_both():

@@ -15,6 +15,9 @@ PEAKS = {"tables": 1e-2, "rest": 3e-4}
 SIDES = {"tables": partial(Ember, lr=PEAKS["tables"]), "rest": partial(torch.optim.AdamW, lr=PEAKS["rest"])}
 
 
+EVERY_OPTION = partial(SIDES["tables"], beta2=lambda step: 1 - (step + 1) ** -0.8, row_clip=1.0, row_floor=0.5, seed=3)
+
+
 def tiny_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -35,14 +38,15 @@ def warmup_then_linear(step):
     return step / WARMUP if step < WARMUP else (STEPS - step) / (STEPS - WARMUP)
 
 
-def with_pair(model, scheduler):
-    pair = PairedOptimizer(model, **SIDES)
+def with_pair(model, scheduler, **sides):
+    pair = PairedOptimizer(model, **SIDES | sides)
     return {"optimizers": (pair, scheduler(pair))}
 
 
 WAYS = {
     "scheduler from args": lambda model: with_pair(model, lambda pair: None),
     "scheduler given": lambda model: with_pair(model, linear),
+    "every option of Ember": lambda model: with_pair(model, linear, tables=EVERY_OPTION),
     "a schedule a side": lambda model: with_pair(model, one_lambda_a_group),
     "made by Trainer": lambda model: {"optimizer_cls_and_kwargs": (lambda: PairedOptimizer, SIDES)},
 }

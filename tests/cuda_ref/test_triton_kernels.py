@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not triton_kernels.available(TRITON_DEVICE), rea
 
 
 @pytest.mark.parametrize("rows", [1, 96, 97, 193])
-def test_one_step_is_the_same_however_the_rows_are_cut_into_programs(rows, monkeypatch):
+def test_one_step_is_the_same_however_the_table_is_cut_into_tiles(rows, monkeypatch):
     shape = (rows, 5)
     gradient = next(gradient_stream("random", shape, 1))
 
@@ -27,8 +27,9 @@ def test_one_step_is_the_same_however_the_rows_are_cut_into_programs(rows, monke
 
     expected = trained("eager")
     found = trained("triton")
-    monkeypatch.setattr(triton_kernels, "STATISTICS_ROWS_PER_PROGRAM", 7)
-    monkeypatch.setattr(triton_kernels, "UPDATE_ROWS_PER_PROGRAM", 3)
+    statistics, update = {"ROWS": 8, "COLUMNS": 4}, {"ROWS_PER_PROGRAM": 3, "ROWS": 2, "COLUMNS": 2}
+    monkeypatch.setattr(triton_kernels, "statistics_tile", lambda *table: statistics)
+    monkeypatch.setattr(triton_kernels, "update_tile", lambda *table: update)
     for results in (found, trained("triton")):
         for result, wanted in zip(results, expected, strict=True):
             np.testing.assert_allclose(result, wanted, rtol=2e-6, atol=1e-8)
@@ -38,7 +39,8 @@ def test_the_kernels_write_the_tensors_that_they_are_given():
     w, g = (random_table(seed=seed, device=TRITON_DEVICE) for seed in (1, 2))
     r, c = torch.zeros(SHAPE[0], device=TRITON_DEVICE), torch.zeros(SHAPE[1], device=TRITON_DEVICE)
     before = bits(g)
-    result = triton_kernels.ember_step(w, g, r, c, torch.ones((), device=TRITON_DEVICE), 1e-3, 0.999, 1e-8, 0.0)
+    t, options = torch.ones((), device=TRITON_DEVICE), {"learning_rate": 1e-3, "beta2": 0.999}
+    result = triton_kernels.ember_step(w, g, r, c, t, **options, eps=1e-8, weight_decay=0.0)
     assert [tensor.data_ptr() for tensor in result] == [tensor.data_ptr() for tensor in (w, r, c)]
     assert (r > 0).all()
     assert (c > 0).all()

@@ -143,7 +143,7 @@ def test_reading_imports_nothing(tmp_path):
 
 def test_a_python_without_its_source_files_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "python312.zip"))
-    with pytest.raises(InputError, match=r"python312\.zip holds no \.py files\. Use a Python that"):
+    with pytest.raises(InputError, match=r"python312\.zip holds no \.py files\. Use a Python with"):
         corpus.finetuning_pairs()
 
 

@@ -38,4 +38,4 @@ def test_the_demo_does_what_it_says_in_under_90_seconds(tmp_path):
 
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 2
-    assert "is there already; give a new folder" in refused.stderr
+    assert "folder already exists; choose a new one" in refused.stderr

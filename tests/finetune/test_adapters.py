@@ -89,9 +89,7 @@ def test_tables_alone_are_saved_loaded_and_fused(parse, folders, tmp_path, monke
 def test_an_adapter_of_stock_mlx_lm_loads_here(parse, folders, tmp_path):
     from mlx_lm import lora
 
-    args = parse()
-    args.num_layers = 2
-    lora.run(args)
+    lora.run(parse("--num-layers", 2))
     stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(tmp_path / "adapters"))
     ours, _ = load(folders["untied"], adapter_path=tmp_path / "adapters")
     assert mx.array_equal(stock(IDS), ours(IDS))
@@ -204,8 +202,7 @@ def test_a_kill_between_the_files_of_a_save_is_seen_and_mended_by_resume(parse, 
                 outcomes.append(f"{scale}: whole")
             except InputError as error:
                 outcomes.append(f"{scale}: " + ("of one save" if "--resume`" in str(error) else str(error)))
-            args.overwrite, args.resume = False, True
-            run(args)
+            run(args | {"overwrite": False, "resume": True})
             load(folders["untied"], adapter_path=folder)
     # adapters, tables, both as checkpoints, config: mixed is what lies between the first two, and with another scale
     # what lies before the config too.

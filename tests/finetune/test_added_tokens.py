@@ -141,7 +141,7 @@ def test_rows_to_spare_are_used_first(parse, tmp_path, tokens, capsys):
 
 def test_a_table_that_does_not_train_grows_all_the_same(parse, folders, tmp_path, tokens, capsys):
     run(parse("--add-tokens", tokens, "--train-tables", "head"))
-    assert "Warning: --train-tables head: the new rows of model.embed_tokens.weight stay as" in capsys.readouterr().out
+    assert "Warning: --train-tables head: the new rows of model.embed_tokens.weight are not" in capsys.readouterr().out
     model, tokenizer = load(folders["untied"], tmp_path / "adapters")
     assert logits(model, tokenizer).shape[-1] == 263
 
@@ -181,8 +181,8 @@ def test_a_test_alone_reads_the_data_with_the_new_tokens(parse, folders, tmp_pat
         ("a\n", "tokens already: 'a' (id "),
         ("number\n\nmore\n", "token 2 is empty; remove that line"),
         ("number \n", "token 1, 'number ', begins or ends with a space"),
-        ("number\nmore\nnumber\n", "'number' is there 2 times; leave one"),
-        ("", "there is no token in it"),
+        ("number\nmore\nnumber\n", "'number' appears 2 times; keep one"),
+        ("", "holds no token; put one a line"),
         (b"\xff\xfe", "cannot be read"),
         ("a\nb\nc\nnumber\n", "and 2 more; leave them out"),
         ("café\n", "would write 'café' as 'caf\ufffd'"),
@@ -203,7 +203,7 @@ def test_tokens_that_cannot_be_added_are_refused_before_anything_is_written(pars
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('["<a>", "<a>"]', "'<a>' is there 2 times"),
+        ('["<a>", "<a>"]', "'<a>' appears 2 times"),
         ('["<a>", ""]', "token 2 is empty"),
         ('{"<a>": 1}', "must hold a list of special tokens"),
         ('["<a>", 1]', "must hold a list of special tokens"),
@@ -220,8 +220,8 @@ def test_json_that_is_no_list_of_tokens_is_refused(parse, tmp_path, content, mes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--train-tables", "none"], "with --train-tables none the new tokens would learn nothing"),
-        (["--model", "quantized"], "is quantized, and cannot grow so: add --dequantize-tables"),
+        (["--train-tables", "none"], "the new tokens would learn nothing with --train-tables none"),
+        (["--model", "quantized"], "is quantized, and cannot grow as it is: add --dequantize-tables"),
     ],
 )
 def test_options_under_which_new_rows_cannot_train_are_refused(parse, folders, tokens, words, message):

@@ -103,7 +103,7 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--config /nowhere.yaml", "--config /nowhere.yaml: there is no such file"),
+        ("--config /nowhere.yaml", "--config /nowhere.yaml: no such file"),
         ("--learning-rate nan", "--learning-rate nan: must be a number of at least 0"),
         ("--learning-rate -1", "--learning-rate -1.0: must"),
         ("--table-learning-rate inf", "--table-learning-rate inf: must"),
@@ -121,7 +121,7 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
         ("--iters 0", "--iters 0: must"),
         ("--seed -1", "--seed -1: must be at least 0 and below"),
         ("--clear-cache-threshold -1", "'-1' must be a size such as 500MB"),
-        ("--grad-accumulation-steps 8 --iters 4", "is more than --iters 4, so nothing would be learned"),
+        ("--grad-accumulation-steps 8 --iters 4", "exceeds --iters 4, so nothing would be learned"),
         ("--val-batches 0", "--val-batches 0: must be at least 1, or -1"),
         ("--train-tables both", "argument --train-tables: invalid choice: 'both'"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; ember-mlx train --help lists the options"),

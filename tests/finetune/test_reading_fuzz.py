@@ -19,8 +19,9 @@ from tiny_models import llama_config
 from ember_mlx import InputError
 from ember_mlx.finetune import adapters, checkpoints, history, options, resume, safe_reading
 from ember_mlx.finetune.build_optimizer import build_optimizer
+from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.run import run
-from ember_mlx.finetune.trainable import choose_tables, make_trainable
+from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
 # A deadline is for what hangs: two cores are shared with other tests.
 FUZZ = settings(
@@ -200,10 +201,9 @@ def to_resume(trained_words):
     """Options, model and optimizer as a resumed run has them before it reads its checkpoint."""
     args = options.parse([*trained_words, "--resume", "--iters", "3"])
     model = adapters.load_base(args.model)[0]
-    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
-    args.token_tables = [table.path for table in tables]
-    make_trainable(model, args, tables)
-    return args, model, build_optimizer(model, args, tables)
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    return args | choices.as_options(), model, build_optimizer(model, args, choices)
 
 
 @FUZZ
@@ -220,7 +220,7 @@ def test_a_checkpoint_made_to_do_harm_with_right_checksums_is_refused_or_gone_on
         inner = inner[key]
     inner[path[-1]] = value
     args, model, optimizer = to_resume
-    args.resume_with_changes = with_changes
+    args |= {"resume_with_changes": with_changes}
     with a_copy_of(newest) as copy:
         index = {"sha256": checkpoints._checksum(content), "content": content}
         (copy / checkpoints.INDEX).write_text(json.dumps(index))

@@ -225,12 +225,9 @@ def test_a_position_that_cannot_be_is_refused_even_with_right_checksums(parse, t
 
 
 def test_options_that_json_does_not_have_are_saved_as_words(parse, tmp_path):
-    args = parse("--iters", 2, "--save-every", 1)
-    args.note, args.day = float("inf"), datetime.date(2026, 1, 1)
-    run(args)
-    resumed = parse("--iters", 3, "--save-every", 1, "--resume")
-    resumed.note, resumed.day = float("inf"), datetime.date(2026, 1, 1)
-    run(resumed)
+    others = {"note": float("inf"), "day": datetime.date(2026, 1, 1)}
+    run(parse("--iters", 2, "--save-every", 1) | others)
+    run(parse("--iters", 3, "--save-every", 1, "--resume") | others)
     assert sorted(path.name for path in (tmp_path / "adapters/checkpoints").iterdir())[-1] == "step-0000003"
 
 

@@ -34,20 +34,19 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, capsys, kind):
+@pytest.mark.parametrize(
+    ("kind", "optimizer"),
+    [("lora", "adam"), ("dora", "adam"), ("lora", "adamw"), ("lora", "muon"), ("lora", "sgd"), ("lora", "adafactor")],
+)
+def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, capsys, kind, optimizer):
     data = tmp_path / "data"
     shutil.copytree(folders["data"], data)
     shutil.copy(data / "valid.jsonl", data / "test.jsonl")
     common = ["--train-tables", "none", "--fine-tune-type", kind, "--iters", 5, "--grad-accumulation-steps", 2]
     common += ["--data", data, "--train", "--test", "--test-batches", 1]
-    args = parse(*common, adapter="ours")
-    # The one thing that we set otherwise: MLX's Adam leaves its bias.
-    args.optimizer_config = {"adam": {"bias_correction": False}}
-    run(args)
-    theirs = parse(*common, adapter="theirs")
-    theirs.num_layers = 2
-    lora.run(theirs)
+    common += ["--optimizer", optimizer]
+    run(parse(*common, adapter="ours"))
+    lora.run(parse(*common, "--num-layers", 2, adapter="theirs"))
     ours, reference = arrays(tmp_path / "ours"), arrays(tmp_path / "theirs")
     assert ours.keys() == reference.keys()
     assert all(mx.array_equal(array, reference[name]) for name, array in ours.items())
@@ -224,8 +223,7 @@ def test_weights_that_are_no_numbers_are_not_saved(parse, tmp_path, arguments):
 @pytest.mark.parametrize("path", ["", "file", "file/below"])
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(parse, tmp_path, path):
     (tmp_path / "file").write_text("mine")
-    args = parse()
-    args.adapter_path = str(tmp_path / path) if path else ""
+    args = parse() | {"adapter_path": str(tmp_path / path) if path else ""}
     with pytest.raises(InputError, match="--adapter-path .*(give a folder|no folder that can be written to)"):
         run(args)
     assert names_in(tmp_path) == ["file"]
@@ -311,6 +309,6 @@ def test_a_model_that_does_not_load_is_an_input_error(parse, tmp_path):
 
 @pytest.mark.parametrize("loss", [0.0, 709.0, 710.0, 1e6, math.inf, math.nan])
 def test_any_test_loss_is_printed(parse, monkeypatch, capsys, loss):
-    monkeypatch.setattr("ember_mlx.finetune.run._evaluate", lambda *_: loss)
+    monkeypatch.setattr("ember_mlx.finetune.run.evaluate", lambda *_: loss)
     run_module._test(parse(), None, [])
     assert f"Test loss {loss:.3f}, Test ppl " in capsys.readouterr().out

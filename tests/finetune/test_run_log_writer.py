@@ -59,8 +59,7 @@ def test_steps_between_reports_and_gathered_gradients_are_measured(parse, tmp_pa
 
 
 def test_a_full_disk_costs_no_line_and_not_the_run(parse, tmp_path, capsys):
-    args = parse("--log-jsonl", tmp_path / "log.jsonl")
-    args.token_tables = []
+    args = parse("--log-jsonl", tmp_path / "log.jsonl") | {"token_tables": []}
     writer = RunLogWriter(args, 0, goes_on=False)
     size = (tmp_path / "log.jsonl").stat().st_size
     before, soft = signal.getsignal(signal.SIGXFSZ), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -92,7 +91,7 @@ def test_what_is_there_is_not_replaced_unasked(parse, folders, tmp_path):
     # rows of a data set, even with --overwrite; a folder; a folder that cannot be made
     data = tmp_path / "train.jsonl"
     data.write_bytes((folders["data"] / "train.jsonl").read_bytes())
-    for path, message in ((data, "is there and is no log"), (tmp_path, "ordinary file"), (log / "log", "be written")):
+    for path, message in ((data, "exists and is not a log"), (tmp_path, "ordinary file"), (log / "log", "be written")):
         with pytest.raises(InputError, match=message):
             run(parse("--log-jsonl", path, "--overwrite", adapter="two"))
     assert not (tmp_path / "two").exists()

@@ -8,16 +8,15 @@ from mlx_lm.utils import load_model
 from tiny_models import tiny_llama
 
 from ember_mlx import InputError, find_token_tables
-from ember_mlx.finetune.trainable import choose_tables, make_trainable, refuse_quantized
+from ember_mlx.finetune.choices import choose
+from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
+LORA = {"rank": 8, "scale": 1.0, "dropout": 0.0}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def trainable(model, args):
-    if args.fine_tune_type == "full":
-        refuse_quantized(model)
-    tables = choose_tables(model, args.train_tables, args.dequantize_tables)
-    make_trainable(model, args, tables)
+    make_trainable(model, args, choose(args, shapes_of(model)))
     return {name for name, _ in tree_flatten(model.trainable_parameters())}
 
 
@@ -55,7 +54,7 @@ def test_num_layers_counts_from_the_end_and_zero_means_none(parse, asked, layers
     args = parse("--num-layers", asked, "--fine-tune-type", kind)
     tables, trained, outside = split(trainable(tiny_llama(), args))
     assert trained == layers
-    assert args.num_layers == len(layers)
+    assert choose(args, shapes_of(tiny_llama())).num_layers == len(layers)
     assert tables == {EMBEDDING, HEAD}
     assert outside == ({"model.norm.weight"} if kind == "full" else set())
 
@@ -64,7 +63,7 @@ def test_num_layers_counts_from_the_end_and_zero_means_none(parse, asked, layers
 def test_the_default_is_16_layers_or_as_many_as_there_are_and_for_full_all(parse, kind, layers, trained):
     args = parse("--fine-tune-type", kind)
     names = trainable(tiny_llama(layers=layers), args)
-    assert args.num_layers == trained
+    assert choose(args, shapes_of(tiny_llama(layers=layers))).num_layers == trained
     assert split(names)[1] == set(range(layers - trained, layers))
 
 
@@ -116,25 +115,22 @@ def test_what_cannot_train_is_refused(parse, folders, model, arguments, message)
 
 
 def test_lora_on_a_table_that_trains_as_a_whole_is_refused(parse):
-    args = parse()
-    args.lora_parameters["keys"] = ["self_attn.q_proj", "lm_head"]
+    args = parse() | {"lora_parameters": LORA | {"keys": ["self_attn.q_proj", "lm_head"]}}
     with pytest.raises(InputError, match="keys names lm_head"):
         trainable(tiny_llama(), args)
-    args.train_tables = "none"
-    assert "lm_head.lora_a" in trainable(tiny_llama(), args)
+    assert "lm_head.lora_a" in trainable(tiny_llama(), args | {"train_tables": "none"})
 
 
 def test_lora_parameters_that_mlx_lm_refuses_are_an_input_error(parse):
-    args = parse()
-    args.lora_parameters = {"rank": 8, "alpha": 16}
+    args = parse() | {"lora_parameters": {"rank": 8, "alpha": 16}}
     with pytest.raises(InputError, match="missing required key 'scale'"):
         trainable(tiny_llama(), args)
-    args.lora_parameters = {"rank": 8, "scale": 1.0, "dropout": 0.0, "keys": ["nowhere"]}
+    args |= {"lora_parameters": LORA | {"keys": ["nowhere"]}}
     with pytest.raises(InputError, match="no layer has such a module"):
         trainable(tiny_llama(), args)
 
 
-def test_a_model_without_token_tables_says_what_was_looked_for():
+def test_a_model_without_token_tables_says_what_was_looked_for(parse):
     with pytest.raises(InputError, match="looked for .*--train-tables none"):
-        choose_tables(nn.Linear(3, 3), "auto", dequantize=False)
+        choose(parse(), shapes_of(nn.Linear(3, 3)))
     assert find_token_tables(nn.Linear(3, 3)) == []

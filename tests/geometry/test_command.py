@@ -154,7 +154,7 @@ def test_the_report_is_whole_and_loads_nothing(folders, tmp_path, capsys):
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 8
     assert not re.search(r"https?://|<script|<link|@import", page)
-    assert "<code>&#x27;" in page  # text of tokens, as Python writes it
+    assert "<code>&#39;" in page  # text of tokens, as Python writes it
     with pytest.raises(InputError, match="holds another report; give another folder, or --overwrite"):
         command.main(words(folders, out))
 
@@ -203,6 +203,6 @@ def test_what_cannot_be_measured_is_one_line_and_nothing_written(folders, tmp_pa
 
 def test_without_matplotlib_it_says_what_to_install_before_it_trains(folders, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=re.escape("pip install 'ember-mlx[plots]'")):
+    with pytest.raises(InputError, match="pip install matplotlib"):
         command.main(words(folders, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

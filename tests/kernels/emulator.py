@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from kernels.views import as_mlx_laid_it
 
 EMULATION = Path(__file__).parent / "emulation"
 # One reports accesses outside of an array, misaligned ones and the like; with the other machine.cpp watches for races.
@@ -31,7 +32,7 @@ class EmulationError(Exception):
 
 
 class EmulatedKernel:
-    """A kernel like ``mx.fast.metal_kernel``'s and ``cuda_kernel``'s.
+    """A kernel like ``mx.fast.metal_kernel``'s and ``cuda_kernel``'s, called with arrays of MLX or with ``Laid`` ones.
 
     Args:
         names (list of str): Of the inputs, which the kernel reads where they lie, with their strides.
@@ -49,12 +50,14 @@ class EmulatedKernel:
         self.order = "backward" if backward else "forward"
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template):
-        text = self.text(*inputs, grid=grid, threadgroup=threadgroup, output_shapes=output_shapes,
+        inputs = [as_mlx_laid_it(array) if isinstance(array, mx.array) else array for array in inputs]
+        arrays = [table.as_mlx() for table in inputs]
+        text = self.text(*arrays, grid=grid, threadgroup=threadgroup, output_shapes=output_shapes,
                          output_dtypes=output_dtypes, template=template)  # fmt: skip
         command = [compiled(text, self.folder, self.checks), grid[0] // threadgroup[0], threadgroup[0], self.order]
-        for name, array in zip(self.names, inputs, strict=True):
-            memory, offset, first, strides = as_it_lies(array)
-            facts = {f"{name}_shape": np.array(array.shape, np.int32), f"{name}_strides": np.array(strides, np.int64)}
+        for name, table in zip(self.names, inputs, strict=True):
+            memory, offset, first, strides = as_it_lies(table.bits)
+            facts = {f"{name}_shape": np.array(table.shape, np.int32), f"{name}_strides": np.array(strides, np.int64)}
             facts = {fact: values for fact, values in facts.items() if fact in text}
             for fact, values in ({name: memory} | facts).items():
                 (self.folder / fact).write_bytes(values.tobytes())
@@ -67,18 +70,19 @@ class EmulatedKernel:
         return [mx.array(np.fromfile(path, np.uint8)).view(dtype).reshape(shape) for path, shape, dtype in outputs]
 
 
-def as_it_lies(array):
+def as_it_lies(view):
     """The memory from an array's first byte to its last; how many bytes beyond a multiple of 16 it begins, as it would
     where allocations begin at such; where in it the element of index 0 is, in bytes; and the strides, in elements."""
-    size = array.itemsize
-    view = np.asarray(array.view({2: mx.uint16, 4: mx.uint32}[size]))
+    size = view.itemsize
     strides = [step // size for step in view.strides]
     ends = [stride * (length - 1) for stride, length in zip(strides, view.shape, strict=True)]
     first = -sum(min(end, 0) for end in ends)
     ascending = view[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in strides)]
     memory = np.lib.stride_tricks.as_strided(ascending, (first + sum(max(end, 0) for end in ends) + 1,), (size,))
-    begins = address(ascending) - address(np.asarray(mx.zeros(1)))
-    return memory, begins % 16, first * size, strides
+    allocated = view
+    while isinstance(allocated.base, np.ndarray):
+        allocated = allocated.base
+    return memory, (address(ascending) - address(allocated)) % 16, first * size, strides
 
 
 def address(array):
@@ -136,7 +140,10 @@ def cuda_text(source, header, names, output_names, *inputs, template, output_dty
         add(f"const {dtype}* {name}", f"static_cast<const {dtype}*>({{}})")
         for kind, number in (("Shape", "int32_t"), ("Strides", "int64_t")):
             if f"{name}_{kind.lower()}" in source:
-                add(f"const __grid_constant__ {kind} {name}_{kind.lower()}", f"per_axis<{kind}, {number}>({{}})")
+                add(
+                    f"const __grid_constant__ {kind} {name}_{kind.lower()}",
+                    f"per_axis<{kind}, {number}, {array.ndim}>({{}})",
+                )
     for name, dtype in zip(output_names, output_dtypes, strict=True):
         add(f"{CUDA_TYPES[dtype]}* {name}", f"static_cast<{CUDA_TYPES[dtype]}*>({{}})")
     return f"""
@@ -146,10 +153,11 @@ def cuda_text(source, header, names, output_names, *inputs, template, output_dty
             {" ".join(constants)}
             {source}
         }}
-        template <typename PerAxis, typename Number>
+        template <typename PerAxis, typename Number, int AXES>
         PerAxis per_axis(const void* buffer) {{
-            const Number* numbers = static_cast<const Number*>(buffer);
-            return PerAxis{{{{numbers[0], numbers[1]}}}};
+            PerAxis numbers = {{}};
+            for (int i = 0; i < AXES; i++) numbers.numbers[i] = static_cast<const Number*>(buffer)[i];
+            return numbers;
         }}
         void run_thread(void** buffers, const Attributes&) {{ emulated({", ".join(arguments)}); }}
     """

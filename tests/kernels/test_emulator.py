@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from kernels.emulator import EmulationError
-from kernels.views import VIEWS
+from kernels.views import laid
 
 from ember_mlx.kernels import statistics
 
@@ -78,7 +78,7 @@ FAULTS_IN_COLUMNS = {
 
 
 def run(kernel, way="rows"):
-    g = VIEWS[way](mx.array(np.random.RandomState(0).uniform(1, 2, size=SHAPE).astype(np.float32)))
+    g = laid(way, mx.array(np.random.RandomState(0).uniform(1, 2, size=SHAPE).astype(np.float32)))
     outputs = kernel(inputs=[g], **statistics.launch(g))
     return [np.array(output) for output in outputs]
 

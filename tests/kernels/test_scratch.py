@@ -50,7 +50,7 @@ def test_stochastic_rounding_takes_the_new_table_and_blocks_of_rows():
 
     @mx.compile
     def step(w, g, t):
-        new, *_ = ember_step(w, g, r, c, t, 1e-3, 0.999, 1e-8, 0.0, seed=seed)
+        new, *_ = ember_step(w, g, r, c, t, learning_rate=1e-3, beta2=0.999, eps=1e-8, weight_decay=0.0, seed=seed)
         return new
 
     @mx.compile

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from ember_mlx.optimizers import Ember
+from ember_mlx.optimizers import AdamMini, Ember, SinkGD
 
 NAN, INFINITY = float("nan"), float("inf")
+NOT_FLOATING = (mx.zeros((2, 3), mx.int32), mx.zeros((2, 3), mx.complex64))
+NO_TABLES = (mx.zeros((8,)), mx.zeros((2, 3, 4)), mx.array(1.0), *NOT_FLOATING)
+NO_ELEMENTS = (mx.zeros((0,)), mx.zeros((2, 0, 4)))
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,16 @@ class Contract:
     make: Callable[..., Optimizer]  # called with learning_rate=, and any argument named below
     state_shapes: Callable[[int, int], dict[str, tuple[int, ...]]]  # of a table of V rows and D columns
     out_of_range: tuple[tuple[str, object], ...]  # an argument, and a value of it that must be refused
+    refused: tuple[mx.array, ...] = (*NO_ELEMENTS, *NOT_FLOATING)  # parameters
+    not_float32: frozenset[str] = frozenset({"seed"})  # of the state
 
 
+OF_BODY = (
+    *(("learning_rate", value) for value in (-1e-3, NAN, INFINITY)),
+    *(("betas", value) for value in ((0.9, 1.0), (-0.1, 0.9), (0.9, NAN), (0.9,), 0.9, None)),
+    *(("eps", value) for value in (0.0, -1e-8, NAN, INFINITY)),
+    *(("weight_decay", value) for value in (-0.1, NAN, INFINITY)),
+)
 OPTIMIZERS = [
     Contract(
         name="Ember",
@@ -34,6 +46,7 @@ OPTIMIZERS = [
             *(("rounding", value) for value in ("up", True, None)),
             *(("seed", value) for value in (-1, 2**32, 0.5, None)),
         ),
+        refused=NO_TABLES,
     ),
     Contract(
         name="Ember with all options",
@@ -42,5 +55,29 @@ OPTIMIZERS = [
         ),
         state_shapes=lambda rows, columns: {"r": (rows,), "c": (columns,), "seed": ()},
         out_of_range=(),
+        refused=NO_TABLES,
+    ),
+    Contract(
+        name="AdamMini",
+        make=AdamMini,
+        state_shapes=lambda rows, columns: {"m": (rows, columns), "v": (rows, 1)},
+        out_of_range=(*OF_BODY, *(("momentum", value) for value in ("int4", None, True))),
+    ),
+    Contract(
+        name="AdamMini with 8-bit momentum",
+        make=partial(AdamMini, momentum="int8", weight_decay=lambda step: 0.1),
+        state_shapes=lambda rows, columns: {
+            "m": (-(-rows * columns // 32), 32),
+            "m_scales": (-(-rows * columns // 32),),
+            "v": (rows, 1),
+        },
+        out_of_range=(),
+        not_float32=frozenset({"m"}),
+    ),
+    Contract(
+        name="SinkGD",
+        make=SinkGD,
+        state_shapes=lambda rows, columns: {},
+        out_of_range=(*OF_BODY, *(("passes", value) for value in (0, -1, 2.5, 101, True, None))),
     ),
 ]

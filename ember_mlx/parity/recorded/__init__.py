@@ -54,7 +54,7 @@ def real_streams() -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if array.ndim == 3}
 
 
-def write_results(path: Path, recordings: list[Recording]):
+def write_results(path: Path, recordings: list[Recording]) -> None:
     """Write recordings, exactly: each part of all results in one array a dtype, since each array costs 400 bytes."""
     arrays, about = {}, []
     for recording in recordings:

@@ -258,7 +258,7 @@ def test_state_is_v_plus_d_float32_numbers_and_the_step(implementation):
 def functions_of(package, file="optimizers/ember.py"):
     tree = ast.parse((Path(package.__file__).parent / file).read_text())
     found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    return {node.name: [argument.arg for argument in node.args.args] for node in found}
+    return {node.name: [argument.arg for argument in node.args.args + node.args.kwonlyargs] for node in found}
 
 
 def test_the_functions_are_those_of_the_mlx_twin_in_the_same_order():

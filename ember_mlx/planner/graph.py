@@ -1,11 +1,14 @@
-"""What a step's arrays are made with: the smallest parts, for the modules, the loss and the update alike."""
+"""The graph of a step: its arrays, and what each is computed from. Layers, loss and update add theirs to it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import Array, Operation
 
-FLOAT32 = 4
+__all__ = ["FLOAT32", "Graph", "Run"]
+
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,20 @@ class Run:
     tables_must_train: bool = False
 
 
-class Builder:
-    """Arrays that make arrays.
+class Graph:
+    """Arrays, and what each is computed from.
 
     Args:
         model (Architecture): Its shapes.
         run (Run): What of the options matters.
         backend (str): "metal", "cuda" or "cpu".
 
-    ``results`` are the arrays that a step is computed for, ``there`` those that exist before it; ``weights`` and
-    ``gradients`` are by name.
+    Attributes:
+        results (list): The arrays that the step is computed for.
+        losses (list): Those of them that validation computes too.
+        existing (list): The arrays that exist before the step.
+        weights, gradients, shapes (dict): By name; shapes are of what trains.
+        role (str): What arrays are made as, until it is changed.
     """
 
     def __init__(self, model: Architecture, run: Run, backend: str):
@@ -60,25 +67,35 @@ class Builder:
         self.backend = backend
         self.tokens = run.batch_size * run.length
         self.width = model.width
-        self.there, self.results = [], []
+        self.existing, self.results, self.losses = [], [], []
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}
-        self._role = "activations"
+        self.role = "activations"
 
-    def make(self, inputs, numbers, width=None, in_place=False, role=None):
+    def make(
+        self,
+        inputs: list[Array],
+        numbers: int,
+        width: float | None = None,
+        in_place: bool = False,
+        role: str | None = None,
+    ) -> Array:
+        """An array of so many numbers of ``width`` bytes; ``in_place``: it may take the memory of an input."""
         operation = Operation(inputs, in_place)
-        array = Array(numbers, width or self.width, role or self._role, operation)
+        array = Array(numbers, width or self.width, role or self.role, operation)
         operation.outputs.append(array)
         return array
 
-    def product(self, inputs, numbers, inner, width=None, role=None):
+    def product(
+        self, inputs: list[Array], numbers: int, inner: int, width: float | None = None, role: str | None = None
+    ) -> Array:
         """A product of matrices: each of its ``numbers`` is a sum of ``inner`` products."""
         array = self.make(inputs, numbers, width, role=role)
         array.made_by.work = 2 * numbers * inner
         return array
 
-    def view(self, x, after=()):
-        """The same numbers in another order or shape, or no sooner than ``after`` are there (mx.depends).
+    def view(self, x: Array, after: Iterable[Array] = ()) -> Array:
+        """The same numbers in another order or shape, or no sooner than ``after`` exist (mx.depends).
 
         It costs nothing, but it takes its place in the order.
         """
@@ -86,21 +103,25 @@ class Builder:
         operation.outputs = [Array(x.numbers, x.width, x.role, operation, base=x)]
         return operation.outputs[0]
 
-    def elementwise(self, inputs, numbers=None, width=None, role=None):
+    def elementwise(
+        self, inputs: list[Array], numbers: int | None = None, width: float | None = None, role: str | None = None
+    ) -> Array:
+        """A number for each of the first input's, which may take its memory."""
         return self.make(inputs, numbers or inputs[0].numbers, width or inputs[0].width, True, role)
 
-    def several(self, inputs, sizes, role=None):
+    def several(self, inputs: list[Array], sizes: list[tuple[int, float]], role: str | None = None) -> list[Array]:
         """One operation with several results, (numbers, width) of each."""
         operation = Operation(inputs, in_place=False)
-        operation.outputs = [Array(numbers, width, role or self._role, operation) for numbers, width in sizes]
+        operation.outputs = [Array(numbers, width, role or self.role, operation) for numbers, width in sizes]
         return operation.outputs
 
-    def is_there(self, numbers, width, role):
+    def exist(self, numbers: int, width: float, role: str) -> Array:
+        """An array that exists before the step."""
         array = Array(numbers, width, role)
-        self.there.append(array)
+        self.existing.append(array)
         return array
 
-    def float32(self, x):
+    def float32(self, x: Array) -> Array:
         """The array in float32: made once, however many ask for it, since MLX sees that they are the same."""
         if x.width == FLOAT32:
             return x
@@ -108,10 +129,18 @@ class Builder:
             self._cast[x] = self.elementwise([x], width=FLOAT32)
         return self._cast[x]
 
-    def weight(self, name, shape, trained, width=None, nbytes=None):
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        trained: bool,
+        width: float | None = None,
+        nbytes: int | None = None,
+    ) -> Array:
+        """The weight of that name, which exists before the step; ``nbytes`` if it is quantized."""
         if name not in self.weights:
             numbers = shape[0] * (shape[1] if len(shape) > 1 else 1)
-            array = self.is_there(numbers, width or self.width, "weights")
+            array = self.exist(numbers, width or self.width, "weights")
             if nbytes is not None:  # quantized
                 array.width = nbytes / numbers
             self.weights[name] = array
@@ -119,13 +148,15 @@ class Builder:
                 self.shapes[name] = shape
         return self.weights[name]
 
-    def add_gradient(self, name, gradient):
+    def add_gradient(self, name: str, gradient: Array) -> None:
+        """Add to the gradient of a weight."""
         gradient.role = "gradients"
         if name in self.gradients:
             gradient = self.elementwise([self.gradients[name], gradient], role="gradients")
         self.gradients[name] = gradient
 
-    def sum(self, arrays):
+    def sum(self, arrays: list[Array]) -> Array:
+        """The sum, one addition after the other."""
         total = arrays[0]
         for array in arrays[1:]:
             total = self.elementwise([total, array])

@@ -1,0 +1,202 @@
+r"""Adam-mini: AdamW with one second moment a block of weights.
+
+The rule is from "Adam-mini" (arXiv 2406.16793), as version 1.1.1 of the authors' code has it. For a weight :math:`w`
+with gradient :math:`g` at step :math:`t = 1, 2, ...`, and every block :math:`b` of it
+
+.. math::
+
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+    v_{b,t} &= \beta_2 v_{b,t-1} + (1 - \beta_2) \, \text{mean}_b \, g_t^2 \\
+    w_t &= (1 - \eta \lambda) w_{t-1}
+           - \eta \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_{b,t} / (1 - \beta_2^t)} + \epsilon}
+
+The blocks are ours, from modules and shapes: the authors' go by parts of names, and take half a head for a head where
+head_dim is not the width over the heads. The shape of ``v`` says them: along each dimension, how many.
+The functions are those of ``ember_mlx/optimizers/adam_mini.py``, line against line.
+"""
+
+import math
+
+import torch
+
+from cuda_ref.optimizers import module_roles
+from cuda_ref.optimizers.body import BodyOptimizer
+from cuda_ref.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
+from cuda_ref.optimizers.ember import bias_correction, blocks, mean_squares, update_second_moment
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
+
+# Of a weight with 8-bit momentum: a few float32 copies of a piece are alive together.
+PIECES, SMALLEST_PIECE = 32, 2**20
+
+
+def adam_mini_step(
+    w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, means=mean_squares, update=None
+):  # fmt: skip
+    """One step of Adam-mini on one weight. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
+
+    Args:
+        w (Tensor): The weight, of any shape.
+        g (Tensor): Its gradient.
+        m (Tensor or tuple): First moment, float32; or its codes (groups, 32) int8 and scales (groups,) float32.
+        v (Tensor): Second moment of the blocks, float32: of as many dimensions as ``w``, in each the number of blocks.
+        t (Tensor): The number of this step, from 1.
+        learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
+        beta1, beta2, eps (float): :math:`\\beta_1`, :math:`\\beta_2` and :math:`\\epsilon`.
+
+        means, update (callable): In the places of ``mean_squares`` and of the updates below, as Triton has them.
+
+    Returns:
+        ``w`` and ``m``, overwritten, and the new ``v``.
+    """
+    v = update_second_moment(v, block_mean_squares(g, tuple(v.shape), means), beta2)
+    denominator = torch.sqrt(v / bias_correction(t, beta2)) + eps
+    rates = spread(learning_rate / bias_correction(t, beta1) / denominator, w.shape)
+    rows, decay = as_rows(w), 1 - learning_rate * weight_decay
+    update = update or (update_in_place if isinstance(m, torch.Tensor) else update_in_pieces)
+    update(rows, as_rows(g), m if isinstance(m, tuple) else as_rows(m), rates, beta1, decay)
+    if rows.data_ptr() != w.data_ptr():  # the rows of a weight that is not contiguous are a copy
+        w.copy_(rows.reshape(w.shape))
+    return w, m, v
+
+
+def block_mean_squares(g, blocks, means=mean_squares):
+    """Means of ``g`` squared over each block, float32, of the shape ``blocks``."""
+    rows = as_rows(g)
+    row_means, column_means = means(rows)
+    if rows.shape[1] > 1 and blocks and blocks[-1] == rows.shape[1]:
+        return column_means.reshape(blocks)
+    split = [part for n, length in zip(blocks[:-1], g.shape[:-1], strict=True) for part in (n, length // n)]
+    return row_means.reshape(split or [1]).mean(dim=tuple(range(1, len(split), 2)) or None).reshape(blocks)
+
+
+def spread(of_blocks, shape):
+    """A number a block as one of each row of ``as_rows``, (rows, 1), or of each column, (1, columns)."""
+    if len(shape) < 2:
+        return of_blocks.reshape(1, -1)
+    for axis, length in enumerate(shape[:-1]):
+        if 1 < of_blocks.shape[axis] < length:
+            of_blocks = torch.repeat_interleave(of_blocks, length // of_blocks.shape[axis], dim=axis)
+    if of_blocks.shape[-1] > 1:
+        return of_blocks.reshape(1, -1)
+    return torch.broadcast_to(of_blocks, (*shape[:-1], 1)).reshape(-1, 1)
+
+
+def update_weights(w, g, m, rates, beta1, decay):
+    """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it."""
+    m = update_second_moment(m, g.to(torch.float32), beta1)
+    return (decay * w.to(torch.float32) - rates * m).to(w.dtype), m
+
+
+def update_in_place(w, g, m, rates, beta1, decay):
+    """As ``update_weights``, block by block, so that no second copy of anything is needed."""
+    for rows in blocks(w):
+        of_rows = rates[rows] if len(rates) > 1 else rates
+        w[rows], m[rows] = update_weights(w[rows], g[rows], m[rows], of_rows, beta1, decay)
+
+
+def update_in_pieces(w, g, m, rates, beta1, decay):
+    """As ``update_weights`` with ``m`` as codes and scales: in float32 for a few rows at a time alone."""
+    columns = w.shape[1]
+    whole_groups = GROUP // math.gcd(columns, GROUP)  # so many rows are whole groups
+    piece = max(SMALLEST_PIECE, w.numel() // PIECES) // columns
+    piece = max(1, piece // whole_groups) * whole_groups
+    codes, scales = m
+    for first in range(0, len(w), piece):
+        rows = slice(first, min(first + piece, len(w)))
+        groups = slice(first * columns // GROUP, groups_of(rows.stop * columns))
+        old = decode_momentum(codes[groups], scales[groups], (rows.stop - first, columns))
+        of_rows = rates[rows] if len(rates) > 1 else rates
+        w[rows], momentum = update_weights(w[rows], g[rows], old, of_rows, beta1, decay)
+        codes[groups], scales[groups] = encode_momentum(momentum)
+
+
+def as_rows(x):
+    """(rows, columns): the last dimension, and all others together; one row for a vector."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
+
+
+def blocks_of(w, heads, by_first):
+    """How many blocks a weight has along each dimension.
+
+    Args:
+        w (Tensor): The weight. A vector is one block, and every row of all else: (outputs, inputs), tables (V, D),
+            experts (E, outputs, inputs), both factors of LoRA.
+        heads (dict): Weight -> number of heads, of queries and keys, each a block.
+        by_first (set): Weights whose slices along the first dimension are blocks.
+    """
+    shape = tuple(w.shape)
+    if len(shape) < 2:
+        return (1,) * len(shape)
+    if w in heads:
+        return (heads[w], 1)
+    if w in by_first:
+        return (shape[0], *(1,) * (len(shape) - 1))
+    return (*shape[:-1], 1)
+
+
+class AdamMini(BodyOptimizer):
+    r"""The Adam-mini optimizer [1], for the body of a model, at the learning rates of AdamW.
+
+    State of a weight: ``m``, float32 of its shape, and ``v``, float32, one number a block: 4 bytes a weight. With
+    ``momentum="int8"``, ``m`` is codes (groups, 32) int8 and ``m_scales`` (groups,) float32: 1.13 bytes. The formula
+    stands at the top of this file.
+
+    [1]: Adam-mini: Use Fewer Learning Rates To Gain More. arXiv 2406.16793.
+
+    Args:
+        params (iterable): The weights, or groups of them, or named weights, as any PyTorch optimizer takes them.
+        lr (float or Tensor): The learning rate :math:`\eta`, as AdamW's.
+        betas (tuple of float): :math:`(\beta_1, \beta_2)`. Default: ``(0.9, 0.999)``.
+        eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
+        weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
+        model (nn.Module, optional): For blocks that shapes do not show: queries and keys by head, convolutions by
+            output channel. Default: all by row.
+        momentum (str): ``"float32"``, or ``"int8"``, companded in groups of 32. Default: ``"float32"``.
+        decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
+        implementation (str): ``"triton"`` for the kernel, ``"eager"`` for the functions of this file, ``"auto"`` for
+            the kernel where a weight is on a CUDA device and Triton is installed. Default: ``"auto"``.
+
+    Raises:
+        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes or is a DTensor, a
+            gradient that is sparse or of another shape, state of another model; nothing is written then.
+    """
+
+    kept = ("decay_vectors", "implementation", "momentum", "_heads", "_by_first")
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        model=None,
+        momentum="float32",
+        decay_vectors=False,
+        implementation="auto",
+    ):
+        if momentum not in ("float32", "int8"):
+            raise InputError(f"AdamMini(momentum={momentum!r}): must be 'float32' or 'int8'")
+        self.momentum = momentum
+        self._heads = module_roles.attention_heads(model) if model else {}
+        self._by_first = module_roles.convolutions(model) if model else set()
+        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
+
+    def state_of(self, w):
+        state = {"m": (tuple(w.shape), torch.float32), "v": (blocks_of(w, self._heads, self._by_first), torch.float32)}
+        if self.momentum == "int8":
+            groups = groups_of(w.numel())
+            state |= {"m": ((groups, GROUP), torch.int8), "m_scales": ((groups,), torch.float32)}
+        return state
+
+    def step_weight(self, w, g, state, group):
+        from cuda_ref import triton_body  # which has these functions in it
+
+        step = triton_body.adam_mini_step if self.by_triton(w) else adam_mini_step
+        m = state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"])
+        decay = self.weight_decay_of(w, group)
+        _, _, v = step(w, g, m, state["v"], state["step"], group["lr"], *group["betas"], group["eps"], decay)
+        state["v"].copy_(v)

@@ -1,0 +1,191 @@
+"""What a run trains, decided once from its options and its model's shapes, by rules that need no model and no MLX.
+
+``train`` applies the choices to a model (:mod:`ember_mlx.finetune.trainable`), ``plan`` counts them, and the adapter's
+config records them. So ``plan`` refuses what ``train`` refuses.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.token_table_rules import TokenTable
+
+__all__ = ["DEFAULT_LAYERS", "ROLES", "Choices", "Shapes", "choose", "refuse_frozen_rows", "rounding"]
+
+DEFAULT_LAYERS = 16  # of LoRA, as mlx_lm.lora has it
+ROLES = {
+    "auto": ("embedding", "head", "tied"),
+    "embedding": ("embedding", "tied"),
+    "head": ("head",),
+    "none": (),
+}
+"""The roles of token tables that each value of ``--train-tables`` means."""
+LORA_KEYS = ("rank", "scale", "dropout")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the choices depend on in a model, loaded or only described.
+
+    Attributes:
+        looked_for: Where token tables were looked for, and what for, in words for the error when there is none.
+        layers: How many decoder layers it has; None where that is not known.
+        tables: All its token tables.
+        quantized: The path of a quantized module, if there is one.
+        layer_modules: For each layer the names of the modules in it, which LoRA's keys may name; None where they are
+            not known.
+        modules: The names of all modules, seen from the model, which LoRA's keys may name too.
+    """
+
+    looked_for: str
+    layers: int | None
+    tables: tuple[TokenTable, ...]
+    quantized: str | None = None
+    layer_modules: tuple[frozenset[str], ...] | None = None
+    modules: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What trains in a run.
+
+    Attributes:
+        tables: The token tables that train, none of them quantized any more.
+        dequantize: The paths of the modules that must be dequantized for that.
+        num_layers: How many of the last layers train.
+        lora_parameters: Rank, scale, dropout and keys; None for ``full``.
+        table_rounding: "nearest" or "stochastic".
+        body_in_float32: Whether the body's optimizer computes in float32 for bfloat16 weights. Without tables it does
+            not: the run is stock mlx-lm's, to the bit. For float16, whose numbers end at 65504, it does always.
+        added_tokens: Content, special and id of each new token; None without ``--add-tokens``.
+    """
+
+    tables: tuple[TokenTable, ...]
+    dequantize: tuple[str, ...]
+    num_layers: int
+    lora_parameters: dict[str, Any] | None
+    table_rounding: str
+    body_in_float32: bool
+    added_tokens: list[dict[str, Any]] | None = None
+
+    def as_options(self) -> dict[str, Any]:
+        """The choices by the names that options and the adapter's config have for them."""
+        return {
+            "token_tables": [table.path for table in self.tables],
+            "num_layers": self.num_layers,
+            "lora_parameters": self.lora_parameters,
+            "table_rounding": self.table_rounding,
+            "added_tokens": self.added_tokens,
+        }
+
+
+def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | None = None) -> Choices:
+    """Decide what trains.
+
+    Args:
+        options: The run's, from :func:`ember_mlx.finetune.options.parse`.
+        shapes: The model's, with the rows of new tokens.
+        added_tokens: What ``--add-tokens`` has added.
+
+    Raises:
+        InputError: for options that ask this model for what it does not have, or for nothing at all.
+    """
+    full = options.fine_tune_type == "full"
+    if full and shapes.quantized is not None:
+        raise InputError(
+            f"--fine-tune-type full: {shapes.quantized} is quantized, and quantized weights cannot be trained: use "
+            "--fine-tune-type lora, or a model that is not quantized"
+        )
+    tables = _tables(options, shapes)
+    num_layers = _number_of_layers(options, shapes.layers)
+    nothing_left = num_layers == 0 and (shapes.layers is not None or options.num_layers == 0)
+    if nothing_left and not tables and not full:
+        raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
+    if not full:
+        _check_lora(options.lora_parameters, tables, num_layers, shapes)
+    return Choices(
+        tables=tuple(replace(table, quantized=False) for table in tables),
+        dequantize=tuple(table.module_path for table in tables if table.quantized),
+        num_layers=num_layers,
+        lora_parameters=None if full else options.lora_parameters,
+        table_rounding=rounding(options, [table.dtype for table in tables]),
+        body_in_float32=bool(tables),
+        added_tokens=added_tokens,
+    )
+
+
+def rounding(options: Any, dtypes: Iterable[Any]) -> str:
+    """What ``--table-rounding`` asks for; by default 16-bit tables are rounded stochastically where Ember trains them.
+
+    To nearest they lose a part of what training them brings, up to half (examples/benchmarks/quality).
+    """
+    narrow = any(str(dtype).rpartition(".")[2] != "float32" for dtype in dtypes)
+    return options.table_rounding or ("stochastic" if options.table_optimizer == "ember" and narrow else "nearest")
+
+
+def refuse_frozen_rows(options: Any, quantized: list[str], where: str) -> None:
+    """Refuse options under which the rows of new tokens would never train.
+
+    Args:
+        options: The run's.
+        quantized: Names of the model's quantized tables.
+        where: What the message begins with.
+    """
+    if options.train_tables == "none":
+        raise InputError(f"{where}: the new tokens would learn nothing with --train-tables none: remove that flag")
+    if quantized and not options.dequantize_tables:
+        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow as it is: add --dequantize-tables")
+
+
+def _tables(options, shapes):
+    asked = options.train_tables
+    if asked == "none":
+        return []
+    if not shapes.tables:
+        raise InputError(f"--train-tables {asked}: no token table in {shapes.looked_for}; use --train-tables none")
+    chosen = [table for table in shapes.tables if table.role in ROLES[asked]]
+    if not chosen:
+        tied = next((table for table in shapes.tables if table.role == "tied"), None)
+        found = ", ".join(f"{table.path} ({table.role})" for table in shapes.tables)
+        reason = f"the head is the embedding, {tied.path}" if tied else f"the model has {found}"
+        raise InputError(f"--train-tables {asked}: {reason}; use --train-tables {'embedding' if tied else 'auto'}")
+    quantized = [table.path for table in chosen if table.quantized]
+    if quantized and not options.dequantize_tables:
+        raise InputError(
+            f"--train-tables {asked}: {' and '.join(quantized)} are quantized, and a quantized table cannot be "
+            "trained: add --dequantize-tables, or freeze the tables with --train-tables none"
+        )
+    return chosen
+
+
+def _number_of_layers(options, layers):
+    """mlx-lm takes 0 for all layers, as ``layers[-0:]`` is; here 0 trains none, so that tables can train alone."""
+    asked = options.num_layers
+    if layers is None:
+        return 0
+    if asked is None:
+        return layers if options.fine_tune_type == "full" else min(DEFAULT_LAYERS, layers)
+    if asked > layers:
+        raise InputError(f"--num-layers {asked}: the model has {layers} layers; use at most that, or -1 for all")
+    return layers if asked < 0 else asked
+
+
+def _check_lora(parameters, tables, num_layers, shapes):
+    keys = parameters.get("keys")
+    for table in tables:
+        if table.module_path in (keys or ()):
+            raise InputError(
+                f"lora_parameters: keys names {table.module_path}, which is to train as a whole: take it out of keys, "
+                "or leave the tables to LoRA with --train-tables none"
+            )
+    if not num_layers:
+        return
+    missing = next((key for key in LORA_KEYS if key not in parameters), None)
+    if missing:
+        hint = "; mlx-lm has no alpha: scale is alpha / rank" if "alpha" in parameters else ""
+        raise InputError(f"lora_parameters {parameters}: missing required key '{missing}'{hint}")
+    if keys is not None and shapes.layer_modules is not None:
+        reachable = shapes.modules.union(*shapes.layer_modules[-num_layers:])
+        if not reachable & set(keys):
+            raise InputError(f"lora_parameters: keys {keys}: no layer has such a module; name one, as self_attn.q_proj")

@@ -1,0 +1,96 @@
+"""All that we hold on to of mlx-lm's insides, in one file: what to try at its next release (pinned to ``<0.33``).
+
+None of it is declared API. Each item says what it is used for and what would show that it changed.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx_lm import lora
+from mlx_lm.utils import _parse_size, dequantize_model
+
+__all__ = [
+    "CONFIG_DEFAULTS",
+    "PAD_TO",
+    "YamlError",
+    "actions_of",
+    "build_lora_parser",
+    "dequantized",
+    "is_size",
+    "load_yaml",
+    "move_to_group",
+    "parse_size",
+    "rate_schedule",
+]
+
+# The defaults of mlx_lm.lora's options, by their names in YAML files. A new key is an option that we do not know.
+CONFIG_DEFAULTS: dict[str, Any] = lora.CONFIG_DEFAULTS
+
+# mlx_lm.tuner.trainer.iterate_batches pads rows to one more than a multiple of this, and names the number nowhere. The
+# widths that `plan` foretells hang on it (tests/finetune/test_longest_batch.py).
+PAD_TO = 32
+
+YamlError = lora.yaml.YAMLError
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds, by mlx_lm.lora's loader: it reads 1e-5 as a number, where YAML 1.1 does not.
+
+    Raises:
+        YamlError: for what is not YAML.
+    """
+    return lora.yaml.load(text, lora.yaml_loader)
+
+
+def build_lora_parser() -> argparse.ArgumentParser:
+    """mlx_lm.lora's parser of options; tests/finetune/test_options.py compares ours with it, flag by flag."""
+    return lora.build_parser()
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options of a parser. argparse (not mlx-lm) keeps this list to itself, and has no other."""
+    return parser._actions
+
+
+def move_to_group(parser: argparse.ArgumentParser, action: argparse.Action, group: Any) -> None:
+    """Show an option under another heading of ``--help``. argparse (not mlx-lm) has no call for that."""
+    for other in parser._action_groups:
+        if action in other._group_actions:
+            other._group_actions.remove(action)
+    group._group_actions.append(action)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GB", by mlx-lm's reading of sizes; the type of ``--clear-cache-threshold``.
+
+    Raises:
+        ValueError: for text that is no size, whatever mlx-lm itself raises for it.
+    """
+    try:
+        return _parse_size(text)
+    except (ArithmeticError, KeyError, ValueError) as error:
+        raise ValueError(f"{text!r} must be a size such as 500MB or 2GB") from error
+
+
+def is_size(action: argparse.Action) -> bool:
+    """Whether an option of mlx-lm's takes a size."""
+    return action.type in (_parse_size, parse_size)
+
+
+def dequantized(module: nn.Module) -> nn.Module:
+    """A plain module of the weights that a quantized one stands for.
+
+    mlx-lm's ``dequantize_model`` takes a whole model: one with this module as its only child will do.
+    """
+    holder = nn.Module()
+    holder.child = module
+    return dequantize_model(holder).child
+
+
+def rate_schedule(optimizer: optim.Optimizer) -> Callable[[mx.array], mx.array] | None:
+    """The schedule of an MLX optimizer's learning rate, or None. MLX (not mlx-lm) keeps schedules to itself."""
+    return optimizer._schedulers.get("learning_rate")

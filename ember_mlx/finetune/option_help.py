@@ -1,0 +1,133 @@
+"""What ``ember-mlx train --help`` says: each option's group, metavar and text. Defaults are appended by the parser.
+
+mlx-lm's own texts are replaced, since what they say is not all true here.
+"""
+
+__all__ = ["EPILOG", "HELP", "USAGE"]
+
+USAGE = "ember-mlx train --model MODEL --data FOLDER [options]"
+EPILOG = """\
+examples:
+  ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --iters 600
+      LoRA in the last 16 layers, and both token tables with Ember
+  ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --grad-checkpoint --chunked-loss
+      the same in less memory; `ember-mlx plan` with the same flags says how much
+  ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --iters 600 --resume
+      resume the first run where it stopped"""
+
+# {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
+HELP: dict[str, dict[str, tuple[str | None, str]]] = {
+    "what to train on": {
+        "model": ("MODEL", "A model folder, or a name on the Hugging Face hub."),
+        "data": (
+            "FOLDER",
+            "A folder with train.jsonl, and valid.jsonl and test.jsonl if there are any. Or a data set of the Hugging "
+            "Face hub, which needs `pip install 'mlx-lm[train]'`. Required by train: there is no default data set.",
+        ),
+        "mask_prompt": (None, "Learn the completions alone, not the prompts."),
+        "max_seq_length": ("TOKENS", "Cut rows to this many tokens."),
+        "batch_size": ("ROWS", "Rows in a batch."),
+        "iters": ("N", "Batches to train on."),
+        "seed": ("N", "Seed of all random numbers."),
+        "add_tokens": (
+            "FILE",
+            "Add tokens to the tokenizer and the tables: a text with one a line, or a .json list of special tokens. "
+            "Each starts at the mean of the tokens that it was split into. Default: none.",
+        ),
+        "test": (None, "Evaluate on test.jsonl after training; without --train, the adapter as it is."),
+        "test_batches": ("N", "Batches of the test; -1 for all."),
+        "train": (None, "Train. Default: on, unless --test is given alone."),
+        "config": ("FILE", "Take options from a YAML file, as mlx_lm.lora does. Flags win over it. Default: none."),
+        "trust_remote_code": (None, "Run code that comes with the model or its tokenizer."),
+    },
+    "what trains": {
+        "fine_tune_type": (None, "Adapters in the layers (lora, dora), or all weights (full)."),
+        "num_layers": (
+            "N",
+            "Train the last N layers; -1 for all, 0 for none (the tables alone). Default: 16 or as many as there are; "
+            "all with full.",
+        ),
+        "optimizer": (None, "Optimizer of all that is no token table."),
+        "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
+        "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
+        "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
+        "bias_correction": (
+            None,
+            "Correct the bias of adam and adamw, as PyTorch does: the first steps are 3 to 6.5 times shorter. Not of "
+            "the tables. Default: off, as mlx_lm.lora has it.",
+        ),
+        "on_nonfinite": (
+            None,
+            "At a NaN or an infinity in the loss or a gradient: stop the run, or skip that step and count it. Neither "
+            "reaches the weights.",
+        ),
+    },
+    "token tables": {
+        "train_tables": (None, "Token tables to train; auto: all that the model has."),
+        "table_optimizer": (None, "Optimizer of the tables. All but ember are for comparison."),
+        "table_learning_rate": (
+            "RATE",
+            "Learning rate of the tables. With an lr_schedule in the YAML file it is that schedule's peak, unless a "
+            "table_lr_schedule is given too.",
+        ),
+        "table_weight_decay": ("DECAY", "Decoupled weight decay of the tables."),
+        "table_beta2": ("BETA2", "Decay of the second moment; ember and adamw. Default: 0.999."),
+        "table_beta2_decay": (
+            "DECAY",
+            "Let beta2 grow as 1 - step^-DECAY up to --table-beta2; Adafactor's DECAY is 0.8. ember only. Default: "
+            "beta2 is constant.",
+        ),
+        "table_row_clip": (
+            "CLIP",
+            "Limit each row's step to CLIP learning rates (RMS). Without it, a token first seen late can jump by up to "
+            "31. ember only. Default: no limit.",
+        ),
+        "table_row_floor": (
+            "FLOOR",
+            "Protect tokens that your data never uses: rows with gradients below FLOOR times the table's RMS take "
+            "proportionally smaller steps. Use it with a higher --table-learning-rate. ember only. Default: off.",
+        ),
+        "table_rounding": (
+            None,
+            "Rounding of 16-bit tables. Stochastic keeps, on average, steps that are too small for them. Nearest takes "
+            "less memory where the tables' step is the peak. ember only. Default: stochastic with ember, else nearest.",
+        ),
+        "dequantize_tables": (None, "Of a quantized model: train the tables in the dtype that they dequantize to."),
+    },
+    "memory": {
+        "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
+        "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
+        "memory_limit": ("SIZE", "End the run when MLX needs more memory than SIZE, such as 12GB. Default: no limit."),
+        "clear_cache_threshold": ("SIZE", "Clear MLX's cache when it is larger than SIZE, such as 2GB; 0: never."),
+    },
+    "saving and resuming": {
+        "adapter_path": ("FOLDER", "Where the adapter and the checkpoints are saved."),
+        "overwrite": (None, "Replace the run that --adapter-path holds."),
+        "save_every": ("N", "Save the adapter and a checkpoint every N batches."),
+        "keep_checkpoints": (
+            "N",
+            "Keep the newest N checkpoints; 0 writes none. One is written every --save-every batches, at the end, and "
+            "when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run.",
+        ),
+        "resume": (
+            "FOLDER",
+            "Resume exactly where a run stopped: from the newest intact checkpoint in --adapter-path, or from FOLDER: "
+            "a checkpoint or another adapter folder. Give the options of that run again; --iters may be more. Default: "
+            "start anew.",
+        ),
+        "resume_with_changes": (None, "Resume although options, data or model have changed since the checkpoint."),
+        "resume_adapter_file": ("FILE", "Start a new run from the weights of a finished adapter. Default: none."),
+    },
+    "reporting": {
+        "steps_per_report": ("N", "Report the training loss every N batches."),
+        "steps_per_eval": ("N", "Validate every N batches."),
+        "val_batches": ("N", "Batches of a validation; -1 for all."),
+        "log_jsonl": (
+            "FILE",
+            "Log losses, learning rates, speed, peak memory and the size of each step, one JSON object a report. "
+            "`ember-mlx plot FILE` draws it; --resume appends to it. Default: none.",
+        ),
+        "report_to": ("SERVICES", "Report to wandb, swanlab, or both (wandb,swanlab). Default: none."),
+        "project_name": ("NAME", "Project at those services. Default: the name of the working folder."),
+    },
+}  # fmt: skip

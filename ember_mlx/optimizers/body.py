@@ -1,0 +1,101 @@
+"""What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
+
+import math
+
+import mlx.core as mx
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from ember_mlx.optimizers.checks import as_number, check_number
+from ember_mlx.optimizers.ember import bias_correction, update_second_moment
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+
+__all__ = ["BodyOptimizer", "adamw_step"]
+
+
+def adamw_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+    """One step of AdamW (arXiv 1711.05101) in float32; returns the new ``w`` in its own dtype, ``m`` and ``v``."""
+    g = g.astype(mx.float32)
+    m = update_second_moment(m, g, beta1)
+    v = update_second_moment(v, mx.square(g), beta2)
+    update = (m / bias_correction(t, beta1)) / (mx.sqrt(v / bias_correction(t, beta2)) + eps)
+    new = (1 - learning_rate * weight_decay) * w.astype(mx.float32) - learning_rate * update
+    return new.astype(w.dtype), m, v
+
+
+class BodyOptimizer(Optimizer):
+    """Weights of any shape, decoupled weight decay, ``betas`` and ``eps``; a subclass says its state and its step.
+
+    A subclass gives ``state_of(path, parameter)``, name -> (shape, dtype), all of it zeros at the start, and
+    ``apply_single``. State is kept by path. Vectors (norms, biases) get no weight decay unless ``decay_vectors``.
+    """
+
+    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
+
+    def __init__(self, learning_rate, betas, eps, weight_decay, decay_vectors):
+        super().__init__()
+        name = type(self).__name__
+        try:
+            self.betas = tuple(float(beta) for beta in betas)
+        except (TypeError, ValueError):
+            self.betas = ()
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(
+                f"{name}(betas={betas!r}): must be two numbers, each at least 0 and below 1, usually (0.9, 0.999)"
+            )
+        check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8", name)
+        self.eps = eps
+        self.decay_vectors = decay_vectors
+        self._schedule("learning_rate", learning_rate)
+        self._schedule("weight_decay", weight_decay)
+
+    def init(self, parameters):
+        self._check_parameters(parameters)
+        super().init(parameters)
+        states = []
+        tree_map_with_path(lambda path, w, state: states.append((path, w, state)), parameters, self.state)
+        for path, w, state in states:
+            wanted = self.state_of(path, w)
+            for name, (shape, dtype) in wanted.items() if not state else ():
+                state[name] = mx.zeros(shape, dtype)
+            self._check_state(path, w, state, wanted)
+
+    def init_single(self, parameter, state):
+        """Nothing: ``init`` makes the state, which depends on the path."""
+
+    def apply_gradients(self, gradients, parameters):
+        if not self._initialized:  # MLX would call init with the gradients
+            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
+        return super().apply_gradients(gradients, parameters)
+
+    def weight_decay_of(self, parameter):
+        """The weight decay of a parameter: zero for vectors, unless they are to decay."""
+        return self.state["weight_decay"] if parameter.ndim > 1 or self.decay_vectors else 0.0
+
+    def _check_parameters(self, parameters):
+        for path, parameter in tree_flatten(parameters):
+            if not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
+                raise InputError(
+                    f"{type(self).__name__}: {path} has shape {parameter.shape} and dtype {parameter.dtype}; "
+                    f"{type(self).__name__} takes floating arrays with elements, of any shape: freeze this parameter"
+                )
+
+    def _check_state(self, path, parameter, state, wanted):
+        for name, (shape, dtype) in wanted.items():
+            found = state.get(name)
+            if found is None or found.shape != shape or found.dtype != dtype:
+                has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
+                raise InputError(
+                    f"{type(self).__name__}: the state has {has} for {path} of shape {parameter.shape}, which needs "
+                    f"{name} of shape {shape} and dtype {dtype}: load the state of this model, made with these options"
+                )
+
+    def _schedule(self, name, value):
+        """As ``_maybe_schedule``, but for what a schedule may return and what becomes of it."""
+        optimizer = type(self).__name__
+        if callable(value):
+            self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size, optimizer=optimizer))
+        else:
+            check_number(name, value, 0, math.inf, "a finite number, zero or more, or a schedule", optimizer)
+            self._maybe_schedule(name, float(value))

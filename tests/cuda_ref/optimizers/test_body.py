@@ -1,0 +1,122 @@
+"""AdamMini and SinkGD as PyTorch's training loops and tools expect an optimizer to be."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch_tables import bits
+
+from cuda_ref import InputError, PairedOptimizer
+from cuda_ref.optimizers import AdamMini, Ember, SinkGD
+
+MAKE = {"AdamMini": (AdamMini, {}), "int8": (AdamMini, {"momentum": "int8"}), "SinkGD": (SinkGD, {})}
+SHAPES = [(7,), (), (9, 5), (8, 33), (2, 5, 3)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=MAKE)
+def make(request):
+    made, options = MAKE[request.param]
+    return lambda params, **more: made(params, lr=1e-2, weight_decay=0.1, **options | more)
+
+
+def weights(dtype=torch.float32, device="cpu"):
+    random = np.random.RandomState(0)
+    return [nn.Parameter(torch.tensor(random.uniform(-1, 1, size=s), dtype=dtype, device=device)) for s in SHAPES]
+
+
+def train(optimizer, first, last):
+    for t in range(first, last):
+        for number, w in enumerate(w for group in optimizer.param_groups for w in group["params"]):
+            random = np.random.RandomState(100 * t + number)
+            w.grad = torch.tensor(random.uniform(-1, 1, size=tuple(w.shape)), dtype=w.dtype, device=w.device)
+        optimizer.step()
+    return optimizer
+
+
+def everything(optimizer):
+    params = [w for group in optimizer.param_groups for w in group["params"]]
+    return bits(*params), [{name: bits(value) for name, value in optimizer.state[w].items()} for w in params]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_implementation_repeats_itself_bit_for_bit_and_state_is_no_16_bits(make, dtype, implementation):
+    name, device = implementation
+    first, second = (train(make(weights(dtype, device), implementation=name), 0, 3) for _ in range(2))
+    assert everything(first) == everything(second)
+    dtypes = {value.dtype for state in first.state.values() for value in state.values()}
+    assert dtypes <= {torch.float32, torch.int8}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["saved", "copied"])
+def test_a_run_taken_up_again_goes_on_bit_for_bit(make, dtype, how):
+    straight = train(make(weights(dtype)), 0, 6)
+    before = train(make(weights(dtype)), 0, 3)
+    if how == "copied":
+        after = copy.deepcopy(before)
+    else:
+        file = io.BytesIO()
+        torch.save(before.state_dict(), file)
+        file.seek(0)
+        after = make([nn.Parameter(w.detach().clone()) for w in before.param_groups[0]["params"]])
+        after.load_state_dict(torch.load(file))
+    assert everything(train(after, 3, 6)) == everything(straight)
+
+
+def test_state_of_another_format_is_refused_and_nothing_is_loaded():
+    saved = train(AdamMini(weights(), momentum="int8"), 0, 1).state_dict()
+    other = train(AdamMini(weights()), 0, 2)
+    before = everything(other)
+    with pytest.raises(InputError, match=r"AdamMini.load_state_dict: the state has m of shape .*int8.*float32"):
+        other.load_state_dict(saved)
+    assert everything(other) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("lr", -1.0), ("betas", (0.9, 1.0)), ("betas", 0.9), ("eps", 0.0), ("weight_decay", float("nan"))],
+)
+def test_values_out_of_range_are_refused_by_name_and_value(option, value):
+    for made in (AdamMini, SinkGD):
+        with pytest.raises(InputError, match=rf"{made.__name__}\({option}="):
+            made(weights(), **{option: value})
+
+
+def test_weights_and_gradients_that_it_does_not_take_are_refused(make):
+    for wrong in (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(0, 3)):
+        with pytest.raises(InputError, match="parameter 0 has shape"):
+            make([nn.Parameter(wrong)])
+    w = nn.Parameter(torch.zeros(4, 3))
+    w.grad = torch.zeros(4, 3).to_sparse()
+    with pytest.raises(InputError, match="gradient of parameter 0"):
+        make([w]).step()
+    with pytest.raises(InputError, match="passes=0"):
+        SinkGD([w], passes=0)
+    with pytest.raises(InputError, match="momentum='int4'"):
+        AdamMini([w], momentum="int4")
+
+
+def test_a_weight_that_is_not_contiguous_steps_as_one_that_is(make, implementation):
+    name, device = implementation
+    plain = nn.Parameter(torch.rand(2, 6, 4, device=device))
+    turned = nn.Parameter(plain.detach().transpose(1, 2).contiguous().transpose(1, 2))
+    optimizers = [make([w], implementation=name) for w in (plain, turned)]
+    for w, optimizer in zip((plain, turned), optimizers, strict=True):
+        w.grad = torch.linspace(-1, 1, w.numel(), device=device).reshape(w.shape)
+        optimizer.step()
+    torch.testing.assert_close(turned, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_beside_ember_in_a_paired_optimizer(make):
+    model = nn.ModuleDict({"embed": nn.Embedding(20, 8), "body": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    optimizer = PairedOptimizer(model, tables=lambda named: Ember(named, lr=1e-3), rest=make)
+    before = bits(*model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(old != new for old, new in zip(before, bits(*model.parameters()), strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())

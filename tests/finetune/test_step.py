@@ -1,0 +1,115 @@
+"""The ordinary step: judged first, then updated in place; 16-bit weights in float32 arithmetic."""
+
+import math
+from functools import partial
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+from tiny_models import loss, tiny_llama
+
+from ember_mlx import Ember, InputError, PairedOptimizer
+from ember_mlx.finetune.safe_writing import write_arrays
+from ember_mlx.finetune.step import Step
+from ember_mlx.optimizers.in_float32 import in_float32, in_place
+
+TOKENS = (mx.random.randint(0, 260, (2, 9), key=mx.random.key(0)),)
+TABLES = {"ember": partial(Ember, 1e-2), "adamw": lambda: in_float32(in_place(optim.AdamW(1e-2)))}
+
+
+def counted(model, tokens):
+    return loss(model, tokens), mx.array(tokens.size)
+
+
+def made(dtype=mx.float32, tables="ember", rest=lambda: optim.Adam(1e-3), **options):
+    mx.random.seed(1)
+    model = tiny_llama()
+    model.set_dtype(dtype)
+    return model, PairedOptimizer(model, TABLES[tables](), in_float32(in_place(rest())), skip_nonfinite=True, **options)
+
+
+def everything(model, optimizer):
+    return {
+        name: mx.array(array)
+        for name, array in tree_flatten({"weights": model.trainable_parameters(), "state": optimizer.state})
+    }
+
+
+def differing(a, b):
+    return [name for name in a if not mx.array_equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tables", "bad"),
+    [(mx.float32, "ember", math.inf), (mx.bfloat16, "adamw", 1e25), (mx.float16, "adamw", math.nan)],
+)
+def test_a_bad_step_changes_nothing_and_a_good_one_all(dtype, tables, bad):
+    model, optimizer = made(dtype, tables)
+    # 1e25 is a finite loss, whose gradients have squares that overflow.
+    step = Step(model, optimizer, lambda model, tokens, scale: (loss(model, tokens).astype(mx.float32) * scale, scale))
+    before = everything(model, optimizer)
+    assert step((*TOKENS, mx.array(bad))).nonfinite
+    after = everything(model, optimizer)
+    assert differing(before, after) == ["state.nonfinite_steps"]
+    assert step((*TOKENS, mx.array(1.0))).updated
+    assert len(differing(after, everything(model, optimizer))) > len(after) // 2
+    assert optimizer.nonfinite_steps.item() == 1
+
+
+def test_float16_weights_that_overflow_are_a_bad_step():
+    model, optimizer = made(mx.float16, rest=lambda: optim.SGD(1e9))
+    before = everything(model, optimizer)
+    result = Step(model, optimizer, counted)(TOKENS)
+    assert result.nonfinite
+    assert not result.updated
+    assert differing(before, everything(model, optimizer)) == ["state.nonfinite_steps"]
+
+
+def test_float16_trains_as_float32_does():
+    """Each of three steps rounds a weight by half a unit in the last place of what it then is."""
+    ends = []
+    for dtype in (mx.float16, mx.float32):
+        model, optimizer = made(rest=partial(optim.AdamW, 1e-3))
+        model.set_dtype(mx.float16)  # the same numbers in both
+        model.set_dtype(dtype)
+        optimizer = PairedOptimizer(model, TABLES["ember"](), in_float32(optim.AdamW(1e-3)), skip_nonfinite=True)
+        gradients = {path: 1e-3 * mx.random.normal(w.shape, key=mx.random.key(len(path)))
+                     for path, w in tree_flatten(model.trainable_parameters())}  # fmt: skip
+        gradients = {path: g.astype(mx.float16).astype(dtype) for path, g in gradients.items()}
+        for _ in range(3):
+            weights = dict(tree_flatten(model.trainable_parameters()))
+            model.load_weights(list(optimizer.apply_gradients(gradients, weights).items()), strict=False)
+        ends.append(dict(tree_flatten(model.trainable_parameters())))
+    for path, half in ends[0].items():
+        error = mx.abs(half.astype(mx.float32) - ends[1][path])
+        largest = mx.abs(ends[1][path]) + 3 * 5 * 1e-2  # on the way there, by steps of 5 learning rates
+        assert mx.all(error <= 3 * 2.0**-11 * largest).item(), path
+
+
+@pytest.mark.parametrize(
+    ("kind", "correct", "dtype"), [(optim.Adam, False, mx.bfloat16), (optim.AdamW, True, mx.float32)]
+)
+def test_in_place_adam_has_the_bits_of_mlxs(kind, correct, dtype):
+    ends = []
+    for change in (lambda optimizer: optimizer, in_place):
+        optimizer = change(kind(1e-2, bias_correction=correct))
+        weights = {"w": mx.random.normal((7, 5), key=mx.random.key(0)).astype(dtype), "b": mx.ones(3, dtype)}
+        optimizer.init(weights)
+        held = [optimizer.state]
+        update = mx.compile(optimizer.apply_gradients, inputs=held, outputs=held)
+        for seed in range(3):
+            key = mx.random.key(seed)
+            gradients = {name: mx.random.normal(w.shape, key=key).astype(dtype) for name, w in weights.items()}
+            weights = update(gradients, weights)
+        ends.append(dict(tree_flatten([weights, optimizer.state])))
+    assert differing(*ends) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
+    arrays = {"good": mx.ones(3, dtype), "bad": mx.array([1.0, value]).astype(dtype)}
+    with pytest.raises(InputError, match="adapters.safetensors: bad holds a NaN or an infinity"):
+        write_arrays(tmp_path / "adapters.safetensors", arrays)
+    assert not list(tmp_path.iterdir())
