@@ -83,11 +83,10 @@ class StochasticRounding(Optimizer):
     def apply_single(self, gradient, parameter, state):
         if parameter.dtype not in DROPPED_BITS:
             return self.optimizer.apply_single(gradient, parameter, state)
-        wide = {name: _wide(value) for name, value in state.items()}
+        wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
         new = self.optimizer.apply_single(_wide(gradient), _wide(parameter), wide)
         for name, value in wide.items():
-            if name != "seed":
-                state[name] = value.astype(state[name].dtype) if name in state else value
+            state[name] = value.astype(state[name].dtype) if name in state else value
         keys = bit_keys(state["seed"], self.step, *as_rows(parameter.shape))
         return round_step(parameter, new.astype(mx.float32), keys)
 

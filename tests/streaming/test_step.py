@@ -17,6 +17,7 @@ from tiny_models import tiny_llama
 from ember_mlx import Ember, InputError, PairedOptimizer
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
+from ember_mlx.optimizers.sinkgd import SinkGD
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.streaming import StreamedStep
 
@@ -108,6 +109,8 @@ def test_an_embedding_decays_in_all_rows():
         partial(optim.SGD, optim.cosine_decay(0.1, 10), momentum=0.9),
         partial(optim.Adafactor, 1e-3, relative_step=False),
         partial(optim.Muon, 1e-3),
+        partial(SinkGD, 1e-3, passes=2),
+        lambda: StochasticRounding(SinkGD(1e-3, passes=2)),
         lambda: optim.MultiOptimizer([optim.Lion(1e-4), optim.SGD(0.1)], [lambda path, _: "mlp" in path]),
     ],
 )
@@ -264,12 +267,13 @@ def test_a_norm_that_is_not_finite_changes_nothing():
     assert bits(arrays_of(model, optimizer)) == before
 
 
-def test_a_resumed_run_is_the_same_bit_for_bit():
+@pytest.mark.parametrize("rest", [optim.AdamW, SinkGD])
+def test_a_resumed_run_is_the_same_bit_for_bit(rest):
     def run(steps, weights=None, state=None):
         model = llama()
         model.set_dtype(mx.bfloat16)
         optimizer = PairedOptimizer(
-            model, tables=Ember(1e-2, rounding="stochastic"), rest=StochasticRounding(optim.AdamW(1e-3), seed=1)
+            model, tables=Ember(1e-2, rounding="stochastic"), rest=StochasticRounding(rest(1e-3), seed=1)
         )
         if weights:
             model.load_weights(list(weights.items()))
