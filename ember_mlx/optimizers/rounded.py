@@ -77,7 +77,12 @@ class StochasticRounding(Optimizer):
             kernels.usable(kernels.rounding, dtype, mx.float32)  # tried now: a first step may be one that MLX traces
         self.optimizer.init(parameters)
         number = itertools.count()
-        tree_map(lambda _, state: state.setdefault("seed", table_seed(self.seed, next(number))), parameters, self.state)
+
+        def give_a_seed(parameter, state):
+            if parameter.dtype in DROPPED_BITS:
+                state.setdefault("seed", table_seed(self.seed, next(number)))
+
+        tree_map(give_a_seed, parameters, self.state)
         self._initialized = True
 
     def apply_single(self, gradient, parameter, state):
