@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from kernels.test_statistics import as_float64, same_bits, table
-from kernels.views import VIEWS
+from kernels.views import VIEWS, laid
 
 from ember_mlx import kernels
 from ember_mlx.kernels import choice, metal_and_cuda, sinkhorn
@@ -57,7 +57,7 @@ def pass_of(emulated):
 def test_the_metal_text_is_right_touches_nothing_else_and_has_no_races(pass_of, dtype, way):
     first, second = pass_of("metal", "memory"), pass_of("metal", "races", backward=True)
     for shape in SHAPES:
-        inputs = inputs_for(VIEWS[way](table(shape, dtype))[None])
+        inputs = inputs_for(laid(way, table(shape, dtype))[None])
         outputs = first(inputs)
         assert_right(inputs, *outputs)
         assert same_bits(outputs, second(inputs))
@@ -65,7 +65,7 @@ def test_the_metal_text_is_right_touches_nothing_else_and_has_no_races(pass_of, 
 
 @pytest.mark.parametrize("way", VIEWS)
 def test_a_gradient_may_lie_in_memory_in_any_way(pass_of, way):
-    inputs = inputs_for(VIEWS[way](table((ROWS + 1, 40), mx.bfloat16))[None])
+    inputs = inputs_for(laid(way, table((ROWS + 1, 40), mx.bfloat16))[None])
     assert_right(inputs, *pass_of("cuda", "memory")(inputs))
 
 
@@ -80,7 +80,7 @@ def test_experts_are_matrices_each(pass_of, transposed):
 
 @pytest.mark.parametrize("way", ["rows", "columns"])
 def test_the_cuda_text_gives_the_bits_of_the_metal_text(pass_of, way):
-    inputs = inputs_for(VIEWS[way](table((ROWS + 1, 33), mx.bfloat16))[None])
+    inputs = inputs_for(laid(way, table((ROWS + 1, 33), mx.bfloat16))[None])
     outputs = [pass_of(*how)(inputs) for how in (("metal", "memory"), ("cuda", "memory"), ("cuda", "races"))]
     assert same_bits(outputs[0], outputs[1])
     assert same_bits(outputs[0], outputs[2])
@@ -90,7 +90,7 @@ def test_the_cuda_text_gives_the_bits_of_the_metal_text(pass_of, way):
 def test_a_silent_row_has_the_factor_0_and_a_nan_stays_in_its_row(pass_of, way):
     g = table((ROWS + 5, 40), mx.float32)
     g[3], g[7, 2] = 0, mx.nan
-    new_a, column_sums = pass_of("metal", "memory")(inputs_for(VIEWS[way](g)[None]))
+    new_a, column_sums = pass_of("metal", "memory")(inputs_for(laid(way, g)[None]))
     assert np.flatnonzero(as_float64(new_a[0]) == 0).tolist() == [3]
     assert np.flatnonzero(np.isnan(as_float64(new_a[0]))).tolist() == [7]
     assert np.isfinite(as_float64(column_sums[1])).all()
@@ -129,5 +129,5 @@ def test_the_kernel_is_right_on_this_gpu(dtype):
     kernel = metal_and_cuda.kernel(sinkhorn.TEXT)
     for shape in [*SHAPES, (1000, 7168)]:
         for view in VIEWS.values():
-            inputs = inputs_for(view(table(shape, dtype))[None])
+            inputs = inputs_for(view(mx, table(shape, dtype))[None])
             assert_right(inputs, *kernel(inputs=inputs, **sinkhorn.launch(inputs[0])))

@@ -47,6 +47,9 @@ class Laid:
     def itemsize(self):
         return self.bits.itemsize
 
+    def __getitem__(self, key):
+        return Laid(self.bits[key], self.dtype)
+
     def as_mlx(self):
         """The same numbers as an array of MLX, wherever that puts them."""
         return mx.array(np.ascontiguousarray(self.bits)).view(self.dtype)
