@@ -1,5 +1,7 @@
 """What the optimizers make of the gradients, as MLX's and ours are written."""
 
+from math import prod
+
 from ember_mlx.planner.graph import FLOAT32, Graph
 
 __all__ = ["update"]
@@ -24,7 +26,7 @@ def update(graph: Graph) -> None:
     states = []
     for name in sorted(order, key=lambda name: name in tables):
         g, w = graph.gradients[name], graph.weights[name]
-        new, state = RULES[optimizers[name]](graph, name, g, w, finite, means.get(name))
+        new, state = _rule(optimizers[name])(graph, name, g, w, finite, means.get(name))
         new.role = "weights"
         graph.results.append(new)
         states += state
@@ -83,6 +85,56 @@ def _adam(graph, name, g, w, finite, means):
     ]
 
 
+def _ours(*kept, rest=False):
+    """Ours, in pieces: new state beside the old, and no float32 copy of a whole weight.
+
+    Args:
+        kept (callable): Shape -> pairs of a count of numbers and their width, one array each.
+        rest (bool): Whether a bfloat16 weight keeps an int8 rest.
+    """
+
+    def rule(graph, name, g, w, finite, means):
+        sizes = [size for of in kept for size in of(graph.shapes[name])]
+        sizes += [(w.numbers, 1)] if rest and w.width == 2 else []
+        old = [_state(graph, numbers, width) for numbers, width in sizes]
+        new = [graph.make([g, w, *old], array.numbers, array.width) for array in old]
+        return graph.elementwise([w, g, *old, finite], w.numbers), [
+            graph.elementwise([n, moment, finite], moment.numbers, moment.width)
+            for n, moment in zip(new, old, strict=True)
+        ]
+
+    return rule
+
+
+def _float32(shape):
+    return [(prod(shape), FLOAT32)]
+
+
+def _rows(shape):
+    return [(prod(shape[:-1]), FLOAT32)]  # queries and keys have fewer: one a head
+
+
+def _columns(shape):
+    return [(shape[-1], FLOAT32)]
+
+
+def _eight_bits(shape):
+    groups = -(-prod(shape) // 32)
+    return [(32 * groups, 1), (groups, FLOAT32)]
+
+
+def _of_vectors(shape):
+    return [*_float32(shape), *_float32(shape)] if len(shape) < 2 else []
+
+
+def _rule(name):
+    name, *options = name.split()
+    if name in RULES:
+        return RULES[name]
+    kept = OURS[f"{name} int8" if "int8" in options else name]
+    return _ours(*kept, rest="bf16+int8" in options)
+
+
 def _sgd(graph, name, g, w, finite, means):
     _state(graph, w.numbers, w.width)  # kept, though there is no momentum
     return graph.elementwise([w, g, finite]), []
@@ -115,6 +167,14 @@ def _adafactor(graph, name, g, w, finite, means):
     ]
 
 
+OURS = {
+    "adam-mini": (_float32, _rows),
+    "adam-mini int8": (_eight_bits, _rows),
+    "sinkgd": (_of_vectors,),
+    "flash-adamw": (_eight_bits, _eight_bits),
+    "flash-lion": (_eight_bits,),
+    "sage": (_float32, _columns),
+}
 RULES = {
     "ember": _ember,
     "adam": _adam,
