@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from cuda_ref.optimizers.companded import GROUP
+from cuda_ref.optimizers.flash_arithmetic import Numbers, Stored
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 try:
@@ -21,7 +22,7 @@ __all__ = ["flash_step"]
 GROUPS_PER_PROGRAM = 64
 
 
-def flash_step(stored, g, numbers):
+def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers) -> Stored:
     """As ``flash_step`` of ``cuda_ref.optimizers.flash_arithmetic`` in its own format; ``w`` and ``g`` have any shape.
 
     All of ``stored`` is overwritten. What does not lie row by row in memory is copied first.

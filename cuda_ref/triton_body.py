@@ -25,7 +25,18 @@ PASS_ROWS_PER_PROGRAM, MOST_PASS_PROGRAMS = 96, 1056
 ELEMENTS_AT_ONCE = 16384
 
 
-def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+def adam_mini_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    v: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """As ``adam_mini_step`` of ``cuda_ref.optimizers.adam_mini``; weights that are not contiguous go its way."""
     if not (w.is_contiguous() and g.is_contiguous()):
         return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay)
@@ -34,7 +45,14 @@ def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay
     )
 
 
-def sinkgd_step(w, g, learning_rate, passes, eps, weight_decay):
+def sinkgd_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    passes: int,
+    eps: float,
+    weight_decay: float | torch.Tensor,
+) -> torch.Tensor:
     """As ``sinkgd_step`` of ``cuda_ref.optimizers.sinkgd``."""
     return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix)
 

@@ -7,6 +7,7 @@ positive second moment gets the code 0: there it did, and its weight went up to 
 """
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref import flash_triton
 from cuda_ref.optimizers.body import BodyOptimizer
@@ -112,16 +113,16 @@ class FlashAdamW(_Flash):
 
     def __init__(
         self,
-        params,
-        lr,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: ParamsT,
+        lr: float | torch.Tensor,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         *,
-        weights=None,
-        state_format="float32",
-        implementation="auto",
-        decay_vectors=False,
+        weights: str | None = None,
+        state_format: str = "float32",
+        implementation: str = "auto",
+        decay_vectors: bool = False,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, weights, state_format, implementation, decay_vectors)
 
@@ -147,14 +148,14 @@ class FlashLion(_Flash):
 
     def __init__(
         self,
-        params,
-        lr,
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
+        params: ParamsT,
+        lr: float | torch.Tensor,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
         *,
-        weights=None,
-        state_format="float32",
-        implementation="auto",
-        decay_vectors=False,
+        weights: str | None = None,
+        state_format: str = "float32",
+        implementation: str = "auto",
+        decay_vectors: bool = False,
     ):
         super().__init__(params, lr, betas, 1e-8, weight_decay, weights, state_format, implementation, decay_vectors)

@@ -29,7 +29,7 @@ from cuda_ref.optimizers.ember import bias_correction
 from cuda_ref.optimizers.ember import update_second_moment as running_mean
 from cuda_ref.optimizers.split_weights import join, split
 
-__all__ = ["Numbers", "Stored", "adamw", "flash_step", "lion", "numbers_of"]
+__all__ = ["Numbers", "Stored", "adamw", "flash_block", "flash_step", "grouped", "lion", "numbers_of", "ungrouped"]
 
 # Plain operations make about six float32 copies of a block: of one in 32, a fifth of the weights as float32.
 MOST_BLOCKS, FEWEST_GROUPS = 32, 2048
@@ -58,25 +58,29 @@ class Stored(NamedTuple):
     v_scales: torch.Tensor | None
 
 
-def numbers_of(t, learning_rate, weight_decay, betas, eps):
+def numbers_of(
+    t: torch.Tensor, learning_rate: float | torch.Tensor, weight_decay: float, betas: tuple[float, float], eps: float
+) -> Numbers:
     """Of step ``t``, a tensor, from 1."""
     corrections = (bias_correction(t, beta) for beta in betas)
     return Numbers(learning_rate, 1 - learning_rate * weight_decay, *betas, *corrections, eps)
 
 
-def adamw(w, g, m, v, n):
+def adamw(
+    w: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, n: Numbers
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """AdamW in float32: the new ``w``, ``m`` and ``v``."""
     m = running_mean(m, g, n.beta1)
     v = running_mean(v, torch.square(g), n.beta2)
     return n.kept * w - n.learning_rate * ((m / n.correction1) / (torch.sqrt(v / n.correction2) + n.eps)), m, v
 
 
-def lion(w, g, m, n):
+def lion(w: torch.Tensor, g: torch.Tensor, m: torch.Tensor, n: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
     """Lion in float32: the new ``w`` and ``m``."""
     return n.kept * w - n.learning_rate * torch.sign(running_mean(m, g, n.beta1)), running_mean(m, g, n.beta2)
 
 
-def flash_step(stored, g, numbers, published=False):
+def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers, published: bool = False) -> Stored:
     """One step in plain operations, block by block so that the float32 copies stay small.
 
     Args:
@@ -98,7 +102,7 @@ def flash_step(stored, g, numbers, published=False):
     return stored
 
 
-def flash_block(stored, g, numbers, published):
+def flash_block(stored: Stored, g: torch.Tensor, numbers: Numbers, published: bool) -> Stored:
     """One step of some groups."""
     w = stored.w.to(torch.float32) if stored.rest is None else join(stored.w, stored.rest)
     g = g.to(torch.float32)
@@ -115,13 +119,13 @@ def flash_block(stored, g, numbers, published):
     return Stored(*weights, *encode_momentum(m, scale_dtype), *v_codes)
 
 
-def grouped(x):
+def grouped(x: torch.Tensor) -> torch.Tensor:
     """Any array as (groups, 32), the last group filled up with zeros."""
     x = x.reshape(-1)
     missing = -x.numel() % GROUP
     return (torch.nn.functional.pad(x, (0, missing)) if missing else x).reshape(-1, GROUP)
 
 
-def ungrouped(x, like):
+def ungrouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The first elements of (groups, 32), in the shape of ``like``."""
     return (x if x.numel() == like.numel() else x.reshape(-1)[: like.numel()]).reshape(like.shape)

@@ -19,7 +19,10 @@ momentum before the sign, which is the rule above with :math:`\beta_1 \beta_2` i
 The functions are those of ``ember_mlx/optimizers/sage.py``, line against line.
 """
 
+from typing import Any
+
 import torch
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.checks import name_of
@@ -33,7 +36,19 @@ __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_para
 ROWS_PER_BLOCK = 4096
 
 
-def sage_step(w, g, m, s, t, learning_rate, beta1, beta2, eps, weight_decay, still_rows=True):
+def sage_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    still_rows: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of SAGE on one parameter. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -56,7 +71,7 @@ def sage_step(w, g, m, s, t, learning_rate, beta1, beta2, eps, weight_decay, sti
     return *update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay), s
 
 
-def mean_magnitudes(g):
+def mean_magnitudes(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of the magnitudes of ``g`` over the rows, (D,) float32, and which rows are not all zero, (V, 1) or (1,)."""
     if g.ndim == 1:
         magnitudes = torch.abs(g.to(torch.float32))
@@ -69,18 +84,28 @@ def mean_magnitudes(g):
     return torch.stack(sums).sum(dim=0) / g.shape[0], torch.cat(largest) != 0
 
 
-def column_damper(magnitudes, averaged, eps):
+def column_damper(magnitudes: torch.Tensor, averaged: torch.Tensor, eps: float) -> torch.Tensor:
     """H, (D,), by the magnitudes of this step and their corrected running mean: at most 1, less for loud columns."""
     return torch.minimum(rms(averaged) / (averaged + eps), rms(magnitudes) / (magnitudes + eps)).clamp(max=1)
 
 
-def rms(x):
+def rms(x: torch.Tensor) -> torch.Tensor:
     """Root mean square, as a multiple of the largest: the squares of 1e-20 are no float32."""
     largest = torch.clamp(x.max(), min=1e-30)
     return largest * torch.sqrt(torch.mean(torch.square(x / largest)))
 
 
-def update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay):
+def update_parameter(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    h: torch.Tensor,
+    moves: torch.Tensor | None,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The new ``w``, rounded once to its dtype, and the new ``m``."""
     g = g.to(torch.float32)
     decayed = (1 - learning_rate * weight_decay) * w.to(torch.float32)
@@ -116,15 +141,15 @@ class SAGE(BodyOptimizer):
 
     def __init__(
         self,
-        params,
-        lr,
-        betas=(0.9, 0.99),
-        eps=1e-8,
-        weight_decay=0.01,
+        params: ParamsT,
+        lr: float | torch.Tensor,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
         *,
-        still_rows=True,
-        decay_vectors=False,
-        implementation="auto",
+        still_rows: bool = True,
+        decay_vectors: bool = False,
+        implementation: str = "auto",
     ):
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
@@ -144,10 +169,12 @@ class SAGE(BodyOptimizer):
                     "and 1-D parameters only, since its damper is of columns: give this one to SinkGD or AdamMini"
                 )
 
-    def state_of(self, w):
+    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"m": (tuple(w.shape), torch.float32), "s": (tuple(w.shape[-1:]), torch.float32)}
 
-    def step_weight(self, w, g, state, group):
+    def step_weight(
+        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+    ) -> None:
         options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
         new = sage_step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows)
         for before, after in zip((w, state["m"], state["s"]), new, strict=True):

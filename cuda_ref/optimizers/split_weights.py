@@ -8,6 +8,8 @@ The functions are those of ``ember_mlx/optimizers/split_weights.py``, line again
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -23,7 +25,7 @@ STEPS = 127  # of the rest, to either side
 NEXT = 1 + 2.0**-8 + 2.0**-12
 
 
-def split(w):
+def split(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights ``w``, float32, as bfloat16 and its rest, int8: each in the shape of ``w``.
 
     The rest is 0 where a weight is not finite, is beyond the largest bfloat16, or is too small for half a unit to be a
@@ -35,13 +37,13 @@ def split(w):
     return low, torch.where(torch.isfinite(rest), rest, 0).to(torch.int8)
 
 
-def join(low, rest):
+def join(low: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """The float32 weights of ``low``, bfloat16, and ``rest``, int8."""
     value = low.to(torch.float32)
     return torch.where(rest == 0, value, value + half_unit(low) * rest.to(torch.float32) / STEPS)
 
 
-def half_unit(low):
+def half_unit(low: torch.Tensor) -> torch.Tensor:
     """Half the distance from each bfloat16 to its neighbour away from zero, float32."""
     magnitude = torch.abs(low.to(torch.float32))
     half = ((magnitude * NEXT).to(torch.bfloat16).to(torch.float32) - magnitude) / 2
@@ -69,7 +71,7 @@ class SplitWeights(Optimizer):
         >>> optimizer.step()
     """
 
-    def __init__(self, optimizer, weights="bf16+int8"):
+    def __init__(self, optimizer: Optimizer, weights: str = "bf16+int8"):
         name = type(optimizer).__name__
         if weights != "bf16+int8":
             raise InputError(f"SplitWeights(weights={weights!r}): must be 'bf16+int8'")
@@ -85,7 +87,7 @@ class SplitWeights(Optimizer):
         self.state = defaultdict(dict)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every parameter that has a gradient."""
         if closure is not None:
             raise InputError("SplitWeights.step(closure): takes none: compute the gradients before the step")
@@ -120,10 +122,10 @@ class SplitWeights(Optimizer):
             w.data = low
             w.grad = g
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As the optimizer's own, with a ``rest`` for each weight that has taken a step."""
         saved = self.optimizer.state_dict()
         for i, w in self._numbered():
@@ -132,7 +134,7 @@ class SplitWeights(Optimizer):
                 saved["state"][i] = saved["state"][i] | {"rest": self.state[w]["rest"]}
         return saved
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, or what the optimizer alone gave: then every rest is 0."""
         check_keys("SplitWeights", state_dict)
         rests = {i: state["rest"] for i, state in state_dict["state"].items() if "rest" in state}
@@ -157,7 +159,7 @@ class SplitWeights(Optimizer):
         return enumerate(w for group in self.param_groups for w in group["params"])
 
 
-def check_some_are_bfloat16(optimizer, groups):
+def check_some_are_bfloat16(optimizer: str, groups: list[dict[str, Any]]) -> None:
     """Raise InputError where no parameter of the groups is bfloat16."""
     dtypes = {w.dtype for group in groups for w in group["params"]}
     if torch.bfloat16 not in dtypes:

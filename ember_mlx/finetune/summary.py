@@ -139,11 +139,8 @@ def _body(options, choices):
 
 
 def _name(optimizer):
-    return (
-        f"SplitWeights({_name(optimizer.optimizer)})"
-        if isinstance(optimizer, SplitWeights)
-        else type(optimizer).__name__
-    )
+    name = type(optimizer).__name__
+    return f"{name}({_name(optimizer.optimizer)})" if isinstance(optimizer, SplitWeights) else name
 
 
 def _rate(optimizer: optim.Optimizer, options):

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import flash_kernel
-from ember_mlx.optimizers.body import BodyOptimizer
+from ember_mlx.optimizers.body import BodyOptimizer, Rate
 from ember_mlx.optimizers.companded import GROUP, groups_of
 from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
 from ember_mlx.optimizers.split_weights import check_some_are_bfloat16
@@ -120,14 +120,14 @@ class FlashAdamW(_Flash):
 
     def __init__(
         self,
-        learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        learning_rate: Rate,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Rate = 0.0,
         *,
-        weights=None,
-        state_format="float32",
-        decay_vectors=False,
+        weights: str | None = None,
+        state_format: str = "float32",
+        decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, eps, weight_decay, weights, state_format, decay_vectors)
 
@@ -152,12 +152,12 @@ class FlashLion(_Flash):
 
     def __init__(
         self,
-        learning_rate,
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
+        learning_rate: Rate,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: Rate = 0.0,
         *,
-        weights=None,
-        state_format="float32",
-        decay_vectors=False,
+        weights: str | None = None,
+        state_format: str = "float32",
+        decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, 1e-8, weight_decay, weights, state_format, decay_vectors)

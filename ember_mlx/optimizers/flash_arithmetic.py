@@ -29,7 +29,7 @@ from ember_mlx.optimizers.ember import bias_correction
 from ember_mlx.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.optimizers.split_weights import join, split
 
-__all__ = ["Numbers", "Stored", "adamw", "flash_step", "lion", "numbers_of"]
+__all__ = ["Numbers", "Stored", "adamw", "flash_block", "flash_step", "grouped", "lion", "numbers_of", "ungrouped"]
 
 # MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
 MOST_BLOCKS, FEWEST_GROUPS = 512, 1024
@@ -58,25 +58,27 @@ class Stored(NamedTuple):
     v_scales: mx.array | None
 
 
-def numbers_of(t, learning_rate, weight_decay, betas, eps):
+def numbers_of(
+    t: mx.array, learning_rate: float | mx.array, weight_decay: float | mx.array, betas: tuple[float, float], eps: float
+) -> Numbers:
     """Of step ``t``, an array, from 1."""
     corrections = (bias_correction(t, beta) for beta in betas)
     return Numbers(learning_rate, 1 - learning_rate * weight_decay, *betas, *corrections, eps)
 
 
-def adamw(w, g, m, v, n):
+def adamw(w: mx.array, g: mx.array, m: mx.array, v: mx.array, n: Numbers) -> tuple[mx.array, mx.array, mx.array]:
     """AdamW in float32: the new ``w``, ``m`` and ``v``."""
     m = running_mean(m, g, n.beta1)
     v = running_mean(v, mx.square(g), n.beta2)
     return n.kept * w - n.learning_rate * ((m / n.correction1) / (mx.sqrt(v / n.correction2) + n.eps)), m, v
 
 
-def lion(w, g, m, n):
+def lion(w: mx.array, g: mx.array, m: mx.array, n: Numbers) -> tuple[mx.array, mx.array]:
     """Lion in float32: the new ``w`` and ``m``."""
     return n.kept * w - n.learning_rate * mx.sign(running_mean(m, g, n.beta1)), running_mean(m, g, n.beta2)
 
 
-def flash_step(stored, g, numbers, published=False):
+def flash_step(stored: Stored, g: mx.array, numbers: Numbers, published: bool = False) -> Stored:
     """One step in plain operations, block by block so that the float32 copies stay small.
 
     Args:
@@ -106,7 +108,7 @@ def flash_step(stored, g, numbers, published=False):
     return Stored(*new)
 
 
-def flash_block(stored, g, numbers, published):
+def flash_block(stored: Stored, g: mx.array, numbers: Numbers, published: bool) -> Stored:
     """One step of some groups."""
     w = stored.w.astype(mx.float32) if stored.rest is None else join(stored.w, stored.rest)
     g = g.astype(mx.float32)
@@ -123,13 +125,13 @@ def flash_block(stored, g, numbers, published):
     return Stored(*weights, *encode_momentum(m, scale_dtype), *v_codes)
 
 
-def grouped(x):
+def grouped(x: mx.array) -> mx.array:
     """Any array as (groups, 32), the last group filled up with zeros."""
     x = x.reshape(-1)
     missing = -x.size % GROUP
     return (mx.pad(x, (0, missing)) if missing else x).reshape(-1, GROUP)
 
 
-def ungrouped(x, like):
+def ungrouped(x: mx.array, like: mx.array) -> mx.array:
     """The first elements of (groups, 32), in the shape of ``like``."""
     return (x if x.size == like.size else x.reshape(-1)[: like.size]).reshape(like.shape)

@@ -5,6 +5,8 @@ registers. A group of 32 weights lies in one simdgroup: 8 threads take 4 weights
 group is shuffled together. Each weight is read and written once, with 8 bits of each moment.
 """
 
+from typing import Any
+
 import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel
@@ -140,7 +142,7 @@ TEXT = Text(
 )
 
 
-def flash_step(stored, g, numbers):
+def flash_step(stored: Stored, g: mx.array, numbers: Numbers) -> Stored:
     """As ``flash_block`` of ``flash_arithmetic``, on the GPU, in its own format; ``w`` and ``g`` have any shape.
 
     Args:
@@ -159,7 +161,7 @@ def flash_step(stored, g, numbers):
     ))  # fmt: skip
 
 
-def launch(stored, g):
+def launch(stored: Stored, g: mx.array) -> dict[str, Any]:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
     constants = {
         "W": stored.w.dtype,
@@ -183,7 +185,7 @@ def launch(stored, g):
     }
 
 
-def differences(w_dtype, g_dtype):
+def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
     """Where the kernel differs from plain operations on awkward weights of those dtypes, in words, or None.
 
     Groups that no threadgroup fills evenly, over eight decades; AdamW and Lion, with a rest and without

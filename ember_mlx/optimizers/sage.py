@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ember_mlx import kernels
-from ember_mlx.optimizers.body import BodyOptimizer
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
 from ember_mlx.optimizers.ember import bias_correction
 from ember_mlx.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.shared.errors import InputError
@@ -33,7 +33,19 @@ __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_para
 MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15  # elements
 
 
-def sage_step(w, g, m, s, t, learning_rate, beta1, beta2, eps, weight_decay, still_rows=True):
+def sage_step(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array,
+    s: mx.array,
+    t: mx.array,
+    learning_rate: float | mx.array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | mx.array,
+    still_rows: bool = True,
+) -> tuple[mx.array, mx.array, mx.array]:
     """One step of SAGE on one parameter. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -56,7 +68,7 @@ def sage_step(w, g, m, s, t, learning_rate, beta1, beta2, eps, weight_decay, sti
     return *update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay), s
 
 
-def mean_magnitudes(g):
+def mean_magnitudes(g: mx.array) -> tuple[mx.array, mx.array]:
     """Means of the magnitudes of ``g`` over the rows, (D,) float32, and which rows are not all zero, (V, 1) or (1,)."""
     if g.ndim == 1:
         magnitudes = mx.abs(g.astype(mx.float32))
@@ -71,25 +83,35 @@ def mean_magnitudes(g):
     return sum_of([mx.abs(rows.astype(mx.float32)).sum(axis=0) for rows in blocks]) / g.shape[0], has_gradient
 
 
-def sum_of(sums):
+def sum_of(sums: list[mx.array]) -> mx.array:
     """Of many arrays, in pairs of pairs: the error grows with the logarithm of their number."""
     while len(sums) > 1:
         sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
     return sums[0]
 
 
-def column_damper(magnitudes, averaged, eps):
+def column_damper(magnitudes: mx.array, averaged: mx.array, eps: float) -> mx.array:
     """H, (D,), by the magnitudes of this step and their corrected running mean: at most 1, less for loud columns."""
     return mx.minimum(mx.minimum(rms(averaged) / (averaged + eps), rms(magnitudes) / (magnitudes + eps)), 1)
 
 
-def rms(x):
+def rms(x: mx.array) -> mx.array:
     """Root mean square, as a multiple of the largest: the squares of 1e-20 are no float32."""
     largest = mx.maximum(x.max(), 1e-30)
     return largest * mx.sqrt(mx.mean(mx.square(x / largest)))
 
 
-def update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay):
+def update_parameter(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array,
+    h: mx.array,
+    moves: mx.array | None,
+    learning_rate: float | mx.array,
+    beta1: float,
+    beta2: float,
+    weight_decay: float | mx.array,
+) -> tuple[mx.array, mx.array]:
     """The new ``w``, rounded once to its dtype, and the new ``m``: at once where ``mx.compile`` fuses all of it."""
     decayed = (1 - learning_rate * weight_decay) * w.astype(mx.float32)
     update = mx.sign(running_mean(m, g.astype(mx.float32), beta1)) * h
@@ -126,14 +148,21 @@ class SAGE(BodyOptimizer):
     """
 
     def __init__(
-        self, learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01, *, still_rows=True, decay_vectors=False
+        self,
+        learning_rate: Rate,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: Rate = 0.01,
+        *,
+        still_rows: bool = True,
+        decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
         self.still_rows = still_rows
 
-    def init(self, parameters):
+    def init(self, parameters: Tree) -> None:
         for path, parameter in tree_flatten(parameters):
             if parameter.ndim not in (1, 2):
                 raise InputError(
@@ -143,10 +172,10 @@ class SAGE(BodyOptimizer):
         super().init(parameters)
         kernels.try_all(kernels.statistics, parameters)
 
-    def state_of(self, path, parameter):
+    def state_of(self, path: str, parameter: mx.array) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         return {"m": (parameter.shape, mx.float32), "s": (parameter.shape[-1:], mx.float32)}
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         parameter, state["m"], state["s"] = sage_step(
             parameter,
             gradient,

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
+from ember_mlx.optimizers.body import Tree
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
@@ -20,7 +21,7 @@ STEPS = 127  # of the rest, to either side
 NEXT = 1 + 2.0**-8 + 2.0**-12
 
 
-def split(w):
+def split(w: mx.array) -> tuple[mx.array, mx.array]:
     """The weights ``w``, float32, as bfloat16 and its rest, int8: each in the shape of ``w``.
 
     The rest is 0 where a weight is not finite, is beyond the largest bfloat16, or is too small for half a unit to be a
@@ -32,13 +33,13 @@ def split(w):
     return low, mx.where(mx.isfinite(rest), rest, 0).astype(mx.int8)
 
 
-def join(low, rest):
+def join(low: mx.array, rest: mx.array) -> mx.array:
     """The float32 weights of ``low``, bfloat16, and ``rest``, int8."""
     value = low.astype(mx.float32)
     return mx.where(rest == 0, value, value + half_unit(low) * rest.astype(mx.float32) / STEPS)
 
 
-def half_unit(low):
+def half_unit(low: mx.array) -> mx.array:
     """Half the distance from each bfloat16 to its neighbour away from zero, float32.
 
     From its neighbour, not from its bits: MLX fuses no reading of bits with the operations around it.
@@ -69,7 +70,7 @@ class SplitWeights(Optimizer):
         >>> optimizer.update(model, gradients)
     """
 
-    def __init__(self, optimizer, weights="bf16+int8"):
+    def __init__(self, optimizer: Optimizer, weights: str = "bf16+int8"):
         name = type(optimizer).__name__
         if weights != "bf16+int8":
             raise InputError(f"SplitWeights(weights={weights!r}): must be 'bf16+int8'")
@@ -83,7 +84,7 @@ class SplitWeights(Optimizer):
         self.weights = weights
         self._initialized = False
 
-    def init(self, parameters):
+    def init(self, parameters: Tree) -> None:
         parameters = tree_flatten(parameters)
         check_some_are_bfloat16("SplitWeights", parameters)
         parameters = tree_unflatten(parameters)
@@ -91,7 +92,7 @@ class SplitWeights(Optimizer):
         tree_map_with_path(_start_rest, parameters, self.state)
         self._initialized = True
 
-    def apply_gradients(self, gradients, parameters):
+    def apply_gradients(self, gradients: Tree, parameters: Tree) -> Tree:
         parameters = tree_map(lambda _, parameter: parameter, gradients, parameters)
         if not self._initialized:
             self.init(parameters)
@@ -99,16 +100,16 @@ class SplitWeights(Optimizer):
         return tree_map(_kept, self.optimizer.apply_gradients(gradients, exact), self.state)
 
     @property
-    def state(self):
+    def state(self) -> Tree:
         return self.optimizer.state
 
     @state.setter
-    def state(self, state):
+    def state(self, state: Tree) -> None:
         self._initialized = False
         self.optimizer.state = state
 
 
-def check_some_are_bfloat16(optimizer, parameters):
+def check_some_are_bfloat16(optimizer: str, parameters: list[tuple[str, mx.array]]) -> None:
     """Raise InputError where none of the (path, parameter) pairs is bfloat16."""
     if parameters and all(parameter.dtype != mx.bfloat16 for _, parameter in parameters):
         path, parameter = parameters[0]

@@ -6,10 +6,12 @@ of 32. One step goes from a stored state to the next, for a float32 rounding mov
 
 import numpy as np
 
+__all__ = ["FlashLionOracle", "FlashOracle", "decode", "encode", "half_unit", "join", "split_rest", "step"]
+
 GROUP = 32
 
 
-def decode(codes, scales, kind):
+def decode(codes: np.ndarray, scales: np.ndarray, kind: str) -> np.ndarray:
     """Float64 values (groups, 32) of the codes of ``kind`` ``"m"`` or ``"v"``."""
     codes, scales = codes.astype(np.float64), scales.astype(np.float64)[:, None]
     if kind == "v":
@@ -18,7 +20,7 @@ def decode(codes, scales, kind):
     return scales * y / (2 - np.abs(y))
 
 
-def encode(values, kind, published=False):
+def encode(values: np.ndarray, kind: str, published: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of float64 values (groups, 32)."""
     magnitude = np.sqrt(values) if kind == "v" else np.abs(values)
     scales = np.maximum(magnitude.max(axis=1), 1e-12 if published else 2.0**-126)
@@ -29,23 +31,33 @@ def encode(values, kind, published=False):
     return codes.astype(np.int64), scales.astype(np.float16 if published else np.float32)
 
 
-def half_unit(low):
+def half_unit(low: np.ndarray) -> np.ndarray:
     """Half the distance between bfloat16 numbers at each ``low``, above."""
     exponent = np.frexp(np.where(low == 0, 1, low))[1] - 1
     return np.exp2(np.maximum(np.where(low == 0, -126, exponent), -126) - 8.0)
 
 
-def join(low, rest):
+def join(low: np.ndarray, rest: np.ndarray) -> np.ndarray:
     return low + half_unit(low) * rest / 127
 
 
-def split_rest(exact, low):
+def split_rest(exact: np.ndarray, low: np.ndarray) -> np.ndarray:
     """The rest of float64 weights whose bfloat16 is ``low``."""
     scaled = 127 * np.clip((exact - low) / half_unit(low), -1, 1)
     return np.sign(scaled) * np.floor(np.abs(scaled) + 0.5)
 
 
-def step(weights, gradient, state, t, learning_rate, betas, eps=1e-8, weight_decay=0.0, published=False):
+def step(
+    weights: np.ndarray,
+    gradient: np.ndarray,
+    state: dict[str, np.ndarray],
+    t: int,
+    learning_rate: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    published: bool = False,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The exact weights after step ``t`` from exact ``weights``, in their shape, and the new state."""
     shape, size = weights.shape, weights.size
     pad = -size % GROUP
@@ -72,7 +84,7 @@ class FlashOracle:
     quantized = True
     second_moment = True
 
-    def __init__(self, shape):
+    def __init__(self, shape: tuple[int, ...]):
         self.shape = shape
         groups = -(-int(np.prod(shape)) // GROUP)
         names = ("m", "v") if self.second_moment else ("m",)
@@ -80,17 +92,17 @@ class FlashOracle:
         self.state |= {f"{name}_scales": np.zeros(groups) for name in names}
         self.step_number = 0
 
-    def load(self, state):
+    def load(self, state: dict[str, np.ndarray]) -> None:
         self.state = {name: np.asarray(state[name]) for name in self.state}
 
-    def change(self, gradient, learning_rate):
+    def change(self, gradient: np.ndarray, learning_rate: float) -> np.ndarray:
         self.step_number += 1
         betas = (0.9, 0.999) if self.second_moment else (0.9, 0.99)
         zeros = np.zeros(self.shape)
         new, self.state = step(zeros, gradient, self.state, self.step_number, learning_rate, betas)
         return -new
 
-    def codes(self):
+    def codes(self) -> dict[str, np.ndarray]:
         return {name: self.state[name] for name in ("m", "v") if name in self.state}
 
 

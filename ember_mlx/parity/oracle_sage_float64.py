@@ -2,11 +2,19 @@
 
 import numpy as np
 
+__all__ = ["SageOracle", "unisage"]
+
 
 class SageOracle:
     """SAGE for one table (V, D) or vector (D,), from weights and state of zeros; ``weights`` may be set."""
 
-    def __init__(self, shape, betas=(0.9, 0.99), eps=1e-8, still_rows=True):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        still_rows: bool = True,
+    ):
         self.beta1, self.beta2 = betas
         self.eps = eps
         self.still_rows = still_rows
@@ -16,11 +24,13 @@ class SageOracle:
 
     quantized = False
 
-    def change(self, gradient, learning_rate):
+    def change(self, gradient: np.ndarray, learning_rate: float) -> np.ndarray:
         """What a step subtracts from decayed weights, where no row stands still."""
         return -self.step(np.zeros(np.shape(gradient)), gradient, learning_rate)
 
-    def step(self, weights, gradient, learning_rate, weight_decay=0.0):
+    def step(
+        self, weights: np.ndarray, gradient: np.ndarray, learning_rate: float, weight_decay: float = 0.0
+    ) -> np.ndarray:
         """The weights after one step."""
         weights, gradient = (np.asarray(values, dtype=np.float64) for values in (weights, gradient))
         self.step_number += 1
@@ -38,7 +48,13 @@ class SageOracle:
         return new
 
 
-def unisage(weights, gradients, learning_rate, betas=(0.9, 0.99), eps=1e-8):
+def unisage(
+    weights: np.ndarray,
+    gradients: np.ndarray,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    eps: float = 1e-8,
+) -> np.ndarray:
     """The weights after all ``gradients`` by the authors' ``UniSAGE``: the momentum takes the gradient first."""
     beta1, beta2 = betas
     momentum, mean = np.zeros_like(weights), np.zeros(weights.shape[-1])
