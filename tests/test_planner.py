@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
 
 from ember_mlx.commands.plan import main
-from ember_mlx.finetune import options
+from ember_mlx.finetune import optimizer_names, options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
@@ -70,6 +70,11 @@ def made(config, *words):
         (QWEN, ["--fine-tune-type", "full", "--table-optimizer", "adafactor", "--optimizer", "adafactor"]),
         (QWEN, ["--num-layers", "2", "--train-tables", "head", "--table-optimizer", "sgd"]),
         (QWEN_2, ["--fine-tune-type", "full", "--table-optimizer", "adamw", "--num-layers", "2"]),
+        *(
+            (config, ["--optimizer", name, *full, "--table-optimizer", "sage"])
+            for config, full in ((QWEN, []), (QWEN_2, ["--fine-tune-type", "full"]))
+            for name in optimizer_names.BODY
+        ),
         (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, ["--dequantize-tables"]),
         (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, ["--train-tables", "none"]),
     ],

@@ -8,6 +8,7 @@ __all__ = ["update"]
 
 ROWS_PER_BLOCK = 4096  # of ember_mlx.optimizers.ember
 SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.optimizers.guarded
+GROUP = 32  # of ember_mlx.optimizers.companded
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 
 
@@ -89,12 +90,12 @@ def _ours(*kept, rest=False):
     """Ours, in pieces: new state beside the old, and no float32 copy of a whole weight.
 
     Args:
-        kept (callable): Shape -> pairs of a count of numbers and their width, one array each.
+        kept (callable): (graph, name) -> pairs of a count of numbers and their width, one array each.
         rest (bool): Whether a bfloat16 weight keeps an int8 rest.
     """
 
     def rule(graph, name, g, w, finite, means):
-        sizes = [size for of in kept for size in of(graph.shapes[name])]
+        sizes = [size for of in kept for size in of(graph, name)]
         sizes += [(w.numbers, 1)] if rest and w.width == 2 else []
         old = [_state(graph, numbers, width) for numbers, width in sizes]
         new = [graph.make([g, w, *old], array.numbers, array.width) for array in old]
@@ -106,25 +107,30 @@ def _ours(*kept, rest=False):
     return rule
 
 
-def _float32(shape):
-    return [(prod(shape), FLOAT32)]
+def _float32(graph, name):
+    return [(prod(graph.shapes[name]), FLOAT32)]
 
 
-def _rows(shape):
-    return [(prod(shape[:-1]), FLOAT32)]  # queries and keys have fewer: one a head
+def _blocks(graph, name):
+    """As :func:`ember_mlx.optimizers.adam_mini.blocks_of` counts them."""
+    shape, last = graph.shapes[name], name.rpartition(".")[2]
+    if last in ("lora_a", "lora_b"):
+        return [(shape[-1], FLOAT32)]
+    heads = {"q_proj": graph.model.heads, "k_proj": graph.model.kv_heads}
+    return [(heads[last] if last in heads and len(shape) == 2 else prod(shape[:-1]), FLOAT32)]
 
 
-def _columns(shape):
-    return [(shape[-1], FLOAT32)]
+def _columns(graph, name):
+    return [(graph.shapes[name][-1], FLOAT32)]
 
 
-def _eight_bits(shape):
-    groups = -(-prod(shape) // 32)
-    return [(32 * groups, 1), (groups, FLOAT32)]
+def _eight_bits(graph, name):
+    groups = -(-prod(graph.shapes[name]) // GROUP)
+    return [(GROUP * groups, 1), (groups, FLOAT32)]
 
 
-def _of_vectors(shape):
-    return [*_float32(shape), *_float32(shape)] if len(shape) < 2 else []
+def _of_vectors(graph, name):
+    return 2 * _float32(graph, name) if len(graph.shapes[name]) < 2 else []
 
 
 def _rule(name):
@@ -168,8 +174,8 @@ def _adafactor(graph, name, g, w, finite, means):
 
 
 OURS = {
-    "adam-mini": (_float32, _rows),
-    "adam-mini int8": (_eight_bits, _rows),
+    "adam-mini": (_float32, _blocks),
+    "adam-mini int8": (_eight_bits, _blocks),
     "sinkgd": (_of_vectors,),
     "flash-adamw": (_eight_bits, _eight_bits),
     "flash-lion": (_eight_bits,),
