@@ -42,7 +42,7 @@ class Plan:
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
     step = build_step(model, run, backend)
-    peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend])
+    peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations)
     if run.evaluation_length > run.length:
         of_evaluation = _evaluation_peak(model, run, backend)
         peak = max(of_step, of_evaluation, key=lambda peak: peak.total)
