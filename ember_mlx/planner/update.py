@@ -1,4 +1,4 @@
-"""From gradients to weights, as ``ember_mlx.finetune.step`` has it: one norm judges, then comes a paced update in place."""
+"""From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place."""
 
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.optimizer_state import STATE
