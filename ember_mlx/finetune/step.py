@@ -79,9 +79,7 @@ class Step:
             mx.eval(loss, tokens, gradients, mx.random.state)
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         if self._judges:
-            mx.async_eval(
-                loss, tokens, gradients
-            )  # first: the judgement's scratch comes when that of the layers is gone
+            mx.async_eval(loss, tokens, gradients)  # so the judgement's scratch comes after theirs
         mx.eval(loss, tokens, norm, mx.random.state)
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             self.optimizer.count_nonfinite()
