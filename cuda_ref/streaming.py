@@ -359,7 +359,8 @@ def _sides(optimizer):
 
 
 def _looks_at_one_array(optimizer):
-    of_torch = type(optimizer).__module__.startswith("torch.optim.") and not isinstance(optimizer, LBFGS | SparseAdam)
+    of_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")
+    of_torch = of_torch and not isinstance(optimizer, LBFGS | SparseAdam)
     return of_torch or isinstance(optimizer, Ember | BodyOptimizer) or getattr(optimizer, "one_array_at_a_time", False)
 
 
