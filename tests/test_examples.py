@@ -24,6 +24,11 @@ def test_the_loop_of_ones_own_learns_with_kilobytes_of_state():
     assert "Ember keeps 1," in said
 
 
+def test_the_streamed_loop_learns():
+    first, last = run("05_train_every_weight_in_little_memory.py").splitlines()
+    assert float(last.split("loss ")[1].split()[0]) < float(first.split("loss ")[1].split()[0]) - 0.5
+
+
 def test_the_benchmark_of_tables_writes_what_it_ran(folders, tmp_path):
     out = tmp_path / "result.json"
     run("benchmarks/train_tables.py", "--out", out, "--models", folders["tied"], "--data", folders["data"],

@@ -42,6 +42,15 @@ def test_the_training_step_is_one_and_goes_on_where_it_was_cut_off(tmp_path):
     assert plain["losses"][-1] < plain["losses"][0]
 
 
+def test_the_streamed_step_is_measured_phase_by_phase(tmp_path):
+    out = tmp_path / "streaming.json"
+    run("streaming_memory.py", "--out", out, "--smoke", "--steps", 1, "--rows", "qwen3-0.6b/1x512/stateless/*")
+    streamed, checkpointed = json.loads(out.read_text())["rows"].values()
+    assert list(streamed["phases"]) == ["forward", "loss", "head", "layers", "embedding"]
+    assert streamed["peak_memory"] < checkpointed["peak_memory"] / 2
+    assert abs(streamed["losses"][0] - checkpointed["losses"][0]) < 0.05
+
+
 def test_rows_in_one_process_leave_nothing_to_the_next(monkeypatch):
     """mlx-lm's checkpointing patches the class of the layers: not undone, all later rows would be checkpointed too."""
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -31,6 +31,8 @@ class BodyOptimizer(Optimizer):
     ``apply_single``. State is kept by path. Vectors (norms, biases) get no weight decay unless ``decay_vectors``.
     """
 
+    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
+
     def __init__(self, learning_rate, betas, eps, weight_decay, decay_vectors):
         super().__init__()
         name = type(self).__name__

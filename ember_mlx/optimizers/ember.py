@@ -247,6 +247,8 @@ class Ember(Optimizer):
             check_number("beta2", beta2, *BETA2_RANGE)
             self.beta2 = float(beta2)
 
+    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
+
     def init(self, parameters: dict):
         check_parameters(parameters)
         for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
@@ -273,6 +275,27 @@ class Ember(Optimizer):
         rows, columns = parameter.shape
         state["r"] = mx.zeros((rows,), mx.float32)
         state["c"] = mx.zeros((columns,), mx.float32)
+
+    def take_statistics(self, state, row_mean, column_mean):
+        """Step a table's second moments by its gradient's means of squares, (V,) and (D,), where nobody has it whole.
+
+        Returns:
+            The factors of :func:`denominator_factors`, for :meth:`update_block`. The counter has been stepped before.
+        """
+        beta2 = self.state["beta2"] if callable(self.beta2) else self.beta2
+        q = self.state["bias_correction"] if callable(self.beta2) else bias_correction(self.step, beta2)
+        state["r"] = update_second_moment(state["r"], row_mean, beta2)
+        state["c"] = update_second_moment(state["c"], column_mean, beta2)
+        return denominator_factors(state["r"], state["c"], q, row_mean, self.row_clip, self.row_floor)
+
+    def keys(self, state, shape):
+        """What the random bits of a table (V, D) come from in this step, of all rows; None without such rounding."""
+        return bit_keys(state["seed"], self.step, *shape) if self.rounding == "stochastic" else None
+
+    def update_block(self, w, g, a, b, learning_rate, weight_decay, keys=None):
+        """The new rows of a table, by their gradient, factors and keys: bit for bit those of a whole step."""
+        keys = keys if w.dtype in DROPPED_BITS else None
+        return update_table(w, g, a, b, learning_rate, self.eps, weight_decay, keys)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         parameter, state["r"], state["c"] = ember_step(

@@ -1,0 +1,109 @@
+"""Stochastic rounding for the weights of any MLX optimizer that looks at one array at a time.
+
+At usual learning rates most bfloat16 weights do not move at all to nearest. Here the optimizer computes in float32, and
+the new weight is rounded once, by bits that are keyed as those of token tables: by (seed, step, row, column).
+"""
+
+import itertools
+
+import mlx.core as mx
+from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.utils import tree_flatten, tree_map
+
+from ember_mlx import kernels
+from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
+from ember_mlx.optimizers.ember import update_table
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["StochasticRounding", "round_step"]
+
+
+def round_step(w, new, keys):
+    """A 16-bit array stepped to ``w - (w - new)``, computed in float32 and rounded stochastically.
+
+    The difference is what the step is, and what the kernel for tables takes as a gradient.
+
+    Args:
+        w (array): The old values, bfloat16 or float16, of any shape.
+        new (array): The new ones, float32.
+        keys (tuple): What ``bit_keys`` gives for the rows and columns of :func:`as_rows`.
+    """
+    step = w.astype(mx.float32) - new
+    rows, columns = as_rows(w.shape)
+    ones = mx.ones((rows,)), mx.ones((columns,))
+    w_rows, step = w.reshape(rows, columns), step.reshape(rows, columns)
+    return update_table(w_rows, step, *ones, 1.0, 0.0, 0.0, keys).reshape(w.shape)
+
+
+def as_rows(shape):
+    """A vector is one row; all axes but the last are rows."""
+    columns = shape[-1] if shape else 1
+    rows = 1
+    for length in shape[:-1]:
+        rows *= length
+    return rows, columns
+
+
+class StochasticRounding(Optimizer):
+    """Any MLX optimizer, with its 16-bit weights rounded stochastically; float32 weights are stepped as ever.
+
+    State keeps its own dtype: MLX makes it in that of the weights. It goes wherever the optimizer goes, in ordinary
+    and in streamed steps: ``PairedOptimizer(model, tables=Ember(...), rest=StochasticRounding(AdamW(1e-5)))``.
+
+    Args:
+        optimizer (Optimizer): One that looks at one array at a time, made.
+        seed (int): From 0 to 2^32 - 1; another one than that of the tables' Ember.
+
+    Raises:
+        InputError: (a ``ValueError``) for a ``MultiOptimizer``, whose parts are to be wrapped instead, and for anything
+            that is no optimizer or no such seed.
+    """
+
+    def __init__(self, optimizer: Optimizer, seed: int = 0):
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, MultiOptimizer):
+            raise InputError(
+                f"StochasticRounding({type(optimizer).__name__}): must be an mlx.optimizers.Optimizer, made; wrap the "
+                "parts of a MultiOptimizer one by one"
+            )
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise InputError(f"StochasticRounding(seed={seed!r}): must be a whole number from 0 to 4294967295")
+        super().__init__()
+        self.optimizer = optimizer
+        self.seed = seed
+        self._schedulers = optimizer._schedulers
+
+    def init(self, parameters):
+        for dtype in {array.dtype for _, array in tree_flatten(parameters)} & set(DROPPED_BITS):
+            kernels.usable(kernels.rounding, dtype, mx.float32)  # tried now: a first step may be one that MLX traces
+        self.optimizer.init(parameters)
+        number = itertools.count()
+
+        def give_a_seed(parameter, state):
+            if parameter.dtype in DROPPED_BITS:
+                state.setdefault("seed", table_seed(self.seed, next(number)))
+
+        tree_map(give_a_seed, parameters, self.state)
+        self._initialized = True
+
+    def apply_single(self, gradient, parameter, state):
+        if parameter.dtype not in DROPPED_BITS:
+            return self.optimizer.apply_single(gradient, parameter, state)
+        wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
+        new = self.optimizer.apply_single(_wide(gradient), _wide(parameter), wide)
+        for name, value in wide.items():
+            state[name] = value.astype(state[name].dtype) if name in state else value
+        keys = bit_keys(state["seed"], self.step, *as_rows(parameter.shape))
+        return round_step(parameter, new.astype(mx.float32), keys)
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state):
+        self._initialized = False
+        self.optimizer.state = state
+
+
+def _wide(array):
+    return array.astype(mx.float32) if array.dtype in DROPPED_BITS else array

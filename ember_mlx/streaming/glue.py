@@ -1,0 +1,120 @@
+"""What a model does between its units, differentiated by running it again with the recorded outputs in their place.
+
+A replay computes nothing of the units; of the glue, MLX computes what the wanted cotangents need.
+"""
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ember_mlx.streaming.call_tree import build, flatten, is_float
+from ember_mlx.streaming.units import calls_go_to, put_back_random_state
+
+__all__ = ["Glue", "distinct"]
+
+
+class _ReachedError(Exception):
+    """A replay came to the call that it was to stop at."""
+
+    def __init__(self, leaves):
+        super().__init__()
+        self.leaves = leaves
+
+
+class Glue:
+    """The glue of one model, with the names of the trainable weights in it.
+
+    Args:
+        model (Module): The model.
+        units (dict): Its units, by path.
+        names (list): Paths of the trainable weights outside them.
+    """
+
+    def __init__(self, model, units, names):
+        self.model = model
+        self.units = units
+        self.names = names
+
+    def vjp(self, recording, pick, cotangents, stop_at=None):
+        """Cotangents of the outputs of calls, by (call, output), and of the glue's weights, by name.
+
+        Only what the picked arrays do depend on is in the dict.
+
+        Args:
+            recording (Recording): The forward pass.
+            pick (callable): From the result of the run, or from the arguments of call ``stop_at``, the arrays.
+            cotangents (list): Theirs.
+            stop_at (int, optional): The number of a call.
+        """
+        calls = recording.calls[:stop_at]
+        places = [(i, j) for i, call in enumerate(calls) for j, a in enumerate(call.outputs) if is_float(a)]
+        flat = dict(tree_flatten(self.model.trainable_parameters()))
+        weights = [flat[name] for name in self.names]
+        reached = set()
+
+        def function(*primals):
+            named = zip(self.names, primals, strict=False)
+            self.model.update(tree_unflatten([(name, _probe(w, reached, name)) for name, w in named]))
+            outputs = [list(call.outputs) for call in recording.calls[:stop_at]]
+            for (i, j), array in zip(places, primals[len(weights) :], strict=True):
+                outputs[i][j] = _probe(array, reached, (i, j))
+            return distinct(pick(self._replay(recording, outputs, stop_at)))
+
+        primals = [*weights, *(calls[i].outputs[j] for i, j in places)]
+        try:
+            _, gradients = mx.vjp(function, primals, cotangents)
+        finally:
+            self.model.update(tree_unflatten(list(zip(self.names, weights, strict=True))))
+        return {key: g for key, g in zip([*self.names, *places], gradients, strict=True) if key in reached}
+
+    def depends(self, recording, stop_at, inputs):
+        """Which of the numbered inputs of a call depend on a weight or an earlier call by way of glue."""
+        call = recording.calls[stop_at]
+        return [
+            j
+            for j in inputs
+            if self.vjp(recording, lambda leaves, j=j: [leaves[j]], [mx.zeros_like(call.inputs[j])], stop_at)
+        ]
+
+    def _replay(self, recording, outputs, stop_at):
+        number = 0
+        put_back_random_state(recording.key)
+
+        def stand_in(path, own_call, arguments, keywords):
+            nonlocal number
+            i, number = number, number + 1
+            _, leaves, objects = flatten((arguments, keywords))
+            if i == stop_at:
+                raise _ReachedError(leaves)
+            call = recording.calls[i]
+            put_back_random_state(call.key_after)
+            arrays = iter(outputs[i])
+            result = build(call.out_spec, arrays)
+            for item, (kind, _, attributes) in zip(objects, call.object_specs, strict=True):
+                build((kind, item, attributes), arrays)
+            return result
+
+        with calls_go_to(self.units, stand_in):
+            try:
+                return recording.run()
+            except _ReachedError as reached:
+                return reached.leaves
+
+
+def distinct(arrays):
+    """``mx.vjp`` counts the cotangent of an array that it is given twice only once."""
+    return [_probe(array, set(), None) for array in arrays]
+
+
+def _probe(array, reached, key):
+    """The same array; ``key`` comes into ``reached`` if a cotangent arrives at it."""
+
+    @mx.custom_function
+    def same(array):
+        return array
+
+    @same.vjp
+    def note(primal, cotangent, output):
+        reached.add(key)
+        return cotangent
+
+    return same(array)

@@ -1,0 +1,63 @@
+"""How far a GPU is run ahead: results are asked for as they are built, and one waits for those of a little earlier.
+
+What has been handed to a GPU keeps its memory until it is done. A wait at each weight would leave the GPU idle, no
+wait at all would keep several layers' gradients.
+"""
+
+from collections import deque
+
+import mlx.core as mx
+
+__all__ = ["Pace"]
+
+
+class Pace:
+    """Evaluates weights with at most ``ahead`` bytes of them unfinished; on the CPU, which gains nothing, with none."""
+
+    def __init__(self, ahead: int):
+        self.ahead = ahead if mx.default_device().type == mx.DeviceType.gpu else 0
+        self._group, self._group_bytes = [], 0
+        self._unfinished, self._bytes = deque(), 0
+        self._before = None
+
+    def __call__(self, *arrays):
+        """Start these, small ones several together: each start costs a GPU as much as many operations."""
+        if not self.ahead or not arrays:
+            mx.eval(arrays)
+            return
+        self._group += arrays
+        self._group_bytes += sum(array.nbytes for array in arrays)
+        if self._group_bytes >= self.ahead // 2:
+            self.start()
+
+    def start(self):
+        """Start what is together so far; wait for the oldest until there is room for it."""
+        if not self._group:
+            return
+        while self._unfinished and self._bytes + self._group_bytes > self.ahead:
+            array, size = self._unfinished.popleft()
+            self._bytes -= size
+            mx.eval(array)
+        mx.async_eval(self._group)
+        self._unfinished.append((self._group[-1], self._group_bytes))
+        self._bytes += self._group_bytes
+        self._group, self._group_bytes = [], 0
+
+    def one_behind(self, *arrays):
+        """Start these, which took much more memory to make than they have; wait for those before them."""
+        if not self.ahead or not arrays:
+            mx.eval(arrays)
+            return
+        mx.async_eval(arrays)
+        if self._before is not None:
+            mx.eval(self._before)
+        self._before = arrays[0]
+
+    def finish(self):
+        """Wait for all, and let go of it: what a table's rows are written into must be held by nobody else."""
+        self.start()
+        self._unfinished.clear()
+        self._bytes = 0
+        self._before = None
+        if self.ahead:
+            mx.synchronize()

@@ -1,0 +1,79 @@
+"""A token table under Ember, stepped some rows at a time from the means of squares of a gradient that nobody has whole.
+
+The rows are written into the table itself. MLX does that in place where nothing else holds the table, neither a view
+of it in Python nor a command that the GPU has not finished; else it copies the table.
+"""
+
+import mlx.core as mx
+
+from ember_mlx import kernels
+from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS
+
+__all__ = ["EmberTable"]
+
+
+class EmberTable:
+    """One table (V, D) of a model.
+
+    Args:
+        updates (Updates): The optimizer.
+        path (str): The table's name in the model; Ember trains it.
+        module (Module): What holds it, under ``name``.
+        pace (Pace): What is in flight.
+    """
+
+    def __init__(self, updates, path, module, name, pace):
+        self.path = path
+        self.shape = module[name].shape
+        self._updates = updates
+        self._module = module
+        self._name = name
+        self._pace = pace
+        self._ember = updates.leaf(path)
+        self._new_rows = mx.compile(self._new_rows_of)
+        if self._ember.rounding == "stochastic" and self.weight.dtype in DROPPED_BITS:
+            for dtype in (self.weight.dtype, mx.float32):
+                kernels.usable(kernels.rounding, self.weight.dtype, dtype)  # tried now: a step traces it
+
+    @property
+    def weight(self):
+        return self._module[self._name]
+
+    def take(self, row_mean, column_mean):
+        """Step the second moments by a step's means of squares, (V,) and (D,), unless one is not finite."""
+        state = self._updates.state(self.path)
+        new = dict(state)
+        factors = self._ember.take_statistics(new, row_mean, column_mean)
+        finite = mx.isfinite(row_mean.sum() + column_mean.sum())
+        state.update({name: mx.where(finite, new[name], state[name]) for name in "rc"})
+        self._updates.note(self.path, finite)
+        self._a, self._b = factors
+        self._keys = self._ember.keys(state, self.shape)
+        self._numbers = self._ember.learning_rate, self._ember.state["weight_decay"], finite
+        mx.eval(state["r"], state["c"], self._a, self._b, finite, self._keys, self._numbers)
+
+    def decays(self):
+        """Whether rows without a gradient change too."""
+        return self._ember.state["weight_decay"].item() != 0
+
+    def new_rows(self, rows, weight, gradient):
+        """Those rows after the step.
+
+        Args:
+            rows (slice or array): Which.
+            weight, gradient (array): Theirs, (n, D).
+        """
+        keys = None if self._keys is None else (self._keys[0][rows], self._keys[1])
+        return self._new_rows(weight, gradient, self._a[rows], self._b, keys, *self._numbers)
+
+    def _new_rows_of(self, weight, gradient, a, b, keys, learning_rate, weight_decay, finite):
+        new = self._ember.update_block(weight, gradient, a, b, learning_rate, weight_decay, keys)
+        return mx.where(finite, new, weight)
+
+    def write(self, rows, new):
+        """Put rows into the table. The caller holds no view of it any more."""
+        mx.eval(new)
+        self._pace.finish()
+        table = self._module[self._name]
+        table[rows] = new
+        mx.eval(table)

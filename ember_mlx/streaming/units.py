@@ -1,0 +1,178 @@
+"""Which modules of a model are its units, and what each call of one took and gave.
+
+Units are the members of the model's outermost lists of modules that a run calls; where one is never called, its called
+children. Everything else is glue. No name and no architecture decides anything.
+"""
+
+import io
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ember_mlx.streaming.call_tree import flatten
+
+__all__ = ["Call", "Recording", "calls_go_to", "find_units", "is_leaf", "put_back_random_state", "record"]
+
+
+@dataclass
+class Call:
+    """One call of a unit: its arguments' arrays, its results' arrays, and the random state on both sides."""
+
+    path: str
+    spec: tuple
+    inputs: list
+    key: mx.array
+    out_spec: tuple = None
+    object_specs: list = None
+    outputs: list = None
+    key_after: mx.array = None
+    sources: list = None  # of each input: (call, output) that it is, as far as identity tells
+    dropped: dict = field(default_factory=dict)  # inputs that are to be made again, and which output each is
+
+
+@dataclass
+class Recording:
+    """One forward pass: its calls, what ran it, and the cotangents that have arrived so far, by (call, output)."""
+
+    run: callable
+    key: mx.array
+    calls: list = field(default_factory=list)
+    result: object = None
+    key_after: mx.array = None
+    cotangents: dict = field(default_factory=dict)
+
+    def add(self, found):
+        for place, cotangent in found.items():
+            known = self.cotangents.get(place)
+            self.cotangents[place] = cotangent if known is None else known + cotangent
+
+
+_hooked = {}  # id of a module -> its path, and where its calls go
+
+
+@contextmanager
+def calls_go_to(units, function):
+    """Within, a call of a unit goes to ``function(path, own_call, arguments, keywords)``.
+
+    A call looks ``__call__`` up in the class, so a module gets a subclass of its own class for that time.
+    """
+    own_classes = [(module, type(module)) for module in units.values()]
+    try:
+        for path, module in units.items():
+            _hooked[id(module)] = path, function
+            module.__class__ = _hooked_class(type(module))
+        yield
+    finally:
+        for module, own in own_classes:
+            module.__class__ = own
+            _hooked.pop(id(module), None)
+
+
+@cache
+def _hooked_class(own):
+    def call(module, *arguments, **keywords):
+        path, function = _hooked[id(module)]
+        return function(path, partial(own.__call__, module), arguments, keywords)
+
+    return type(own.__name__, (own,), {"__call__": call})
+
+
+def find_units(model: nn.Module, run) -> dict[str, nn.Module]:
+    """The units among a model's modules, by path, in the order of the model.
+
+    Args:
+        model: Any model.
+        run: A function that runs it on a few tokens.
+    """
+    modules = dict(model.named_modules())
+    lists = {}
+    for path in modules:
+        parent, _, last = path.rpartition(".")
+        if last.isdigit() and tree_flatten(modules[path].parameters()):
+            lists.setdefault(parent, []).append(path)
+    outermost = []
+    for parent in sorted(lists, key=lambda path: path.count(".")):
+        if not any(parent.startswith(other + ".") for other in outermost):
+            outermost.append(parent)
+    in_order = list(modules)
+    members = sorted((path for parent in outermost for path in lists[parent]), key=in_order.index)
+    return {path: modules[path] for path in _called(modules, members, run)}
+
+
+def _called(modules, paths, run):
+    called = set()
+
+    def note(path, own_call, arguments, keywords):
+        called.add(path)
+        return own_call(*arguments, **keywords)
+
+    with calls_go_to({path: modules[path] for path in paths}, note):
+        run()
+    children = [
+        child
+        for path in paths
+        if path not in called
+        for child in (f"{path}.{name}" for name in modules[path].children())
+        if child in modules and tree_flatten(modules[child].parameters())
+    ]
+    return [path for path in paths if path in called] + (_called(modules, children, run) if children else [])
+
+
+def record(run, units, evaluate, look_for_sources, after_call) -> Recording:
+    """Run the model as it is and keep what each call of a unit took and gave, evaluated call by call.
+
+    It must not happen inside a trace: there MLX keeps the graph of all that is evaluated.
+
+    Args:
+        run: Runs the model; its result is kept, not evaluated.
+        evaluate: Takes the arrays of a call and has them evaluated.
+        look_for_sources: Whether to note which inputs are outputs of earlier calls.
+        after_call: Is called with the recording after each call.
+    """
+    recording = Recording(run, mx.random.state[0])
+    made, alive = {}, []
+
+    def keep(path, own_call, arguments, keywords):
+        spec, leaves, objects = flatten((arguments, keywords))
+        # Python's a += b and a[i] = b change an array itself, so what is kept is another array on the same data.
+        call = Call(path, spec, [mx.stop_gradient(leaf) for leaf in leaves], mx.random.state[0])
+        if look_for_sources:
+            call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
+        mx.async_eval(call.inputs)
+        result = own_call(*arguments, **keywords)
+        call.out_spec, outputs, _ = flatten(result)
+        of_objects = [flatten(item) for item in objects]
+        call.object_specs = [spec for spec, _, _ in of_objects]
+        outputs = outputs + [leaf for _, leaves, _ in of_objects for leaf in leaves]
+        call.outputs = [mx.stop_gradient(leaf) for leaf in outputs]
+        evaluate(*call.outputs, *outputs)
+        call.key_after = mx.random.state[0]
+        if look_for_sources:
+            made.update({id(leaf): (len(recording.calls), j) for j, leaf in enumerate(outputs)})
+            alive.extend(outputs)  # an id is one array's only while that array lives
+        recording.calls.append(call)
+        after_call(recording)
+        return result
+
+    with calls_go_to(units, keep):
+        recording.result = run()
+    recording.key_after = mx.random.state[0]
+    return recording
+
+
+def is_leaf(array):
+    """Whether an array holds no graph: it is evaluated, and no trace goes through it."""
+    text = io.StringIO()
+    mx.export_to_dot(text, array)
+    return "shape=rectangle" not in text.getvalue()
+
+
+def put_back_random_state(key):
+    """``mx.random.state`` cannot be assigned to. Where nothing was drawn, it costs nothing."""
+    if mx.random.state[0] is not key:
+        high, low = key.tolist()
+        mx.random.seed(high << 32 | low)

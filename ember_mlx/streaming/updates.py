@@ -1,0 +1,185 @@
+"""Optimizers that look at one array at a time: the counter and the schedules once a step, then weight after weight.
+
+MLX's ``apply_gradients`` steps the counter at each call, so it is taken apart here. A gradient with a NaN or an
+infinity in it changes neither its weight nor the weight's state, and is named at the end of the step.
+"""
+
+import mlx.core as mx
+from mlx.optimizers import SGD, MultiOptimizer, Optimizer
+from mlx.utils import tree_flatten
+
+from ember_mlx.optimizers.guarded import GuardedOptimizer, norm_is_safe
+from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["Updates"]
+
+
+class Updates:
+    """One optimizer, weight by weight.
+
+    Args:
+        optimizer (Optimizer): Any of MLX's whose update of an array looks at that array alone, a ``MultiOptimizer`` of
+            such, or a :class:`ember_mlx.PairedOptimizer`. Its state is made if it is not there.
+        model (Module): The model; what is trainable now is what is trained.
+
+    Raises:
+        InputError: (a ``ValueError``) for an optimizer that needs all gradients at once.
+    """
+
+    def __init__(self, optimizer, model):
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(f"StreamedStep(optimizer={optimizer!r}): must be an mlx.optimizers.Optimizer, made")
+        trainable = dict(tree_flatten(model.trainable_parameters()))
+        self.optimizer = optimizer
+        self._of = {path: _leaf_of(optimizer, path, weight) for path, weight in trainable.items()}
+        for path, leaf in self._of.items():
+            if not _looks_at_one_array(leaf):
+                raise InputError(
+                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once: "
+                    "take an optimizer that looks at one array at a time, or train with an ordinary step"
+                )
+        if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
+            optimizer.init(model.trainable_parameters())
+        self._functions = {}
+        self._finite = {}
+        self._shared = {}
+
+    @property
+    def clip_grad_norm(self):
+        return getattr(self.optimizer, "clip_grad_norm", None)
+
+    def leaf(self, path) -> Optimizer:
+        """The optimizer that trains the weight."""
+        return self._of[path]
+
+    def state(self, path) -> dict:
+        """The state of the weight, wherever it stands in the optimizer's."""
+        state = self._of[path].state
+        if path in state:
+            return state[path]
+        for part in path.split("."):
+            state = state[int(part)] if isinstance(state, list | tuple) else state[part]
+        return state
+
+    def begin(self):
+        """As ``apply_gradients`` begins."""
+        self._finite = {}
+        for leaf in {id(leaf): leaf for leaf in self._of.values()}.values():
+            for name, schedule in leaf._schedulers.items():
+                leaf.state[name] = schedule(leaf.step)
+            leaf.state["step"] = leaf.step + 1
+            self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
+
+    def __call__(self, weights, gradients, scale=None):
+        """New weights and what is new of their states, by path, lazy; the states are updated.
+
+        All of a layer's are built at once, and each may be evaluated by itself.
+
+        Args:
+            weights, gradients (dict): By path, of the same paths.
+            scale (array, optional): What the gradients are multiplied by.
+        """
+        by_leaf, results = {}, {}
+        for path in gradients:
+            by_leaf.setdefault(id(self._of[path]), []).append(path)
+        for paths in by_leaf.values():
+            leaf = self._of[paths[0]]
+            unread = _unread(leaf)
+            states = [self.state(path) for path in paths]
+            read = [{name: value for name, value in state.items() if name not in unread} for state in states]
+            triples = [(gradients[path], weights[path], state) for path, state in zip(paths, read, strict=True)]
+            applied = self._function(leaf)(triples, self._shared[id(leaf)], scale)
+            for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
+                state.update(new)
+                self.note(path, finite)
+                results[path] = weight, list(new.values())
+        return results
+
+    def note(self, path, finite):
+        """Whether the gradient of a weight was finite: False, and it was not stepped."""
+        self._finite[path] = finite
+
+    def finish(self) -> list[str]:
+        """The weights that were not stepped for their gradients, first the one that the backward pass met first."""
+        if not self._finite:
+            return []
+        finite = mx.stack(list(self._finite.values())).tolist()
+        refused = [path for path, ok in zip(self._finite, finite, strict=True) if not ok]
+        self._finite = {}
+        if refused:
+            self.count()
+        return refused
+
+    def count(self):
+        """Count a step with a NaN or an infinity, where the optimizer counts them."""
+        if getattr(self.optimizer, "skip_nonfinite", False):
+            self.optimizer.count_nonfinite()
+
+    def arrays(self):
+        """What a step has changed that belongs to no single weight."""
+        leaves = {id(leaf): leaf for leaf in self._of.values()}.values()
+        own = [value for leaf in leaves for value in leaf.state.values() if isinstance(value, mx.array)]
+        return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
+
+    def _function(self, leaf):
+        if id(leaf) not in self._functions:
+            self._functions[id(leaf)] = mx.compile(lambda *arguments: _applied(leaf, *arguments))
+        return self._functions[id(leaf)]
+
+
+def _applied(leaf, triples, shared, scale):
+    """The updates as a function of all that they read, so that ``mx.compile`` may fuse each."""
+    own = {name: leaf.state[name] for name in shared}
+    leaf.state.update(shared)
+    try:
+        return [_applied_to_one(leaf, *triple, scale) for triple in triples]
+    finally:
+        leaf.state.update(own)
+
+
+def _applied_to_one(leaf, gradient, weight, state, scale):
+    if scale is not None:
+        gradient = (gradient * scale).astype(gradient.dtype)
+    finite = _is_safe(gradient)
+    new = dict(state)
+    updated = leaf.apply_single(gradient, weight, new)
+    changed = {
+        name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
+    }
+    return mx.where(finite, updated, weight).astype(weight.dtype), changed, finite
+
+
+def _is_safe(gradient):
+    """A sum keeps every NaN and infinity, and an element whose square would overflow. It makes nothing of their size.
+
+    Only float16 overflows in a sum by itself.
+    """
+    wide = gradient.astype(mx.float32) if gradient.dtype == mx.float16 else gradient
+    return norm_is_safe(mx.abs(wide.sum().astype(mx.float32)))
+
+
+def _leaf_of(optimizer, path, weight):
+    if isinstance(optimizer, PairedOptimizer):
+        return _leaf_of(optimizer.side_of(path), path, weight)
+    if isinstance(optimizer, GuardedOptimizer):
+        return _leaf_of(optimizer.optimizer, path, weight)
+    if isinstance(optimizer, MultiOptimizer):
+        filters = zip(optimizer.optimizers, optimizer.filters, strict=True)
+        return _leaf_of(next(part for part, takes in filters if takes(path, weight)), path, weight)
+    return optimizer
+
+
+def _unread(leaf):
+    """State that MLX makes and no step reads: to give it to a compiled function would be to have it."""
+    inner = leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
+    return ("v",) if isinstance(inner, SGD) and inner.momentum <= 0 else ()
+
+
+def _looks_at_one_array(leaf):
+    """Whether it keeps MLX's own way through a tree, array by array, or says that it does."""
+    if isinstance(leaf, StochasticRounding):
+        return _looks_at_one_array(leaf.optimizer)
+    own = type(leaf).apply_gradients
+    return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", False)

@@ -1,0 +1,369 @@
+"""What a streamed step does with optimizers, token tables, NaN, micro-batches and clipping; and what it refuses."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from architectures.build import build
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.trainer import default_loss
+from streaming_spy import Spy, ordinary, randomized, worst_difference
+from tiny_models import tiny_llama
+
+from ember_mlx import Ember, InputError, PairedOptimizer
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
+from ember_mlx.optimizers.sinkgd import SinkGD
+from ember_mlx.parity.oracle_float64 import EmberOracle
+from ember_mlx.streaming import StreamedStep
+
+SHORT, LONG = 7, 41  # below and above half the features, 32, at two sequences
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    """A CPU compiles each fused kernel for half a second; some tests below enable it again."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def batch_of(length, sequences=2):
+    batch = mx.random.randint(0, 170, (sequences, length), key=mx.random.key(3))
+    return batch, mx.array([[0, length - 1], [1, length - 2]] * (sequences // 2) or [[0, length - 1]])
+
+
+def llama(tied=False, **options):
+    return randomized(tiny_llama(tied=tied, hidden=64, **options)).train()
+
+
+def paired(model, rest=None, **options):
+    return PairedOptimizer(model, tables=Ember(1e-2), rest=rest or optim.AdamW(1e-3), **options)
+
+
+def arrays_of(model, optimizer):
+    return dict(tree_flatten({"model": model.parameters(), "optimizer": optimizer.state}))
+
+
+def bits(arrays):
+    return {name: bytes(np.array(mx.view(array, mx.uint8)) if array.ndim else repr(array.item()).encode())
+            for name, array in arrays.items()}  # fmt: skip
+
+
+def ordinary_steps(model, optimizer, batches, steps, loss=default_loss):
+    losses = []
+    for _ in range(steps):
+        (value, _), gradients = nn.value_and_grad(model, loss)(model, *batches)
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+        losses.append(value.item())
+    return losses
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("length", [SHORT, LONG])
+@pytest.mark.parametrize("make", [llama, partial(llama, tied=True), partial(build, "gemma2", True)])
+def test_streamed_tables_are_those_of_the_float64_oracle(make, length, keep):
+    if make is llama:
+        mx.enable_compile()
+    model = make()
+    batch, lengths = batch_of(length)
+    optimizer = paired(model)
+    paths = [path for path in optimizer.state["tables"] if "." in path]
+    oracles = {path: EmberOracle(dict(tree_flatten(model.parameters()))[path].shape) for path in paths}
+    step = StreamedStep(model, optimizer, keep_logits=keep, block_rows=50)
+    assert not step.notes
+    for _ in range(3):
+        _, gradients = ordinary(model, batch, lengths)
+        before = {path: np.array(dict(tree_flatten(model.parameters()))[path], np.float64) for path in paths}
+        step(batch, lengths)
+        after = dict(tree_flatten(model.parameters()))
+        for path, oracle in oracles.items():
+            expected = oracle.step(before[path], np.array(gradients[path]), learning_rate=1e-2)
+            largest = np.abs(expected - before[path]).max()
+            np.testing.assert_allclose(np.array(after[path]), expected, rtol=0, atol=3e-5 * largest + 3e-7)
+            state = optimizer.state["tables"][path]
+            np.testing.assert_allclose(np.array(state["r"]), oracle.row_mean_square, rtol=3e-5, atol=1e-12)
+            np.testing.assert_allclose(np.array(state["c"]), oracle.column_mean_square, rtol=3e-5)
+
+
+def test_an_embedding_decays_in_all_rows():
+    def trained(stepped):
+        model = llama()
+        optimizer = PairedOptimizer(model, tables=Ember(1e-2, weight_decay=0.5), rest=optim.SGD(0.0))
+        stepped(model, optimizer)
+        return model.model.embed_tokens.weight
+
+    plain = trained(lambda model, optimizer: ordinary_steps(model, optimizer, batch_of(SHORT), 1))
+    assert mx.allclose(trained(lambda m, o: StreamedStep(m, o)(*batch_of(SHORT))), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        partial(optim.SGD, 0.1),
+        partial(optim.SGD, optim.cosine_decay(0.1, 10), momentum=0.9),
+        partial(optim.Adafactor, 1e-3, relative_step=False),
+        partial(optim.Muon, 1e-3),
+        partial(SinkGD, 1e-3, passes=2),
+        lambda: StochasticRounding(SinkGD(1e-3, passes=2)),
+        lambda: optim.MultiOptimizer([optim.Lion(1e-4), optim.SGD(0.1)], [lambda path, _: "mlp" in path]),
+    ],
+)
+def test_losses_are_those_of_ordinary_steps(rest):
+    plain_model, model = llama(), llama()
+    plain = ordinary_steps(plain_model, paired(plain_model, rest()), batch_of(LONG), 4)
+    step = StreamedStep(model, paired(model, rest()))
+    assert [step(*batch_of(LONG))[0] for _ in plain] == pytest.approx(plain, rel=1e-5)
+
+
+def test_sgd_is_bit_for_bit_where_the_order_of_sums_is_the_same():
+    """The tail is then differentiated as a whole, as an ordinary step does it."""
+    plain_model, model = llama(), llama()
+    plain = ordinary_steps(plain_model, optim.SGD(0.1), batch_of(SHORT), 5)
+    step = StreamedStep(model, optim.SGD(0.1), lambda *arguments: default_loss(*arguments))
+    losses = [step(*batch_of(SHORT))[0] for _ in plain]
+    assert losses == plain
+    assert bits(dict(tree_flatten(model.parameters()))) == bits(dict(tree_flatten(plain_model.parameters())))
+
+
+def test_a_head_with_an_adapter_a_bias_or_packed_weights():
+    def adapter(model):
+        model.lm_head = LoRALinear.from_base(model.lm_head, r=4)
+        model.lm_head.lora_b = mx.random.normal(model.lm_head.lora_b.shape, scale=0.1)
+
+    def bias(model):
+        model.lm_head = nn.Linear(64, 260)
+
+    def packed(model):
+        nn.quantize(model, 32, 8, class_predicate=lambda path, _: path.endswith(("lm_head", "embed_tokens")))
+
+    def frozen(model):
+        model.lm_head.freeze()
+        model.model.embed_tokens.freeze()
+
+    for change in (adapter, bias, packed, frozen):
+        model = llama()
+        change(model)
+        spy = Spy()
+        step = StreamedStep(model, spy, block_rows=100)
+        loss, expected = ordinary(model, *batch_of(SHORT))
+        assert step(*batch_of(SHORT))[0] == pytest.approx(loss, rel=1e-5)
+        assert worst_difference(spy.gradients(expected), expected)[0] < 1e-4, change
+
+
+def test_micro_batches_are_one_batch_and_unequal_ones_count_alike():
+    model, (batch, _) = llama(), batch_of(SHORT, 4)
+    whole = mx.array([[0, SHORT - 1]] * 4)
+    spy = Spy()
+    step = StreamedStep(model, spy)
+    loss, expected = ordinary(model, batch, whole)
+    result = step.accumulated([(batch[i : i + 1], whole[:1]) for i in range(4)])
+    assert (result.loss, result.tokens) == (pytest.approx(loss, rel=1e-6), 4 * (SHORT - 1))
+    assert worst_difference(spy.gradients(expected), expected)[0] < 1e-5
+
+    parts = [(batch[:2], whole[:2]), (batch[2:, :5], mx.array([[2, 4], [1, 2]]))]
+    means = [ordinary(model, *part) for part in parts]
+    expected = {name: (means[0][1][name] + means[1][1][name]) / 2 for name in expected}
+    result = step.accumulated(parts)
+    assert (result.loss, result.tokens) == (pytest.approx((means[0][0] + means[1][0]) / 2, rel=1e-6), 17)
+    assert worst_difference(spy.gradients(expected), expected)[0] < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("most", [0.05, 100.0])
+def test_the_pass_for_the_norm_clips_as_an_ordinary_step_does(tied, most):
+    plain_model, model = llama(tied), llama(tied)
+    options = {"rest": optim.SGD(0.1), "clip_grad_norm": most}
+    plain = ordinary_steps(plain_model, paired(plain_model, **options), batch_of(SHORT), 3)
+    step = StreamedStep(model, paired(model, **options), clip_norm_pass=True, keep_inputs=2)
+    assert [step(*batch_of(SHORT))[0] for _ in plain] == pytest.approx(plain, rel=1e-5)
+    for name, array in tree_flatten(plain_model.parameters()):
+        assert mx.allclose(dict(tree_flatten(model.parameters()))[name], array, rtol=1e-4, atol=1e-5), name
+
+
+def test_clipping_by_layer_limits_each_layer_alone():
+    model, before = llama(), llama()
+    StreamedStep(model, paired(model, rest=optim.SGD(1.0)), clip_layer_norm=1e-3)(*batch_of(SHORT))
+    for new, old in zip(model.layers, before.layers, strict=True):
+        changes = [new_w - old_w for (_, new_w), (_, old_w) in
+                   zip(tree_flatten(new.parameters()), tree_flatten(old.parameters()), strict=True)]  # fmt: skip
+        norm = mx.sqrt(sum(mx.square(change).sum() for change in changes)).item()
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_that_is_not_finite_changes_no_bit(tied):
+    model = llama(tied)
+    optimizer = paired(model, skip_nonfinite=True)
+    step = StreamedStep(model, optimizer)
+    step(*batch_of(SHORT))
+    token = batch_of(SHORT)[0][0, 2].item()
+    model.model.embed_tokens.weight[token] = mx.nan
+    before = bits(arrays_of(model, optimizer))
+    result = step.accumulated([batch_of(SHORT)])
+    assert result.nonfinite == ("loss",)
+    assert optimizer.nonfinite_steps.item() == 1
+    optimizer.state["nonfinite_steps"] = mx.array(0, mx.uint32)
+    assert bits(arrays_of(model, optimizer)) == before
+
+
+class Poisoned(nn.Module):
+    """A layer whose gradient is NaN while ``on`` is."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.use_sliding = False  # asked by mlx-lm's Llama
+        self.on = True
+
+    def __call__(self, x, *arguments, **keywords):
+        @mx.custom_function
+        def same(y):
+            return y
+
+        @same.vjp
+        def nan(primal, cotangent, output):
+            return cotangent * (mx.nan if self.on else 1)
+
+        return same(self.layer(x, *arguments, **keywords))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_nan_on_the_way_back_reaches_no_weight_and_is_named(tied):
+    model = llama(tied, layers=3)
+    model.model.layers[1] = Poisoned(model.model.layers[1])
+    optimizer = paired(model, skip_nonfinite=True)
+    step = StreamedStep(model, optimizer)
+    before = bits(dict(tree_flatten(model.parameters())))
+    result = step.accumulated([batch_of(SHORT)])
+    arrays = arrays_of(model, optimizer)
+    assert all(mx.isfinite(array).all() for array in arrays.values())
+    assert result.nonfinite[0].startswith("model.layers.1.layer.")
+    assert "model.embed_tokens.weight" in result.nonfinite
+    assert optimizer.nonfinite_steps.item() == 1
+    after = bits(dict(tree_flatten(model.parameters())))
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed.isdisjoint(result.nonfinite)
+    assert changed | set(result.nonfinite) == set(after)
+    assert any(name.startswith("model.layers.2.") for name in changed)
+
+    model.model.layers[1].on = False
+    step = StreamedStep(model, optimizer)
+    assert step.accumulated([batch_of(SHORT)]).nonfinite == ()
+
+
+def test_a_norm_that_is_not_finite_changes_nothing():
+    model = llama(layers=3)
+    model.model.layers[1] = Poisoned(model.model.layers[1])
+    optimizer = paired(model, clip_grad_norm=1.0)
+    before = bits(arrays_of(model, optimizer))
+    result = StreamedStep(model, optimizer, clip_norm_pass=True).accumulated([batch_of(SHORT)])
+    assert result.nonfinite == ("gradient norm",)
+    assert bits(arrays_of(model, optimizer)) == before
+
+
+@pytest.mark.parametrize("rest", [optim.AdamW, SinkGD])
+def test_a_resumed_run_is_the_same_bit_for_bit(rest):
+    def run(steps, weights=None, state=None):
+        model = llama()
+        model.set_dtype(mx.bfloat16)
+        optimizer = PairedOptimizer(
+            model, tables=Ember(1e-2, rounding="stochastic"), rest=StochasticRounding(rest(1e-3), seed=1)
+        )
+        if weights:
+            model.load_weights(list(weights.items()))
+            optimizer.state = state
+        step = StreamedStep(model, optimizer)
+        for _ in range(steps):
+            step(*batch_of(SHORT))
+        return dict(tree_flatten(model.parameters())), dict(tree_flatten(optimizer.state))
+
+    first = run(2)
+    assert [bits(part) for part in run(2, *first)] == [bits(part) for part in run(4)]
+
+
+def test_rounding_of_the_body_is_the_same_in_streamed_and_ordinary_steps():
+    def rest():
+        return StochasticRounding(optim.SGD(1e-4))
+
+    gradients = {
+        "w": mx.ones((40, 8), mx.bfloat16),
+        "b": mx.ones((8,), mx.bfloat16),
+        "e": mx.ones((2, 3, 8), mx.bfloat16),
+    }
+    model = nn.Module()
+    for name, array in gradients.items():
+        model[name] = array
+    plain = rest()
+    plain.init(model.trainable_parameters())
+    expected = plain.apply_gradients(gradients, model)
+
+    from ember_mlx.streaming.updates import Updates
+
+    updates = Updates(rest(), model)
+    updates.begin()
+    for path, (found, _) in updates(dict(model.parameters()), gradients).items():
+        assert mx.array_equal(found, expected[path])
+        moved = (found != model[path]).astype(mx.float32).mean().item()
+        assert 0 < moved < 0.2  # a step of 1/39 of the distance to the number below 1
+
+
+def test_a_gpu_is_waited_for_behind():
+    """On a CPU nothing runs ahead; the same steps with a pace that does are the same, compiled too."""
+    mx.enable_compile()
+    model, plain = llama(), llama()
+    step = StreamedStep(model, paired(model))
+    step._pace.ahead = 10_000
+    other = StreamedStep(plain, paired(plain))
+    for _ in range(2):
+        assert step(*batch_of(LONG)) == other(*batch_of(LONG))
+
+
+class NeedsAll(optim.SGD):
+    def apply_gradients(self, gradients, parameters):
+        return super().apply_gradients(gradients, parameters)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda m: StreamedStep(m, NeedsAll(0.1)), "NeedsAll, which trains .* needs all gradients at once"),
+        (lambda m: StreamedStep(m, paired(m, NeedsAll(0.1))), "NeedsAll, which trains .*ordinary step"),
+        (lambda m: StreamedStep(m, StochasticRounding(NeedsAll(0.1))), "needs all gradients at once"),
+        (lambda m: StreamedStep(m, "sgd"), "must be an mlx.optimizers.Optimizer"),
+        (lambda m: StreamedStep(m, paired(m, clip_grad_norm=1.0)), "clip_norm_pass=True, or clip_layer_norm"),
+        (lambda m: StreamedStep(m, paired(m), keep_inputs=0), "keep_inputs=0.*1 or more"),
+        (lambda m: StochasticRounding(optim.MultiOptimizer([optim.SGD(1)])), "parts of a MultiOptimizer"),
+        (lambda m: StochasticRounding(optim.SGD(1), seed=-1), "seed=-1"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(make, why):
+    with pytest.raises(InputError, match=why) as refused:
+        make(llama())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_trace_around_it_is_refused_and_nothing_changes():
+    model = llama()
+    optimizer = GuardedOptimizer(model.trainable_parameters(), optim.SGD(0.1))
+    step = StreamedStep(model, optimizer)
+    before = bits(arrays_of(model, optimizer))
+    with pytest.raises(InputError, match="called inside nn.value_and_grad"):
+        nn.value_and_grad(model, lambda model: mx.array(step(*batch_of(SHORT))[0]))(model)
+    assert bits(arrays_of(model, optimizer)) == before
+    mx.enable_compile()
+    with pytest.raises(InputError, match="or mx.compile"):
+        mx.compile(lambda *batch: mx.array(step(*batch)[0]), inputs=[model.state])(*batch_of(SHORT))
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    model = llama()
+    step = StreamedStep(model, optim.SGD(0.1))
+    model.freeze()
+    with pytest.raises(InputError, match="unfreeze something"):
+        step(*batch_of(SHORT))
