@@ -2,7 +2,8 @@
 
 from cuda_ref.optimizers import Ember
 from cuda_ref.pairing import PairedOptimizer
+from cuda_ref.streaming import StreamedBackward
 from cuda_ref.token_tables import TokenTable, find_token_tables
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Ember", "InputError", "PairedOptimizer", "TokenTable", "find_token_tables"]
+__all__ = ["Ember", "InputError", "PairedOptimizer", "StreamedBackward", "TokenTable", "find_token_tables"]
