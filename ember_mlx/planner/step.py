@@ -25,7 +25,7 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
         x, back = _checkpointed(graph, x, i) if run.grad_checkpoint else _layer(graph, x, i)
         backs.append(back)
     full = run.fine_tune_type == "full"
-    h, back_norm = norm(graph, x, "model.norm", model.hidden, full)
+    h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
     w_head = _table(graph, head, head.name in trained)
     compute = chunked_loss if run.chunked_loss else loss
     d_h = compute(graph, h, head, w_head, head.name in trained)
