@@ -9,20 +9,34 @@ import torch
 from cuda_ref import triton_kernels
 from cuda_ref.optimizers import adam_mini, sinkgd
 from cuda_ref.optimizers.companded import GROUP
-from cuda_ref.triton_kernels import MOST_STATISTICS_PROGRAMS, STATISTICS_ROWS_PER_PROGRAM, UPDATE_ROWS_PER_PROGRAM
+from cuda_ref.triton_kernels import statistics_tile, update_tile
 
 if triton_kernels.available():
     import triton
     import triton.language as tl
 
-    from cuda_ref.triton_kernels import _load, _row_means_and_column_sums, _rows_of, _tile
+    from cuda_ref.triton_kernels import _load, _row_means_and_column_sums, _rows_of
 
 __all__ = ["adam_mini_step", "sinkgd_step"]
 
 GROUPS_PER_PROGRAM = 64
+# Of a Sinkhorn pass, which takes whole rows. As many programs at most as an H100 runs at once, 8 a multiprocessor.
+PASS_ROWS_PER_PROGRAM, MOST_PASS_PROGRAMS = 96, 1056
+ELEMENTS_AT_ONCE = 16384
 
 
-def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+def adam_mini_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    v: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """As ``adam_mini_step`` of ``cuda_ref.optimizers.adam_mini``; weights that are not contiguous go its way."""
     if not (w.is_contiguous() and g.is_contiguous()):
         return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay)
@@ -31,7 +45,14 @@ def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay
     )
 
 
-def sinkgd_step(w, g, learning_rate, passes, eps, weight_decay):
+def sinkgd_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    passes: int,
+    eps: float,
+    weight_decay: float | torch.Tensor,
+) -> torch.Tensor:
     """As ``sinkgd_step`` of ``cuda_ref.optimizers.sinkgd``."""
     return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix)
 
@@ -40,13 +61,13 @@ def _mean_squares(g):
     """As ``mean_squares`` of ``cuda_ref.optimizers.ember``."""
     rows, columns = g.shape
     row_means = torch.zeros(rows, dtype=torch.float32, device=g.device)
-    programs, rows_per_program = _programs(rows)
+    tile = statistics_tile(columns, g.itemsize)
+    programs = triton.cdiv(rows, tile["ROWS"])
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
     with torch.cuda.device_of(g):
         _row_means_and_column_sums[(programs,)](
-            g, *g.stride(), row_means, None, column_sums, rows, columns, 1.0,
-            FORGET_IS_TENSOR=False, ROWS_PER_PROGRAM=rows_per_program, **_tile(columns, elements=16384, warps=4),
-        )  # fmt: skip
+            g, *g.stride(), row_means, None, column_sums, rows, columns, 0.0, 1.0, BETA2_IS_TENSOR=False, **tile
+        )
     return row_means, column_sums.sum(dim=0) / rows
 
 
@@ -65,7 +86,8 @@ def _norms(g, eps):
     """(a, b) -> the next a, and the norms of the columns of g times it, reading ``g`` once."""
     matrices = g.reshape(-1, *g.shape[-2:])
     rows, columns = g.shape[-2:]
-    programs, rows_per_program = _programs(rows)
+    rows_per_program = max(PASS_ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_PASS_PROGRAMS))
+    programs = triton.cdiv(rows, rows_per_program)
     sums = torch.empty((len(matrices), programs, columns), dtype=torch.float32, device=g.device)
 
     def rows_then_columns(a, b):
@@ -75,7 +97,7 @@ def _norms(g, eps):
             for matrix, a_of, b_of, new_of, sums_of in parts:
                 _sinkhorn_pass[(programs,)](
                     matrix, *matrix.stride(), a_of, b_of, new_of, sums_of, rows, columns, columns**0.5, float(eps),
-                    ROWS_PER_PROGRAM=rows_per_program, **_tile(columns, elements=16384, warps=4),
+                    ROWS_PER_PROGRAM=rows_per_program, **_whole_rows(columns),
                 )  # fmt: skip
         return a_new, torch.sqrt(sums.sum(dim=1)).reshape(b.shape)
 
@@ -96,20 +118,23 @@ def _update_matrix(w, g, a, b, learning_rate, weight_decay):
         b.reshape(-1, columns),
         strict=True,
     )
+    tile = update_tile(columns, g.itemsize)
     with torch.cuda.device_of(w):
         for w_of, g_of, a_of, b_of in matrices:
-            _scale_and_subtract[(triton.cdiv(rows, UPDATE_ROWS_PER_PROGRAM),)](
-                w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns,
-                ROWS_PER_PROGRAM=UPDATE_ROWS_PER_PROGRAM,
-                **_tile(columns, elements=4096 if columns <= 2048 else 8192, warps=16),
-            )  # fmt: skip
+            _scale_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
+                w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns, **tile
+            )
     return w
 
 
-def _programs(rows):
-    """How many programs take the rows, and how many each."""
-    rows_per_program = max(STATISTICS_ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_STATISTICS_PROGRAMS))
-    return triton.cdiv(rows, rows_per_program), rows_per_program
+def _whole_rows(columns):
+    """The tile of a kernel that needs the rows whole, padded to a power of two; more warps where one has more."""
+    width = triton.next_power_of_2(columns)
+    return {
+        "ROWS": max(1, ELEMENTS_AT_ONCE // width),
+        "COLUMNS": width,
+        "num_warps": min(32, 4 * max(1, width // ELEMENTS_AT_ONCE)),
+    }
 
 
 if triton_kernels.available():
@@ -175,12 +200,13 @@ if triton_kernels.available():
     ):  # fmt: skip
         rate, decay = tl.load(rate), tl.load(decay)
         program = tl.program_id(0)
-        j = tl.arange(0, COLUMNS).to(tl.int64)
-        column_factor = tl.load(b + j, mask=j < columns, other=0)
-        for tile in range(0, ROWS_PER_PROGRAM, ROWS):
-            i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
-            row_factor = tl.load(a + i, mask=inside, other=0)
-            x = row_factor[:, None] * _load(g, i, g_row, j, g_column, inside, columns) * column_factor[None, :]
-            new = decay * _load(w, i, w_row, j, w_column, inside, columns) - rate * x
-            place = w + i[:, None] * w_row + j[None, :] * w_column
-            tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+        for first_column in range(0, columns, COLUMNS):
+            j = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
+            column_factor = tl.load(b + j, mask=j < columns, other=0)
+            for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+                i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
+                row_factor = tl.load(a + i, mask=inside, other=0)
+                x = row_factor[:, None] * _load(g, i, g_row, j, g_column, inside, columns) * column_factor[None, :]
+                new = decay * _load(w, i, w_row, j, w_column, inside, columns) - rate * x
+                place = w + i[:, None] * w_row + j[None, :] * w_column
+                tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])

@@ -5,17 +5,36 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ember_mlx.finetune.adapters import load
-    from ember_mlx.optimizers import Ember
+    from ember_mlx.optimizers import SAGE, AdamMini, Ember, FlashAdamW, FlashLion, SinkGD, SplitWeights
     from ember_mlx.optimizers.paired import PairedOptimizer
     from ember_mlx.shared.errors import InputError
     from ember_mlx.token_tables import TokenTable, find_token_tables
 
-__all__ = ["Ember", "InputError", "PairedOptimizer", "TokenTable", "find_token_tables", "load"]
+__all__ = [
+    "SAGE",
+    "AdamMini",
+    "Ember",
+    "FlashAdamW",
+    "FlashLion",
+    "InputError",
+    "PairedOptimizer",
+    "SinkGD",
+    "SplitWeights",
+    "TokenTable",
+    "find_token_tables",
+    "load",
+]
 
 # Imported when asked for: mlx-lm takes seconds, which an optimizer alone need not wait for, and the command line must
 # be able to say so where MLX has no backend.
 _MODULES = {
+    "SAGE": "optimizers",
+    "AdamMini": "optimizers",
     "Ember": "optimizers",
+    "FlashAdamW": "optimizers",
+    "FlashLion": "optimizers",
+    "SinkGD": "optimizers",
+    "SplitWeights": "optimizers",
     "InputError": "shared.errors",
     "PairedOptimizer": "optimizers.paired",
     "TokenTable": "token_tables",

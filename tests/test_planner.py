@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,13 +18,13 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
-from ember_mlx.optimizers import AdamMini, SinkGD
+from ember_mlx.optimizers import AdamMini, FlashAdamW, FlashLion, SinkGD
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.inputs import find_config
 from ember_mlx.planner.loss import LOGITS_AT_ONCE
 from ember_mlx.planner.machine import warning
-from ember_mlx.planner.optimizer_state import STATE
+from ember_mlx.planner.optimizer_state import state_of
 from ember_mlx.planner.step import build_step
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import in_units
@@ -82,15 +83,24 @@ def test_weights_and_state_are_those_that_mlx_has_to_the_byte(config, words):
     assert found.gradients == found.trainable
 
 
-@pytest.mark.parametrize("optimizer", [AdamMini, SinkGD])
-def test_the_state_of_the_optimizers_for_the_body_is_in_the_table(optimizer):
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("adam-mini", AdamMini),
+        ("adam-mini int8", partial(AdamMini, momentum="int8")),
+        ("sinkgd", SinkGD),
+        ("flash-adamw", FlashAdamW),
+        ("flash-lion", FlashLion),
+    ],
+)
+def test_the_state_of_the_optimizers_for_the_body_is_in_the_table(name, optimizer):
     weights = {"w": mx.zeros((6, 4)), "b": mx.zeros((5,))}
     made = optimizer(1e-3)
     made.init(weights)
-    for name, weight in weights.items():
-        arrays = [array for _, array in tree_flatten(made.state[name])]
-        kept = STATE[optimizer.__name__.lower()](weight.shape, 2)
-        assert [(array.size, array.itemsize) for array in arrays] == kept
+    for path, weight in weights.items():
+        arrays = [array for _, array in tree_flatten(made.state[path])]
+        kept = state_of(name, weight.shape, 4)
+        assert sorted((array.size, array.itemsize) for array in arrays) == sorted(kept)
 
 
 def test_a_table_under_adamw_is_stepped_in_place_but_its_float32_moments_wait_for_the_other_table():

@@ -16,8 +16,12 @@ The functions are those of ``ember_mlx/optimizers/adam_mini.py``, line against l
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref.optimizers import module_roles
 from cuda_ref.optimizers.body import BodyOptimizer
@@ -32,8 +36,19 @@ PIECES, SMALLEST_PIECE = 32, 2**20
 
 
 def adam_mini_step(
-    w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, means=mean_squares, update=None
-):  # fmt: skip
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    v: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = mean_squares,
+    update: Callable[..., Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """One step of Adam-mini on one weight. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -61,7 +76,11 @@ def adam_mini_step(
     return w, m, v
 
 
-def block_mean_squares(g, blocks, means=mean_squares):
+def block_mean_squares(
+    g: torch.Tensor,
+    blocks: tuple[int, ...],
+    means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = mean_squares,
+) -> torch.Tensor:
     """Means of ``g`` squared over each block, float32, of the shape ``blocks``."""
     rows = as_rows(g)
     row_means, column_means = means(rows)
@@ -71,7 +90,7 @@ def block_mean_squares(g, blocks, means=mean_squares):
     return row_means.reshape(split or [1]).mean(dim=tuple(range(1, len(split), 2)) or None).reshape(blocks)
 
 
-def spread(of_blocks, shape):
+def spread(of_blocks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A number a block as one of each row of ``as_rows``, (rows, 1), or of each column, (1, columns)."""
     if len(shape) < 2:
         return of_blocks.reshape(1, -1)
@@ -83,20 +102,31 @@ def spread(of_blocks, shape):
     return torch.broadcast_to(of_blocks, (*shape[:-1], 1)).reshape(-1, 1)
 
 
-def update_weights(w, g, m, rates, beta1, decay):
+def update_weights(
+    w: torch.Tensor, g: torch.Tensor, m: torch.Tensor, rates: torch.Tensor, beta1: float, decay: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it."""
     m = update_second_moment(m, g.to(torch.float32), beta1)
     return (decay * w.to(torch.float32) - rates * m).to(w.dtype), m
 
 
-def update_in_place(w, g, m, rates, beta1, decay):
+def update_in_place(
+    w: torch.Tensor, g: torch.Tensor, m: torch.Tensor, rates: torch.Tensor, beta1: float, decay: float | torch.Tensor
+) -> None:
     """As ``update_weights``, block by block, so that no second copy of anything is needed."""
     for rows in blocks(w):
         of_rows = rates[rows] if len(rates) > 1 else rates
         w[rows], m[rows] = update_weights(w[rows], g[rows], m[rows], of_rows, beta1, decay)
 
 
-def update_in_pieces(w, g, m, rates, beta1, decay):
+def update_in_pieces(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: tuple[torch.Tensor, torch.Tensor],
+    rates: torch.Tensor,
+    beta1: float,
+    decay: float | torch.Tensor,
+) -> None:
     """As ``update_weights`` with ``m`` as codes and scales: in float32 for a few rows at a time alone."""
     columns = w.shape[1]
     whole_groups = GROUP // math.gcd(columns, GROUP)  # so many rows are whole groups
@@ -112,12 +142,12 @@ def update_in_pieces(w, g, m, rates, beta1, decay):
         codes[groups], scales[groups] = encode_momentum(momentum)
 
 
-def as_rows(x):
+def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(rows, columns): the last dimension, and all others together; one row for a vector."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
 
 
-def blocks_of(w, heads, by_first):
+def blocks_of(w: torch.Tensor, heads: dict[torch.Tensor, int], by_first: set[torch.Tensor]) -> tuple[int, ...]:
     """How many blocks a weight has along each dimension.
 
     Args:
@@ -167,16 +197,16 @@ class AdamMini(BodyOptimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         *,
-        model=None,
-        momentum="float32",
-        decay_vectors=False,
-        implementation="auto",
+        model: nn.Module | None = None,
+        momentum: str = "float32",
+        decay_vectors: bool = False,
+        implementation: str = "auto",
     ):
         if momentum not in ("float32", "int8"):
             raise InputError(f"AdamMini(momentum={momentum!r}): must be 'float32' or 'int8'")
@@ -185,14 +215,16 @@ class AdamMini(BodyOptimizer):
         self._by_first = module_roles.convolutions(model) if model else set()
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
-    def state_of(self, w):
+    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         state = {"m": (tuple(w.shape), torch.float32), "v": (blocks_of(w, self._heads, self._by_first), torch.float32)}
         if self.momentum == "int8":
             groups = groups_of(w.numel())
             state |= {"m": ((groups, GROUP), torch.int8), "m_scales": ((groups,), torch.float32)}
         return state
 
-    def step_weight(self, w, g, state, group):
+    def step_weight(
+        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+    ) -> None:
         from cuda_ref import triton_body  # which has these functions in it
 
         step = triton_body.adam_mini_step if self.by_triton(w) else adam_mini_step

@@ -1,10 +1,13 @@
 """What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref import sharding, triton_kernels
 from cuda_ref.optimizers.checks import DTYPES, check_keys, name_of
@@ -15,7 +18,18 @@ from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 __all__ = ["BodyOptimizer", "adamw_step"]
 
 
-def adamw_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+def adamw_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of AdamW (arXiv 1711.05101) in float32; returns the new ``w`` in its own dtype, ``m`` and ``v``."""
     g = g.to(torch.float32)
     m = update_second_moment(m, g, beta1)
@@ -33,7 +47,16 @@ class BodyOptimizer(Optimizer):
     unless ``decay_vectors``. ``implementation`` is as Ember's.
     """
 
-    def __init__(self, params, lr, betas, eps, weight_decay, decay_vectors, implementation):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        decay_vectors: bool,
+        implementation: str,
+    ):
         if implementation not in ("auto", "eager", "triton"):
             raise self._error(f"(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
         if implementation == "triton" and not triton_kernels.available():
@@ -42,7 +65,7 @@ class BodyOptimizer(Optimizer):
         self.implementation = implementation
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -51,7 +74,7 @@ class BodyOptimizer(Optimizer):
             raise
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every weight that has a gradient; returns what ``closure`` returns."""
         loss = None
         if closure is not None:
@@ -81,17 +104,17 @@ class BodyOptimizer(Optimizer):
                 for name, (shape, dtype) in self.state_of(w).items():
                     self.state[w][name] = torch.zeros(shape, dtype=dtype, device=w.device)
 
-    def weight_decay_of(self, w, group):
+    def weight_decay_of(self, w: torch.Tensor, group: dict[str, Any]) -> float:
         """The weight decay of a parameter: zero for vectors, unless they are to decay."""
         return group["weight_decay"] if w.ndim > 1 or self.decay_vectors else 0.0
 
-    def by_triton(self, w):
+    def by_triton(self, w: torch.Tensor) -> bool:
         """Whether the kernels take this weight."""
         if self.implementation == "auto":
             return w.is_cuda and triton_kernels.available(w.device)
         return self.implementation == "triton"
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; all state keeps its dtype, also that of weights of 16 bits."""
         check_keys(type(self).__name__, state_dict)
         saved_groups = state_dict["param_groups"]

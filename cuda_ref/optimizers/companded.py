@@ -27,7 +27,7 @@ GROUP = 32  # neighbours that share a scale: a simdgroup
 LEAST_SCALES = {torch.float32: SMALLEST_NORMAL, torch.float16: 1e-12}
 
 
-def encode_momentum(m, scale_dtype=torch.float32):
+def encode_momentum(m: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (groups, 32) int8 and scales (groups,) of ``m``, of any shape, float32; the last group is padded."""
     m = _grouped(m)
     scales = torch.clamp(torch.abs(m).amax(dim=1), min=LEAST_SCALES[scale_dtype])
@@ -36,13 +36,15 @@ def encode_momentum(m, scale_dtype=torch.float32):
     return codes.to(torch.int8), scales.to(scale_dtype)
 
 
-def decode_momentum(codes, scales, shape):
+def decode_momentum(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     y = codes.to(torch.float32) / 127
     return _ungrouped(scales[:, None].to(torch.float32) * y / (2 - torch.abs(y)), shape)
 
 
-def encode_second_moment(v, scale_dtype=torch.float32, keep_positive=True):
+def encode_second_moment(
+    v: torch.Tensor, scale_dtype: torch.dtype = torch.float32, keep_positive: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (groups, 32) uint8 and scales (groups,) of ``v``, zero or more, of any shape, float32.
 
     With ``keep_positive`` a v above 0 gets at least the code 1.
@@ -55,13 +57,13 @@ def encode_second_moment(v, scale_dtype=torch.float32, keep_positive=True):
     return codes.to(torch.uint8), scales.to(scale_dtype)
 
 
-def decode_second_moment(codes, scales, shape):
+def decode_second_moment(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     root = scales[:, None].to(torch.float32) * codes.to(torch.float32) / 255
     return _ungrouped(torch.square(root), shape)
 
 
-def groups_of(size):
+def groups_of(size: int) -> int:
     """How many groups an array of ``size`` elements has."""
     return -(-size // GROUP)
 

@@ -16,18 +16,34 @@ The functions are those of ``ember_mlx/optimizers/sinkgd.py``, line against line
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from cuda_ref.optimizers import module_roles
 from cuda_ref.optimizers.body import BodyOptimizer, adamw_step
 from cuda_ref.optimizers.ember import blocks
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
+__all__ = ["Norms", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
+
+Norms = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From factors (a, b) to the next a, and the norms of the columns of the gradient times it."""
 
 
-def sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, norms=None, update=None):
+def sinkgd_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    passes: int,
+    eps: float,
+    weight_decay: float | torch.Tensor,
+    norms: Norms | None = None,
+    update: Callable[..., Any] | None = None,
+) -> torch.Tensor:
     """One step of SinkGD. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -45,7 +61,9 @@ def sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, norms=None, upda
     return (update or update_matrix)(w, g, a, b, learning_rate, weight_decay)
 
 
-def sinkhorn_factors(g, passes, eps, norms):
+def sinkhorn_factors(
+    g: torch.Tensor, passes: int, eps: float, norms: Norms | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors a, (..., m), and b, (..., n), of the rows and columns of ``g``, float32.
 
     A row or column of zeros, or of squares that float32 rounds to zero, has the factor 0: it stands still.
@@ -59,7 +77,7 @@ def sinkhorn_factors(g, passes, eps, norms):
     return a, b
 
 
-def norms_by_products(g, eps):
+def norms_by_products(g: torch.Tensor, eps: float) -> Norms:
     """(a, b) -> the next a, and the norms of the columns of g times it; two products with g squared, a float32 copy."""
     squares = torch.square(g.to(torch.float32))
 
@@ -71,12 +89,19 @@ def norms_by_products(g, eps):
     return rows_then_columns
 
 
-def rescaled(factor, norms, length, eps):
+def rescaled(factor: torch.Tensor, norms: Norms | None, length: int, eps: float) -> torch.Tensor:
     """``factor`` for lines of the norm sqrt(length), where now theirs are ``factor * norms``."""
     return torch.where(norms == 0, 0.0, factor * math.sqrt(length) / (factor * norms + eps))
 
 
-def update_matrix(w, g, a, b, learning_rate, weight_decay):
+def update_matrix(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    weight_decay: float | torch.Tensor,
+) -> torch.Tensor:
     """The matrix, overwritten block by block, with one rounding to its dtype, so that no second one is needed."""
     for rows in blocks(w):
         x = a[rows][..., None] * g[rows].to(torch.float32) * (b[..., None, :] if w.ndim == 2 else b[rows][..., None, :])
@@ -116,16 +141,16 @@ class SinkGD(BodyOptimizer):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        passes=5,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        passes: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         *,
-        model=None,
-        decay_vectors=False,
-        implementation="auto",
+        model: nn.Module | None = None,
+        decay_vectors: bool = False,
+        implementation: str = "auto",
     ):
         if type(passes) is not int or not 1 <= passes <= 100:
             raise InputError(f"SinkGD(passes={passes!r}): must be a whole number from 1 to 100, usually 5 or 2")
@@ -133,12 +158,14 @@ class SinkGD(BodyOptimizer):
         self._by_adamw = module_roles.convolutions(model) | module_roles.token_tables(model) if model else set()
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
-    def state_of(self, w):
+    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         if w.ndim > 1 and w not in self._by_adamw:
             return {}
         return {"m": (tuple(w.shape), torch.float32), "v": (tuple(w.shape), torch.float32)}
 
-    def step_weight(self, w, g, state, group):
+    def step_weight(
+        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+    ) -> None:
         lr, eps, decay = group["lr"], group["eps"], self.weight_decay_of(w, group)
         if "m" not in state:
             from cuda_ref import triton_body  # which has these functions in it

@@ -1,16 +1,19 @@
-"""The optimizer of a run: mlx-lm's choice for the body, ours for the token tables."""
+"""The optimizer of a run: one of mlx-lm's or ours for the body, ours for the token tables."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 
+from ember_mlx import optimizers
 from ember_mlx.finetune.choices import Choices
+from ember_mlx.finetune.optimizer_names import BODY, CLASSES, canonical, settings
 from ember_mlx.finetune.options import Options
-from ember_mlx.optimizers import Ember
+from ember_mlx.optimizers import Ember, SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
@@ -23,12 +26,14 @@ __all__ = [
     "body_optimizer",
     "build_optimizer",
     "growing_beta2",
+    "own_optimizer",
     "peak",
     "table_learning_rate",
     "table_optimizer",
     "updates",
 ]
 
+FROM_MODULES = ("adam-mini", "sinkgd")  # that take a model
 Schedule = Callable[[mx.array], mx.array]
 """From the number of updates that are done, counted from 0, to a learning rate or a beta2."""
 
@@ -44,31 +49,56 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     Raises:
         InputError: for settings of an optimizer or a schedule that MLX refuses.
     """
-    body = in_float32(body_optimizer(options), but=None if choices.body_in_float32 else mx.bfloat16)
+    body = body_optimizer(options, model)
+    if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
+        body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     if choices.tables:
         return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)
     return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
-def body_optimizer(options: Options) -> optim.Optimizer:
-    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings: that of stock mlx-lm, to the bit.
+def body_optimizer(options: Options, model: nn.Module | None = None) -> optim.Optimizer:
+    """The class that ``--optimizer`` names, with ``optimizer_config``'s settings: mlx-lm's are stock's, to the bit.
+
+    Ours take the ``model``, with its adapters, for what modules say of their weights.
 
     ``--bias-correction`` sets that of Adam and AdamW, unless ``optimizer_config`` does.
     """
-    name = options.optimizer.lower()
-    optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
+    name = canonical(options.optimizer)
     defaults = {}
     if options.bias_correction:
         if name not in ("adam", "adamw"):
             raise InputError(f"--bias-correction: is for adam and adamw, not for {name}; leave it out")
         defaults["bias_correction"] = True
-    asked = options.optimizer_config.get(name) or {}
     learning_rate = body_learning_rate(options)
+    if name in BODY:
+        return own_optimizer(options, name, learning_rate, {"model": model} if name in FROM_MODULES else {})
+    optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
+    asked = settings(options, name)
     try:
         _refuse_numbers(f"optimizer_config: {name}: ", asked)
         return in_place(optimizer_class(learning_rate=learning_rate, **defaults | asked))
     except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
+
+
+def own_optimizer(
+    options: Options, name: str, learning_rate: float | Schedule, given: dict[str, Any]
+) -> optim.Optimizer:
+    """One of ``ember_mlx.optimizers``, as ``given`` and with ``optimizer_config``'s settings of it.
+
+    The setting ``weights: bf16+int8`` is of all of them: those that do not split weights themselves are wrapped.
+    """
+    asked = settings(options, name)
+    try:
+        _refuse_numbers("", asked)
+        made, own = getattr(optimizers, CLASSES[name]), dict(asked)
+        if name.startswith("flash") or own.get("weights") is None:
+            return made(learning_rate, **given, **own)
+        return SplitWeights(made(learning_rate, **given, **{k: v for k, v in own.items() if k != "weights"}),
+                            own["weights"])  # fmt: skip
+    except (TypeError, ValueError) as error:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
 
 
@@ -85,6 +115,8 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
             beta2 = growing_beta2(options.table_beta2_decay, options.table_beta2)
         how = {"row_clip": options.table_row_clip, "row_floor": options.table_row_floor}
         return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=rounding, seed=options.seed)
+    if options.table_optimizer == "sage":
+        return own_optimizer(options, "sage", learning_rate, {"weight_decay": decay})
     if options.table_optimizer == "adamw":
         adamw = optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
         return in_float32(in_place(adamw))

@@ -19,6 +19,7 @@ from ember_mlx.finetune.mlx_lm_internals import (
     move_to_group,
     parse_size,
 )
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
@@ -42,7 +43,7 @@ SWITCH = {"action": "store_true"}
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
 OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
-    "table_optimizer": ("ember", {"choices": ["ember", "adamw", "adafactor", "sgd"]}),
+    "table_optimizer": ("ember", {"choices": ["ember", "adamw", "adafactor", "sgd", "sage"]}),
     "table_learning_rate": (1e-4, {"type": float}),
     "table_weight_decay": (0.0, {"type": float}),
     "table_beta2": (None, {"type": float}),
@@ -111,6 +112,7 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
     parser.epilog = how.get("epilog", EPILOG)
     parser.formatter_class = _HelpFormatter
     actions = {action.dest: action for action in actions_of(parser)}
+    actions["optimizer"].choices = [*actions["optimizer"].choices, *BODY, *ALIASES]
     for name, (_, settings) in OWN_OPTIONS.items():
         actions[name] = parser.add_argument(flag(name), **settings)
     values = defaults()

@@ -12,6 +12,7 @@ from ember_mlx.finetune.build_optimizer import peak, updates
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
+from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
@@ -67,8 +68,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
             Trained(
                 table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
-                type(optimizer.tables).__name__
-                + (", stochastic rounding" if choices.table_rounding == "stochastic" else ""),
+                _name(optimizer.tables) + (", stochastic rounding" if choices.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, options),
                 rows * columns,
                 sum(array.nbytes for array in optimizer.tables.state[table.path].values()),
@@ -81,7 +81,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
             Trained(
                 None,
                 _body(options, choices),
-                type(body).__name__,
+                _name(body),
                 _rate(body, options),
                 sum(parameter.size for parameter in parameters.values()),
                 sum(array.nbytes for _, array in tree_flatten(body.state) if array.ndim),
@@ -138,8 +138,13 @@ def _body(options, choices):
     return f"{options.fine_tune_type} in {layers}, rank {choices.lora_parameters['rank']}"
 
 
+def _name(optimizer):
+    name = type(optimizer).__name__
+    return f"{name}({_name(optimizer.optimizer)})" if isinstance(optimizer, SplitWeights) else name
+
+
 def _rate(optimizer: optim.Optimizer, options):
-    schedule = rate_schedule(optimizer)
+    schedule = rate_schedule(optimizer.optimizer if isinstance(optimizer, SplitWeights) else optimizer)
     return f"up to {peak(schedule, updates(options)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 
 

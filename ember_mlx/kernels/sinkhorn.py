@@ -8,6 +8,7 @@ float32, in an order that the text fixes, without atomics: the same input gives 
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
@@ -106,7 +107,7 @@ SOURCE = """
 TEXT = Text(name="ember_sinkhorn", inputs=("g", "a", "b", "eps"), outputs=("new_a", "column_sums"), source=SOURCE)
 
 
-def rows_then_columns(g, a, b, eps):
+def rows_then_columns(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """The next row factors, (E, m), and the sums of squares down the columns of ``g`` times them, (E, n), float32.
 
     Args:
@@ -122,7 +123,7 @@ def rows_then_columns(g, a, b, eps):
     return new_a, column_sums.reshape(matrices, -1, columns).sum(axis=1)
 
 
-def launch(g):
+def launch(g: mx.array) -> dict[str, Any]:
     """What the kernel is called with for ``g``: its constants, the size of its grid, and its outputs."""
     matrices, rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
@@ -144,7 +145,7 @@ def launch(g):
     }
 
 
-def differences(dtype):
+def differences(dtype: mx.Dtype) -> str | None:
     """Where the kernel differs from plain operations on two awkward matrices of that dtype, in words, or None.
 
     They have more than one threadgroup of rows, more columns than its threads take at once, and odd sizes, and lie in

@@ -1,4 +1,4 @@
-"""Row means and column means of squares, in one reading of the gradient: one kernel, written once for Metal and CUDA.
+"""Row means and column means of squares or magnitudes, in one reading of the gradient: one kernel for Metal and CUDA.
 
 As plain operations the squares become a float32 table, since MLX fuses nothing into a reduction. Here a threadgroup
 takes ``ROWS`` rows. Its threads lie side by side along the columns, ``VECTOR`` columns each, and walk down the rows:
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-__all__ = ["ROWS", "TEXT", "differences", "launch", "mean_squares"]
+__all__ = ["ROWS", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
 
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
 
@@ -38,7 +38,7 @@ SOURCE = """
                 read_as_float<VECTOR>(g + (first + i) * row_step + j * column_step, column_step, columns - j, x);
                 #pragma unroll
                 for (int v = 0; v < VECTOR; v++) {
-                    const float square = x[v] * x[v];
+                    const float square = MAGNITUDES ? fabs(x[v]) : x[v] * x[v];
                     sums[v] += square;
                     sum += square;
                 }
@@ -59,7 +59,7 @@ SOURCE = """
             read_as_float<DOWN>(g + first + i + j * column_step, 1, rows - i, x);
             #pragma unroll
             for (int v = 0; v < DOWN; v++) {
-                const float square = x[v] * x[v];
+                const float square = MAGNITUDES ? fabs(x[v]) : x[v] * x[v];
                 sums[v] += square;
                 sum += square;
             }
@@ -92,7 +92,13 @@ def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
     return row_means, column_sums.sum(axis=0) / g.shape[0]
 
 
-def launch(g: mx.array) -> dict:
+def mean_magnitudes(g: mx.array) -> tuple[mx.array, mx.array]:
+    """As ``mean_squares``, of the magnitudes of ``g``."""
+    row_means, column_sums = kernel(TEXT)(inputs=[g], **launch(g, magnitudes=True))
+    return row_means, column_sums.sum(axis=0) / g.shape[0]
+
+
+def launch(g: mx.array, magnitudes: bool = False) -> dict:
     """What the kernel is called with for ``g``: its constants, the size of its grid, and its outputs."""
     rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
@@ -107,6 +113,7 @@ def launch(g: mx.array) -> dict:
         "ROWS": ROWS,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
+        "MAGNITUDES": int(magnitudes),
     }
     return {
         "template": list(constants.items()),
@@ -127,11 +134,15 @@ def differences(dtype: mx.Dtype) -> str | None:
     shape = (ROWS + 3, MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37)
     g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[0])[:, None]
     g = (g * mx.linspace(1, 3, shape[1])).astype(dtype)
-    squares = mx.square(g.astype(mx.float32))
+    exact = g.astype(mx.float32)
     for way, table in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
-        for axis, (name, mean) in enumerate(zip(("row", "column"), mean_squares(table), strict=True)):
-            expected = squares.mean(axis=1 - axis)
-            error = (mx.abs(mean - expected) / expected).max().item()
-            if not error < 1e-5:  # a NaN is not
-                return f"The {name} means of a {way}{dtype} table of {shape} are off by {error:.1e}"
+        for of, means, values in (
+            ("", mean_squares, mx.square(exact)),
+            (" of magnitudes", mean_magnitudes, mx.abs(exact)),
+        ):
+            for axis, (name, mean) in enumerate(zip(("row", "column"), means(table), strict=True)):
+                expected = values.mean(axis=1 - axis)
+                error = (mx.abs(mean - expected) / expected).max().item()
+                if not error < 1e-5:  # a NaN is not
+                    return f"The {name} means{of} of a {way}{dtype} table of {shape} are off by {error:.1e}"
     return None

@@ -17,10 +17,11 @@ head_dim is not the width over the heads. The shape of ``v`` says them: along ea
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import module_roles
-from ember_mlx.optimizers.body import BodyOptimizer
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from ember_mlx.optimizers.ember import bias_correction, mean_squares, update_second_moment
 from ember_mlx.shared.errors import InputError
@@ -31,7 +32,18 @@ __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "upd
 PIECES, SMALLEST_PIECE = 512, 2**15
 
 
-def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+def adam_mini_step(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array | tuple[mx.array, mx.array],
+    v: mx.array,
+    t: mx.array,
+    learning_rate: float | mx.array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | mx.array,
+) -> tuple[mx.array, mx.array | tuple[mx.array, mx.array], mx.array]:
     """One step of Adam-mini on one weight. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -55,7 +67,7 @@ def adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay
     return w_new.reshape(w.shape), m if isinstance(m, tuple) else m.reshape(w.shape), v
 
 
-def block_mean_squares(g, blocks):
+def block_mean_squares(g: mx.array, blocks: tuple[int, ...]) -> mx.array:
     """Means of ``g`` squared over each block, float32, of the shape ``blocks``."""
     rows = as_rows(g)
     row_means, column_means = means_by_pieces(rows)
@@ -65,7 +77,7 @@ def block_mean_squares(g, blocks):
     return row_means.reshape(split or [1]).mean(axis=tuple(range(1, len(split), 2)) or None).reshape(blocks)
 
 
-def means_by_pieces(g):
+def means_by_pieces(g: mx.array) -> tuple[mx.array, mx.array]:
     """As Ember's ``mean_squares``, but as plain operations in small pieces, for matrices of fewer rows than tables."""
     if kernels.usable(kernels.statistics, g.dtype):
         return kernels.statistics.mean_squares(g)
@@ -75,7 +87,7 @@ def means_by_pieces(g):
     return mx.concatenate([rows for rows, _ in means]), column_means
 
 
-def spread(of_blocks, shape):
+def spread(of_blocks: mx.array, shape: tuple[int, ...]) -> mx.array:
     """A number a block as one of each row of ``as_rows``, (rows, 1), or of each column, (1, columns)."""
     if len(shape) < 2:
         return of_blocks.reshape(1, -1)
@@ -87,13 +99,17 @@ def spread(of_blocks, shape):
     return mx.broadcast_to(of_blocks, (*shape[:-1], 1)).reshape(-1, 1)
 
 
-def update_weights(w, g, m, rates, beta1, decay):
+def update_weights(
+    w: mx.array, g: mx.array, m: mx.array, rates: mx.array, beta1: float, decay: float | mx.array
+) -> tuple[mx.array, mx.array]:
     """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it."""
     m = update_second_moment(m, g.astype(mx.float32), beta1)
     return (decay * w.astype(mx.float32) - rates * m).astype(w.dtype), m
 
 
-def update_in_pieces(w, g, m, rates, beta1, decay):
+def update_in_pieces(
+    w: mx.array, g: mx.array, m: tuple[mx.array, mx.array], rates: mx.array, beta1: float, decay: float | mx.array
+) -> tuple[mx.array, tuple[mx.array, mx.array]]:
     """As ``update_weights`` with ``m`` as codes and scales: whole in float32 for a few rows at a time alone."""
     columns = w.shape[1]
     new, codes, scales = mx.array(w), mx.array(m[0]), mx.array(m[1])
@@ -106,7 +122,7 @@ def update_in_pieces(w, g, m, rates, beta1, decay):
     return new, (codes, scales)
 
 
-def pieces(w):
+def pieces(w: mx.array) -> list[slice]:
     """Slices of its rows, which are whole groups of 32 elements."""
     whole_groups = GROUP // math.gcd(w.shape[1], GROUP)
     piece = max(SMALLEST_PIECE, w.size // PIECES) // w.shape[1]
@@ -114,12 +130,14 @@ def pieces(w):
     return [slice(first, min(first + piece, len(w))) for first in range(0, len(w), piece)]
 
 
-def as_rows(x):
+def as_rows(x: mx.array) -> mx.array:
     """(rows, columns): the last dimension, and all others together; one row for a vector."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
 
 
-def blocks_of(path, shape, heads, by_column, by_first):
+def blocks_of(
+    path: str, shape: tuple[int, ...], heads: dict[str, int], by_column: set[str], by_first: set[str]
+) -> tuple[int, ...]:
     """How many blocks a weight has along each dimension.
 
     Args:
@@ -169,14 +187,14 @@ class AdamMini(BodyOptimizer):
 
     def __init__(
         self,
-        learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        learning_rate: Rate,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Rate = 0.0,
         *,
-        model=None,
-        momentum="float32",
-        decay_vectors=False,
+        model: nn.Module | None = None,
+        momentum: str = "float32",
+        decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
         if momentum not in ("float32", "int8"):
@@ -186,11 +204,11 @@ class AdamMini(BodyOptimizer):
         self._by_column = module_roles.lora_factors(model) if model else set()
         self._by_first = module_roles.convolutions(model) if model else set()
 
-    def init(self, parameters):
+    def init(self, parameters: Tree) -> None:
         super().init(parameters)
         kernels.try_all(kernels.statistics, parameters)
 
-    def state_of(self, path, parameter):
+    def state_of(self, path: str, parameter: mx.array) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         shape, size = parameter.shape, parameter.size
         blocks = blocks_of(path, shape, self._heads, self._by_column, self._by_first)
         state = {"m": (shape, mx.float32), "v": (blocks, mx.float32)}
@@ -199,7 +217,7 @@ class AdamMini(BodyOptimizer):
             state |= {"m": ((groups, GROUP), mx.int8), "m_scales": ((groups,), mx.float32)}
         return state
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         new, m, state["v"] = adam_mini_step(
             parameter,
             gradient,

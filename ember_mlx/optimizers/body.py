@@ -1,6 +1,8 @@
 """What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
@@ -11,10 +13,26 @@ from ember_mlx.optimizers.ember import bias_correction, update_second_moment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["BodyOptimizer", "adamw_step"]
+__all__ = ["BodyOptimizer", "Rate", "Tree", "adamw_step"]
+
+Rate = float | Callable[[mx.array], mx.array]
+"""A number, or a schedule: from the number of steps done to the value for the next one."""
+Tree = dict[str, Any]
+"""Arrays by name, in dictionaries and lists, as modules have them."""
 
 
-def adamw_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+def adamw_step(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array,
+    v: mx.array,
+    t: mx.array,
+    learning_rate: float | mx.array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:
     """One step of AdamW (arXiv 1711.05101) in float32; returns the new ``w`` in its own dtype, ``m`` and ``v``."""
     g = g.astype(mx.float32)
     m = update_second_moment(m, g, beta1)
@@ -33,7 +51,9 @@ class BodyOptimizer(Optimizer):
 
     one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
 
-    def __init__(self, learning_rate, betas, eps, weight_decay, decay_vectors):
+    def __init__(
+        self, learning_rate: Rate, betas: tuple[float, float], eps: float, weight_decay: Rate, decay_vectors: bool
+    ):
         super().__init__()
         name = type(self).__name__
         try:
@@ -50,7 +70,7 @@ class BodyOptimizer(Optimizer):
         self._schedule("learning_rate", learning_rate)
         self._schedule("weight_decay", weight_decay)
 
-    def init(self, parameters):
+    def init(self, parameters: Tree) -> None:
         self._check_parameters(parameters)
         super().init(parameters)
         states = []
@@ -61,15 +81,15 @@ class BodyOptimizer(Optimizer):
                 state[name] = mx.zeros(shape, dtype)
             self._check_state(path, w, state, wanted)
 
-    def init_single(self, parameter, state):
+    def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
         """Nothing: ``init`` makes the state, which depends on the path."""
 
-    def apply_gradients(self, gradients, parameters):
+    def apply_gradients(self, gradients: Tree, parameters: Tree) -> Tree:
         if not self._initialized:  # MLX would call init with the gradients
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         return super().apply_gradients(gradients, parameters)
 
-    def weight_decay_of(self, parameter):
+    def weight_decay_of(self, parameter: mx.array) -> float | mx.array:
         """The weight decay of a parameter: zero for vectors, unless they are to decay."""
         return self.state["weight_decay"] if parameter.ndim > 1 or self.decay_vectors else 0.0
 

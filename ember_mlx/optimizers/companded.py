@@ -26,7 +26,7 @@ GROUP = 32  # neighbours that share a scale: a simdgroup
 LEAST_SCALES = {mx.float32: SMALLEST_NORMAL, mx.float16: 1e-12}
 
 
-def encode_momentum(m, scale_dtype=mx.float32):
+def encode_momentum(m: mx.array, scale_dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
     """Codes (groups, 32) int8 and scales (groups,) of ``m``, of any shape, float32; the last group is padded."""
     m = _grouped(m)
     scales = mx.maximum(mx.abs(m).max(axis=1), LEAST_SCALES[scale_dtype])
@@ -35,13 +35,15 @@ def encode_momentum(m, scale_dtype=mx.float32):
     return codes.astype(mx.int8), scales.astype(scale_dtype)
 
 
-def decode_momentum(codes, scales, shape):
+def decode_momentum(codes: mx.array, scales: mx.array, shape: tuple[int, ...]) -> mx.array:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     y = codes.astype(mx.float32) / 127
     return _ungrouped(scales[:, None].astype(mx.float32) * y / (2 - mx.abs(y)), shape)
 
 
-def encode_second_moment(v, scale_dtype=mx.float32, keep_positive=True):
+def encode_second_moment(
+    v: mx.array, scale_dtype: mx.Dtype = mx.float32, keep_positive: bool = True
+) -> tuple[mx.array, mx.array]:
     """Codes (groups, 32) uint8 and scales (groups,) of ``v``, zero or more, of any shape, float32.
 
     With ``keep_positive`` a v above 0 gets at least the code 1.
@@ -54,13 +56,13 @@ def encode_second_moment(v, scale_dtype=mx.float32, keep_positive=True):
     return codes.astype(mx.uint8), scales.astype(scale_dtype)
 
 
-def decode_second_moment(codes, scales, shape):
+def decode_second_moment(codes: mx.array, scales: mx.array, shape: tuple[int, ...]) -> mx.array:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     root = scales[:, None].astype(mx.float32) * codes.astype(mx.float32) / 255
     return _ungrouped(mx.square(root), shape)
 
 
-def groups_of(size):
+def groups_of(size: int) -> int:
     """How many groups an array of ``size`` elements has."""
     return -(-size // GROUP)
 

@@ -15,18 +15,25 @@ Only rows and columns are scaled, so :math:`x_{ij} = a_i g_{ij} b_j` always: fac
 """
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import module_roles
-from ember_mlx.optimizers.body import BodyOptimizer, adamw_step
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
+__all__ = ["Norms", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
+
+Norms = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+"""From factors (a, b) to the next a, and the norms of the columns of the gradient times it."""
 
 
-def sinkgd_step(w, g, learning_rate, passes, eps, weight_decay):
+def sinkgd_step(
+    w: mx.array, g: mx.array, learning_rate: float | mx.array, passes: int, eps: float, weight_decay: float | mx.array
+) -> mx.array:
     """One step of SinkGD. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
     Args:
@@ -43,7 +50,7 @@ def sinkgd_step(w, g, learning_rate, passes, eps, weight_decay):
     return update_matrix(w, g, a, b, learning_rate, weight_decay)
 
 
-def sinkhorn_factors(g, passes, eps):
+def sinkhorn_factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx.array]:
     """Factors a, (..., m), and b, (..., n), of the rows and columns of ``g``, float32.
 
     A row or column of zeros, or of squares that float32 rounds to zero, has the factor 0: it stands still.
@@ -58,7 +65,7 @@ def sinkhorn_factors(g, passes, eps):
     return a, b
 
 
-def norms_by_products(g, eps):
+def norms_by_products(g: mx.array, eps: float) -> Norms:
     """(a, b) -> the next a, and the norms of the columns of g times it; two products with g squared, a float32 copy."""
     squares = mx.square(g.astype(mx.float32))
 
@@ -70,7 +77,7 @@ def norms_by_products(g, eps):
     return rows_then_columns
 
 
-def norms_by_kernel(g, eps):
+def norms_by_kernel(g: mx.array, eps: float) -> Norms:
     """The same, in one reading of ``g`` a pass and without a copy."""
     matrices = g if g.ndim == 3 else g.reshape(-1, *g.shape[-2:])
 
@@ -82,12 +89,14 @@ def norms_by_kernel(g, eps):
     return rows_then_columns
 
 
-def rescaled(factor, norms, length, eps):
+def rescaled(factor: mx.array, norms: mx.array, length: int, eps: float) -> mx.array:
     """``factor`` for lines of the norm sqrt(length), where now theirs are ``factor * norms``."""
     return mx.where(norms == 0, 0.0, factor * math.sqrt(length) / (factor * norms + eps))
 
 
-def update_matrix(w, g, a, b, learning_rate, weight_decay):
+def update_matrix(
+    w: mx.array, g: mx.array, a: mx.array, b: mx.array, learning_rate: float | mx.array, weight_decay: float | mx.array
+) -> mx.array:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``."""
     x = a[..., None] * g.astype(mx.float32) * b[..., None, :]
     return ((1 - learning_rate * weight_decay) * w.astype(mx.float32) - learning_rate * x).astype(w.dtype)
@@ -121,14 +130,14 @@ class SinkGD(BodyOptimizer):
 
     def __init__(
         self,
-        learning_rate,
-        passes=5,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=0.0,
+        learning_rate: Rate,
+        passes: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: Rate = 0.0,
         *,
-        model=None,
-        decay_vectors=False,
+        model: nn.Module | None = None,
+        decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
         if type(passes) is not int or not 1 <= passes <= 100:
@@ -136,18 +145,18 @@ class SinkGD(BodyOptimizer):
         self.passes = passes
         self._by_adamw = module_roles.convolutions(model) | module_roles.token_tables(model) if model else set()
 
-    def init(self, parameters):
+    def init(self, parameters: Tree) -> None:
         super().init(parameters)
         kernels.try_all(kernels.sinkhorn, parameters)
 
-    def state_of(self, path, parameter):
+    def state_of(self, path: str, parameter: mx.array) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         if parameter.ndim > 1 and path not in self._by_adamw:
             return {}
         return {"m": (parameter.shape, mx.float32), "v": (parameter.shape, mx.float32)}
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         rate, decay = self.learning_rate, self.weight_decay_of(parameter)
-        if not state:
+        if "m" not in state:
             return sinkgd_step(parameter, gradient, rate, self.passes, self.eps, decay)
         new, state["m"], state["v"] = adamw_step(
             parameter, gradient, state["m"], state["v"], self.step, rate, *self.betas, self.eps, decay

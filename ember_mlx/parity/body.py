@@ -13,6 +13,8 @@ import numpy as np
 
 from ember_mlx.parity.body_oracles import AdamMiniOracle, BodyOracle, SinkGDOracle
 from ember_mlx.parity.implementations import Implementation
+from ember_mlx.parity.oracle_flash_float64 import FlashLionOracle, FlashOracle
+from ember_mlx.parity.oracle_sage_float64 import SageOracle
 from ember_mlx.parity.suite import (
     DTYPES,
     LEARNING_RATE,
@@ -49,6 +51,7 @@ class Entry:
     oracle: Callable[..., BodyOracle]
     options: dict = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] = (SMALL, (3, 8, 8), (192,))
+    has_triton: bool = True
 
 
 OPTIMIZERS = (
@@ -56,6 +59,9 @@ OPTIMIZERS = (
     Entry("AdamMini int8", "AdamMini", AdamMiniOracle, {"momentum": "int8"}),
     Entry("SinkGD", "SinkGD", SinkGDOracle),
     Entry("SinkGD 2 passes", "SinkGD", SinkGDOracle, {"passes": 2}),
+    Entry("SAGE", "SAGE", SageOracle, {"still_rows": False}, shapes=(SMALL, (192,)), has_triton=False),
+    Entry("FlashAdamW", "FlashAdamW", FlashOracle),
+    Entry("FlashLion", "FlashLion", FlashLionOracle),
 )
 
 
@@ -75,7 +81,8 @@ def run(
         for implementation in chosen:
             for dtype in (dtype for dtype in dtypes if dtype in implementation.dtypes):
                 for stream, shape in _cases(entry, streams):
-                    if implementation.make_weights is None:
+                    by_triton = implementation.name.startswith("triton")
+                    if implementation.make_weights is None or (by_triton and not entry.has_triton):
                         continue
                     about = {"implementation": f"{implementation.name} {entry.name}", "stream": stream}
                     about |= {"shape": shape, "dtype": dtype}

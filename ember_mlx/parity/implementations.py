@@ -175,7 +175,16 @@ class MLXTables:
 class MLXWeights:
     """An optimizer of ``ember_mlx.optimizers`` on the CPU or the GPU of MLX."""
 
-    def __init__(self, device, class_name, shape, dtype, learning_rate, weight_decay, **options):
+    def __init__(
+        self,
+        device: str,
+        class_name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        learning_rate: float,
+        weight_decay: float,
+        **options: Any,
+    ):
         import mlx.core as mx
 
         from ember_mlx import optimizers
@@ -187,7 +196,7 @@ class MLXWeights:
             self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
             mx.eval(self.zeros, self.optimizer.state)
 
-    def step(self, weights, gradient, gradient_dtype):
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
         import mlx.core as mx
 
         with mx.stream(self.device):
@@ -198,7 +207,7 @@ class MLXWeights:
             mx.eval(read, self.optimizer.state)
         return tuple(np.array(array).astype(np.float64) for array in read)
 
-    def state(self):
+    def state(self) -> dict[str, np.ndarray]:
         return {name: np.array(array) for name, array in self.optimizer.state["w"].items()}
 
 
@@ -286,7 +295,17 @@ class TorchTables:
 class TorchWeights:
     """An optimizer of ``cuda_ref.optimizers`` with one of its implementations on a device."""
 
-    def __init__(self, device, implementation, class_name, shape, dtype, learning_rate, weight_decay, **options):
+    def __init__(
+        self,
+        device: str,
+        implementation: str,
+        class_name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        learning_rate: float,
+        weight_decay: float,
+        **options: Any,
+    ):
         import torch
 
         from cuda_ref import optimizers
@@ -297,7 +316,7 @@ class TorchWeights:
         settings = {"lr": learning_rate, "weight_decay": weight_decay, "implementation": implementation} | options
         self.optimizer = getattr(optimizers, class_name)([self.zeros, self.w], **settings)
 
-    def step(self, weights, gradient, gradient_dtype):
+    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
         _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
@@ -305,7 +324,7 @@ class TorchWeights:
         read = (-self.zeros.detach(), self.w.detach())
         return tuple(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read)
 
-    def state(self):
+    def state(self) -> dict[str, np.ndarray]:
         return {name: tensor.cpu().numpy() for name, tensor in self.optimizer.state[self.w].items()}
 
 

@@ -31,7 +31,10 @@ from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_pla
 
 __all__ = [
     "DTYPES",
+    "LEARNING_RATE",
     "ORACLE",
+    "SMALL",
+    "WEIGHT_DECAY",
     "Case",
     "Comparison",
     "Expected",
@@ -235,7 +238,9 @@ class Expected:
         return worst_of(after, w, allowed, unit_in_the_last_place(scale, self.dtype), scale)
 
 
-def worst_of(actual, expected, allowed, unit, scale):
+def worst_of(
+    actual: np.ndarray, expected: np.ndarray, allowed: np.ndarray, unit: np.ndarray, scale: np.ndarray
+) -> dict[str, float]:
     """The numbers of a Comparison."""
     error = np.abs(actual - expected)
     error = np.where(np.isfinite(error), error, np.inf)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose
+from ember_mlx.finetune.optimizer_names import planned
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
@@ -89,7 +90,7 @@ def run_of(options: Any, model: Architecture) -> Run:
         rank=lora.get("rank", 8),
         lora_keys=None if keys is None else tuple(keys),
         tables=tuple(table.role for table in choices.tables),
-        optimizer=options.optimizer.lower(),
+        optimizer=planned(options),
         table_optimizer=options.table_optimizer,
         stochastic_rounding=options.table_rounding != "nearest",
         grad_checkpoint=bool(options.grad_checkpoint),

@@ -11,7 +11,7 @@ from math import prod
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import Peak
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
-from ember_mlx.planner.optimizer_state import STATE
+from ember_mlx.planner.optimizer_state import state_of
 
 __all__ = ["streamed_peak"]
 
@@ -53,7 +53,7 @@ def _stepping(step: Graph, name: str, optimizer: str) -> Counter:
     """What it takes to step one weight: its gradient, the new weight, and float32 copies where it has fewer bits."""
     shape, width = step.shapes[name], step.weights[name].width
     numbers = prod(shape)
-    whole = sum(kept == numbers for kept, _ in STATE[optimizer](shape, width))
+    whole = sum(kept == numbers for kept, _ in state_of(optimizer, shape, width))
     copies = (1 + whole) * FLOAT32 if width < FLOAT32 else whole * width
     return Counter(gradients=numbers * width, scratch=numbers * (width + copies))
 

@@ -1,7 +1,7 @@
 """From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place."""
 
 from ember_mlx.planner.graph import FLOAT32, Graph
-from ember_mlx.planner.optimizer_state import STATE
+from ember_mlx.planner.optimizer_state import state_of
 
 __all__ = ["judge", "update"]
 
@@ -45,7 +45,9 @@ def update(graph: Graph) -> None:
     for name, g in graph.gradients.items():
         optimizer = run.table_optimizer if name in tables else run.optimizer
         w, shape = graph.weights[name], graph.shapes[name]
-        kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in STATE[optimizer](shape, w.width)]
+        kept = [
+            graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)
+        ]
         # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
         wide = max(w.width, FLOAT32) if run.tables else w.width
         new, state = RULES.get(optimizer, _elementwise)(graph, shape, g, w, kept, wide)

@@ -24,7 +24,8 @@ CHECKS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],
 }
-CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t"}
+CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t",
+              mx.int8: "int8_t", mx.uint8: "uint8_t"}  # fmt: skip
 
 
 class EmulationError(Exception):
@@ -57,7 +58,7 @@ class EmulatedKernel:
         command = [compiled(text, self.folder, self.checks), grid[0] // threadgroup[0], threadgroup[0], self.order]
         for name, table in zip(self.names, inputs, strict=True):
             memory, offset, first, strides = as_it_lies(table.bits)
-            facts = {f"{name}_shape": np.array(table.shape, np.int32), f"{name}_strides": np.array(strides, np.int64)}
+            facts = {f"{name}_shape": per_axis(table.shape, np.int32), f"{name}_strides": per_axis(strides, np.int64)}
             facts = {fact: values for fact, values in facts.items() if fact in text}
             for fact, values in ({name: memory} | facts).items():
                 (self.folder / fact).write_bytes(values.tobytes())
@@ -83,6 +84,11 @@ def as_it_lies(view):
     while isinstance(allocated.base, np.ndarray):
         allocated = allocated.base
     return memory, (address(ascending) - address(allocated)) % 16, first * size, strides
+
+
+def per_axis(numbers, dtype):
+    """Of two axes at least, as the emulated launch reads them."""
+    return np.array([*numbers, *[0] * (2 - len(numbers))], dtype)
 
 
 def address(array):

@@ -148,3 +148,18 @@ def test_the_gradient_of_an_untied_head_is_not_copied_on_this_gpu():
     before = mx.get_active_memory()
     mx.eval(statistics.mean_squares(g))
     assert mx.get_peak_memory() - before < 0.1 * g.nbytes
+
+
+@pytest.mark.parametrize("language", ["metal", "cuda"])
+def test_the_check_of_a_machine_finds_nothing_in_the_means_of_squares_and_of_magnitudes(
+    emulated, monkeypatch, language
+):
+    kernel = emulated(language, "memory")
+    monkeypatch.setattr(statistics, "kernel", lambda text: kernel)
+    assert statistics.differences(mx.bfloat16) is None
+
+
+def test_the_check_of_a_machine_sees_squares_for_magnitudes(emulated, monkeypatch):
+    kernel = emulated("cuda", "memory", ("MAGNITUDES ? fabs(x[v]) : ", ""))
+    monkeypatch.setattr(statistics, "kernel", lambda text: kernel)
+    assert "means of magnitudes" in statistics.differences(mx.bfloat16)

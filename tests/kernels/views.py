@@ -62,4 +62,4 @@ def laid(way, x):
 
 def as_mlx_laid_it(x):
     """As an array of MLX lies: in rows or in columns, whatever the machine. Of other views ask :func:`laid`."""
-    return Laid(np.asarray(x.view({2: mx.uint16, 4: mx.uint32}[x.itemsize])), x.dtype)
+    return Laid(np.asarray(x.view({1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[x.itemsize])), x.dtype)

@@ -7,7 +7,7 @@ from functools import partial
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 
-from ember_mlx.optimizers import AdamMini, Ember, SinkGD
+from ember_mlx.optimizers import SAGE, AdamMini, Ember, FlashAdamW, FlashLion, SinkGD
 
 NAN, INFINITY = float("nan"), float("inf")
 NOT_FLOATING = (mx.zeros((2, 3), mx.int32), mx.zeros((2, 3), mx.complex64))
@@ -31,6 +31,17 @@ OF_BODY = (
     *(("eps", value) for value in (0.0, -1e-8, NAN, INFINITY)),
     *(("weight_decay", value) for value in (-0.1, NAN, INFINITY)),
 )
+OF_FLASH = (
+    *(("weights", value) for value in ("int8", True, "float32")),
+    *(("state_format", value) for value in ("float16", None)),
+)
+
+
+def groups(moment, size):
+    count = -(-size // 32)
+    return {moment: (count, 32), f"{moment}_scales": (count,)}
+
+
 OPTIMIZERS = [
     Contract(
         name="Ember",
@@ -79,5 +90,26 @@ OPTIMIZERS = [
         make=SinkGD,
         state_shapes=lambda rows, columns: {},
         out_of_range=(*OF_BODY, *(("passes", value) for value in (0, -1, 2.5, 101, True, None))),
+    ),
+    Contract(
+        name="SAGE",
+        make=SAGE,
+        state_shapes=lambda rows, columns: {"m": (rows, columns), "s": (columns,)},
+        out_of_range=(*OF_BODY, *(("still_rows", value) for value in (None, 1, "yes"))),
+        refused=(mx.zeros((2, 3, 4)), mx.array(1.0), *NO_ELEMENTS, *NOT_FLOATING),
+    ),
+    Contract(
+        name="FlashAdamW",
+        make=FlashAdamW,
+        state_shapes=lambda rows, columns: groups("m", rows * columns) | groups("v", rows * columns),
+        out_of_range=(*OF_BODY, *OF_FLASH),
+        not_float32=frozenset({"m", "v"}),
+    ),
+    Contract(
+        name="FlashLion",
+        make=FlashLion,
+        state_shapes=lambda rows, columns: groups("m", rows * columns),
+        out_of_range=(*(case for case in OF_BODY if case[0] != "eps"), *OF_FLASH),
+        not_float32=frozenset({"m"}),
     ),
 ]

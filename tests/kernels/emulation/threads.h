@@ -5,6 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+// For float as for double, as Metal and CUDA have them: C's own take doubles alone.
+using std::fabs;
+using std::floor;
+using std::sqrt;
+
 template <typename To, typename From>
 To as_type(From from) {  // the same 32 bits
     static_assert(sizeof(To) == sizeof(From), "as_type");

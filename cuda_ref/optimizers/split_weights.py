@@ -1,0 +1,169 @@
+"""A bfloat16 weight with an int8 rest: 24 bits that take the small steps which 16 round away.
+
+The format is FlashOptim's (arXiv 2602.23349). With ``low`` the weight to the nearest bfloat16 and ``h`` half a unit in
+its last place, the rest is the integer nearest to ``127 (w - low) / h``, and back ``w = low + h rest / 127``. At a
+learning rate of 1e-5 almost no bfloat16 weight of a usual size moves to nearest; with the rest the steps add up. Its
+resolution is 1.5e-5 of a weight: at 1e-7 it fails too.
+The functions are those of ``ember_mlx/optimizers/split_weights.py``, line against line.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from cuda_ref.optimizers.checks import check_keys
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+
+__all__ = ["SplitWeights", "check_some_are_bfloat16", "half_unit", "join", "split"]
+
+STEPS = 127  # of the rest, to either side
+# Of a bfloat16 number, 0.53 to 1.06 units in its last place: rounded up to nearest, that is its upper neighbour.
+NEXT = 1 + 2.0**-8 + 2.0**-12
+
+
+def split(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights ``w``, float32, as bfloat16 and its rest, int8: each in the shape of ``w``.
+
+    The rest is 0 where a weight is not finite, is beyond the largest bfloat16, or is too small for half a unit to be a
+    normal float32 (under 2^-118).
+    """
+    low = w.to(torch.bfloat16)
+    rest = STEPS * torch.clamp((w - low.to(torch.float32)) / half_unit(low), -1, 1)
+    rest = torch.sign(rest) * torch.floor(torch.abs(rest) + 0.5)  # half away from zero
+    return low, torch.where(torch.isfinite(rest), rest, 0).to(torch.int8)
+
+
+def join(low: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """The float32 weights of ``low``, bfloat16, and ``rest``, int8."""
+    value = low.to(torch.float32)
+    return torch.where(rest == 0, value, value + half_unit(low) * rest.to(torch.float32) / STEPS)
+
+
+def half_unit(low: torch.Tensor) -> torch.Tensor:
+    """Half the distance from each bfloat16 to its neighbour away from zero, float32."""
+    magnitude = torch.abs(low.to(torch.float32))
+    half = ((magnitude * NEXT).to(torch.bfloat16).to(torch.float32) - magnitude) / 2
+    return torch.clamp(half, min=SMALLEST_NORMAL)
+
+
+class SplitWeights(Optimizer):
+    """Any optimizer, with bfloat16 weights that keep an int8 rest: 1 byte a weight more, in its state.
+
+    A step gives the optimizer inside one parameter at a time, as the float32 weights that ``join`` makes, so that no
+    more than one is float32 at once. The rest stands in ``state_dict`` as ``rest``, beside what the optimizer keeps of
+    that weight. It starts as 0, also where a loaded state has none. Parameters of other dtypes pass as they are.
+
+    Args:
+        optimizer (Optimizer): Any that takes each parameter by itself, Ember and PyTorch's own included. A closure, a
+            CUDA graph and ``torch.compile`` are for the optimizers alone, not for this.
+        weights (str): The format, ``"bf16+int8"``; there is no other.
+
+    Raises:
+        InputError: (a ``ValueError``) for another format; for an optimizer that splits weights itself; where no
+            parameter is bfloat16, so that the option means nothing; for a loaded ``rest`` that is not of its weight.
+
+    Example:
+        >>> optimizer = SplitWeights(Ember(tables, lr=1e-5))
+        >>> optimizer.step()
+    """
+
+    def __init__(self, optimizer: Optimizer, weights: str = "bf16+int8"):
+        name = type(optimizer).__name__
+        if weights != "bf16+int8":
+            raise InputError(f"SplitWeights(weights={weights!r}): must be 'bf16+int8'")
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(f"SplitWeights({optimizer!r}): must be a torch.optim.Optimizer, made")
+        if isinstance(optimizer, SplitWeights) or getattr(optimizer, "weights", None) is not None:
+            raise InputError(f"SplitWeights({name}): {name} splits weights already: take it as it is")
+        self.optimizer = optimizer
+        self.weights = weights
+        super().__init__(optimizer.param_groups, {})
+        self.param_groups = optimizer.param_groups
+        check_some_are_bfloat16("SplitWeights", self.param_groups)
+        self.state = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient."""
+        if closure is not None:
+            raise InputError("SplitWeights.step(closure): takes none: compute the gradients before the step")
+        groups = [(group, list(group["params"])) for group in self.param_groups]
+        try:
+            for group, _ in groups:
+                group["params"] = []
+            for group, parameters in groups:
+                for w in parameters:
+                    if w.grad is not None:
+                        group["params"] = [w]
+                        self._step_parameter(w)
+                group["params"] = []
+        finally:
+            for group, parameters in groups:
+                group["params"] = parameters
+
+    def _step_parameter(self, w):
+        if w.dtype != torch.bfloat16:
+            self.optimizer.step()
+            return
+        rest, low, g = self.state[w].get("rest"), w.data, w.grad
+        rest = torch.zeros_like(low, dtype=torch.int8) if rest is None else rest
+        w.grad_dtype = None  # any
+        try:
+            w.data = join(low, rest)
+            w.grad = g.to(torch.float32)
+            self.optimizer.step()
+            new, self.state[w]["rest"] = split(w.data)
+            low.copy_(new)
+        finally:
+            w.data = low
+            w.grad = g
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the optimizer's own, with a ``rest`` for each weight that has taken a step."""
+        saved = self.optimizer.state_dict()
+        for i, w in self._numbered():
+            if "rest" in self.state[w]:
+                saved["state"].setdefault(i, {})
+                saved["state"][i] = saved["state"][i] | {"rest": self.state[w]["rest"]}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave, or what the optimizer alone gave: then every rest is 0."""
+        check_keys("SplitWeights", state_dict)
+        rests = {i: state["rest"] for i, state in state_dict["state"].items() if "rest" in state}
+        for i, w in self._numbered():
+            rest = rests.get(i)
+            if rest is not None and (w.dtype != torch.bfloat16 or rest.shape != w.shape or rest.dtype != torch.int8):
+                raise InputError(
+                    f"SplitWeights.load_state_dict: the state has a rest of shape {tuple(rest.shape)} and dtype "
+                    f"{rest.dtype} for parameter {i}, of shape {tuple(w.shape)} and dtype {w.dtype}: it must be int8, "
+                    "in the shape of a bfloat16 parameter. Load the state of this model"
+                )
+        others = {i: {name: value for name, value in state.items() if name != "rest"}
+                  for i, state in state_dict["state"].items()}  # fmt: skip
+        self.optimizer.load_state_dict(state_dict | {"state": {i: state for i, state in others.items() if state}})
+        self.param_groups = self.optimizer.param_groups
+        self.state = defaultdict(dict)
+        for i, w in self._numbered():
+            if i in rests:
+                self.state[w]["rest"] = rests[i].to(w.device, copy=True)
+
+    def _numbered(self):
+        return enumerate(w for group in self.param_groups for w in group["params"])
+
+
+def check_some_are_bfloat16(optimizer: str, groups: list[dict[str, Any]]) -> None:
+    """Raise InputError where no parameter of the groups is bfloat16."""
+    dtypes = {w.dtype for group in groups for w in group["params"]}
+    if torch.bfloat16 not in dtypes:
+        raise InputError(
+            f"{optimizer}(weights='bf16+int8'): no parameter is bfloat16, but {', '.join(sorted(map(str, dtypes)))}: "
+            "the rest would mean nothing. Leave the option out, or load the model in bfloat16"
+        )

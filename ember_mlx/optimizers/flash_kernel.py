@@ -1,0 +1,231 @@
+"""A whole step of FlashAdamW or FlashLion: one kernel, written once for Metal and CUDA.
+
+As plain operations, decoded moments are float32 arrays, more scratch memory than AdamW's state. Here they live in
+registers. A group of 32 weights lies in one simdgroup: 8 threads take 4 weights each, and the largest magnitude of the
+group is shuffled together. Each weight is read and written once, with 8 bits of each moment.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+
+from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel
+from ember_mlx.optimizers.companded import GROUP
+from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
+from ember_mlx.optimizers.split_weights import join
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+
+__all__ = ["differences", "flash_step"]
+
+VECTOR = 4  # weights of a thread
+MOST_FLIPPED = 0.02  # codes that a float32 rounding moves to their neighbour
+
+# The body of the kernel, in Metal's words. The arrays are flat; those of codes have whole groups.
+SOURCE = """
+    constexpr int LANES = GROUP / VECTOR;
+    const int thread_index = thread_position_in_threadgroup.x;
+    const int64_t size = w_shape[0], groups = (size + GROUP - 1) / GROUP;
+    const int64_t threadgroup_index = threadgroup_position_in_grid.x;
+    const int64_t at = (threadgroup_index * THREADS + thread_index) * VECTOR, group = at / GROUP;
+    const int64_t left = size - at, left_of_codes = groups * GROUP - at;
+    const float rate = numbers[0], kept = numbers[1], forget1 = numbers[2], forget2 = numbers[3];
+    const float correction1 = numbers[4], correction2 = numbers[5], eps = numbers[6];
+    const float m_scale = group < groups ? m_scales[group] : 0.0f;
+    const float v_scale = ADAMW && group < groups ? v_scales[group] : 0.0f;
+
+    float y[VECTOR], x[VECTOR], r[VECTOR], first[VECTOR], second[VECTOR];
+    read_as_float<VECTOR>(w + at, 1, left, y);
+    read_as_float<VECTOR>(g + at, 1, left, x);
+    read_as_float<VECTOR>(m + at, 1, left_of_codes, first);
+    if (SPLIT) read_as_float<VECTOR>(rest + at, 1, left, r);
+    if (ADAMW) read_as_float<VECTOR>(v + at, 1, left_of_codes, second);
+
+    float largest_m = 0, largest_root = 0;
+    #pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+        if (SPLIT) y[i] = joined(y[i], r[i]);
+        const float part = first[i] / 127;
+        const float old = m_scale * part / (2 - fabs(part));
+        first[i] = old + (ADAMW ? forget1 : forget2) * (x[i] - old);
+        largest_m = larger(largest_m, fabs(first[i]));
+        if (ADAMW) {
+            const float root = v_scale * second[i] / 255, old_square = root * root;
+            const float square = old_square + forget2 * (x[i] * x[i] - old_square);
+            y[i] = kept * y[i] - rate * ((first[i] / correction1) / (sqrt(square / correction2) + eps));
+            second[i] = sqrt(square);
+            largest_root = larger(largest_root, second[i]);
+        } else {
+            const float direction = old + forget1 * (x[i] - old);
+            y[i] = kept * y[i] - rate * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
+        }
+    }
+    #pragma unroll
+    for (int distance = LANES / 2; distance > 0; distance /= 2) {
+        largest_m = larger(largest_m, simd_shuffle_xor(largest_m, distance));
+        if (ADAMW) largest_root = larger(largest_root, simd_shuffle_xor(largest_root, distance));
+    }
+    if (left_of_codes <= 0) return;
+
+    constexpr float least = SMALLEST_NORMAL;
+    largest_m = larger(largest_m, least);
+    largest_root = larger(largest_root, least);
+    if (at % GROUP == 0) {
+        new_m_scales[group] = largest_m;
+        if (ADAMW) new_v_scales[group] = largest_root;
+    }
+    #pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+        const float z = first[i] / largest_m;
+        first[i] = code_of(127 * (2 * z / (1 + fabs(z))));
+        if (ADAMW) {
+            const float code = code_of(255 * (second[i] / largest_root));
+            second[i] = second[i] > 0 && code < 1 ? 1.0f : code;
+        }
+        if (BFLOAT16) {
+            const float low = bfloat16_of(y[i]);
+            if (SPLIT) r[i] = rest_of(y[i], low);
+            y[i] = low;
+        }
+    }
+    write_together<VECTOR, M>(new_m + at, first);
+    if (ADAMW) write_together<VECTOR, V>(new_v + at, second);
+    if (left >= VECTOR) {
+        write_together<VECTOR, W>(new_w + at, y);
+        if (SPLIT) write_together<VECTOR, M>(new_rest + at, r);
+    } else {
+        for (int i = 0; i < left; i++) {
+            new_w[at + i] = static_cast<W>(y[i]);
+            if (SPLIT) new_rest[at + i] = static_cast<M>(r[i]);
+        }
+    }
+"""
+
+# As in companded.py and split_weights.py, number by number. A NaN is the largest, and its code is 0.
+FUNCTIONS = """
+FUNCTION float larger(float a, float b) {
+    return a > b || a != a ? a : b;
+}
+
+FUNCTION float code_of(float value) {
+    const float code = floor(value + 0.5f);
+    return code == code ? code : 0.0f;
+}
+
+FUNCTION float bfloat16_of(float value) {
+    const uint32_t bits = bits_of(value);
+    if ((bits & 0x7fffffffu) >= 0x7f800000u) return value;  // infinity or NaN
+    return float_of((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+}
+
+FUNCTION float half_unit(float low) {
+    const uint32_t exponent = bits_of(low) & 0x7f800000u, least = 9u << 23;
+    return float_of((exponent > least ? exponent : least) - (8u << 23));
+}
+
+FUNCTION float rest_of(float value, float low) {
+    const float part = (value - low) / half_unit(low);
+    const float rest = 127 * (part > 1 ? 1.0f : part < -1 ? -1.0f : part);
+    return rest < 0 ? -code_of(-rest) : code_of(rest);
+}
+
+FUNCTION float joined(float low, float rest) {
+    return rest == 0 ? low : low + half_unit(low) * rest / 127;
+}
+"""
+
+TEXT = Text(
+    name="ember_flash_step",
+    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", "numbers"),
+    outputs=("new_w", "new_rest", "new_m", "new_m_scales", "new_v", "new_v_scales"),
+    source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
+    functions=FUNCTIONS,
+)
+
+
+def flash_step(stored: Stored, g: mx.array, numbers: Numbers) -> Stored:
+    """As ``flash_block`` of ``flash_arithmetic``, on the GPU, in its own format; ``w`` and ``g`` have any shape.
+
+    Args:
+        stored (Stored): With ``w`` in float32 or bfloat16, and ``rest``, if any, in one and the same shape.
+        g (array): The gradient, in the shape of ``w``; a transposed one is copied.
+        numbers (Numbers): Of this step.
+    """
+    nothing = mx.zeros(1)
+    given = [nothing.astype(mx.int8) if stored.rest is None else stored.rest, g, stored.m, stored.m_scales]
+    given += [nothing.astype(mx.uint8), nothing] if stored.v is None else [stored.v, stored.v_scales]
+    n = numbers._replace(beta1=1 - numbers.beta1, beta2=1 - numbers.beta2)
+    inputs = [array.reshape(-1) for array in (stored.w, *given)] + [mx.stack([mx.array(x, mx.float32) for x in n])]
+    made = kernel(TEXT)(inputs=inputs, **launch(stored, g))
+    return Stored(*(
+        None if old is None else new.reshape(old.shape) for old, new in zip(stored, made, strict=True)
+    ))  # fmt: skip
+
+
+def launch(stored: Stored, g: mx.array) -> dict[str, Any]:
+    """What the kernel is called with: its constants, the size of its grid, and its outputs."""
+    constants = {
+        "W": stored.w.dtype,
+        "G": g.dtype,
+        "M": mx.int8,
+        "V": mx.uint8,
+        "ADAMW": int(stored.v is not None),
+        "SPLIT": int(stored.rest is not None),
+        "BFLOAT16": int(stored.w.dtype == mx.bfloat16),
+        "GROUP": GROUP,
+        "VECTOR": VECTOR,
+        "THREADS": MOST_THREADS,
+    }
+    dtypes = stored.w.dtype, mx.int8, mx.int8, mx.float32, mx.uint8, mx.float32
+    return {
+        "template": list(constants.items()),
+        "grid": (-(-stored.m.size // (MOST_THREADS * VECTOR)) * MOST_THREADS, 1, 1),
+        "threadgroup": (MOST_THREADS, 1, 1),
+        "output_shapes": [(1 if old is None else old.size,) for old in stored],
+        "output_dtypes": list(dtypes),
+    }
+
+
+def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
+    """Where the kernel differs from plain operations on awkward weights of those dtypes, in words, or None.
+
+    Groups that no threadgroup fills evenly, over eight decades; AdamW and Lion, with a rest and without
+    where the weights are bfloat16. A GPU may round a sum of products once where plain operations round twice, which
+    moves a few codes to their neighbour.
+    """
+    groups = 2 * MOST_THREADS * VECTOR // GROUP + 3
+    numbers = Numbers(*map(mx.array, (1e-3, 0.9999)), 0.9, 0.999, *map(mx.array, (0.1, 0.001)), 1e-8)
+    scale = 10 ** mx.linspace(-6, 2, groups)[:, None]
+    normal = [mx.random.normal((groups, GROUP), key=mx.random.key(number)) for number in range(4)]
+    w, g = normal[0].astype(w_dtype), (normal[1] * scale).astype(g_dtype)
+    g[:, ::2] *= 1e-6  # beside the others, second moments that would round to 0
+    m, v = (mx.clip(40 * x, -127, 127) for x in normal[2:])
+    v[:, ::4] = 0
+    for rest in (None, m.astype(mx.int8)) if w_dtype == mx.bfloat16 else (None,):
+        for second in ((mx.abs(v).astype(mx.uint8), scale[:, 0]), (None, None)):
+            stored = Stored(w, rest, m.astype(mx.int8), scale[:, 0], *second)
+            if found := _difference(flash_step(stored, g, numbers), flash_block(stored, g, numbers, False)):
+                return f"{found}, of {w_dtype} weights and {g_dtype} gradients"
+    return None
+
+
+def _difference(found, expected):
+    """In words, or None."""
+    for name in ("m", "v"):
+        if getattr(expected, name) is None:
+            continue
+        codes = [getattr(stored, name).astype(mx.int32) for stored in (found, expected)]
+        apart = mx.abs(codes[0] - codes[1])
+        if apart.max().item() > 1 or (apart > 0).mean().item() > MOST_FLIPPED:
+            return f"{(apart > 0).mean().item():.1%} of the codes of {name} differ, by up to {apart.max().item()}"
+        if name == "v" and ((codes[0] == 0) != (codes[1] == 0)).any().item():
+            return "positive second moments have the code 0, or others have not"
+        scales = [getattr(stored, f"{name}_scales") for stored in (found, expected)]
+        error = (mx.abs(scales[0] - scales[1]) / scales[1]).max().item()
+        if not error < 1e-5:
+            return f"the scales of {name} are off by {error:.1e}"
+    exact = [s.w.astype(mx.float32) if s.rest is None else join(s.w, s.rest) for s in (found, expected)]
+    unit = {mx.float32: 2.0**-23, mx.bfloat16: 2.0**-7}[found.w.dtype] if found.rest is None else 2.0**-15
+    error = (mx.abs(exact[0] - exact[1]) / mx.maximum(mx.abs(exact[1]), 1e-3)).max().item()
+    if not error <= 4 * unit:
+        return f"weights are off by {error:.1e} of themselves"
+    return None
