@@ -9,6 +9,7 @@ K = H H' / D, and that of column j is h_j' P h_j with P = d d' / V. Up to N = D 
 The functions follow ``ember_mlx/streaming/head.py`` and ``embedding.py``.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ __all__ = [
     "step_head",
     "step_rows",
 ]
+
+Rule = Callable[[slice | Tensor, Tensor, Tensor], Tensor]  # rows, theirs of weight and gradient -> after the step
+LookedUp = tuple[Tensor, Tensor] | None  # ids (U,) and their gradient (U, D), float32
 
 LEAST_ROWS, BLOCKS, MOST_LOGITS = 128, 24, 2**24  # of a block of the head; float32 copies of its logits are alive
 
@@ -59,7 +63,14 @@ class HeadPass:
 
 
 @torch.no_grad()
-def forward_head(weight, bias, hidden, targets, keep=False, block_rows=None) -> HeadPass:
+def forward_head(
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor,
+    targets: Tensor,
+    keep: bool = False,
+    block_rows: int | None = None,
+) -> HeadPass:
     """Pass 1: the mean cross entropy of ``hidden @ weight.T + bias`` and its gradient by ``hidden``.
 
     Args:
@@ -95,7 +106,9 @@ def forward_head(weight, bias, hidden, targets, keep=False, block_rows=None) -> 
 
 
 @torch.no_grad()
-def head_mean_squares(weight, bias, head: HeadPass, looked_up=None) -> tuple[Tensor, Tensor]:
+def head_mean_squares(
+    weight: Tensor, bias: Tensor | None, head: HeadPass, looked_up: LookedUp = None
+) -> tuple[Tensor, Tensor]:
     """Pass 2: means of squares of the table's gradient, over columns (V,) and over rows (D,), float32.
 
     Args:
@@ -126,7 +139,7 @@ def head_mean_squares(weight, bias, head: HeadPass, looked_up=None) -> tuple[Ten
 
 
 @torch.no_grad()
-def step_head(weight, bias, head: HeadPass, rule, looked_up=None):
+def step_head(weight: Tensor, bias: Tensor | None, head: HeadPass, rule: Rule, looked_up: LookedUp = None) -> None:
     """Pass 3: the table's rows by ``rule``, overwritten; the logits are let go of on the way."""
     if looked_up is not None:
         ids, added = looked_up
@@ -141,13 +154,13 @@ def step_head(weight, bias, head: HeadPass, rule, looked_up=None):
 
 
 @torch.no_grad()
-def bias_gradient(weight, bias, head: HeadPass) -> Tensor:
+def bias_gradient(weight: Tensor, bias: Tensor, head: HeadPass) -> Tensor:
     """Of the head's bias, (V,)."""
     parts = [_by_logits(weight, bias, head, number, block).sum(dim=0) for number, block in enumerate(head.blocks)]
     return torch.cat(parts).to(bias.dtype)
 
 
-def add_up_rows(calls: list[tuple[Tensor, Tensor]], padding_idx=None) -> tuple[Tensor, Tensor]:
+def add_up_rows(calls: list[tuple[Tensor, Tensor]], padding_idx: int | None = None) -> tuple[Tensor, Tensor]:
     """Ids (U,), each once, and the float32 sums (U, D) of their gradients, from (ids, gradient) of every look-up."""
     ids = torch.cat([ids.reshape(-1) for ids, _ in calls])
     gradients = torch.cat([gradient.reshape(-1, gradient.shape[-1]).to(torch.float32) for _, gradient in calls])
@@ -166,7 +179,7 @@ def mean_squares_of_rows(ids: Tensor, rows: Tensor, vocabulary: int) -> tuple[Te
 
 
 @torch.no_grad()
-def step_rows(weight, ids, rows, rule, decays, block_rows=4096):
+def step_rows(weight: Tensor, ids: Tensor, rows: Tensor, rule: Rule, decays: bool, block_rows: int = 4096) -> None:
     """Step a table by a gradient that has these rows; the others change by weight decay alone."""
     new = rule(ids, weight[ids], rows)
     for first in range(0, len(weight), block_rows) if decays else ():
@@ -175,7 +188,7 @@ def step_rows(weight, ids, rows, rule, decays, block_rows=4096):
     weight[ids] = new
 
 
-def make_state(ember: Ember):
+def make_state(ember: Ember) -> None:
     """Let Ember check its groups and make the state of tables that have none, before there is any gradient."""
     tables = [w for group in ember.param_groups for w in group["params"]]
     for w in tables:
@@ -188,7 +201,7 @@ def make_state(ember: Ember):
 
 
 @torch.no_grad()
-def second_moments(ember: Ember, w: Tensor, group: dict, row_mean: Tensor, column_mean: Tensor):
+def second_moments(ember: Ember, w: Tensor, group: dict, row_mean: Tensor, column_mean: Tensor) -> Rule | None:
     """Step ``r`` and ``c`` of a table by a step's means of squares; None, and nothing is written, if not finite.
 
     Returns:

@@ -4,7 +4,9 @@
 soon as it is there, last layer first. Of a head and an embedding under Ember, rows are stepped in blocks.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ IGNORED = -100  # the label of a token that does not count, as in Hugging Face's
 SHARE_OF_LOGITS = 8  # logits are kept between the passes over a head up to this part of the weights
 
 
-def next_token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = None, **inputs) -> Tensor:
+def next_token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
     """The mean cross entropy of each next token, float32, in which a label of -100 does not count; logits are whole."""
     output = model(input_ids, **inputs)
     logits = output if isinstance(output, Tensor) else output.logits
@@ -74,7 +76,7 @@ class StreamedBackward:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        loss=None,
+        loss: Callable[..., Tensor] | None = None,
         *,
         keep_logits: bool | None = None,
         block_rows: int | None = None,
@@ -95,7 +97,7 @@ class StreamedBackward:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         self._keep_bytes = {None: weights // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
 
-    def __call__(self, *batch, **inputs) -> Tensor:
+    def __call__(self, *batch: Any, **inputs: Any) -> Tensor:
         """One step; ``input_ids, labels=None, **inputs of the model``, or what ``loss`` takes. Returns the loss, ()."""
         self._check_call()
         for side in {id(side): side for side, _ in self._side_of.values() if isinstance(side, Ember)}.values():
