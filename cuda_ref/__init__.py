@@ -2,6 +2,7 @@
 
 from cuda_ref.optimizers import SAGE, AdamMini, Ember, FlashAdamW, FlashLion, SinkGD, SplitWeights
 from cuda_ref.pairing import PairedOptimizer
+from cuda_ref.streaming import StreamedBackward
 from cuda_ref.token_tables import TokenTable, find_token_tables
 from ember_mlx.shared.errors import InputError
 
@@ -15,6 +16,7 @@ __all__ = [
     "PairedOptimizer",
     "SinkGD",
     "SplitWeights",
+    "StreamedBackward",
     "TokenTable",
     "find_token_tables",
 ]

@@ -98,9 +98,9 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
             "--fine-tune-type lora, or a model that is not quantized"
         )
     tables = _tables(options, shapes)
-    num_layers = _number_of_layers(options, shapes.layers)
+    num_layers = _number_of_layers(options, shapes.layers, bool(tables))
     nothing_left = num_layers == 0 and (shapes.layers is not None or options.num_layers == 0)
-    if nothing_left and not tables and not full:
+    if nothing_left and not tables:
         raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
     if not full:
         _check_lora(options.lora_parameters, tables, num_layers, shapes)
@@ -159,13 +159,13 @@ def _tables(options, shapes):
     return chosen
 
 
-def _number_of_layers(options, layers):
+def _number_of_layers(options, layers, with_tables):
     """mlx-lm takes 0 for all layers, as ``layers[-0:]`` is; here 0 trains none, so that tables can train alone."""
     asked = options.num_layers
     if layers is None:
         return 0
     if asked is None:
-        return layers if options.fine_tune_type == "full" else min(DEFAULT_LAYERS, layers)
+        return layers if options.fine_tune_type == "full" and with_tables else min(DEFAULT_LAYERS, layers)
     if asked > layers:
         raise InputError(f"--num-layers {asked}: the model has {layers} layers; use at most that, or -1 for all")
     return layers if asked < 0 else asked

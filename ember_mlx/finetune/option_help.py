@@ -45,7 +45,7 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
         "num_layers": (
             "N",
             "Train the last N layers; -1 for all, 0 for none (the tables alone). Default: 16 or as many as there are; "
-            "all with full.",
+            "all with full and tables.",
         ),
         "optimizer": (
             None,

@@ -78,7 +78,9 @@ class Step:
             self.accumulated = gradients
             mx.eval(loss, tokens, gradients, mx.random.state)
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
-        mx.eval(loss, tokens, norm, gradients if self._judges else None, mx.random.state)
+        if self._judges:
+            mx.async_eval(loss, tokens, gradients)  # so the judgement's scratch comes after theirs
+        mx.eval(loss, tokens, norm, mx.random.state)
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             self.optimizer.count_nonfinite()
             return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
@@ -94,7 +96,7 @@ class Step:
             self.optimizer.count_nonfinite()
             return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
         del old
-        evaluate_paced(tree_flatten(self._changing()))
+        evaluate_paced(tree_flatten(self.model.trainable_parameters()), tree_flatten(self.optimizer.state))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
 
@@ -129,20 +131,22 @@ class Step:
         self.model.update(changing["weights"])
 
 
-def evaluate_paced(named: list[tuple[str, mx.array]]):
+def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]):
     """Evaluate layer by layer from the last, then what is in no layer from the smallest; each waits for the one before.
 
-    So the gradient of a layer is freed as its weights are updated, and of the new arrays few are under way at a time.
+    So the gradient of a layer is freed as its weights are updated, and of the new arrays few are under way at a time. A
+    weight and its state are evaluated together: what both are made of would live until the later one.
     """
-    layers, outside = {}, []
-    for name, array in named:
+    layers, outside, rest = {}, {path: [array] for path, array in weights if not LAYER.search(path)}, []
+    for name, array in weights + state:
         number = LAYER.search(name)
         if number:
             layers.setdefault(int(number[1]), []).append(array)
-        else:
-            outside.append([array])
+        elif name not in outside:
+            owner = next((path for path in outside if f".{path}." in name), None)
+            (rest if owner is None else outside[owner]).append(array)
     groups = [layers[number] for number in sorted(layers, reverse=True)]
-    groups += sorted(outside, key=lambda group: group[0].size)
+    groups += [rest, *sorted(outside.values(), key=lambda group: group[0].size)]
     before = []
     for group in groups:
         mx.async_eval(group)

@@ -32,8 +32,9 @@ def shapes_of(model: nn.Module) -> Shapes:
 def make_trainable(model: nn.Module, options: Any, choices: Choices) -> None:
     """Dequantize, freeze and unfreeze, or put LoRA layers in.
 
-    ``lora`` and ``dora`` train adapters in the last ``num_layers`` layers, and the tables. ``full`` trains every
-    parameter outside the layers too, but no token table that was not chosen.
+    ``lora`` and ``dora`` train adapters in the last ``num_layers`` layers, and the tables. ``full`` trains
+    these layers whole. With tables it also trains what is outside the layers, but no table that was not chosen;
+    without, the layers alone, as stock mlx-lm does.
 
     Args:
         model: Changed in place.
@@ -46,7 +47,7 @@ def make_trainable(model: nn.Module, options: Any, choices: Choices) -> None:
     dequantize_modules(model, list(choices.dequantize))
     model.freeze()
     if options.fine_tune_type == "full":
-        _unfreeze_all(model, choices)
+        _unfreeze_whole(model, choices)
     elif choices.num_layers:
         lora = choices.lora_parameters
         try:
@@ -65,10 +66,15 @@ def dequantize_modules(model: nn.Module, module_paths: list[str]) -> None:
         model.update_modules(tree_unflatten([(path, dequantized(modules[path]))]))
 
 
-def _unfreeze_all(model, choices):
-    model.unfreeze()
-    for layer in model.layers[: len(model.layers) - choices.num_layers]:
-        layer.freeze()
+def _unfreeze_whole(model, choices):
+    frozen = len(model.layers) - choices.num_layers
+    if choices.tables:
+        model.unfreeze()
+        for layer in model.layers[:frozen]:
+            layer.freeze()
+    else:
+        for layer in model.layers[frozen:]:
+            layer.unfreeze()
     modules = dict(model.named_modules())
     frozen_tables = {table.path for table in find_token_tables(model)} - {table.path for table in choices.tables}
     for path, parameter in tree_flatten(model.trainable_parameters()):

@@ -93,7 +93,10 @@ def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
         return kernels.statistics.mean_squares(g)
     row_means, column_sums = [], []
     for rows in blocks(g):
-        g2 = mx.square(g[rows].astype(mx.float32))
+        block = g[rows]
+        if row_means:  # both sums of the block before come first: one block of squares is alive at a time
+            block = mx.depends(block, [row_means[-1], column_sums[-1]])
+        g2 = mx.square(block.astype(mx.float32))
         row_means.append(g2.mean(axis=1))
         column_sums.append(g2.sum(axis=0))
     return mx.concatenate(row_means), mx.stack(column_sums).sum(axis=0) / g.shape[0]

@@ -1,16 +1,17 @@
 """The order in which MLX computes the arrays of a step, and how much memory they take on the way.
 
-A compiled step is one lazy graph. MLX walks it from the results back, breadth first but at most 20 wide, and computes
-it in the reverse of that order; so what stands near the results, such as the gradients of weights, is computed late,
-and what it is made of lives until then. An array's memory is handed on to an elementwise result of its size if nothing
-else reads it, and is free once the device has done the batch of operations with the last that reads it. The program
-runs ahead of the device by up to ten batches, so memory is free that much later than it could be: where the device is
-the slower of the two, which is so with long sequences.
+A step is a few lazy graphs, evaluated one after another. MLX walks each from the results back, breadth first but at
+most 20 wide, and computes it in the reverse of that order; so what stands near the results, such as the gradients of
+weights, is computed late, and what it is made of lives until then. An array's memory is handed on to an elementwise
+result of its size if nothing else reads it, and is free once the device has done the batch of operations with the last
+that reads it. The program runs ahead of the device by up to ten batches, so memory is free that much later than it
+could be: where the device is the slower of the two, which is so with long sequences.
 
 From MLX 0.32: ``eval_impl`` in mlx/transforms.cpp, ``gpu::eval`` and ``CommandEncoder`` in mlx/backend/*.
 """
 
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 __all__ = ["DEVICES", "Array", "Device", "Operation", "Peak", "evaluation_order", "peak_memory"]
@@ -131,13 +132,23 @@ class Peak:
     most: Counter
 
 
-def peak_memory(results: list[Array], there: list[Array], device: Device) -> Peak:
-    """Compute ``results`` in MLX's order, and say how much memory the step takes.
+def peak_memory(
+    results: list[Array], there: list[Array], device: Device, evaluations: list[list[Array]] | None = None
+) -> Peak:
+    """Compute arrays in MLX's order, and say how much memory the step takes.
 
-    ``there`` are all arrays that exist before it; those that no operation reads stay.
+    Args:
+        results: What stays when all is done.
+        there: All arrays that exist before; those that no operation reads stay.
+        device: Where it is computed.
+        evaluations: What is evaluated together, one after another; each waits for the one before the last. Default:
+            ``results`` at once.
     """
-    order = evaluation_order(results)
-    readers = Counter(array.base for operation in order for array in operation.inputs)
+    orders, made = [], set()
+    for group in [results] if evaluations is None else evaluations:
+        orders.append(evaluation_order(group, made))
+        made.update(orders[-1])
+    readers = Counter(array.base for order in orders for operation in order for array in operation.inputs)
     readers.update(results)  # read by the next step
     live = Counter()
     for array in there:
@@ -146,39 +157,45 @@ def peak_memory(results: list[Array], there: list[Array], device: Device) -> Pea
     peak, most = Peak(total, Counter(live), Counter()), Counter(live)
     clock = _Clock(device)
     last_batch_to_read, waiting = {}, deque()  # arrays that are done with, freed when the batch that read them is
-    for operation in order:
-        while waiting and clock.is_done(waiting[0][0]):
-            _, array = waiting.popleft()
-            live[array.role] -= array.nbytes
-            total -= array.nbytes
-        free = []
-        read = [array.base for array in operation.inputs]
-        for array in dict.fromkeys(read):
-            readers[array] -= read.count(array)
-            if not readers[array]:
-                free.append(array)
-        if operation.is_view:
-            continue
-        for output in operation.outputs:
-            donor = None
-            if operation.in_place:
-                same = (array for array in free if array.nbytes == output.nbytes)
-                donor = next((array for array in same if clock.is_done(last_batch_to_read.get(array))), None)
-            if donor is None:
-                total += output.nbytes
-            else:
-                free.remove(donor)
-                live[donor.role] -= donor.nbytes
-            live[output.role] += output.nbytes
-            most[output.role] = max(most[output.role], live[output.role])
-            if not readers[output]:
-                free.append(output)
-        if total > peak.total:
-            clock.allocate(total - peak.total)
-            peak.total, peak.parts = total, Counter(live)
-        last_batch_to_read.update(dict.fromkeys(read, clock.batch))
-        waiting.extend((clock.batch, array) for array in free)
-        clock.encode(operation)
+    ends = []  # of each evaluation, its number of batches
+    for number, order in enumerate(orders):
+        if number > 1:
+            clock.wait_for(ends[number - 2])
+        for operation in order:
+            while waiting and clock.is_done(waiting[0][0]):
+                _, array = waiting.popleft()
+                live[array.role] -= array.nbytes
+                total -= array.nbytes
+            free = []
+            read = [array.base for array in operation.inputs]
+            for array in dict.fromkeys(read):
+                readers[array] -= read.count(array)
+                if not readers[array]:
+                    free.append(array)
+            if operation.is_view:
+                continue
+            for output in operation.outputs:
+                donor = None
+                if operation.in_place:
+                    same = (array for array in free if array.nbytes == output.nbytes)
+                    donor = next((array for array in same if clock.is_done(last_batch_to_read.get(array))), None)
+                if donor is None:
+                    total += output.nbytes
+                else:
+                    free.remove(donor)
+                    live[donor.role] -= donor.nbytes
+                live[output.role] += output.nbytes
+                most[output.role] = max(most[output.role], live[output.role])
+                if not readers[output]:
+                    free.append(output)
+            if total > peak.total:
+                clock.allocate(total - peak.total)
+                peak.total, peak.parts = total, Counter(live)
+            last_batch_to_read.update(dict.fromkeys(read, clock.batch))
+            waiting.extend((clock.batch, array) for array in free)
+            clock.encode(operation)
+        clock.hand_over()
+        ends.append(clock.batch)
     peak.most = most
     return peak
 
@@ -209,6 +226,15 @@ class _Clock:
         self.numbers += sum(array.numbers for array in operation.inputs)
         self.seconds += operation.seconds(self.device)
         if self.operations > self.device.operations or self.numbers > self.device.numbers:
+            self.hand_over()
+
+    def wait_for(self, batches):
+        """The first so many are done before anything more is encoded."""
+        if batches:
+            self.now = max(self.now, self.done_at[batches - 1])
+
+    def hand_over(self):
+        if self.operations:
             self.device_free_at = max(self.device_free_at, self.now) + self.seconds
             self.done_at.append(self.device_free_at)
             if self.batch > self.device.ahead:
@@ -219,14 +245,14 @@ class _Clock:
         self.operations = self.numbers = self.seconds = 0
 
 
-def evaluation_order(results: list[Array]) -> list[Operation]:
-    """All operations that ``results`` need, in the order in which MLX's ``eval`` runs them."""
+def evaluation_order(results: list[Array], made: Collection[Operation] = ()) -> list[Operation]:
+    """All operations that ``results`` need beside those ``made`` already, in the order of MLX's ``eval``."""
     root = Operation(results, in_place=False)
     degree, pending, seen = Counter(), [root], {root}
     while pending:
         for array in pending.pop().inputs:
             made_by = array.made_by
-            if made_by is not None:
+            if made_by is not None and made_by not in made:
                 degree[made_by] += 1
                 if made_by not in seen:
                     seen.add(made_by)
@@ -240,7 +266,7 @@ def evaluation_order(results: list[Array]) -> list[Operation]:
             operation, first = stack.pop()
         for j in range(first, len(operation.inputs)):
             made_by = operation.inputs[j].made_by
-            if made_by is None:
+            if made_by is None or made_by in made:
                 continue
             if len(tape) - i >= WIDTH:
                 stack.append((operation, j))

@@ -25,6 +25,7 @@ class Run:
         optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
         stochastic_rounding, grad_checkpoint, chunked_loss, accumulate (bool): As their options say.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
+        stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
@@ -43,6 +44,7 @@ class Run:
     accumulate: bool
     evaluation_length: int = 0
     tables_must_train: bool = False
+    stream: bool = False
 
 
 class Graph:
@@ -54,8 +56,9 @@ class Graph:
         backend (str): "metal", "cuda" or "cpu".
 
     Attributes:
-        results (list): The arrays that the step is computed for.
-        losses (list): Those of them that validation computes too.
+        losses (list): What validation computes, too.
+        results (list): The arrays that stay after the step.
+        evaluations (list[list]): What is evaluated together, in this order.
         existing (list): The arrays that exist before the step.
         weights, gradients, shapes (dict): By name; shapes are of what trains.
         role (str): What arrays are made as, until it is changed.
@@ -67,7 +70,7 @@ class Graph:
         self.backend = backend
         self.tokens = run.batch_size * run.length
         self.width = model.width
-        self.existing, self.results, self.losses = [], [], []
+        self.existing, self.results, self.losses, self.evaluations = [], [], [], []
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}
         self.role = "activations"

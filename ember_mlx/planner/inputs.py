@@ -25,6 +25,7 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 # Above any length that a tokenizer's config allows: rows are cut by --max-seq-length, and need no warning here.
 ANY_LENGTH = 10**12
 MOST_TOKENS = 10**9  # of a batch: far above any that fits, and the sizes can still be read
+SECONDS_FOR_THE_HUB = 3
 EVALUATIONS = {"valid": "validation", "test": "the test"}
 
 
@@ -190,12 +191,18 @@ def _stored_dtype(folder):
 
 
 def _from_hub(name):
-    """The config.json of a model on the Hugging Face hub: from the cache, or these kilobytes are downloaded."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    """The config.json of a model on the Hugging Face hub: from the cache, or these kilobytes are downloaded.
+
+    The hub is asked once first: a download without a connection would try again for half a minute.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
         path = try_to_load_from_cache(name, "config.json")
-        return Path(path if isinstance(path, str) else hf_hub_download(name, "config.json"))
+        if isinstance(path, str):
+            return Path(path)
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=SECONDS_FOR_THE_HUB)
+        return Path(hf_hub_download(name, "config.json", etag_timeout=SECONDS_FOR_THE_HUB))
     # Whatever the hub's client raises: a name that cannot be, no such model, no connection.
     except Exception as error:
         reason = " ".join(str(error).split())

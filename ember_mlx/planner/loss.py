@@ -16,13 +16,13 @@ def loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -> Array:
     logits = graph.product([h, w], numbers, head.columns)
     if graph.backend == "cpu":
         logits = graph.elementwise([logits, graph.make([logits], n)])  # less their maximum
-        graph.results.append(graph.make([graph.make([logits], n), graph.make([logits], n)], 1))
+        graph.losses.append(graph.make([graph.make([logits], n), graph.make([logits], n)], 1))
         softmax = graph.make([logits], numbers, in_place=True)
         one_hot = graph.make([], numbers)
         d_logits = graph.elementwise([softmax, one_hot])
     else:
         losses = graph.make([logits], n, FLOAT32)
-        graph.results.append(graph.make([losses], 1))
+        graph.losses.append(graph.make([losses], 1))
         d_logits = graph.make([logits, losses], numbers, in_place=True)
     graph.role = "scratch"
     if trained:
@@ -49,7 +49,7 @@ def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -
         chosen = graph.elementwise([chosen, graph.make([logits, place], n, FLOAT32), inside])
         hidden = graph.view(hidden, after=[sums[-1], chosen])
     log_sum_exp = graph.make([graph.make(sums, n * len(sums), FLOAT32)], n, FLOAT32)
-    graph.results.append(graph.make([graph.elementwise([log_sum_exp, chosen])], 1))
+    graph.losses.append(graph.make([graph.elementwise([log_sum_exp, chosen])], 1))
     graph.role = "scratch"
     hidden, d_h, parts = h, graph.make([], h.numbers, FLOAT32), []
     for words in slices:

@@ -10,6 +10,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.step import build_step
+from ember_mlx.planner.streaming import streamed_peak
 
 __all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
 
@@ -43,7 +44,10 @@ class Plan:
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
     step = build_step(model, run, backend)
-    peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend])
+    if run.stream:
+        peak = of_step = streamed_peak(model, run, step)
+    else:
+        peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations)
     if run.evaluation_length > run.length:
         of_evaluation = _evaluation_peak(model, run, backend)
         peak = max(of_step, of_evaluation, key=lambda peak: peak.total)

@@ -4,7 +4,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Graph, Run
 from ember_mlx.planner.loss import chunked_loss, loss
 from ember_mlx.planner.modules import attention, heads, joined, linear, norm
-from ember_mlx.planner.update import update
+from ember_mlx.planner.update import judge, update
 
 __all__ = ["build_step"]
 
@@ -25,11 +25,10 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
         x, back = _checkpointed(graph, x, i) if run.grad_checkpoint else _layer(graph, x, i)
         backs.append(back)
     full = run.fine_tune_type == "full"
-    h, back_norm = norm(graph, x, "model.norm", model.hidden, full)
+    h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
     w_head = _table(graph, head, head.name in trained)
     compute = chunked_loss if run.chunked_loss else loss
     d_h = compute(graph, h, head, w_head, head.name in trained)
-    graph.losses = list(graph.results)
     graph.role = "scratch"
     d_x = back_norm(d_h)
     for i in reversed(range(first_trained, model.layers)):
@@ -37,6 +36,7 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     if embedding.name in trained:
         zeros = graph.make([], w_embedding.numbers, role="gradients")
         graph.add_gradient(embedding.name, graph.make([zeros, d_x], w_embedding.numbers, in_place=True))
+    judge(graph)
     update(graph)
     return graph
 

@@ -16,7 +16,7 @@ from training_memory_rows import ROW, config_of, read_report, words_of
 from ember_mlx.finetune import options
 from ember_mlx.planner import Plan, plan, read_architecture, run_of
 
-TARGET = 0.15
+TARGET = 0.10
 
 
 def planned(row: str, backend: str) -> Plan:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -36,7 +37,8 @@ def contents(folder):
 
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [("lora", "adam"), ("dora", "adam"), ("lora", "adamw"), ("lora", "muon"), ("lora", "sgd"), ("lora", "adafactor")],
+    [(kind, "adam") for kind in ("lora", "dora", "full")]
+    + [(kind, optimizer) for kind in ("lora", "full") for optimizer in ("adamw", "muon", "sgd", "adafactor")],
 )
 def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, capsys, kind, optimizer):
     data = tmp_path / "data"
@@ -46,7 +48,7 @@ def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, 
     common += ["--data", data, "--train", "--test", "--test-batches", 1]
     common += ["--optimizer", optimizer]
     run(parse(*common, adapter="ours"))
-    lora.run(parse(*common, "--num-layers", 2, adapter="theirs"))
+    lora.run(SimpleNamespace(**vars(parse(*common, "--num-layers", 2, adapter="theirs"))))  # it writes to them
     ours, reference = arrays(tmp_path / "ours"), arrays(tmp_path / "theirs")
     assert ours.keys() == reference.keys()
     assert all(mx.array_equal(array, reference[name]) for name, array in ours.items())

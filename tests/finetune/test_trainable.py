@@ -39,13 +39,18 @@ def test_adapters_train_with_the_tables_that_were_asked_for(parse, train_tables,
     assert leaves == ({"lora_a", "lora_b"} if kind == "lora" else {"lora_a", "lora_b", "m"})
 
 
-@pytest.mark.parametrize(("train_tables", "tables"), [("auto", {EMBEDDING, HEAD}), ("head", {HEAD}), ("none", set())])
-def test_full_trains_everything_else_always(parse, train_tables, tables):
+@pytest.mark.parametrize(("train_tables", "tables"), [("auto", {EMBEDDING, HEAD}), ("head", {HEAD})])
+def test_full_trains_everything_else_beside_tables(parse, train_tables, tables):
     model = tiny_llama()
     names = trainable(model, parse("--fine-tune-type", "full", "--train-tables", train_tables))
     everything = {name for name, _ in tree_flatten(model.parameters())}
     assert names == everything - {EMBEDDING, HEAD} | tables
     assert "model.norm.weight" in names
+
+
+def test_full_without_tables_trains_what_mlx_lm_does(parse):
+    names = trainable(tiny_llama(layers=17), parse("--fine-tune-type", "full", "--train-tables", "none"))
+    assert split(names) == (set(), set(range(1, 17)), set())
 
 
 @pytest.mark.parametrize(("asked", "layers"), [(1, {1}), (2, {0, 1}), (-1, {0, 1}), (0, set())])
@@ -107,6 +112,11 @@ def test_quantized_tables_train_once_dequantized(parse, folders):
         ("tied", ["--train-tables", "head"], "the head is the embedding.*use --train-tables embedding"),
         ("untied", ["--num-layers", 3], "--num-layers 3: the model has 2 layers"),
         ("untied", ["--num-layers", 0, "--train-tables", "none"], "nothing is left to train"),
+        (
+            "untied",
+            ["--num-layers", 0, "--train-tables", "none", "--fine-tune-type", "full"],
+            "nothing is left to train",
+        ),
     ],
 )
 def test_what_cannot_train_is_refused(parse, folders, model, arguments, message):

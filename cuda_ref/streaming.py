@@ -1,0 +1,393 @@
+"""A training step that never holds all gradients: each weight is stepped inside the backward pass.
+
+``register_post_accumulate_grad_hook``, PyTorch's own mechanism, steps each weight of the body and frees its gradient as
+soon as it is there, last layer first. Of a head and an embedding under Ember, rows are stepped in blocks.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import LBFGS, Optimizer, SparseAdam
+
+from cuda_ref import streamed_tables
+from cuda_ref.optimizers import Ember
+from cuda_ref.optimizers.body import BodyOptimizer
+from cuda_ref.pairing import PairedOptimizer
+from cuda_ref.sharding import is_dtensor
+from cuda_ref.token_tables import find_token_tables
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["StreamedBackward", "next_token_loss"]
+
+IGNORED = -100  # the label of a token that does not count, as in Hugging Face's models
+SHARE_OF_LOGITS = 8  # logits are kept between the passes over a head up to this part of the weights
+
+
+def next_token_loss(model: nn.Module, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+    """The mean cross entropy of each next token, float32, in which a label of -100 does not count; logits are whole."""
+    output = model(input_ids, **inputs)
+    logits = output if isinstance(output, Tensor) else output.logits
+    targets = (input_ids if labels is None else labels)[:, 1:]
+    return cross_entropy(logits[:, :-1].flatten(0, 1).to(torch.float32), targets.flatten(), ignore_index=IGNORED)
+
+
+class StreamedBackward:
+    """Forward, backward and update in one call, in little more memory than weights, optimizer state and activations.
+
+    Make it after freezing, adapters and the optimizer. Learning rate schedulers step after each call, as ever. After a
+    call no parameter has a gradient. A call that is interrupted leaves some of the weights stepped.
+
+    Args:
+        model (nn.Module): The model; it takes token ids (B, T) first and returns logits or an output with ``.logits``.
+        optimizer (Optimizer): One of ``torch.optim`` or ``cuda_ref`` that looks at one array at a time, or a
+            :class:`cuda_ref.PairedOptimizer` of such. Only tables under :class:`cuda_ref.Ember` have no whole gradient.
+        loss (callable, optional): ``loss(model, *batch)`` returns a scalar. Logits and table gradients are then whole.
+            Default: the next token's cross entropy, of which neither is.
+        keep_logits (bool, optional): Keep the logits between the passes over the head. Default: by their size.
+        block_rows (int, optional): Rows of the head at a time. Default: by its size.
+
+    Attributes:
+        refused (tuple of str): What was not finite in the last call: ``"loss"``, and nothing has changed, or the
+            weights that were not stepped for their gradients, that nearest to the loss first. Empty in a good step.
+        nonfinite_steps (int): Calls so far in which something was not.
+        notes (list of str): In which ways this model takes more memory than others.
+
+    There is no gradient accumulation, ``clip_grad_norm_`` or ``GradScaler``: gradients never stand beside each other.
+    Step hooks of the optimizers run once a weight.
+
+    Raises:
+        InputError: (a ``ValueError``) for an optimizer that needs all gradients at once, a trainable parameter that the
+            optimizer lacks, a DTensor (FSDP2), a head under Ember that cannot be cut, and in a call for autocast,
+            ``no_grad``, gradients that are there already and labels out of range; nothing is written then.
+
+    Example:
+        >>> optimizer = PairedOptimizer(model, tables=partial(Ember, lr=1e-4), rest=partial(SGD, lr=1e-2))
+        >>> streamed = StreamedBackward(model, optimizer)
+        >>> for input_ids, labels in batches:
+        ...     loss = streamed(input_ids, labels)
+        ...     scheduler.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: Callable[..., Tensor] | None = None,
+        *,
+        keep_logits: bool | None = None,
+        block_rows: int | None = None,
+    ):
+        if not isinstance(model, nn.Module) or isinstance(model, nn.parallel.DistributedDataParallel):
+            raise InputError(
+                f"StreamedBackward(model={type(model).__name__}): must be a torch.nn.Module on one device, not wrapped"
+            )
+        self.model, self.optimizer = model, optimizer
+        self.refused, self.nonfinite_steps, self.notes = (), 0, []
+        self._loss, self._block_rows = loss or next_token_loss, block_rows
+        self._side_of = _sides(optimizer)
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        for p, name in self._names.items():
+            _check_parameter(name, p, self._side_of)
+        self._head = None if loss else self._find_head()
+        self._embeddings = [] if loss else self._find_embeddings()
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._keep_bytes = {None: weights // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
+
+    def __call__(self, *batch: Any, **inputs: Any) -> Tensor:
+        """One step; ``input_ids, labels=None, **inputs of the model``, or what ``loss`` takes. Returns the loss, ()."""
+        self._check_call()
+        for side in {id(side): side for side, _ in self._side_of.values() if isinstance(side, Ember)}.values():
+            streamed_tables.make_state(side)
+        refused = []
+        with self._each_stepped_in_backward(refused):
+            loss = (self._cut_step if self._head else self._whole_step)(refused, *batch, **inputs)
+        self.refused = tuple(refused)
+        self.nonfinite_steps += bool(refused)
+        self.optimizer._opt_called = True  # what learning rate schedulers ask, lest they warn
+        return loss
+
+    def _whole_step(self, refused, *batch, **inputs):
+        with self._look_ups() as looked_up:
+            loss = self._loss(self.model, *batch, **inputs)
+        if not bool(torch.isfinite(loss)):
+            refused.append("loss")
+            return loss.detach()
+        loss.backward()
+        self._step_embeddings(looked_up, refused)
+        return loss.detach()
+
+    def _cut_step(self, refused, input_ids, labels=None, **inputs):
+        module, weight, bias = self._head, self._head.weight, self._head.bias
+        with self._look_ups() as looked_up:
+            hidden = _input_of(module, self.model, input_ids, inputs)
+        targets = (input_ids if labels is None else labels)[:, 1:].reshape(-1)
+        counts = targets != IGNORED
+        targets, used = targets[counts], hidden.detach()[:, :-1].flatten(0, 1)[counts]
+        self._check_tail(used, targets)
+        if not len(targets):
+            refused.append("loss")
+            return torch.full((), torch.nan, device=hidden.device)
+        trains = weight in self._names or bias in self._names
+        keep = trains and used.shape[0] * len(weight) * used.element_size() <= self._keep_bytes
+        head = streamed_tables.forward_head(weight, bias, used, targets, keep, self._block_rows)
+        if not bool(torch.isfinite(head.loss)):
+            refused.append("loss")
+            return head.loss
+        of_bias = streamed_tables.bias_gradient(weight, bias, head) if bias in self._names else None
+        tied = any(module.weight is weight for module in self._embeddings)
+        if weight in self._names and not tied:
+            self._step_head(head, None, refused)
+        if hidden.requires_grad:
+            cotangent = torch.zeros_like(hidden[:, :-1].flatten(0, 1))
+            cotangent[counts] = head.by_hidden
+            cotangent = cotangent.unflatten(0, (hidden.shape[0], -1))
+            if not tied:
+                head = _only_loss(head)
+            hidden.backward(nn.functional.pad(cotangent, (0, 0, 0, 1)))
+        self._step_embeddings(looked_up, refused, head if tied else None)
+        if of_bias is not None:
+            bias.grad = of_bias
+            self._step_parameter(bias, refused)
+        return head.loss
+
+    # Weights of the body
+
+    @contextmanager
+    def _each_stepped_in_backward(self, refused):
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda p: self._step_parameter(p, refused)) for p in self._names
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for p in self._names:
+                p.grad = None
+
+    def _step_parameter(self, p, refused):
+        """Step one weight by its gradient, if that is finite, and free it."""
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if bool(torch.isfinite(torch.linalg.vector_norm(p.grad, dtype=wide))):
+            side, group = self._side_of[p]
+            with _alone(side, group, p):
+                side.step()
+        else:
+            refused.append(self._names[p])
+        p.grad = None
+
+    # Token tables
+
+    def _step_head(self, head, looked_up, refused):
+        weight, bias = self._head.weight, self._head.bias
+        means = streamed_tables.head_mean_squares(weight, bias, head, looked_up)
+        rule = streamed_tables.second_moments(*self._ember_of(weight), *means)
+        if rule is None:
+            refused.append(self._names[weight])
+        else:
+            streamed_tables.step_head(weight, bias, head, rule, looked_up)
+
+    def _step_embeddings(self, looked_up, refused, head=None):
+        for module, calls in looked_up.items():
+            weight = module.weight
+            calls = [(ids, leaf.grad) for ids, leaf in calls if leaf.grad is not None]
+            rows = streamed_tables.add_up_rows(calls, module.padding_idx) if calls else None
+            if head is not None and weight is self._head.weight:
+                self._step_head(head, rows, refused)
+            elif rows is not None:
+                means = streamed_tables.mean_squares_of_rows(*rows, len(weight))
+                rule = streamed_tables.second_moments(*self._ember_of(weight), *means)
+                if rule is None:
+                    refused.append(self._names[weight])
+                else:
+                    decays = bool(self._side_of[weight][1]["weight_decay"])
+                    streamed_tables.step_rows(weight, *rows, rule, decays)
+
+    def _ember_of(self, weight):
+        side, group = self._side_of[weight]
+        return side, weight, group
+
+    @contextmanager
+    def _look_ups(self):
+        """Each call of a streamed embedding: module -> list of its ids and a leaf that gets the gradient."""
+        calls = {module: [] for module in self._embeddings}
+
+        def cut(module, arguments, output):
+            leaf = output.detach().requires_grad_()
+            calls[module].append((arguments[0], leaf))
+            return leaf.clone()  # which the model may write to
+
+        handles = [module.register_forward_hook(cut) for module in self._embeddings]
+        try:
+            yield calls
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # What is where
+
+    def _find_head(self):
+        """The head's module, where its loss is made in blocks; None where its logits are whole."""
+        tables = [table for table in find_token_tables(self.model) if table.role in ("head", "tied")]
+        if not tables:
+            self.notes.append("no head was found: the logits are whole")
+            return None
+        path, parameters = tables[-1].path, dict(self.model.named_parameters())
+        weight = parameters[path]
+        if weight in self._names and not self._by_ember(weight):
+            self.notes.append(f"{path} is not trained by Ember: its gradient and the logits are whole")
+            return None
+        modules = [m for m in self.model.modules() if type(m) is nn.Linear and m.weight is weight]
+        looks_up = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
+        if len(modules) != 1 or len(tables) > 1:
+            fault = f"{path} is not the weight of just one nn.Linear, as the only head"
+        elif any(not _is_plain(module) for module in looks_up):
+            fault = f"its tied embedding is no plain nn.Embedding but {type(looks_up[0]).__name__}"
+        elif not _is_last(modules[0], self.model):
+            fault = "the model does something to its logits, or does not call it once"
+        else:
+            return modules[0]
+        raise InputError(
+            f"StreamedBackward: the head of {type(self.model).__name__} cannot be cut: {fault}; pass "
+            "loss=cuda_ref.streaming.next_token_loss, which takes the memory of the logits and of its gradient"
+        )
+
+    def _find_embeddings(self):
+        """Modules whose weight Ember steps by looked-up rows."""
+        plain = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.weight in self._names]
+        plain = [m for m in plain if _is_plain(m) and self._by_ember(m.weight)]
+        used = [m.weight for m in self.model.modules() if isinstance(m, nn.Module) and hasattr(m, "weight")]
+        return [
+            m
+            for m in plain
+            if sum(w is m.weight for w in used) == 1 + (self._head is not None and self._head.weight is m.weight)
+        ]
+
+    def _by_ember(self, weight):
+        return isinstance(self._side_of[weight][0], Ember)
+
+    def _check_call(self):
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise InputError("StreamedBackward: called under no_grad or inference_mode: call it outside")
+        device = next(iter(self._names), torch.empty(0)).device.type
+        if torch.is_autocast_enabled(device):
+            raise InputError("StreamedBackward: called under autocast: convert the model, model.to(torch.bfloat16)")
+        for p, name in self._names.items():
+            if p.grad is not None:
+                raise InputError(
+                    f"StreamedBackward: {name} has a gradient already; it makes and applies all of them itself, and "
+                    "accumulates none: call optimizer.zero_grad() before, and no loss.backward()"
+                )
+
+    def _check_tail(self, hidden, targets):
+        weight = self._head.weight
+        if hidden.dtype != weight.dtype:
+            raise InputError(
+                f"StreamedBackward: hidden states in {hidden.dtype} and a head in {weight.dtype}: convert the model "
+                "to one dtype"
+            )
+        if len(targets) and not bool(((targets >= 0) & (targets < len(weight))).all()):
+            raise InputError(
+                f"StreamedBackward(labels=...): must be token ids from 0 to {len(weight) - 1}, or {IGNORED} for a "
+                "token that does not count"
+            )
+
+
+class _HeadReachedError(Exception):
+    """The model's run came to its head, which is not to be called."""
+
+
+def _input_of(module, model, input_ids, inputs):
+    """What the model gives to its head, (B, T, D)."""
+    reached = []
+
+    def stop(_, arguments):
+        reached.append(arguments[0])
+        raise _HeadReachedError
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        model(input_ids, **inputs)
+    except _HeadReachedError:
+        return reached.pop()
+    finally:
+        handle.remove()
+
+
+def _is_last(module, model):
+    """Whether the model's logits are what the head gives; six tokens are run, and no random number is spent."""
+    given = []
+    handle = module.register_forward_hook(lambda _, arguments, output: given.append(output))
+    devices = [module.weight.device] if module.weight.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            output = model(torch.arange(1, 7, device=module.weight.device)[None] % len(module.weight))
+    finally:
+        handle.remove()
+    logits = output if isinstance(output, Tensor) else output.logits
+    return len(given) == 1 and given[0].shape == logits.shape and torch.equal(given[0], logits)
+
+
+def _is_plain(module):
+    return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _only_loss(head):
+    """Without what the other passes needed."""
+    return streamed_tables.HeadPass(head.loss, *[None] * 4, [], [])
+
+
+def _sides(optimizer):
+    """Parameter -> (its optimizer, its group)."""
+    if not isinstance(optimizer, Optimizer):
+        raise InputError(
+            f"StreamedBackward(optimizer={type(optimizer).__name__}): must be a torch.optim.Optimizer; a GradScaler or "
+            "accelerate's wrapper needs all gradients at once"
+        )
+    paired = isinstance(optimizer, PairedOptimizer)
+    sides = [side for side in (optimizer.rest, optimizer.tables) if side] if paired else [optimizer]
+    for side in sides:
+        if not _looks_at_one_array(side):
+            raise InputError(
+                f"StreamedBackward: {type(side).__name__} is not known to look at one array at a time, and all "
+                "gradients are never there at once: take one of torch.optim but LBFGS and SparseAdam, or set its "
+                "class attribute one_array_at_a_time = True if it does"
+            )
+    return {p: (side, group) for side in sides for group in side.param_groups for p in group["params"]}
+
+
+def _looks_at_one_array(optimizer):
+    of_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")
+    of_torch = of_torch and not isinstance(optimizer, LBFGS | SparseAdam)
+    return of_torch or isinstance(optimizer, Ember | BodyOptimizer) or getattr(optimizer, "one_array_at_a_time", False)
+
+
+def _check_parameter(name, p, side_of):
+    if p not in side_of:
+        raise InputError(
+            f"StreamedBackward: {name} is trainable and not in the optimizer: freeze it, or make the optimizer anew"
+        )
+    if is_dtensor(p):
+        raise InputError(
+            f"StreamedBackward: {name} is a DTensor; sharded models (FSDP2) keep their ordinary step, backward() and "
+            "optimizer.step()"
+        )
+
+
+@contextmanager
+def _alone(optimizer, group, p):
+    """The optimizer with one parameter, so that a step looks at no other; its group and its state are the same."""
+    groups, whole = optimizer.param_groups, dict(group)
+    number = next(i for i, other in enumerate(group["params"]) if other is p)
+    one = {name: [group[name][number]] for name in ("params", "param_names") if name in group}
+    group.update(one)
+    optimizer.param_groups = [group]
+    try:
+        yield
+    finally:
+        group.update({name: whole[name] for name in one})
+        optimizer.param_groups = groups
