@@ -9,6 +9,8 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
 
+__all__ = ["limited_memory", "refuse_over"]
+
 REMEDY = "use a smaller --batch-size or --max-seq-length, --grad-checkpoint, --chunked-loss, or fewer --num-layers"
 
 
@@ -40,7 +42,7 @@ def limited_memory(limit: int | None) -> Iterator[None]:
             mx.set_wired_limit(wired)
 
 
-def refuse_over(limit: int | None):
+def refuse_over(limit: int | None) -> None:
     """Raises InputError when MLX has held more than ``limit`` bytes: its own limit makes it wait and then take them."""
     if limit is not None and mx.get_peak_memory() > limit:
         took = format_bytes(mx.get_peak_memory())
