@@ -4,7 +4,11 @@ import mlx.core as mx
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
+from ember_mlx.finetune.history import LossHistory
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
+
+__all__ = ["Rows", "TrainingBatches"]
 
 
 class Rows(CacheDataset):
@@ -28,7 +32,7 @@ class TrainingBatches:
     ``position`` is the last one at which nothing was accumulated: there weights and optimizer are as they were.
     """
 
-    def __init__(self, args, rows: Rows, history, start: Position | None = None):
+    def __init__(self, args: Options, rows: Rows, history: LossHistory, start: Position | None = None):
         self.accumulation = args.grad_accumulation_steps
         self.batches_an_epoch = max(len(rows) // args.batch_size, 1)
         self.history = history
@@ -60,11 +64,11 @@ class TrainingBatches:
         self.history.draw(batch)
         return batch
 
-    def begin_evaluation(self):
+    def begin_evaluation(self) -> None:
         """The first validation's batches are those on which the last one is repeated."""
         self.first_evaluation = self.first_evaluation or numpy_random()
 
-    def mark(self, random: dict | None = None):
+    def mark(self, random: dict | None = None) -> None:
         """Call it between two steps. ``random`` is NumPy's state, if not as it is now."""
         if self.step % self.accumulation:
             return

@@ -3,15 +3,24 @@
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.datasets import CacheDataset
 
 from ember_mlx.finetune.history import learned_tokens
+from ember_mlx.finetune.options import Options
+
+__all__ = ["evaluate"]
 
 
 def evaluate(
-    args, model, loss: Callable, rows: CacheDataset, num_batches: int, between_batches: Callable = lambda: None
+    args: Options,
+    model: nn.Module,
+    loss: Callable,
+    rows: CacheDataset,
+    num_batches: int,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> float:
     """The mean loss over the tokens of ``num_batches`` batches, or of all with -1, in nats.
 

@@ -2,8 +2,15 @@
 
 import math
 
+import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
+
+from ember_mlx.finetune.options import Options
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.paired import PairedOptimizer
+
+__all__ = ["LossHistory", "learned_tokens"]
 
 
 class LossHistory:
@@ -16,7 +23,13 @@ class LossHistory:
         saved (dict, optional): What :meth:`to_json` gave, of a run that is resumed.
     """
 
-    def __init__(self, args, callbacks: list[TrainingCallback], optimizer, saved: dict | None = None):
+    def __init__(
+        self,
+        args: Options,
+        callbacks: list[TrainingCallback],
+        optimizer: GuardedOptimizer | PairedOptimizer,
+        saved: dict | None = None,
+    ):
         self.args = args
         self.callbacks = callbacks
         self.optimizer = optimizer
@@ -28,11 +41,11 @@ class LossHistory:
     def to_json(self) -> dict:
         return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
 
-    def draw(self, batch):
+    def draw(self, batch: tuple[mx.array, mx.array]) -> None:
         """Count the tokens of a batch that the loss learns from; the next report brings their sum over all workers."""
         self._tokens_since += sum(learned_tokens(batch))
 
-    def on_train_loss_report(self, train_info: dict):
+    def on_train_loss_report(self, train_info: dict) -> None:
         # A step that was left out has a loss all the same, and one that stops the run is told between the steps.
         if math.isfinite(train_info["train_loss"]):
             self._keep("train_loss", train_info)
@@ -43,7 +56,7 @@ class LossHistory:
         for callback in self.callbacks:
             callback.on_train_loss_report(train_info)
 
-    def on_val_loss_report(self, val_info: dict):
+    def on_val_loss_report(self, val_info: dict) -> None:
         if math.isfinite(val_info["val_loss"]):
             self._keep("val_loss", val_info)
         else:  # a failure of measuring: what is trained is judged by itself, step by step
@@ -58,7 +71,7 @@ class LossHistory:
         self.losses[name] = [self.losses.get(name, [info[name]])[0], info[name]]
 
 
-def learned_tokens(batch) -> list[int]:
+def learned_tokens(batch: tuple[mx.array, mx.array]) -> list[int]:
     """How many tokens of each row of a batch mlx-lm's loss learns from."""
     tokens, lengths = batch
     last = tokens.shape[1] - 1

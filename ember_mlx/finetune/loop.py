@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.cli_ui import TrainUI, rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
@@ -19,13 +20,18 @@ from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
 from ember_mlx.finetune.memory_limit import limited_memory, refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.stop_signals import StopSignals
-from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.finetune.watchers import StepResult, Watcher
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import TokenTable
+
+__all__ = ["Report", "Training"]
 
 
 class Training:
@@ -45,9 +51,9 @@ class Training:
 
     def __init__(
         self,
-        args,
-        model,
-        optimizer,
+        args: Options,
+        model: nn.Module,
+        optimizer: GuardedOptimizer | PairedOptimizer,
         tables: list[TokenTable],
         saving: Saving,
         callbacks: Sequence[TrainingCallback] = (),
@@ -68,7 +74,7 @@ class Training:
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
         self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint)
 
-    def train(self, loss: Callable, train_set, valid_set) -> int:
+    def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
         """Take all the steps that are left, and save; returns the peak memory in bytes.
 
         Raises:
@@ -183,7 +189,7 @@ class Training:
 class Report:
     """Adds up what the steps since the last report told, as mlx-lm does."""
 
-    def __init__(self, args, optimizer, history: LossHistory):
+    def __init__(self, args: Options, optimizer: GuardedOptimizer | PairedOptimizer, history: LossHistory):
         self.args = args
         self.optimizer = optimizer
         self.history = history
@@ -193,14 +199,14 @@ class Report:
     def _begin(self):
         self.losses = self.tokens = self.steps = self.seconds = 0
 
-    def add(self, result, start: float):
+    def add(self, result: StepResult, start: float) -> None:
         self.losses += result.loss
         self.tokens += result.tokens
         self.steps += 1
         mx.eval(self.losses, self.tokens)
         self.seconds += time.perf_counter() - start
 
-    def send(self, step: int, ui: TrainUI):
+    def send(self, step: int, ui: TrainUI) -> None:
         """To the display, the history and the callbacks."""
         workers = mx.distributed.init().size()
         loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)

@@ -1,11 +1,15 @@
 """What a run does about a step with a NaN or an infinity in it, which the optimizer's guard has left out."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune.watchers import StepResult
 from ember_mlx.optimizers.guarded import COUNT, GuardedOptimizer
 from ember_mlx.shared.errors import InputError
+
+__all__ = ["NonfiniteSteps"]
 
 RESUME = ". --resume goes on before that step; all but the last of these need --resume-with-changes too"
 
@@ -26,13 +30,13 @@ class NonfiniteSteps:
         InputError: at the first such step, if that is what ``on_nonfinite`` asks for.
     """
 
-    def __init__(self, optimizer: GuardedOptimizer, on_nonfinite: str, save):
+    def __init__(self, optimizer: GuardedOptimizer, on_nonfinite: str, save: Callable[[], bool]):
         self.optimizer = optimizer
         self.on_nonfinite = on_nonfinite
         self.save = save
         self.count = optimizer.nonfinite_steps.item()
 
-    def __call__(self, steps_done: int, result: StepResult):
+    def __call__(self, steps_done: int, result: StepResult) -> None:
         if not result.nonfinite:
             return
         found = f"step {steps_done}: a NaN or an infinity in the loss or in a gradient"
@@ -47,7 +51,7 @@ class NonfiniteSteps:
         self.count += 1
         rprint(f"Warning: {found}; it was left out, {self.count} so far")
 
-    def report(self):
+    def report(self) -> None:
         """At the end: how many there were, those before a resumption included."""
         if self.count:
             were = "step was" if self.count == 1 else "steps were"

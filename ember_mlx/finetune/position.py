@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 import numpy as np
 
+__all__ = ["NUMPY_STATE", "Position", "numpy_random", "set_numpy_random", "set_random"]
+
 NUMPY_STATE = {"keys": str, "position": int, "has_gauss": int, "cached_gaussian": float}
 
 
@@ -53,7 +55,7 @@ def numpy_random() -> dict:
     }
 
 
-def set_numpy_random(state: dict):
+def set_numpy_random(state: dict) -> None:
     """Raises ValueError for what is no state: NumPy itself would take a position beyond the end of the keys."""
     keys = np.frombuffer(bytes.fromhex(state["keys"]), "<u4")
     if len(keys) != 624 or not 0 <= state["position"] <= 624 or state["has_gauss"] not in (0, 1):
@@ -61,7 +63,7 @@ def set_numpy_random(state: dict):
     np.random.set_state(("MT19937", keys, state["position"], state["has_gauss"], state["cached_gaussian"]))
 
 
-def set_random(position: Position):
+def set_random(position: Position) -> None:
     """Put MLX's and NumPy's random states back.
 
     Raises:

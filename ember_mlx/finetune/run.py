@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
@@ -24,6 +25,7 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
@@ -33,11 +35,13 @@ from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
 
+__all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
+
 LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
 
 
 def run(
-    args,
+    args: Options,
     training_callback: TrainingCallback | None = None,
     watchers: Sequence[Watcher] = (),
     make_step: Callable = Step,
@@ -105,11 +109,11 @@ def _run(args, training_callback, lock, watchers, make_step):
 
 
 def train_model(
-    args,
+    args: Options,
     choices: Choices,
-    model,
-    train_set,
-    valid_set,
+    model: nn.Module,
+    train_set: Sequence,
+    valid_set: Sequence,
     callbacks: list[TrainingCallback],
     lock: FolderLock,
     watchers: Sequence[Watcher] = (),
@@ -197,12 +201,12 @@ def _go_on(args, model, optimizer, of, rows):
     return position, checkpoint.folder if _resumes_in_place(args) else None
 
 
-def choose_loss(args, model):
+def choose_loss(args: Options, model: nn.Module) -> Callable:
     """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory."""
     return chunked_loss(model) if args.chunked_loss else default_loss
 
 
-def check_adapter_folder(args):
+def check_adapter_folder(args: Options) -> None:
     """Raises InputError for an ``--adapter-path`` that cannot be written to, or holds what the run would replace."""
     if not args.adapter_path:
         raise InputError("--adapter-path '': give a folder to save to")

@@ -3,19 +3,26 @@
 import shlex
 import shutil
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import make_console, rprint
 
 from ember_mlx.finetune import adapters, checkpoints
+from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.stop_signals import Interrupted
-from ember_mlx.optimizers.guarded import all_finite
+from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite
+from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
+
+__all__ = ["Saving", "refuse_full_disk"]
 
 
 class Saving:
@@ -27,7 +34,14 @@ class Saving:
         resumed (Path, optional): The checkpoint of the same adapter folder with which the run began.
     """
 
-    def __init__(self, args, model, optimizer, made_of: dict, resumed: Path | None = None):
+    def __init__(
+        self,
+        args: Options,
+        model: nn.Module,
+        optimizer: GuardedOptimizer | PairedOptimizer,
+        made_of: dict,
+        resumed: Path | None = None,
+    ):
         self.model = model
         self.optimizer = optimizer
         self.folder = Path(args.adapter_path)
@@ -39,7 +53,7 @@ class Saving:
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
         self.failed = []  # in words, what could not be saved
 
-    def save(self, steps_done: int, position) -> bool:
+    def save(self, steps_done: int, position: Position) -> bool:
         """A checkpoint of ``position``, and the adapter as it is after ``steps_done``; whether that was taken.
 
         Without room for the one there may still be some for the other.
@@ -53,19 +67,19 @@ class Saving:
             make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
         return bool(adapter)
 
-    def save_checkpoint(self, position) -> bool:
+    def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
         if not all_finite([array for _, array in tree_flatten(self.model.trainable_parameters())]).item():
             return False
         return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
 
-    def interrupted(self, signal_number: int, position) -> Interrupted:
+    def interrupted(self, signal_number: int, position: Position) -> Interrupted:
         """What a signal raises that stopped the run at ``position``."""
         message = f"{signal.Signals(signal_number).name}: stopped at step {position.step}; {self._how_to_go_on()}"
         return Interrupted(signal_number, message, self.newest, self.resume_words())
 
     @contextmanager
-    def telling_what_is_left(self):
+    def telling_what_is_left(self) -> Iterator[None]:
         """When the run breaks off for another reason than a signal, say from where it can go on."""
         try:
             yield
@@ -114,7 +128,9 @@ class Saving:
             return []
 
 
-def refuse_full_disk(args, model, optimizer, steps_done: int):
+def refuse_full_disk(
+    args: Options, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, steps_done: int
+) -> None:
     """Refuse to begin what the disk cannot hold to the end.
 
     Raises:

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 from ember_mlx.optimizers.guarded import (
+    GuardedOptimizer,
     all_finite,
     clip_by_norm,
     fill,
@@ -22,6 +23,9 @@ from ember_mlx.optimizers.guarded import (
     norm_is_safe,
     spoil_gradients_of_nonfinite,
 )
+from ember_mlx.optimizers.paired import PairedOptimizer
+
+__all__ = ["Step", "evaluate_paced"]
 
 LAYER = re.compile(r"\.(\d+)\.")
 
@@ -39,7 +43,12 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer, loss: Callable, accumulation: int = 1, reduce: Callable = average_gradients
+        self,
+        model: nn.Module,
+        optimizer: GuardedOptimizer | PairedOptimizer,
+        loss: Callable,
+        accumulation: int = 1,
+        reduce: Callable = average_gradients,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -69,7 +78,7 @@ class Step:
         return self.optimizer.skip_nonfinite or self.optimizer.clip_grad_norm is not None
 
     def __call__(
-        self, batch, last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
+        self, batch: tuple[mx.array, ...], last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
     ) -> StepResult:
         """Take one batch; update the weights if it is the last that is accumulated."""
         loss, tokens, gradients, norm = self._gradients_of(batch, self.accumulated, last_of_accumulation)
@@ -131,7 +140,7 @@ class Step:
         self.model.update(changing["weights"])
 
 
-def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]):
+def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> None:
     """Evaluate layer by layer from the last, then what is in no layer from the smallest; each waits for the one before.
 
     So the gradient of a layer is freed as its weights are updated, and of the new arrays few are under way at a time. A

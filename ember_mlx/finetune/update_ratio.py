@@ -27,7 +27,7 @@ class UpdateRatio:
         self.measurement = Measurement(NAME, self._measure)
         self._squares = {"tables": (0.0, 0.0), "body": (0.0, 0.0)}  # of the step and of the weights
 
-    def take(self, result: StepResult):
+    def take(self, result: StepResult) -> None:
         """Take in what an update that was measured told, if this is one."""
         if NAME in result.measurements:
             self._squares = {
@@ -49,7 +49,7 @@ class UpdateRatio:
         return sums
 
 
-def add_squares(old, new, step, weights):
+def add_squares(old: mx.array, new: mx.array, step: mx.array, weights: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Add the sums of squares of ``new - old`` and of ``old`` to ``step`` and ``weights``, float32 scalars.
 
     Returns:

@@ -1,10 +1,16 @@
 """Who looks on while a run trains: the protocol of watchers, and what they may have measured inside a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+
+from ember_mlx.token_tables import TokenTable
+
+__all__ = ["Measurement", "StepResult", "Update", "Watcher"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,12 @@ class StepResult:
 class Watcher(Protocol):
     """Looks on. Each method is called between two steps, when weights and optimizer state are evaluated."""
 
-    def before_training(self, model, optimizer, tables, rows) -> None:
+    def before_training(
+        self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence
+    ) -> None:
         """All is ready: the model, its optimizer, the tables that train, and the training set."""
 
-    def before_step(self, step: int, batch) -> Measurement | None:
+    def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
         """Step number ``step``, from 1, is about to see ``batch``. What is to be measured if it updates the weights."""
 
     def after_step(self, step: int, result: StepResult) -> None:

@@ -4,17 +4,23 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
+from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.watchers import Measurement, StepResult
 from ember_mlx.geometry import measures, sampling
 from ember_mlx.geometry.probe import NAME, Probe, TableSample
 from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHistory, WeightPaths
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
+from ember_mlx.token_tables import TokenTable
 
 __all__ = ["TIMED_UPDATES", "Observer", "Stopwatch", "Timed", "Timer"]
 
@@ -32,7 +38,7 @@ class Stopwatch:
         self.positions = []  # tokens of their batches, padding included
         self.peak_memory = None  # after TIMED_UPDATES
 
-    def before_step(self, batch):
+    def before_step(self, batch: tuple[mx.array, mx.array]) -> None:
         """Call it before each step."""
         if len(self.began) <= TIMED_UPDATES:
             if self.steps % self.steps_an_update == 0:
@@ -43,7 +49,7 @@ class Stopwatch:
             self.positions[-1] += batch[0].size
         self.steps += 1
 
-    def seconds_a_position(self):
+    def seconds_a_position(self) -> np.ndarray:
         """Seconds a position by the clock and of CPU time, (updates, 2), of each timed update after the first: that one
         is compiled and evaluates."""
         return np.diff(self.began, axis=0)[1:] / np.array(self.positions[1:-1])[:, None]
@@ -59,17 +65,19 @@ class Timer:
     def __init__(self, steps_an_update: int):
         self.watch = Stopwatch(steps_an_update)
 
-    def before_training(self, model, optimizer, tables, rows):
+    def before_training(
+        self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence
+    ) -> None:
         """The run begins."""
 
-    def before_step(self, step, batch):
+    def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> None:
         self.watch.before_step(batch)
 
-    def after_step(self, step, result):
+    def after_step(self, step: int, result: StepResult) -> None:
         if len(self.watch.began) > TIMED_UPDATES:
             raise Timed
 
-    def after_validation(self, step, loss):
+    def after_validation(self, step: int, loss: float) -> None:
         """Its time is not taken."""
 
 
@@ -81,7 +89,7 @@ class Observer:
         folder (Path): A folder on a disk that has room for every table in float32 while the run goes on.
     """
 
-    def __init__(self, args, folder: Path):
+    def __init__(self, args: Options, folder: Path):
         self.args = args
         self.folder = folder
         self.rng = np.random.default_rng(args.seed)  # of its own: the run's numbers stay those of `train`
@@ -90,7 +98,9 @@ class Observer:
         self.bias_correction = 0.0
         self.seconds = 0.0  # spent here between the steps
 
-    def before_training(self, model, optimizer, tables, rows):
+    def before_training(
+        self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence
+    ) -> None:
         start = time.perf_counter()
         self.model, self.optimizer = model, optimizer
         parameters = dict(tree_flatten(model.trainable_parameters()))
@@ -152,7 +162,7 @@ class Observer:
         if hasattr(self, "kept"):
             self.kept.cleanup()
 
-    def memory(self):
+    def memory(self) -> dict[str, float]:
         """Bytes that measuring takes while the run trains, by what they are for."""
         state = sum(array.nbytes for _, array in tree_flatten(self.probe.readings))
         history = self.history.last_seen.nbytes + self.classes.nbytes
@@ -192,7 +202,7 @@ class Observer:
         number = next(iter(self.sizes.values())).hidden_rows
         return sampling.choose_hidden(shapes, number, self.rng)
 
-    def before_step(self, step, batch):
+    def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
         self.watch.before_step(batch)
         start = time.perf_counter()
         self.history.add_batch(batch)
@@ -200,7 +210,7 @@ class Observer:
         self.seconds += time.perf_counter() - start
         return self.probe.measurement({path: mx.array(tokens) for path, tokens in chosen.items()})
 
-    def after_step(self, step, result):
+    def after_step(self, step: int, result: StepResult) -> None:
         if not (result.updated or result.nonfinite):
             return  # its gradients are accumulated: the update is still to come
         start = time.perf_counter()
@@ -212,7 +222,7 @@ class Observer:
         self.history.end_update(self.updates)
         self.seconds += time.perf_counter() - start
 
-    def after_validation(self, step, loss):
+    def after_validation(self, step: int, loss: float) -> None:
         """Nothing is measured there."""
 
     def _read(self):
