@@ -19,7 +19,7 @@ except ImportError:  # a Mac, or a CPU build of PyTorch
 from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS
 from cuda_ref.sharding import RowShards
 
-__all__ = ["available", "ember_step"]
+__all__ = ["available", "ember_step", "statistics_tile", "update_tile"]
 
 COLUMN_TILE = {"ROWS": 1024, "COLUMNS": 16, "num_warps": 8}  # of the second kernel
 
