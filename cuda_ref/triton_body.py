@@ -15,7 +15,9 @@ if triton_kernels.available():
     import triton
     import triton.language as tl
 
-    from cuda_ref.triton_kernels import _load, _row_means_and_column_sums, _rows_of
+    # Triton finds what a kernel calls among the globals of its file.
+    _load, _rows_of = triton_kernels._load, triton_kernels._rows_of
+    _row_means_and_column_sums = triton_kernels._row_means_and_column_sums
 
 __all__ = ["adam_mini_step", "sinkgd_step"]
 
