@@ -18,7 +18,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from ember_mlx.finetune.batches import Rows, TrainingBatches
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
-from ember_mlx.finetune.memory_limit import limited_memory
+from ember_mlx.finetune.memory_limit import limited_memory, refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
@@ -46,6 +46,7 @@ class Training:
         callbacks (list): Of mlx-lm's kind; they hear of every report.
         watchers (list): They look on between the steps.
         start (Position, optional): Where to resume.
+        make_step (callable): Makes the step, as :class:`Step` is made: of model, optimizer, loss and accumulation.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Training:
         callbacks: Sequence[TrainingCallback] = (),
         watchers: Sequence[Watcher] = (),
         start: Position | None = None,
+        make_step: Callable = Step,
     ):
         self.args = args
         self.model = model
@@ -66,6 +68,7 @@ class Training:
         self.saving = saving
         self.watchers = watchers
         self.start = start
+        self.make_step = make_step
         self.leader = mx.distributed.init().rank() == 0
         self.signals = StopSignals()
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
@@ -94,7 +97,7 @@ class Training:
             if self.batches.step < args.iters:
                 if args.grad_checkpoint:
                     grad_checkpoint(self.model.layers[0])
-                step = Step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
+                step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
             peak_memory = mx.get_peak_memory()
             if not self._save(args.iters):
@@ -137,6 +140,7 @@ class Training:
                     report.send(step, ui)
                 self.nonfinite(step, result)
                 batches.mark(before_extra_evaluation)
+                refuse_over(args.memory_limit)
                 if step % args.save_every == 0 and step < args.iters:
                     self._save(step)
         self._report_dropped()

@@ -29,6 +29,7 @@ from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
+from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
@@ -40,14 +41,18 @@ LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
 
 
 def run(
-    args: Options, training_callback: TrainingCallback | None = None, watchers: Sequence[Watcher] = ()
+    args: Options,
+    training_callback: TrainingCallback | None = None,
+    watchers: Sequence[Watcher] = (),
+    make_step: Callable = Step,
 ) -> Result | None:
     """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
 
     Nothing is written before all that can be checked has been. ``training_callback`` hears of every report, beside
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
-    ``watchers`` look on while it trains.
+    ``watchers`` look on while it trains. ``make_step(model, optimizer, loss, accumulation)`` makes the step that is
+    taken, :class:`~ember_mlx.finetune.step.Step` or one with its call.
 
     While it trains in the main thread, SIGINT, SIGTERM, SIGHUP and a pipe that has lost its reader end it between two
     steps, with a checkpoint; whatever else ends it leaves the checkpoints of before.
@@ -76,10 +81,10 @@ def run(
                     lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
             if mx.distributed.init().rank() == 0:
                 lock.take(make=False)
-        return _run(args, training_callback, lock, watchers)
+        return _run(args, training_callback, lock, watchers, make_step)
 
 
-def _run(args, training_callback, lock, watchers):
+def _run(args, training_callback, lock, watchers, make_step):
     np.random.seed(args.seed)
     callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
     rprint("Loading pretrained model")
@@ -94,7 +99,7 @@ def _run(args, training_callback, lock, watchers):
     result = None
     if args.train:
         choices = choose(args, shapes_of(model), added_tokens)
-        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers)
+        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step)
     elif args.adapter_path != "":
         adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
@@ -112,6 +117,7 @@ def train_model(
     callbacks: list[TrainingCallback],
     lock: FolderLock,
     watchers: Sequence[Watcher] = (),
+    make_step: Callable = Step,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     of = made_of(model, train_set, valid_set, mx.distributed.init().size())
@@ -127,7 +133,7 @@ def train_model(
     start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step)
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)

@@ -27,7 +27,8 @@ def in_float32(optimizer: Optimizer, but: mx.Dtype | None = None) -> Optimizer:
         optimizer (Optimizer): Of ``mlx.optimizers``, and not a ``MultiOptimizer``; its state must not be made yet.
         but (Dtype, optional): Weights of this dtype are left as the optimizer has them.
     """
-    init_single, apply_single = optimizer.init_single, optimizer.apply_single
+    init_single, apply_single = optimizer.init_single, in_place(optimizer).apply_single
+    widens_itself = type(optimizer) in (Adam, AdamW)
 
     def init_wide(parameter, state):
         init_single(parameter.astype(mx.float32) if parameter.dtype == mx.float16 else parameter, state)
@@ -35,6 +36,8 @@ def in_float32(optimizer: Optimizer, but: mx.Dtype | None = None) -> Optimizer:
     def apply_wide(gradient, parameter, state):
         if but is not None and parameter.dtype == but:
             return apply_single(gradient, parameter, state)
+        if widens_itself:
+            return apply_single(_wide(gradient), _wide(parameter), state).astype(parameter.dtype)
         wide = {name: _wide(array) for name, array in state.items()}
         new = apply_single(_wide(gradient), _wide(parameter), wide)
         for name, array in wide.items():
@@ -90,20 +93,22 @@ def adam_step(
 
     Args:
         w, g (array): A parameter and its gradient.
-        m, v (array): First and second moment.
+        m, v (array): First and second moment. In a dtype narrower than that of ``g``, the step is made of them as they
+            are kept, rounded: so no wide copy of them exists.
         t (array): The number of this step, from 1.
         learning_rate (array), betas, eps, weight_decay, bias_correction: As in ``mlx.optimizers``.
     """
     b1, b2 = betas
     if weight_decay is not None:
         w = w * (1 - learning_rate * weight_decay)
-    m = _kernel_of_its_own(b1 * m + (1 - b1) * g)
-    v = _kernel_of_its_own(b2 * v + (1 - b2) * mx.square(g))
+    new_m = _kernel_of_its_own((b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype))
+    new_v = _kernel_of_its_own((b2 * v.astype(g.dtype) + (1 - b2) * mx.square(g)).astype(v.dtype))
+    m, v = new_m.astype(g.dtype), new_v.astype(g.dtype)
     if not bias_correction:
-        return w - learning_rate * m / (mx.sqrt(v) + eps), m, v
+        return w - learning_rate * m / (mx.sqrt(v) + eps), new_m, new_v
     c1 = (learning_rate / (1 - b1**t)).astype(g.dtype)
     c2 = mx.rsqrt(1 - b2**t).astype(g.dtype)
-    return w - c1 * m / (mx.sqrt(v) * c2 + eps), m, v
+    return w - c1 * m / (mx.sqrt(v) * c2 + eps), new_m, new_v
 
 
 def _wide(array):

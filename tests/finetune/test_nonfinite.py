@@ -96,7 +96,7 @@ def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsy
 
     result = run(parse(*one_bad_row, "--on-nonfinite", "skip", *more), training_callback=Callback)
     said = capsys.readouterr().out
-    assert said.count("a NaN or an infinity in the loss or in a gradient; it was left out, 1 so far") == 1
+    assert said.count("a NaN or an infinity in the loss, a gradient or a new weight; it was left out, 1 so far") == 1
     assert "1 step was left out" in said
     losses = [report["train_loss"] for report in reports if "train_loss" in report]
     assert sum(loss != loss for loss in losses) == 1
