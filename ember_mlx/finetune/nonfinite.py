@@ -39,7 +39,7 @@ class NonfiniteSteps:
     def __call__(self, steps_done: int, result: StepResult) -> None:
         if not result.nonfinite:
             return
-        found = f"step {steps_done}: a NaN or an infinity in the loss or in a gradient"
+        found = f"step {steps_done}: a NaN or an infinity in the loss, a gradient or a new weight"
         if self.on_nonfinite == "stop":
             self.optimizer.state[COUNT] = mx.array(self.count, mx.uint32)
             resume = RESUME if self.save() else ""
@@ -55,4 +55,4 @@ class NonfiniteSteps:
         """At the end: how many there were, those before a resumption included."""
         if self.count:
             were = "step was" if self.count == 1 else "steps were"
-            rprint(f"{self.count} {were} left out, with a NaN or an infinity in the loss or in a gradient")
+            rprint(f"{self.count} {were} left out, with a NaN or an infinity in the loss, a gradient or a new weight")

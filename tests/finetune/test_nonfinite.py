@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import mlx.core as mx
 import pytest
+from tiny_models import write_model
 
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints
@@ -57,6 +59,33 @@ def test_the_state_before_it_is_kept_and_gone_on_from(parse, one_bad_row, tmp_pa
     assert whole.optimizer["nonfinite_steps"].item() > 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kind", "optimizer", "table_optimizer"),
+    [
+        (mx.float32, "full", "adamw", "adamw"),
+        (mx.bfloat16, "dora", "muon", "ember"),
+        (mx.float16, "lora", "adam", "sgd"),
+    ],
+)
+def test_stop_leaves_what_a_run_has_that_ended_before_it(
+    parse, one_bad_row, tmp_path, dtype, kind, optimizer, table_optimizer
+):
+    model = write_model(tmp_path / "model", dtype=dtype)
+    common = [*one_bad_row, "--model", model, "--seed", 5, "--fine-tune-type", kind, "--optimizer", optimizer]
+    common += ["--table-optimizer", table_optimizer]
+    with pytest.raises(InputError) as stopped:
+        run(parse(*common, adapter="stopped"))
+    bad = int(re.search(r"step (\d)", str(stopped.value))[1])
+    assert bad > 1  # with this seed
+    run(parse(*common, "--iters", bad - 1, adapter="before"))
+    kept, before = (checkpoints.find(tmp_path / adapter, True) for adapter in ("stopped", "before"))
+    assert kept.position.mlx_random == before.position.mlx_random
+    for kind in ("weights", "optimizer"):
+        expected, found = getattr(before, kind), getattr(kept, kind)
+        assert found.keys() == expected.keys()
+        assert [name for name, array in found.items() if not mx.array_equal(array, expected[name])] == []
+
+
 @pytest.mark.parametrize("more", [[], ["--clip-grad-norm", 0.1], ["--chunked-loss"]])
 def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsys, more):
     reports = []
@@ -67,7 +96,7 @@ def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsy
 
     result = run(parse(*one_bad_row, "--on-nonfinite", "skip", *more), training_callback=Callback)
     said = capsys.readouterr().out
-    assert said.count("a NaN or an infinity in the loss or in a gradient; it was left out, 1 so far") == 1
+    assert said.count("a NaN or an infinity in the loss, a gradient or a new weight; it was left out, 1 so far") == 1
     assert "1 step was left out" in said
     losses = [report["train_loss"] for report in reports if "train_loss" in report]
     assert sum(loss != loss for loss in losses) == 1
