@@ -136,9 +136,11 @@ def grow_tokenizer(
     taken = set(vocabulary.values())
     for content, _ in asked:
         try:
+            content.encode()  # JSON can hold half of a surrogate pair
             pieces[content] = tuple(tokenizer.encode(content, add_special_tokens=False))
-        # Half of a surrogate pair, which JSON can hold, or whatever else a tokenizer refuses.
-        except Exception as error:
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: {content!r} holds half of a surrogate pair; leave it out") from error
+        except Exception as error:  # whatever a tokenizer refuses
             reason = " ".join(str(error).split())
             raise InputError(f"{where}: the tokenizer refuses {content!r} ({reason}); leave it out") from error
         if not pieces[content]:

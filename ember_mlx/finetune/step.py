@@ -88,7 +88,7 @@ class Step:
             mx.eval(loss, tokens, gradients, mx.random.state)
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         if self._judges:
-            mx.async_eval(loss, tokens, gradients)  # so the judgement's scratch comes after theirs
+            mx.eval(loss, tokens, gradients)  # so the judgement's scratch comes after theirs
         mx.eval(loss, tokens, norm, mx.random.state)
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             self.optimizer.count_nonfinite()
@@ -156,9 +156,10 @@ def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, m
             (rest if owner is None else outside[owner]).append(array)
     groups = [layers[number] for number in sorted(layers, reverse=True)]
     groups += [rest, *sorted(outside.values(), key=lambda group: group[0].size)]
+    ahead = mx.default_device().type == mx.DeviceType.gpu  # a CPU gains nothing by it, and its peak would vary
     before = []
     for group in groups:
         mx.async_eval(group)
-        mx.eval(before)
+        mx.eval(before if ahead else group)
         before = group
     mx.eval(before)
