@@ -108,7 +108,7 @@ def test_an_unknown_command_is_refused():
 
 
 def test_the_public_names_are_those_listed_and_all_are_there():
-    assert ember_mlx.__all__ == sorted(ember_mlx._MODULES)
+    assert sorted(ember_mlx.__all__) == sorted(ember_mlx._MODULES)
     for name in ember_mlx.__all__:
         assert getattr(ember_mlx, name).__name__ == name
         assert name in dir(ember_mlx)

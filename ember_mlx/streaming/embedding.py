@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-__all__ = ["LookedUp"]
+__all__ = ["LookedUp", "mean_squares_of_rows", "step_looked_up"]
 
 
 class LookedUp:
