@@ -83,7 +83,7 @@ def assert_finite(folder):
     return found
 
 
-@pytest.mark.parametrize(("dtype", "kind", "optimizer", "table_optimizer", "fault", "on_nonfinite"), cases())
+@pytest.mark.parametrize(("dtype", "kind", "optimizer", "table_optimizer", "fault", "on_nonfinite"), list(cases()))
 def test_after_any_run_all_that_is_saved_is_finite_and_loads(
     made, tmp_path, capsys, dtype, kind, optimizer, table_optimizer, fault, on_nonfinite
 ):

@@ -98,7 +98,7 @@ def test_values_out_of_range_are_refused_wherever_they_come_in(option, value):
         ("beta2", lambda step: 1 - step * 0.01),  # falls below 0
         ("beta2", lambda step: step),
     ],
-    ids=str,
+    ids=lambda value: "a schedule" if callable(value) else str(value),  # a name that is the same in every process
 )
 def test_options_of_the_whole_optimizer_out_of_range_are_refused(option, value):
     with pytest.raises(InputError, match=option):
