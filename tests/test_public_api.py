@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import ember_mlx
-
-ROOT = Path(ember_mlx.__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("ember_mlx", "cuda_ref")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
