@@ -16,7 +16,7 @@ import hashlib
 from functools import partial
 from pathlib import Path
 
-from benchmarking import SEED, at_least_one, backend, in_fresh_process, machine, median_seconds, write
+from benchmarking import SEED, CompiledStep, at_least_one, backend, in_fresh_process, machine, median_seconds, write
 
 SHAPES = [(151_936, 1024), (128_256, 4096), (50_257, 768)]
 SHAPES_ON_CPU = [(4096, 256)]
@@ -61,51 +61,23 @@ def copy_bandwidth(repeats):
 def measure(name, shape, dtype, repeats):
     """A row: the optimizer on a table (V, D) of that dtype."""
     import mlx.core as mx
-    import mlx.nn as nn
     import numpy as np
     from mlx.utils import tree_flatten
 
     mx.random.seed(SEED)
     dtype = getattr(mx, dtype)
-    table = nn.Module()
-    table.weight = (mx.random.normal(shape) * 0.02).astype(dtype)
+    weight = (mx.random.normal(shape) * 0.02).astype(dtype)
     gradient = (mx.random.normal(shape) * mx.random.uniform(shape=(shape[0], 1))).astype(dtype)
     optimizer = make_optimizer(name)
-    optimizer.init(table.trainable_parameters())
-    state = [table.state, optimizer.state]
-    mx.eval(state, gradient)
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(gradient):
-        optimizer.update(table, {"weight": gradient})
-
-    def steps(count):
-        for _ in range(count):
-            step(gradient)
-            mx.async_eval(state)
-        mx.synchronize()
-
-    steps(3)
+    step = CompiledStep(optimizer, weight, gradient)
+    del weight
+    table = step.table
     bits = table.weight.view(mx.uint16 if dtype.size == 2 else mx.uint32)
     digest = hashlib.sha256(np.array(bits)).hexdigest()[:16]
     del bits
 
-    def scratch(held):
-        dropped = [mx.array(gradient)]
-        mx.eval(dropped)
-        kept = [table.weight, dropped[0]] if held else []
-        mx.clear_cache()
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        step(dropped.pop())
-        mx.eval(state)
-        mx.synchronize()
-        del kept
-        return round((mx.get_peak_memory() - before) / table.weight.nbytes, 4)
-
-    in_place, with_new_table = scratch(held=False), scratch(held=True)
-    seconds = median_seconds(partial(steps, STEPS_PER_SAMPLE), repeats) / STEPS_PER_SAMPLE
+    in_place, with_new_table = step.peak(), step.peak(lambda step: step.table.weight)
+    seconds = median_seconds(partial(step.take, STEPS_PER_SAMPLE), repeats) / STEPS_PER_SAMPLE
     return {
         "milliseconds": round(seconds * 1e3, 4),
         "scratch_tables": with_new_table,

@@ -14,7 +14,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from benchmarking import SEED, at_least_one, in_fresh_process, machine, median_seconds, write
+from benchmarking import SEED, CompiledStep, at_least_one, in_fresh_process, machine, median_seconds, write
 
 SHAPE, SHAPE_ON_CPU = (4096, 12288), (1024, 1024)
 DTYPES = ("bfloat16", "float32")
@@ -36,7 +36,6 @@ FAMILY = {
 def measure_mlx(name, shape, dtype, repeats):
     """A row: the optimizer of MLX on a matrix (m, n) of that dtype."""
     import mlx.core as mx
-    import mlx.nn as nn
     import mlx.optimizers
     from mlx.utils import tree_flatten, tree_map
 
@@ -44,48 +43,19 @@ def measure_mlx(name, shape, dtype, repeats):
 
     mx.random.seed(SEED)
     dtype = getattr(mx, dtype)
-    table = nn.Module()
-    table.weight = (mx.random.normal(shape) * 0.02).astype(dtype)
+    weight = (mx.random.normal(shape) * 0.02).astype(dtype)
     gradient = mx.random.normal(shape).astype(dtype)
     class_name, options = FAMILY.get(name, (None, {}))
     if name == BASELINE:
         optimizer = mlx.optimizers.AdamW(1e-3, bias_correction=True)
     else:
         optimizer = getattr(optimizers, class_name)(1e-3, **options)
-    optimizer.init(table.trainable_parameters())
-    state = [table.state, optimizer.state]
-    mx.eval(state, gradient)
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(gradient):
-        optimizer.update(table, {"weight": gradient})
-
-    def steps(count):
-        for _ in range(count):
-            step(gradient)
-            mx.async_eval(state)
-        mx.synchronize()
-
-    steps(3)
-
-    def peak(held):
-        dropped = [mx.array(gradient)]
-        mx.eval(dropped)
-        kept = [tree_map(lambda array: array, state), dropped[0]] if held else []
-        mx.clear_cache()
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        step(dropped.pop())
-        mx.eval(state)
-        mx.synchronize()
-        del kept
-        return round((mx.get_peak_memory() - before) / table.weight.nbytes, 4)
-
-    in_place, with_new = peak(held=False), peak(held=True)
-    seconds = median_seconds(partial(steps, STEPS_PER_SAMPLE), repeats) / STEPS_PER_SAMPLE
+    step = CompiledStep(optimizer, weight, gradient)
+    del weight
+    in_place, with_new = step.peak(), step.peak(lambda step: tree_map(lambda array: array, step.state))
+    seconds = median_seconds(partial(step.take, STEPS_PER_SAMPLE), repeats) / STEPS_PER_SAMPLE
     state_bytes = sum(array.nbytes for _, array in tree_flatten(optimizer.state) if array.ndim)
-    return _row(seconds, state_bytes, table.weight.size) | {
+    return _row(seconds, state_bytes, step.table.weight.size) | {
         "peak_tables": with_new,
         "peak_tables_in_place": in_place,
     }
