@@ -25,6 +25,7 @@ from ember_mlx.optimizers import adam_mini_kernel, module_roles
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from ember_mlx.optimizers.ember import bias_correction, mean_squares, update_second_moment
+from ember_mlx.optimizers.in_float32 import kernel_of_its_own
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
@@ -136,8 +137,11 @@ def spread(of_blocks: mx.array, shape: tuple[int, ...]) -> mx.array:
 def update_weights(
     w: mx.array, g: mx.array, m: mx.array, rates: mx.array, beta1: float, decay: float | mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it."""
-    m = update_second_moment(m, g.astype(mx.float32), beta1)
+    """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it.
+
+    Each from a kernel of its own, which may then write over the old ones, where nobody holds them.
+    """
+    m = kernel_of_its_own(update_second_moment(m, g.astype(mx.float32), beta1))
     return (decay * w.astype(mx.float32) - rates * m).astype(w.dtype), m
 
 
@@ -145,15 +149,29 @@ def update_in_pieces(
     w: mx.array, g: mx.array, m: tuple[mx.array, mx.array], rates: mx.array, beta1: float, decay: float | mx.array
 ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
     """As ``update_weights`` with ``m`` as codes and scales: whole in float32 for a few rows at a time alone."""
-    columns = w.shape[1]
-    new, codes, scales = mx.array(w), mx.array(m[0]), mx.array(m[1])
+    columns, new, part = w.shape[1], mx.array(w), w
+    for rows in pieces(w):
+        part, _ = update_weights(*piece_of(w, g, m, rates, rows, part), beta1, decay)
+        new[rows] = part
+    # The momentum once more, from the codes on: MLX would keep the new codes until all weights are new.
+    w, g, rates, *m = mx.depends([w, g, rates, *m], [new])
+    codes, scales = mx.array(m[0]), mx.array(m[1])
     for rows in pieces(w):
         groups = slice(rows.start * columns // GROUP, groups_of(rows.stop * columns))
-        old = decode_momentum(m[0][groups], m[1][groups], (rows.stop - rows.start, columns))
-        of_rows = rates[rows] if len(rates) > 1 else rates
-        new[rows], momentum = update_weights(w[rows], g[rows], old, of_rows, beta1, decay)
-        codes[groups], scales[groups] = encode_momentum(momentum)
+        _, part = update_weights(*piece_of(w, g, m, rates, rows, part), beta1, decay)
+        part, scales[groups] = encode_momentum(part)
+        codes[groups] = part
     return new, (codes, scales)
+
+
+def piece_of(
+    w: mx.array, g: mx.array, m: tuple[mx.array, mx.array], rates: mx.array, rows: slice, before: mx.array
+) -> list[mx.array]:
+    """Some rows of the weights, of their gradient, of their momentum in float32, and of the rates: after ``before``."""
+    groups = slice(rows.start * w.shape[1] // GROUP, groups_of(rows.stop * w.shape[1]))
+    arrays = [w[rows], g[rows], m[0][groups], m[1][groups], rates[rows] if len(rates) > 1 else rates]
+    w, g, *m, rates = mx.depends(arrays, [before])
+    return [w, g, decode_momentum(*m, w.shape), rates]
 
 
 def pieces(w: mx.array) -> list[slice]:
