@@ -8,7 +8,7 @@ resolution is 1.5e-5 of a weight: at 1e-7 it fails too.
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
@@ -86,11 +86,10 @@ class SplitWeights(Optimizer):
         self.optimizer = optimizer
         self.weights = weights
         self._initialized = False
+        self._schedulers = optimizer._schedulers
 
     def init(self, parameters: Tree) -> None:
-        parameters = tree_flatten(parameters)
-        check_some_are_bfloat16("SplitWeights", parameters)
-        parameters = tree_unflatten(parameters)
+        check_some_are_bfloat16("SplitWeights", tree_flatten(parameters))
         self.optimizer.init(tree_map(_float32, parameters))
         tree_map_with_path(_start_rest, parameters, self.state)
         self._initialized = True
@@ -101,6 +100,10 @@ class SplitWeights(Optimizer):
             self.init(parameters)
         exact = tree_map(_exact, parameters, self.state)
         return tree_map(_kept, self.optimizer.apply_gradients(gradients, exact), self.state)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """For steps that give one array after another; an ordinary step is the optimizer's own."""
+        return _kept(self.optimizer.apply_single(gradient, _exact(parameter, state), state), state)
 
     @property
     def state(self) -> Tree:

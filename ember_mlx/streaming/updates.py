@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from ember_mlx.optimizers.guarded import GuardedOptimizer, norm_is_safe
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
+from ember_mlx.optimizers.split_weights import SplitWeights
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Updates"]
@@ -179,7 +180,7 @@ def _unread(leaf):
 
 def _looks_at_one_array(leaf):
     """Whether it keeps MLX's own way through a tree, array by array, or says that it does."""
-    if isinstance(leaf, StochasticRounding):
+    if isinstance(leaf, StochasticRounding | SplitWeights):
         return _looks_at_one_array(leaf.optimizer)
     own = type(leaf).apply_gradients
     return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", False)
