@@ -180,14 +180,16 @@ def agree(
     return [theirs for _, _, theirs in everyone]
 
 
-def find_shards(shards: dict, tables: Iterable[torch.Tensor]):
+def find_shards(shards: dict[torch.Tensor, RowShards], tables: Iterable[torch.Tensor]) -> None:
     """Add the RowShards of each DTensor among the tables to ``shards``, by table, unless they are there."""
     for w in tables:
         if w not in shards and is_dtensor(w):
             shards[w] = shards_of_dtensor(w)
 
 
-def agree_on_step(shards: dict, facts: dict, tables: list[tuple], fault: InputError | None):
+def agree_on_step(
+    shards: dict[torch.Tensor, RowShards], facts: dict, tables: list[tuple], fault: InputError | None
+) -> None:
     """Find that all ranks are about to take the same step on the tables that they share.
 
     All ranks call it together.
