@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     """
     own, args = options.parse_command(_parser(), arguments)
     backend = own.backend or machine.backend()
-    memory, source = machine.memory(own.memory, backend)
+    memory, source = machine.limited(args, *machine.memory(own.memory, backend))
     inputs = with_rows_of_data(args, read_inputs(args))
     model, run = inputs.model, inputs.run
     planned = plan(model, run, backend)

@@ -105,7 +105,11 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
     "memory": {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
-        "memory_limit": ("SIZE", "End the run when MLX needs more memory than SIZE, such as 12GB. Default: no limit."),
+        "memory_limit": (
+            "SIZE",
+            "End the run, with what it has saved, when MLX takes more memory than SIZE, such as 12GB; none: never. "
+            "Default: what Metal recommends, elsewhere 0.9 of the GPU's or the machine's memory.",
+        ),
         "clear_cache_threshold": ("SIZE", "Clear MLX's cache when it is larger than SIZE, such as 2GB; 0: never."),
     },
     "saving and resuming": {

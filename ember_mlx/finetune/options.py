@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
     actions_of,
@@ -40,6 +41,19 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
+
+
+def _size(text):
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _limit(text):
+    return NO_LIMIT if text.lower() == NO_LIMIT else _size(text)
+
+
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
 OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
@@ -61,7 +75,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
-    "memory_limit": (None, {"type": parse_size}),
+    "memory_limit": (None, {"type": _limit}),
     "log_jsonl": (None, {"type": str}),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
@@ -208,6 +222,8 @@ def check(args: Options) -> None:
         if not 0 <= args.table_beta2 < 1:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
     _check_ember_options(args)
+    if args.memory_limit == 0:
+        raise InputError(f"--memory-limit 0: must be a size such as 12GB, or {NO_LIMIT}")
     check_clip_grad_norm(f"--clip-grad-norm {args.clip_grad_norm}", args.clip_grad_norm)
     if args.log_jsonl == "":
         raise InputError("--log-jsonl '': give the name of a file")
@@ -316,7 +332,7 @@ def _typed(where, value, action):
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        typed = action.type(str(value) if action.type is _size else value)
+        typed = action.type(str(value) if action.type in (_size, _limit) else value)
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         typed = None
     changed = action.type is int and typed != value
@@ -324,10 +340,3 @@ def _typed(where, value, action):
         kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
         raise InputError(f"{where} must be {kind}")
     return typed
-
-
-def _size(text):
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

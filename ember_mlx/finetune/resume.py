@@ -26,7 +26,7 @@ __all__ = ["as_json", "checksum", "made_of", "refuse_changes", "restore", "versi
 FREE = {
     *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
-    *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens"),
+    *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options

@@ -25,6 +25,7 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
@@ -72,7 +73,7 @@ def run(
     workers = mx.distributed.init().size()
     if args.batch_size % workers:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
-    with FolderLock(Path(args.adapter_path)) as lock:
+    with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         if args.train:
             check_adapter_folder(args)
             if args.log_jsonl:
