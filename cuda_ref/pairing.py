@@ -191,7 +191,7 @@ class PairedOptimizer(Optimizer):
         if saved != own:
             raise InputError(
                 f"PairedOptimizer.load_state_dict: the saved groups hold {saved} parameters, those of this optimizer "
-                f"{own}: load the state of the same model with the same trainable parameters, tables and rest"
+                f"{own}; load the state of the same model with the same trainable parameters, tables and rest"
             )
         first = len(groups) - len(self.tables.param_groups)
         of_tables = {i for group in groups[first:] for i in group["params"]}

@@ -143,7 +143,7 @@ def _check_learning_rate(group):
         devices = {str(w.device) for w in group["params"]}
         if lr.ndim or lr.dtype not in (torch.float32, torch.float64) or {str(lr.device)} - devices - {"cpu"}:
             raise InputError(
-                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}: must be "
+                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}; must be "
                 f"one float32 number, torch.tensor(1e-3), on the CPU or where the tables are ({', '.join(devices)})"
             )
         if lr.device.type != "cpu":  # to look at its value would wait for the GPU
@@ -183,7 +183,7 @@ def check_state(name: str, w: torch.Tensor, state: Mapping[str, torch.Tensor] | 
     if w.shape != (len(r), len(c)) or w.device != r.device:
         raise InputError(
             f"Ember.step: {name} has shape {tuple(w.shape)} on {w.device}, and its state is of shape "
-            f"{(len(r), len(c))} on {r.device}: resize or move the model before the first step, or make the optimizer "
+            f"{(len(r), len(c))} on {r.device}; resize or move the model before the first step, or make the optimizer "
             "anew"
         )
 
@@ -192,7 +192,7 @@ def check_keys(optimizer: str, state_dict: Mapping[str, Any]) -> None:
     """Refuse what is no optimizer's state_dict; ``optimizer`` is the name for the error."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
-        raise InputError(f"{optimizer}.load_state_dict: there is no {missing[0]!r} in it: load what state_dict() gave")
+        raise InputError(f"{optimizer}.load_state_dict: it has no {missing[0]!r}: load what state_dict() gave")
 
 
 def check_state_dict(

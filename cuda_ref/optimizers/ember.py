@@ -394,7 +394,7 @@ class Ember(Optimizer):
         """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""
         if self.row_shard_group is not None:
             raise InputError(
-                "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process: make a new "
+                "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process; make a new "
                 "one on every rank, and load the state_dict of this one"
             )
         own = {"implementation": self.implementation, "row_shard_group": None, "row_clip": self.row_clip}

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         InputError: for bad options, a model or an adapter that does not load, and whatever keeps the folder from being
-            written; what was there is as it was.
+            written; what was there is unchanged.
     """
     args = _parser().parse_args(arguments)
     folder = Path(args.save_path)
@@ -154,7 +154,7 @@ def _write(folder, model, tokenizer, config, args):
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
         raise InputError(
-            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is as it was"
+            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is unchanged"
         ) from error
 
 

@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> int:
     """
     args = _parser().parse_args(arguments)
     if args.json is not None and not args.json.parent.is_dir():
-        raise InputError(f"--json {args.json}: there is no folder {args.json.parent}; give a path in one that exists")
+        raise InputError(
+            f"--json {args.json}: folder {args.json.parent} does not exist; give a path in one that exists"
+        )
     if args.json is not None and args.json.is_dir():
         raise InputError(f"--json {args.json}: is a folder; give the path of a file")
     names = args.optimizer or OPTIMIZERS

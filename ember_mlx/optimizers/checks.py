@@ -49,7 +49,7 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
         if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
             raise InputError(
                 f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
-                "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
+                "token tables only; give this parameter to another optimizer, for example with PairedOptimizer"
             )
 
 
@@ -58,8 +58,8 @@ def check_state(state: Mapping[str, Any], parameters: Mapping[str, Any], schedul
     state = dict(tree_flatten(state))
     if scheduled and not {"beta2", "bias_correction"} <= state.keys():
         raise InputError(
-            "Ember: the state has no bias_correction: it is of a run whose beta2 was a number, and this one's is a "
-            "schedule: give the number, or start without that state"
+            "Ember: the state has no bias_correction, so beta2 was a number in its run, and is a schedule here; give "
+            "the number, or start without that state"
         )
     for path, parameter in tree_flatten(parameters):
         for name, length in zip(("r", "c"), parameter.shape, strict=True):
@@ -68,7 +68,7 @@ def check_state(state: Mapping[str, Any], parameters: Mapping[str, Any], schedul
                 has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
                 raise InputError(
                     f"Ember: the state has {has} for {path} of shape {parameter.shape}, which needs {name} of "
-                    f"shape ({length},) and dtype float32: load the state of this model"
+                    f"shape ({length},) and dtype float32; load the state of this model"
                 )
 
 
