@@ -3,6 +3,8 @@
 mlx-lm's own texts are replaced, since what they say is not all true here.
 """
 
+from ember_mlx.shared.command_line import Help
+
 __all__ = ["EPILOG", "HELP", "USAGE"]
 
 USAGE = "ember-mlx train --model MODEL --data FOLDER [options]"
@@ -15,8 +17,7 @@ examples:
   ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --iters 600 --resume
       resume the first run where it stopped"""
 
-# {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
-HELP: dict[str, dict[str, tuple[str | None, str]]] = {
+HELP: Help = {
     "what to train on": {
         "model": ("MODEL", "A model folder, or a name on the Hugging Face hub."),
         "data": (

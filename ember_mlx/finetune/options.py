@@ -14,18 +14,17 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
-    actions_of,
     build_lora_parser,
     is_size,
-    move_to_group,
     parse_size,
 )
 from ember_mlx.finetune.optimizer_names import ALIASES, BODY
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
+from ember_mlx.shared.command_line import actions_of, describe
 from ember_mlx.shared.ember_options import check_row_limit
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
 __all__ = [
@@ -124,25 +123,18 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
         "description", "Fine-tune with mlx-lm (LoRA, DoRA or full) and train the token tables too, with Ember."
     )
     parser.epilog = how.get("epilog", EPILOG)
-    parser.formatter_class = _HelpFormatter
     actions = {action.dest: action for action in actions_of(parser)}
     actions["optimizer"].choices = [*actions["optimizer"].choices, *BODY, *ALIASES]
     for name, (_, settings) in OWN_OPTIONS.items():
         actions[name] = parser.add_argument(flag(name), **settings)
     values = defaults()
-    for title, options in HELP.items():
-        group = parser.add_argument_group(title)
-        for name, (metavar, text) in options.items():
-            action = actions[name]
-            action.metavar = metavar
-            action.help = _with_default(text, values[name]).replace("%", "%%")
-            move_to_group(parser, action, group)
+    describe(parser, HELP, values)
     for action in actions_of(parser):
         if is_size(action):
             action.type = _size
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(values))
-    return with_one_line_errors(parser)
+    return parser
 
 
 def parse(arguments: list[str], *, data_required: bool = False) -> Options:
@@ -286,22 +278,6 @@ def defaults() -> dict[str, Any]:
     # The default of 16 layers is more than many models have: what None means is settled once the model is known.
     own = {name: default for name, (default, _) in OWN_OPTIONS.items()}
     return CONFIG_DEFAULTS | own | YAML_ONLY | {"num_layers": None}
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Texts start in one column that leaves them room, and the examples of the epilog keep their lines."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28)
-
-
-def _with_default(text, value):
-    """The help text with the default, unless it says itself what is done by default."""
-    if "Default:" in text or "Required" in text:
-        return text
-    if isinstance(value, bool):
-        return f"{text} Default: {'on' if value else 'off'}."
-    return f"{text} Default: {f'{value:g}' if isinstance(value, float) else value}."
 
 
 def _read_config(path, parser):
