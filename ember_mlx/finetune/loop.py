@@ -18,7 +18,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from ember_mlx.finetune.batches import Rows, TrainingBatches
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
-from ember_mlx.finetune.memory_limit import limited_memory, refuse_over
+from ember_mlx.finetune.memory_limit import refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
@@ -89,11 +89,7 @@ class Training:
         # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
         alone = mx.distributed.init().size() == 1
         mx.reset_peak_memory()
-        with (
-            self.signals if alone else nullcontext(),
-            self.saving.telling_what_is_left(),
-            limited_memory(args.memory_limit),
-        ):
+        with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():
             if self.batches.step < args.iters:
                 if args.grad_checkpoint:
                     grad_checkpoint(self.model.layers[0])
@@ -140,7 +136,7 @@ class Training:
                     report.send(step, ui)
                 self.nonfinite(step, result)
                 batches.mark(before_extra_evaluation)
-                refuse_over(args.memory_limit)
+                self._refuse_over_memory(step)
                 if step % args.save_every == 0 and step < args.iters:
                     self._save(step)
         self._report_dropped()
@@ -179,6 +175,15 @@ class Training:
 
     def _save_checkpoint(self):
         return self.leader and self.saving.save_checkpoint(self.batches.position)
+
+    def _refuse_over_memory(self, step):
+        """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
+        try:
+            refuse_over(self.args.memory_limit)
+        except InputError:
+            if step > 1:
+                self._save_checkpoint()
+            raise
 
     def _stop_if_asked(self):
         if self.signals.number is not None:

@@ -11,7 +11,7 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["NonfiniteSteps"]
 
-RESUME = ". --resume goes on before that step; all but the last of these need --resume-with-changes too"
+RESUME = ". --resume continues before that step; all but the last of these need --resume-with-changes too"
 
 
 class NonfiniteSteps:
@@ -44,9 +44,9 @@ class NonfiniteSteps:
             self.optimizer.state[COUNT] = mx.array(self.count, mx.uint32)
             resume = RESUME if self.save() else ""
             raise InputError(
-                f"{found}; it reached neither the weights nor the optimizer's state. Lower the learning rates, limit "
-                "the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with --mask-prompt, "
-                f"prompts as long as --max-seq-length), or leave such steps out with --on-nonfinite skip{resume}"
+                f"{found}; it reached neither the weights nor the optimizer's state. Look for rows with nothing to "
+                "learn: with --mask-prompt, prompts as long as --max-seq-length. Lower the learning rates, limit the "
+                f"gradients with --clip-grad-norm 1, or leave such steps out with --on-nonfinite skip{resume}"
             )
         self.count += 1
         rprint(f"Warning: {found}; it was left out, {self.count} so far")
