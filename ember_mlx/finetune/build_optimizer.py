@@ -50,11 +50,11 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
         InputError: for settings of an optimizer or a schedule that MLX refuses.
     """
     body = body_optimizer(options, model)
-    if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
-        body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     if choices.tables:
         return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)
+    if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
+        body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
@@ -118,12 +118,10 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
     if options.table_optimizer == "sage":
         return own_optimizer(options, "sage", learning_rate, {"weight_decay": decay})
     if options.table_optimizer == "adamw":
-        adamw = optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
-        return in_float32(in_place(adamw))
+        return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
     if options.table_optimizer == "adafactor":
-        adafactor = optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
-        return in_float32(adafactor)
-    return in_float32(optim.SGD(learning_rate, weight_decay=decay))
+        return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
+    return optim.SGD(learning_rate, weight_decay=decay)
 
 
 def _refuse_numbers(where, settings):
