@@ -21,7 +21,7 @@ PENDING = {
     f"{room}.{name}"
     for room, names in {
         "ember_mlx.kernels": "choice",
-        "ember_mlx.optimizers": "checks ember guarded rounded",
+        "ember_mlx.optimizers": "checks ember rounded",
         "ember_mlx.streaming": "call_tree embedding glue head head_module layers pacing segments sinks step table "
         "units updates",
         "cuda_ref.optimizers": "checks ember",

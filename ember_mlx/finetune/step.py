@@ -1,7 +1,8 @@
 """One training step: loss and gradients, a judgement of them, and the update in place.
 
 The judgement comes before anything changes. So a bad step changes nothing, bit for bit, and no old copy is kept: MLX
-reuses the memory of the old weights and of the old optimizer state for the new.
+reuses the memory of the old weights and of the old optimizer state for the new. float16 weights and Adafactor may
+overflow from finite gradients: there old copies are kept until the new weights are judged.
 """
 
 import re
@@ -71,7 +72,6 @@ class Step:
 
         self._gradients_of = gradients_of
         self._updates = {}  # by the names of what is measured
-        self._float16 = any(array.dtype == mx.float16 for _, array in tree_flatten(model.trainable_parameters()))
 
     @property
     def _judges(self):
@@ -93,14 +93,14 @@ class Step:
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             self.optimizer.count_nonfinite()
             return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
-        old = dict(tree_flatten(self._changing())) if self._float16 else None  # there finite arithmetic may overflow
+        old = dict(tree_flatten(self._changing())) if self.optimizer.guard.judges_outcome else None
         update = self._compiled_update(tuple(measurements))
         weights, readings = update(
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
         self.model.update(weights)
         del gradients, weights  # now the new weights alone hold what they are made of
-        if old is not None and self.optimizer.skip_nonfinite and not self._is_finite():
+        if old is not None and not self._is_finite():
             self._put_back(old)
             self.optimizer.count_nonfinite()
             return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})

@@ -81,7 +81,7 @@ class PairedOptimizer(Optimizer):
         _refuse_shared(model, self._table_paths)
         self._rest_paths = frozenset(trainable) - self._table_paths
         self.rest = rest
-        self.guard = Guard("PairedOptimizer", trainable, skip_nonfinite, clip_grad_norm)
+        self.guard = Guard("PairedOptimizer", trainable, [tables, rest], skip_nonfinite, clip_grad_norm)
         self._state = {"rest": rest.state, "tables": tables.state} | self.guard.state()
         self.init(trainable)
 
