@@ -78,8 +78,8 @@ class Training:
         """Take all the steps that are left, and save; returns the peak memory in bytes.
 
         Raises:
-            InputError: when the disk did not take what was trained, and, with ``--on-nonfinite stop``, for a loss or a
-                gradient that is not finite.
+            InputError: when the disk did not take what was trained; for a step that is not finite with
+                ``--on-nonfinite stop``, or when all steps are such with ``skip``.
             Interrupted: when a signal stopped the run, once it is saved.
         """
         args, rows = self.args, Rows(train_set)
@@ -96,6 +96,7 @@ class Training:
                 step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
             peak_memory = mx.get_peak_memory()
+            self.nonfinite.refuse_nothing()
             if not self._save(args.iters):
                 failed = self.saving.failed[-1]
                 raise InputError(f"--adapter-path {self.saving.folder}: what was trained could not be saved: {failed}")
@@ -137,7 +138,7 @@ class Training:
                 self.nonfinite(step, result)
                 batches.mark(before_extra_evaluation)
                 self._refuse_over_memory(step)
-                if step % args.save_every == 0 and step < args.iters:
+                if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
                     self._save(step)
         self._report_dropped()
 

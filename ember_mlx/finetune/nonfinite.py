@@ -11,6 +11,11 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["NonfiniteSteps"]
 
+FOUND = "a NaN or an infinity in the loss, a gradient or a new weight"
+REMEDY = (
+    "Lower the learning rates, limit the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with "
+    "--mask-prompt, prompts as long as --max-seq-length)"
+)
 RESUME = ". --resume continues before that step; all but the last of these need --resume-with-changes too"
 
 
@@ -39,20 +44,32 @@ class NonfiniteSteps:
     def __call__(self, steps_done: int, result: StepResult) -> None:
         if not result.nonfinite:
             return
-        found = f"step {steps_done}: a NaN or an infinity in the loss, a gradient or a new weight"
+        found = f"step {steps_done}: {FOUND}"
         if self.on_nonfinite == "stop":
             self.optimizer.state[COUNT] = mx.array(self.count, mx.uint32)
             resume = RESUME if self.save() else ""
             raise InputError(
-                f"{found}; it reached neither the weights nor the optimizer's state. Look for rows with nothing to "
-                "learn: with --mask-prompt, prompts as long as --max-seq-length. Lower the learning rates, limit the "
-                f"gradients with --clip-grad-norm 1, or leave such steps out with --on-nonfinite skip{resume}"
+                f"{found}; it reached neither the weights nor the optimizer's state. {REMEDY}, or leave such steps out "
+                f"with --on-nonfinite skip{resume}"
             )
         self.count += 1
         rprint(f"Warning: {found}; it was left out, {self.count} so far")
+
+    @property
+    def nothing_is_learned(self) -> bool:
+        """Whether no step has changed the weights yet."""
+        return self.optimizer.step.item() == 0
+
+    def refuse_nothing(self) -> None:
+        """At the end: raises InputError if every step was left out."""
+        if self.count and self.nothing_is_learned:
+            raise InputError(
+                f"--on-nonfinite skip: {self.count} of {self.count} steps had {FOUND}, so nothing was learned and no "
+                f"adapter is saved. {REMEDY}, or try the model with --learning-rate 0 --table-learning-rate 0"
+            )
 
     def report(self) -> None:
         """At the end: how many there were, those before a resumption included."""
         if self.count:
             were = "step was" if self.count == 1 else "steps were"
-            rprint(f"{self.count} {were} left out, with a NaN or an infinity in the loss, a gradient or a new weight")
+            rprint(f"{self.count} {were} left out, with {FOUND}")
