@@ -9,7 +9,7 @@ import torch
 
 import cuda_ref.optimizers as torch_optimizers
 import ember_mlx.optimizers as mlx_optimizers
-from cuda_ref import SAGE, Ember, FlashAdamW, FlashLion, InputError, SplitWeights
+from cuda_ref import SAGE, Ember, FlashAdamW, FlashLion, InputError, SplitWeights, triton_body, triton_kernels
 from cuda_ref.optimizers.split_weights import join, split
 from ember_mlx.optimizers import split_weights as of_mlx
 from ember_mlx.parity import oracle_flash_float64 as flash_oracle
@@ -45,7 +45,7 @@ def gradient(shape, t):
 
 def make(kind, parameters, implementation="eager", **options):
     name = kind.split(",")[0]
-    options = KINDS[kind] | options | ({"implementation": implementation} if name != "SAGE" else {})
+    options = KINDS[kind] | options | {"implementation": implementation}
     return getattr(torch_optimizers, name)(parameters, lr=1e-3, **options)
 
 
@@ -67,16 +67,40 @@ def contents(optimizer):
 
 @pytest.mark.parametrize("still_rows", [True, False])
 @pytest.mark.parametrize("shape", [(24, 8), (9,)], ids=str)
-def test_sage_agrees_with_float64(shape, still_rows):
-    w, oracle = torch.nn.Parameter(torch.zeros(shape)), SageOracle(shape, still_rows=still_rows)
-    optimizer, expected = SAGE([w], lr=1e-3, still_rows=still_rows, decay_vectors=True), np.zeros(shape)
+def test_sage_agrees_with_float64(shape, still_rows, implementation):
+    name, device = implementation
+    w, oracle = torch.nn.Parameter(torch.zeros(shape, device=device)), SageOracle(shape, still_rows=still_rows)
+    optimizer = SAGE([w], lr=1e-3, still_rows=still_rows, decay_vectors=True, implementation=name)
+    expected = np.zeros(shape)
     for t in range(20):
         g = gradient(shape, t)
         g[: t % 3] = 0
-        w.grad = torch.tensor(g)
+        w.grad = torch.tensor(g, device=device)
         optimizer.step()
         expected = oracle.step(expected, g, 1e-3, 0.01)
     assert np.abs(as_float64(w) - expected).max() <= AGREEMENT * np.abs(expected).max()
+
+
+def test_sage_is_the_same_however_its_kernels_are_cut(monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not triton_kernels.available(torch.device(device)):
+        pytest.skip("Triton is not installed")
+
+    def trained(name):
+        optimizer = make("SAGE", [start((13, 7), "float32", device), start((11,), "float32", device)], name)
+        optimizer = train(optimizer, 1)
+        for w in optimizer.param_groups[0]["params"]:
+            w.grad[w.grad.abs() < 0.3] = 0
+        w.grad[3] = torch.nan
+        optimizer.step()
+        return [as_float64(x) for w, state in optimizer.state.items() for x in (w, *state.values())]
+
+    expected = trained("eager")
+    monkeypatch.setattr(triton_body, "statistics_tile", lambda *table: {"ROWS": 4, "COLUMNS": 2})
+    tile = {"ROWS_PER_PROGRAM": 3, "ROWS": 2, "COLUMNS": 2}
+    monkeypatch.setattr(triton_body, "update_tile", lambda *table: tile)
+    for result, wanted in zip(trained("triton"), expected, strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=2e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (7, 9), (33,), (2, 3, 16)], ids=str)
