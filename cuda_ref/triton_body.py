@@ -9,6 +9,7 @@ import torch
 from cuda_ref import triton_kernels
 from cuda_ref.optimizers import adam_mini, sage, sinkgd
 from cuda_ref.optimizers.companded import GROUP
+from cuda_ref.sharding import RowShards
 from cuda_ref.triton_kernels import statistics_tile, update_tile
 
 if triton_kernels.available():
@@ -39,13 +40,15 @@ def adam_mini_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """As ``adam_mini_step`` of ``cuda_ref.optimizers.adam_mini``; weights that are not contiguous go its way."""
-    if not (w.is_contiguous() and g.is_contiguous()):
-        return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay)
+    if not (w.numel() and w.is_contiguous() and g.is_contiguous()):
+        return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, shards=shards)
     return adam_mini.adam_mini_step(
-        w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, means=_mean_squares, update=_update_flat
-    )
+        w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay,
+        means=_mean_squares, update=_update_flat, shards=shards,
+    )  # fmt: skip
 
 
 def sinkgd_step(
@@ -55,9 +58,14 @@ def sinkgd_step(
     passes: int,
     eps: float,
     weight_decay: float | torch.Tensor,
+    shards: RowShards | None = None,
 ) -> torch.Tensor:
     """As ``sinkgd_step`` of ``cuda_ref.optimizers.sinkgd``."""
-    return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix)
+    if not w.numel():  # of a sharded matrix a rank may have nothing: Triton runs no kernel on that
+        return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, shards=shards)
+    return sinkgd.sinkgd_step(
+        w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix, shards=shards
+    )
 
 
 def sage_step(
@@ -72,12 +80,15 @@ def sage_step(
     eps: float,
     weight_decay: float,
     still_rows: bool = True,
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``sage_step`` of ``cuda_ref.optimizers.sage``."""
+    options = learning_rate, beta1, beta2, eps, weight_decay, still_rows
+    if not w.numel():
+        return sage.sage_step(w, g, m, s, t, *options, shards=shards)
     return sage.sage_step(
-        w, g, m, s, t, learning_rate, beta1, beta2, eps, weight_decay, still_rows,
-        magnitudes_of=_mean_magnitudes, update=_update_parameter,
-    )  # fmt: skip
+        w, g, m, s, t, *options, magnitudes_of=_mean_magnitudes, update=_update_parameter, shards=shards
+    )
 
 
 def _mean_squares(g):

@@ -29,6 +29,7 @@ from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.checks import name_of
 from cuda_ref.optimizers.ember import bias_correction, blocks
 from cuda_ref.optimizers.ember import update_second_moment as running_mean
+from cuda_ref.sharding import RowShards
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
@@ -48,6 +49,7 @@ def sage_step(
     still_rows: bool = True,
     magnitudes_of: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
     update: Callable[..., Any] | None = None,
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of SAGE on one parameter. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
@@ -61,13 +63,21 @@ def sage_step(
         beta1, beta2, eps (float): :math:`\\beta_1`, :math:`\\beta_2` and :math:`\\epsilon`.
         still_rows (bool): Leave a row of ``w`` as it is where its gradient is all zero; a vector is one row.
         magnitudes_of, update (callable, optional): In the places of ``mean_magnitudes`` and ``update_in_place``.
+        shards (RowShards, optional): Of a parameter that lies on several ranks; ``w``, ``g`` and ``m`` are this rank's.
 
     Returns:
         ``w`` and ``m``, overwritten, and the new ``s``.
     """
     magnitudes, has_gradient = (magnitudes_of or mean_magnitudes)(g)
+    if shards is not None and g.ndim > 1:
+        magnitudes = shards.mean_over_all_rows(magnitudes)
+    elif shards is not None:
+        magnitudes = shards.all_rows(magnitudes)
+        has_gradient = (magnitudes != 0).any(dim=0, keepdim=True)
     s = running_mean(s, magnitudes, beta2)
     h = column_damper(magnitudes, s / bias_correction(t, beta2), eps)
+    if shards is not None and g.ndim < 2:
+        h = h[shards.first_row : shards.first_row + shards.rows]
     moves = has_gradient if still_rows else None
     (update or update_in_place)(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay)
     return w, m, s
@@ -193,12 +203,20 @@ class SAGE(BodyOptimizer):
     def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"m": (tuple(w.shape), torch.float32), "s": (tuple(w.shape[-1:]), torch.float32)}
 
+    def whole_state_of(self, w: torch.Tensor) -> tuple[str, ...]:
+        return ("s",)
+
     def step_weight(
-        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        self,
+        w: torch.Tensor,
+        g: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        group: dict[str, Any],
+        shards: RowShards | None,
     ) -> None:
         from cuda_ref import triton_body  # which has these functions in it
 
         step = triton_body.sage_step if self.by_triton(w) else sage_step
         options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
-        _, _, s = step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows)
+        _, _, s = step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows, shards=shards)
         state["s"].copy_(s)
