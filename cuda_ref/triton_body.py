@@ -4,6 +4,8 @@ Row means and column sums come from the first kernel of ``triton_kernels``. No a
 bits. All arithmetic is float32.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from cuda_ref import triton_kernels
@@ -98,7 +100,7 @@ def _mean_squares(g):
     tile = statistics_tile(columns, g.itemsize)
     programs = triton.cdiv(rows, tile["ROWS"])
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
-    with torch.cuda.device_of(g):
+    with _device_of(g):
         _row_means_and_column_sums[(programs,)](
             g, *g.stride(), row_means, None, column_sums, rows, columns, 0.0, 1.0, BETA2_IS_TENSOR=False, **tile
         )
@@ -109,7 +111,7 @@ def _update_flat(w, g, m, rates, beta1, decay):
     """The weights and the momentum, overwritten, in groups of 32: the momentum may be codes and scales."""
     codes, scales = m if isinstance(m, tuple) else (m, None)
     decay = _number(decay, w.device)
-    with torch.cuda.device_of(w):
+    with _device_of(w):
         _update_groups[(triton.cdiv(w.numel(), GROUP * GROUPS_PER_PROGRAM),)](
             w, g, codes, scales, rates, decay, w.numel(), w.shape[1], int(len(rates) > 1), int(rates.shape[1] > 1),
             1.0 - beta1, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM,
@@ -127,7 +129,7 @@ def _norms(g, eps):
     def rows_then_columns(a, b):
         a_new = torch.empty_like(a)
         parts = zip(matrices, *(x.reshape(-1, x.shape[-1]) for x in (a, b, a_new)), sums, strict=True)
-        with torch.cuda.device_of(g):
+        with _device_of(g):
             for matrix, a_of, b_of, new_of, sums_of in parts:
                 _sinkhorn_pass[(programs,)](
                     matrix, *matrix.stride(), a_of, b_of, new_of, sums_of, rows, columns, columns**0.5, float(eps),
@@ -150,7 +152,7 @@ def _update_matrix(w, g, a, b, learning_rate, weight_decay):
         strict=True,
     )
     tile = update_tile(columns, g.itemsize)
-    with torch.cuda.device_of(w):
+    with _device_of(w):
         for w_of, g_of, a_of, b_of in matrices:
             _scale_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
                 w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns, **tile
@@ -166,7 +168,7 @@ def _mean_magnitudes(g):
     programs = triton.cdiv(rows, tile["ROWS"])
     has_gradient = torch.empty((rows, 1), dtype=torch.bool, device=g.device)
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
-    with torch.cuda.device_of(g):
+    with _device_of(g):
         _column_sums_of_magnitudes[(programs,)](
             table, *table.stride(), has_gradient, column_sums, rows, columns, **tile
         )
@@ -179,11 +181,16 @@ def _update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_dec
     rows, columns = w.shape
     rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
     tile = update_tile(columns, g.itemsize)
-    with torch.cuda.device_of(w):
+    with _device_of(w):
         _damp_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
             w, *w.stride(), g, *g.stride(), m, *m.stride(), h, moves, rate, decay, rows, columns,
             float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, **tile,
         )  # fmt: skip
+
+
+def _device_of(x):
+    """For Triton, which launches on the current device; a compiled step sets that itself."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def _number(number, device):

@@ -82,7 +82,7 @@ def adam_mini_step(
     rows, decay = as_rows(w), 1 - learning_rate * weight_decay
     update = update or (update_in_place if isinstance(m, torch.Tensor) else update_in_pieces)
     update(rows, as_rows(g), m if isinstance(m, tuple) else as_rows(m), rates, beta1, decay)
-    if rows.data_ptr() != w.data_ptr():  # the rows of a weight that is not contiguous are a copy
+    if w.ndim != 2 and not w.is_contiguous():  # then its rows are a copy
         w.copy_(rows.reshape(w.shape))
     return w, m, v
 
@@ -205,8 +205,9 @@ class AdamMini(BodyOptimizer):
             the kernel where a weight is on a CUDA device and Triton is installed. Default: ``"auto"``.
 
     Raises:
-        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes or is a DTensor, a
-            gradient that is sparse or of another shape, state of another model; nothing is written then.
+        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes, a gradient that
+            is sparse or of another shape, state of another model, a DTensor that is not sharded by rows, ranks that
+            disagree; nothing is written then.
     """
 
     kept = ("decay_vectors", "implementation", "momentum", "_heads", "_by_first")

@@ -109,7 +109,8 @@ class FlashAdamW(_Flash):
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is empty or not floating, for
-            ``weights`` where no parameter is bfloat16, and for state that is not of these parameters and options.
+            ``weights`` where no parameter is bfloat16, for state that is not of these parameters and options, for a
+            DTensor that is not sharded by rows, and for ranks that disagree.
     """
 
     has_second_moment = True

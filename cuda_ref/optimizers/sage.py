@@ -169,7 +169,8 @@ class SAGE(BodyOptimizer):
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is not 1-D or 2-D and floating,
-            and for state that is not of these parameters; nothing is written then.
+            for state that is not of these parameters, for a DTensor that is not sharded by rows, and for ranks that
+            disagree; nothing is written then.
     """
 
     def __init__(

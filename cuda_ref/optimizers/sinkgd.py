@@ -142,8 +142,9 @@ class SinkGD(BodyOptimizer):
     Elements below 1e-22 count as zero.
 
     Raises:
-        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes or is a DTensor, a
-            gradient that is sparse or of another shape, state of another model; nothing is written then.
+        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes, a gradient that
+            is sparse or of another shape, state of another model, a DTensor that is not sharded by rows, ranks that
+            disagree; nothing is written then.
     """
 
     kept = ("decay_vectors", "implementation", "passes", "_by_adamw")

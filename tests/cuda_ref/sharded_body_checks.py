@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from cuda_ref import optimizers, sharding
+from cuda_ref import SplitWeights, optimizers, sharding
 
 KINDS = {
     "AdamMini": {},
@@ -197,6 +197,7 @@ def check_ranks_that_disagree_and_other_placements_are_refused():
         w.grad = torch.ones_like(w)
         options = {"lr": 1e-2} | KINDS[kind]
         raises("a weight of shape (8, 6) has the placements (Shard(dim=1),)", type(optimizer)([w], **options).step)
+    raises("SplitWeights(AdamMini): a weight of shape (8, 6) is a DTensor", SplitWeights, optimizers.AdamMini([w]))
 
 
 if __name__ == "__main__":

@@ -215,26 +215,6 @@ def test_weights_that_do_not_lie_row_by_row_step_alike(kind, implementation):
     assert torch.equal(plain, turned)
 
 
-@pytest.mark.parametrize("kind", ["SAGE", "FlashAdamW, split"])
-def test_the_step_compiles_once_into_one_graph(kind):
-    w, twin = start((8, 33), "bfloat16"), start((8, 33), "bfloat16")
-    lr = torch.tensor(1e-3)
-    compiled, eager = make(kind, [w]), make(kind, [twin])
-    compiled.param_groups[0]["lr"] = eager.param_groups[0]["lr"] = lr
-    graphs = []
-    step = torch.compile(
-        compiled.step, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True
-    )
-    for t in range(3):
-        lr.fill_(1e-3 / (t + 1))
-        w.grad = torch.tensor(gradient((8, 33), t)).bfloat16()
-        twin.grad = w.grad.clone()
-        step()
-        eager.step()
-        assert len(graphs) == 1
-    assert contents(compiled) == contents(eager)
-
-
 BAD = [
     (lambda: SAGE([start((2, 3, 4))], lr=1e-3), r"shape \(2, 3, 4\).*SinkGD or AdamMini"),
     (lambda: SAGE([start((2, 3))], lr=-1.0), r"SAGE\(lr=-1.0\)"),
