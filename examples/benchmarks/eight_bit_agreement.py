@@ -128,7 +128,7 @@ def beside_exact(way, moments, exact):
 
 
 def of_one_format(ours, theirs):
-    """A row of two runs: how many codes differ that do not both stand for zero, by how much, and how far all is apart."""
+    """A row of two runs: codes that differ and do not both stand for zero, and how far all is apart."""
     row = {}
     for number, name in enumerate("mv"):
         (a, b), (codes, others) = ((run[part][number] for run in (ours, theirs)) for part in (1, 2))
