@@ -1,6 +1,5 @@
 """What ``Ember`` asks of options, tables, gradients and loaded state: else InputError, before anything is written."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
@@ -18,6 +17,7 @@ from ember_mlx.shared.ember_options import (
     rounding_warning,
 )
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
     "DTYPES",
@@ -39,16 +39,16 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tables and of gradients, in any mix
 OPTIONS = ("lr", "beta2", "eps", "weight_decay")
 SCHEDULE = "a schedule"  # what a state_dict says of one: a function is nothing to save
-SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
+FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32")
 
 
 def check_group(group: Mapping[str, Any], implementation: str, row_shard_group: Any) -> None:
     """Refuse options out of range, and parameters that are no tables, of one parameter group."""
     _check_learning_rate(group)
-    _check("weight_decay", group["weight_decay"], 0, math.inf, "a finite number, zero or more")
+    _check("weight_decay", group["weight_decay"], *FINITE)
     if not callable(group["beta2"]):
         _check("beta2", group["beta2"], *BETA2_RANGE)
-    _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
+    _check("eps", group["eps"], SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8")
     for number, w in enumerate(group["params"]):
         # A slice of a table may have no rows.
         is_table = w.ndim == 2 and bool(w.numel() if row_shard_group is None else w.shape[1])
@@ -149,7 +149,7 @@ def _check_learning_rate(group):
         if lr.device.type != "cpu":  # to look at its value would wait for the GPU
             return
         lr = lr.item()
-    _check("lr", lr, 0, math.inf, "a finite number, zero or more")
+    _check("lr", lr, *FINITE)
 
 
 def check_gradient(w: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from cuda_ref.optimizers.checks import check_keys
+from cuda_ref.sharding import is_dtensor
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
@@ -64,7 +65,8 @@ class SplitWeights(Optimizer):
 
     Raises:
         InputError: (a ``ValueError``) for another format; for an optimizer that splits weights itself; where no
-            parameter is bfloat16, so that the option means nothing; for a loaded ``rest`` that is not of its weight.
+            parameter is bfloat16, so that the option means nothing; for DTensors (FSDP2); for a loaded ``rest`` that is
+            not of its weight.
 
     Example:
         >>> optimizer = SplitWeights(Ember(tables, lr=1e-5))
@@ -79,6 +81,12 @@ class SplitWeights(Optimizer):
             raise InputError(f"SplitWeights({optimizer!r}): must be a torch.optim.Optimizer, made")
         if isinstance(optimizer, SplitWeights) or getattr(optimizer, "weights", None) is not None:
             raise InputError(f"SplitWeights({name}): {name} splits weights already: take it as it is")
+        for w in (w for group in optimizer.param_groups for w in group["params"]):
+            if is_dtensor(w):
+                raise InputError(
+                    f"SplitWeights({name}): a weight of shape {tuple(w.shape)} is a DTensor, which cannot be float32 "
+                    "for one step: under FSDP2 take FlashAdamW or FlashLion with weights='bf16+int8'"
+                )
         self.optimizer = optimizer
         self.weights = weights
         super().__init__(optimizer.param_groups, {})

@@ -57,6 +57,16 @@ HELP: Help = {
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
+        "clip_layer_norm": (
+            "NORM",
+            "With --stream: clip the norm of each layer's gradients to NORM, tables aside. Another rule than "
+            "--clip-grad-norm, and free. Default: off.",
+        ),
+        "body_rounding": (
+            None,
+            "Rounding of the 16-bit weights that are no table. Stochastic keeps, on average, steps that are too small "
+            "for them: at usual rates most are. Default: stochastic for full with tables, else nearest.",
+        ),
         "bias_correction": (
             None,
             "Correct the bias of adam and adamw, as PyTorch does: the first steps are 3 to 6.5 times shorter. Not of "
@@ -64,8 +74,8 @@ HELP: Help = {
         ),
         "on_nonfinite": (
             None,
-            "At a NaN or an infinity in the loss or a gradient: stop the run, or skip that step and count it. Neither "
-            "reaches the weights.",
+            "At a NaN or an infinity in the loss, a gradient or a new weight: stop the run, or skip that step. Neither "
+            "the weights nor the optimizer's state change.",
         ),
     },
     "token tables": {
@@ -105,6 +115,16 @@ HELP: Help = {
     },
     "memory": {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
+        "stream": (
+            None,
+            "Step every weight inside the backward pass: a run then takes little more memory than the weights and the "
+            "optimizer's state. With lora it does so for the tables and the loss. Default: off.",
+        ),
+        "keep_inputs": (
+            "K",
+            "With --stream: keep the input of every K-th layer and make the others again. Saves memory with long "
+            "sequences, and takes a forward pass more. Default: 1, all are kept.",
+        ),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
         "memory_limit": (
             "SIZE",

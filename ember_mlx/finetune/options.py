@@ -3,7 +3,6 @@
 import argparse
 import copy
 import difflib
-import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +20,11 @@ from ember_mlx.finetune.mlx_lm_internals import (
 from ember_mlx.finetune.optimizer_names import ALIASES, BODY
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.yaml_reading import read_yaml
-from ember_mlx.optimizers.guarded import check_clip_grad_norm
+from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
 from ember_mlx.shared.command_line import actions_of, describe
-from ember_mlx.shared.ember_options import check_row_limit
+from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
     "Options",
@@ -40,6 +39,7 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
+ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
 
 
 def _size(text):
@@ -64,15 +64,19 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_clip": (None, {"type": float}),
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "chunked_loss": (False, SWITCH),
+    "stream": (None, ON_OR_OFF),
+    "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
     "keep_checkpoints": (3, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
+    "clip_layer_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
     "memory_limit": (None, {"type": _limit}),
     "log_jsonl": (None, {"type": str}),
@@ -196,8 +200,9 @@ def check(args: Options) -> None:
     """Refuse values out of range before anything is loaded."""
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
-        if not least <= value <= LARGEST:
-            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}, finite in float32")
+        most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
+        if not least <= value <= most:
+            raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:
@@ -211,12 +216,16 @@ def check(args: Options) -> None:
     if args.table_beta2 is not None:
         if args.table_optimizer not in ("ember", "adamw"):
             raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
-        if not 0 <= args.table_beta2 < 1:
-            raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
+        least, below, in_words = BETA2_RANGE
+        if not least <= args.table_beta2 < below:
+            raise InputError(f"--table-beta2 {args.table_beta2}: must be {in_words}")
     _check_ember_options(args)
     if args.memory_limit == 0:
         raise InputError(f"--memory-limit 0: must be a size such as 12GB, or {NO_LIMIT}")
-    check_clip_grad_norm(f"--clip-grad-norm {args.clip_grad_norm}", args.clip_grad_norm)
+    for name in ("clip_grad_norm", "clip_layer_norm"):
+        check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
+    if args.keep_inputs is not None and args.keep_inputs < 1:
+        raise InputError(f"--keep-inputs {args.keep_inputs}: must be a whole number of at least 1")
     if args.log_jsonl == "":
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
@@ -233,7 +242,7 @@ def _check_ember_options(args):
         if args.table_optimizer != "ember" and getattr(args, name) not in (None, "nearest"):  # as all others round
             raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
     decay = args.table_beta2_decay
-    if decay is not None and not SMALLEST_NORMAL <= decay < math.inf:
+    if decay is not None and not SMALLEST_NORMAL <= decay < ROUNDS_TO_INFINITY:
         raise InputError(f"--table-beta2-decay {decay}: must be a positive number, usually 0.8")
     for name in ("row_clip", "row_floor"):
         check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
@@ -243,7 +252,7 @@ def check_lora_parameters(parameters: dict[str, Any]) -> None:
     """Refuse a rank, scale, dropout or keys that cannot be."""
     ranges = {
         "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
-        "scale": (-math.inf, math.inf, "a number"),
+        "scale": (-LARGEST, ROUNDS_TO_INFINITY, "a number, finite in float32"),
         "dropout": (0, 1, "at least 0 and below 1"),
     }
     for name, (least, below, in_words) in ranges.items():

@@ -44,11 +44,11 @@ class RunLogWriter(TrainingCallback, Watcher):
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
     def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
-        """The update is measured if the next report will tell of it."""
+        """The update is measured if the next report will tell of it; a streamed one has no moment for that."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
         due = step % accumulate == 0 and next_report < step + accumulate
-        return self.update_ratio.measurement if due else None
+        return self.update_ratio.measurement if due and not self.args.stream else None
 
     def after_step(self, step: int, result: StepResult) -> None:
         self.update_ratio.take(result)

@@ -10,8 +10,11 @@ from mlx.utils import tree_flatten
 
 from ember_mlx.shared.ember_options import SAMPLE, not_one_number, rounding_warning
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY
 
-__all__ = ["as_number", "check_number", "check_parameters", "check_state", "warning_of"]
+__all__ = ["FINITE", "as_number", "check_number", "check_parameters", "check_state", "warning_of"]
+
+FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32, or a schedule")
 
 
 def check_number(name: str, value: Any, least: float, below: float, in_words: str, optimizer: str = "Ember") -> None:

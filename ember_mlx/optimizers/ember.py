@@ -29,7 +29,7 @@ from ember_mlx.kernels.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
-from ember_mlx.optimizers.checks import as_number, check_number, check_parameters, check_state, warning_of
+from ember_mlx.optimizers.checks import FINITE, as_number, check_number, check_parameters, check_state, warning_of
 from ember_mlx.shared.ember_options import (
     BETA2_RANGE,
     STEPS_TO_LOOK_AT,
@@ -38,6 +38,7 @@ from ember_mlx.shared.ember_options import (
     check_row_limit,
     warn,
 )
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
     "Ember",
@@ -57,7 +58,6 @@ Keys = tuple[mx.array, mx.array] | None
 # A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
 ROWS_PER_BLOCK = 4096
 SMALL_BLOCK = 512  # rows, where each needs several float32 copies of itself
-SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
 
 
 def ember_step(
@@ -240,7 +240,7 @@ class Ember(Optimizer):
         seed: int = 0,
     ):
         super().__init__()
-        check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
+        check_number("eps", eps, SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8")
         check_rounding(rounding, seed)
         self.beta2 = beta2
         self.eps = eps
@@ -353,5 +353,5 @@ class Ember(Optimizer):
         if callable(value):
             self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size))
         else:
-            check_number(name, value, 0, math.inf, "a finite number, zero or more, or a schedule")
+            check_number(name, value, *FINITE)
             self._maybe_schedule(name, float(value))
