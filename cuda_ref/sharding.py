@@ -119,8 +119,8 @@ def shards_of_dtensor(w: torch.Tensor, optimizer: str = "Ember", noun: str = "ta
     if len(by_rows) > 1 or not all(type(placement) is Replicate for placement in rest):
         raise InputError(
             f"{optimizer}: a {noun} of shape {tuple(w.shape)} has the placements {w.placements}; {optimizer} takes "
-            f"{noun}s sharded by rows over one dimension of the mesh, (Shard(0),), replicated over the others: for "
-            f"example fully_shard without a shard_placement_fn, and no tensor parallelism of this {noun} besides"
+            f"{noun}s sharded by rows over one dimension of the mesh, (Shard(0),), and replicated over the others. Use "
+            f"fully_shard without a shard_placement_fn, and no tensor parallelism of this {noun} besides"
         )
     mesh, placements, total_rows = w.device_mesh, tuple(w.placements), w.shape[0]
     if w.device.type != mesh.device_type:
@@ -194,19 +194,21 @@ def agree(
             if repr(theirs.get(name)) != repr(mine):  # by repr, as a NaN must be equal to a NaN
                 raise InputError(
                     f"{call}: the ranks disagree on {name}: rank {ranks[0]} has {mine!r}, rank {rank} has "
-                    f"{theirs.get(name)!r}: give every rank the same, and load the same checkpoint on all"
+                    f"{theirs.get(name)!r}; give every rank the same, and load the same checkpoint on all"
                 )
     return [theirs for _, _, theirs in everyone]
 
 
-def find_shards(shards: dict, tables: Iterable[torch.Tensor]):
+def find_shards(shards: dict[torch.Tensor, RowShards], tables: Iterable[torch.Tensor]) -> None:
     """Add the RowShards of each DTensor among the tables to ``shards``, by table, unless they are there."""
     for w in tables:
         if w not in shards and is_dtensor(w):
             shards[w] = shards_of_dtensor(w)
 
 
-def agree_on_step(shards: dict, facts: dict, tables: list[tuple], fault: InputError | None):
+def agree_on_step(
+    shards: dict[torch.Tensor, RowShards], facts: dict, tables: list[tuple], fault: InputError | None
+) -> None:
     """Find that all ranks are about to take the same step on the tables that they share.
 
     All ranks call it together.

@@ -1,6 +1,5 @@
 """What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -13,7 +12,7 @@ from cuda_ref import sharded_weights, sharding, triton_kernels
 from cuda_ref.optimizers.checks import DTYPES, check_keys, fault_of, name_of
 from cuda_ref.optimizers.ember import bias_correction, update_second_moment
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
 __all__ = ["BodyOptimizer", "adamw_step"]
 
@@ -213,13 +212,13 @@ class BodyOptimizer(Optimizer):
             if lr.ndim or not lr.is_floating_point():
                 raise self._error(f"(lr=...): a tensor of shape {tuple(lr.shape)} and {lr.dtype}: must be one float")
         else:
-            self._check("lr", lr, 0, "a finite number, zero or more")
-        self._check("weight_decay", group["weight_decay"], 0, "a finite number, zero or more")
+            self._check("lr", lr, 0, "zero or more and finite in float32")
+        self._check("weight_decay", group["weight_decay"], 0, "zero or more and finite in float32")
         self._check("eps", group["eps"], SMALLEST_NORMAL, "a positive number, usually 1e-8")
         in_range = isinstance(betas, tuple | list) and len(betas) == 2
-        if not in_range or not all(isinstance(beta, Real) and 0 <= beta < 1 for beta in betas):
+        if not in_range or not all(isinstance(beta, Real) and 0 <= beta < ROUNDS_TO_ONE for beta in betas):
             raise self._error(
-                f"(betas={betas!r}): must be two numbers, each at least 0 and below 1, usually (0.9, 0.999)"
+                f"(betas={betas!r}): must be two numbers from 0 to below 1, in float32 too, usually (0.9, 0.999)"
             )
         for number, w in enumerate(group["params"]):
             if w.dtype not in DTYPES or not w.numel():
@@ -247,7 +246,7 @@ class BodyOptimizer(Optimizer):
             )
 
     def _check(self, name, value, least, in_words):
-        if not isinstance(value, Real) or not least <= value < math.inf:
+        if not isinstance(value, Real) or not least <= value < ROUNDS_TO_INFINITY:
             raise self._error(f"({name}={value!r}): must be {in_words}")
 
     def _error(self, what):

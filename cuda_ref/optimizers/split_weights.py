@@ -151,7 +151,7 @@ class SplitWeights(Optimizer):
             if rest is not None and (w.dtype != torch.bfloat16 or rest.shape != w.shape or rest.dtype != torch.int8):
                 raise InputError(
                     f"SplitWeights.load_state_dict: the state has a rest of shape {tuple(rest.shape)} and dtype "
-                    f"{rest.dtype} for parameter {i}, of shape {tuple(w.shape)} and dtype {w.dtype}: it must be int8, "
+                    f"{rest.dtype} for parameter {i}, of shape {tuple(w.shape)} and dtype {w.dtype}; it must be int8, "
                     "in the shape of a bfloat16 parameter. Load the state of this model"
                 )
         others = {i: {name: value for name, value in state.items() if name != "rest"}
