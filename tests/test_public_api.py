@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 PENDING = {
     f"{room}.{name}"
     for room, names in {
-        "ember_mlx.streaming": "call_tree embedding glue head head_module layers pacing segments sinks step table "
+        "ember_mlx.streaming": "call_tree embedding glue head head_module pacing segments sinks step table "
         "units updates",
     }.items()
     for name in names.split()
