@@ -79,23 +79,27 @@ class Updates:
     def __call__(self, weights, gradients, scale=None):
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
-        One compiled function an optimizer does it array by array: a GPU then compiles a kernel once for all layers.
+        All of a layer's are built by one call, and each may be evaluated by itself.
 
         Args:
             weights, gradients (dict): By path, of the same paths.
             scale (array, optional): What the gradients are multiplied by.
         """
-        results = {}
-        for path, gradient in gradients.items():
-            leaf, state = self._of[path], self.state(path)
-            unread = self._unread[id(leaf)]
-            read = {name: value for name, value in state.items() if name not in unread}
-            weight, new, finite = self._functions[id(leaf)](
-                gradient, weights[path], read, self._shared[id(leaf)], scale
-            )
-            state.update(new)
-            self.note(path, finite)
-            results[path] = weight, list(new.values())
+        by_leaf, results = {}, {}
+        for path in gradients:
+            by_leaf.setdefault(id(self._of[path]), []).append(path)
+        for leaf, paths in by_leaf.items():
+            unread = self._unread[leaf]
+            states = [self.state(path) for path in paths]
+            triples = [
+                (gradients[path], weights[path], {name: state[name] for name in state if name not in unread})
+                for path, state in zip(paths, states, strict=True)
+            ]
+            applied = self._functions[leaf](triples, self._shared[leaf], scale)
+            for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
+                state.update(new)
+                self.note(path, finite)
+                results[path] = weight, list(new.values())
         return results
 
     def note(self, path, finite):
@@ -125,18 +129,22 @@ class Updates:
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
 
 
-def _applied(leaf, gradient, weight, state, shared, scale):
-    """The update of one array as a function of all that it reads, so that ``mx.compile`` may fuse it."""
+def _applied(leaf, triples, shared, scale):
+    """The updates of some arrays as a function of all that they read; layers of equal shapes share what is compiled."""
+    own = {name: leaf.state[name] for name in shared}
+    leaf.state.update(shared)
+    try:
+        return [_applied_to_one(leaf, *triple, scale) for triple in triples]
+    finally:
+        leaf.state.update(own)
+
+
+def _applied_to_one(leaf, gradient, weight, state, scale):
     if scale is not None:
         gradient = (gradient * scale).astype(gradient.dtype)
     finite = _is_safe(gradient)
     new = dict(state)
-    own = {name: leaf.state[name] for name in shared}
-    leaf.state.update(shared)
-    try:
-        updated = leaf.apply_single(gradient, weight, new)
-    finally:
-        leaf.state.update(own)
+    updated = leaf.apply_single(gradient, weight, new)
     changed = {
         name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
     }
