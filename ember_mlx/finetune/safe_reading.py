@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from ember_mlx.optimizers.guarded import all_finite
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
@@ -123,9 +124,9 @@ def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], whe
 
 
 def check_finite(arrays: dict[str, mx.array], where: str, remedy: str) -> None:
-    """Refuse, by name, an array with a number that is not finite."""
+    """Refuse, by name, an array with a number that is not finite; they are looked at one at a time."""
     for name, array in arrays.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+        if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
             count = array.size - mx.isfinite(array).sum().item()
             raise InputError(f"{where}: {name} has {count} of {array.size} numbers that are not finite; {remedy}")
 

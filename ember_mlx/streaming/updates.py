@@ -39,7 +39,7 @@ class Updates:
         for path, leaf in self._of.items():
             if not _looks_at_one_array(leaf):
                 raise InputError(
-                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once: "
+                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once; "
                     "take an optimizer that looks at one array at a time, or train with an ordinary step"
                 )
         if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
