@@ -61,11 +61,11 @@ class StreamedHead:
         self._hidden, self._targets, self._weights = hidden, targets, weights
         most = max(128, LOGITS_AT_ONCE // n // 128 * 128)
         rows = self._block_rows or min(most, max(128, self.head.vocabulary // BLOCKS // 128 * 128))
-        self._blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
+        self.blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
         keeps = bool(self.table or self.others) and n * self.head.vocabulary * hidden.itemsize <= self._keep_bytes
         self._kept = []
         largest, total, by_hidden = mx.full((n,), -1e30), mx.zeros((n,)), mx.zeros(hidden.shape)
-        for block in self._blocks:
+        for block in self.blocks:
             largest, total, by_hidden, logits = self._forward(hidden, self._rows(block), largest, total, by_hidden)
             if keeps:
                 self._kept.append(logits)
@@ -92,7 +92,7 @@ class StreamedHead:
         quadratic = n <= features // 2
         gram = hidden @ hidden.T / features if quadratic else None
         row_means, columns = [], 0
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
             of_rows, part = self._quadratic(*arguments, gram) if quadratic else self._squares(*arguments, hidden)
             row_means.append(of_rows)
@@ -122,7 +122,7 @@ class StreamedHead:
             of_ids = self.table.new_rows(ids, self.table.weight[ids], gradient)
             mx.eval(of_ids)
             del gradient, added
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             logits = self._logits(number)
             if self._kept:
                 self._kept[number] = None
@@ -137,13 +137,20 @@ class StreamedHead:
             self.table.write(ids, of_ids)
         self.table.flush()
 
+    def block_gradient(self, number):
+        """The head's gradient in one of ``blocks``, (n, D) float32."""
+        hidden = self._hidden.astype(mx.float32)
+        return self._gradient(
+            self._logits(number), self._log_sum_exp, self._targets - self.blocks[number].start, self._weights, hidden
+        )
+
     def gradients_of_others(self):
         """Of the head's other trainable weights (a bias, an adapter, a table that Ember does not train), by name."""
         if not self.others:
             return {}
         parameters = dict(tree_flatten(self.head.module.parameters()))
         parts = []
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
             parts.append(self._of_others(*arguments, self._hidden, self._rows(block)))
             self._pace.one_behind(*parts[-1])
@@ -162,7 +169,7 @@ class StreamedHead:
 
     def _logits(self, number):
         """Of a block, before what comes after the head: kept or made again."""
-        return self._kept[number] if self._kept else self._raw(self._hidden, self._rows(self._blocks[number]))
+        return self._kept[number] if self._kept else self._raw(self._hidden, self._rows(self.blocks[number]))
 
     def _raw(self, hidden, parameters):
         return self.head.raw_logits(hidden[None], parameters)[0]

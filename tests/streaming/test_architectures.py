@@ -141,6 +141,6 @@ def test_a_frozen_body_stops_the_backward_pass():
     model.freeze()
     model.layers[-1].unfreeze()
     step = check(model)
-    wanted = [plan for plan, _ in step._plans.values()]
+    wanted = [plan for plan, _ in step._forward.plans.values()]
     assert not any(wanted)
     assert {path.split(".")[2] for path, _ in tree_flatten(model.trainable_parameters())} == {"3"}
