@@ -12,6 +12,8 @@ accurate in 16 bits.
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ember_mlx.streaming.head_module import Head
+from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.table import EmberTable
 
 __all__ = ["StreamedHead"]
@@ -33,7 +35,15 @@ class StreamedHead:
         block_rows (int, optional): Of a block.
     """
 
-    def __init__(self, head, path, table: EmberTable | None, pace, keep_bytes, block_rows=None):
+    def __init__(
+        self,
+        head: Head,
+        path: str,
+        table: EmberTable | None,
+        pace: Pace,
+        keep_bytes: int,
+        block_rows: int | None = None,
+    ):
         self.head = head
         self.path = path
         self.table = table
@@ -49,7 +59,7 @@ class StreamedHead:
         self._gradient = mx.compile(self._gradient_of)
         self._of_others = mx.compile(self._others_of)
 
-    def loss(self, hidden, targets, weights):
+    def loss(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """Pass 1: the loss, float32, and its gradient by the hidden states.
 
         Args:
@@ -77,11 +87,11 @@ class StreamedHead:
         mx.async_eval(loss, by_hidden, self._log_sum_exp)
         return loss, by_hidden
 
-    def scale(self, factor):
+    def scale(self, factor: mx.array) -> None:
         """Of the gradient that is still to be made."""
         self._weights = self._weights * factor
 
-    def statistics(self, looked_up=None):
+    def statistics(self, looked_up: tuple[mx.array, mx.array] | None = None) -> tuple[mx.array, mx.array]:
         """Pass 2: means of squares of the table's gradient, over columns (V,) and rows (D,), float32.
 
         Args:
@@ -107,14 +117,14 @@ class StreamedHead:
             column_sum = column_sum + (added * (2 * of_head + added)).sum(0)
         return row_mean, column_sum / vocabulary
 
-    def rows_gradient(self, ids):
+    def rows_gradient(self, ids: mx.array) -> mx.array:
         """The head's gradient in a few rows, (U, D) float32."""
         logits = self._raw(self._hidden, self._rows(ids))
         tokens = mx.where(self._targets[:, None] == ids, mx.arange(ids.size), 0).sum(1)
         tokens = mx.where((self._targets[:, None] == ids).any(1), tokens, -1)
         return self._by_logits(logits, self._log_sum_exp, tokens, self._weights).T @ self._hidden.astype(mx.float32)
 
-    def step(self, looked_up=None):
+    def step(self, looked_up: tuple[mx.array, mx.array] | None = None) -> None:
         """Pass 3: the table's rows, whose second moments have been stepped. The logits are let go of on the way."""
         if looked_up is not None:
             ids, added = looked_up
@@ -137,14 +147,14 @@ class StreamedHead:
             self.table.write(ids, of_ids)
         self.table.flush()
 
-    def block_gradient(self, number):
+    def block_gradient(self, number: int) -> mx.array:
         """The head's gradient in one of ``blocks``, (n, D) float32."""
         hidden = self._hidden.astype(mx.float32)
         return self._gradient(
             self._logits(number), self._log_sum_exp, self._targets - self.blocks[number].start, self._weights, hidden
         )
 
-    def gradients_of_others(self):
+    def gradients_of_others(self) -> dict[str, mx.array]:
         """Of the head's other trainable weights (a bias, an adapter, a table that Ember does not train), by name."""
         if not self.others:
             return {}
@@ -157,7 +167,7 @@ class StreamedHead:
         joined = zip(self.others, zip(*parts, strict=True), strict=True)
         return {f"{self.path}.{name}": self.head.joined(parameters[name], blocks) for name, blocks in joined}
 
-    def forget(self):
+    def forget(self) -> None:
         """Let go of what belongs to this step."""
         self._hidden = self._kept = self._log_sum_exp = self._weights = self._targets = None
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.table import EmberTable
 
 __all__ = ["Machines", "Reduce"]
@@ -33,13 +34,15 @@ class Machines:
         """Over the machines, in the array's dtype."""
         return (self.sum(array) / self.count).astype(array.dtype) if self.several else array
 
-    def row_gradients(self, table: EmberTable, head, looked_up) -> list[tuple[slice, Callable[[], mx.array]]]:
+    def row_gradients(
+        self, table: EmberTable, head: StreamedHead | None, looked_up: tuple[mx.array, mx.array] | None
+    ) -> list[tuple[slice, Callable[[], mx.array]]]:
         """A table's gradient, block by block: the rows, and a function that makes it, (n, D) float32.
 
         Args:
             table: The table.
-            head (StreamedHead or None): Where it is a head.
-            looked_up (tuple or None): Ids (U,) and the gradient of their embeddings, (U, D) float32.
+            head: Where it is a head.
+            looked_up: Ids (U,) and the gradient of their embeddings, (U, D) float32.
         """
         rows, features = table.shape
         blocks = head.blocks if head else [slice(i, min(i + BLOCK_ROWS, rows)) for i in range(0, rows, BLOCK_ROWS)]

@@ -7,6 +7,7 @@ infinity in it changes neither its weight nor the weight's state, and is named a
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.optimizers import SGD, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
@@ -30,7 +31,7 @@ class Updates:
         InputError: (a ``ValueError``) for an optimizer that needs all gradients at once.
     """
 
-    def __init__(self, optimizer, model):
+    def __init__(self, optimizer: Optimizer, model: nn.Module):
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"StreamedStep(optimizer={optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         trainable = dict(tree_flatten(model.trainable_parameters()))
@@ -51,14 +52,15 @@ class Updates:
         self._shared = {}
 
     @property
-    def clip_grad_norm(self):
+    def clip_grad_norm(self) -> float | None:
+        """What the optimizer clips the global norm to."""
         return getattr(self.optimizer, "clip_grad_norm", None)
 
-    def leaf(self, path) -> Optimizer:
+    def leaf(self, path: str) -> Optimizer:
         """The optimizer that trains the weight."""
         return self._of[path]
 
-    def state(self, path) -> dict:
+    def state(self, path: str) -> dict:
         """The state of the weight, wherever it stands in the optimizer's."""
         state = self._of[path].state
         if path in state:
@@ -67,7 +69,7 @@ class Updates:
             state = state[int(part)] if isinstance(state, list | tuple) else state[part]
         return state
 
-    def begin(self):
+    def begin(self) -> None:
         """As ``apply_gradients`` begins."""
         self._finite = {}
         for leaf in self._leaves:
@@ -76,7 +78,9 @@ class Updates:
             leaf.state["step"] = leaf.step + 1
             self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
 
-    def __call__(self, weights, gradients, scale=None):
+    def __call__(
+        self, weights: dict[str, mx.array], gradients: dict[str, mx.array], scale: mx.array | None = None
+    ) -> dict[str, tuple[mx.array, list[mx.array]]]:
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
         All of a layer's are built by one call, and each may be evaluated by itself.
@@ -102,7 +106,7 @@ class Updates:
                 results[path] = weight, list(new.values())
         return results
 
-    def note(self, path, finite):
+    def note(self, path: str, finite: mx.array) -> None:
         """Whether the gradient of a weight was finite: False, and it was not stepped."""
         self._finite[path] = finite
 
@@ -118,12 +122,12 @@ class Updates:
             self.count()
         return refused
 
-    def count(self):
+    def count(self) -> None:
         """Count a step with a NaN or an infinity, where the optimizer counts them."""
         if getattr(self.optimizer, "skip_nonfinite", False):
             self.optimizer.count_nonfinite()
 
-    def arrays(self):
+    def arrays(self) -> list[mx.array]:
         """What a step has changed that belongs to no single weight."""
         own = [value for leaf in self._leaves for value in leaf.state.values() if isinstance(value, mx.array)]
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
