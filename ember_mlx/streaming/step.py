@@ -235,7 +235,7 @@ class StreamedStep:
         if self._segments.needed is None:
             zeros = mx.zeros_like(_first(recording.result)[0])
             self._segments.needed = frozenset(self._glue.vjp(recording, _first, [zeros]))
-            if any(indirect) and self._segments.keep > 1:
+            if any(indirect[1:]) and self._segments.keep > 1:
                 self.notes.append("arithmetic between the layers reads their outputs: all inputs are kept")
                 self._segments.keep = 1
         for i in range(len(recording.calls)):
