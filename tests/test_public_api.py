@@ -20,12 +20,8 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 PENDING = {
     f"{room}.{name}"
     for room, names in {
-        "ember_mlx.kernels": "choice",
-        "ember_mlx.optimizers": "checks ember guarded paired rounded",
         "ember_mlx.streaming": "call_tree embedding glue head head_module layers pacing segments sinks step table "
         "units updates",
-        "cuda_ref.optimizers": "checks ember",
-        "cuda_ref": "pairing sharding",
     }.items()
     for name in names.split()
 }

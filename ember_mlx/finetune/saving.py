@@ -101,7 +101,7 @@ class Saving:
             raise
         except BaseException:
             if self.newest:
-                rprint(f"The run broke off; {self._how_to_go_on()}")
+                rprint(f"The run stopped early; {self._how_to_go_on()}")
             raise
 
     def resume_words(self) -> list[str]:
@@ -117,8 +117,8 @@ class Saving:
 
     def _how_to_go_on(self):
         if not self.newest:
-            return "there is no checkpoint to go on from"
-        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} goes on from it"
+            return "no checkpoint exists to resume from"
+        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} continues from it"
 
     @property
     def newest(self) -> Path | None:
@@ -137,7 +137,7 @@ class Saving:
             return save(*arguments)
         except OSError as error:
             self.failed.append(f"{what} ({error.strerror or error})")
-            newest = f"{self.newest} is as it was" if self.newest else "there is no checkpoint to go on from"
+            newest = f"{self.newest} is unchanged" if self.newest else "no checkpoint exists to resume from"
             rprint(f"  not saved  {self.failed[-1]}; {newest}")
             return []
 

@@ -138,7 +138,7 @@ def _start_rest(path, parameter, state):
     if rest.shape != parameter.shape or rest.dtype != mx.int8:
         raise InputError(
             f"SplitWeights: the state has a rest of shape {rest.shape} and dtype {rest.dtype} for {path} of shape "
-            f"{parameter.shape}, which needs its shape and int8: load the state of this model"
+            f"{parameter.shape}, which needs its shape and int8; load the state of this model"
         )
 
 

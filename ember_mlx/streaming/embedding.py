@@ -57,3 +57,4 @@ def step_looked_up(table, ids, rows, block_rows=4096):
             del weight
             table.write(block, decayed)
     table.write(ids, new)
+    table.flush()

@@ -4,7 +4,6 @@ A replay computes nothing of the units; of the glue, MLX computes what the wante
 """
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 from ember_mlx.streaming.call_tree import build, flatten, is_float
 from ember_mlx.streaming.units import calls_go_to, put_back_random_state
@@ -24,15 +23,15 @@ class Glue:
     """The glue of one model, with the names of the trainable weights in it.
 
     Args:
-        model (Module): The model.
         units (dict): Its units, by path.
-        names (list): Paths of the trainable weights outside them.
+        weights (Weights): The model's trainable weights.
+        names (list): Paths of those outside the units.
     """
 
-    def __init__(self, model, units, names):
-        self.model = model
+    def __init__(self, units, weights, names):
         self.units = units
         self.names = names
+        self._weights = weights
 
     def vjp(self, recording, pick, cotangents, stop_at=None):
         """Cotangents of the outputs of calls, by (call, output), and of the glue's weights, by name.
@@ -47,13 +46,12 @@ class Glue:
         """
         calls = recording.calls[:stop_at]
         places = [(i, j) for i, call in enumerate(calls) for j, a in enumerate(call.outputs) if is_float(a)]
-        flat = dict(tree_flatten(self.model.trainable_parameters()))
-        weights = [flat[name] for name in self.names]
+        weights = [self._weights[name] for name in self.names]
         reached = set()
 
         def function(*primals):
-            named = zip(self.names, primals, strict=False)
-            self.model.update(tree_unflatten([(name, _probe(w, reached, name)) for name, w in named]))
+            for name, weight in zip(self.names, primals, strict=False):
+                self._weights[name] = _probe(weight, reached, name)
             outputs = [list(call.outputs) for call in recording.calls[:stop_at]]
             for (i, j), array in zip(places, primals[len(weights) :], strict=True):
                 outputs[i][j] = _probe(array, reached, (i, j))
@@ -63,7 +61,8 @@ class Glue:
         try:
             _, gradients = mx.vjp(function, primals, cotangents)
         finally:
-            self.model.update(tree_unflatten(list(zip(self.names, weights, strict=True))))
+            for name, weight in zip(self.names, weights, strict=True):
+                self._weights[name] = weight
         return {key: g for key, g in zip([*self.names, *places], gradients, strict=True) if key in reached}
 
     def depends(self, recording, stop_at, inputs):

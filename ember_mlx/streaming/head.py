@@ -16,6 +16,8 @@ from ember_mlx.streaming.table import EmberTable
 
 __all__ = ["StreamedHead"]
 
+BLOCKS = 36
+LOGITS_AT_ONCE = 2**24  # or more blocks, of so many logits
 TARGETS_AT_ONCE = 256  # each meets the rows of all the others
 
 
@@ -57,8 +59,8 @@ class StreamedHead:
         """
         n = targets.size
         self._hidden, self._targets, self._weights = hidden, targets, weights
-        most = max(128, 2**24 // n // 128 * 128)
-        rows = self._block_rows or min(most, max(128, self.head.vocabulary // 24 // 128 * 128))
+        most = max(128, LOGITS_AT_ONCE // n // 128 * 128)
+        rows = self._block_rows or min(most, max(128, self.head.vocabulary // BLOCKS // 128 * 128))
         self._blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
         keeps = bool(self.table or self.others) and n * self.head.vocabulary * hidden.itemsize <= self._keep_bytes
         self._kept = []
@@ -133,6 +135,7 @@ class StreamedHead:
             del new
         if looked_up is not None:
             self.table.write(ids, of_ids)
+        self.table.flush()
 
     def gradients_of_others(self):
         """Of the head's other trainable weights (a bias, an adapter, a table that Ember does not train), by name."""

@@ -25,10 +25,11 @@ class Pace:
         if not self.ahead or not arrays:
             mx.eval(arrays)
             return
-        self._group += arrays
-        self._group_bytes += sum(array.nbytes for array in arrays)
-        if self._group_bytes >= self.ahead // 2:
+        size = sum(array.nbytes for array in arrays)
+        if self._group_bytes + size > self.ahead // 2:
             self.start()
+        self._group += arrays
+        self._group_bytes += size
 
     def start(self):
         """Start what is together so far; wait for the oldest until there is room for it."""

@@ -1,7 +1,6 @@
 """What becomes of a gradient as soon as it can be made: a step of its weight, or its square for the global norm."""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.guarded import global_norm
 from ember_mlx.streaming.embedding import mean_squares_of_rows, step_looked_up
@@ -14,30 +13,29 @@ class Stepping:
 
     Args:
         updates (Updates): The optimizer.
+        weights (Weights): The model's.
         pace (Pace): Evaluates.
         clip_layer_norm (float, optional): The most that the norm of one unit's gradients together may be.
     """
 
     keeps_recordings = False
 
-    def __init__(self, updates, pace, clip_layer_norm=None):
+    def __init__(self, updates, weights, pace, clip_layer_norm=None):
         self._updates = updates
+        self._weights = weights
         self._pace = pace
         self._clip_layer_norm = clip_layer_norm
 
-    def arrays(self, module, prefix, gradients):
-        """Gradients by their names in a module, whose path is ``prefix``; the dict is emptied, last first."""
+    def arrays(self, gradients):
+        """Gradients by path; the dict is emptied, last first."""
         scale = None
         if self._clip_layer_norm is not None and gradients:
             scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0)
-        parameters = dict(tree_flatten(module.trainable_parameters()))
-        weights = {f"{prefix}{name}": parameters[name] for name in gradients}
-        stepped = self._updates(weights, {f"{prefix}{name}": gradients[name] for name in gradients}, scale)
+        stepped = self._updates({path: self._weights[path] for path in gradients}, gradients, scale)
         gradients.clear()
         # The module lets go of the old weights before the new ones are made: they may take their place.
-        for path, (new, _) in stepped.items():
-            _put(module, path.removeprefix(prefix), new)
-        del parameters, weights
+        for path in stepped:
+            self._weights[path] = stepped[path][0]
         while stepped:
             _, (new, state) = stepped.popitem()
             self._pace(new, *state)
@@ -62,7 +60,7 @@ class GlobalNorm:
         self._pace = pace
         self._squares = mx.array(0.0)
 
-    def arrays(self, module, prefix, gradients):
+    def arrays(self, gradients):
         while gradients:
             _, gradient = gradients.popitem()
             self._add(mx.square(global_norm([gradient])))
@@ -80,11 +78,3 @@ class GlobalNorm:
     def _add(self, squares):
         self._squares = self._squares + squares
         self._pace.one_behind(self._squares)
-
-
-def _put(module, name, array):
-    """``Module.update`` with one array, which cannot reach one of several in a list."""
-    *parts, last = name.split(".")
-    for part in parts:
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    module[int(last) if isinstance(module, list) else last] = array

@@ -25,6 +25,7 @@ from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import find_units, is_leaf, put_back_random_state, record
 from ember_mlx.streaming.updates import Updates
+from ember_mlx.streaming.weights import Weights
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["StepResult", "StreamedStep"]
@@ -70,6 +71,8 @@ class StreamedStep:
             Default: by their size.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
+        run_ahead (int, optional): Bytes of new weights that a GPU is handed before the first of them must be done: more
+            take less time and more memory. Default: 1/128 of the weights, at least 32 MB. A CPU is not run ahead.
 
     ``notes`` are the ways in which this model takes more memory than others, in words. ``on_phase``, if set, is called
     with the name of each phase of a step at its end, when all of it is done: forward, loss, head, layers, embedding.
@@ -95,6 +98,7 @@ class StreamedStep:
         keep_logits: bool | None = None,
         block_rows: int | None = None,
         keep_inputs: int = 1,
+        run_ahead: int | None = None,
     ):
         self.model = model
         self.notes = []
@@ -109,7 +113,7 @@ class StreamedStep:
             )
         self._clip_layer_norm = clip_layer_norm
         weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        self._pace = Pace(max(LEAST_AHEAD, weights // SHARE_AHEAD))
+        self._pace = Pace(max(LEAST_AHEAD, weights // SHARE_AHEAD) if run_ahead is None else run_ahead)
         keep_bytes = {None: weights // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
         self._head = self._find_head(keep_bytes, block_rows)
         self._embeddings = self._find_embeddings()
@@ -121,10 +125,12 @@ class StreamedStep:
         of_rows = {table.path for table in self._embeddings.values()}
         if self._head and self._head.table:
             of_rows.add(self._head.table.path)
-        self._layers = Layers(units, of_rows)
-        in_units = {f"{path}.{name}" for path, names in self._layers.names.items() for name in names}
-        trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-        self._glue = Glue(model, units, [name for name in trainable if name not in in_units | of_rows])
+        self._weights = Weights(model)
+        self._layers = Layers(units, self._weights, of_rows)
+        in_units = {name for names in self._layers.names.values() for name in names}
+        self._glue = Glue(
+            units, self._weights, [name for name in self._weights.places if name not in in_units | of_rows]
+        )
         self._plans = {}
         self._segments = Segments(_at_least_one("keep_inputs", keep_inputs))
         if self._head:  # else the first step plans
@@ -184,7 +190,9 @@ class StreamedStep:
             if self._head:
                 self._head.scale(scale)
         self._updates.begin()
-        self._backward(recordings, cotangents, Stepping(self._updates, self._pace, self._clip_layer_norm))
+        self._backward(
+            recordings, cotangents, Stepping(self._updates, self._weights, self._pace, self._clip_layer_norm)
+        )
         mx.eval(self._updates.arrays())
         return self._updates.finish()
 
@@ -305,7 +313,7 @@ class StreamedStep:
                 sink.head(head, rows)
             elif rows is not None:
                 sink.embedding(self._embeddings[path], *rows)
-        sink.arrays(self.model, "", of_glue)
+        sink.arrays(of_glue)
         self._phase("embedding")
 
     def _phase(self, name):
@@ -339,7 +347,7 @@ class StreamedStep:
                 elif i:
                     self._segments.drop(recording, i, self._plans[self._plan_key(recording, i)][0])
             if path in waiting and path not in paths[:i]:
-                sink.arrays(self._layers.units[path], f"{path}.", waiting.pop(path))
+                sink.arrays(waiting.pop(path))
 
     def _through_a_call(self, recording, i, of_glue):
         """Gradients of the unit's weights by name, lazy, or None; the cotangents go on, evaluated first."""
@@ -420,10 +428,9 @@ class StreamedStep:
 
     def _refuse_a_trace(self):
         """Inside a trace MLX keeps the graph of what is evaluated: this would be a plain step, in more memory."""
-        weight = next((array for _, array in tree_flatten(self.model.trainable_parameters())), None)
-        if weight is None:
+        if not tree_flatten(self.model.trainable_parameters()):
             raise InputError("StreamedStep: nothing in the model is trainable: unfreeze something")
-        derived = weight.reshape(-1)[:1] * 1
+        derived = self._weights[next(iter(self._weights.places))].reshape(-1)[:1] * 1
         try:
             mx.eval(derived)
             inside = not is_leaf(derived)

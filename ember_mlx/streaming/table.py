@@ -29,6 +29,7 @@ class EmberTable:
         self._module = module
         self._name = name
         self._pace = pace
+        self._written, self._bytes = [], 0
         self._ember = updates.leaf(path)
         self._new_rows = mx.compile(self._new_rows_of)
         if self._ember.rounding == "stochastic" and self.weight.dtype in DROPPED_BITS:
@@ -71,9 +72,18 @@ class EmberTable:
         return mx.where(finite, new, weight)
 
     def write(self, rows, new):
-        """Put rows into the table. The caller holds no view of it any more."""
-        mx.eval(new)
+        """Put rows into the table, at the latest at :meth:`flush`. The caller holds no view of it any more."""
+        self._pace.one_behind(new)
+        self._written.append((rows, new))
+        self._bytes += new.nbytes
+        if self._bytes >= self._pace.ahead:
+            self.flush()
+
+    def flush(self):
+        """One wait for several blocks of rows: until nothing in flight holds the table."""
         self._pace.finish()
         table = self._module[self._name]
-        table[rows] = new
+        for rows, new in self._written:
+            table[rows] = new
+        self._written, self._bytes = [], 0
         mx.eval(table)

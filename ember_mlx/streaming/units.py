@@ -142,14 +142,13 @@ def record(run, units, evaluate, look_for_sources, after_call) -> Recording:
         call = Call(path, spec, [mx.stop_gradient(leaf) for leaf in leaves], mx.random.state[0])
         if look_for_sources:
             call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
-        mx.async_eval(call.inputs)
         result = own_call(*arguments, **keywords)
         call.out_spec, outputs, _ = flatten(result)
         of_objects = [flatten(item) for item in objects]
         call.object_specs = [spec for spec, _, _ in of_objects]
         outputs = outputs + [leaf for _, leaves, _ in of_objects for leaf in leaves]
         call.outputs = [mx.stop_gradient(leaf) for leaf in outputs]
-        evaluate(*call.outputs, *outputs)
+        evaluate(*call.outputs, *outputs, *call.inputs)
         call.key_after = mx.random.state[0]
         if look_for_sources:
             made.update({id(leaf): (len(recording.calls), j) for j, leaf in enumerate(outputs)})

@@ -4,8 +4,10 @@ MLX's ``apply_gradients`` steps the counter at each call, so it is taken apart h
 infinity in it changes neither its weight nor the weight's state, and is named at the end of the step.
 """
 
+from functools import partial
+
 import mlx.core as mx
-from mlx.optimizers import SGD, MultiOptimizer, Optimizer
+from mlx.optimizers import SGD, Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, norm_is_safe
@@ -38,12 +40,14 @@ class Updates:
         for path, leaf in self._of.items():
             if not _looks_at_one_array(leaf):
                 raise InputError(
-                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once: "
+                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once; "
                     "take an optimizer that looks at one array at a time, or train with an ordinary step"
                 )
         if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
             optimizer.init(model.trainable_parameters())
-        self._functions = {}
+        self._leaves = list({id(leaf): leaf for leaf in self._of.values()}.values())
+        self._functions = {id(leaf): mx.compile(partial(_applied, leaf)) for leaf in self._leaves}
+        self._unread = {id(leaf): _unread(leaf) for leaf in self._leaves}
         self._finite = {}
         self._shared = {}
 
@@ -67,7 +71,7 @@ class Updates:
     def begin(self):
         """As ``apply_gradients`` begins."""
         self._finite = {}
-        for leaf in {id(leaf): leaf for leaf in self._of.values()}.values():
+        for leaf in self._leaves:
             for name, schedule in leaf._schedulers.items():
                 leaf.state[name] = schedule(leaf.step)
             leaf.state["step"] = leaf.step + 1
@@ -76,26 +80,23 @@ class Updates:
     def __call__(self, weights, gradients, scale=None):
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
-        All of a layer's are built at once, and each may be evaluated by itself.
+        One compiled function an optimizer does it array by array: a GPU then compiles a kernel once for all layers.
 
         Args:
             weights, gradients (dict): By path, of the same paths.
             scale (array, optional): What the gradients are multiplied by.
         """
-        by_leaf, results = {}, {}
-        for path in gradients:
-            by_leaf.setdefault(id(self._of[path]), []).append(path)
-        for paths in by_leaf.values():
-            leaf = self._of[paths[0]]
-            unread = _unread(leaf)
-            states = [self.state(path) for path in paths]
-            read = [{name: value for name, value in state.items() if name not in unread} for state in states]
-            triples = [(gradients[path], weights[path], state) for path, state in zip(paths, read, strict=True)]
-            applied = self._function(leaf)(triples, self._shared[id(leaf)], scale)
-            for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
-                state.update(new)
-                self.note(path, finite)
-                results[path] = weight, list(new.values())
+        results = {}
+        for path, gradient in gradients.items():
+            leaf, state = self._of[path], self.state(path)
+            unread = self._unread[id(leaf)]
+            read = {name: value for name, value in state.items() if name not in unread}
+            weight, new, finite = self._functions[id(leaf)](
+                gradient, weights[path], read, self._shared[id(leaf)], scale
+            )
+            state.update(new)
+            self.note(path, finite)
+            results[path] = weight, list(new.values())
         return results
 
     def note(self, path, finite):
@@ -106,8 +107,9 @@ class Updates:
         """The weights that were not stepped for their gradients, first the one that the backward pass met first."""
         if not self._finite:
             return []
-        finite = mx.stack(list(self._finite.values())).tolist()
-        refused = [path for path, ok in zip(self._finite, finite, strict=True) if not ok]
+        refused = []
+        if not _all(list(self._finite.values())).item():
+            refused = [path for path, finite in self._finite.items() if not finite.item()]
         self._finite = {}
         if refused:
             self.count()
@@ -120,38 +122,44 @@ class Updates:
 
     def arrays(self):
         """What a step has changed that belongs to no single weight."""
-        leaves = {id(leaf): leaf for leaf in self._of.values()}.values()
-        own = [value for leaf in leaves for value in leaf.state.values() if isinstance(value, mx.array)]
+        own = [value for leaf in self._leaves for value in leaf.state.values() if isinstance(value, mx.array)]
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
 
-    def _function(self, leaf):
-        if id(leaf) not in self._functions:
-            self._functions[id(leaf)] = mx.compile(lambda *arguments: _applied(leaf, *arguments))
-        return self._functions[id(leaf)]
 
-
-def _applied(leaf, triples, shared, scale):
-    """The updates as a function of all that they read, so that ``mx.compile`` may fuse each."""
-    own = {name: leaf.state[name] for name in shared}
-    leaf.state.update(shared)
-    try:
-        return [_applied_to_one(leaf, *triple, scale) for triple in triples]
-    finally:
-        leaf.state.update(own)
-
-
-def _applied_to_one(leaf, gradient, weight, state, scale):
+def _applied(leaf, gradient, weight, state, shared, scale):
+    """The update of one array as a function of all that it reads, so that ``mx.compile`` may fuse it."""
     if scale is not None:
         gradient = (gradient * scale).astype(gradient.dtype)
     finite = _is_safe(gradient)
     new = dict(state)
-    updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
-    if weight.dtype == mx.float16:  # there finite arithmetic may overflow
+    own = {name: leaf.state[name] for name in shared}
+    leaf.state.update(shared)
+    try:
+        updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
+    finally:
+        leaf.state.update(own)
+    if weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor):  # there finite gradients may overflow
         finite = finite & all_finite([updated])
     changed = {
         name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
     }
     return mx.where(finite, updated, weight), changed, finite
+
+
+def _all(flags):
+    """Of 16 at a time in one kernel; to put hundreds into one array is a kernel each."""
+    while len(flags) > 1:
+        groups = [flags[i : i + 16] for i in range(0, len(flags), 16)]
+        groups[-1] += [flags[0]] * (16 - len(groups[-1]))  # one function, of 16
+        flags = [_all_of(group) for group in groups]
+    return flags[0]
+
+
+@mx.compile
+def _all_of(flags):
+    while len(flags) > 1:
+        flags = [mx.logical_and(one, other) for one, other in zip(flags[::2], flags[1::2], strict=True)]
+    return flags[0]
 
 
 def _is_safe(gradient):
@@ -176,8 +184,12 @@ def _leaf_of(optimizer, path, weight):
 
 def _unread(leaf):
     """State that MLX makes and no step reads: to give it to a compiled function would be to have it."""
-    inner = leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
+    inner = _inner(leaf)
     return ("v",) if isinstance(inner, SGD) and inner.momentum <= 0 else ()
+
+
+def _inner(leaf):
+    return leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
 
 
 def _looks_at_one_array(leaf):
