@@ -129,40 +129,43 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(parse, folders, tmp_
     assert arrays(tmp_path / "broken") == arrays(tmp_path / "whole")
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """A function: from then on the gradient that comes into the first layer is NaN in those steps."""
-
-    @mx.custom_function
-    def spoilt(x):
-        return x * 1
-
-    @spoilt.vjp
-    def gradient(x, cotangent, output):
-        return cotangent * mx.nan
-
-    own = llama.TransformerBlock.__call__
-
-    def poison(*steps):
-        class Poison(Watch):
-            def before_step(self, step, batch):
-                self.step = step
-
-        watch = Poison()
-
-        def call(layer, *arguments, **keywords):
-            bad = hasattr(watch, "step") and watch.step in steps and layer is watch.model.layers[0]
-            output = own(layer, *arguments, **keywords)
-            return spoilt(output) if bad and watch.model.training else output
-
-        monkeypatch.setattr(llama.TransformerBlock, "__call__", call)
-        return watch
-
-    return poison
+@mx.custom_function
+def spoilt(x):
+    return x * 1
 
 
-def test_skip_leaves_out_what_lies_below_a_nan_and_names_it(parse, poison, capsys):
-    watch = poison(2)
+@spoilt.vjp
+def _nan(x, cotangent, output):
+    return cotangent * mx.nan
+
+
+class Poison(Watch):
+    """A watcher that makes the gradient that comes into the first layer NaN in a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.on = step, False
+
+    def before_training(self, model, optimizer, tables, rows):
+        super().before_training(model, optimizer, tables, rows)
+
+        class Poisoned(type(model.layers[0])):
+            def __call__(layer, *arguments, **keywords):
+                output = super().__call__(*arguments, **keywords)
+                return spoilt(output) if self.on else output
+
+        model.layers[0].__class__ = Poisoned
+
+    def before_step(self, step, batch):
+        self.on = step == self.step
+
+    def after_step(self, step, result):
+        super().after_step(step, result)
+        self.on = False
+
+
+def test_skip_leaves_out_what_lies_below_a_nan_and_names_it(parse, capsys):
+    watch = Poison(2)
     result = run(parse(*FULL, *RATES, "--stream", "--on-nonfinite", "skip"), watchers=[watch])
     said = " ".join(capsys.readouterr().out.split())
     assert "Warning: step 2: a NaN or an infinity in the gradient of model.layers.0." in said
@@ -177,29 +180,28 @@ def test_skip_leaves_out_what_lies_below_a_nan_and_names_it(parse, poison, capsy
     assert result.loss_after < result.loss_before
 
 
-def test_stop_goes_back_to_the_last_checkpoint(parse, poison, tmp_path):
+def test_stop_goes_back_to_the_last_checkpoint(parse, tmp_path):
     words = [*FULL, *RATES, "--stream", "--iters", 6, "--save-every", 2]
     run(parse(*words, adapter="whole"))
     run(parse(*words, "--iters", 2, adapter="two"))
     with pytest.raises(InputError) as stopped:
-        run(parse(*words, adapter="stopped"), watchers=[poison(4)])
+        run(parse(*words, adapter="stopped"), watchers=[Poison(4)])
     where = tmp_path / "stopped" / "checkpoints" / "step-0000002"
     assert "step 4: a NaN or an infinity in the gradient of model.layers.0." in str(stopped.value)
     assert f"other weights were stepped: the run went back to {where}." in str(stopped.value)
-    assert str(stopped.value).endswith(". --resume goes on from there")
+    assert str(stopped.value).endswith(". --resume continues from there")
     assert arrays(tmp_path / "stopped") == arrays(tmp_path / "two")
     saved = [mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("stopped", "two")]
     assert all(mx.array_equal(saved[0][name], array) for name, array in saved[1].items())
-    poison()
     run(parse(*words, "--resume", adapter="stopped"))
     assert arrays(tmp_path / "stopped") == arrays(tmp_path / "whole")
 
 
-def test_stop_before_the_first_checkpoint_leaves_the_disk_as_it_was(parse, poison, tmp_path):
+def test_stop_before_the_first_checkpoint_leaves_the_disk_as_it_was(parse, tmp_path):
     run(parse("--iters", 2))
     before = contents(tmp_path / "adapters")
     with pytest.raises(InputError, match="other weights were stepped: of this half step nothing is saved"):
-        run(parse(*FULL, "--stream", "--overwrite"), watchers=[poison(2)])
+        run(parse(*FULL, "--stream", "--overwrite"), watchers=[Poison(2)])
     assert contents(tmp_path / "adapters") == before
 
 
@@ -217,7 +219,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(parse, tmp_path, capsys, what
         "--batch-size", 1, "--iters", 4, "--val-batches", 1, "--seed", 5,
     )  # fmt: skip
     if what == "stop":
-        with pytest.raises(InputError, match=r"a new weight; it reached neither .* --resume goes on before that step"):
+        with pytest.raises(InputError, match=r"a new weight; it reached .* --resume continues before that step"):
             run(options, watchers=[watch])
     else:
         run(options, watchers=[watch])
