@@ -37,7 +37,7 @@ STREAMED = {  # the bundled model, whose bfloat16 weights are rounded stochastic
     "streamed, lora": ["--keep-inputs", 2],
     "streamed, adafactor, skip": ["--fine-tune-type", "full", "--optimizer", "adafactor", "--on-nonfinite", "skip"],
 }  # fmt: skip
-KINDS |= {kind: ["--model", MODEL, "--stream", *words] for kind, words in STREAMED.items()}
+KINDS |= {kind: ["--model", MODEL, "--stream", "--iters", 20, *words] for kind, words in STREAMED.items()}
 
 
 class Broken(Exception):
@@ -76,6 +76,11 @@ def train_words(folder: Path, adapter: Path, *more):
         **{"--max-seq-length": 16, "--val-batches": 1, "--steps-per-eval": 7, "--steps-per-report": 1},
     }
     return [str(word) for pair in given.items() for word in pair] + [str(word) for word in more]
+
+
+def iters_of(words):
+    """How many steps a run of these words has: the last of two equal flags counts."""
+    return int(words[len(words) - words[::-1].index("--iters")])
 
 
 def train(words, callback=None):

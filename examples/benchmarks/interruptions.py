@@ -37,13 +37,13 @@ import mlx.core as mx
 from benchmarking import machine, write
 from full_disks import disk
 from interrupted_runs import (
-    ITERS,
     KINDS,
     SAVE_EVERY,
     STREAMED,
     Broken,
     adapter_bytes,
     contents,
+    iters_of,
     prepare,
     train,
     train_alone,
@@ -136,7 +136,8 @@ def _killed_and_resumed(folder, adapter, row, whole, rng):
 def _killed_or_done(words, adapter, way, seconds, rng):
     """Run a child until it is done or killed; what it ``said`` at its end (None: killed), and its seconds."""
     receive, send = CONTEXT.Pipe(duplex=False)
-    at = (rng.randrange(ITERS), rng.randint(1, 250)) if way == "at a call in a save" else ()
+    iters = iters_of(words)
+    at = (rng.randrange(iters), rng.randint(1, 250)) if way == "at a call in a save" else ()
     child = CONTEXT.Process(target=train_alone, args=(words, send, *at))
     child.start()
     send.close()
@@ -148,7 +149,7 @@ def _killed_or_done(words, adapter, way, seconds, rng):
         child.join(rng.uniform(0, seconds))
         child.kill()
     elif way == "when an unfinished checkpoint shows":
-        first = f"{safe_writing.PARTIAL}step-{rng.randrange(ITERS):07d}"
+        first = f"{safe_writing.PARTIAL}step-{rng.randrange(iters):07d}"
         while child.is_alive() and not any(
             p.name >= first for p in adapter.glob(f"checkpoints/{safe_writing.PARTIAL}*")
         ):
