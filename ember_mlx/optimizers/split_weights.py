@@ -83,6 +83,7 @@ class SplitWeights(Optimizer):
         self.optimizer = optimizer
         self.weights = weights
         self._initialized = False
+        self._schedulers = optimizer._schedulers
 
     def init(self, parameters: Tree) -> None:
         parameters = tree_flatten(parameters)
@@ -98,6 +99,13 @@ class SplitWeights(Optimizer):
             self.init(parameters)
         exact = tree_map(_exact, parameters, self.state)
         return tree_map(_kept, self.optimizer.apply_gradients(gradients, exact), self.state)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """One array, where the optimizer inside looks at one at a time."""
+        inside = {name: array for name, array in state.items() if name != "rest"}
+        new = self.optimizer.apply_single(gradient, _exact(parameter, state), inside)
+        state.update(inside)
+        return _kept(new, state)
 
     @property
     def state(self) -> Tree:
