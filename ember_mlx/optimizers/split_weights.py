@@ -102,8 +102,11 @@ class SplitWeights(Optimizer):
         return tree_map(_kept, self.optimizer.apply_gradients(gradients, exact), self.state)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        """For steps that give one array after another; an ordinary step is the optimizer's own."""
-        return _kept(self.optimizer.apply_single(gradient, _exact(parameter, state), state), state)
+        """One array, where the optimizer inside looks at one at a time."""
+        inside = {name: array for name, array in state.items() if name != "rest"}
+        new = self.optimizer.apply_single(gradient, _exact(parameter, state), inside)
+        state.update(inside)
+        return _kept(new, state)
 
     @property
     def state(self) -> Tree:
@@ -136,7 +139,7 @@ def _start_rest(path, parameter, state):
     if rest.shape != parameter.shape or rest.dtype != mx.int8:
         raise InputError(
             f"SplitWeights: the state has a rest of shape {rest.shape} and dtype {rest.dtype} for {path} of shape "
-            f"{parameter.shape}, which needs its shape and int8: load the state of this model"
+            f"{parameter.shape}, which needs its shape and int8; load the state of this model"
         )
 
 

@@ -16,7 +16,7 @@ from ember_mlx.planner.optimizer_state import state_of
 __all__ = ["streamed_peak"]
 
 SHARE_OF_LOGITS = 8  # of ember_mlx.streaming: the logits are kept up to this part of the weights
-BLOCKS = 24  # of ember_mlx.streaming: the head is cut into so many
+BLOCKS = 36  # of ember_mlx.streaming: the head is cut into so many
 LOGITS_AT_ONCE = 2**24  # of ember_mlx.streaming: or into blocks of so many logits
 
 
