@@ -23,9 +23,11 @@ class Run:
         lora_keys (tuple, optional): The linears that LoRA is put on; None for all.
         tables (tuple[str]): The token tables that train, by their names.
         optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
-        stochastic_rounding, grad_checkpoint, chunked_loss, accumulate (bool): As their options say.
+        stochastic_rounding, grad_checkpoint, chunked_loss (bool): As their options say.
+        micro_batches (int): Batches of one update.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
+        keep_inputs (int): Then: of how many layers one keeps its input.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
@@ -41,10 +43,11 @@ class Run:
     stochastic_rounding: bool
     grad_checkpoint: bool
     chunked_loss: bool
-    accumulate: bool
+    micro_batches: int
     evaluation_length: int = 0
     tables_must_train: bool = False
     stream: bool = False
+    keep_inputs: int = 1
 
 
 class Graph:

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose
@@ -10,7 +12,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.step import build_step
-from ember_mlx.planner.streaming import streamed_peak
+from ember_mlx.planner.streaming import streamed_phases
 
 __all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
 
@@ -29,6 +31,7 @@ class Plan:
         at_peak (Counter): The same at the worst moment.
         peak (int): At that moment, in all.
         is_evaluation (bool): Whether that moment is one of validation.
+        phases (dict[str, int]): Of a streamed step, the peak of each phase.
     """
 
     weights: int
@@ -39,19 +42,21 @@ class Plan:
     at_peak: Counter
     peak: int
     is_evaluation: bool
+    phases: dict[str, int]
 
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
     step = build_step(model, run, backend)
+    phases = {}
     if run.stream:
-        peak = of_step = streamed_peak(model, run, step)
+        phases = streamed_phases(model, run, backend, step)
+        peak = of_step = _worst(phases.values())
     else:
         peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations)
     if run.evaluation_length > run.length:
         of_evaluation = _evaluation_peak(model, run, backend)
-        peak = max(of_step, of_evaluation, key=lambda peak: peak.total)
-        peak.most = of_step.most | of_evaluation.most
+        peak = _worst([of_step, of_evaluation])
     return Plan(
         weights=_bytes(step.weights.values()),
         trainable=_bytes(step.weights[name] for name in step.gradients),
@@ -60,8 +65,15 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         most=_whole(peak.most),
         at_peak=_whole(peak.parts),
         peak=int(peak.total),
-        is_evaluation=peak is not of_step,
+        is_evaluation=peak.total > of_step.total,
+        phases={name: int(phase.total) for name, phase in phases.items()},
     )
+
+
+def _worst(peaks):
+    """The highest of some peaks, with the most of each role in any of them."""
+    worst = max(peaks, key=lambda peak: peak.total)
+    return replace(worst, most=reduce(or_, (peak.most for peak in peaks)))
 
 
 def _evaluation_peak(model, run, backend):
@@ -95,7 +107,7 @@ def run_of(options: Any, model: Architecture) -> Run:
         stochastic_rounding=options.table_rounding != "nearest",
         grad_checkpoint=bool(options.grad_checkpoint),
         chunked_loss=bool(options.chunked_loss),
-        accumulate=options.grad_accumulation_steps > 1,
+        micro_batches=options.grad_accumulation_steps,
         tables_must_train=options.add_tokens is not None or options.num_layers == 0,
     )
 

@@ -1,9 +1,10 @@
 """From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place."""
 
+from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.optimizer_state import state_of
 
-__all__ = ["judge", "update"]
+__all__ = ["judge", "stepped", "update"]
 
 ROWS_PER_BLOCK = 4096  # of ember_mlx.optimizers.ember
 SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.optimizers.guarded
@@ -13,7 +14,7 @@ ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
 
 def judge(graph: Graph) -> None:
     """The norm of all gradients. It is evaluated together with them: they are all there before anything changes."""
-    if graph.run.accumulate:
+    if graph.run.micro_batches > 1:
         for name, gradient in graph.gradients.items():
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
             graph.gradients[name] = graph.elementwise([gradient, before], role="gradients")
@@ -39,21 +40,11 @@ def judge(graph: Graph) -> None:
 
 def update(graph: Graph) -> None:
     """The optimizers' steps, layer by layer from the last, then what is in no layer from the smallest."""
-    run, tables = graph.run, {table.name for table in graph.model.tables()}
+    tables = {table.name for table in graph.model.tables()}
     graph.role = "scratch"
     layers, outside, states = {}, [], []
-    for name, g in graph.gradients.items():
-        optimizer = run.table_optimizer if name in tables else run.optimizer
-        w, shape = graph.weights[name], graph.shapes[name]
-        kept = [
-            graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)
-        ]
-        # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
-        wide = max(w.width, FLOAT32) if run.tables else w.width
-        new, state = RULES.get(optimizer, _elementwise)(graph, shape, g, w, kept, wide)
-        new.role = "weights"
-        for array in state:
-            array.role = "optimizer state"
+    for name in graph.gradients:
+        new, state = stepped(graph, name, name in tables)
         graph.results += [new, *state]
         _, _, rest = name.partition(".layers.")
         if rest:
@@ -65,6 +56,20 @@ def update(graph: Graph) -> None:
     waiting += [layers[number] for number in sorted(layers, reverse=True)]
     graph.evaluations += waiting + sorted(outside + states, key=lambda group: group[0].numbers)
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
+
+
+def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]]:
+    """The new weight and its new state."""
+    run, w, shape = graph.run, graph.weights[name], graph.shapes[name]
+    optimizer = run.table_optimizer if is_table else run.optimizer
+    kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
+    # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
+    wide = max(w.width, FLOAT32) if run.tables else w.width
+    new, state = RULES.get(optimizer, _elementwise)(graph, shape, graph.gradients[name], w, kept, wide)
+    new.role = "weights"
+    for array in state:
+        array.role = "optimizer state"
+    return new, state
 
 
 def _mean_squares(graph, g, shape, columns=True):
