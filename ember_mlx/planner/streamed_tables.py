@@ -52,15 +52,24 @@ class Head:
             else:
                 e, narrow = graph.several([logits, largest], [(raw.numbers, FLOAT32), (raw.numbers, graph.width)])
             total = graph.make([e, total], n, FLOAT32)
-            by_hidden = graph.elementwise([by_hidden, graph.product([narrow, part], hidden.numbers, words)])
+            product = graph.product([narrow, part], hidden.numbers, words)
+            by_hidden = graph.elementwise([by_hidden, product, raw])  # which the caller holds
             kept = [raw] if self.keeps else []
             graph.results += kept
             phase.one_behind(by_hidden, total, *kept)
-        parts = [graph.float32(graph.make([hidden, w], hidden.numbers)) for _ in range(1)]
-        by_target = graph.make(parts, hidden.numbers, FLOAT32)
+        by_target = self._by_targets(graph, hidden, w)
         by_hidden = graph.elementwise([graph.elementwise([by_hidden, total, by_target])], width=graph.width)
         graph.results += [by_hidden, hidden]
         phase.one_behind(by_hidden)
+
+    def _by_targets(self, graph, hidden, w):
+        """The gradient of the targets' logits: some tokens at a time meet the rows of each other's targets."""
+        parts = []
+        for first in range(0, self.tokens, TARGETS_AT_ONCE):
+            n = min(TARGETS_AT_ONCE, self.tokens - first)
+            rows, own = graph.make([w], n * self.table.columns), graph.make([], n * n, FLOAT32)
+            parts.append(graph.float32(graph.product([rows, own, hidden], rows.numbers, n)))
+        return graph.make(parts, hidden.numbers, FLOAT32)
 
     def step(self, phase, looked_up: Array | None = None) -> None:
         """Passes 2 and 3 for Ember, or the whole gradient for another optimizer. ``looked_up`` is a tied table's."""
@@ -102,7 +111,7 @@ class Head:
             else:
                 of_rows = graph.elementwise([graph.product([d, wide], words * features, n, FLOAT32)])
                 columns = graph.elementwise([columns, graph.make([of_rows], features, FLOAT32)])
-            of_rows = graph.make([of_rows], words, FLOAT32)
+            of_rows = graph.make([of_rows, logits], words, FLOAT32)  # the caller holds the logits until then
             phase.one_behind(columns, of_rows)
         graph.results += kept
         return graph.make([columns, wide], features, FLOAT32)
@@ -112,8 +121,11 @@ class Head:
         ids = looked_up.numbers // self.table.columns
         gathered = graph.make([w], looked_up.numbers)
         logits = graph.product([hidden, gathered], self.tokens * ids, self.table.columns, role="logits")
-        places = graph.make([graph.make([], self.tokens * ids, FLOAT32)], self.tokens, FLOAT32)
-        d = graph.elementwise([logits, places], width=FLOAT32, role="logits")
+        equal = graph.make([], self.tokens * ids, 1)
+        places = graph.make([equal, graph.make([equal], self.tokens * ids, FLOAT32)], self.tokens, FLOAT32)
+        d = graph.float32(logits)
+        for _ in range(4):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
+            d = graph.elementwise([d, places], role="logits")
         return graph.product([d, graph.float32(hidden)], looked_up.numbers, self.tokens, FLOAT32)
 
     def _logits(self, graph, hidden, kept, w, i):

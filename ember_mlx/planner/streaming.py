@@ -105,6 +105,7 @@ class _Planned:
         if not self.of_head.trained or (self.head.role == "tied" and self.of_head.by_ember):
             return None
         phase = self._begin()
+        phase.graph.exist(self.run.micro_batches * phase.input, phase.graph.width, "scratch")  # what goes to the layers
         self.of_head.step(phase)
         return phase.peak()
 
@@ -126,6 +127,11 @@ class _Planned:
                 if others:
                     phase.one_behind(*graph.gradients.values())
             phase.step(sorted(reversed(graph.gradients), key=_place_in_layer, reverse=True))
+        if self.embedding.name in self.whole and self.head is not self.embedding:
+            numbers = self.embedding.rows * self.embedding.columns
+            gradient = graph.make([graph.make([], numbers), d], numbers, in_place=True, role="gradients")
+            phase.one_behind(gradient)
+            graph.results.append(gradient)
         return phase.peak()
 
     def _embedding(self):
@@ -194,11 +200,11 @@ class Phase:
             first = len(graph.existing)
             new, state = stepped(graph, name, tables)
             kept = graph.existing[first:]
-            # A gradient that is not finite leaves the old ones, so these are read until the new ones are there.
-            changed = zip([new, *state], [graph.weights[name], *kept], strict=True)
-            guarded = [graph.elementwise([a, b], role=b.role) if a is not b else a for a, b in changed]
-            graph.results += guarded
-            group += guarded
+            if getattr(graph.run, "table_optimizer" if tables else "optimizer") in ("adam", "adamw"):
+                # Where a gradient is not finite the old moments stay, so they are read once the new ones are made.
+                state = [graph.elementwise([m, old], role=old.role) for m, old in zip(state, kept, strict=True)]
+            graph.results += [new, *state]
+            group += [new, *state]
             if sum(array.nbytes for array in group) >= self._ahead // 2:
                 group = self._start(group)
         self._start(group)
