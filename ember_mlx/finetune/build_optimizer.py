@@ -17,6 +17,7 @@ from ember_mlx.optimizers import Ember, SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
@@ -52,6 +53,8 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     body = body_optimizer(options, model)
     if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
         body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
+    if choices.body_rounding == "stochastic":
+        body = StochasticRounding(body, seed=(options.seed + 1) % 2**32)  # the tables have the seed itself
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     if choices.tables:
         return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)

@@ -72,7 +72,7 @@ class Training:
         self.leader = mx.distributed.init().rank() == 0
         self.signals = StopSignals()
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
-        self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint)
+        self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
     def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
         """Take all the steps that are left, and save; returns the peak memory in bytes.
@@ -95,7 +95,7 @@ class Training:
             limited_memory(args.memory_limit),
         ):
             if self.batches.step < args.iters:
-                if args.grad_checkpoint:
+                if args.grad_checkpoint and not args.stream:
                     grad_checkpoint(self.model.layers[0])
                 step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
@@ -136,7 +136,8 @@ class Training:
                     mx.clear_cache()
                 ui.advance()
 
-                if step % args.steps_per_report == 0 or step == args.iters:
+                report.due |= step % args.steps_per_report == 0 or step == args.iters
+                if report.due and report.steps:
                     report.send(step, ui)
                 self.nonfinite(step, result)
                 batches.mark(before_extra_evaluation)
@@ -187,7 +188,10 @@ class Training:
 
 
 class Report:
-    """Adds up what the steps since the last report told, as mlx-lm does."""
+    """Adds up what the steps since the last report told, as mlx-lm does.
+
+    One that is ``due`` waits for a step that tells of a batch.
+    """
 
     def __init__(self, args: Options, optimizer: GuardedOptimizer | PairedOptimizer, history: LossHistory):
         self.args = args
@@ -198,11 +202,12 @@ class Report:
 
     def _begin(self):
         self.losses = self.tokens = self.steps = self.seconds = 0
+        self.due = False
 
     def add(self, result: StepResult, start: float) -> None:
-        self.losses += result.loss
+        self.losses += result.loss * result.batches
         self.tokens += result.tokens
-        self.steps += 1
+        self.steps += result.batches
         mx.eval(self.losses, self.tokens)
         self.seconds += time.perf_counter() - start
 

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
+ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
 OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
@@ -51,15 +52,19 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_clip": (None, {"type": float}),
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "chunked_loss": (False, SWITCH),
+    "stream": (None, ON_OR_OFF),
+    "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
     "keep_checkpoints": (3, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
+    "clip_layer_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
     "memory_limit": (None, {"type": parse_size}),
     "log_jsonl": (None, {"type": str}),
@@ -208,7 +213,10 @@ def check(args: Options) -> None:
         if not 0 <= args.table_beta2 < 1:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
     _check_ember_options(args)
-    check_clip_grad_norm(f"--clip-grad-norm {args.clip_grad_norm}", args.clip_grad_norm)
+    for name in ("clip_grad_norm", "clip_layer_norm"):
+        check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
+    if args.keep_inputs is not None and args.keep_inputs < 1:
+        raise InputError(f"--keep-inputs {args.keep_inputs}: must be a whole number of at least 1")
     if args.log_jsonl == "":
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":

@@ -27,8 +27,10 @@ FREE = {
     *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens"),
+    "streaming_notes",
     "on_nonfinite",  # up to a step that is not finite both are one
 }
+BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
 PART = 2**22  # words
@@ -162,7 +164,7 @@ def restore(
 
 def _changed_options(args, saved):
     own = as_json(vars(args))
-    saved = as_json(options.defaults()) | saved  # of a release that had fewer
+    saved = as_json(options.defaults()) | BEFORE | saved  # of a release that had fewer
     in_parser = {action.dest for action in options.build_parser()._actions}
     for name in sorted((own.keys() | saved.keys()) - FREE):
         if own.get(name) != saved.get(name):

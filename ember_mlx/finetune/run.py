@@ -30,6 +30,7 @@ from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
+from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
@@ -44,7 +45,7 @@ def run(
     args: Options,
     training_callback: TrainingCallback | None = None,
     watchers: Sequence[Watcher] = (),
-    make_step: Callable = Step,
+    make_step: Callable | None = None,
 ) -> Result | None:
     """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
 
@@ -52,7 +53,8 @@ def run(
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
     ``watchers`` look on while it trains. ``make_step(model, optimizer, loss, accumulation)`` makes the step that is
-    taken, :class:`~ember_mlx.finetune.step.Step` or one with its call.
+    taken, one with the call of :class:`~ember_mlx.finetune.step.Step`; default: that, or with ``--stream``
+    :class:`~ember_mlx.finetune.streamed.Streamed`.
 
     While it trains in the main thread, SIGINT, SIGTERM, SIGHUP and a pipe that has lost its reader end it between two
     steps, with a checkpoint; whatever else ends it leaves the checkpoints of before.
@@ -117,7 +119,7 @@ def train_model(
     callbacks: list[TrainingCallback],
     lock: FolderLock,
     watchers: Sequence[Watcher] = (),
-    make_step: Callable = Step,
+    make_step: Callable | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     of = made_of(model, train_set, valid_set, mx.distributed.init().size())
@@ -129,6 +131,8 @@ def train_model(
     loss = choose_loss(args, model)
     print_trainable_parameters(model)
     rprint(f"\n{format_table(trained)}\n")
+    if make_step is None:
+        args, make_step = _make_step(args, model, optimizer)
 
     start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
     if log:
@@ -153,6 +157,15 @@ def train_model(
         for failed in saving.failed:
             rprint(f"Not saved: {failed}. What was trained is saved.")
     return result
+
+
+def _make_step(args, model, optimizer):
+    """What makes the step; a streamed one is made and told of now, and the run's records get its notes."""
+    if not args.stream:
+        return args, Step
+    streamed = Streamed(model, optimizer, args)
+    rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed
 
 
 def _set_what_trains(args, choices, model):
@@ -202,7 +215,15 @@ def _go_on(args, model, optimizer, of, rows):
 
 
 def choose_loss(args: Options, model: nn.Module) -> Callable:
-    """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory."""
+    """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory.
+
+    With ``--stream`` it is for validation alone, whose logits would be the peak: in less memory where that can be.
+    """
+    if args.stream and not args.chunked_loss:
+        try:
+            return chunked_loss(model)
+        except InputError:
+            return default_loss
     return chunked_loss(model) if args.chunked_loss else default_loss
 
 

@@ -24,8 +24,6 @@ from ember_mlx.token_tables import TokenTable
 
 __all__ = ["RunLogWriter", "check"]
 
-__all__ = ["RunLogWriter", "check"]
-
 
 class RunLogWriter(TrainingCallback):
     """Hears of the reports and writes a line for each. A line is in the file, or kept until the disk takes it.
@@ -56,11 +54,11 @@ class RunLogWriter(TrainingCallback):
         """The run begins."""
 
     def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
-        """The update is measured if the next report will tell of it."""
+        """The update is measured if the next report will tell of it; a streamed one has no moment for that."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
         due = step % accumulate == 0 and next_report < step + accumulate
-        return self.update_ratio.measurement if due else None
+        return self.update_ratio.measurement if due and not self.args.stream else None
 
     def after_step(self, step: int, result: StepResult) -> None:
         self.update_ratio.take(result)

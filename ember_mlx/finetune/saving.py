@@ -17,7 +17,7 @@ from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.stop_signals import Interrupted
-from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite
+from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, fill
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -72,6 +72,20 @@ class Saving:
         if not all_finite([array for _, array in tree_flatten(self.model.trainable_parameters())]).item():
             return False
         return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
+
+    def go_back(self) -> Path | None:
+        """Put weights, optimizer and adapter files as the newest checkpoint of this run has them; that checkpoint.
+
+        Raises:
+            InputError: when it has been damaged since.
+        """
+        if not self.newest:
+            return None
+        checkpoint = checkpoints.read(self.newest)
+        self.model.load_weights(list(checkpoint.weights.items()), strict=False)
+        fill(self.optimizer.state, checkpoint.optimizer)
+        self._tried(f"adapter of step {checkpoint.position.step}", self.adapter.save, checkpoint.position.step, False)
+        return self.newest
 
     def interrupted(self, signal_number: int, position: Position) -> Interrupted:
         """What a signal raises that stopped the run at ``position``."""

@@ -87,23 +87,21 @@ class Step:
             self.accumulated = gradients
             mx.eval(loss, tokens, gradients, mx.random.state)
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
-        if self._judges:
-            mx.eval(loss, tokens, gradients)  # so the judgement's scratch comes after theirs
-        mx.eval(loss, tokens, norm, mx.random.state)
-        if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
-            self.optimizer.count_nonfinite()
-            return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
-        old = dict(tree_flatten(self._changing())) if self._float16 else None  # there finite arithmetic may overflow
-        update = self._compiled_update(tuple(measurements))
+        old = dict(tree_flatten(self._changing()))
+        mx.async_eval(loss, tokens, gradients)
+        update = self._compiled_update(tuple(measurements))  # laid out while the gradients are computed, not yet begun
         weights, readings = update(
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
+        mx.eval(loss, tokens, gradients, mx.random.state)  # so the judgement's scratch comes after theirs
+        mx.eval(norm)
+        if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
+            return self._left_out(old, loss, tokens)
         self.model.update(weights)
-        del gradients, weights  # now the new weights alone hold what they are made of
-        if old is not None and self.optimizer.skip_nonfinite and not self._is_finite():
-            self._put_back(old)
-            self.optimizer.count_nonfinite()
-            return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
+        del gradients, weights, norm  # now the new weights alone hold what they are made of
+        # In float16 finite arithmetic may overflow: there the old arrays wait for the new.
+        if self._float16 and self.optimizer.skip_nonfinite and not self._is_finite():
+            return self._left_out(old, loss, tokens)
         del old
         evaluate_paced(tree_flatten(self.model.trainable_parameters()), tree_flatten(self.optimizer.state))
         mx.eval(readings)
@@ -128,16 +126,19 @@ class Step:
             self._updates[names] = update
         return self._updates[names]
 
+    def _left_out(self, old, loss, tokens):
+        """The result of a step that changes nothing: everything is again what it was."""
+        changing = self._changing()
+        fill(changing, old)
+        self.model.update(changing["weights"])
+        self.optimizer.count_nonfinite()
+        return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
+
     def _changing(self):
         return {"weights": self.model.trainable_parameters(), "state": self.optimizer.state}
 
     def _is_finite(self):
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
-
-    def _put_back(self, old):
-        changing = self._changing()
-        fill(changing, old)
-        self.model.update(changing["weights"])
 
 
 def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> None:
