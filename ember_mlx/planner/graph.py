@@ -28,6 +28,7 @@ class Run:
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
         keep_inputs (int): Then: of how many layers one keeps its input.
+        body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
@@ -48,6 +49,7 @@ class Run:
     tables_must_train: bool = False
     stream: bool = False
     keep_inputs: int = 1
+    body_rounding: str = "nearest"
 
 
 class Graph:

@@ -109,6 +109,9 @@ def run_of(options: Any, model: Architecture) -> Run:
         chunked_loss=bool(options.chunked_loss),
         micro_batches=options.grad_accumulation_steps,
         tables_must_train=options.add_tokens is not None or options.num_layers == 0,
+        stream=choices.stream,
+        keep_inputs=options.keep_inputs or 1,
+        body_rounding=choices.body_rounding,
     )
 
 

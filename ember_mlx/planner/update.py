@@ -66,6 +66,9 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
     new, state = RULES.get(optimizer, _elementwise)(graph, shape, graph.gradients[name], w, kept, wide)
+    if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
+        new.width = FLOAT32  # the step, which a kernel rounds into a new weight
+        new = graph.make([w, new], w.numbers)
     new.role = "weights"
     for array in state:
         array.role = "optimizer state"
