@@ -6,6 +6,7 @@ from ember_mlx.finetune import options
 from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.report import Report
+from ember_mlx.planner.streaming_advice import recommendations
 
 __all__ = ["main"]
 
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> None:
         assumptions=inputs.assumptions,
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
+        recommendations=recommendations(model, run, backend, planned.peak),
         memory=memory,
         memory_source=source,
     )
@@ -46,8 +48,9 @@ def _parser():
         "--model may be a model's folder, its config.json alone, or a hub name that is in the cache.\n"
         "Rows are planned as long as those of --data, if that is a folder here and the model has its tokenizer;\n"
         "otherwise as long as --max-seq-length.",
-        epilog="example, for a Mac with 16 GB:\n"
-        "  ember-mlx plan --model FOLDER --data FOLDER --backend metal --memory 16GB",
+        epilog="examples, for a Mac with 16 GB:\n"
+        "  ember-mlx plan --model FOLDER --data FOLDER --backend metal --memory 16GB\n"
+        "  ember-mlx plan --model FOLDER --data FOLDER --backend metal --memory 16GB --fine-tune-type full --stream",
     )
     group = parser.add_argument_group("planning")
     group.add_argument(

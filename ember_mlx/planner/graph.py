@@ -28,6 +28,7 @@ class Run:
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
         keep_inputs (int): Then: of how many layers one keeps its input.
+        norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
         body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
@@ -49,6 +50,7 @@ class Run:
     tables_must_train: bool = False
     stream: bool = False
     keep_inputs: int = 1
+    norm_pass: bool = False
     body_rounding: str = "nearest"
 
 

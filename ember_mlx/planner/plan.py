@@ -12,7 +12,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.step import build_step
-from ember_mlx.planner.streaming import streamed_phases
+from ember_mlx.planner.streaming import streamed_phases, streamed_runs
 
 __all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
 
@@ -54,7 +54,7 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         peak = of_step = _worst(phases.values())
     else:
         peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations)
-    if run.evaluation_length > run.length:
+    if run.evaluation_length > run.length or run.stream:
         of_evaluation = _evaluation_peak(model, run, backend)
         peak = _worst([of_step, of_evaluation])
     return Plan(
@@ -81,7 +81,9 @@ def _evaluation_peak(model, run, backend):
 
     Attention is as it is in training, which for Metal's is too much.
     """
-    step = build_step(model, replace(run, length=run.evaluation_length), backend)
+    length = max(run.length, run.evaluation_length)
+    chunked = run.chunked_loss or (run.stream and not model.whole_head)
+    step = build_step(model, replace(run, length=length, chunked_loss=chunked), backend)
     return peak_memory([*step.losses, *step.existing], step.existing, DEVICES[backend])
 
 
@@ -111,6 +113,7 @@ def run_of(options: Any, model: Architecture) -> Run:
         tables_must_train=options.add_tokens is not None or options.num_layers == 0,
         stream=choices.stream,
         keep_inputs=options.keep_inputs or 1,
+        norm_pass=options.clip_grad_norm is not None,
         body_rounding=choices.body_rounding,
     )
 
@@ -133,7 +136,7 @@ def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tup
     it still does not fit, the last plan says so.
     """
     changes, now = [], plan(model, run, backend)
-    for flags, changed in _changes(run):
+    for flags, changed in _changes(model, run):
         if now.peak <= memory:
             break
         candidate = replace(run, **changed)
@@ -146,12 +149,14 @@ def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tup
     return changes
 
 
-def _changes(run):
-    if not run.grad_checkpoint:
+def _changes(model, run):
+    if not (run.grad_checkpoint or run.stream):
         yield "--grad-checkpoint", {"grad_checkpoint": True}
-    if not run.chunked_loss:
+    if not (run.chunked_loss or run.stream):
         yield "--chunked-loss", {"chunked_loss": True}
-    if run.stochastic_rounding and run.table_optimizer == "ember":
+    for flags, other in streamed_runs(model, run):
+        yield flags, {"stream": other.stream, "keep_inputs": other.keep_inputs}
+    if run.stochastic_rounding and run.table_optimizer == "ember" and not run.stream:
         yield "--table-rounding nearest", {"stochastic_rounding": False}
     length = max(run.length, run.evaluation_length) + 1
     while length // 2 >= SHORTEST:

@@ -6,7 +6,9 @@ what is waited for, is as in ember_mlx.streaming.
 """
 
 from collections import Counter
+from dataclasses import replace
 
+from ember_mlx.finetune.optimizer_names import SPLIT
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, Array, Peak, peak_memory
 from ember_mlx.planner.graph import Graph, Run
@@ -15,7 +17,7 @@ from ember_mlx.planner.step import layer
 from ember_mlx.planner.streamed_tables import Head, step_looked_up
 from ember_mlx.planner.update import stepped
 
-__all__ = ["best_keep_inputs", "streamed_phases"]
+__all__ = ["streamed_phases", "streamed_runs"]
 
 LEAST_AHEAD, SHARE_AHEAD = (
     2**25,
@@ -36,7 +38,24 @@ def streamed_phases(model: Architecture, run: Run, backend: str, step: Graph) ->
     return _Planned(model, run, backend, step).phases()
 
 
-def best_keep_inputs(layers: int) -> int:
+def streamed_runs(model: Architecture, run: Run) -> list[tuple[str, Run]]:
+    """The runs that stream where this one does not, by the flag that each has more than the one before.
+
+    None of what ``train --stream`` would refuse, or would do with the logits and the head's gradient as a whole.
+    """
+    runs = [("", run)]
+    if not run.stream:
+        # Only the flash optimizers split weights one array at a time.
+        if model.whole_head or (run.optimizer.endswith(SPLIT) and not run.optimizer.startswith("flash")):
+            return []
+        runs.append(("--stream", replace(run, stream=True)))
+    keep = _best_keep_inputs(model.layers)
+    if run.keep_inputs == 1 and keep > 1:
+        runs.append((f"--keep-inputs {keep}", replace(runs[-1][1], keep_inputs=keep)))
+    return runs[1:]
+
+
+def _best_keep_inputs(layers: int) -> int:
     """The K of ``--keep-inputs`` with which the fewest inputs are there at once: every K-th, and K - 1 made again."""
     return min(range(1, layers + 1), key=lambda k: _inputs(layers + 1, k), default=1)
 
