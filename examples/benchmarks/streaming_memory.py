@@ -112,7 +112,7 @@ def measure(row, steps, smoke):
 
 
 def checkpointed(model, optimizer):
-    """An ordinary step of the batch and its lengths. The update is compiled array by array: whole takes CUDA minutes."""
+    """An ordinary step. The update is compiled array by array: as one function of all, it takes CUDA minutes."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten, tree_unflatten

@@ -76,8 +76,16 @@ def config_of(row: str) -> dict:
 
 
 def words_of(row: str) -> list[str]:
-    """The flags of ``ember-mlx train`` that a row stands for; how it is stepped aside."""
+    """The flags of ``ember-mlx train`` that a row stands for, but for how it is stepped."""
     of = parts_of(row)
     # Of each row of --max-seq-length tokens, the last is only predicted.
     sizes = ["--batch-size", str(of["batch_size"]), "--max-seq-length", str(of["length"] + 1), "--num-layers", "-1"]
     return [*RECIPES[of["recipe"]], *sizes]
+
+
+def streaming_words_of(row: str) -> list[str]:
+    """Those that say how it is stepped."""
+    of = parts_of(row)
+    if of["way"] == "checkpointed":
+        return ["--grad-checkpoint"]
+    return ["--stream", "--keep-inputs", str(of["keep_inputs"])]
