@@ -70,6 +70,7 @@ class Step:
             return value, tokens, gradients, global_norm(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
+        self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._updates = {}  # by the names of what is measured
         self._float16 = any(array.dtype == mx.float16 for _, array in tree_flatten(model.trainable_parameters()))
 
@@ -85,16 +86,18 @@ class Step:
         self.accumulated = None
         if not last_of_accumulation:
             self.accumulated = gradients
-            mx.eval(loss, tokens, gradients, mx.random.state)
+            mx.eval(loss, tokens, mx.random.state)
+            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         old = dict(tree_flatten(self._changing()))
-        mx.async_eval(loss, tokens, gradients)
-        update = self._compiled_update(tuple(measurements))  # laid out while the gradients are computed, not yet begun
+        mx.async_eval(loss, tokens, mx.random.state)
+        update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
         weights, readings = update(
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
-        mx.eval(loss, tokens, gradients, mx.random.state)  # so the judgement's scratch comes after theirs
-        mx.eval(norm)
+        mx.eval(loss, tokens, mx.random.state)
+        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+        mx.eval(norm)  # its scratch comes after theirs
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
@@ -103,7 +106,8 @@ class Step:
         if self._float16 and self.optimizer.skip_nonfinite and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
-        evaluate_paced(tree_flatten(self.model.trainable_parameters()), tree_flatten(self.optimizer.state))
+        weights, state = self.model.trainable_parameters(), self.optimizer.state
+        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(state)))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
 
@@ -141,22 +145,46 @@ class Step:
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
 
 
-def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> None:
-    """Evaluate layer by layer from the last, then what is in no layer from the smallest; each waits for the one before.
+def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str]) -> list[list[mx.array]]:
+    """In the order of the backward pass: head and final norm, the layers from the last, the embeddings in ``lookups``.
 
-    So the gradient of a layer is freed as its weights are updated, and of the new arrays few are under way at a time. A
-    weight and its state are evaluated together: what both are made of would live until the later one.
+    So the logits and each layer's activations are freed as soon as its gradients are there.
     """
-    layers, outside, rest = {}, {path: [array] for path, array in weights if not LAYER.search(path)}, []
-    for name, array in weights + state:
-        number = LAYER.search(name)
-        if number:
+    layers, outside = _by_layer(gradients)
+    head = [array for path, array in outside if path not in lookups]
+    return [head, *layers, [array for path, array in outside if path in lookups]]
+
+
+def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> list[list[mx.array]]:
+    """Layer by layer from the last, then what is in no layer from the smallest.
+
+    A weight and its state are one group: what both are made of would live until the later one.
+    """
+    layers, outside = _by_layer(weights + state)
+    owners, rest = {path: [array] for path, array in outside if path in dict(weights)}, []
+    for name, array in outside:
+        if name not in owners:
+            owner = next((path for path in owners if f".{path}." in name), None)
+            (rest if owner is None else owners[owner]).append(array)
+    return [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
+
+
+def _by_layer(named):
+    """The arrays of each layer, from the last, and the others with their names."""
+    layers, outside = {}, []
+    for name, array in named:
+        if number := LAYER.search(name):
             layers.setdefault(int(number[1]), []).append(array)
-        elif name not in outside:
-            owner = next((path for path in outside if f".{path}." in name), None)
-            (rest if owner is None else outside[owner]).append(array)
-    groups = [layers[number] for number in sorted(layers, reverse=True)]
-    groups += [rest, *sorted(outside.values(), key=lambda group: group[0].size)]
+        else:
+            outside.append((name, array))
+    return [layers[number] for number in sorted(layers, reverse=True)], outside
+
+
+def evaluate_paced(groups: list[list[mx.array]]) -> None:
+    """Evaluate group after group; on a GPU each waits for the one before.
+
+    So what a group needs is freed before much more is under way: MLX takes memory for all that it hands a GPU ahead.
+    """
     ahead = mx.default_device().type == mx.DeviceType.gpu  # a CPU gains nothing by it, and its peak would vary
     before = []
     for group in groups:
