@@ -66,6 +66,7 @@ class Graph:
         losses (list): What validation computes, too.
         results (list): The arrays that stay after the step.
         evaluations (list[list]): What is evaluated together, in this order.
+        waits (list[int]): Of each, how many of the first are done before it begins.
         existing (list): The arrays that exist before the step.
         weights, gradients, shapes (dict): By name; shapes are of what trains.
         role (str): What arrays are made as, until it is changed.
@@ -77,7 +78,8 @@ class Graph:
         self.backend = backend
         self.tokens = run.batch_size * run.length
         self.width = model.width
-        self.existing, self.results, self.losses, self.evaluations = [], [], [], []
+        self.existing, self.results, self.losses = [], [], []
+        self.evaluations, self.waits = [], []
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}
         self.role = "activations"
@@ -164,6 +166,11 @@ class Graph:
         if name in self.gradients:
             gradient = self.elementwise([self.gradients[name], gradient], role="gradients")
         self.gradients[name] = gradient
+
+    def evaluate(self, arrays: list[Array], done: int) -> None:
+        """Evaluate these together, once the first so many evaluations are done."""
+        self.evaluations.append(arrays)
+        self.waits.append(done)
 
     def sum(self, arrays: list[Array]) -> Array:
         """The sum, one addition after the other."""

@@ -189,7 +189,6 @@ class Phase:
         self.graph = Graph(model, run, backend)
         self.inputs = 0  # kept ones that the graph has not taken
         self._always = always
-        self._evaluations, self._waits = self.graph.evaluations, []
         ahead = max(LEAST_AHEAD, always["weights"] // SHARE_AHEAD)
         self._ahead = 0 if backend == "cpu" else ahead
         self._done = self._before = 0  # numbers of evaluations
@@ -202,13 +201,13 @@ class Phase:
 
     def one_behind(self, *arrays: Array) -> None:
         """Evaluate these; wait for those before them."""
-        self._evaluate(arrays)
-        self._done = len(self._evaluations) if not self._ahead else max(self._done, self._before)
-        self._before = len(self._evaluations)
+        self.graph.evaluate(list(arrays), self._done)
+        self._done = len(self.graph.evaluations) if not self._ahead else max(self._done, self._before)
+        self._before = len(self.graph.evaluations)
 
     def finish(self) -> None:
         """Wait for all."""
-        self._done = len(self._evaluations)
+        self._done = len(self.graph.evaluations)
         self._unfinished.clear()
 
     def step(self, names: list[str], tables: bool = False) -> None:
@@ -240,18 +239,14 @@ class Phase:
         for role, nbytes in self._always.items():
             graph.exist(nbytes - here[role], 1, role)
         held = [weight for name, weight in graph.weights.items() if name not in graph.shapes]
-        return peak_memory(graph.results + held, graph.existing, DEVICES[graph.backend], self._evaluations, self._waits)
+        return peak_memory(graph.results + held, graph.existing, DEVICES[graph.backend], graph.evaluations, graph.waits)
 
     def _start(self, group):
         nbytes = sum(array.nbytes for array in group)
         while self._unfinished and sum(size for _, size in self._unfinished) + nbytes > self._ahead:
             self._done = max(self._done, self._unfinished.pop(0)[0])
-        self._evaluate(group)
-        self._unfinished.append((len(self._evaluations), nbytes))
+        self.graph.evaluate(group, self._done)
+        self._unfinished.append((len(self.graph.evaluations), nbytes))
         if not self._ahead:
             self.finish()
         return []
-
-    def _evaluate(self, arrays):
-        self._evaluations.append(list(arrays))
-        self._waits.append(self._done)

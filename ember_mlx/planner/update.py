@@ -1,4 +1,7 @@
-"""From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place."""
+"""From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place.
+
+The gradients are evaluated in the order of the backward pass, a layer at a time; then the update, likewise.
+"""
 
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
@@ -13,7 +16,7 @@ ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
 
 
 def judge(graph: Graph) -> None:
-    """The norm of all gradients. It is evaluated together with them: they are all there before anything changes."""
+    """The norm of all gradients, which are all there before anything changes."""
     if graph.run.micro_batches > 1:
         for name, gradient in graph.gradients.items():
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
@@ -35,27 +38,46 @@ def judge(graph: Graph) -> None:
                 break
         sums.append(graph.make(alike, 1, FLOAT32))
     norm = graph.make(sums, 1, FLOAT32)
-    graph.evaluations.append([*graph.losses, norm, *(graph.gradients[name] for name in order)])
+    layers, outside = _by_layer({name: [graph.gradients[name]] for name in order})
+    looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
+    head = [array for name, (array,) in outside.items() if name not in looked_up]
+    graph.evaluate(graph.losses, 0)
+    _paced(graph, [head, *layers, [array for name, (array,) in outside.items() if name in looked_up]])
+    graph.evaluate([norm], len(graph.evaluations))
 
 
 def update(graph: Graph) -> None:
     """The optimizers' steps, layer by layer from the last, then what is in no layer from the smallest."""
     tables = {table.name for table in graph.model.tables()}
     graph.role = "scratch"
-    layers, outside, states = {}, [], []
+    new = {}
     for name in graph.gradients:
-        new, state = stepped(graph, name, name in tables)
-        graph.results += [new, *state]
+        weight, state = stepped(graph, name, name in tables)
+        new[name] = [weight, *state]
+        graph.results += new[name]
+    layers, outside = _by_layer(new)
+    _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
+    graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
+
+
+def _by_layer(named):
+    """The arrays of each layer, from the last, and those outside with their names."""
+    layers, outside = {}, {}
+    for name, arrays in named.items():
         _, _, rest = name.partition(".layers.")
         if rest:
-            layers.setdefault(int(rest.split(".")[0]), []).extend([new, *state])
+            layers.setdefault(int(rest.split(".")[0]), []).extend(arrays)
         else:
-            outside.append([new])
-            states += [[array] for array in state]
-    waiting = [[]]  # the first waits for all gradients
-    waiting += [layers[number] for number in sorted(layers, reverse=True)]
-    graph.evaluations += waiting + sorted(outside + states, key=lambda group: group[0].numbers)
-    graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
+            outside[name] = arrays
+    return [layers[number] for number in sorted(layers, reverse=True)], outside
+
+
+def _paced(graph, groups):
+    """One after another, once all before is done; a GPU is one ahead within them."""
+    first = len(graph.evaluations)
+    for group in groups:
+        number = len(graph.evaluations)
+        graph.evaluate(group, number if graph.backend == "cpu" else max(number - 1, first))
 
 
 def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]]:
