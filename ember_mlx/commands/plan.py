@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         assumptions=inputs.assumptions,
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
-        recommendations=recommendations(model, run, backend, planned.peak),
+        recommendations=recommendations(model, run, backend, planned),
         memory=memory,
         memory_source=source,
     )

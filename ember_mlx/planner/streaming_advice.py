@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
-from ember_mlx.planner.plan import plan
+from ember_mlx.planner.plan import Plan, plan
 from ember_mlx.planner.streaming import streamed_runs
 
 __all__ = ["Recommendation", "operations", "recommendations"]
 
-WORTH = 0.1  # of the peak
+WORTH = 0.1  # of what a run takes above weights and state
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,18 @@ class Recommendation:
     time: float
 
 
-def recommendations(model: Architecture, run: Run, backend: str, peak: int) -> list[Recommendation]:
-    """``--stream`` and ``--keep-inputs``, each on top of the one before, where they save a tenth of the peak.
+def recommendations(model: Architecture, run: Run, backend: str, planned: Plan) -> list[Recommendation]:
+    """``--stream`` and ``--keep-inputs``, one on top of the other, where they save a tenth of what is above weights and state.
 
     Args:
         model, run, backend: What is planned.
-        peak: Of the run as it is.
+        planned: The plan of the run as it is.
     """
-    found, now, before = [], peak, run
+    found, now, before = [], planned.peak, run
+    fixed = planned.weights + planned.optimizer_state
     for flags, other in streamed_runs(model, run):
         after = plan(model, other, backend).peak
-        if now - after < WORTH * now:
+        if now - after < WORTH * (now - fixed):
             break
         found.append(Recommendation(flags, after, now - after, operations(model, other) / operations(model, before)))
         now, before = after, other
