@@ -29,7 +29,7 @@ class Recommendation:
 
 
 def recommendations(model: Architecture, run: Run, backend: str, planned: Plan) -> list[Recommendation]:
-    """``--stream`` and ``--keep-inputs``, one on top of the other, where they save a tenth of what is above weights and state.
+    """``--stream`` and ``--keep-inputs``, one on top of the other, where that saves a tenth of all above the weights.
 
     Args:
         model, run, backend: What is planned.

@@ -121,16 +121,13 @@ def _ember(graph, shape, g, w, kept, wide):
 
 
 def _adam(graph, shape, g, w, kept, wide):
-    """Each of the three arrays has a kernel of its own; moments computed in float32 are rounded afterwards.
+    """Each of the three arrays has a kernel of its own, in which narrow moments are widened and rounded.
 
     A gradient in float32 is made for both of their kernels.
     """
     g = graph.float32(g) if wide == FLOAT32 else g
-    moments = [graph.elementwise([moment, g], width=wide) for moment in kept]
-    new = graph.elementwise([w, *moments])
-    return new, [
-        graph.elementwise([m], width=k.width) if m.width != k.width else m for m, k in zip(moments, kept, strict=True)
-    ]
+    moments = [graph.elementwise([moment, g], width=moment.width) for moment in kept]
+    return graph.elementwise([w, *moments]), moments
 
 
 def _elementwise(graph, shape, g, w, kept, wide):
