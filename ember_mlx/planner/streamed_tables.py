@@ -3,6 +3,7 @@
 from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
+from ember_mlx.planner.update import rounded
 
 __all__ = ["Head", "step_looked_up"]
 
@@ -160,4 +161,6 @@ def step_looked_up(phase, table: Table) -> Array:
 
 def new_rows(graph: Graph, gradient: Array, rows: Array) -> Array:
     """Some rows after Ember's step."""
+    if graph.run.stochastic_rounding and rows.width < FLOAT32:
+        return rounded(graph, rows, gradient, rows.numbers // graph.model.hidden)
     return graph.elementwise([gradient, rows], width=rows.width, role="scratch")

@@ -7,9 +7,9 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.optimizer_state import state_of
 
-__all__ = ["judge", "stepped", "update"]
+__all__ = ["judge", "rounded", "stepped", "update"]
 
-ROWS_PER_BLOCK = 4096  # of ember_mlx.optimizers.ember
+ROWS_PER_BLOCK, ROWS_PER_ROUNDING = 4096, 512  # of ember_mlx.optimizers.ember
 SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.optimizers.guarded
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
@@ -90,11 +90,24 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     new, state = RULES.get(optimizer, _elementwise)(graph, shape, graph.gradients[name], w, kept, wide)
     if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
         new.width = FLOAT32  # the step, which a kernel rounds into a new weight
-        new = graph.make([w, new], w.numbers)
+        new = rounded(graph, w, new, shape[0])
     new.role = "weights"
     for array in state:
         array.role = "optimizer state"
     return new, state
+
+
+def rounded(graph: Graph, w: Array, step: Array, rows: int) -> Array:
+    """A new weight, rounded stochastically: by a kernel on a GPU, elsewhere in blocks of rows with float32 copies."""
+    if graph.backend != "cpu":
+        return graph.make([w, step], w.numbers)
+    parts = []
+    for first in range(0, rows, ROWS_PER_ROUNDING):
+        numbers = min(ROWS_PER_ROUNDING, rows - first) * (w.numbers // rows)
+        values, clipped = graph.several([w, step], [(numbers, FLOAT32)] * 2)
+        bits = graph.elementwise([clipped, graph.make([], numbers, FLOAT32)])
+        parts.append(graph.make([bits, values], numbers))
+    return graph.make([w, *parts], w.numbers)
 
 
 def _mean_squares(graph, g, shape, columns=True):
