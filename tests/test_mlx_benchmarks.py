@@ -44,8 +44,11 @@ def test_the_training_step_is_one_and_goes_on_where_it_was_cut_off(tmp_path):
 
 def test_the_streamed_step_is_measured_phase_by_phase(tmp_path):
     out = tmp_path / "streaming.json"
-    run("streaming_memory.py", "--out", out, "--smoke", "--steps", 1, "--rows", "qwen3-0.6b/1x512/stateless/*")
-    streamed, checkpointed = json.loads(out.read_text())["rows"].values()
+    rows = [f"qwen3-0.6b/1x512/stateless/{way}" for way in ("streamed", "checkpointed", "streamed+checkpointed")]
+    run("streaming_memory.py", "--out", out, "--smoke", "--steps", 1, "--rows", *rows)
+    found = json.loads(out.read_text())["rows"]
+    streamed, checkpointed, in_turn = (found[row] for row in rows)
+    assert in_turn["ratio"] == pytest.approx(in_turn["rounds"][0][0] / in_turn["rounds"][0][1], rel=1e-2)
     assert list(streamed["phases"]) == ["forward", "loss", "head", "layers", "embedding"]
     assert streamed["peak_memory"] < checkpointed["peak_memory"] / 2
     assert abs(streamed["losses"][0] - checkpointed["losses"][0]) < 0.05
@@ -99,3 +102,13 @@ def test_the_pictures_are_drawn_from_what_there_is(tmp_path):
     names = ("peak_by_optimizer", "peak_of_long_sequences")
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {f"{name}_{mode}.svg" for name in names for mode in ("light", "dark")}
+
+
+def test_the_guard_is_measured_beside_none_in_one_process(tmp_path):
+    out, row = tmp_path / "guard.json", "mini-qwen3/untied/lora/1x512/ember"
+    run("guard_cost.py", "--out", out, "--smoke", "--rounds", 1, "--warm-up", 1, "--rows", row)
+    measured = json.loads(out.read_text())["rows"][row]
+    kinds = {kind: of for kind, of in measured.items() if kind != "loss"}
+    assert list(kinds) == ["off", "stop", "skip", "clip", "mlx-lm"]
+    assert all(of["seconds"] > 0 and of["peak_memory"] > 0 for of in kinds.values())
+    assert kinds["off"]["peak_over_off"] == 1

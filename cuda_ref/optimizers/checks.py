@@ -1,8 +1,9 @@
 """What ``Ember`` asks of options, tables, gradients and loaded state: else InputError, before anything is written."""
 
-import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from ember_mlx.shared.ember_options import (
     rounding_warning,
 )
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
+    "DTYPES",
     "OPTIONS",
     "SCHEDULE",
     "as_number",
@@ -36,16 +39,16 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tables and of gradients, in any mix
 OPTIONS = ("lr", "beta2", "eps", "weight_decay")
 SCHEDULE = "a schedule"  # what a state_dict says of one: a function is nothing to save
-SMALLEST_NORMAL = 2.0**-126  # float32; GPUs may round anything below to zero
+FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32")
 
 
-def check_group(group, implementation, row_shard_group):
-    """The options and the tables of one parameter group."""
+def check_group(group: Mapping[str, Any], implementation: str, row_shard_group: Any) -> None:
+    """Refuse options out of range, and parameters that are no tables, of one parameter group."""
     _check_learning_rate(group)
-    _check("weight_decay", group["weight_decay"], 0, math.inf, "a finite number, zero or more")
+    _check("weight_decay", group["weight_decay"], *FINITE)
     if not callable(group["beta2"]):
         _check("beta2", group["beta2"], *BETA2_RANGE)
-    _check("eps", group["eps"], SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8")
+    _check("eps", group["eps"], SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8")
     for number, w in enumerate(group["params"]):
         # A slice of a table may have no rows.
         is_table = w.ndim == 2 and bool(w.numel() if row_shard_group is None else w.shape[1])
@@ -68,15 +71,15 @@ def check_group(group, implementation, row_shard_group):
             )
 
 
-def check_schedule(group):
-    """The values of a schedule of ``beta2``, which a step does not look at."""
+def check_schedule(group: Mapping[str, Any]) -> None:
+    """Refuse a schedule of ``beta2`` by its values, which a step does not look at."""
     schedule = group["beta2"]
     if callable(schedule):
         check_beta2_schedule(lambda step: as_number("beta2", schedule(torch.tensor(float(step))), "cpu", step).item())
 
 
-def as_number(option, value, device, step=None):
-    """What the schedule of an option gave, as float32 on ``device`` whatever its type."""
+def as_number(option: str, value: Any, device: torch.device | str, step: int | None = None) -> torch.Tensor:
+    """What the schedule of an option gave, as one float32 number, (), on ``device`` whatever its type."""
     if isinstance(value, Real):
         return torch.full((), float(value), dtype=torch.float32, device=device)
     if isinstance(value, np.ndarray):  # also of no dimensions, as np.where makes them
@@ -86,7 +89,7 @@ def as_number(option, value, device, step=None):
     return value.to(device, torch.float32).reshape(())
 
 
-def with_schedule(saved_group, group):
+def with_schedule(saved_group: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A group of a loaded state, with the schedule of ``group`` where the state says that it had one."""
     was, scheduled = saved_group.get("beta2") == SCHEDULE, callable(group["beta2"])
     if was != scheduled and "beta2" in saved_group:
@@ -98,7 +101,7 @@ def with_schedule(saved_group, group):
     return saved_group | {"beta2": group["beta2"]} if scheduled else saved_group
 
 
-def warning_of(group, rounding):
+def warning_of(group: Mapping[str, Any], rounding: str) -> str | None:
     """Of the first table of a group whose rounding does nothing or leaves nothing of a step, or None.
 
     It reads some rows of 16-bit tables to nearest, once, where the learning rate can be read without waiting.
@@ -120,7 +123,7 @@ def _sample(w):
     return w[:: -(-w.numel() // SAMPLE)].float().cpu().numpy()
 
 
-def fault_of(check, *arguments):
+def fault_of(check: Callable[..., Any], *arguments: Any) -> InputError | None:
     """The InputError that ``check`` raises, or None."""
     try:
         check(*arguments)
@@ -129,7 +132,8 @@ def fault_of(check, *arguments):
     return None
 
 
-def name_of(group, number):
+def name_of(group: Mapping[str, Any], number: int) -> str:
+    """What messages call a parameter of a group: its name where PyTorch was told one."""
     return group["param_names"][number] if "param_names" in group else f"parameter {number}"
 
 
@@ -139,16 +143,17 @@ def _check_learning_rate(group):
         devices = {str(w.device) for w in group["params"]}
         if lr.ndim or lr.dtype not in (torch.float32, torch.float64) or {str(lr.device)} - devices - {"cpu"}:
             raise InputError(
-                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}: must be "
+                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}; must be "
                 f"one float32 number, torch.tensor(1e-3), on the CPU or where the tables are ({', '.join(devices)})"
             )
         if lr.device.type != "cpu":  # to look at its value would wait for the GPU
             return
         lr = lr.item()
-    _check("lr", lr, 0, math.inf, "a finite number, zero or more")
+    _check("lr", lr, *FINITE)
 
 
-def check_gradient(w):
+def check_gradient(w: torch.Tensor) -> None:
+    """Refuse a gradient that is sparse, or does not lie as its table (V, D) does."""
     g = w.grad
     if g is None:
         return
@@ -170,28 +175,33 @@ def check_gradient(w):
         )
 
 
-def check_state(name, w, state):
-    """That the state of a table, where it has any, is of a table of this shape on this device."""
+def check_state(name: str, w: torch.Tensor, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Refuse state of a table, where it has any, that is of another shape or on another device."""
     if not state:
         return
     w, r, c = (sharding.local_part(tensor) for tensor in (w, state["r"], state["c"]))
     if w.shape != (len(r), len(c)) or w.device != r.device:
         raise InputError(
             f"Ember.step: {name} has shape {tuple(w.shape)} on {w.device}, and its state is of shape "
-            f"{(len(r), len(c))} on {r.device}: resize or move the model before the first step, or make the optimizer "
+            f"{(len(r), len(c))} on {r.device}; resize or move the model before the first step, or make the optimizer "
             "anew"
         )
 
 
-def check_keys(optimizer, state_dict):
-    """That it is an optimizer's state_dict at all; ``optimizer`` is the name for the error."""
+def check_keys(optimizer: str, state_dict: Mapping[str, Any]) -> None:
+    """Refuse what is no optimizer's state_dict; ``optimizer`` is the name for the error."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
-        raise InputError(f"{optimizer}.load_state_dict: there is no {missing[0]!r} in it: load what state_dict() gave")
+        raise InputError(f"{optimizer}.load_state_dict: it has no {missing[0]!r}: load what state_dict() gave")
 
 
-def check_state_dict(state_dict, groups, shards, check_group):
-    """What ``load_state_dict`` gets, for these ``groups``; return the saved state of each table that has any."""
+def check_state_dict(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    shards: Mapping[torch.Tensor, sharding.RowShards],
+    check_group: Callable[[Mapping[str, Any]], None],
+) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """Refuse what ``load_state_dict`` got unless it fits ``groups``; return the saved state of each table with any."""
     check_keys("Ember", state_dict)
     saved_groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]

@@ -1,6 +1,5 @@
 """The optimizer of a run: one of mlx-lm's or ours for the body, ours for the token tables."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,12 @@ from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.optimizer_names import BODY, CLASSES, canonical, settings
 from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers import Ember, SplitWeights
-from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
 __all__ = [
     "Schedule",
@@ -34,6 +33,7 @@ __all__ = [
     "updates",
 ]
 
+DECAYS = ("betas", "beta_1", "momentum", "dampening")
 FROM_MODULES = ("adam-mini", "sinkgd")  # that take a model
 Schedule = Callable[[mx.array], mx.array]
 """From the number of updates that are done, counted from 0, to a learning rate or a beta2."""
@@ -51,13 +51,16 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
         InputError: for settings of an optimizer or a schedule that MLX refuses.
     """
     body = body_optimizer(options, model)
+    guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
+    _refuse_growth(options, "--optimizer", body, body_learning_rate(options))
     if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
         body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     if choices.body_rounding == "stochastic":
         body = StochasticRounding(body, seed=(options.seed + 1) % 2**32)  # the tables have the seed itself
-    guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     if choices.tables:
-        return PairedOptimizer(model, tables=table_optimizer(options, choices.table_rounding), rest=body, **guard)
+        tables = table_optimizer(options, choices.table_rounding)
+        _refuse_growth(options, "--table-optimizer", tables, table_learning_rate(options))
+        return PairedOptimizer(model, tables=tables, rest=body, **guard)
     return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 
@@ -121,16 +124,29 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
     if options.table_optimizer == "sage":
         return own_optimizer(options, "sage", learning_rate, {"weight_decay": decay})
     if options.table_optimizer == "adamw":
-        adamw = optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
-        return in_float32(in_place(adamw))
+        return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
     if options.table_optimizer == "adafactor":
-        adafactor = optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
-        return in_float32(adafactor)
-    return in_float32(optim.SGD(learning_rate, weight_decay=decay))
+        return optim.Adafactor(learning_rate, weight_decay=decay, relative_step=False, scale_parameter=False)
+    return optim.SGD(learning_rate, weight_decay=decay)
+
+
+def _refuse_growth(options, flag, optimizer, learning_rate):
+    """A weight decay that makes weights larger, until they overflow: each step multiplies them by 1 - rate * decay."""
+    rate = peak(learning_rate, updates(options)) if callable(learning_rate) else learning_rate
+    decay = optimizer.state.get("weight_decay", getattr(optimizer, "weight_decay", 0.0))
+    decay = decay.item() if isinstance(decay, mx.array) else decay
+    if rate * decay > 2:
+        raise InputError(
+            f"{flag} {type(optimizer).__name__}: its learning rate of {rate:.3g} times its weight decay of {decay:.3g} "
+            "must be at most 2, or each step makes the weights larger; lower one of them"
+        )
 
 
 def _refuse_numbers(where, settings):
-    """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0."""
+    """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0.
+
+    A moment that decays by 1 or more never forgets, and overflows.
+    """
     for name, value in dict(settings).items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(number, int | float) or isinstance(number, bool):
@@ -138,6 +154,8 @@ def _refuse_numbers(where, settings):
             if not abs(number) <= LARGEST or (name == "eps" and number < SMALLEST_NORMAL):
                 least = f"at least {SMALLEST_NORMAL:.3g}, usually 1e-8" if name == "eps" else "finite in float32"
                 raise InputError(f"{where}{name}: {value} must be {least}")
+            if name in DECAYS and not 0 <= number < ROUNDS_TO_ONE:
+                raise InputError(f"{where}{name}: {value} must be at least 0 and, in float32, below 1")
 
 
 def growing_beta2(decay: float, most: float | None) -> Schedule:
@@ -160,8 +178,8 @@ def table_learning_rate(options: Options) -> float | Schedule:
     body = body_learning_rate(options)
     if not callable(body):
         return options.table_learning_rate
-    scale = options.table_learning_rate / peak(body, updates(options))
-    return lambda step: scale * body(step)
+    highest = peak(body, updates(options))
+    return lambda step: options.table_learning_rate * (body(step) / highest)  # a quotient cannot overflow
 
 
 def updates(options: Options, iters: int | None = None) -> int:
@@ -178,8 +196,9 @@ def _schedule(key, description, number):
     try:
         schedule = build_schedule(description)
         rates = schedule(mx.arange(number))
-        if not mx.all((rates >= 0) & (rates < math.inf)).item() or not rates.max().item() > 0:
-            raise ValueError("its learning rates are not all finite and at least 0, or never above 0")
+        if not mx.all((rates >= 0) & (rates <= SAFE_RATE)).item() or not rates.max().item() > 0:
+            raise ValueError(f"its learning rates are not all finite, at least 0 and at most {SAFE_RATE:.3g}, or never "
+                             "above 0")  # fmt: skip
         return schedule
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(

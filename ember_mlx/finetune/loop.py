@@ -18,7 +18,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from ember_mlx.finetune.batches import Rows, TrainingBatches
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
-from ember_mlx.finetune.memory_limit import limited_memory, refuse_over
+from ember_mlx.finetune.memory_limit import refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
@@ -78,8 +78,8 @@ class Training:
         """Take all the steps that are left, and save; returns the peak memory in bytes.
 
         Raises:
-            InputError: when the disk did not take what was trained, and, with ``--on-nonfinite stop``, for a loss or a
-                gradient that is not finite.
+            InputError: when the disk did not take what was trained; for a step that is not finite with
+                ``--on-nonfinite stop``, or when all steps are such with ``skip``.
             Interrupted: when a signal stopped the run, once it is saved.
         """
         args, rows = self.args, Rows(train_set)
@@ -89,17 +89,14 @@ class Training:
         # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
         alone = mx.distributed.init().size() == 1
         mx.reset_peak_memory()
-        with (
-            self.signals if alone else nullcontext(),
-            self.saving.telling_what_is_left(),
-            limited_memory(args.memory_limit),
-        ):
+        with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():
             if self.batches.step < args.iters:
                 if args.grad_checkpoint and not args.stream:
                     grad_checkpoint(self.model.layers[0])
                 step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
             peak_memory = mx.get_peak_memory()
+            self.nonfinite.refuse_nothing()
             if not self._save(args.iters):
                 failed = self.saving.failed[-1]
                 raise InputError(f"--adapter-path {self.saving.folder}: what was trained could not be saved: {failed}")
@@ -141,8 +138,8 @@ class Training:
                     report.send(step, ui)
                 self.nonfinite(step, result)
                 batches.mark(before_extra_evaluation)
-                refuse_over(args.memory_limit)
-                if step % args.save_every == 0 and step < args.iters:
+                self._refuse_over_memory(step)
+                if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
                     self._save(step)
         self._report_dropped()
 
@@ -180,6 +177,15 @@ class Training:
 
     def _save_checkpoint(self):
         return self.leader and self.saving.save_checkpoint(self.batches.position)
+
+    def _refuse_over_memory(self, step):
+        """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
+        try:
+            refuse_over(self.args.memory_limit)
+        except InputError:
+            if step > 1:
+                self._save_checkpoint()
+            raise
 
     def _stop_if_asked(self):
         if self.signals.number is not None:

@@ -12,7 +12,12 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["NonfiniteSteps"]
 
-RESUME = ". --resume goes on before that step; all but the last of these need --resume-with-changes too"
+FOUND = "a NaN or an infinity in the loss, a gradient or a new weight"
+REMEDY = (
+    "Lower the learning rates, limit the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with "
+    "--mask-prompt, prompts as long as --max-seq-length)"
+)
+RESUME = ". --resume continues before that step; all but the last of these need --resume-with-changes too"
 
 
 class NonfiniteSteps:
@@ -49,15 +54,13 @@ class NonfiniteSteps:
     def __call__(self, steps_done: int, result: StepResult) -> None:
         if not result.nonfinite:
             return
-        found = f"step {steps_done}: a NaN or an infinity in {_where(result)}"
+        found = f"step {steps_done}: {_found(result)}"
         if self.on_nonfinite == "stop":
             self.optimizer.state[COUNT] = mx.array(self.count, mx.uint32)
             reached, resume = self._undo() if result.unstepped else ("", RESUME if self.save() else "")
             raise InputError(
-                f"{found}; it reached neither the weights nor the optimizer's state{reached}. Lower the learning "
-                "rates, limit the gradients with --clip-grad-norm 1, look for rows with nothing to learn (with "
-                "--mask-prompt, prompts as long as --max-seq-length), or leave such steps out with --on-nonfinite "
-                f"skip{resume}"
+                f"{found}; it reached neither the weights nor the optimizer's state{reached}. {REMEDY}, or leave such "
+                f"steps out with --on-nonfinite skip{resume}"
             )
         self.count += 1
         left_out = "these weights were left out, the others stepped" if result.unstepped else "it was left out"
@@ -68,17 +71,30 @@ class NonfiniteSteps:
         checkpoint = self.go_back()
         if checkpoint is None:
             return ", but other weights were stepped: of this half step nothing is saved", ""
-        return f", but other weights were stepped: the run went back to {checkpoint}", ". --resume goes on from there"
+        return f", but other weights were stepped: the run went back to {checkpoint}", ". --resume continues from there"
+
+    @property
+    def nothing_is_learned(self) -> bool:
+        """Whether no step has changed the weights yet."""
+        return self.optimizer.step.item() == 0
+
+    def refuse_nothing(self) -> None:
+        """At the end: raises InputError if every step was left out."""
+        if self.count and self.nothing_is_learned:
+            raise InputError(
+                f"--on-nonfinite skip: {self.count} of {self.count} steps had {FOUND}, so nothing was learned and no "
+                f"adapter is saved. {REMEDY}, or try the model with --learning-rate 0 --table-learning-rate 0"
+            )
 
     def report(self) -> None:
         """At the end: how many there were, those before a resumption included."""
         if self.count:
             were = "step was" if self.count == 1 else "steps were"
-            rprint(f"{self.count} {were} left out, with a NaN or an infinity in the loss, a gradient or a new weight")
+            rprint(f"{self.count} {were} left out, with {FOUND}")
 
 
-def _where(result):
+def _found(result):
     if not result.unstepped:
-        return "the loss, a gradient or a new weight"
+        return FOUND
     first, *more = result.unstepped
-    return f"the gradient of {first}" + (f" and of {len(more)} more weights" if more else "")
+    return f"a NaN or an infinity in the gradient of {first}" + (f" and of {len(more)} more weights" if more else "")

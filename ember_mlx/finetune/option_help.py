@@ -3,6 +3,8 @@
 mlx-lm's own texts are replaced, since what they say is not all true here.
 """
 
+from ember_mlx.shared.command_line import Help
+
 __all__ = ["EPILOG", "HELP", "USAGE"]
 
 USAGE = "ember-mlx train --model MODEL --data FOLDER [options]"
@@ -15,8 +17,7 @@ examples:
   ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --iters 600 --resume
       resume the first run where it stopped"""
 
-# {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
-HELP: dict[str, dict[str, tuple[str | None, str]]] = {
+HELP: Help = {
     "what to train on": {
         "model": ("MODEL", "A model folder, or a name on the Hugging Face hub."),
         "data": (
@@ -73,8 +74,8 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
         ),
         "on_nonfinite": (
             None,
-            "At a NaN or an infinity in the loss or a gradient: stop the run, or skip that step and count it. Neither "
-            "reaches the weights.",
+            "At a NaN or an infinity in the loss, a gradient or a new weight: stop the run, or skip that step. Neither "
+            "the weights nor the optimizer's state change.",
         ),
     },
     "token tables": {
@@ -125,7 +126,11 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
             "sequences, and takes a forward pass more. Default: 1, all are kept.",
         ),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
-        "memory_limit": ("SIZE", "End the run when MLX needs more memory than SIZE, such as 12GB. Default: no limit."),
+        "memory_limit": (
+            "SIZE",
+            "End the run, with what it has saved, when MLX takes more memory than SIZE, such as 12GB; none: never. "
+            "Default: what Metal recommends, elsewhere 0.9 of the GPU's or the machine's memory.",
+        ),
         "clear_cache_threshold": ("SIZE", "Clear MLX's cache when it is larger than SIZE, such as 2GB; 0: never."),
     },
     "saving and resuming": {

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import difflib
-import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +10,21 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
-    actions_of,
     build_lora_parser,
     is_size,
-    move_to_group,
     parse_size,
 )
 from ember_mlx.finetune.optimizer_names import ALIASES, BODY
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.yaml_reading import read_yaml
-from ember_mlx.optimizers.guarded import check_clip_grad_norm
-from ember_mlx.shared.ember_options import check_row_limit
-from ember_mlx.shared.errors import InputError, with_one_line_errors
-from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
+from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
+from ember_mlx.shared.command_line import actions_of, describe
+from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
     "Options",
@@ -41,6 +40,19 @@ __all__ = [
 
 SWITCH = {"action": "store_true"}
 ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
+
+
+def _size(text):
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _limit(text):
+    return NO_LIMIT if text.lower() == NO_LIMIT else _size(text)
+
+
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
 OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
@@ -66,7 +78,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip_grad_norm": (None, {"type": float}),
     "clip_layer_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
-    "memory_limit": (None, {"type": parse_size}),
+    "memory_limit": (None, {"type": _limit}),
     "log_jsonl": (None, {"type": str}),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
@@ -115,25 +127,18 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
         "description", "Fine-tune with mlx-lm (LoRA, DoRA or full) and train the token tables too, with Ember."
     )
     parser.epilog = how.get("epilog", EPILOG)
-    parser.formatter_class = _HelpFormatter
     actions = {action.dest: action for action in actions_of(parser)}
     actions["optimizer"].choices = [*actions["optimizer"].choices, *BODY, *ALIASES]
     for name, (_, settings) in OWN_OPTIONS.items():
         actions[name] = parser.add_argument(flag(name), **settings)
     values = defaults()
-    for title, options in HELP.items():
-        group = parser.add_argument_group(title)
-        for name, (metavar, text) in options.items():
-            action = actions[name]
-            action.metavar = metavar
-            action.help = _with_default(text, values[name]).replace("%", "%%")
-            move_to_group(parser, action, group)
+    describe(parser, HELP, values)
     for action in actions_of(parser):
         if is_size(action):
             action.type = _size
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(values))
-    return with_one_line_errors(parser)
+    return parser
 
 
 def parse(arguments: list[str], *, data_required: bool = False) -> Options:
@@ -195,8 +200,9 @@ def check(args: Options) -> None:
     """Refuse values out of range before anything is loaded."""
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
-        if not least <= value <= LARGEST:
-            raise InputError(f"{flag(name)} {value}: must be a number of at least {least}, finite in float32")
+        most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
+        if not least <= value <= most:
+            raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:
@@ -210,9 +216,12 @@ def check(args: Options) -> None:
     if args.table_beta2 is not None:
         if args.table_optimizer not in ("ember", "adamw"):
             raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
-        if not 0 <= args.table_beta2 < 1:
-            raise InputError(f"--table-beta2 {args.table_beta2}: must be at least 0 and below 1; the default is 0.999")
+        least, below, in_words = BETA2_RANGE
+        if not least <= args.table_beta2 < below:
+            raise InputError(f"--table-beta2 {args.table_beta2}: must be {in_words}")
     _check_ember_options(args)
+    if args.memory_limit == 0:
+        raise InputError(f"--memory-limit 0: must be a size such as 12GB, or {NO_LIMIT}")
     for name in ("clip_grad_norm", "clip_layer_norm"):
         check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
     if args.keep_inputs is not None and args.keep_inputs < 1:
@@ -233,7 +242,7 @@ def _check_ember_options(args):
         if args.table_optimizer != "ember" and getattr(args, name) not in (None, "nearest"):  # as all others round
             raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
     decay = args.table_beta2_decay
-    if decay is not None and not SMALLEST_NORMAL <= decay < math.inf:
+    if decay is not None and not SMALLEST_NORMAL <= decay < ROUNDS_TO_INFINITY:
         raise InputError(f"--table-beta2-decay {decay}: must be a positive number, usually 0.8")
     for name in ("row_clip", "row_floor"):
         check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
@@ -243,7 +252,7 @@ def check_lora_parameters(parameters: dict[str, Any]) -> None:
     """Refuse a rank, scale, dropout or keys that cannot be."""
     ranges = {
         "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
-        "scale": (-math.inf, math.inf, "a number"),
+        "scale": (-LARGEST, ROUNDS_TO_INFINITY, "a number, finite in float32"),
         "dropout": (0, 1, "at least 0 and below 1"),
     }
     for name, (least, below, in_words) in ranges.items():
@@ -280,22 +289,6 @@ def defaults() -> dict[str, Any]:
     return CONFIG_DEFAULTS | own | YAML_ONLY | {"num_layers": None}
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Texts start in one column that leaves them room, and the examples of the epilog keep their lines."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28)
-
-
-def _with_default(text, value):
-    """The help text with the default, unless it says itself what is done by default."""
-    if "Default:" in text or "Required" in text:
-        return text
-    if isinstance(value, bool):
-        return f"{text} Default: {'on' if value else 'off'}."
-    return f"{text} Default: {f'{value:g}' if isinstance(value, float) else value}."
-
-
 def _read_config(path, parser):
     where = f"--config {path}"
     config = read_yaml(Path(path), where)
@@ -324,7 +317,7 @@ def _typed(where, value, action):
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        typed = action.type(str(value) if action.type is _size else value)
+        typed = action.type(str(value) if action.type in (_size, _limit) else value)
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         typed = None
     changed = action.type is int and typed != value
@@ -332,10 +325,3 @@ def _typed(where, value, action):
         kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
         raise InputError(f"{where} must be {kind}")
     return typed
-
-
-def _size(text):
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -25,6 +25,7 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
@@ -74,7 +75,7 @@ def run(
     workers = mx.distributed.init().size()
     if args.batch_size % workers:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
-    with FolderLock(Path(args.adapter_path)) as lock:
+    with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         if args.train:
             check_adapter_folder(args)
             if args.log_jsonl:
@@ -210,7 +211,7 @@ def _go_on(args, model, optimizer, of, rows):
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
     position = restore(args, checkpoint, of, model, optimizer, rows // args.batch_size)
-    rprint(f"Going on after step {position.step}, from {checkpoint.folder}")
+    rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
     return position, checkpoint.folder if _resumes_in_place(args) else None
 
 
@@ -238,11 +239,11 @@ def check_adapter_folder(args: Options) -> None:
     saved = checkpoints.in_folder(folder)
     if _resumes_in_place(args):
         if not saved:
-            raise InputError(f"--resume: --adapter-path {folder}: there is no checkpoint in it; start without --resume")
+            raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
     elif (adapters.run_files(folder) or saved) and not args.overwrite:
         raise InputError(
             f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
-            f"the first save of this one{', or --resume to go on with it' if saved else ''}"
+            f"the first save of this one{', or --resume to continue it' if saved else ''}"
         )
 
 
@@ -271,7 +272,7 @@ def _load_adapter_file(model, path):
     """Trained weights of an earlier run, its tables beside them included."""
     rprint(f"Loading fine-tuned weights from {path}")
     if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: there is no such file; give an {adapters.ADAPTERS}")
+        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {adapters.ADAPTERS}")
     tables = adapters.tables_of(path)
     for file in (path, tables) if tables else (path,):
         weights = adapters.read_arrays(file)

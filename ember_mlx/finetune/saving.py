@@ -17,7 +17,7 @@ from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.stop_signals import Interrupted
-from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, fill
+from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -69,9 +69,11 @@ class Saving:
 
     def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
-        if not all_finite([array for _, array in tree_flatten(self.model.trainable_parameters())]).item():
+        try:
+            return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
+        except InputError as error:
+            rprint(f"  not saved  {error}")
             return False
-        return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
 
     def go_back(self) -> Path | None:
         """Put weights, optimizer and adapter files as the newest checkpoint of this run has them; that checkpoint.
@@ -101,7 +103,7 @@ class Saving:
             raise
         except BaseException:
             if self.newest:
-                rprint(f"The run broke off; {self._how_to_go_on()}")
+                rprint(f"The run stopped early; {self._how_to_go_on()}")
             raise
 
     def resume_words(self) -> list[str]:
@@ -117,8 +119,8 @@ class Saving:
 
     def _how_to_go_on(self):
         if not self.newest:
-            return "there is no checkpoint to go on from"
-        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} goes on from it"
+            return "no checkpoint exists to resume from"
+        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} continues from it"
 
     @property
     def newest(self) -> Path | None:
@@ -137,7 +139,7 @@ class Saving:
             return save(*arguments)
         except OSError as error:
             self.failed.append(f"{what} ({error.strerror or error})")
-            newest = f"{self.newest} is as it was" if self.newest else "there is no checkpoint to go on from"
+            newest = f"{self.newest} is unchanged" if self.newest else "no checkpoint exists to resume from"
             rprint(f"  not saved  {self.failed[-1]}; {newest}")
             return []
 

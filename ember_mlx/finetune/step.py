@@ -1,7 +1,8 @@
 """One training step: loss and gradients, a judgement of them, and the update in place.
 
 The judgement comes before anything changes. So a bad step changes nothing, bit for bit, and no old copy is kept: MLX
-reuses the memory of the old weights and of the old optimizer state for the new.
+reuses the memory of the old weights and of the old optimizer state for the new. float16 weights and Adafactor may
+overflow from finite gradients: there old copies are kept until the new weights are judged.
 """
 
 import re
@@ -72,7 +73,6 @@ class Step:
         self._gradients_of = gradients_of
         self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._updates = {}  # by the names of what is measured
-        self._float16 = any(array.dtype == mx.float16 for _, array in tree_flatten(model.trainable_parameters()))
 
     @property
     def _judges(self):
@@ -102,8 +102,7 @@ class Step:
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
         del gradients, weights, norm  # now the new weights alone hold what they are made of
-        # In float16 finite arithmetic may overflow: there the old arrays wait for the new.
-        if self._float16 and self.optimizer.skip_nonfinite and not self._is_finite():
+        if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
         weights, state = self.model.trainable_parameters(), self.optimizer.state

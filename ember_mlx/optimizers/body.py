@@ -1,6 +1,5 @@
 """What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +7,10 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ember_mlx.optimizers.checks import as_number, check_number
+from ember_mlx.optimizers.checks import FINITE, as_number, check_number
 from ember_mlx.optimizers.ember import bias_correction, update_second_moment
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
 __all__ = ["BodyOptimizer", "Rate", "Tree", "adamw_step"]
 
@@ -60,11 +59,11 @@ class BodyOptimizer(Optimizer):
             self.betas = tuple(float(beta) for beta in betas)
         except (TypeError, ValueError):
             self.betas = ()
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(0 <= beta < ROUNDS_TO_ONE for beta in self.betas):
             raise InputError(
-                f"{name}(betas={betas!r}): must be two numbers, each at least 0 and below 1, usually (0.9, 0.999)"
+                f"{name}(betas={betas!r}): must be two numbers from 0 to below 1, in float32 too, usually (0.9, 0.999)"
             )
-        check_number("eps", eps, SMALLEST_NORMAL, math.inf, "a positive number, usually 1e-8", name)
+        check_number("eps", eps, SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8", name)
         self.eps = eps
         self.decay_vectors = decay_vectors
         self._schedule("learning_rate", learning_rate)
@@ -108,7 +107,7 @@ class BodyOptimizer(Optimizer):
                 has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
                 raise InputError(
                     f"{type(self).__name__}: the state has {has} for {path} of shape {parameter.shape}, which needs "
-                    f"{name} of shape {shape} and dtype {dtype}: load the state of this model, made with these options"
+                    f"{name} of shape {shape} and dtype {dtype}; load the state of this model, made with these options"
                 )
 
     def _schedule(self, name, value):
@@ -117,5 +116,5 @@ class BodyOptimizer(Optimizer):
         if callable(value):
             self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size, optimizer=optimizer))
         else:
-            check_number(name, value, 0, math.inf, "a finite number, zero or more, or a schedule", optimizer)
+            check_number(name, value, *FINITE, optimizer)
             self._maybe_schedule(name, float(value))

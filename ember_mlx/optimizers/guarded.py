@@ -1,62 +1,72 @@
 """What stands between gradients and weights: clipping by the global norm, and the refusal of NaN and infinity.
 
 A step with a NaN or an infinity in it changes nothing: not the weights, not the optimizer's state, not its step counter
-or its schedules, bit for bit. Gradients are judged by their global norm: below SAFE_NORM no second moment and no sum of
-squares overflows in float32, so the new weights and the new state are finite too. float16 weights are judged as they
-come out. `ember-mlx train` judges first and then updates in place (finetune/step.py). Inside somebody's own
-``mx.compile`` there are no branches: there both outcomes are computed and one is selected.
+or its schedules, bit for bit. What goes in is judged: the gradients by their global norm, and the learning rates. Up to
+SAFE_NORM no second moment and no sum of squares overflows in float32, and up to SAFE_RATE no product with a rate. So
+state and new weights are finite if the weights were within SAFE_NORM. With float16 weights and with Adafactor that does
+not hold, so the new weights are judged too. What grows beyond that, over many steps, is refused when it is saved
+(finetune/safe_writing.py).
+
+`ember-mlx train` judges first and then updates in place (finetune/step.py); it refuses rates before the first step.
+Inside somebody's own ``mx.compile`` there are no branches: there both outcomes are computed and one is selected.
 """
 
-import math
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
-from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.optimizers import Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx import kernels
+from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.ember import mean_squares
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
+    "COUNT",
+    "SAFE_NORM",
+    "SAFE_RATE",
     "Guard",
     "GuardedOptimizer",
     "all_finite",
+    "check_clip_grad_norm",
     "clip_by_norm",
     "fill",
     "global_norm",
     "norm_is_safe",
+    "rates_are_safe",
     "spoil_gradients_of_nonfinite",
 ]
 
 SAFE_NORM = 1e18  # its square is 1e36, of 3e38 in float32
+SAFE_RATE = 1e10
 COUNT = "nonfinite_steps"
 SMALL = 2**16  # elements
 NEIGHBOURS = 16  # arrays: about those of one layer's adapters
 
 
-def all_finite(arrays):
-    """Whether no array holds a NaN or an infinity, a bool array: one reading of each, and no scratch of large ones.
+def all_finite(arrays: Iterable[mx.array]) -> mx.array:
+    """Whether no array holds a NaN or an infinity, a bool array; exact, and without scratch of large ones.
 
-    A sum keeps every NaN and every infinity, on every backend. It can overflow by itself only where float32 and
-    bfloat16 numbers are near 1e30 and more; float16 overflows soon, so there the two extremes are looked at.
+    The largest and the smallest element tell: NaN is either, on every backend. A sum would overflow by itself.
 
-    LoRA has hundreds of small arrays. Neighbours of one shape are added up first, which ``mx.compile`` makes one kernel
-    of, where as many reductions would take longer than the numbers in them. Neighbours alone: a sum over all layers
-    would have MLX compute them all together, and recompute all that ``--grad-checkpoint`` has let go at once.
+    LoRA has hundreds of small arrays. Of neighbours of one shape the extremes are taken element by element first, which
+    ``mx.compile`` makes one kernel of, where as many reductions would take longer than the numbers in them. Neighbours
+    alone: over all layers MLX would compute them all together, and recompute all that ``--grad-checkpoint`` let go.
     """
-    small, rest = {}, []
+    small, extremes = {}, []
     for place, array in enumerate(arrays):
         if array.size < SMALL:
             small.setdefault((place // NEIGHBOURS, array.shape), []).append(array.astype(mx.float32))
         else:
-            rest.append(array)
-    numbers = [_added_up(alike).sum() for alike in small.values()]
-    for array in rest:
-        numbers += [array.max(), array.min()] if array.dtype == mx.float16 else [array.sum()]
-    return mx.isfinite(sum(number.astype(mx.float32) for number in numbers))
+            extremes += [array.max(), array.min()]
+    for alike in small.values():
+        extremes += [_in_pairs(mx.maximum, alike).max(), _in_pairs(mx.minimum, alike).min()]
+    return mx.isfinite(mx.stack([each.astype(mx.float32) for each in extremes])).all()
 
 
-def global_norm(gradients: dict) -> mx.array:
+def global_norm(gradients: Tree) -> mx.array:
     """The L2 norm over all arrays of a tree, float32 whatever their dtypes.
 
     Within 1e-6, or 2e-5 over a million rows on the CPU, for elements from about 1e-18 to 1e16; infinite well above. It
@@ -72,7 +82,7 @@ def global_norm(gradients: dict) -> mx.array:
             rows = gradient.reshape(-1, gradient.shape[-1])
             sums.append(mean_squares(rows)[0] * rows.shape[1])
     for alike in small.values():
-        rows = _added_up(alike)
+        rows = _in_pairs(mx.add, alike)
         sums.append(rows.sum(axis=-1).reshape(-1) if rows.ndim else rows.reshape(1))
     sums = mx.concatenate(sums)
     # The squares of a row fit into float32 where those of all rows together may not.
@@ -80,18 +90,25 @@ def global_norm(gradients: dict) -> mx.array:
     return mx.sqrt(scale) * mx.sqrt((sums / scale).sum())
 
 
-def norm_is_safe(norm):
+def norm_is_safe(norm: float | mx.array) -> bool | mx.array:
     """Whether gradients of this global norm, a number or an array, may update weights; NaN is not."""
     return norm <= SAFE_NORM
 
 
-def clip_by_norm(gradients, norm, max_norm):
+def rates_are_safe(state: Tree) -> mx.array:
+    """Whether every learning rate in an optimizer's state may scale an update, a bool array; NaN may not."""
+    rates = [array for name, array in tree_flatten(state) if name.rpartition(".")[2] == "learning_rate"]
+    safe = [rate.astype(mx.float32) <= SAFE_RATE for rate in rates]
+    return mx.stack(safe).all() if safe else mx.array(True)
+
+
+def clip_by_norm(gradients: Tree, norm: mx.array, max_norm: float) -> Tree:
     """The gradients, scaled so that their global norm is at most ``max_norm``, each in its own dtype."""
     scale = mx.minimum(max_norm / (norm + 1e-6), 1.0)
     return tree_map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
 
 
-def spoil_gradients_of_nonfinite(loss):
+def spoil_gradients_of_nonfinite(loss: Callable) -> Callable:
     """The same loss function, whose gradients are NaN where its value is NaN or infinite.
 
     An optimizer sees gradients alone, and those of an infinite loss may be finite.
@@ -117,24 +134,35 @@ class Guard:
     Args:
         where (str): The class of that optimizer, for messages.
         parameters (dict): What it trains.
+        parts (list): The optimizers that do.
         skip_nonfinite (bool): See :class:`GuardedOptimizer`.
         clip_grad_norm (float, optional): See :class:`GuardedOptimizer`.
     """
 
-    def __init__(self, where: str, parameters: dict, skip_nonfinite: bool, clip_grad_norm: float | None):
+    def __init__(
+        self,
+        where: str,
+        parameters: dict,
+        parts: list[Optimizer],
+        skip_nonfinite: bool,
+        clip_grad_norm: float | None,
+    ):
         check_clip_grad_norm(f"{where}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
         self.where = where
         self.skip_nonfinite = skip_nonfinite
         self.clip_grad_norm = clip_grad_norm
+        dtypes = {array.dtype for _, array in tree_flatten(parameters)}
+        # Where finite gradients may come to an infinity, the new weights are judged too, and old ones kept until then.
+        self.judges_outcome = skip_nonfinite and (mx.float16 in dtypes or any(map(_has_adafactor, parts)))
         if skip_nonfinite or clip_grad_norm is not None:
-            for dtype in {array.dtype for _, array in tree_flatten(parameters)}:
+            for dtype in dtypes:
                 kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
 
     def state(self) -> dict:
         """What the optimizer's state has beside that of its parts."""
         return {COUNT: mx.array(0, mx.uint32)} if self.skip_nonfinite else {}
 
-    def apply(self, update, state: dict, gradients: dict, parameters: dict) -> dict:
+    def apply(self, update: Callable, state: dict, gradients: dict, parameters: dict) -> dict:
         """The parameters after ``update(gradients, parameters)``, which changes ``state``, or as they were."""
         if not self.skip_nonfinite and self.clip_grad_norm is None:
             return update(gradients, parameters)
@@ -145,8 +173,9 @@ class Guard:
             return update(gradients, parameters)
         old, old_state = dict(tree_flatten(parameters)), dict(tree_flatten(state))
         updated = update(gradients, parameters)
-        halves = [array for _, array in tree_flatten(updated) if array.dtype == mx.float16]
-        finite = norm_is_safe(norm) & all_finite(halves) if halves else norm_is_safe(norm)
+        finite = norm_is_safe(norm) & rates_are_safe(state)
+        if self.judges_outcome:
+            finite = finite & all_finite([array for _, array in tree_flatten(updated)])
         selected = {}
         for name, array in tree_flatten(state):
             if name not in old_state:
@@ -159,7 +188,7 @@ class Guard:
         fill(state, selected)
         return tree_map_with_path(lambda path, array: mx.where(finite, array, old[path]), updated)
 
-    def assign(self, own_state: dict, state: dict):
+    def assign(self, own_state: dict, state: dict) -> None:
         """Put ``state``, nested or flat, into ``own_state`` by name: a compiled step holds these very containers."""
         own, new = dict(tree_flatten(own_state)), dict(tree_flatten(state))
         if COUNT in own:
@@ -209,12 +238,12 @@ class GuardedOptimizer(Optimizer):
         skip_nonfinite: bool = False,
         clip_grad_norm: float | None = None,
     ):
-        self.guard = Guard("GuardedOptimizer", parameters, skip_nonfinite, clip_grad_norm)
+        self.guard = Guard("GuardedOptimizer", parameters, [optimizer], skip_nonfinite, clip_grad_norm)
         self.optimizer = optimizer
         self._state = {"rest": optimizer.state} | self.guard.state()
         self.init(parameters)
 
-    def init(self, parameters: dict):
+    def init(self, parameters: dict) -> None:
         """Make the state of ``parameters``; what is there already stays. Done when the optimizer is made."""
         self.optimizer.init(parameters)
 
@@ -238,7 +267,7 @@ class GuardedOptimizer(Optimizer):
         """The number of steps that changed nothing; None without ``skip_nonfinite``."""
         return self._state.get(COUNT)
 
-    def count_nonfinite(self):
+    def count_nonfinite(self) -> None:
         """For a loop that judges by itself: one more step that changed nothing."""
         self._state[COUNT] = self._state[COUNT] + 1
 
@@ -247,7 +276,7 @@ class GuardedOptimizer(Optimizer):
         return self._state
 
     @state.setter
-    def state(self, state: dict):
+    def state(self, state: dict) -> None:
         self.guard.assign(self._state, state)
 
     @property
@@ -260,24 +289,31 @@ class GuardedOptimizer(Optimizer):
         return self.optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate: float | mx.array):
+    def learning_rate(self, learning_rate: float | mx.array) -> None:
         self.optimizer.learning_rate = learning_rate
 
 
-def check_clip_grad_norm(where, clip_grad_norm):
+def check_clip_grad_norm(where: str, clip_grad_norm: float | None) -> None:
+    """Raises InputError for a norm that is no finite number above 0; ``where`` is the call or the flag."""
     if clip_grad_norm is None:
         return
     number = isinstance(clip_grad_norm, int | float) and not isinstance(clip_grad_norm, bool)
-    if not number or not 0 < clip_grad_norm < math.inf:
+    if not number or not SMALLEST_NORMAL <= clip_grad_norm < ROUNDS_TO_INFINITY:
         raise InputError(f"{where}: must be a finite number above 0, usually 1.0; leave it out not to clip")
 
 
-def _added_up(arrays):
+def _in_pairs(combine, arrays):
     """Pair by pair: a long chain is too deep to be fused."""
     while len(arrays) > 1:
-        pairs = [a + b for a, b in zip(arrays[::2], arrays[1::2], strict=False)]
+        pairs = [combine(a, b) for a, b in zip(arrays[::2], arrays[1::2], strict=False)]
         arrays = pairs + arrays[2 * len(pairs) :]
     return arrays[0]
+
+
+def _has_adafactor(optimizer):
+    """Its moment of a row of zeros is 1e-30; over a mean of all rows from 1e8 on that may be 0, and 0 / 0 follows."""
+    parts = [*getattr(optimizer, "optimizers", ()), getattr(optimizer, "optimizer", None)]
+    return isinstance(optimizer, Adafactor) or any(part is not None and _has_adafactor(part) for part in parts)
 
 
 def _steps_done(optimizer):
@@ -285,7 +321,7 @@ def _steps_done(optimizer):
     return _steps_done(optimizer.optimizers[0]) if isinstance(optimizer, MultiOptimizer) else optimizer.step
 
 
-def fill(container, arrays, prefix=""):
+def fill(container: dict | list, arrays: dict[str, mx.array], prefix: str = "") -> None:
     """Put arrays into nested dicts and lists, each at its path."""
     for key, value in container.items() if isinstance(container, dict) else enumerate(container):
         name = f"{prefix}{key}"

@@ -1,9 +1,13 @@
 """Ember on the token tables and any other MLX optimizer on the rest, as one optimizer."""
 
+import mlx.core as mx
+import mlx.nn as nn
 from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.guarded import COUNT, Guard
+from ember_mlx.optimizers.in_float32 import stock_in_float32
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
 
@@ -12,6 +16,9 @@ __all__ = ["PairedOptimizer"]
 
 class PairedOptimizer(Optimizer):
     """One optimizer for the token tables, another for the rest of a model, each with its own learning rate.
+
+    Optimizers of ``mlx.optimizers`` compute in float32 for 16-bit weights here, and round once, to nearest: in float16
+    Adam's eps would be 0. Their state for float16 weights is float32. Such an optimizer is changed for good.
 
     It goes wherever an ``mlx.optimizers.Optimizer`` goes: a loop of one's own, ``mx.compile``, mlx-lm's ``train``.
     Make it after freezing, unfreezing and ``linear_to_lora_layers``: what is trainable then is what it trains.
@@ -50,12 +57,21 @@ class PairedOptimizer(Optimizer):
         >>> optimizer.update(model, gradients)
     """
 
-    def __init__(self, model, tables: Optimizer, rest: Optimizer, skip_nonfinite=False, clip_grad_norm=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tables: Optimizer,
+        rest: Optimizer,
+        skip_nonfinite: bool = False,
+        clip_grad_norm: float | None = None,
+    ):
         for name, optimizer in {"tables": tables, "rest": rest}.items():
             if not isinstance(optimizer, Optimizer):
                 raise InputError(f"PairedOptimizer({name}={optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         if tables is rest:
             raise InputError("PairedOptimizer: tables and rest are one and the same optimizer: make two")
+        for optimizer in (tables, rest):
+            stock_in_float32(optimizer)
         self.tables = tables
         found = {table.path for table in find_token_tables(model)}
         trainable = dict(tree_flatten(model.trainable_parameters()))
@@ -65,19 +81,19 @@ class PairedOptimizer(Optimizer):
         _refuse_shared(model, self._table_paths)
         self._rest_paths = frozenset(trainable) - self._table_paths
         self.rest = rest
-        self.guard = Guard("PairedOptimizer", trainable, skip_nonfinite, clip_grad_norm)
+        self.guard = Guard("PairedOptimizer", trainable, [tables, rest], skip_nonfinite, clip_grad_norm)
         self._state = {"rest": rest.state, "tables": tables.state} | self.guard.state()
         self.init(trainable)
 
-    def init(self, parameters):
+    def init(self, parameters: Tree) -> None:
         tables, rest = self._split(parameters)
         self.tables.init(tables)
         self.rest.init(self._as_rest_takes_it(rest))
 
-    def apply_gradients(self, gradients, parameters):
+    def apply_gradients(self, gradients: Tree, parameters: Tree) -> Tree:
         return self.guard.apply(self.apply_unguarded, self._state, gradients, parameters)
 
-    def apply_unguarded(self, gradients, parameters):
+    def apply_unguarded(self, gradients: Tree, parameters: Tree) -> Tree:
         """The update alone, of gradients that are judged and clipped already."""
         tables, rest = self._split(gradients)
         flat = dict(tree_flatten(parameters))
@@ -86,61 +102,61 @@ class PairedOptimizer(Optimizer):
         updated |= tree_flatten(self.rest.apply_gradients(self._as_rest_takes_it(rest), rest_parameters))
         return tree_map_with_path(lambda path, _: updated[path], gradients)
 
-    def side_of(self, path):
+    def side_of(self, path: str) -> Optimizer:
         """The optimizer that trains the parameter at ``path``."""
         if path in self._table_paths:
             return self.tables
         if path in self._rest_paths:
             return self.rest
         raise InputError(
-            f"PairedOptimizer: {path} was not trainable when the optimizer was made, so no side has state for it: "
+            f"PairedOptimizer: {path} was not trainable when the optimizer was made, so no side has state for it; "
             "freeze it, or make a new PairedOptimizer after unfreezing it"
         )
 
     @property
-    def skip_nonfinite(self):
+    def skip_nonfinite(self) -> bool:
         return self.guard.skip_nonfinite
 
     @property
-    def clip_grad_norm(self):
+    def clip_grad_norm(self) -> float | None:
         return self.guard.clip_grad_norm
 
     @property
-    def nonfinite_steps(self):
+    def nonfinite_steps(self) -> mx.array | None:
         """The number of steps that changed nothing, an mx.array; None without ``skip_nonfinite``."""
         return self._state.get(COUNT)
 
-    def count_nonfinite(self):
+    def count_nonfinite(self) -> None:
         """For a loop that judges by itself: one more step that changed nothing."""
         self._state[COUNT] = self._state[COUNT] + 1
 
     @property
-    def state(self):
+    def state(self) -> Tree:
         return self._state
 
     @state.setter
-    def state(self, state):
+    def state(self, state: Tree) -> None:
         self.guard.assign(self._state, state)
 
     @property
-    def step(self):
+    def step(self) -> mx.array:
         """The number of steps done, an mx.array; both sides count alike."""
         return self.tables.step
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> mx.array:
         return self.rest.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: float | mx.array) -> None:
         self.rest.learning_rate = learning_rate
 
     @property
-    def table_learning_rate(self):
+    def table_learning_rate(self) -> mx.array:
         return self.tables.learning_rate
 
     @table_learning_rate.setter
-    def table_learning_rate(self, learning_rate):
+    def table_learning_rate(self, learning_rate: float | mx.array) -> None:
         self.tables.learning_rate = learning_rate
 
     def _split(self, tree):
@@ -163,7 +179,7 @@ def _refuse_shared(model, table_paths):
         if first != path and {first, path} & owners:
             raise InputError(
                 f"PairedOptimizer: {first} and {path} are one and the same module, so its gradient could go to either "
-                "side: keep it in one place, and call it from there"
+                "side; keep it in one place, and call it from there"
             )
 
 

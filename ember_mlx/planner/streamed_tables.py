@@ -8,7 +8,7 @@ from ember_mlx.planner.update import rounded
 __all__ = ["Head", "step_looked_up"]
 
 SHARE_OF_LOGITS = 8  # of ember_mlx.streaming: the logits are kept up to this part of the weights
-BLOCKS = 24  # of ember_mlx.streaming: the head is cut into so many
+BLOCKS = 36  # of ember_mlx.streaming: the head is cut into so many
 LOGITS_AT_ONCE = 2**24  # of ember_mlx.streaming: or into blocks of so many logits
 TARGETS_AT_ONCE = 256  # of ember_mlx.streaming
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import unit_in_the_last_place
+from ember_mlx.shared.float_formats import ROUNDS_TO_ONE, unit_in_the_last_place
 
 __all__ = [
     "BETA2_RANGE",
@@ -27,8 +27,8 @@ ROUNDINGS = ("nearest", "stochastic")
 SAMPLE = 2**18  # elements of a table, about, that are looked at
 LIBRARIES = ("ember_mlx", "cuda_ref", "mlx", "torch")
 STEPS_TO_LOOK_AT = (0, *(2**i for i in range(17)))  # of a schedule, in steps done: to 65,536
-# From 1 - 2^-25 on float32 has 1, and a moment would never move.
-BETA2_RANGE = (0, 1 - 2.0**-25, "at least 0 and, in float32, below 1: usually 0.999, or a schedule")
+# At 1, as float32 has it, a moment would never move.
+BETA2_RANGE = (0, ROUNDS_TO_ONE, "at least 0 and, in float32, below 1, usually 0.999")
 LEAST, MOST = 1e-30, 1e30  # of row_clip and row_floor: beyond, float32 comes to infinity, and that times 0 to NaN
 
 
@@ -57,7 +57,7 @@ def check_beta2_schedule(beta2: Callable[[int], float]) -> None:
     """Look at the values of a schedule, from the number of steps done: inside a compiled step nothing can be raised."""
     for step in STEPS_TO_LOOK_AT:
         value = beta2(step)
-        if not 0 <= value < 1:
+        if not 0 <= value < ROUNDS_TO_ONE:
             raise InputError(
                 f"Ember(beta2=...): the schedule gives {value:.6g} after {step} steps: must be at least 0 and below 1, "
                 "in float32, too"

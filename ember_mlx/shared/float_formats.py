@@ -2,9 +2,11 @@
 
 import numpy as np
 
-__all__ = ["FORMATS", "LARGEST", "SMALLEST_NORMAL", "unit_in_the_last_place"]
+__all__ = ["FORMATS", "LARGEST", "ROUNDS_TO_INFINITY", "ROUNDS_TO_ONE", "SMALLEST_NORMAL", "unit_in_the_last_place"]
 
 LARGEST = 2.0**128 - 2.0**104  # of float32
+ROUNDS_TO_INFINITY = 2.0**128 - 2.0**103  # in float32: this and all above
+ROUNDS_TO_ONE = 1 - 2.0**-25  # in float32: this and all between it and 1
 SMALLEST_NORMAL = 2.0**-126  # of float32; below it GPUs flush to zero and a CPU keeps fewer and fewer digits
 # (bits of the fraction, smallest exponent) of the dtypes that a parameter may have.
 FORMATS = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}

@@ -1,4 +1,4 @@
-"""The rows of streaming_memory.py: what each name stands for, and which belong to which machine."""
+"""The rows of streaming_peaks.py: what each name stands for, and which belong to which machine."""
 
 import re
 

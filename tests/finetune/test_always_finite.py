@@ -20,10 +20,10 @@ OPTIMIZERS = ("adam", "adamw", "adafactor", "sgd", "muon")
 TABLE_OPTIMIZERS = ("ember", "adamw", "adafactor", "sgd")
 FAULTS = {
     "none": [],
-    "rate": ["--learning-rate", "1e30"],
-    "table rate": ["--table-learning-rate", "1e30"],
+    "rate": ["--learning-rate", "1e10"],
+    "table rate": ["--table-learning-rate", "1e10"],
     "both rates": ["--learning-rate", "3e38", "--table-learning-rate", "3e38"],
-    "clipped": ["--learning-rate", "1e30", "--clip-grad-norm", "1e-30"],
+    "clipped": ["--learning-rate", "1e10", "--clip-grad-norm", "1e-30"],
     "decay": ["--table-weight-decay", "1e38"],
     "rate beyond float32": ["--table-learning-rate", "1e39"],
     "NaN in a weight": [],

@@ -43,11 +43,11 @@ def test_the_run_stops_there_and_says_what_to_do(parse, one_bad_row, tables):
 def test_the_state_before_it_is_kept_and_gone_on_from(parse, one_bad_row, tmp_path, capsys, accumulate):
     common = [*one_bad_row, "--iters", 8, "--grad-accumulation-steps", accumulate]
     run(parse(*common, "--on-nonfinite", "skip", adapter="whole"))
-    with pytest.raises(InputError, match=r"step [1-4]: .*--resume goes on before that step"):
+    with pytest.raises(InputError, match=r"step [1-4]: .*--resume continues before that step"):
         run(parse(*common))
     with pytest.raises(InputError, match="--on-nonfinite skip$"):
         run(parse(*common, "--keep-checkpoints", 0, adapter="none"))
-    assert " is saved, and --resume goes on from it" in " ".join(capsys.readouterr().out.split())
+    assert " is saved, and --resume continues from it" in " ".join(capsys.readouterr().out.split())
     run(parse(*common, "--on-nonfinite", "skip", "--resume"))
     whole, resumed = (checkpoints.find(tmp_path / adapter, True) for adapter in ("whole", "adapters"))
     assert resumed.position == whole.position
@@ -86,6 +86,19 @@ def test_stop_leaves_what_a_run_has_that_ended_before_it(
         assert [name for name, array in found.items() if not mx.array_equal(array, expected[name])] == []
 
 
+def test_a_weight_that_was_nan_from_the_start_is_no_checkpoint_and_the_step_is_named(parse, tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    weights = mx.load(str(model / "model.safetensors"))
+    weights["lm_head.weight"][0, 0] = mx.nan
+    mx.eval(weights)
+    mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(InputError, match="^step 1: a NaN .*--on-nonfinite skip$"):
+        run(parse("--model", model))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not saved weights.safetensors: lm_head.weight has 1 of 8320 numbers that are not finite" in said
+    assert not list((tmp_path / "adapters").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("more", [[], ["--clip-grad-norm", 0.1], ["--chunked-loss"]])
 def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsys, more):
     reports = []
@@ -107,15 +120,10 @@ def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsy
 
 
 def test_what_is_accumulated_with_it_is_left_out_too(parse, one_bad_row, tmp_path, capsys):
-    def all_steps(iters, adapter, *more):
-        run(parse(*one_bad_row, "--iters", iters, *more, "--on-nonfinite", "skip", adapter=adapter))
-        return saved(tmp_path / adapter)
-
-    accumulated = all_steps(ROWS, "accumulated", "--grad-accumulation-steps", ROWS)
+    with pytest.raises(InputError, match="1 of 1 steps had a NaN"):
+        run(parse(*one_bad_row, "--grad-accumulation-steps", ROWS, "--on-nonfinite", "skip"))
     assert "step 4: a NaN" in capsys.readouterr().out
-    untrained = all_steps(ROWS, "untrained", "--learning-rate", 0, "--table-learning-rate", 0)
-    for file, arrays in untrained.items():
-        assert [name for name in arrays if not mx.array_equal(arrays[name], accumulated[file][name])] == []
+    assert not list((tmp_path / "adapters").glob("*.safetensors"))
 
 
 def test_a_run_whose_only_report_has_such_a_step_in_it_ends_well(parse, one_bad_row, tmp_path):
@@ -123,3 +131,27 @@ def test_a_run_whose_only_report_has_such_a_step_in_it_ends_well(parse, one_bad_
     result = run(parse(*one_bad_row, "--on-nonfinite", "skip", "--steps-per-report", ROWS))
     assert math.isnan(result.loss_after)
     assert saved(tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("tables", ["auto", "none"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_with_every_step_left_out_nothing_is_saved_as_if_it_were_trained(parse, folders, tmp_path, tables, accumulate):
+    (tmp_path / "bad").mkdir()
+    row = json.dumps({"prompt": "long " * 20, "completion": "lost"})
+    (tmp_path / "bad" / "train.jsonl").write_text(f"{row}\n{row}\n")
+    (tmp_path / "bad" / "valid.jsonl").write_bytes((folders["data"] / "valid.jsonl").read_bytes())
+    options = ["--data", tmp_path / "bad", "--mask-prompt", "--max-seq-length", 48, "--train-tables", tables]
+    options += ["--grad-accumulation-steps", accumulate, "--iters", 4, "--save-every", 1, "--on-nonfinite", "skip"]
+    count = 4 // accumulate
+    with pytest.raises(
+        InputError, match=rf"--on-nonfinite skip: {count} of {count} steps .* no adapter .*Lower"
+    ) as refused:
+        run(parse(*options))
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "adapters").glob("adapters*"))
+    # An adapter that was there stays, and with one good step there is something to save.
+    run(parse("--train-tables", tables, adapter="earlier"))
+    before = {path: path.read_bytes() for path in (tmp_path / "earlier").glob("*.safetensors")}
+    with pytest.raises(InputError, match="no adapter is saved"):
+        run(parse(*options, "--overwrite", adapter="earlier"))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "earlier").glob("*.safetensors")}

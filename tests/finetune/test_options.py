@@ -110,7 +110,7 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
         ("--learning-rate -1", "--learning-rate -1.0: must"),
         ("--table-learning-rate inf", "--table-learning-rate inf: must"),
         ("--table-weight-decay nan", "--table-weight-decay nan: must"),
-        ("--table-beta2 1", "--table-beta2 1.0: must be at least 0 and below 1"),
+        ("--table-beta2 1", "--table-beta2 1.0: must be at least 0 and, in float32, below 1"),
         ("--table-beta2 0.9 --table-optimizer sgd", "--table-beta2: sgd has no beta2"),
         ("--table-row-clip 0", "--table-row-clip 0.0: must be a number from 1e-30 to 1e30, usually 1 to 10"),
         ("--table-row-clip nan", "--table-row-clip nan: must be a number"),

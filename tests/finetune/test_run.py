@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import lora
 from mlx_lm.tuner.trainer import default_loss, evaluate
+from tiny_models import write_model
 
 from ember_mlx import InputError, load
 from ember_mlx.finetune import loop as loop_module
@@ -174,7 +175,7 @@ def test_resuming_what_this_run_does_not_train_is_refused(parse, tmp_path, argum
         run(parse("--resume-adapter-file", file, *arguments, adapter="second"))
     assert not (tmp_path / "second").exists()
     for nothing in (tmp_path / "nothing", tmp_path / "first"):
-        with pytest.raises(InputError, match="there is no such file; give an adapters.safetensors"):
+        with pytest.raises(InputError, match="this file does not exist; give an adapters.safetensors"):
             run(parse("--resume-adapter-file", nothing, adapter="second"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="adapters.safetensors cannot be read"):
@@ -211,10 +212,10 @@ def test_a_run_that_breaks_off_before_its_first_save_loses_nothing_of_the_earlie
     run(parse(adapter="new"))
 
 
-@pytest.mark.parametrize("arguments", [["--learning-rate", 1e30], ["--table-learning-rate", 1e30]])
+@pytest.mark.parametrize("arguments", [["--learning-rate", 1e10], ["--table-learning-rate", 1e10]])
 def test_weights_that_are_no_numbers_are_not_saved(parse, tmp_path, arguments):
     with pytest.raises(InputError, match="it reached neither the weights nor the optimizer's state"):
-        run(parse(*arguments, "--iters", 6))
+        run(parse(*arguments, "--iters", 6, "--model", write_model(tmp_path / "model", dtype=mx.float16)))
     folder = tmp_path / "adapters"
     assert names_in(folder) == []
     # What was before that step is kept, to go on from with other rates.
