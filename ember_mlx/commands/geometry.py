@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> None:
     # The last of two equal flags counts: the user's own wins.
     own, args = options.parse_command(parser, ["--adapter-path", str(out / "adapters"), *arguments], data_required=True)
     check(args, own.out)
+    args |= {"stream": False}
     # Nothing is saved there, but the run checks the free space of the disk that --out is on.
     with tempfile.TemporaryDirectory(prefix="timing-", dir=existing_parent(own.out)) as folder:
         timed = time_without_measuring(args, Path(folder))
@@ -86,6 +87,8 @@ def check(args: options.Options, out: Path) -> None:
     require_matplotlib()
     if not args.train or args.test:
         raise InputError("train: false or --test: geometry measures a run that trains, and does not test; leave it out")
+    if args.stream:
+        raise InputError("--stream: geometry measures whole gradients, which a streamed step never has; leave it out")
     if args.resume is not None:
         raise InputError("--resume: geometry measures a run from its first step; leave it out")
     if args.train_tables == "none":

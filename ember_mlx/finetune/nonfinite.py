@@ -71,7 +71,7 @@ class NonfiniteSteps:
         checkpoint = self.go_back()
         if checkpoint is None:
             return ", but other weights were stepped: of this half step nothing is saved", ""
-        return f", but other weights were stepped: the run went back to {checkpoint}", ". --resume goes on from there"
+        return f", but other weights were stepped: the run went back to {checkpoint}", ". --resume continues from there"
 
     @property
     def nothing_is_learned(self) -> bool:

@@ -57,8 +57,6 @@ class Streamed:
             notes.append(f"{flags}: streaming includes {'them' if len(included) > 1 else 'it'}")
         if args.clip_grad_norm is not None:
             notes.append("--clip-grad-norm: exact, by a backward pass more: a step takes about 75 % longer")
-        if args.keep_inputs and args.keep_inputs > 1:
-            notes.append(f"--keep-inputs {args.keep_inputs}: the inputs between are made again, a forward pass more")
         return notes
 
     def __call__(

@@ -86,7 +86,7 @@ class Forward:
         if self.segments.needed is None:
             zeros = mx.zeros_like(first_of(recording.result)[0])
             self.segments.needed = frozenset(self._glue.vjp(recording, first_of, [zeros]))
-            if any(indirect) and self.segments.keep > 1:
+            if any(indirect[1:]) and self.segments.keep > 1:
                 self._notes.append("arithmetic between the layers reads their outputs: all inputs are kept")
                 self.segments.keep = 1
         for i in range(len(recording.calls)):

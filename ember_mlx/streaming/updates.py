@@ -8,12 +8,13 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import SGD, MultiOptimizer, Optimizer
+from mlx.optimizers import SGD, Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
-from ember_mlx.optimizers.guarded import GuardedOptimizer, norm_is_safe
+from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, norm_is_safe
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
+from ember_mlx.optimizers.split_weights import SplitWeights
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Updates"]
@@ -148,11 +149,13 @@ def _applied_to_one(leaf, gradient, weight, state, scale):
         gradient = (gradient * scale).astype(gradient.dtype)
     finite = _is_safe(gradient)
     new = dict(state)
-    updated = leaf.apply_single(gradient, weight, new)
+    updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
+    if weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor):  # there finite gradients may overflow
+        finite = finite & all_finite([updated])
     changed = {
         name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
     }
-    return mx.where(finite, updated, weight).astype(weight.dtype), changed, finite
+    return mx.where(finite, updated, weight), changed, finite
 
 
 def _all(flags):
@@ -193,13 +196,17 @@ def _leaf_of(optimizer, path, weight):
 
 def _unread(leaf):
     """State that MLX makes and no step reads: to give it to a compiled function would be to have it."""
-    inner = leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
+    inner = _inner(leaf)
     return ("v",) if isinstance(inner, SGD) and inner.momentum <= 0 else ()
+
+
+def _inner(leaf):
+    return leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
 
 
 def _looks_at_one_array(leaf):
     """Whether it keeps MLX's own way through a tree, array by array, or says that it does."""
-    if isinstance(leaf, StochasticRounding):
+    if isinstance(leaf, StochasticRounding | SplitWeights):
         return _looks_at_one_array(leaf.optimizer)
     own = type(leaf).apply_gradients
     return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", False)
