@@ -95,10 +95,12 @@ class PairedOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:
+        """The groups of the rest, then those of the tables."""
         return [group for side in self._sides for group in side.param_groups]
 
     @property
     def state(self) -> MutableMapping:
+        """Parameter -> its state, of both sides."""
         return _StateOfBoth(self._sides)
 
     @property

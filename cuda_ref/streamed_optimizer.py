@@ -32,8 +32,8 @@ def sides_of(optimizer: Optimizer) -> dict[torch.nn.Parameter, Side]:
         if not _looks_at_one_array(side):
             raise InputError(
                 f"StreamedBackward: {type(side).__name__} is not known to look at one array at a time, and all "
-                "gradients are never there at once: take one of torch.optim but LBFGS and SparseAdam, or set its "
-                "class attribute one_array_at_a_time = True if it does"
+                "gradients never exist at once; take one of torch.optim but LBFGS and SparseAdam. If it does, set its "
+                "class attribute one_array_at_a_time = True"
             )
     return {p: (side, group) for side in sides for group in side.param_groups for p in group["params"]}
 

@@ -102,3 +102,13 @@ def test_the_pictures_are_drawn_from_what_there_is(tmp_path):
     names = ("peak_by_optimizer", "peak_of_long_sequences")
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {f"{name}_{mode}.svg" for name in names for mode in ("light", "dark")}
+
+
+def test_the_guard_is_measured_beside_none_in_one_process(tmp_path):
+    out, row = tmp_path / "guard.json", "mini-qwen3/untied/lora/1x512/ember"
+    run("guard_cost.py", "--out", out, "--smoke", "--rounds", 1, "--warm-up", 1, "--rows", row)
+    measured = json.loads(out.read_text())["rows"][row]
+    kinds = {kind: of for kind, of in measured.items() if kind != "loss"}
+    assert list(kinds) == ["off", "stop", "skip", "clip", "mlx-lm"]
+    assert all(of["seconds"] > 0 and of["peak_memory"] > 0 for of in kinds.values())
+    assert kinds["off"]["peak_over_off"] == 1

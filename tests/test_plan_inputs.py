@@ -53,7 +53,7 @@ def test_rows_that_are_cut_are_said_to_be(parse, long_validation):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("no tokenizer", "there is no tokenizer beside config.json"),
+        ("no tokenizer", "no tokenizer exists beside config.json"),
         ("broken tokenizer", "the tokenizer cannot be loaded ("),
         ("hub data", "--data owner/name is no folder here"),
         ("no data", "no --data is given"),

@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> None:
 
 
 def demo(folder: Path) -> None:
+    """Write data, model and both adapters to ``folder``, and print the comparison."""
     start = time.perf_counter()
     examples = _write_data(folder / "data")
     model, tokenizer, config = load_base(MODEL)

@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
         dict(tree_flatten(model.parameters())), f"model {args.model} with {adapter}", "use an adapter of finite numbers"
     )
     _write(folder, model, tokenizer, config, args)
-    print(_said(folder, size_before, _size(model), merged, args))
+    print(_summary(folder, size_before, _size(model), merged))
     if args.upload_repo is not None:
         try:
             upload_to_hub(args.save_path, args.upload_repo)
@@ -183,24 +183,24 @@ def _is_foreign(path):
     return not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)
 
 
-def _said(folder, size_before, size, merged: Merged, args):
-    said = f"The fused model is in {folder}: {format_bytes(size)}, of {format_bytes(size_before)} before"
+def _summary(folder, size_before, size, merged: Merged):
+    words = f"The fused model is in {folder}: {format_bytes(size)}, of {format_bytes(size_before)} before"
     if not merged.layers:
-        return said
+        return words
     of = f"the {merged.layers} layers with adapters"
     if merged.bits:
-        said += f"; {of} are quantized at {_words(merged.bits)} bits again"
+        words += f"; {of} are quantized at {_words(merged.bits)} bits again"
     elif merged.bits_before:
-        said += f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
+        words += f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
     else:
         of = of[0].upper() + of[1:]
-    said += f"; {merged.kept:.1%} of their change is left".replace("%", " %")
+    words += f"; {merged.kept:.1%} of their change is left".replace("%", " %")
     if merged.noise >= 0.05:
-        said += f", with rounding errors of {merged.noise:.2f} times its size"
+        words += f", with rounding errors of {merged.noise:.2f} times its size"
     if merged.kept < ENOUGH:
         remedy = "leave --requantize out, or give more bits" if merged.bits else "use the adapter as it is, unfused"
-        said += f": to keep more, {remedy}"
-    return said
+        words += f": to keep more, {remedy}"
+    return words
 
 
 def _words(numbers):

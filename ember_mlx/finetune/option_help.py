@@ -74,8 +74,8 @@ HELP: Help = {
         ),
         "on_nonfinite": (
             None,
-            "At a NaN or an infinity in the loss or a gradient: stop the run, or skip that step and count it. Neither "
-            "reaches the weights.",
+            "At a NaN or an infinity in the loss, a gradient or a new weight: stop the run, or skip that step. Neither "
+            "the weights nor the optimizer's state change.",
         ),
     },
     "token tables": {

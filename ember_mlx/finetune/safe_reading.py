@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from ember_mlx.optimizers.guarded import all_finite
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
@@ -33,7 +34,7 @@ def plain_file(path: Path, where: str) -> Path:
         inside = path.resolve().is_relative_to(path.parent.resolve())
         ordinary = stat.S_ISREG(path.stat().st_mode)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-        raise InputError(f"{where}: there is no file {path.name} that can be read ({_reason(error)})") from error
+        raise InputError(f"{where}: file {path.name} cannot be read ({_reason(error)})") from error
     if not inside:
         raise InputError(
             f"{where}: {path.name} is a link to a file elsewhere, which is not followed; copy the folder with the "
@@ -123,9 +124,9 @@ def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], whe
 
 
 def check_finite(arrays: dict[str, mx.array], where: str, remedy: str) -> None:
-    """Refuse, by name, an array with a number that is not finite."""
+    """Refuse, by name, an array with a number that is not finite; they are looked at one at a time."""
     for name, array in arrays.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+        if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
             count = array.size - mx.isfinite(array).sum().item()
             raise InputError(f"{where}: {name} has {count} of {array.size} numbers that are not finite; {remedy}")
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ember_mlx.optimizers.guarded import all_finite
-from ember_mlx.shared.errors import InputError
+from ember_mlx.finetune.safe_reading import check_finite
 
 __all__ = [
     "PARTIAL",
@@ -20,7 +19,6 @@ __all__ = [
     "existing_parent",
     "make_folder",
     "new_folder",
-    "refuse_nonfinite",
     "remove",
     "replace_together",
     "sync_folder",
@@ -30,6 +28,10 @@ __all__ = [
 
 PARTIAL = ".partial-"  # a name that begins so is of something unfinished
 REMOVED = ".removed-"  # and one that begins so is on its way out
+NOT_SAVED = (
+    "it is not saved: a step overflowed, or it was so from the start. Lower the learning rates, or resume from an "
+    "earlier checkpoint"
+)
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> dict:
@@ -39,21 +41,11 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
         InputError: for an array that is not finite; nothing is written.
         OSError: for whatever the disk has against it.
     """
-    refuse_nonfinite(path.name, arrays)
+    check_finite(arrays, path.name, NOT_SAVED)
     with _new_file(path) as file:
         hashed = _Hashed(file)
         mx.save_safetensors(hashed, arrays, metadata or {})
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
-
-
-def refuse_nonfinite(where: str, arrays: dict[str, mx.array]) -> None:
-    """Raises InputError for the first array with a NaN or an infinity in it; they are looked at one at a time."""
-    for name, array in arrays.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
-            raise InputError(
-                f"{where}: {name} holds a NaN or an infinity, so it is not saved: a step overflowed, or it "
-                "was so from the start; lower the learning rates, or resume from an earlier checkpoint"
-            )
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.stop_signals import Interrupted
-from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, fill
+from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -69,9 +69,11 @@ class Saving:
 
     def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
-        if not all_finite([array for _, array in tree_flatten(self.model.trainable_parameters())]).item():
+        try:
+            return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
+        except InputError as error:
+            rprint(f"  not saved  {error}")
             return False
-        return bool(self._tried(f"checkpoint of step {position.step}", self._checkpoint, position))
 
     def go_back(self) -> Path | None:
         """Put weights, optimizer and adapter files as the newest checkpoint of this run has them; that checkpoint.

@@ -67,7 +67,10 @@ class StepResult:
 
 
 class Watcher(Protocol):
-    """Looks on. Each method is called between two steps, when weights and optimizer state are evaluated."""
+    """Looks on. Each method is called between two steps, when weights and optimizer state are evaluated.
+
+    A subclass defines only what it listens to; the methods here do nothing.
+    """
 
     def before_training(
         self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence

@@ -26,14 +26,20 @@ WALK_DIMENSIONS = 256
 
 
 def update_dense_second_moment(v: np.ndarray, g: np.ndarray, beta2: float) -> None:
-    """Adam's dense second moment, in place: ``v <- beta2 v + (1 - beta2) g^2``.
+    """Adam's dense second moment, in place: ``v <- beta2 v + (1 - beta2) g^2``, computed as Ember's own moments are.
+
+    A step towards the square keeps the digits of a beta2 near 1; near 0 it would cancel.
 
     Args:
         v (ndarray): What was kept so far, float32, zeros at first.
         g (ndarray): The gradient at the same places.
         beta2 (float): Ember's own, so that both moments average over the same steps.
     """
-    v += (1 - beta2) * (np.square(g) - v)
+    if beta2 < 0.5:
+        v *= beta2
+        v += (1 - beta2) * np.square(g)
+    else:
+        v += (1 - beta2) * (np.square(g) - v)
 
 
 def log_error(r: np.ndarray | float, c: np.ndarray | float, s: np.ndarray | float, v: np.ndarray | float) -> np.ndarray:

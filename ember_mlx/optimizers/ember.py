@@ -280,6 +280,7 @@ class Ember(Optimizer):
             warn(found)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """One step: the new tables, in a tree as that of ``gradients``; state that is missing is made first."""
         if not self._initialized:  # MLX would call init with the gradients
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         return super().apply_gradients(gradients, parameters)
@@ -321,6 +322,7 @@ class Ember(Optimizer):
         return update_table(w, g, a, b, learning_rate, self.eps, weight_decay, keys)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """:func:`ember_step` on a table (V, D) with the options of this optimizer; ``state`` is stepped in place."""
         parameter, state["r"], state["c"] = ember_step(
             parameter,
             gradient,

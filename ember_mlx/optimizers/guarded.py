@@ -47,25 +47,23 @@ NEIGHBOURS = 16  # arrays: about those of one layer's adapters
 
 
 def all_finite(arrays: Iterable[mx.array]) -> mx.array:
-    """Whether no array holds a NaN or an infinity, a bool array: one reading of each, and no scratch of large ones.
+    """Whether no array holds a NaN or an infinity, a bool array; exact, and without scratch of large ones.
 
-    A sum keeps every NaN and every infinity, on every backend. It can overflow by itself only where float32 and
-    bfloat16 numbers are near 1e30 and more; float16 overflows soon, so there the two extremes are looked at.
+    The largest and the smallest element tell: NaN is either, on every backend. A sum would overflow by itself.
 
-    LoRA has hundreds of small arrays. Neighbours of one shape are added up first, which ``mx.compile`` makes one kernel
-    of, where as many reductions would take longer than the numbers in them. Neighbours alone: a sum over all layers
-    would have MLX compute them all together, and recompute all that ``--grad-checkpoint`` has let go at once.
+    LoRA has hundreds of small arrays. Of neighbours of one shape the extremes are taken element by element first, which
+    ``mx.compile`` makes one kernel of, where as many reductions would take longer than the numbers in them. Neighbours
+    alone: over all layers MLX would compute them all together, and recompute all that ``--grad-checkpoint`` let go.
     """
-    small, rest = {}, []
+    small, extremes = {}, []
     for place, array in enumerate(arrays):
         if array.size < SMALL:
             small.setdefault((place // NEIGHBOURS, array.shape), []).append(array.astype(mx.float32))
         else:
-            rest.append(array)
-    numbers = [_added_up(alike).sum() for alike in small.values()]
-    for array in rest:
-        numbers += [array.max(), array.min()] if array.dtype == mx.float16 else [array.sum()]
-    return mx.isfinite(sum(number.astype(mx.float32) for number in numbers))
+            extremes += [array.max(), array.min()]
+    for alike in small.values():
+        extremes += [_in_pairs(mx.maximum, alike).max(), _in_pairs(mx.minimum, alike).min()]
+    return mx.isfinite(mx.stack([each.astype(mx.float32) for each in extremes])).all()
 
 
 def global_norm(gradients: Tree) -> mx.array:
@@ -84,7 +82,7 @@ def global_norm(gradients: Tree) -> mx.array:
             rows = gradient.reshape(-1, gradient.shape[-1])
             sums.append(mean_squares(rows)[0] * rows.shape[1])
     for alike in small.values():
-        rows = _added_up(alike)
+        rows = _in_pairs(mx.add, alike)
         sums.append(rows.sum(axis=-1).reshape(-1) if rows.ndim else rows.reshape(1))
     sums = mx.concatenate(sums)
     # The squares of a row fit into float32 where those of all rows together may not.
@@ -304,10 +302,10 @@ def check_clip_grad_norm(where: str, clip_grad_norm: float | None) -> None:
         raise InputError(f"{where}: must be a finite number above 0, usually 1.0; leave it out not to clip")
 
 
-def _added_up(arrays):
+def _in_pairs(combine, arrays):
     """Pair by pair: a long chain is too deep to be fused."""
     while len(arrays) > 1:
-        pairs = [a + b for a, b in zip(arrays[::2], arrays[1::2], strict=False)]
+        pairs = [combine(a, b) for a, b in zip(arrays[::2], arrays[1::2], strict=False)]
         arrays = pairs + arrays[2 * len(pairs) :]
     return arrays[0]
 

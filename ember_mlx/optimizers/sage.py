@@ -117,7 +117,8 @@ def update_parameter(
     update = mx.sign(running_mean(m, g.astype(mx.float32), beta1)) * h
     new = (decayed - learning_rate * update).astype(w.dtype)
     # By -g, the same number: MLX would else keep g - m in float32, a table, for its two uses.
-    m = m - (1 - beta2) * (m + (-g).astype(mx.float32))
+    negative = (-g).astype(mx.float32)
+    m = beta2 * m - (1 - beta2) * negative if beta2 < 0.5 else m - (1 - beta2) * (m + negative)
     return new if moves is None else mx.where(moves, new, w), m
 
 

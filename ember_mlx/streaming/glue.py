@@ -3,10 +3,14 @@
 A replay computes nothing of the units; of the glue, MLX computes what the wanted cotangents need.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from ember_mlx.streaming.call_tree import build, flatten, is_float
-from ember_mlx.streaming.units import calls_go_to, put_back_random_state
+from ember_mlx.streaming.units import Recording, calls_go_to, put_back_random_state
+from ember_mlx.streaming.weights import Weights
 
 __all__ = ["Glue", "distinct"]
 
@@ -28,12 +32,18 @@ class Glue:
         names (list): Paths of those outside the units.
     """
 
-    def __init__(self, units, weights, names):
+    def __init__(self, units: dict[str, nn.Module], weights: Weights, names: list[str]):
         self.units = units
         self.names = names
         self._weights = weights
 
-    def vjp(self, recording, pick, cotangents, stop_at=None):
+    def vjp(
+        self,
+        recording: Recording,
+        pick: Callable[[object], list[mx.array]],
+        cotangents: list[mx.array],
+        stop_at: int | None = None,
+    ) -> dict[str | tuple[int, int], mx.array]:
         """Cotangents of the outputs of calls, by (call, output), and of the glue's weights, by name.
 
         Only what the picked arrays do depend on is in the dict.
@@ -65,7 +75,7 @@ class Glue:
                 self._weights[name] = weight
         return {key: g for key, g in zip([*self.names, *places], gradients, strict=True) if key in reached}
 
-    def depends(self, recording, stop_at, inputs):
+    def depends(self, recording: Recording, stop_at: int, inputs: list[int]) -> list[int]:
         """Which of the numbered inputs of a call depend on a weight or an earlier call by way of glue."""
         call = recording.calls[stop_at]
         return [
@@ -99,7 +109,7 @@ class Glue:
                 return reached.leaves
 
 
-def distinct(arrays):
+def distinct(arrays: list[mx.array]) -> list[mx.array]:
     """``mx.vjp`` counts the cotangent of an array that it is given twice only once."""
     return [_probe(array, set(), None) for array in arrays]
 

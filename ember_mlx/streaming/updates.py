@@ -7,6 +7,7 @@ infinity in it changes neither its weight nor the weight's state, and is named a
 from functools import partial
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.optimizers import SGD, Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
@@ -31,7 +32,7 @@ class Updates:
         InputError: (a ``ValueError``) for an optimizer that needs all gradients at once.
     """
 
-    def __init__(self, optimizer, model):
+    def __init__(self, optimizer: Optimizer, model: nn.Module):
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"StreamedStep(optimizer={optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         trainable = dict(tree_flatten(model.trainable_parameters()))
@@ -52,14 +53,15 @@ class Updates:
         self._shared = {}
 
     @property
-    def clip_grad_norm(self):
+    def clip_grad_norm(self) -> float | None:
+        """What the optimizer clips the global norm to."""
         return getattr(self.optimizer, "clip_grad_norm", None)
 
-    def leaf(self, path) -> Optimizer:
+    def leaf(self, path: str) -> Optimizer:
         """The optimizer that trains the weight."""
         return self._of[path]
 
-    def state(self, path) -> dict:
+    def state(self, path: str) -> dict:
         """The state of the weight, wherever it stands in the optimizer's."""
         state = self._of[path].state
         if path in state:
@@ -68,7 +70,7 @@ class Updates:
             state = state[int(part)] if isinstance(state, list | tuple) else state[part]
         return state
 
-    def begin(self):
+    def begin(self) -> None:
         """As ``apply_gradients`` begins."""
         self._finite = {}
         for leaf in self._leaves:
@@ -77,29 +79,35 @@ class Updates:
             leaf.state["step"] = leaf.step + 1
             self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
 
-    def __call__(self, weights, gradients, scale=None):
+    def __call__(
+        self, weights: dict[str, mx.array], gradients: dict[str, mx.array], scale: mx.array | None = None
+    ) -> dict[str, tuple[mx.array, list[mx.array]]]:
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
-        One compiled function an optimizer does it array by array: a GPU then compiles a kernel once for all layers.
+        All of a layer's are built by one call, and each may be evaluated by itself.
 
         Args:
             weights, gradients (dict): By path, of the same paths.
             scale (array, optional): What the gradients are multiplied by.
         """
-        results = {}
-        for path, gradient in gradients.items():
-            leaf, state = self._of[path], self.state(path)
-            unread = self._unread[id(leaf)]
-            read = {name: value for name, value in state.items() if name not in unread}
-            weight, new, finite = self._functions[id(leaf)](
-                gradient, weights[path], read, self._shared[id(leaf)], scale
-            )
-            state.update(new)
-            self.note(path, finite)
-            results[path] = weight, list(new.values())
+        by_leaf, results = {}, {}
+        for path in gradients:
+            by_leaf.setdefault(id(self._of[path]), []).append(path)
+        for leaf, paths in by_leaf.items():
+            unread = self._unread[leaf]
+            states = [self.state(path) for path in paths]
+            triples = [
+                (gradients[path], weights[path], {name: state[name] for name in state if name not in unread})
+                for path, state in zip(paths, states, strict=True)
+            ]
+            applied = self._functions[leaf](triples, self._shared[leaf], scale)
+            for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
+                state.update(new)
+                self.note(path, finite)
+                results[path] = weight, list(new.values())
         return results
 
-    def note(self, path, finite):
+    def note(self, path: str, finite: mx.array) -> None:
         """Whether the gradient of a weight was finite: False, and it was not stepped."""
         self._finite[path] = finite
 
@@ -115,29 +123,33 @@ class Updates:
             self.count()
         return refused
 
-    def count(self):
+    def count(self) -> None:
         """Count a step with a NaN or an infinity, where the optimizer counts them."""
         if getattr(self.optimizer, "skip_nonfinite", False):
             self.optimizer.count_nonfinite()
 
-    def arrays(self):
+    def arrays(self) -> list[mx.array]:
         """What a step has changed that belongs to no single weight."""
         own = [value for leaf in self._leaves for value in leaf.state.values() if isinstance(value, mx.array)]
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
 
 
-def _applied(leaf, gradient, weight, state, shared, scale):
-    """The update of one array as a function of all that it reads, so that ``mx.compile`` may fuse it."""
+def _applied(leaf, triples, shared, scale):
+    """The updates of some arrays as a function of all that they read; layers of equal shapes share what is compiled."""
+    own = {name: leaf.state[name] for name in shared}
+    leaf.state.update(shared)
+    try:
+        return [_applied_to_one(leaf, *triple, scale) for triple in triples]
+    finally:
+        leaf.state.update(own)
+
+
+def _applied_to_one(leaf, gradient, weight, state, scale):
     if scale is not None:
         gradient = (gradient * scale).astype(gradient.dtype)
     finite = _is_safe(gradient)
     new = dict(state)
-    own = {name: leaf.state[name] for name in shared}
-    leaf.state.update(shared)
-    try:
-        updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
-    finally:
-        leaf.state.update(own)
+    updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
     if weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor):  # there finite gradients may overflow
         finite = finite & all_finite([updated])
     changed = {

@@ -33,64 +33,76 @@ WARM_UP = 2
 LEFT_OVER = 2**20  # bytes of earlier rows that do no harm
 
 
-def measure(row, warm_up, steps, smoke):
-    """Take a few steps of ``ember-mlx train``, set up as that does it.
+class Prepared:
+    """A model of a row and all that a step of ``ember-mlx train`` takes, set up as that does it.
 
-    The time is the median of ``steps`` after the first ``warm_up``, or None for no warm-up. Raises RuntimeError if the
-    process still holds arrays of a row before.
+    Raises RuntimeError if the process still holds arrays of a row before.
     """
+
+    def __init__(self, row, smoke):
+        import mlx.core as mx
+        from mlx_lm.utils import _get_classes
+
+        from ember_mlx.finetune import options
+        from ember_mlx.finetune.build_optimizer import build_optimizer
+        from ember_mlx.finetune.choices import choose
+        from ember_mlx.finetune.run import choose_loss
+        from ember_mlx.finetune.trainable import make_trainable, shapes_of
+
+        gc.collect()
+        mx.clear_cache()
+        if mx.get_active_memory() > LEFT_OVER:
+            raise RuntimeError(
+                f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process"
+            )
+        of = ROW.fullmatch(row).groupdict()
+        batch_size, length = int(of["batch_size"]), int(of["length"])
+        length = max(length // 16, 1) if smoke else length
+        self.args = args = options.parse(words_of(row))
+
+        mx.random.seed(SEED)
+        config = config_of(row) | (TINY if smoke else {})
+        model_class, arguments_class = _get_classes(config)
+        self.model = model = model_class(arguments_class.from_dict(config))
+        model.set_dtype(mx.bfloat16)
+        mx.eval(model.parameters())
+        choices = choose(args, shapes_of(model))
+        make_trainable(model, args, choices)
+        self.optimizer = build_optimizer(model, args, choices)
+        self.optimizer.guard.skip_nonfinite = not of["unguarded"]
+        self.loss = choose_loss(args, model)
+        tokens = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
+        self.batch = tokens, mx.array([[0, length]] * batch_size)
+        self.logits = batch_size * length * config["vocab_size"] * mx.bfloat16.size
+        mx.eval(model.parameters(), self.optimizer.state, self.batch)
+
+
+def measure(row, warm_up, steps, smoke):
+    """Take a few steps; the time is the median of ``steps`` after the first ``warm_up``, or None for no warm-up."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.tuner.trainer import grad_checkpoint
-    from mlx_lm.utils import _get_classes
 
-    from ember_mlx.finetune import options
-    from ember_mlx.finetune.build_optimizer import build_optimizer
-    from ember_mlx.finetune.choices import choose
-    from ember_mlx.finetune.run import choose_loss
     from ember_mlx.finetune.step import Step
-    from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
-    gc.collect()
-    mx.clear_cache()
-    if mx.get_active_memory() > LEFT_OVER:
-        raise RuntimeError(f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process")
-    of = ROW.fullmatch(row).groupdict()
-    batch_size, length = int(of["batch_size"]), int(of["length"])
-    length = max(length // 16, 1) if smoke else length
-    args = options.parse(words_of(row))
-
-    mx.random.seed(SEED)
-    config = config_of(row) | (TINY if smoke else {})
-    model_class, arguments_class = _get_classes(config)
-    model = model_class(arguments_class.from_dict(config))
-    model.set_dtype(mx.bfloat16)
-    mx.eval(model.parameters())
-    choices = choose(args, shapes_of(model))
-    make_trainable(model, args, choices)
-    optimizer = build_optimizer(model, args, choices)
-    optimizer.guard.skip_nonfinite = not of["unguarded"]
-    loss = choose_loss(args, model)
-    tokens = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
-    batch = tokens, mx.array([[0, length]] * batch_size)
-    mx.eval(model.parameters(), optimizer.state, batch)
-
+    made = Prepared(row, smoke)
+    model, optimizer = made.model, made.optimizer
     sizes = {
         "weights": sum(array.nbytes for _, array in tree_flatten(model.parameters())),
         "gradients": sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters())),
         "optimizer_state": sum(array.nbytes for _, array in tree_flatten(optimizer.state) if array.ndim),
-        "logits": batch_size * length * config["vocab_size"] * mx.bfloat16.size,
+        "logits": made.logits,
     }
     mx.clear_cache()
     seconds, peaks, losses = [], [], []
     with unpatched(type(model.layers[0])):
-        if args.grad_checkpoint:
+        if made.args.grad_checkpoint:
             grad_checkpoint(model.layers[0])
-        step = Step(model, optimizer, loss)
+        step = Step(model, optimizer, made.loss)
         for _ in range(warm_up + steps):
             mx.reset_peak_memory()
             start = time.perf_counter()
-            losses.append(step(batch).loss.item())
+            losses.append(step(made.batch).loss.item())
             mx.clear_cache()  # as the loop does
             seconds.append(time.perf_counter() - start)
             peaks.append(mx.get_peak_memory())

@@ -54,6 +54,21 @@ def test_it_is_the_step_of_all_tokens_in_one_batch(kind, tied, checkpoints):
     assert list(model.model.layers) == layers
 
 
+@pytest.mark.parametrize("frozen", ["lm_head", "embed_tokens", "layers.0", "layers"])
+def test_only_what_is_trainable_trains(frozen):
+    model, other = model_of(), model_of()
+    for m in (model, other):
+        for name, p in m.named_parameters():
+            p.requires_grad_(frozen not in name)
+    before = {name: bits(p) for name, p in model.named_parameters()}
+    optimizer, plain = (paired(m, rest=SGD, eps=1e-5) for m in (model, other))
+    expected = step_of_all(other, plain, micro_batches())
+    assert StreamedBackward(model, optimizer).accumulate(micro_batches()).item() == pytest.approx(expected, rel=1e-5)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+        assert (bits(p) == before[name]) == (frozen in name)
+
+
 def test_with_whole_logits_and_a_loss_of_ones_own():
     def squares(model, ids):
         return model(ids).logits.square().mean()

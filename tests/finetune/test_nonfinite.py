@@ -86,6 +86,19 @@ def test_stop_leaves_what_a_run_has_that_ended_before_it(
         assert [name for name, array in found.items() if not mx.array_equal(array, expected[name])] == []
 
 
+def test_a_weight_that_was_nan_from_the_start_is_no_checkpoint_and_the_step_is_named(parse, tmp_path, capsys):
+    model = write_model(tmp_path / "model")
+    weights = mx.load(str(model / "model.safetensors"))
+    weights["lm_head.weight"][0, 0] = mx.nan
+    mx.eval(weights)
+    mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(InputError, match="^step 1: a NaN .*--on-nonfinite skip$"):
+        run(parse("--model", model))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not saved weights.safetensors: lm_head.weight has 1 of 8320 numbers that are not finite" in said
+    assert not list((tmp_path / "adapters").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("more", [[], ["--clip-grad-norm", 0.1], ["--chunked-loss"]])
 def test_or_leaves_that_step_out_and_says_so(parse, one_bad_row, tmp_path, capsys, more):
     reports = []

@@ -119,6 +119,8 @@ def test_in_place_adam_has_the_bits_of_mlxs(kind, correct, dtype):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
     arrays = {"good": mx.ones(3, dtype), "bad": mx.array([1.0, value]).astype(dtype)}
-    with pytest.raises(InputError, match="adapters.safetensors: bad holds a NaN or an infinity"):
+    with pytest.raises(
+        InputError, match="adapters.safetensors: bad has 1 of .* numbers that are not finite; it is not saved"
+    ):
         write_arrays(tmp_path / "adapters.safetensors", arrays)
     assert not list(tmp_path.iterdir())

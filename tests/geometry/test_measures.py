@@ -21,6 +21,17 @@ def moments(scale, steps, rng, beta2=0.99):
     return r, c, v
 
 
+@pytest.mark.parametrize("beta2", [0.0, 1e-30, 1e-9, 0.1, 0.5, 0.999, 1 - 2.0**-24])
+def test_a_dense_second_moment_is_right_for_every_beta2(rng, beta2):
+    v, exact = np.zeros(100, np.float32), np.zeros(100)
+    for step, size in enumerate([1, 1e-3, 1e-6, 1e-6, 1e3], start=1):
+        g = (size * rng.standard_normal(100)).astype(np.float32)
+        measures.update_dense_second_moment(v, g, beta2)
+        exact = beta2 * exact + (1 - beta2) * np.square(g, dtype=np.float64)
+        # Three roundings a step, each of at most half a unit: of the square, of the product, of the sum.
+        np.testing.assert_allclose(v, exact, rtol=4 * step * 2.0**-24)
+
+
 def test_the_log_error_of_a_rank_one_moment_is_the_noise_of_the_dense_one_and_of_another_is_more(rng):
     rows, columns = np.exp(rng.standard_normal((200, 1))), np.exp(0.5 * rng.standard_normal((1, 64)))
     steps = 30
