@@ -20,9 +20,10 @@ from ember_mlx.optimizers.guarded import (
     all_finite,
     clip_by_norm,
     fill,
-    global_norm,
     norm_is_safe,
+    norm_of,
     spoil_gradients_of_nonfinite,
+    squares_of,
 )
 from ember_mlx.optimizers.paired import PairedOptimizer
 
@@ -68,7 +69,7 @@ class Step:
             gradients = reduce(gradients)
             if accumulation > 1:
                 gradients = tree_map(lambda x: x / accumulation, gradients)
-            return value, tokens, gradients, global_norm(gradients) if self._judges else None
+            return value, tokens, gradients, squares_of(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
         self._updates = {}  # by the names of what is measured
@@ -81,14 +82,13 @@ class Step:
         self, batch: tuple[mx.array, ...], last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
     ) -> StepResult:
         """Take one batch; update the weights if it is the last that is accumulated."""
-        loss, tokens, gradients, norm = self._gradients_of(batch, self.accumulated, last_of_accumulation)
+        loss, tokens, gradients, squares = self._gradients_of(batch, self.accumulated, last_of_accumulation)
         self.accumulated = None
         if not last_of_accumulation:
             self.accumulated = gradients
             mx.eval(loss, tokens, gradients, mx.random.state)
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
-        if self._judges:
-            mx.eval(loss, tokens, gradients)  # so the judgement's scratch comes after theirs
+        norm = self._judge(loss, tokens, gradients, squares) if self._judges else None
         mx.eval(loss, tokens, norm, mx.random.state)
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             self.optimizer.count_nonfinite()
@@ -108,6 +108,16 @@ class Step:
         evaluate_paced(tree_flatten(self.model.trainable_parameters()), tree_flatten(self.optimizer.state))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
+
+    @staticmethod
+    def _judge(loss, tokens, gradients, squares):
+        """The global norm. All gradients are held until it is known, but nothing else is for long."""
+        mx.eval(loss, tokens)
+        evaluate_paced(tree_flatten(gradients), [])
+        if mx.default_device().type == mx.DeviceType.cpu:  # a GPU's kernel needs no scratch
+            for each in squares:
+                mx.eval(each)
+        return norm_of(squares)
 
     def _compiled_update(self, measurements):
         """The update as one compiled function. The measures are those of the first call with these names."""
