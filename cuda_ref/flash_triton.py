@@ -38,7 +38,7 @@ def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers) -> Stored:
             float(numbers.eps), SMALLEST_NORMAL, RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
             BFLOAT16=w.dtype == torch.bfloat16, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
-    if w is not stored.w and w.data_ptr() != stored.w.data_ptr():
+    if not stored.w.is_contiguous():
         stored.w.copy_(w)
     return stored
 

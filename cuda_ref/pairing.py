@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, MutableMapping
 from itertools import chain
+from typing import NoReturn
 
 import torch
 from torch.optim import Optimizer
@@ -94,23 +95,27 @@ class PairedOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:
+        """The groups of the rest, then those of the tables."""
         return [group for side in self._sides for group in side.param_groups]
 
     @property
     def state(self) -> MutableMapping:
+        """Parameter -> its state, of both sides."""
         return _StateOfBoth(self._sides)
 
     @property
     def _sides(self):
         return [side for side in (self.rest, self.tables) if side is not None]
 
-    def add_param_group(self, param_group: dict):
+    def add_param_group(self, param_group: dict) -> NoReturn:
+        """Raises InputError: a group belongs to one side."""
         raise InputError(
             "PairedOptimizer.add_param_group: a group belongs to one side: call .rest.add_param_group or "
             ".tables.add_param_group, and make the learning rate scheduler afterwards"
         )
 
-    def zero_grad(self, set_to_none: bool = True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As PyTorch's, of both sides."""
         for side in self._sides:
             side.zero_grad(set_to_none=set_to_none)
 
@@ -177,7 +182,7 @@ class PairedOptimizer(Optimizer):
             joined = hook(self, joined) or joined
         return joined
 
-    def load_state_dict(self, state_dict: dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """Load what ``state_dict`` gave: the ordinary format of PyTorch, in which the groups decide what is whose."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -188,7 +193,7 @@ class PairedOptimizer(Optimizer):
         if saved != own:
             raise InputError(
                 f"PairedOptimizer.load_state_dict: the saved groups hold {saved} parameters, those of this optimizer "
-                f"{own}: load the state of the same model with the same trainable parameters, tables and rest"
+                f"{own}; load the state of the same model with the same trainable parameters, tables and rest"
             )
         first = len(groups) - len(self.tables.param_groups)
         of_tables = {i for group in groups[first:] for i in group["params"]}

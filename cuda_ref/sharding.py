@@ -58,6 +58,22 @@ class RowShards:
         dist.all_reduce(share, group=self.communicator)
         return share
 
+    @property
+    def ranks(self) -> int:
+        """How many share the rows."""
+        return 1 if self.communicator is None else self.communicator.size()
+
+    def sum_over_ranks(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of what each rank gives, (...), which is overwritten."""
+        dist.all_reduce(x, group=self.communicator)
+        return x
+
+    def all_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """A number of each row, (V,), from those of the rows here, (rows,)."""
+        everyone = rows.new_zeros(self.total_rows)
+        everyone[self.first_row : self.first_row + self.rows] = rows
+        return self.sum_over_ranks(everyone)
+
     def lay_out(self, r: torch.Tensor) -> torch.Tensor:
         """``r`` of the rows here, (rows,), as the state keeps it: the rank's part of a DTensor of all rows, (V,)."""
         if self.mesh is None:
@@ -91,23 +107,26 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def shards_of_dtensor(w: torch.Tensor) -> RowShards:
-    """The RowShards of a DTensor that is sharded by rows, over one dimension of its mesh, and otherwise replicated."""
+def shards_of_dtensor(w: torch.Tensor, optimizer: str = "Ember", noun: str = "table") -> RowShards:
+    """The RowShards of a DTensor that is sharded by rows, over one dimension of its mesh, and otherwise replicated.
+
+    ``optimizer`` and ``noun`` are the words of errors.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
     by_rows = [dim for dim, placement in enumerate(w.placements) if type(placement) is Shard and placement.dim == 0]
     rest = [placement for dim, placement in enumerate(w.placements) if dim not in by_rows]
     if len(by_rows) > 1 or not all(type(placement) is Replicate for placement in rest):
         raise InputError(
-            f"Ember: a table of shape {tuple(w.shape)} has the placements {w.placements}; Ember takes tables sharded "
-            "by rows over one dimension of the mesh, (Shard(0),), replicated over the others: for example fully_shard "
-            "without a shard_placement_fn, and no tensor parallelism of this table besides"
+            f"{optimizer}: a {noun} of shape {tuple(w.shape)} has the placements {w.placements}; {optimizer} takes "
+            f"{noun}s sharded by rows over one dimension of the mesh, (Shard(0),), and replicated over the others. Use "
+            f"fully_shard without a shard_placement_fn, and no tensor parallelism of this {noun} besides"
         )
     mesh, placements, total_rows = w.device_mesh, tuple(w.placements), w.shape[0]
     if w.device.type != mesh.device_type:
         raise InputError(
-            f"Ember: a table of shape {tuple(w.shape)} is on {w.device} and its ranks meet on {mesh.device_type}; "
-            "Ember takes no offloaded tables: shard this one without an offload_policy"
+            f"{optimizer}: a {noun} of shape {tuple(w.shape)} is on {w.device} and its ranks meet on "
+            f"{mesh.device_type}; {optimizer} takes no offloaded {noun}s: shard this one without an offload_policy"
         )
     if not by_rows:
         return RowShards(None, total_rows, 0, total_rows, mesh, placements)
@@ -175,19 +194,21 @@ def agree(
             if repr(theirs.get(name)) != repr(mine):  # by repr, as a NaN must be equal to a NaN
                 raise InputError(
                     f"{call}: the ranks disagree on {name}: rank {ranks[0]} has {mine!r}, rank {rank} has "
-                    f"{theirs.get(name)!r}: give every rank the same, and load the same checkpoint on all"
+                    f"{theirs.get(name)!r}; give every rank the same, and load the same checkpoint on all"
                 )
     return [theirs for _, _, theirs in everyone]
 
 
-def find_shards(shards: dict, tables: Iterable[torch.Tensor]):
+def find_shards(shards: dict[torch.Tensor, RowShards], tables: Iterable[torch.Tensor]) -> None:
     """Add the RowShards of each DTensor among the tables to ``shards``, by table, unless they are there."""
     for w in tables:
         if w not in shards and is_dtensor(w):
             shards[w] = shards_of_dtensor(w)
 
 
-def agree_on_step(shards: dict, facts: dict, tables: list[tuple], fault: InputError | None):
+def agree_on_step(
+    shards: dict[torch.Tensor, RowShards], facts: dict, tables: list[tuple], fault: InputError | None
+) -> None:
     """Find that all ranks are about to take the same step on the tables that they share.
 
     All ranks call it together.

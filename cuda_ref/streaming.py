@@ -4,20 +4,19 @@
 soon as it is there, last layer first. Of a head and an embedding under Ember, rows are stepped in blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import Optimizer
 
 from cuda_ref import streamed_tables
 from cuda_ref.optimizers import Ember
-from cuda_ref.optimizers.body import BodyOptimizer
-from cuda_ref.pairing import PairedOptimizer
-from cuda_ref.sharding import is_dtensor
+from cuda_ref.streamed_model import CutLayers, head_input, makes_the_logits
+from cuda_ref.streamed_optimizer import alone, check_parameter, sides_of
 from cuda_ref.token_tables import find_token_tables
 from ember_mlx.shared.errors import InputError
 
@@ -56,8 +55,8 @@ class StreamedBackward:
         nonfinite_steps (int): Calls so far in which something was not.
         notes (list of str): In which ways this model takes more memory than others.
 
-    There is no gradient accumulation, ``clip_grad_norm_`` or ``GradScaler``: gradients never stand beside each other.
-    Step hooks of the optimizers run once a weight.
+    Gradients of several micro-batches add up in :meth:`accumulate`. There is no ``clip_grad_norm_`` or ``GradScaler``:
+    gradients never stand beside each other. Step hooks of the optimizers run once a weight.
 
     Raises:
         InputError: (a ``ValueError``) for an optimizer that needs all gradients at once, a trainable parameter that the
@@ -88,10 +87,10 @@ class StreamedBackward:
         self.model, self.optimizer = model, optimizer
         self.refused, self.nonfinite_steps, self.notes = (), 0, []
         self._loss, self._block_rows = loss or next_token_loss, block_rows
-        self._side_of = _sides(optimizer)
+        self._side_of = sides_of(optimizer)
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         for p, name in self._names.items():
-            _check_parameter(name, p, self._side_of)
+            check_parameter(name, p, self._side_of)
         self._head = None if loss else self._find_head()
         self._embeddings = [] if loss else self._find_embeddings()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -99,38 +98,82 @@ class StreamedBackward:
 
     def __call__(self, *batch: Any, **inputs: Any) -> Tensor:
         """One step; ``input_ids, labels=None, **inputs of the model``, or what ``loss`` takes. Returns the loss, ()."""
+        return self._step([(batch, inputs)])
+
+    def accumulate(self, micro_batches: Iterable[tuple[Any, ...]]) -> Tensor:
+        """One step by several micro-batches as if they were one batch, in the memory of one layer's gradients.
+
+        The backward pass takes each layer for all micro-batches before the next, so gradients are added up exactly and
+        nowhere kept. Activations of all are there: with gradient checkpointing only the inputs of the layers.
+
+        Args:
+            micro_batches (iterable): Of each a tuple of what a call takes, inputs of the model as a dict at its end.
+
+        Returns:
+            Tensor: (), the mean over all tokens that count; with a ``loss`` of one's own, of the losses.
+        """
+        batches = [(each[:-1], each[-1]) if isinstance(each[-1], dict) else (each, {}) for each in micro_batches]
+        if not batches:
+            raise InputError("StreamedBackward.accumulate: there is no micro-batch: give one or more")
+        return self._step(batches, CutLayers(self.model))
+
+    def _step(self, batches, layers=None):
         self._check_call()
         for side in {id(side): side for side, _ in self._side_of.values() if isinstance(side, Ember)}.values():
             streamed_tables.make_state(side)
         refused = []
-        with self._each_stepped_in_backward(refused):
-            loss = (self._cut_step if self._head else self._whole_step)(refused, *batch, **inputs)
+        with self._gradients_freed(), layers.cut() if layers else self._each_stepped_in_backward(refused):
+            loss = (self._cut_step if self._head else self._whole_step)(refused, batches, layers)
         self.refused = tuple(refused)
         self.nonfinite_steps += bool(refused)
         self.optimizer._opt_called = True  # what learning rate schedulers ask, lest they warn
         return loss
 
-    def _whole_step(self, refused, *batch, **inputs):
+    def _whole_step(self, refused, batches, layers):
+        losses = []
         with self._look_ups() as looked_up:
-            loss = self._loss(self.model, *batch, **inputs)
-        if not bool(torch.isfinite(loss)):
+            for (batch, inputs), share in self._shares(batches):
+                loss = self._loss(self.model, *batch, **inputs) * share
+                losses.append(loss.detach())
+                if not bool(torch.isfinite(loss)):
+                    break
+                if layers:
+                    layers.end_run()
+                    loss.backward()  # as far as the last layer, before the logits of the next
+        if not losses or not bool(torch.isfinite(losses[-1])):
             refused.append("loss")
-            return loss.detach()
-        loss.backward()
+            return losses[-1] if losses else torch.tensor(torch.nan)
+        if layers:
+            self._go_on_backwards(layers, refused)
+        else:
+            loss.backward()
         self._step_embeddings(looked_up, refused)
-        return loss.detach()
+        return torch.stack(losses).sum()
 
-    def _cut_step(self, refused, input_ids, labels=None, **inputs):
+    def _shares(self, batches):
+        """Pairs of a micro-batch and the part of the loss that it is."""
+        if len(batches) == 1 or self._loss is not next_token_loss:
+            return [(batch, 1 / len(batches)) for batch in batches]
+        counts = [int((_tokens(*batch, **inputs)[1][:, 1:] != IGNORED).sum()) for batch, inputs in batches]
+        return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True) if count]
+
+    def _cut_step(self, refused, batches, layers):
         module, weight, bias = self._head, self._head.weight, self._head.bias
+        outputs, targets = [], []
         with self._look_ups() as looked_up:
-            hidden = _input_of(module, self.model, input_ids, inputs)
-        targets = (input_ids if labels is None else labels)[:, 1:].reshape(-1)
-        counts = targets != IGNORED
-        targets, used = targets[counts], hidden.detach()[:, :-1].flatten(0, 1)[counts]
+            for batch, inputs in batches:
+                input_ids, labels, inputs = _tokens(*batch, **inputs)
+                outputs.append(head_input(module, self.model, input_ids, inputs))
+                targets.append(labels[:, 1:].reshape(-1))
+                if layers:
+                    layers.end_run()
+        counts = [of_one != IGNORED for of_one in targets]
+        used = [h.detach()[:, :-1].flatten(0, 1)[count] for h, count in zip(outputs, counts, strict=True)]
+        used, targets = torch.cat(used), torch.cat(targets)[torch.cat(counts)]
         self._check_tail(used, targets)
         if not len(targets):
             refused.append("loss")
-            return torch.full((), torch.nan, device=hidden.device)
+            return torch.full((), torch.nan, device=used.device)
         trains = weight in self._names or bias in self._names
         keep = trains and used.shape[0] * len(weight) * used.element_size() <= self._keep_bytes
         head = streamed_tables.forward_head(weight, bias, used, targets, keep, self._block_rows)
@@ -141,18 +184,31 @@ class StreamedBackward:
         tied = any(module.weight is weight for module in self._embeddings)
         if weight in self._names and not tied:
             self._step_head(head, None, refused)
-        if hidden.requires_grad:
-            cotangent = torch.zeros_like(hidden[:, :-1].flatten(0, 1))
-            cotangent[counts] = head.by_hidden
-            cotangent = cotangent.unflatten(0, (hidden.shape[0], -1))
+        if outputs[0].requires_grad:
+            cotangents = head.by_hidden.split([int(count.sum()) for count in counts])
             if not tied:
                 head = _only_loss(head)
-            hidden.backward(nn.functional.pad(cotangent, (0, 0, 0, 1)))
+            while outputs:
+                _differentiate(outputs.pop(0), counts.pop(0), cotangents[0])
+                cotangents = cotangents[1:]
+            if layers:
+                self._go_on_backwards(layers, refused)
         self._step_embeddings(looked_up, refused, head if tied else None)
         if of_bias is not None:
             bias.grad = of_bias
             self._step_parameter(bias, refused)
         return head.loss
+
+    def _go_on_backwards(self, layers, refused):
+        """Through the cut layers; then step what is in none of them."""
+
+        def step(parameters):
+            for p in parameters:
+                if p in self._names and p.grad is not None:
+                    self._step_parameter(p, refused)
+
+        layers.backward(step)
+        step(self._names)
 
     # Weights of the body
 
@@ -166,6 +222,12 @@ class StreamedBackward:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _gradients_freed(self):
+        try:
+            yield
+        finally:
             for p in self._names:
                 p.grad = None
 
@@ -174,7 +236,7 @@ class StreamedBackward:
         wide = torch.promote_types(p.dtype, torch.float32)
         if bool(torch.isfinite(torch.linalg.vector_norm(p.grad, dtype=wide))):
             side, group = self._side_of[p]
-            with _alone(side, group, p):
+            with alone(side, group, p):
                 side.step()
         else:
             refused.append(self._names[p])
@@ -247,7 +309,7 @@ class StreamedBackward:
             fault = f"{path} is not the weight of just one nn.Linear, as the only head"
         elif any(not _is_plain(module) for module in looks_up):
             fault = f"its tied embedding is no plain nn.Embedding but {type(looks_up[0]).__name__}"
-        elif not _is_last(modules[0], self.model):
+        elif not makes_the_logits(modules[0], self.model):
             fault = "the model does something to its logits, or does not call it once"
         else:
             return modules[0]
@@ -279,8 +341,8 @@ class StreamedBackward:
         for p, name in self._names.items():
             if p.grad is not None:
                 raise InputError(
-                    f"StreamedBackward: {name} has a gradient already; it makes and applies all of them itself, and "
-                    "accumulates none: call optimizer.zero_grad() before, and no loss.backward()"
+                    f"StreamedBackward: {name} has a gradient already; it makes and applies all of them itself: "
+                    "call optimizer.zero_grad() before, no loss.backward(), and accumulate() for micro-batches"
                 )
 
     def _check_tail(self, hidden, targets):
@@ -297,97 +359,22 @@ class StreamedBackward:
             )
 
 
-class _HeadReachedError(Exception):
-    """The model's run came to its head, which is not to be called."""
-
-
-def _input_of(module, model, input_ids, inputs):
-    """What the model gives to its head, (B, T, D)."""
-    reached = []
-
-    def stop(_, arguments):
-        reached.append(arguments[0])
-        raise _HeadReachedError
-
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        model(input_ids, **inputs)
-    except _HeadReachedError:
-        return reached.pop()
-    finally:
-        handle.remove()
-
-
-def _is_last(module, model):
-    """Whether the model's logits are what the head gives; six tokens are run, and no random number is spent."""
-    given = []
-    handle = module.register_forward_hook(lambda _, arguments, output: given.append(output))
-    devices = [module.weight.device] if module.weight.is_cuda else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            output = model(torch.arange(1, 7, device=module.weight.device)[None] % len(module.weight))
-    finally:
-        handle.remove()
-    logits = output if isinstance(output, Tensor) else output.logits
-    return len(given) == 1 and given[0].shape == logits.shape and torch.equal(given[0], logits)
-
-
 def _is_plain(module):
     return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _tokens(input_ids, labels=None, **inputs):
+    """Ids and labels, both (B, T), and what else the model takes."""
+    return input_ids, input_ids if labels is None else labels, inputs
+
+
+def _differentiate(hidden, counts, cotangent):
+    """Go back from hidden states (B, T, D) by the loss's gradient of the tokens that count, (N, D)."""
+    of_all = torch.zeros_like(hidden[:, :-1].flatten(0, 1))
+    of_all[counts] = cotangent
+    hidden.backward(nn.functional.pad(of_all.unflatten(0, (hidden.shape[0], -1)), (0, 0, 0, 1)))
 
 
 def _only_loss(head):
     """Without what the other passes needed."""
     return streamed_tables.HeadPass(head.loss, *[None] * 4, [], [])
-
-
-def _sides(optimizer):
-    """Parameter -> (its optimizer, its group)."""
-    if not isinstance(optimizer, Optimizer):
-        raise InputError(
-            f"StreamedBackward(optimizer={type(optimizer).__name__}): must be a torch.optim.Optimizer; a GradScaler or "
-            "accelerate's wrapper needs all gradients at once"
-        )
-    paired = isinstance(optimizer, PairedOptimizer)
-    sides = [side for side in (optimizer.rest, optimizer.tables) if side] if paired else [optimizer]
-    for side in sides:
-        if not _looks_at_one_array(side):
-            raise InputError(
-                f"StreamedBackward: {type(side).__name__} is not known to look at one array at a time, and all "
-                "gradients are never there at once: take one of torch.optim but LBFGS and SparseAdam, or set its "
-                "class attribute one_array_at_a_time = True if it does"
-            )
-    return {p: (side, group) for side in sides for group in side.param_groups for p in group["params"]}
-
-
-def _looks_at_one_array(optimizer):
-    of_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")
-    of_torch = of_torch and not isinstance(optimizer, LBFGS | SparseAdam)
-    return of_torch or isinstance(optimizer, Ember | BodyOptimizer) or getattr(optimizer, "one_array_at_a_time", False)
-
-
-def _check_parameter(name, p, side_of):
-    if p not in side_of:
-        raise InputError(
-            f"StreamedBackward: {name} is trainable and not in the optimizer: freeze it, or make the optimizer anew"
-        )
-    if is_dtensor(p):
-        raise InputError(
-            f"StreamedBackward: {name} is a DTensor; sharded models (FSDP2) keep their ordinary step, backward() and "
-            "optimizer.step()"
-        )
-
-
-@contextmanager
-def _alone(optimizer, group, p):
-    """The optimizer with one parameter, so that a step looks at no other; its group and its state are the same."""
-    groups, whole = optimizer.param_groups, dict(group)
-    number = next(i for i, other in enumerate(group["params"]) if other is p)
-    one = {name: [group[name][number]] for name in ("params", "param_names") if name in group}
-    group.update(one)
-    optimizer.param_groups = [group]
-    try:
-        yield
-    finally:
-        group.update({name: whole[name] for name in one})
-        optimizer.param_groups = groups

@@ -1,14 +1,17 @@
-"""The steps of AdamMini and SinkGD in Triton: every large array is read as often as it must be, and none is made.
+"""The steps of AdamMini, SinkGD and SAGE in Triton: every large array is read as often as it must be, and none is made.
 
 Row means and column sums come from the first kernel of ``triton_kernels``. No atomics: the same input gives the same
 bits. All arithmetic is float32.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from cuda_ref import triton_kernels
-from cuda_ref.optimizers import adam_mini, sinkgd
+from cuda_ref.optimizers import adam_mini, sage, sinkgd
 from cuda_ref.optimizers.companded import GROUP
+from cuda_ref.sharding import RowShards
 from cuda_ref.triton_kernels import statistics_tile, update_tile
 
 if triton_kernels.available():
@@ -18,8 +21,9 @@ if triton_kernels.available():
     # Triton finds what a kernel calls among the globals of its file.
     _load, _rows_of = triton_kernels._load, triton_kernels._rows_of
     _row_means_and_column_sums = triton_kernels._row_means_and_column_sums
+    _running_mean = triton_kernels._update_second_moment
 
-__all__ = ["adam_mini_step", "sinkgd_step"]
+__all__ = ["adam_mini_step", "sage_step", "sinkgd_step"]
 
 GROUPS_PER_PROGRAM = 64
 # Of a Sinkhorn pass, which takes whole rows. As many programs at most as an H100 runs at once, 8 a multiprocessor.
@@ -38,13 +42,15 @@ def adam_mini_step(
     beta2: float,
     eps: float,
     weight_decay: float,
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """As ``adam_mini_step`` of ``cuda_ref.optimizers.adam_mini``; weights that are not contiguous go its way."""
-    if not (w.is_contiguous() and g.is_contiguous()):
-        return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay)
+    if not (w.numel() and w.is_contiguous() and g.is_contiguous()):
+        return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, shards=shards)
     return adam_mini.adam_mini_step(
-        w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, means=_mean_squares, update=_update_flat
-    )
+        w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay,
+        means=_mean_squares, update=_update_flat, shards=shards,
+    )  # fmt: skip
 
 
 def sinkgd_step(
@@ -54,9 +60,37 @@ def sinkgd_step(
     passes: int,
     eps: float,
     weight_decay: float | torch.Tensor,
+    shards: RowShards | None = None,
 ) -> torch.Tensor:
     """As ``sinkgd_step`` of ``cuda_ref.optimizers.sinkgd``."""
-    return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix)
+    if not w.numel():  # of a sharded matrix a rank may have nothing: Triton runs no kernel on that
+        return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, shards=shards)
+    return sinkgd.sinkgd_step(
+        w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix, shards=shards
+    )
+
+
+def sage_step(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    s: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    still_rows: bool = True,
+    shards: RowShards | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As ``sage_step`` of ``cuda_ref.optimizers.sage``."""
+    options = learning_rate, beta1, beta2, eps, weight_decay, still_rows
+    if not w.numel():
+        return sage.sage_step(w, g, m, s, t, *options, shards=shards)
+    return sage.sage_step(
+        w, g, m, s, t, *options, magnitudes_of=_mean_magnitudes, update=_update_parameter, shards=shards
+    )
 
 
 def _mean_squares(g):
@@ -66,7 +100,7 @@ def _mean_squares(g):
     tile = statistics_tile(columns, g.itemsize)
     programs = triton.cdiv(rows, tile["ROWS"])
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
-    with torch.cuda.device_of(g):
+    with _device_of(g):
         _row_means_and_column_sums[(programs,)](
             g, *g.stride(), row_means, None, column_sums, rows, columns, 0.0, 1.0, BETA2_IS_TENSOR=False, **tile
         )
@@ -76,8 +110,8 @@ def _mean_squares(g):
 def _update_flat(w, g, m, rates, beta1, decay):
     """The weights and the momentum, overwritten, in groups of 32: the momentum may be codes and scales."""
     codes, scales = m if isinstance(m, tuple) else (m, None)
-    decay = torch.as_tensor(decay, dtype=torch.float32, device=w.device)
-    with torch.cuda.device_of(w):
+    decay = _number(decay, w.device)
+    with _device_of(w):
         _update_groups[(triton.cdiv(w.numel(), GROUP * GROUPS_PER_PROGRAM),)](
             w, g, codes, scales, rates, decay, w.numel(), w.shape[1], int(len(rates) > 1), int(rates.shape[1] > 1),
             1.0 - beta1, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM,
@@ -95,7 +129,7 @@ def _norms(g, eps):
     def rows_then_columns(a, b):
         a_new = torch.empty_like(a)
         parts = zip(matrices, *(x.reshape(-1, x.shape[-1]) for x in (a, b, a_new)), sums, strict=True)
-        with torch.cuda.device_of(g):
+        with _device_of(g):
             for matrix, a_of, b_of, new_of, sums_of in parts:
                 _sinkhorn_pass[(programs,)](
                     matrix, *matrix.stride(), a_of, b_of, new_of, sums_of, rows, columns, columns**0.5, float(eps),
@@ -109,10 +143,7 @@ def _norms(g, eps):
 def _update_matrix(w, g, a, b, learning_rate, weight_decay):
     """As ``update_matrix`` of ``cuda_ref.optimizers.sinkgd``."""
     rows, columns = w.shape[-2:]
-    rate, decay = (
-        torch.as_tensor(number, dtype=torch.float32, device=w.device)
-        for number in (learning_rate, 1 - learning_rate * weight_decay)
-    )
+    rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
     matrices = zip(
         w.view(-1, rows, columns),
         g.reshape(-1, rows, columns),
@@ -121,12 +152,52 @@ def _update_matrix(w, g, a, b, learning_rate, weight_decay):
         strict=True,
     )
     tile = update_tile(columns, g.itemsize)
-    with torch.cuda.device_of(w):
+    with _device_of(w):
         for w_of, g_of, a_of, b_of in matrices:
             _scale_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
                 w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns, **tile
             )
     return w
+
+
+def _mean_magnitudes(g):
+    """As ``mean_magnitudes`` of ``cuda_ref.optimizers.sage``."""
+    table = torch.atleast_2d(g)
+    rows, columns = table.shape
+    tile = statistics_tile(columns, g.itemsize)
+    programs = triton.cdiv(rows, tile["ROWS"])
+    has_gradient = torch.empty((rows, 1), dtype=torch.bool, device=g.device)
+    column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
+    with _device_of(g):
+        _column_sums_of_magnitudes[(programs,)](
+            table, *table.stride(), has_gradient, column_sums, rows, columns, **tile
+        )
+    return column_sums.sum(dim=0) / rows, has_gradient if g.ndim == 2 else has_gradient[0]
+
+
+def _update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay):
+    """As ``update_in_place`` of ``cuda_ref.optimizers.sage``."""
+    w, g, m = (torch.atleast_2d(x) for x in (w, g, m))
+    rows, columns = w.shape
+    rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
+    tile = update_tile(columns, g.itemsize)
+    with _device_of(w):
+        _damp_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
+            w, *w.stride(), g, *g.stride(), m, *m.stride(), h, moves, rate, decay, rows, columns,
+            float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, **tile,
+        )  # fmt: skip
+
+
+def _device_of(x):
+    """For Triton, which launches on the current device; a compiled step sets that itself."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+
+
+def _number(number, device):
+    """A number of a step as one float32 beside the weights; a plain one is filled in there, not copied."""
+    if isinstance(number, torch.Tensor):
+        return number.to(device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def _whole_rows(columns):
@@ -212,3 +283,46 @@ if triton_kernels.available():
                 new = decay * _load(w, i, w_row, j, w_column, inside, columns) - rate * x
                 place = w + i[:, None] * w_row + j[None, :] * w_column
                 tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+
+    @triton.jit
+    def _column_sums_of_magnitudes(
+        g, g_row, g_column, has_gradient, column_sums, rows, columns,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0).to(tl.int64)
+        i = program * ROWS + tl.arange(0, ROWS)
+        inside = i < rows
+        found = tl.zeros((ROWS,), tl.int32)
+        for first_column in range(0, columns, COLUMNS):
+            j = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
+            x = tl.abs(_load(g, i, g_row, j, g_column, inside, columns))
+            tl.store(column_sums + program * columns + j, tl.sum(x, 0), mask=j < columns)
+            found += tl.sum((x != 0).to(tl.int32), 1)
+        tl.store(has_gradient + i, found > 0, mask=inside)
+
+    @triton.jit
+    def _damp_and_subtract(
+        w, w_row, w_column, g, g_row, g_column, m, m_row, m_column, h, moves, rate, decay, rows, columns,
+        beta1, forget1, beta2, forget2,
+        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        rate, decay = tl.load(rate), tl.load(decay)
+        # Backwards, as in the step of a table: the last rows are the likeliest to be in the cache still.
+        program = tl.num_programs(0) - 1 - tl.program_id(0)
+        for first_column in range(0, columns, COLUMNS):
+            j = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
+            damper = tl.load(h + j, mask=j < columns, other=0)[None, :]
+            for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+                i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
+                exists = inside[:, None] & (j < columns)[None, :]
+                x = _load(g, i, g_row, j, g_column, inside, columns)
+                moment = _load(m, i, m_row, j, m_column, inside, columns)
+                way = _running_mean(moment, x, beta1, forget1, False)
+                sign = tl.where(way == way, (way > 0).to(tl.float32) - (way < 0).to(tl.float32), way)
+                new = decay * _load(w, i, w_row, j, w_column, inside, columns) - rate * (sign * damper)
+                moves_here = exists
+                if moves is not None:
+                    moves_here = exists & (tl.load(moves + i, mask=inside, other=0) != 0)[:, None]
+                tl.store(w + i[:, None] * w_row + j[None, :] * w_column, new.to(w.dtype.element_ty), mask=moves_here)
+                moment = _running_mean(moment, x, beta2, forget2, False)
+                tl.store(m + i[:, None] * m_row + j[None, :] * m_column, moment, mask=exists)

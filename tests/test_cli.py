@@ -52,8 +52,8 @@ def test_help_and_version_need_no_model():
     ("arguments", "message"),
     [
         ("--model /no/such/model", "model /no/such/model: no such folder here"),
-        ("--data /no/such/folder/at/all", "--data /no/such/folder/at/all: there is no such folder"),
-        ("--data {untied}", "there is no train.jsonl in it"),
+        ("--data /no/such/folder/at/all", "--data /no/such/folder/at/all: this folder does not exist"),
+        ("--data {untied}", "it has no train.jsonl"),
         ("--data {broken}", "train.jsonl line 2 is not JSON"),
         ("--table-beta2 1.5", "--table-beta2 1.5: must be at least 0 and below 1"),
         ("--table-learning-rate nan", "--table-learning-rate nan: must be a number of at least 0"),

@@ -53,7 +53,7 @@ def test_rows_that_are_cut_are_said_to_be(parse, long_validation):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("no tokenizer", "there is no tokenizer beside config.json"),
+        ("no tokenizer", "no tokenizer exists beside config.json"),
         ("broken tokenizer", "the tokenizer cannot be loaded ("),
         ("hub data", "--data owner/name is no folder here"),
         ("no data", "no --data is given"),
@@ -79,8 +79,8 @@ def test_where_rows_cannot_be_known_they_fill_the_limit(parse, folders, tmp_path
 
 def test_data_that_train_would_refuse_is_refused(parse, tmp_path):
     for folder, words in (
-        (tmp_path / "nowhere", "there is no such folder"),
-        (tmp_path, "there is no train.jsonl in it"),
+        (tmp_path / "nowhere", "this folder does not exist"),
+        (tmp_path, "it has no train.jsonl"),
     ):
         args = parse("--data", folder)
         with pytest.raises(InputError, match=words):

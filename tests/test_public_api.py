@@ -16,19 +16,6 @@ MODULES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-# What is still being written anew, and declares itself then: no module may be added.
-PENDING = {
-    f"{room}.{name}"
-    for room, names in {
-        "ember_mlx.kernels": "choice",
-        "ember_mlx.optimizers": "checks ember rounded",
-        "ember_mlx.streaming": "call_tree embedding glue head head_module layers pacing segments sinks step table "
-        "units updates",
-        "cuda_ref.optimizers": "checks ember",
-        "cuda_ref": "pairing sharding",
-    }.items()
-    for name in names.split()
-}
 ENTRY = {"ember_mlx.__main__"}  # it is run, not imported
 # Of one name in the package index and another in Python.
 DISTRIBUTIONS = {"mlx_lm": "mlx-lm"}
@@ -72,7 +59,7 @@ def unhinted(tree):
             yield f"{name}({', '.join(bare)})"
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - ENTRY - PENDING))
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - ENTRY))
 def test_every_module_declares_what_is_public(name):
     names, lazy = declared(TREES[name]), "__getattr__" in set(defined(TREES[name]))
     assert names is not None
@@ -80,7 +67,7 @@ def test_every_module_declares_what_is_public(name):
     assert lazy or not missing
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - PENDING))
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_public_function_has_hints(name):
     assert list(unhinted(TREES[name])) == []
 
@@ -88,17 +75,12 @@ def test_every_public_function_has_hints(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_imports_what_another_keeps_to_itself(name):
     for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.ImportFrom) and node.module in TREES.keys() - PENDING:
+        if isinstance(node, ast.ImportFrom) and node.module in TREES:
             public = {
                 *(declared(TREES[node.module]) or ()),
                 *(m.rpartition(".")[2] for m in TREES if m.startswith(node.module)),
             }
             assert {alias.name for alias in node.names} <= public, (node.module, [alias.name for alias in node.names])
-
-
-def test_what_is_pending_is_not_done():
-    done = {name for name in PENDING & MODULES.keys() if declared(TREES[name]) and not list(unhinted(TREES[name]))}
-    assert not done
 
 
 def test_every_library_that_is_imported_is_a_named_dependency():

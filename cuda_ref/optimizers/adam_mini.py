@@ -27,6 +27,8 @@ from cuda_ref.optimizers import module_roles
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from cuda_ref.optimizers.ember import bias_correction, blocks, mean_squares, update_second_moment
+from cuda_ref.sharded_weights import groups_on_all_ranks
+from cuda_ref.sharding import RowShards
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
@@ -48,6 +50,7 @@ def adam_mini_step(
     weight_decay: float,
     means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = mean_squares,
     update: Callable[..., Any] | None = None,
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """One step of Adam-mini on one weight. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
@@ -59,19 +62,27 @@ def adam_mini_step(
         t (Tensor): The number of this step, from 1.
         learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
         beta1, beta2, eps (float): :math:`\\beta_1`, :math:`\\beta_2` and :math:`\\epsilon`.
-
         means, update (callable): In the places of ``mean_squares`` and of the updates below, as Triton has them.
+        shards (RowShards, optional): Of a weight with blocks that lie on several ranks: a vector, or heads of rows.
+            ``w``, ``g`` and ``m`` are this rank's, ``v`` is that of all.
 
     Returns:
         ``w`` and ``m``, overwritten, and the new ``v``.
     """
-    v = update_second_moment(v, block_mean_squares(g, tuple(v.shape), means), beta2)
+    v = update_second_moment(v, block_mean_squares(g, tuple(v.shape), means, shards), beta2)
     denominator = torch.sqrt(v / bias_correction(t, beta2)) + eps
-    rates = spread(learning_rate / bias_correction(t, beta1) / denominator, w.shape)
+    rates = learning_rate / bias_correction(t, beta1) / denominator
+    if shards is None or w.ndim < 2:
+        rates = spread(rates, w.shape)
+    else:
+        of_all_rows = spread(rates, (shards.total_rows, *w.shape[1:]))
+        rates = of_all_rows[shards.first_row : shards.first_row + shards.rows]
+    if not w.numel():  # of a sharded weight a rank may have nothing
+        return w, m, v
     rows, decay = as_rows(w), 1 - learning_rate * weight_decay
     update = update or (update_in_place if isinstance(m, torch.Tensor) else update_in_pieces)
     update(rows, as_rows(g), m if isinstance(m, tuple) else as_rows(m), rates, beta1, decay)
-    if rows.data_ptr() != w.data_ptr():  # the rows of a weight that is not contiguous are a copy
+    if w.ndim != 2 and not w.is_contiguous():  # then its rows are a copy
         w.copy_(rows.reshape(w.shape))
     return w, m, v
 
@@ -80,13 +91,18 @@ def block_mean_squares(
     g: torch.Tensor,
     blocks: tuple[int, ...],
     means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = mean_squares,
+    shards: RowShards | None = None,
 ) -> torch.Tensor:
     """Means of ``g`` squared over each block, float32, of the shape ``blocks``."""
-    rows = as_rows(g)
+    rows, shape = as_rows(g), g.shape
     row_means, column_means = means(rows)
+    if shards is not None and g.ndim < 2:
+        return shards.mean_over_all_rows(row_means).reshape(blocks)
+    if shards is not None:
+        row_means, shape = shards.all_rows(row_means), (shards.total_rows, *g.shape[1:])
     if rows.shape[1] > 1 and blocks and blocks[-1] == rows.shape[1]:
         return column_means.reshape(blocks)
-    split = [part for n, length in zip(blocks[:-1], g.shape[:-1], strict=True) for part in (n, length // n)]
+    split = [part for n, length in zip(blocks[:-1], shape[:-1], strict=True) for part in (n, length // max(n, 1))]
     return row_means.reshape(split or [1]).mean(dim=tuple(range(1, len(split), 2)) or None).reshape(blocks)
 
 
@@ -144,7 +160,7 @@ def update_in_pieces(
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(rows, columns): the last dimension, and all others together; one row for a vector."""
-    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)
 
 
 def blocks_of(w: torch.Tensor, heads: dict[torch.Tensor, int], by_first: set[torch.Tensor]) -> tuple[int, ...]:
@@ -189,8 +205,9 @@ class AdamMini(BodyOptimizer):
             the kernel where a weight is on a CUDA device and Triton is installed. Default: ``"auto"``.
 
     Raises:
-        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes or is a DTensor, a
-            gradient that is sparse or of another shape, state of another model; nothing is written then.
+        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes, a gradient that
+            is sparse or of another shape, state of another model, a DTensor that is not sharded by rows, ranks that
+            disagree; nothing is written then.
     """
 
     kept = ("decay_vectors", "implementation", "momentum", "_heads", "_by_first")
@@ -218,17 +235,30 @@ class AdamMini(BodyOptimizer):
     def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         state = {"m": (tuple(w.shape), torch.float32), "v": (blocks_of(w, self._heads, self._by_first), torch.float32)}
         if self.momentum == "int8":
-            groups = groups_of(w.numel())
+            groups = groups_on_all_ranks(w, self._shards.get(w))
             state |= {"m": ((groups, GROUP), torch.int8), "m_scales": ((groups,), torch.float32)}
         return state
 
+    def whole_state_of(self, w: torch.Tensor) -> tuple[str, ...]:
+        of_rows = w.ndim > 1 and blocks_of(w, self._heads, self._by_first)[0] == w.shape[0]
+        return () if of_rows else ("v",)
+
     def step_weight(
-        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        self,
+        w: torch.Tensor,
+        g: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        group: dict[str, Any],
+        shards: RowShards | None,
     ) -> None:
         from cuda_ref import triton_body  # which has these functions in it
 
+        if w.ndim > 1 and len(state["v"]) == len(w):
+            shards = None  # rows are blocks: each lies on one rank
         step = triton_body.adam_mini_step if self.by_triton(w) else adam_mini_step
         m = state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"])
         decay = self.weight_decay_of(w, group)
-        _, _, v = step(w, g, m, state["v"], state["step"], group["lr"], *group["betas"], group["eps"], decay)
+        _, _, v = step(
+            w, g, m, state["v"], state["step"], group["lr"], *group["betas"], group["eps"], decay, shards=shards
+        )
         state["v"].copy_(v)

@@ -1,7 +1,9 @@
 """What ``Ember`` asks of options, tables, gradients and loaded state: else InputError, before anything is written."""
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
+    "DTYPES",
     "OPTIONS",
     "SCHEDULE",
     "as_number",
@@ -39,8 +42,8 @@ SCHEDULE = "a schedule"  # what a state_dict says of one: a function is nothing 
 FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32")
 
 
-def check_group(group, implementation, row_shard_group):
-    """The options and the tables of one parameter group."""
+def check_group(group: Mapping[str, Any], implementation: str, row_shard_group: Any) -> None:
+    """Refuse options out of range, and parameters that are no tables, of one parameter group."""
     _check_learning_rate(group)
     _check("weight_decay", group["weight_decay"], *FINITE)
     if not callable(group["beta2"]):
@@ -68,15 +71,15 @@ def check_group(group, implementation, row_shard_group):
             )
 
 
-def check_schedule(group):
-    """The values of a schedule of ``beta2``, which a step does not look at."""
+def check_schedule(group: Mapping[str, Any]) -> None:
+    """Refuse a schedule of ``beta2`` by its values, which a step does not look at."""
     schedule = group["beta2"]
     if callable(schedule):
         check_beta2_schedule(lambda step: as_number("beta2", schedule(torch.tensor(float(step))), "cpu", step).item())
 
 
-def as_number(option, value, device, step=None):
-    """What the schedule of an option gave, as float32 on ``device`` whatever its type."""
+def as_number(option: str, value: Any, device: torch.device | str, step: int | None = None) -> torch.Tensor:
+    """What the schedule of an option gave, as one float32 number, (), on ``device`` whatever its type."""
     if isinstance(value, Real):
         return torch.full((), float(value), dtype=torch.float32, device=device)
     if isinstance(value, np.ndarray):  # also of no dimensions, as np.where makes them
@@ -86,7 +89,7 @@ def as_number(option, value, device, step=None):
     return value.to(device, torch.float32).reshape(())
 
 
-def with_schedule(saved_group, group):
+def with_schedule(saved_group: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A group of a loaded state, with the schedule of ``group`` where the state says that it had one."""
     was, scheduled = saved_group.get("beta2") == SCHEDULE, callable(group["beta2"])
     if was != scheduled and "beta2" in saved_group:
@@ -98,7 +101,7 @@ def with_schedule(saved_group, group):
     return saved_group | {"beta2": group["beta2"]} if scheduled else saved_group
 
 
-def warning_of(group, rounding):
+def warning_of(group: Mapping[str, Any], rounding: str) -> str | None:
     """Of the first table of a group whose rounding does nothing or leaves nothing of a step, or None.
 
     It reads some rows of 16-bit tables to nearest, once, where the learning rate can be read without waiting.
@@ -120,7 +123,7 @@ def _sample(w):
     return w[:: -(-w.numel() // SAMPLE)].float().cpu().numpy()
 
 
-def fault_of(check, *arguments):
+def fault_of(check: Callable[..., Any], *arguments: Any) -> InputError | None:
     """The InputError that ``check`` raises, or None."""
     try:
         check(*arguments)
@@ -129,7 +132,8 @@ def fault_of(check, *arguments):
     return None
 
 
-def name_of(group, number):
+def name_of(group: Mapping[str, Any], number: int) -> str:
+    """What messages call a parameter of a group: its name where PyTorch was told one."""
     return group["param_names"][number] if "param_names" in group else f"parameter {number}"
 
 
@@ -139,7 +143,7 @@ def _check_learning_rate(group):
         devices = {str(w.device) for w in group["params"]}
         if lr.ndim or lr.dtype not in (torch.float32, torch.float64) or {str(lr.device)} - devices - {"cpu"}:
             raise InputError(
-                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}: must be "
+                f"Ember(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}; must be "
                 f"one float32 number, torch.tensor(1e-3), on the CPU or where the tables are ({', '.join(devices)})"
             )
         if lr.device.type != "cpu":  # to look at its value would wait for the GPU
@@ -148,7 +152,8 @@ def _check_learning_rate(group):
     _check("lr", lr, *FINITE)
 
 
-def check_gradient(w):
+def check_gradient(w: torch.Tensor) -> None:
+    """Refuse a gradient that is sparse, or does not lie as its table (V, D) does."""
     g = w.grad
     if g is None:
         return
@@ -170,28 +175,33 @@ def check_gradient(w):
         )
 
 
-def check_state(name, w, state):
-    """That the state of a table, where it has any, is of a table of this shape on this device."""
+def check_state(name: str, w: torch.Tensor, state: Mapping[str, torch.Tensor] | None) -> None:
+    """Refuse state of a table, where it has any, that is of another shape or on another device."""
     if not state:
         return
     w, r, c = (sharding.local_part(tensor) for tensor in (w, state["r"], state["c"]))
     if w.shape != (len(r), len(c)) or w.device != r.device:
         raise InputError(
             f"Ember.step: {name} has shape {tuple(w.shape)} on {w.device}, and its state is of shape "
-            f"{(len(r), len(c))} on {r.device}: resize or move the model before the first step, or make the optimizer "
+            f"{(len(r), len(c))} on {r.device}; resize or move the model before the first step, or make the optimizer "
             "anew"
         )
 
 
-def check_keys(optimizer, state_dict):
-    """That it is an optimizer's state_dict at all; ``optimizer`` is the name for the error."""
+def check_keys(optimizer: str, state_dict: Mapping[str, Any]) -> None:
+    """Refuse what is no optimizer's state_dict; ``optimizer`` is the name for the error."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
-        raise InputError(f"{optimizer}.load_state_dict: there is no {missing[0]!r} in it: load what state_dict() gave")
+        raise InputError(f"{optimizer}.load_state_dict: it has no {missing[0]!r}: load what state_dict() gave")
 
 
-def check_state_dict(state_dict, groups, shards, check_group):
-    """What ``load_state_dict`` gets, for these ``groups``; return the saved state of each table that has any."""
+def check_state_dict(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    shards: Mapping[torch.Tensor, sharding.RowShards],
+    check_group: Callable[[Mapping[str, Any]], None],
+) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """Refuse what ``load_state_dict`` got unless it fits ``groups``; return the saved state of each table with any."""
     check_keys("Ember", state_dict)
     saved_groups, sizes = state_dict["param_groups"], [len(group["params"]) for group in groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]

@@ -48,7 +48,17 @@ from cuda_ref.sharding import RowShards
 from ember_mlx.shared.ember_options import check_rounding, check_row_limit, warn
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
+__all__ = [
+    "Ember",
+    "bias_correction",
+    "blocks",
+    "denominator_factors",
+    "ember_step",
+    "mean_squares",
+    "update_rows",
+    "update_second_moment",
+    "update_table",
+]
 
 Real = float | Tensor
 Keys = tuple[Tensor, Tensor] | None
@@ -260,7 +270,8 @@ class Ember(Optimizer):
         self._warned = False
         super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
 
-    def add_param_group(self, param_group: dict):
+    def add_param_group(self, param_group: dict) -> None:
+        """As PyTorch's; nothing is added when InputError is raised."""
         self._agreed = False
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -354,7 +365,7 @@ class Ember(Optimizer):
             group["beta2"] = SCHEDULE if callable(group["beta2"]) else group["beta2"]
         return saved
 
-    def load_state_dict(self, state_dict: dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
         self._agreed = False  # also where this rank refuses: the others may not
         sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
@@ -383,7 +394,7 @@ class Ember(Optimizer):
         """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""
         if self.row_shard_group is not None:
             raise InputError(
-                "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process: make a new "
+                "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process; make a new "
                 "one on every rank, and load the state_dict of this one"
             )
         own = {"implementation": self.implementation, "row_shard_group": None, "row_clip": self.row_clip}

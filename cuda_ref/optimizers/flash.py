@@ -14,6 +14,7 @@ from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, groups_of
 from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
 from cuda_ref.optimizers.split_weights import check_some_are_bfloat16
+from cuda_ref.sharded_weights import groups_on_all_ranks
 
 __all__ = ["FlashAdamW", "FlashLion"]
 
@@ -44,7 +45,7 @@ class _Flash(BodyOptimizer):
     kept = (*BodyOptimizer.kept, "weights", "state_format")
 
     def state_of(self, w):
-        groups = groups_of(w.numel())
+        groups = groups_on_all_ranks(w, self._shards.get(w))
         scales = (groups,), torch.float16 if self.state_format == "published" else torch.float32
         state = {"m": ((groups, GROUP), torch.int8), "m_scales": scales}
         if self.has_second_moment:
@@ -53,10 +54,12 @@ class _Flash(BodyOptimizer):
             state["rest"] = tuple(w.shape), torch.int8
         return state
 
-    def step_weight(self, w, g, state, group):
+    def step_weight(self, w, g, state, group, shards):
+        if not w.numel():  # of a sharded weight a rank may have nothing
+            return
         decay = self.weight_decay_of(w, group)
         numbers = numbers_of(state["step"], group["lr"], decay, group["betas"], group["eps"])
-        moments = [state.get(name) for name in Stored._fields[2:]]
+        moments = [state[name][: groups_of(w.numel())] if name in state else None for name in Stored._fields[2:]]
         rest = state.get("rest")
         if self.state_format == "float32" and self.by_triton(w):
             flash_triton.flash_step(Stored(w, rest, *moments), g, numbers)
@@ -106,7 +109,8 @@ class FlashAdamW(_Flash):
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is empty or not floating, for
-            ``weights`` where no parameter is bfloat16, and for state that is not of these parameters and options.
+            ``weights`` where no parameter is bfloat16, for state that is not of these parameters and options, for a
+            DTensor that is not sharded by rows, and for ranks that disagree.
     """
 
     has_second_moment = True

@@ -19,6 +19,7 @@ momentum before the sign, which is the rule above with :math:`\beta_1 \beta_2` i
 The functions are those of ``ember_mlx/optimizers/sage.py``, line against line.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +27,12 @@ from torch.optim.optimizer import ParamsT
 
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.checks import name_of
-from cuda_ref.optimizers.ember import bias_correction
+from cuda_ref.optimizers.ember import bias_correction, blocks
 from cuda_ref.optimizers.ember import update_second_moment as running_mean
+from cuda_ref.sharding import RowShards
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
-
-# A float32 sum down 150,000 rows drifts by 1e-4; sums of blocks, summed, stay within 4e-6.
-ROWS_PER_BLOCK = 4096
 
 
 def sage_step(
@@ -48,6 +47,9 @@ def sage_step(
     eps: float,
     weight_decay: float,
     still_rows: bool = True,
+    magnitudes_of: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    update: Callable[..., Any] | None = None,
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of SAGE on one parameter. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
@@ -60,15 +62,25 @@ def sage_step(
         learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
         beta1, beta2, eps (float): :math:`\\beta_1`, :math:`\\beta_2` and :math:`\\epsilon`.
         still_rows (bool): Leave a row of ``w`` as it is where its gradient is all zero; a vector is one row.
+        magnitudes_of, update (callable, optional): In the places of ``mean_magnitudes`` and ``update_in_place``.
+        shards (RowShards, optional): Of a parameter that lies on several ranks; ``w``, ``g`` and ``m`` are this rank's.
 
     Returns:
-        The new ``w`` in its own dtype, and the new ``m`` and ``s``.
+        ``w`` and ``m``, overwritten, and the new ``s``.
     """
-    magnitudes, has_gradient = mean_magnitudes(g)
+    magnitudes, has_gradient = (magnitudes_of or mean_magnitudes)(g)
+    if shards is not None and g.ndim > 1:
+        magnitudes = shards.mean_over_all_rows(magnitudes)
+    elif shards is not None:
+        magnitudes = shards.all_rows(magnitudes)
+        has_gradient = (magnitudes != 0).any(dim=0, keepdim=True)
     s = running_mean(s, magnitudes, beta2)
     h = column_damper(magnitudes, s / bias_correction(t, beta2), eps)
+    if shards is not None and g.ndim < 2:
+        h = h[shards.first_row : shards.first_row + shards.rows]
     moves = has_gradient if still_rows else None
-    return *update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay), s
+    (update or update_in_place)(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay)
+    return w, m, s
 
 
 def mean_magnitudes(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,8 +89,8 @@ def mean_magnitudes(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         magnitudes = torch.abs(g.to(torch.float32))
         return magnitudes, (magnitudes != 0).any(dim=0, keepdim=True)
     sums, largest = [], []
-    for first in range(0, len(g), ROWS_PER_BLOCK):
-        magnitudes = torch.abs(g[first : first + ROWS_PER_BLOCK].to(torch.float32))
+    for rows in blocks(g):
+        magnitudes = torch.abs(g[rows].to(torch.float32))
         sums.append(magnitudes.sum(dim=0))
         largest.append(magnitudes.amax(dim=1, keepdim=True))
     return torch.stack(sums).sum(dim=0) / g.shape[0], torch.cat(largest) != 0
@@ -114,6 +126,26 @@ def update_parameter(
     return new if moves is None else torch.where(moves, new, w), running_mean(m, g, beta2)
 
 
+def update_in_place(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    h: torch.Tensor,
+    moves: torch.Tensor | None,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    """As ``update_parameter``, block by block, so that no second copy of anything is needed."""
+    w, g, m = (torch.atleast_2d(x) for x in (w, g, m))
+    for rows in blocks(w):
+        of_rows = None if moves is None else moves[rows]
+        w[rows], m[rows] = update_parameter(
+            w[rows], g[rows], m[rows], h, of_rows, learning_rate, beta1, beta2, weight_decay
+        )
+
+
 class SAGE(BodyOptimizer):
     r"""The SAGE optimizer [1], for embedding tables, LM heads, norms and biases.
 
@@ -132,11 +164,13 @@ class SAGE(BodyOptimizer):
         still_rows (bool): Leave rows without a gradient as they are, weight decay included; their momentum fades.
             ``False`` is the published rule. Default: ``True``.
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
-        implementation (str): ``"auto"`` or ``"eager"``, which are the same: there is no kernel. Default: ``"auto"``.
+        implementation (str): ``"triton"`` for the kernels, ``"eager"`` for the functions of this file, ``"auto"`` for
+            the kernels where a parameter is on a CUDA device and Triton is installed. Default: ``"auto"``.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is not 1-D or 2-D and floating,
-            and for state that is not of these parameters; nothing is written then.
+            for state that is not of these parameters, for a DTensor that is not sharded by rows, and for ranks that
+            disagree; nothing is written then.
     """
 
     def __init__(
@@ -153,10 +187,8 @@ class SAGE(BodyOptimizer):
     ):
         if not isinstance(still_rows, bool):
             raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
-        if implementation not in ("auto", "eager"):
-            raise InputError(f"SAGE(implementation={implementation!r}): must be 'auto' or 'eager'; there is no kernel")
         self.still_rows = still_rows
-        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, "eager")
+        super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
     kept = (*BodyOptimizer.kept, "still_rows")
 
@@ -172,10 +204,20 @@ class SAGE(BodyOptimizer):
     def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"m": (tuple(w.shape), torch.float32), "s": (tuple(w.shape[-1:]), torch.float32)}
 
+    def whole_state_of(self, w: torch.Tensor) -> tuple[str, ...]:
+        return ("s",)
+
     def step_weight(
-        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        self,
+        w: torch.Tensor,
+        g: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        group: dict[str, Any],
+        shards: RowShards | None,
     ) -> None:
+        from cuda_ref import triton_body  # which has these functions in it
+
+        step = triton_body.sage_step if self.by_triton(w) else sage_step
         options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
-        new = sage_step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows)
-        for before, after in zip((w, state["m"], state["s"]), new, strict=True):
-            before.copy_(after)
+        _, _, s = step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows, shards=shards)
+        state["s"].copy_(s)

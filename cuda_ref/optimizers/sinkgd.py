@@ -26,6 +26,7 @@ from torch.optim.optimizer import ParamsT
 from cuda_ref.optimizers import module_roles
 from cuda_ref.optimizers.body import BodyOptimizer, adamw_step
 from cuda_ref.optimizers.ember import blocks
+from cuda_ref.sharding import RowShards
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Norms", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
@@ -41,8 +42,9 @@ def sinkgd_step(
     passes: int,
     eps: float,
     weight_decay: float | torch.Tensor,
-    norms: Norms | None = None,
+    norms: Callable[[torch.Tensor, float], Norms] | None = None,
     update: Callable[..., Any] | None = None,
+    shards: RowShards | None = None,
 ) -> torch.Tensor:
     """One step of SinkGD. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
@@ -53,26 +55,33 @@ def sinkgd_step(
         passes (int): :math:`L`. 2 bring the rows within 0.3 % of one size, 3 within 0.01 %.
         eps (float): :math:`\\epsilon`.
         norms, update (callable, optional): In the places of ``norms_by_products`` and ``update_matrix``.
+        shards (RowShards, optional): Of a matrix whose rows lie on several ranks; ``w`` and ``g`` are this rank's.
 
     Returns:
         ``w``, overwritten.
     """
-    a, b = sinkhorn_factors(g, passes, eps, norms or norms_by_products)
+    a, b = sinkhorn_factors(g, passes, eps, norms or norms_by_products, shards)
     return (update or update_matrix)(w, g, a, b, learning_rate, weight_decay)
 
 
 def sinkhorn_factors(
-    g: torch.Tensor, passes: int, eps: float, norms: Norms | None
+    g: torch.Tensor,
+    passes: int,
+    eps: float,
+    norms: Callable[[torch.Tensor, float], Norms],
+    shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors a, (..., m), and b, (..., n), of the rows and columns of ``g``, float32.
 
     A row or column of zeros, or of squares that float32 rounds to zero, has the factor 0: it stands still.
     """
-    m, n = g.shape[-2:]
+    m, n = (g.shape[-2] if shards is None else shards.total_rows), g.shape[-1]
     a, b = (torch.ones(*shape, dtype=torch.float32, device=g.device) for shape in (g.shape[:-1], (*g.shape[:-2], n)))
     rows_then_columns = norms(g, eps)
     for _ in range(passes):
         a, column_norms = rows_then_columns(a, b)
+        if shards is not None:
+            column_norms = torch.sqrt(shards.sum_over_ranks(torch.square(column_norms)))
         b = rescaled(b, column_norms, m, eps)
     return a, b
 
@@ -89,7 +98,7 @@ def norms_by_products(g: torch.Tensor, eps: float) -> Norms:
     return rows_then_columns
 
 
-def rescaled(factor: torch.Tensor, norms: Norms | None, length: int, eps: float) -> torch.Tensor:
+def rescaled(factor: torch.Tensor, norms: torch.Tensor, length: int, eps: float) -> torch.Tensor:
     """``factor`` for lines of the norm sqrt(length), where now theirs are ``factor * norms``."""
     return torch.where(norms == 0, 0.0, factor * math.sqrt(length) / (factor * norms + eps))
 
@@ -133,8 +142,9 @@ class SinkGD(BodyOptimizer):
     Elements below 1e-22 count as zero.
 
     Raises:
-        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes or is a DTensor, a
-            gradient that is sparse or of another shape, state of another model; nothing is written then.
+        InputError: (a ``ValueError``) for a value out of range, a weight that is not of those dtypes, a gradient that
+            is sparse or of another shape, state of another model, a DTensor that is not sharded by rows, ranks that
+            disagree; nothing is written then.
     """
 
     kept = ("decay_vectors", "implementation", "passes", "_by_adamw")
@@ -164,14 +174,19 @@ class SinkGD(BodyOptimizer):
         return {"m": (tuple(w.shape), torch.float32), "v": (tuple(w.shape), torch.float32)}
 
     def step_weight(
-        self, w: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]
+        self,
+        w: torch.Tensor,
+        g: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        group: dict[str, Any],
+        shards: RowShards | None,
     ) -> None:
         lr, eps, decay = group["lr"], group["eps"], self.weight_decay_of(w, group)
         if "m" not in state:
             from cuda_ref import triton_body  # which has these functions in it
 
             step = triton_body.sinkgd_step if self.by_triton(w) else sinkgd_step
-            step(w, g, lr, self.passes, eps, decay)
+            step(w, g, lr, self.passes, eps, decay, shards=shards if w.ndim == 2 else None)  # else whole matrices
             return
         old = w, state["m"], state["v"]
         new = adamw_step(w, g, state["m"], state["v"], state["step"], lr, *group["betas"], eps, decay)

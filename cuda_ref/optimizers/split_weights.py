@@ -15,6 +15,7 @@ import torch
 from torch.optim import Optimizer
 
 from cuda_ref.optimizers.checks import check_keys
+from cuda_ref.sharding import is_dtensor
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
@@ -64,7 +65,8 @@ class SplitWeights(Optimizer):
 
     Raises:
         InputError: (a ``ValueError``) for another format; for an optimizer that splits weights itself; where no
-            parameter is bfloat16, so that the option means nothing; for a loaded ``rest`` that is not of its weight.
+            parameter is bfloat16, so that the option means nothing; for DTensors (FSDP2); for a loaded ``rest`` that is
+            not of its weight.
 
     Example:
         >>> optimizer = SplitWeights(Ember(tables, lr=1e-5))
@@ -79,6 +81,12 @@ class SplitWeights(Optimizer):
             raise InputError(f"SplitWeights({optimizer!r}): must be a torch.optim.Optimizer, made")
         if isinstance(optimizer, SplitWeights) or getattr(optimizer, "weights", None) is not None:
             raise InputError(f"SplitWeights({name}): {name} splits weights already: take it as it is")
+        for w in (w for group in optimizer.param_groups for w in group["params"]):
+            if is_dtensor(w):
+                raise InputError(
+                    f"SplitWeights({name}): a weight of shape {tuple(w.shape)} is a DTensor, which cannot be float32 "
+                    "for one step: under FSDP2 take FlashAdamW or FlashLion with weights='bf16+int8'"
+                )
         self.optimizer = optimizer
         self.weights = weights
         super().__init__(optimizer.param_groups, {})
@@ -143,7 +151,7 @@ class SplitWeights(Optimizer):
             if rest is not None and (w.dtype != torch.bfloat16 or rest.shape != w.shape or rest.dtype != torch.int8):
                 raise InputError(
                     f"SplitWeights.load_state_dict: the state has a rest of shape {tuple(rest.shape)} and dtype "
-                    f"{rest.dtype} for parameter {i}, of shape {tuple(w.shape)} and dtype {w.dtype}: it must be int8, "
+                    f"{rest.dtype} for parameter {i}, of shape {tuple(w.shape)} and dtype {w.dtype}; it must be int8, "
                     "in the shape of a bfloat16 parameter. Load the state of this model"
                 )
         others = {i: {name: value for name, value in state.items() if name != "rest"}

@@ -15,12 +15,24 @@ from ember_mlx.demo.corpus import finetuning_pairs
 from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import load, load_base
 from ember_mlx.finetune.run import run
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.command_line import describe
+from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["demo", "main"]
 
+HELP = {
+    "what is kept": {
+        "keep": ("FOLDER", "Keep data, model and both adapters in this new folder. Default: keep nothing."),
+    }
+}
+EPILOG = """\
+examples:
+  ember-mlx demo
+      nothing to download, and nothing left behind
+  ember-mlx demo --keep kept
+      then: ember-mlx generate --model kept/model --adapter-path kept/Ember --prompt "json.dumps" """
 # So many validation rows are shown with the model's answers: the first ones, not the best.
 EXAMPLES = 3
 SETTINGS = {
@@ -41,11 +53,10 @@ def main(arguments: list[str]) -> None:
         prog="ember-mlx demo",
         description="Fine-tune the bundled model on docstrings of Python's own library, once with Ember on the token "
         "tables and once with AdamW. The layers train by LoRA. Takes about a minute on two CPU cores.",
+        epilog=EPILOG,
     )
-    parser.add_argument(
-        "--keep", metavar="FOLDER", help="Keep data, model and both adapters in this new folder. Default: keep nothing."
-    )
-    keep = with_one_line_errors(parser).parse_args(arguments).keep
+    parser.add_argument("--keep")
+    keep = describe(parser, HELP).parse_args(arguments).keep
     if keep is None:
         with tempfile.TemporaryDirectory() as folder:
             demo(Path(folder))
@@ -57,6 +68,7 @@ def main(arguments: list[str]) -> None:
 
 
 def demo(folder: Path) -> None:
+    """Write data, model and both adapters to ``folder``, and print the comparison."""
     start = time.perf_counter()
     examples = _write_data(folder / "data")
     model, tokenizer, config = load_base(MODEL)

@@ -13,11 +13,40 @@ from mlx_lm.utils import create_model_card, dequantize_model, hf_repo_to_path, s
 
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
 from ember_mlx.finetune.merging import QUANTIZATION, Merged, merge_adapters
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.command_line import describe
+from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["main"]
 
+HELP = {
+    "what to fuse": {
+        "model": ("MODEL", "A model folder, or a name on the Hugging Face hub."),
+        "adapter_path": ("FOLDER", "The adapter folder."),
+        "trust_remote_code": (None, "Run code that comes with the model or its tokenizer."),
+    },
+    "what is written": {
+        "save_path": ("FOLDER", "The folder to write."),
+        "overwrite": (None, "Replace the model that --save-path holds."),
+        "requantize": (
+            "BITS",
+            "Quantize the layers with adapters again, to 2, 3, 4, 5, 6 or 8 bits. Rounding to 4 bits can undo most of "
+            "what was learned. Default: they stay in 16 bits, or in the dtype of the model.",
+        ),
+        "dequantize": (None, "Write all layers in 16 bits."),
+        "export_gguf": (None, "Write a GGUF file of 16 bits too."),
+        "gguf_path": ("NAME", "Name of that file."),
+        "upload_repo": ("REPO", "Upload the model to this repository of the Hugging Face hub. Default: no upload."),
+    },
+}
+EPILOG = """\
+examples:
+  ember-mlx fuse --model Qwen/Qwen3-0.6B --adapter-path adapters
+      a folder that stock mlx-lm loads: mlx_lm.server --model fused_model
+  ember-mlx fuse --model mlx-community/Qwen3-0.6B-4bit --requantize 8
+      of a quantized model; the layers with adapters at 8 bits
+  ember-mlx fuse --model Qwen/Qwen3-0.6B --save-path other --overwrite
+      replace the model in that folder"""
 # What fuse itself writes. Other files in the folder stay.
 FILES_OF_A_MODEL = (
     *("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md"),
@@ -34,7 +63,7 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         InputError: for bad options, a model or an adapter that does not load, and whatever keeps the folder from being
-            written; what was there is as it was.
+            written; what was there is unchanged.
     """
     args = _parser().parse_args(arguments)
     folder = Path(args.save_path)
@@ -60,7 +89,7 @@ def main(arguments: list[str]) -> None:
         dict(tree_flatten(model.parameters())), f"model {args.model} with {adapter}", "use an adapter of finite numbers"
     )
     _write(folder, model, tokenizer, config, args)
-    print(_said(folder, size_before, _size(model), merged, args))
+    print(_summary(folder, size_before, _size(model), merged))
     if args.upload_repo is not None:
         try:
             upload_to_hub(args.save_path, args.upload_repo)
@@ -73,29 +102,21 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="ember-mlx fuse",
         description="Merge an adapter, its token tables too, into an ordinary model folder.",
+        epilog=EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", default="mlx_model", help="A model folder or a name on the Hugging Face hub.")
-    parser.add_argument("--adapter-path", default="adapters", help="The adapter folder. Default: adapters.")
-    parser.add_argument("--save-path", default="fused_model", help="The folder to write. Default: fused_model.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the model that --save-path holds.")
+    parser.add_argument("--model", default="mlx_model")
+    parser.add_argument("--adapter-path", default="adapters")
+    parser.add_argument("--save-path", default="fused_model")
+    parser.add_argument("--overwrite", action="store_true")
     quantized = parser.add_mutually_exclusive_group()
-    quantized.add_argument(
-        "--requantize",
-        type=int,
-        choices=BITS,
-        metavar="BITS",
-        help="Quantize the layers with adapters again, at so many bits. Default: they stay in 16 bits, or in the dtype "
-        "of the model, because rounding to 4 bits can undo most of what was learned.",
-    )
-    quantized.add_argument("--dequantize", action="store_true", help="Write all layers in 16 bits.")
-    parser.add_argument("--export-gguf", action="store_true", help="Write a GGUF file of 16 bits too.")
-    parser.add_argument(
-        "--gguf-path", default="ggml-model-f16.gguf", metavar="NAME", help="Its name. Default: ggml-model-f16.gguf."
-    )
-    parser.add_argument("--upload-repo", help="The Hugging Face repo to upload the model to.")
-    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the model.")
-    return with_one_line_errors(parser)
+    quantized.add_argument("--requantize", type=int, choices=BITS)
+    quantized.add_argument("--dequantize", action="store_true")
+    parser.add_argument("--export-gguf", action="store_true")
+    parser.add_argument("--gguf-path", default="ggml-model-f16.gguf")
+    parser.add_argument("--upload-repo")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return describe(parser, HELP)
 
 
 def _check_folder(folder, args):
@@ -154,7 +175,7 @@ def _write(folder, model, tokenizer, config, args):
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
         raise InputError(
-            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is as it was"
+            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is unchanged"
         ) from error
 
 
@@ -162,24 +183,24 @@ def _is_foreign(path):
     return not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)
 
 
-def _said(folder, size_before, size, merged: Merged, args):
-    said = f"The fused model is in {folder}: {format_bytes(size)}, of {format_bytes(size_before)} before"
+def _summary(folder, size_before, size, merged: Merged):
+    words = f"The fused model is in {folder}: {format_bytes(size)}, of {format_bytes(size_before)} before"
     if not merged.layers:
-        return said
+        return words
     of = f"the {merged.layers} layers with adapters"
     if merged.bits:
-        said += f"; {of} are quantized at {_words(merged.bits)} bits again"
+        words += f"; {of} are quantized at {_words(merged.bits)} bits again"
     elif merged.bits_before:
-        said += f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
+        words += f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
     else:
         of = of[0].upper() + of[1:]
-    said += f"; {merged.kept:.1%} of their change is left".replace("%", " %")
+    words += f"; {merged.kept:.1%} of their change is left".replace("%", " %")
     if merged.noise >= 0.05:
-        said += f", with rounding errors of {merged.noise:.2f} times its size"
+        words += f", with rounding errors of {merged.noise:.2f} times its size"
     if merged.kept < ENOUGH:
         remedy = "leave --requantize out, or give more bits" if merged.bits else "use the adapter as it is, unfused"
-        said += f": to keep more, {remedy}"
-    return said
+        words += f": to keep more, {remedy}"
+    return words
 
 
 def _words(numbers):

@@ -1,10 +1,93 @@
 """``ember-mlx generate``: mlx_lm.generate, whose ``--adapter-path`` takes token tables too."""
 
-from ember_mlx.commands.mlx_lm_command import run_mlx_lm
+import sys
+from importlib import import_module
+
+from ember_mlx.finetune.adapters import load
+from ember_mlx.shared.command_line import describe
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.replacing import replaced
 
 __all__ = ["main"]
 
+HELP = {
+    "model": {
+        "model": (
+            "MODEL",
+            "A model folder, or a name on the Hugging Face hub. Default: mlx-community/Llama-3.2-3B-Instruct-4bit.",
+        ),
+        "adapter_path": ("FOLDER", "An adapter folder, with token tables or without. Default: the model alone."),
+        "trust_remote_code": (None, "Run code that comes with the model or its tokenizer."),
+        "draft_model": ("MODEL", "A small model with the same tokenizer, to propose tokens. Default: none."),
+        "num_draft_tokens": ("N", "Tokens that it proposes at a time."),
+        "quantize_activations": (None, "Quantize activations as the layer's weights are."),
+    },
+    "prompt": {
+        "prompt": ("TEXT", "What to answer; - reads it from the standard input."),
+        "system_prompt": ("TEXT", "A system message before it. Default: none."),
+        "prefill_response": ("TEXT", "How the answer begins. Default: as the model likes."),
+        "image": ("FILE", "Images for the prompt's placeholders, in their order. Default: none."),
+        "ignore_chat_template": (None, "Give the prompt to the model as it is, without the chat template."),
+        "use_default_chat_template": (None, "Use the tokenizer's default chat template."),
+        "chat_template_config": ("JSON", "Settings of the chat template, a JSON object. Default: none."),
+    },
+    "sampling": {
+        "max_tokens": ("N", "Write at most N tokens."),
+        "extra_eos_token": ("TOKEN", "More tokens that end the answer. Default: none."),
+        "temp": ("T", "Temperature; 0: always the likeliest token."),
+        "top_p": ("P", "Draw from the likeliest tokens that add up to P; 1: from all."),
+        "min_p": ("P", "Leave out tokens below P times the likeliest; 0: none."),
+        "min_tokens_to_keep": ("N", "Keep at least N tokens under --min-p."),
+        "top_k": ("K", "Draw from the K likeliest tokens; 0: from all."),
+        "xtc_probability": ("P", "How often XTC sampling leaves out the likeliest tokens."),
+        "xtc_threshold": ("P", "Which tokens XTC sampling may leave out: those above P."),
+        "seed": ("N", "Seed of the sampling. Default: MLX's own."),
+    },
+    "memory and output": {
+        "max_kv_size": ("TOKENS", "Keep at most so many tokens in the key-value cache. Default: all."),
+        "prefill_step_size": ("TOKENS", "Read the prompt in parts of so many tokens; fewer take less memory."),
+        "prompt_cache_file": ("FILE", "A key-value cache that mlx_lm.cache_prompt saved. Default: none."),
+        "kv_bits": ("BITS", "Quantize the key-value cache. Default: it is not quantized."),
+        "kv_group_size": ("N", "Group size of that quantization."),
+        "quantized_kv_start": ("TOKENS", "Quantize the cache from this token on."),
+        "verbose": ("BOOL", "True reports speed and memory too; False prints the answer alone. Default: True."),
+    },
+}
+EPILOG = """\
+examples:
+  ember-mlx generate --model Qwen/Qwen3-0.6B --adapter-path adapters --prompt "Hello"
+      with what `ember-mlx train` saved
+  ember-mlx generate --model fused_model --prompt "Hello" --max-tokens 400 --temp 0.7
+      with what `ember-mlx fuse` wrote
+  cat question.txt | ember-mlx generate --model Qwen/Qwen3-0.6B --prompt - --verbose False
+      from and to a pipe"""
+
 
 def main(arguments: list[str]) -> None:
-    """Write text."""
-    run_mlx_lm("generate", arguments)
+    """Write text: mlx_lm.generate with our ``load`` in the place of its own, which cannot load token tables.
+
+    Raises:
+        InputError: for whatever mlx-lm raises.
+    """
+    module = import_module("mlx_lm.generate")
+    setup = module.setup_arg_parser
+
+    def our_parser():
+        parser = setup()
+        parser.description = "Write text with a model, and with an adapter whose token tables mlx-lm cannot load."
+        parser.epilog = EPILOG
+        return describe(parser, HELP)
+
+    try:
+        with (
+            replaced(module, "load", load),
+            replaced(module, "setup_arg_parser", our_parser),
+            replaced(sys, "argv", ["ember-mlx generate", *arguments]),
+        ):
+            module.main()
+    except (InputError, OSError):
+        raise
+    # Such as a prompt cache that does not exist, or options for the chat template that are not JSON.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"mlx_lm.generate cannot do that: {type(error).__name__}: {reason}") from error

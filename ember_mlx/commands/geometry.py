@@ -17,6 +17,7 @@ from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plots.style import require_matplotlib
+from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["check", "main", "time_without_measuring", "write"]
@@ -27,6 +28,17 @@ NEEDED = {
     "second moments": 8,  # with fewer squares the dense moment is mostly noise
     "paths": 16,  # with fewer points a random walk looks as straight as a line
 }
+HELP = {
+    "the report": {
+        "out": ("FOLDER", "Where the report goes, and the adapter, unless --adapter-path is given. Required."),
+    }
+}
+EPILOG = """\
+examples:
+  ember-mlx geometry --model Qwen/Qwen3-0.6B --data my_data --iters 200 --out report
+      then open report/index.html
+  ember-mlx geometry --model Qwen/Qwen3-0.6B --data my_data --iters 200 --out head_alone --train-tables head
+      of the head alone"""
 REPORT, PAGE = "geometry.json", "index.html"
 
 
@@ -38,19 +50,15 @@ def main(arguments: list[str]) -> None:
         description="Does Ember suit this model and this data? Trains as `ember-mlx train` does, with its options, and "
         "measures the gradients and steps of the token tables. Writes a page (index.html), its pictures and its "
         "numbers (geometry.json).",
-        epilog="example:\n  ember-mlx geometry --model Qwen/Qwen3-0.6B --data my_data --iters 200 --out report",
+        epilog=EPILOG,
     )
-    parser.add_argument_group("the report").add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        required=True,
-        help="Where the report goes, and the adapter, unless --adapter-path is given. Required.",
-    )
+    parser.add_argument("--out", type=Path, required=True)
+    describe(parser, HELP)
     out = parser.parse_args(arguments).out
     # The last of two equal flags counts: the user's own wins.
     own, args = options.parse_command(parser, ["--adapter-path", str(out / "adapters"), *arguments], data_required=True)
     check(args, own.out)
+    args |= {"stream": False}
     # Nothing is saved there, but the run checks the free space of the disk that --out is on.
     with tempfile.TemporaryDirectory(prefix="timing-", dir=existing_parent(own.out)) as folder:
         timed = time_without_measuring(args, Path(folder))
@@ -79,6 +87,8 @@ def check(args: options.Options, out: Path) -> None:
     require_matplotlib()
     if not args.train or args.test:
         raise InputError("train: false or --test: geometry measures a run that trains, and does not test; leave it out")
+    if args.stream:
+        raise InputError("--stream: geometry measures whole gradients, which a streamed step never has; leave it out")
     if args.resume is not None:
         raise InputError("--resume: geometry measures a run from its first step; leave it out")
     if args.train_tables == "none":

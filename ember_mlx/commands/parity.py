@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ember_mlx.parity import body, implementations, processes, recorded, suite
 from ember_mlx.parity.suite import ORACLE, Comparison
+from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.environment import environment
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
 
 __all__ = ["format_failures", "format_summary", "format_table", "main"]
@@ -22,6 +23,28 @@ Triton; CPU and GPU) with a float64 oracle, step by step, over named and recorde
 bfloat16 and float16; and with results recorded on a GPU. Exit code 1 when something is not within its tolerance."""
 
 OPTIMIZERS = ("Ember", *(entry.name for entry in body.OPTIMIZERS))
+
+HELP = {
+    "what to compare": {
+        "implementation": ("NAME", 'Only these, such as "mlx cpu" "triton". Default: all that run here.'),
+        "stream": ("NAME", 'Only these gradients, such as "random" "real head". Default: all.'),
+        "optimizer": ("NAME", f"Only these of {', '.join(OPTIMIZERS)}. Default: all."),
+        "dtype": (None, "Only tables of these dtypes. Default: all."),
+        "steps": ("N", "Look after so many steps; shorter streams are left out. Default: after 1, 10 and 1000."),
+    },
+    "what is reported": {
+        "verbose": (None, "Print a line for each implementation, stream and quantity."),
+        "json": ("FILE", "Write every comparison, machine, versions and seed. Default: no file."),
+    },
+}
+EPILOG = """\
+examples:
+  ember-mlx parity
+      all that runs here, in one table
+  ember-mlx parity --implementation "mlx cpu" --optimizer Ember --steps 10
+      a quick look
+  ember-mlx parity --verbose --json parity.json
+      everything, for a report"""
 
 SUMMARY_LEGEND = """\
 A name alone is compared with the float64 oracle. r, c (second moments of rows and columns), step, w (weights, after a
@@ -46,7 +69,9 @@ def main(arguments: list[str]) -> int:
     """
     args = _parser().parse_args(arguments)
     if args.json is not None and not args.json.parent.is_dir():
-        raise InputError(f"--json {args.json}: there is no folder {args.json.parent}; give a path in one that exists")
+        raise InputError(
+            f"--json {args.json}: folder {args.json.parent} does not exist; give a path in one that exists"
+        )
     if args.json is not None and args.json.is_dir():
         raise InputError(f"--json {args.json}: is a folder; give the path of a file")
     names = args.optimizer or OPTIMIZERS
@@ -75,26 +100,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="ember-mlx parity", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--implementation", nargs="+", metavar="NAME", help='only these, such as "mlx cpu" "triton"')
-    parser.add_argument("--stream", nargs="+", metavar="NAME", help='only these, such as "random" "real head"')
-    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, metavar="NAME",
-                        help=f"only these of {', '.join(OPTIMIZERS)}")  # fmt: skip
-    parser.add_argument("--dtype", nargs="+", choices=suite.DTYPES, help="only tables of these")
-    parser.add_argument(
-        "--steps",
-        nargs="+",
-        type=int,
-        metavar="N",
-        help="look after so many steps, not after 1, 10 and 1000; shorter streams are left out",
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="print a line for each implementation, stream and quantity"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every comparison, machine, versions and seed")
-    return with_one_line_errors(parser)
+    parser = argparse.ArgumentParser(prog="ember-mlx parity", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--implementation", nargs="+")
+    parser.add_argument("--stream", nargs="+")
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS)
+    parser.add_argument("--dtype", nargs="+", choices=suite.DTYPES)
+    parser.add_argument("--steps", nargs="+", type=int)
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--json", type=Path)
+    return describe(parser, HELP)
 
 
 # --- what is printed ----------------------------------------------------------------------------------------------

@@ -6,8 +6,26 @@ from ember_mlx.finetune import options
 from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.report import Report
+from ember_mlx.planner.streaming_advice import recommendations
+from ember_mlx.shared.command_line import describe
 
 __all__ = ["main"]
+
+EPILOG = """\
+examples:
+  ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data
+      what the run of the same flags takes, and whether this machine has it
+  ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data --backend metal --memory 16GB
+      the same for a Mac with 16 GB
+  ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data --grad-checkpoint --chunked-loss --json
+      in bytes, of a run that takes less"""
+HELP = {
+    "planning": {
+        "memory": ("SIZE", "Plan for a machine with this memory, such as 16GB. Default: this machine's."),
+        "backend": (None, "Where it will train. Default: where MLX computes here."),
+        "json": (None, "Print bytes, as JSON."),
+    }
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -19,7 +37,7 @@ def main(arguments: list[str]) -> None:
     """
     own, args = options.parse_command(_parser(), arguments)
     backend = own.backend or machine.backend()
-    memory, source = machine.memory(own.memory, backend)
+    memory, source = machine.limited(args, *machine.memory(own.memory, backend))
     inputs = with_rows_of_data(args, read_inputs(args))
     model, run = inputs.model, inputs.run
     planned = plan(model, run, backend)
@@ -32,6 +50,7 @@ def main(arguments: list[str]) -> None:
         assumptions=inputs.assumptions,
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
+        recommendations=recommendations(model, run, backend, planned),
         memory=memory,
         memory_source=source,
     )
@@ -46,15 +65,9 @@ def _parser():
         "--model may be a model's folder, its config.json alone, or a hub name that is in the cache.\n"
         "Rows are planned as long as those of --data, if that is a folder here and the model has its tokenizer;\n"
         "otherwise as long as --max-seq-length.",
-        epilog="example, for a Mac with 16 GB:\n"
-        "  ember-mlx plan --model FOLDER --data FOLDER --backend metal --memory 16GB",
+        epilog=EPILOG,
     )
-    group = parser.add_argument_group("planning")
-    group.add_argument(
-        "--memory", metavar="SIZE", help="Plan for a machine with this memory, such as 16GB. Default: this machine's."
-    )
-    group.add_argument(
-        "--backend", choices=["metal", "cuda", "cpu"], help="Where it will train. Default: where MLX computes here."
-    )
-    group.add_argument("--json", action="store_true", help="Print bytes, as JSON. Default: off.")
-    return parser
+    parser.add_argument("--memory")
+    parser.add_argument("--backend", choices=["metal", "cuda", "cpu"])
+    parser.add_argument("--json", action="store_true")
+    return describe(parser, HELP)

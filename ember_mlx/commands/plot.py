@@ -14,10 +14,24 @@ from ember_mlx.plots.style import (
     thousands,
     units,
 )
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.command_line import describe
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["END", "PANELS", "main", "name_runs", "plot_runs"]
 
+HELP = {
+    "runs and picture": {
+        "files": ("FILE", "Logs of runs, finished or not. Required."),
+        "out": ("PNG", "The picture; an existing file is replaced. Required."),
+        "theme": (None, "Colours; both writes NAME-light.png and NAME-dark.png."),
+    }
+}
+EPILOG = """\
+examples:
+  ember-mlx plot run.jsonl --out run.png
+      one run
+  ember-mlx plot ember.jsonl adamw.jsonl --out compared.png --theme both
+      two runs, which the legend tells apart by the options in which they differ"""
 PANELS = (  # title, what is on the axis, the logs' list, the key in it
     ("Training loss", "nats a token", "train", "train_loss"),
     ("Validation loss", "nats a token", "validation", "validation_loss"),
@@ -40,18 +54,12 @@ def main(arguments: list[str]) -> None:
         prog="ember-mlx plot",
         description="Draw logs of `ember-mlx train --log-jsonl FILE`, one run or several: losses, how far each step "
         "moves the weights, peak memory and speed.",
+        epilog=EPILOG,
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="Logs of runs, finished or not.")
-    parser.add_argument(
-        "--out", required=True, metavar="PNG", help="The picture. Required; an existing file is replaced."
-    )
-    parser.add_argument(
-        "--theme",
-        choices=[*THEMES, "both"],
-        default="light",
-        help="Colours. Default: light. `both` writes NAME-light.png and NAME-dark.png.",
-    )
-    args = with_one_line_errors(parser).parse_args(arguments)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--theme", choices=[*THEMES, "both"], default="light")
+    args = describe(parser, HELP).parse_args(arguments)
     out = check_path(args.out)
     logs = [_read(path) for path in args.files]
     _refuse_own_input(out, args.theme, args.files)

@@ -26,5 +26,5 @@ def main(arguments: list[str]) -> None:
             print(stopped, file=sys.stderr)
             if stopped.checkpoint:
                 words = options.command_to_resume(arguments, stopped.resume_words)
-                print(f"To go on:\n  {shlex.join(['ember-mlx', 'train', *words])}", file=sys.stderr)
+                print(f"To resume:\n  {shlex.join(['ember-mlx', 'train', *words])}", file=sys.stderr)
         sys.exit(stopped.exit_code)

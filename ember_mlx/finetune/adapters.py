@@ -267,7 +267,7 @@ def read_config(folder: Path) -> dict:
         InputError: when there is none, and for what no run writes.
     """
     if not (folder / CONFIG).is_file():
-        raise InputError(f"adapter {folder}: there is no {CONFIG} in it; give the --adapter-path of a finished run")
+        raise InputError(f"adapter {folder}: it has no {CONFIG}; give the --adapter-path of a finished run")
     config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")
     where = f"adapter {folder}: {CONFIG}"
     kind = config.get("fine_tune_type", "lora")
@@ -293,7 +293,7 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
         InputError: when it cannot be read, and for an array that is not of floats or not finite.
     """
     if not path.is_file():
-        raise InputError(f"adapter {path.parent}: there is no file {path.name} in it; give that of a finished run")
+        raise InputError(f"adapter {path.parent}: it has no file {path.name}; give that of a finished run")
     arrays = safe_reading.read_arrays(path, f"adapter {path.parent}")
     for name, array in arrays.items():
         if not mx.issubdtype(array.dtype, mx.floating):

@@ -81,7 +81,7 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
     """The tokens in a file and whether they are special: lines of a text, or a list of special ones in a .json file.
 
     Raises:
-        InputError: when there is no such file, for an empty token and for one that is there twice.
+        InputError: when this file does not exist, for an empty token and for one that is there twice.
     """
     where = f"--add-tokens {path}"
     try:

@@ -16,6 +16,7 @@ from ember_mlx.optimizers import Ember, SplitWeights
 from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
@@ -52,12 +53,14 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     body = body_optimizer(options, model)
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
     _refuse_growth(options, "--optimizer", body, body_learning_rate(options))
+    if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
+        body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
+    if choices.body_rounding == "stochastic":
+        body = StochasticRounding(body, seed=(options.seed + 1) % 2**32)  # the tables have the seed itself
     if choices.tables:
         tables = table_optimizer(options, choices.table_rounding)
         _refuse_growth(options, "--table-optimizer", tables, table_learning_rate(options))
         return PairedOptimizer(model, tables=tables, rest=body, **guard)
-    if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
-        body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     return GuardedOptimizer(model.trainable_parameters(), body, **guard)
 
 

@@ -217,7 +217,7 @@ def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = p
     good = _newest_good(adapter_folder, tell)
     if good is None:
         damaged = len(in_folder(adapter_folder))
-        why = f"all {damaged} checkpoints in it are damaged" if damaged else "there is no checkpoint in it"
+        why = f"all {damaged} checkpoints in it are damaged" if damaged else "it has no checkpoint"
         raise InputError(f"{where}: {why}; give another, or start without --resume")
     return good
 
@@ -230,7 +230,7 @@ def read(folder: Path) -> Checkpoint:
     """
     where = f"checkpoint {folder}"
     if folder.is_symlink() or not folder.is_dir():
-        raise InputError(f"{where}: there is no such folder" + (", only a link" if folder.is_symlink() else ""))
+        raise InputError(f"{where}: this folder does not exist" + (", only a link" if folder.is_symlink() else ""))
     index = safe_reading.read_json(folder / INDEX, where)
     safe_reading.check_types(index, {"sha256": str, "content": dict}, f"{where}: {INDEX}")
     content = index["content"]
@@ -300,7 +300,7 @@ def _newest_good(adapter_folder, tell):
         try:
             return read(path)
         except InputError as error:
-            tell(f"Passed over: {error}")
+            tell(f"Skipped: {error}")
     return None
 
 

@@ -8,10 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.token_table_rules import TokenTable
 
-__all__ = ["DEFAULT_LAYERS", "ROLES", "Choices", "Shapes", "choose", "refuse_frozen_rows", "rounding"]
+__all__ = [
+    "DEFAULT_LAYERS",
+    "ROLES",
+    "STREAMED_BY_DEFAULT",
+    "Choices",
+    "Shapes",
+    "choose",
+    "refuse_frozen_rows",
+    "rounding",
+]
 
 DEFAULT_LAYERS = 16  # of LoRA, as mlx_lm.lora has it
 ROLES = {
@@ -21,6 +31,8 @@ ROLES = {
     "none": (),
 }
 """The roles of token tables that each value of ``--train-tables`` means."""
+STREAMED_BY_DEFAULT: frozenset[str] = frozenset()
+"""The fine-tune types that stream unless told otherwise; {"full"} makes ``full`` with tables one of them."""
 LORA_KEYS = ("rank", "scale", "dropout")
 
 
@@ -58,6 +70,8 @@ class Choices:
         table_rounding: "nearest" or "stochastic".
         body_in_float32: Whether the body's optimizer computes in float32 for bfloat16 weights. Without tables it does
             not: the run is stock mlx-lm's, to the bit. For float16, whose numbers end at 65504, it does always.
+        body_rounding: "nearest" or "stochastic", of 16-bit weights that are no table.
+        stream: Whether every weight is stepped inside the backward pass.
         added_tokens: Content, special and id of each new token; None without ``--add-tokens``.
     """
 
@@ -67,6 +81,8 @@ class Choices:
     lora_parameters: dict[str, Any] | None
     table_rounding: str
     body_in_float32: bool
+    body_rounding: str
+    stream: bool
     added_tokens: list[dict[str, Any]] | None = None
 
     def as_options(self) -> dict[str, Any]:
@@ -76,6 +92,8 @@ class Choices:
             "num_layers": self.num_layers,
             "lora_parameters": self.lora_parameters,
             "table_rounding": self.table_rounding,
+            "body_rounding": self.body_rounding,
+            "stream": self.stream,
             "added_tokens": self.added_tokens,
         }
 
@@ -111,6 +129,8 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
         lora_parameters=None if full else options.lora_parameters,
         table_rounding=rounding(options, [table.dtype for table in tables]),
         body_in_float32=bool(tables),
+        body_rounding=_body_rounding(options, shapes, bool(tables)),
+        stream=_streams(options, bool(tables)),
         added_tokens=added_tokens,
     )
 
@@ -122,6 +142,33 @@ def rounding(options: Any, dtypes: Iterable[Any]) -> str:
     """
     narrow = any(str(dtype).rpartition(".")[2] != "float32" for dtype in dtypes)
     return options.table_rounding or ("stochastic" if options.table_optimizer == "ember" and narrow else "nearest")
+
+
+def _body_rounding(options, shapes, with_tables):
+    """Without tables the run is mlx-lm's, to the bit. An int8 rest keeps by itself what rounding would lose."""
+    split = settings(options, canonical(options.optimizer)).get("weights") is not None
+    if options.body_rounding is None:
+        narrow = any(str(table.dtype).rpartition(".")[2] != "float32" for table in shapes.tables)
+        return "stochastic" if options.fine_tune_type == "full" and with_tables and narrow and not split else "nearest"
+    if split and options.body_rounding == "stochastic":
+        raise InputError(
+            "--body-rounding stochastic: optimizer_config keeps a rest of each weight (weights: bf16+int8), so that "
+            "nothing is lost: leave one of the two out"
+        )
+    return options.body_rounding
+
+
+def _streams(options, with_tables):
+    streams = options.stream
+    if streams is None:
+        streams = options.fine_tune_type in STREAMED_BY_DEFAULT and with_tables
+    if streams:
+        return True
+    for name, instead in {"clip_layer_norm": "use --clip-grad-norm", "keep_inputs": "use --grad-checkpoint"}.items():
+        if getattr(options, name) is not None:
+            shown = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise InputError(f"{shown}: is for a run that streams; add --stream, or {instead}")
+    return False
 
 
 def refuse_frozen_rows(options: Any, quantized: list[str], where: str) -> None:

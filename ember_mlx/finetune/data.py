@@ -34,14 +34,14 @@ def check_data_folder(args: Options) -> None:
     described = getattr(args, "hf_dataset", None)
     if described or not folder.exists():
         if not described and not HUB_NAME.fullmatch(args.data):
-            raise InputError(f"--data {args.data}: there is no such folder; it must hold train.jsonl")
+            raise InputError(f"--data {args.data}: this folder does not exist; it must hold train.jsonl")
         if find_spec("datasets") is None:
             what = "hf_dataset: " if described else f"--data {args.data}: is no folder here, and "
             raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
     for name, needed in (("train", args.train), ("test", args.test)):
         if needed and not (folder / f"{name}.jsonl").is_file():
-            raise InputError(f"--data {args.data}: there is no {name}.jsonl in it; put one row a line there, as JSON")
+            raise InputError(f"--data {args.data}: it has no {name}.jsonl; put one row a line there, as JSON")
     for name in SETS:
         if (folder / f"{name}.jsonl").is_file():
             _check_rows(folder / f"{name}.jsonl", args)

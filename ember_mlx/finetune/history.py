@@ -39,6 +39,7 @@ class LossHistory:
         self._tokens_since = 0
 
     def to_json(self) -> dict:
+        """What a checkpoint keeps of it."""
         return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
 
     def draw(self, batch: tuple[mx.array, mx.array]) -> None:
@@ -46,6 +47,7 @@ class LossHistory:
         self._tokens_since += sum(learned_tokens(batch))
 
     def on_train_loss_report(self, train_info: dict) -> None:
+        """Keep the loss, and hand on the report with the tokens of the runs before."""
         # A step that was left out has a loss all the same, and one that stops the run is told between the steps.
         if math.isfinite(train_info["train_loss"]):
             self._keep("train_loss", train_info)
@@ -57,6 +59,7 @@ class LossHistory:
             callback.on_train_loss_report(train_info)
 
     def on_val_loss_report(self, val_info: dict) -> None:
+        """Keep the loss, or warn where it is not finite, and hand on the report."""
         if math.isfinite(val_info["val_loss"]):
             self._keep("val_loss", val_info)
         else:  # a failure of measuring: what is trained is judged by itself, step by step

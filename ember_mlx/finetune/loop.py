@@ -18,7 +18,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from ember_mlx.finetune.batches import Rows, TrainingBatches
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
-from ember_mlx.finetune.memory_limit import limited_memory, refuse_over
+from ember_mlx.finetune.memory_limit import refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
@@ -72,7 +72,7 @@ class Training:
         self.leader = mx.distributed.init().rank() == 0
         self.signals = StopSignals()
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
-        self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint)
+        self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
     def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
         """Take all the steps that are left, and save; returns the peak memory in bytes.
@@ -89,13 +89,9 @@ class Training:
         # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
         alone = mx.distributed.init().size() == 1
         mx.reset_peak_memory()
-        with (
-            self.signals if alone else nullcontext(),
-            self.saving.telling_what_is_left(),
-            limited_memory(args.memory_limit),
-        ):
+        with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():
             if self.batches.step < args.iters:
-                if args.grad_checkpoint:
+                if args.grad_checkpoint and not args.stream:
                     grad_checkpoint(self.model.layers[0])
                 step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
@@ -137,11 +133,12 @@ class Training:
                     mx.clear_cache()
                 ui.advance()
 
-                if step % args.steps_per_report == 0 or step == args.iters:
+                report.due |= step % args.steps_per_report == 0 or step == args.iters
+                if report.due and report.steps:
                     report.send(step, ui)
                 self.nonfinite(step, result)
                 batches.mark(before_extra_evaluation)
-                refuse_over(args.memory_limit)
+                self._refuse_over_memory(step)
                 if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
                     self._save(step)
         self._report_dropped()
@@ -181,6 +178,15 @@ class Training:
     def _save_checkpoint(self):
         return self.leader and self.saving.save_checkpoint(self.batches.position)
 
+    def _refuse_over_memory(self, step):
+        """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
+        try:
+            refuse_over(self.args.memory_limit)
+        except InputError:
+            if step > 1:
+                self._save_checkpoint()
+            raise
+
     def _stop_if_asked(self):
         if self.signals.number is not None:
             self._save_checkpoint()
@@ -188,7 +194,10 @@ class Training:
 
 
 class Report:
-    """Adds up what the steps since the last report told, as mlx-lm does."""
+    """Adds up what the steps since the last report told, as mlx-lm does.
+
+    One that is ``due`` waits for a step that tells of a batch.
+    """
 
     def __init__(self, args: Options, optimizer: GuardedOptimizer | PairedOptimizer, history: LossHistory):
         self.args = args
@@ -199,11 +208,12 @@ class Report:
 
     def _begin(self):
         self.losses = self.tokens = self.steps = self.seconds = 0
+        self.due = False
 
     def add(self, result: StepResult, start: float) -> None:
-        self.losses += result.loss
+        self.losses += result.loss * result.batches
         self.tokens += result.tokens
-        self.steps += 1
+        self.steps += result.batches
         mx.eval(self.losses, self.tokens)
         self.seconds += time.perf_counter() - start
 

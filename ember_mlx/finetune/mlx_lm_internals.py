@@ -17,12 +17,10 @@ __all__ = [
     "CONFIG_DEFAULTS",
     "PAD_TO",
     "YamlError",
-    "actions_of",
     "build_lora_parser",
     "dequantized",
     "is_size",
     "load_yaml",
-    "move_to_group",
     "parse_size",
     "rate_schedule",
 ]
@@ -49,19 +47,6 @@ def load_yaml(text: str) -> Any:
 def build_lora_parser() -> argparse.ArgumentParser:
     """mlx_lm.lora's parser of options; tests/finetune/test_options.py compares ours with it, flag by flag."""
     return lora.build_parser()
-
-
-def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The options of a parser. argparse (not mlx-lm) keeps this list to itself, and has no other."""
-    return parser._actions
-
-
-def move_to_group(parser: argparse.ArgumentParser, action: argparse.Action, group: Any) -> None:
-    """Show an option under another heading of ``--help``. argparse (not mlx-lm) has no call for that."""
-    for other in parser._action_groups:
-        if action in other._group_actions:
-            other._group_actions.remove(action)
-    group._group_actions.append(action)
 
 
 def parse_size(text: str) -> int:

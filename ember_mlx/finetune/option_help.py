@@ -3,6 +3,8 @@
 mlx-lm's own texts are replaced, since what they say is not all true here.
 """
 
+from ember_mlx.shared.command_line import Help
+
 __all__ = ["EPILOG", "HELP", "USAGE"]
 
 USAGE = "ember-mlx train --model MODEL --data FOLDER [options]"
@@ -15,8 +17,7 @@ examples:
   ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --iters 600 --resume
       resume the first run where it stopped"""
 
-# {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
-HELP: dict[str, dict[str, tuple[str | None, str]]] = {
+HELP: Help = {
     "what to train on": {
         "model": ("MODEL", "A model folder, or a name on the Hugging Face hub."),
         "data": (
@@ -56,6 +57,16 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
+        "clip_layer_norm": (
+            "NORM",
+            "With --stream: clip the norm of each layer's gradients to NORM, tables aside. Another rule than "
+            "--clip-grad-norm, and free. Default: off.",
+        ),
+        "body_rounding": (
+            None,
+            "Rounding of the 16-bit weights that are no table. Stochastic keeps, on average, steps that are too small "
+            "for them: at usual rates most are. Default: stochastic for full with tables, else nearest.",
+        ),
         "bias_correction": (
             None,
             "Correct the bias of adam and adamw, as PyTorch does: the first steps are 3 to 6.5 times shorter. Not of "
@@ -104,8 +115,22 @@ HELP: dict[str, dict[str, tuple[str | None, str]]] = {
     },
     "memory": {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
+        "stream": (
+            None,
+            "Step every weight inside the backward pass: a run then takes little more memory than the weights and the "
+            "optimizer's state. With lora it does so for the tables and the loss. Default: off.",
+        ),
+        "keep_inputs": (
+            "K",
+            "With --stream: keep the input of every K-th layer and make the others again. Saves memory with long "
+            "sequences, and takes a forward pass more. Default: 1, all are kept.",
+        ),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
-        "memory_limit": ("SIZE", "End the run when MLX needs more memory than SIZE, such as 12GB. Default: no limit."),
+        "memory_limit": (
+            "SIZE",
+            "End the run, with what it has saved, when MLX takes more memory than SIZE, such as 12GB; none: never. "
+            "Default: what Metal recommends, elsewhere 0.9 of the GPU's or the machine's memory.",
+        ),
         "clear_cache_threshold": ("SIZE", "Clear MLX's cache when it is larger than SIZE, such as 2GB; 0: never."),
     },
     "saving and resuming": {

@@ -10,20 +10,20 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
-    actions_of,
     build_lora_parser,
     is_size,
-    move_to_group,
     parse_size,
 )
 from ember_mlx.finetune.optimizer_names import ALIASES, BODY
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
+from ember_mlx.shared.command_line import actions_of, describe
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
-from ember_mlx.shared.errors import InputError, with_one_line_errors
+from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
@@ -39,6 +39,20 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
+ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
+
+
+def _size(text):
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _limit(text):
+    return NO_LIMIT if text.lower() == NO_LIMIT else _size(text)
+
+
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
 OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
@@ -50,17 +64,21 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_clip": (None, {"type": float}),
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "chunked_loss": (False, SWITCH),
+    "stream": (None, ON_OR_OFF),
+    "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
     "keep_checkpoints": (3, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
+    "clip_layer_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
-    "memory_limit": (None, {"type": parse_size}),
+    "memory_limit": (None, {"type": _limit}),
     "log_jsonl": (None, {"type": str}),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
@@ -109,25 +127,18 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
         "description", "Fine-tune with mlx-lm (LoRA, DoRA or full) and train the token tables too, with Ember."
     )
     parser.epilog = how.get("epilog", EPILOG)
-    parser.formatter_class = _HelpFormatter
     actions = {action.dest: action for action in actions_of(parser)}
     actions["optimizer"].choices = [*actions["optimizer"].choices, *BODY, *ALIASES]
     for name, (_, settings) in OWN_OPTIONS.items():
         actions[name] = parser.add_argument(flag(name), **settings)
     values = defaults()
-    for title, options in HELP.items():
-        group = parser.add_argument_group(title)
-        for name, (metavar, text) in options.items():
-            action = actions[name]
-            action.metavar = metavar
-            action.help = _with_default(text, values[name]).replace("%", "%%")
-            move_to_group(parser, action, group)
+    describe(parser, HELP, values)
     for action in actions_of(parser):
         if is_size(action):
             action.type = _size
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(values))
-    return with_one_line_errors(parser)
+    return parser
 
 
 def parse(arguments: list[str], *, data_required: bool = False) -> Options:
@@ -209,7 +220,12 @@ def check(args: Options) -> None:
         if not least <= args.table_beta2 < below:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be {in_words}")
     _check_ember_options(args)
-    check_clip_grad_norm(f"--clip-grad-norm {args.clip_grad_norm}", args.clip_grad_norm)
+    if args.memory_limit == 0:
+        raise InputError(f"--memory-limit 0: must be a size such as 12GB, or {NO_LIMIT}")
+    for name in ("clip_grad_norm", "clip_layer_norm"):
+        check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
+    if args.keep_inputs is not None and args.keep_inputs < 1:
+        raise InputError(f"--keep-inputs {args.keep_inputs}: must be a whole number of at least 1")
     if args.log_jsonl == "":
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
@@ -273,22 +289,6 @@ def defaults() -> dict[str, Any]:
     return CONFIG_DEFAULTS | own | YAML_ONLY | {"num_layers": None}
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Texts start in one column that leaves them room, and the examples of the epilog keep their lines."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28)
-
-
-def _with_default(text, value):
-    """The help text with the default, unless it says itself what is done by default."""
-    if "Default:" in text or "Required" in text:
-        return text
-    if isinstance(value, bool):
-        return f"{text} Default: {'on' if value else 'off'}."
-    return f"{text} Default: {f'{value:g}' if isinstance(value, float) else value}."
-
-
 def _read_config(path, parser):
     where = f"--config {path}"
     config = read_yaml(Path(path), where)
@@ -317,7 +317,7 @@ def _typed(where, value, action):
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        typed = action.type(str(value) if action.type is _size else value)
+        typed = action.type(str(value) if action.type in (_size, _limit) else value)
     except (argparse.ArgumentTypeError, TypeError, ValueError):
         typed = None
     changed = action.type is int and typed != value
@@ -325,10 +325,3 @@ def _typed(where, value, action):
         kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
         raise InputError(f"{where} must be {kind}")
     return typed
-
-
-def _size(text):
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

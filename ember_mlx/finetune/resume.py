@@ -26,9 +26,11 @@ __all__ = ["as_json", "checksum", "made_of", "refuse_changes", "restore", "versi
 FREE = {
     *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
-    *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens"),
+    *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
+    "streaming_notes",
     "on_nonfinite",  # up to a step that is not finite both are one
 }
+BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
 PART = 2**22  # words
@@ -106,10 +108,10 @@ def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: d
     if changed and not args.resume_with_changes:
         raise InputError(
             f"--resume: checkpoint {checkpoint.folder} is of another run: {'; '.join(changed)}. Give what it was made "
-            "with, or --resume-with-changes to go on with its weights and state all the same"
+            "with, or --resume-with-changes to use its weights and state anyway"
         )
     if changed:
-        rprint(f"Going on with changes: {'; '.join(changed)}")
+        rprint(f"Resuming with changes: {'; '.join(changed)}")
     own_versions = versions()
     other = [
         f"{name} {checkpoint.versions.get(name)}, now {own}"
@@ -149,7 +151,7 @@ def restore(
                 set_numpy_random(random)
         set_random(position)
     except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: cannot be gone on from ({error}); use another checkpoint") from error
+        raise InputError(f"{where}: cannot be resumed from ({error}); use another checkpoint") from error
     model.load_weights(list(checkpoint.weights.items()), strict=False)
     fill(optimizer.state, saved)
     same_batches = own_made_of == checkpoint.made_of and args.batch_size == checkpoint.options.get("batch_size")
@@ -162,7 +164,7 @@ def restore(
 
 def _changed_options(args, saved):
     own = as_json(vars(args))
-    saved = as_json(options.defaults()) | saved  # of a release that had fewer
+    saved = as_json(options.defaults()) | BEFORE | saved  # of a release that had fewer
     in_parser = {action.dest for action in options.build_parser()._actions}
     for name in sorted((own.keys() | saved.keys()) - FREE):
         if own.get(name) != saved.get(name):
@@ -170,8 +172,8 @@ def _changed_options(args, saved):
             yield f"{shown} was {_short(saved.get(name))} and is now {_short(own.get(name))}"
     if _iters_matter(args, saved.get("iters")):
         yield (
-            f"--iters was {_short(saved['iters'])} and is now {args.iters}, which moves the peak of lr_schedule and so "
-            "the tables' learning rate (a table_lr_schedule does not depend on it)"
+            f"--iters was {_short(saved['iters'])} and is now {args.iters}, which moves the peak of lr_schedule and "
+            "with it the tables' learning rate (give a table_lr_schedule)"
         )
 
 

@@ -25,11 +25,13 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import made_of, refuse_changes, restore
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
+from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
@@ -44,7 +46,7 @@ def run(
     args: Options,
     training_callback: TrainingCallback | None = None,
     watchers: Sequence[Watcher] = (),
-    make_step: Callable = Step,
+    make_step: Callable | None = None,
 ) -> Result | None:
     """What ``ember-mlx train`` does: train, test, or both, as ``args`` (from :func:`options.parse`) say.
 
@@ -52,7 +54,8 @@ def run(
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
     ``watchers`` look on while it trains. ``make_step(model, optimizer, loss, accumulation)`` makes the step that is
-    taken, :class:`~ember_mlx.finetune.step.Step` or one with its call.
+    taken, one with the call of :class:`~ember_mlx.finetune.step.Step`; default: that, or with ``--stream``
+    :class:`~ember_mlx.finetune.streamed.Streamed`.
 
     While it trains in the main thread, SIGINT, SIGTERM, SIGHUP and a pipe that has lost its reader end it between two
     steps, with a checkpoint; whatever else ends it leaves the checkpoints of before.
@@ -72,7 +75,7 @@ def run(
     workers = mx.distributed.init().size()
     if args.batch_size % workers:
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
-    with FolderLock(Path(args.adapter_path)) as lock:
+    with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         if args.train:
             check_adapter_folder(args)
             if args.log_jsonl:
@@ -117,7 +120,7 @@ def train_model(
     callbacks: list[TrainingCallback],
     lock: FolderLock,
     watchers: Sequence[Watcher] = (),
-    make_step: Callable = Step,
+    make_step: Callable | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     of = made_of(model, train_set, valid_set, mx.distributed.init().size())
@@ -129,6 +132,8 @@ def train_model(
     loss = choose_loss(args, model)
     print_trainable_parameters(model)
     rprint(f"\n{format_table(trained)}\n")
+    if make_step is None:
+        args, make_step = _make_step(args, model, optimizer)
 
     start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
     if log:
@@ -153,6 +158,15 @@ def train_model(
         for failed in saving.failed:
             rprint(f"Not saved: {failed}. What was trained is saved.")
     return result
+
+
+def _make_step(args, model, optimizer):
+    """What makes the step; a streamed one is made and told of now, and the run's records get its notes."""
+    if not args.stream:
+        return args, Step
+    streamed = Streamed(model, optimizer, args)
+    rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed
 
 
 def _set_what_trains(args, choices, model):
@@ -197,12 +211,20 @@ def _go_on(args, model, optimizer, of, rows):
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
     position = restore(args, checkpoint, of, model, optimizer, rows // args.batch_size)
-    rprint(f"Going on after step {position.step}, from {checkpoint.folder}")
+    rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
     return position, checkpoint.folder if _resumes_in_place(args) else None
 
 
 def choose_loss(args: Options, model: nn.Module) -> Callable:
-    """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory."""
+    """mlx-lm's loss, or for ``--chunked-loss`` the same in less memory.
+
+    With ``--stream`` it is for validation alone, whose logits would be the peak: in less memory where that can be.
+    """
+    if args.stream and not args.chunked_loss:
+        try:
+            return chunked_loss(model)
+        except InputError:
+            return default_loss
     return chunked_loss(model) if args.chunked_loss else default_loss
 
 
@@ -217,11 +239,11 @@ def check_adapter_folder(args: Options) -> None:
     saved = checkpoints.in_folder(folder)
     if _resumes_in_place(args):
         if not saved:
-            raise InputError(f"--resume: --adapter-path {folder}: there is no checkpoint in it; start without --resume")
+            raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
     elif (adapters.run_files(folder) or saved) and not args.overwrite:
         raise InputError(
             f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
-            f"the first save of this one{', or --resume to go on with it' if saved else ''}"
+            f"the first save of this one{', or --resume to continue it' if saved else ''}"
         )
 
 
@@ -250,7 +272,7 @@ def _load_adapter_file(model, path):
     """Trained weights of an earlier run, its tables beside them included."""
     rprint(f"Loading fine-tuned weights from {path}")
     if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: there is no such file; give an {adapters.ADAPTERS}")
+        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {adapters.ADAPTERS}")
     tables = adapters.tables_of(path)
     for file in (path, tables) if tables else (path,):
         weights = adapters.read_arrays(file)

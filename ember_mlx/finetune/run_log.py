@@ -66,7 +66,7 @@ def read(path: str | Path) -> Log:
     """Read a log, also that of a run which is under way or was killed.
 
     Raises:
-        InputError: when there is no such file, and for a line that is not of such a log, with its number. Only the
+        InputError: when this file does not exist, and for a line that is not of such a log, with its number. Only the
             last one, if it has no end of line, may be anything.
     """
     path = Path(path)
@@ -75,7 +75,7 @@ def read(path: str | Path) -> Log:
     except (OSError, ValueError) as error:
         raise InputError(f"log {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not lines:
-        raise InputError(f"log {path}: there is no line in it; give the FILE of `ember-mlx train --log-jsonl FILE`")
+        raise InputError(f"log {path}: it has no line; give the FILE of `ember-mlx train --log-jsonl FILE`")
     log = Log(path, unfinished=bool(rest))
     rows = {}
     for number, line in enumerate(lines, 1):

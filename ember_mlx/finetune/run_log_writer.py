@@ -3,12 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -17,17 +15,13 @@ from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.update_ratio import UpdateRatio
-from ember_mlx.finetune.watchers import Measurement, StepResult
-from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.finetune.watchers import Measurement, StepResult, Watcher
 from ember_mlx.shared.errors import InputError
-from ember_mlx.token_tables import TokenTable
 
 __all__ = ["RunLogWriter", "check"]
 
-__all__ = ["RunLogWriter", "check"]
 
-
-class RunLogWriter(TrainingCallback):
+class RunLogWriter(TrainingCallback, Watcher):
     """Hears of the reports and writes a line for each. A line is in the file, or kept until the disk takes it.
 
     Args:
@@ -42,7 +36,6 @@ class RunLogWriter(TrainingCallback):
     def __init__(self, args: Options, steps_done: int, goes_on: bool):
         self.path = Path(args.log_jsonl)
         self.args = args
-        self.steps_done = steps_done
         self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,23 +43,15 @@ class RunLogWriter(TrainingCallback):
             os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
-    def before_training(
-        self, model: nn.Module, optimizer: GuardedOptimizer, tables: list[TokenTable], rows: Sequence[Any]
-    ) -> None:
-        """The run begins."""
-
     def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:
-        """The update is measured if the next report will tell of it."""
+        """The update is measured if the next report will tell of it; a streamed one has no moment for that."""
         every, accumulate = self.args.steps_per_report, self.args.grad_accumulation_steps
         next_report = min(math.ceil(step / every) * every, self.args.iters)
         due = step % accumulate == 0 and next_report < step + accumulate
-        return self.update_ratio.measurement if due else None
+        return self.update_ratio.measurement if due and not self.args.stream else None
 
     def after_step(self, step: int, result: StepResult) -> None:
         self.update_ratio.take(result)
-
-    def after_validation(self, step: int, loss: float) -> None:
-        """It is written when mlx-lm's callbacks hear of it."""
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """A report of the loop."""

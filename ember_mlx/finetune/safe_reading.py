@@ -34,7 +34,7 @@ def plain_file(path: Path, where: str) -> Path:
         inside = path.resolve().is_relative_to(path.parent.resolve())
         ordinary = stat.S_ISREG(path.stat().st_mode)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-        raise InputError(f"{where}: there is no file {path.name} that can be read ({_reason(error)})") from error
+        raise InputError(f"{where}: file {path.name} cannot be read ({_reason(error)})") from error
     if not inside:
         raise InputError(
             f"{where}: {path.name} is a link to a file elsewhere, which is not followed; copy the folder with the "

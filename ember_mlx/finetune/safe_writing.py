@@ -61,7 +61,7 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
     with arrays get, is for telling that.
 
     Raises:
-        OSError: for whatever the disk has against it; what was there is as it was, unless it refused a rename after
+        OSError: for whatever the disk has against it; what was there is unchanged, unless it refused a rename after
             others.
     """
     partials = {folder / f"{PARTIAL}{name}": folder / name for name in files}
@@ -90,7 +90,7 @@ def new_folder(path: Path, keeps: Callable[[Path], bool] = lambda _: False) -> I
         keeps (callable): Of each entry of the folder that is replaced: whether it moves into the new one.
 
     Raises:
-        OSError: for whatever the disk has against it; what was there is as it was.
+        OSError: for whatever the disk has against it; what was there is unchanged.
     """
     path = path.resolve()
     missing = [folder for folder in path.parents if not folder.exists()]

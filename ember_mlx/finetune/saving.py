@@ -17,7 +17,7 @@ from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.stop_signals import Interrupted
-from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -75,6 +75,20 @@ class Saving:
             rprint(f"  not saved  {error}")
             return False
 
+    def go_back(self) -> Path | None:
+        """Put weights, optimizer and adapter files as the newest checkpoint of this run has them; that checkpoint.
+
+        Raises:
+            InputError: when it has been damaged since.
+        """
+        if not self.newest:
+            return None
+        checkpoint = checkpoints.read(self.newest)
+        self.model.load_weights(list(checkpoint.weights.items()), strict=False)
+        fill(self.optimizer.state, checkpoint.optimizer)
+        self._tried(f"adapter of step {checkpoint.position.step}", self.adapter.save, checkpoint.position.step, False)
+        return self.newest
+
     def interrupted(self, signal_number: int, position: Position) -> Interrupted:
         """What a signal raises that stopped the run at ``position``."""
         message = f"{signal.Signals(signal_number).name}: stopped at step {position.step}; {self._how_to_go_on()}"
@@ -89,7 +103,7 @@ class Saving:
             raise
         except BaseException:
             if self.newest:
-                rprint(f"The run broke off; {self._how_to_go_on()}")
+                rprint(f"The run stopped early; {self._how_to_go_on()}")
             raise
 
     def resume_words(self) -> list[str]:
@@ -105,8 +119,8 @@ class Saving:
 
     def _how_to_go_on(self):
         if not self.newest:
-            return "there is no checkpoint to go on from"
-        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} goes on from it"
+            return "no checkpoint exists to resume from"
+        return f"{self.newest} is saved, and {shlex.join(self.resume_words())} continues from it"
 
     @property
     def newest(self) -> Path | None:
@@ -125,7 +139,7 @@ class Saving:
             return save(*arguments)
         except OSError as error:
             self.failed.append(f"{what} ({error.strerror or error})")
-            newest = f"{self.newest} is as it was" if self.newest else "there is no checkpoint to go on from"
+            newest = f"{self.newest} is unchanged" if self.newest else "no checkpoint exists to resume from"
             rprint(f"  not saved  {self.failed[-1]}; {newest}")
             return []
 

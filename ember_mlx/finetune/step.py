@@ -72,6 +72,7 @@ class Step:
             return value, tokens, gradients, squares_of(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
+        self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._updates = {}  # by the names of what is measured
 
     @property
@@ -86,38 +87,32 @@ class Step:
         self.accumulated = None
         if not last_of_accumulation:
             self.accumulated = gradients
-            mx.eval(loss, tokens, gradients, mx.random.state)
+            mx.eval(loss, tokens, mx.random.state)
+            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
-        norm = self._judge(loss, tokens, gradients, squares) if self._judges else None
-        mx.eval(loss, tokens, norm, mx.random.state)
-        if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
-            self.optimizer.count_nonfinite()
-            return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
-        old = dict(tree_flatten(self._changing())) if self.optimizer.guard.judges_outcome else None
-        update = self._compiled_update(tuple(measurements))
+        norm = norm_of(squares) if self._judges else None
+        old = dict(tree_flatten(self._changing()))
+        mx.async_eval(loss, tokens, mx.random.state)
+        update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
         weights, readings = update(
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
+        mx.eval(loss, tokens, mx.random.state)
+        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+        if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
+            evaluate_paced([[each] for each in squares])
+        mx.eval(norm)  # its scratch comes after theirs
+        if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
+            return self._left_out(old, loss, tokens)
         self.model.update(weights)
-        del gradients, weights  # now the new weights alone hold what they are made of
-        if old is not None and not self._is_finite():
-            self._put_back(old)
-            self.optimizer.count_nonfinite()
-            return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
+        del gradients, weights, norm, squares  # now the new weights alone hold what they are made of
+        if self.optimizer.guard.judges_outcome and not self._is_finite():
+            return self._left_out(old, loss, tokens)
         del old
-        evaluate_paced(tree_flatten(self.model.trainable_parameters()), tree_flatten(self.optimizer.state))
+        weights, state = self.model.trainable_parameters(), self.optimizer.state
+        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(state)))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
-
-    @staticmethod
-    def _judge(loss, tokens, gradients, squares):
-        """The global norm. All gradients are held until it is known, but nothing else is for long."""
-        mx.eval(loss, tokens)
-        evaluate_paced(tree_flatten(gradients), [])
-        if mx.default_device().type == mx.DeviceType.cpu:  # a GPU's kernel needs no scratch
-            for each in squares:
-                mx.eval(each)
-        return norm_of(squares)
 
     def _compiled_update(self, measurements):
         """The update as one compiled function. The measures are those of the first call with these names."""
@@ -138,34 +133,61 @@ class Step:
             self._updates[names] = update
         return self._updates[names]
 
+    def _left_out(self, old, loss, tokens):
+        """The result of a step that changes nothing: everything is again what it was."""
+        changing = self._changing()
+        fill(changing, old)
+        self.model.update(changing["weights"])
+        self.optimizer.count_nonfinite()
+        return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
+
     def _changing(self):
         return {"weights": self.model.trainable_parameters(), "state": self.optimizer.state}
 
     def _is_finite(self):
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
 
-    def _put_back(self, old):
-        changing = self._changing()
-        fill(changing, old)
-        self.model.update(changing["weights"])
 
+def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str]) -> list[list[mx.array]]:
+    """In the order of the backward pass: head and final norm, the layers from the last, the embeddings in ``lookups``.
 
-def evaluate_paced(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> None:
-    """Evaluate layer by layer from the last, then what is in no layer from the smallest; each waits for the one before.
-
-    So the gradient of a layer is freed as its weights are updated, and of the new arrays few are under way at a time. A
-    weight and its state are evaluated together: what both are made of would live until the later one.
+    So the logits and each layer's activations are freed as soon as its gradients are there.
     """
-    layers, outside, rest = {}, {path: [array] for path, array in weights if not LAYER.search(path)}, []
-    for name, array in weights + state:
-        number = LAYER.search(name)
-        if number:
+    layers, outside = _by_layer(gradients)
+    head = [array for path, array in outside if path not in lookups]
+    return [head, *layers, [array for path, array in outside if path in lookups]]
+
+
+def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> list[list[mx.array]]:
+    """Layer by layer from the last, then what is in no layer from the smallest.
+
+    A weight and its state are one group: what both are made of would live until the later one.
+    """
+    layers, outside = _by_layer(weights + state)
+    owners, rest = {path: [array] for path, array in outside if path in dict(weights)}, []
+    for name, array in outside:
+        if name not in owners:
+            owner = next((path for path in owners if f".{path}." in name), None)
+            (rest if owner is None else owners[owner]).append(array)
+    return [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
+
+
+def _by_layer(named):
+    """The arrays of each layer, from the last, and the others with their names."""
+    layers, outside = {}, []
+    for name, array in named:
+        if number := LAYER.search(name):
             layers.setdefault(int(number[1]), []).append(array)
-        elif name not in outside:
-            owner = next((path for path in outside if f".{path}." in name), None)
-            (rest if owner is None else outside[owner]).append(array)
-    groups = [layers[number] for number in sorted(layers, reverse=True)]
-    groups += [rest, *sorted(outside.values(), key=lambda group: group[0].size)]
+        else:
+            outside.append((name, array))
+    return [layers[number] for number in sorted(layers, reverse=True)], outside
+
+
+def evaluate_paced(groups: list[list[mx.array]]) -> None:
+    """Evaluate group after group; on a GPU each waits for the one before.
+
+    So what a group needs is freed before much more is under way: MLX takes memory for all that it hands a GPU ahead.
+    """
     ahead = mx.default_device().type == mx.DeviceType.gpu  # a CPU gains nothing by it, and its peak would vary
     before = []
     for group in groups:

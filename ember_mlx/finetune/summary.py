@@ -14,10 +14,13 @@ from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["Result", "Trained", "format_result", "format_table", "what_trains"]
+
+ROUNDED = ", stochastic rounding"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
             Trained(
                 table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
-                _name(optimizer.tables) + (", stochastic rounding" if choices.table_rounding == "stochastic" else ""),
+                _name(optimizer.tables) + (ROUNDED if choices.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, options),
                 rows * columns,
                 sum(array.nbytes for array in optimizer.tables.state[table.path].values()),
@@ -139,12 +142,15 @@ def _body(options, choices):
 
 
 def _name(optimizer):
+    if isinstance(optimizer, StochasticRounding):
+        return _name(optimizer.optimizer) + ROUNDED
     name = type(optimizer).__name__
     return f"{name}({_name(optimizer.optimizer)})" if isinstance(optimizer, SplitWeights) else name
 
 
 def _rate(optimizer: optim.Optimizer, options):
-    schedule = rate_schedule(optimizer.optimizer if isinstance(optimizer, SplitWeights) else optimizer)
+    inside = optimizer.optimizer if isinstance(optimizer, SplitWeights | StochasticRounding) else optimizer
+    schedule = rate_schedule(inside)
     return f"up to {peak(schedule, updates(options)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 
 

@@ -47,10 +47,13 @@ class StepResult:
     """What a step tells.
 
     Args:
-        loss (array): Mean over the batch's tokens, nats.
+        loss (array): Mean over the batch's tokens, nats; over several batches, the mean of these means.
         tokens (array): How many those are.
         updated (bool): Whether the weights changed: not while gradients accumulate, not in a step left out.
         nonfinite (bool): Whether an update was left out, for a loss, gradients or weights that are not finite.
+        unstepped (tuple): Of an update that was left out in part: the paths of the weights that were not stepped.
+        batches (int): How many batches ``loss`` and ``tokens`` are of. A streamed step tells of all that it has
+            gathered with the last of them, and of 0 before.
         measurements (dict): name -> the readings that were asked for, where ``updated``.
     """
 
@@ -59,10 +62,15 @@ class StepResult:
     updated: bool
     nonfinite: bool
     measurements: dict[str, Any]
+    unstepped: tuple[str, ...] = ()
+    batches: int = 1
 
 
 class Watcher(Protocol):
-    """Looks on. Each method is called between two steps, when weights and optimizer state are evaluated."""
+    """Looks on. Each method is called between two steps, when weights and optimizer state are evaluated.
+
+    A subclass defines only what it listens to; the methods here do nothing.
+    """
 
     def before_training(
         self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence

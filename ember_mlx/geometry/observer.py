@@ -14,7 +14,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.watchers import Measurement, StepResult
+from ember_mlx.finetune.watchers import Measurement, StepResult, Watcher
 from ember_mlx.geometry import measures, sampling
 from ember_mlx.geometry.probe import NAME, Probe, TableSample
 from ember_mlx.geometry.recorder import COLD, GradientRows, TableRecord, TokenHistory, WeightPaths
@@ -59,16 +59,11 @@ class Timed(Exception):
     """The updates that were to be timed are done."""
 
 
-class Timer:
+class Timer(Watcher):
     """A watcher that times TIMED_UPDATES of a run as it is, and ends it with Timed before any save."""
 
     def __init__(self, steps_an_update: int):
         self.watch = Stopwatch(steps_an_update)
-
-    def before_training(
-        self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence
-    ) -> None:
-        """The run begins."""
 
     def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> None:
         self.watch.before_step(batch)
@@ -77,11 +72,8 @@ class Timer:
         if len(self.watch.began) > TIMED_UPDATES:
             raise Timed
 
-    def after_validation(self, step: int, loss: float) -> None:
-        """Its time is not taken."""
 
-
-class Observer:
+class Observer(Watcher):
     """A watcher that measures a run while it trains. At the end call :meth:`close`.
 
     Args:
@@ -101,7 +93,6 @@ class Observer:
     def before_training(
         self, model: nn.Module, optimizer: Optimizer, tables: Sequence[TokenTable], rows: Sequence
     ) -> None:
-        start = time.perf_counter()
         self.model, self.optimizer = model, optimizer
         parameters = dict(tree_flatten(model.trainable_parameters()))
         vocabulary = max(table.shape[0] for table in tables)
@@ -142,7 +133,6 @@ class Observer:
             self.hidden_paths[path] = WeightPaths(disk / f"{path}.paths", chosen.astype(np.int32), parameters[path])
         self.table_bytes = sum(parameters[table.path].nbytes for table in tables)
         self.watch = Stopwatch(self.args.grad_accumulation_steps)
-        self.seconds_of_start = time.perf_counter() - start
 
     @property
     def beta2(self) -> float:
@@ -221,9 +211,6 @@ class Observer:
             self._read()
         self.history.end_update(self.updates)
         self.seconds += time.perf_counter() - start
-
-    def after_validation(self, step: int, loss: float) -> None:
-        """Nothing is measured there."""
 
     def _read(self):
         state, beta2 = self.optimizer.tables.state, self.beta2

@@ -3,15 +3,17 @@
 import os
 import platform
 import warnings
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["DTYPES", "VARIABLE", "fault", "usable"]
+__all__ = ["DTYPES", "VARIABLE", "fault", "try_all", "usable"]
 
 VARIABLE = "EMBER_MLX_KERNELS"
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
@@ -39,8 +41,8 @@ def usable(kernel: ModuleType, *dtypes: mx.Dtype) -> bool:
     return fault(kernel, *dtypes) is None
 
 
-def try_all(kernel, parameters):
-    """Try a kernel of one dtype for each of the parameters' now: a first step may be one that MLX traces."""
+def try_all(kernel: ModuleType, parameters: Mapping[str, Any]) -> None:
+    """Try a kernel of one dtype, now, for each dtype in a tree of parameters: MLX may trace the first step."""
     for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
         usable(kernel, dtype)
 

@@ -107,7 +107,7 @@ class BodyOptimizer(Optimizer):
                 has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
                 raise InputError(
                     f"{type(self).__name__}: the state has {has} for {path} of shape {parameter.shape}, which needs "
-                    f"{name} of shape {shape} and dtype {dtype}: load the state of this model, made with these options"
+                    f"{name} of shape {shape} and dtype {dtype}; load the state of this model, made with these options"
                 )
 
     def _schedule(self, name, value):

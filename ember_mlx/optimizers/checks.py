@@ -1,6 +1,8 @@
 """What the optimizers ask of options, parameters and loaded state: else InputError, before anything is computed."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +17,8 @@ __all__ = ["FINITE", "as_number", "check_number", "check_parameters", "check_sta
 FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32, or a schedule")
 
 
-def check_number(name, value, least, below, in_words, optimizer="Ember"):
+def check_number(name: str, value: Any, least: float, below: float, in_words: str, optimizer: str = "Ember") -> None:
+    """Refuse a value that is not from ``least`` to below ``below``; ``in_words`` says what must be given."""
     try:
         allowed = least <= value < below
     except TypeError:
@@ -24,10 +27,15 @@ def check_number(name, value, least, below, in_words, optimizer="Ember"):
         raise InputError(f"{optimizer}({name}={value!r}): must be {in_words}")
 
 
-def as_number(option, value, count=1, step=None, optimizer="Ember"):
-    """What the schedule of an option gave, as float32 whatever its type: another type would be compiled anew.
+def as_number(option: str, value: Any, count: int = 1, step: int | None = None, optimizer: str = "Ember") -> mx.array:
+    """What the schedule of an option gave, as float32 whatever its type: MLX would compile another type anew.
 
-    A schedule that was asked for an array of ``count`` steps may give as many numbers.
+    Args:
+        count: Of the steps that the schedule was asked for; it may return as many numbers.
+        step: The one that it was asked for, for the message.
+
+    Returns:
+        One number, (), or ``count`` numbers.
     """
     try:
         number = mx.array(value, mx.float32)
@@ -38,23 +46,23 @@ def as_number(option, value, count=1, step=None, optimizer="Ember"):
     return number.reshape(()) if number.size == 1 else number
 
 
-def check_parameters(parameters):
-    """That all of them are token tables."""
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Refuse a tree of parameters in which not all are token tables: (V, D), floating, not empty."""
     for path, parameter in tree_flatten(parameters):
         if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
             raise InputError(
                 f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
-                "token tables only: give this parameter to another optimizer, for example with PairedOptimizer"
+                "token tables only; give this parameter to another optimizer, for example with PairedOptimizer"
             )
 
 
-def check_state(state, parameters, scheduled):
-    """State that was loaded from a file must be of these tables, and have what a schedule of ``beta2`` needs."""
+def check_state(state: Mapping[str, Any], parameters: Mapping[str, Any], scheduled: bool) -> None:
+    """Refuse loaded state of other tables, or without what a schedule of ``beta2`` needs where it is ``scheduled``."""
     state = dict(tree_flatten(state))
     if scheduled and not {"beta2", "bias_correction"} <= state.keys():
         raise InputError(
-            "Ember: the state has no bias_correction: it is of a run whose beta2 was a number, and this one's is a "
-            "schedule: give the number, or start without that state"
+            "Ember: the state has no bias_correction, so beta2 was a number in its run, and is a schedule here; give "
+            "the number, or start without that state"
         )
     for path, parameter in tree_flatten(parameters):
         for name, length in zip(("r", "c"), parameter.shape, strict=True):
@@ -63,15 +71,15 @@ def check_state(state, parameters, scheduled):
                 has = f"no {name}" if found is None else f"{name} of shape {found.shape} and dtype {found.dtype}"
                 raise InputError(
                     f"Ember: the state has {has} for {path} of shape {parameter.shape}, which needs {name} of "
-                    f"shape ({length},) and dtype float32: load the state of this model"
+                    f"shape ({length},) and dtype float32; load the state of this model"
                 )
 
 
-def warning_of(parameters, rounding, learning_rate):
+def warning_of(parameters: Mapping[str, Any], rounding: str, learning_rate: Callable[[], float]) -> str | None:
     """Of the first table whose rounding does nothing or leaves nothing of a step; None also where MLX is tracing.
 
     Args:
-        learning_rate (callable): Gives the largest; called only where it matters.
+        learning_rate: Gives the largest; called only where it matters.
     """
     for path, w in tree_flatten(parameters):
         dtype = str(w.dtype).removeprefix("mlx.core.")

@@ -40,7 +40,17 @@ from ember_mlx.shared.ember_options import (
 )
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
-__all__ = ["Ember", "denominator_factors", "ember_step", "mean_squares", "update_second_moment", "update_table"]
+__all__ = [
+    "Ember",
+    "bias_correction",
+    "blocks",
+    "denominator_factors",
+    "ember_step",
+    "mean_squares",
+    "update_rows",
+    "update_second_moment",
+    "update_table",
+]
 
 Real = float | mx.array
 Keys = tuple[mx.array, mx.array] | None
@@ -252,7 +262,8 @@ class Ember(Optimizer):
 
     one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
 
-    def init(self, parameters: dict):
+    def init(self, parameters: dict) -> None:
+        """Make the state of a tree of tables, or check what was loaded, and try the kernels."""
         check_parameters(parameters)
         for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
             kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
@@ -269,17 +280,18 @@ class Ember(Optimizer):
             warn(found)
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """One step: the new tables, in a tree as that of ``gradients``; state that is missing is made first."""
         if not self._initialized:  # MLX would call init with the gradients
             self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
         return super().apply_gradients(gradients, parameters)
 
-    def init_single(self, parameter: mx.array, state: dict):
+    def init_single(self, parameter: mx.array, state: dict) -> None:
         """Zeros of (V,) and (D,), float32 whatever the dtype: a bfloat16 moment would never decay by 0.999."""
         rows, columns = parameter.shape
         state["r"] = mx.zeros((rows,), mx.float32)
         state["c"] = mx.zeros((columns,), mx.float32)
 
-    def take_statistics(self, state, row_mean, column_mean):
+    def take_statistics(self, state: dict, row_mean: mx.array, column_mean: mx.array) -> tuple[mx.array, mx.array]:
         """Step a table's second moments by its gradient's means of squares, (V,) and (D,), where nobody has it whole.
 
         Returns:
@@ -291,16 +303,26 @@ class Ember(Optimizer):
         state["c"] = update_second_moment(state["c"], column_mean, beta2)
         return denominator_factors(state["r"], state["c"], q, row_mean, self.row_clip, self.row_floor)
 
-    def keys(self, state, shape):
-        """What the random bits of a table (V, D) come from in this step, of all rows; None without such rounding."""
+    def keys(self, state: dict, shape: tuple[int, int]) -> Keys:
+        """Keys of the random bits of a table (V, D) in this step: (V,) and (D,) uint32, or None to nearest."""
         return bit_keys(state["seed"], self.step, *shape) if self.rounding == "stochastic" else None
 
-    def update_block(self, w, g, a, b, learning_rate, weight_decay, keys=None):
+    def update_block(
+        self,
+        w: mx.array,  # (rows, D)
+        g: mx.array,  # (rows, D)
+        a: mx.array,  # (rows,)
+        b: mx.array,  # (D,)
+        learning_rate: Real,
+        weight_decay: Real,
+        keys: Keys = None,  # (rows,) and (D,) uint32
+    ) -> mx.array:
         """The new rows of a table, by their gradient, factors and keys: bit for bit those of a whole step."""
         keys = keys if w.dtype in DROPPED_BITS else None
         return update_table(w, g, a, b, learning_rate, self.eps, weight_decay, keys)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """:func:`ember_step` on a table (V, D) with the options of this optimizer; ``state`` is stepped in place."""
         parameter, state["r"], state["c"] = ember_step(
             parameter,
             gradient,

@@ -109,7 +109,7 @@ class PairedOptimizer(Optimizer):
         if path in self._rest_paths:
             return self.rest
         raise InputError(
-            f"PairedOptimizer: {path} was not trainable when the optimizer was made, so no side has state for it: "
+            f"PairedOptimizer: {path} was not trainable when the optimizer was made, so no side has state for it; "
             "freeze it, or make a new PairedOptimizer after unfreezing it"
         )
 
@@ -179,7 +179,7 @@ def _refuse_shared(model, table_paths):
         if first != path and {first, path} & owners:
             raise InputError(
                 f"PairedOptimizer: {first} and {path} are one and the same module, so its gradient could go to either "
-                "side: keep it in one place, and call it from there"
+                "side; keep it in one place, and call it from there"
             )
 
 

@@ -5,6 +5,9 @@ the new weight is rounded once, by bits that are keyed as those of token tables:
 """
 
 import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
@@ -15,18 +18,21 @@ from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_
 from ember_mlx.optimizers.ember import update_table
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["StochasticRounding", "round_step"]
+__all__ = ["StochasticRounding", "as_rows", "round_step"]
 
 
-def round_step(w, new, keys):
+def round_step(w: mx.array, new: mx.array, keys: tuple[mx.array, mx.array]) -> mx.array:
     """A 16-bit array stepped to ``w - (w - new)``, computed in float32 and rounded stochastically.
 
     The difference is what the step is, and what the kernel for tables takes as a gradient.
 
     Args:
-        w (array): The old values, bfloat16 or float16, of any shape.
-        new (array): The new ones, float32.
-        keys (tuple): What ``bit_keys`` gives for the rows and columns of :func:`as_rows`.
+        w: The old values, bfloat16 or float16, of any shape.
+        new: The new ones, of the same shape, float32.
+        keys: What ``bit_keys`` gives for the rows and columns of :func:`as_rows`.
+
+    Returns:
+        The new values, in the shape and dtype of ``w``.
     """
     step = w.astype(mx.float32) - new
     rows, columns = as_rows(w.shape)
@@ -35,13 +41,9 @@ def round_step(w, new, keys):
     return update_table(w_rows, step, *ones, 1.0, 0.0, 0.0, keys).reshape(w.shape)
 
 
-def as_rows(shape):
-    """A vector is one row; all axes but the last are rows."""
-    columns = shape[-1] if shape else 1
-    rows = 1
-    for length in shape[:-1]:
-        rows *= length
-    return rows, columns
+def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of an array: a vector is one row; all axes but the last are rows."""
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 class StochasticRounding(Optimizer):
@@ -72,7 +74,8 @@ class StochasticRounding(Optimizer):
         self.seed = seed
         self._schedulers = optimizer._schedulers
 
-    def init(self, parameters):
+    def init(self, parameters: Mapping[str, Any]) -> None:
+        """Make the state of a tree of parameters, and a seed of each 16-bit one."""
         for dtype in {array.dtype for _, array in tree_flatten(parameters)} & set(DROPPED_BITS):
             kernels.usable(kernels.rounding, dtype, mx.float32)  # tried now: a first step may be one that MLX traces
         self.optimizer.init(parameters)
@@ -85,7 +88,8 @@ class StochasticRounding(Optimizer):
         tree_map(give_a_seed, parameters, self.state)
         self._initialized = True
 
-    def apply_single(self, gradient, parameter, state):
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """The parameter after one step, in its own shape and dtype; ``state`` is stepped in place."""
         if parameter.dtype not in DROPPED_BITS:
             return self.optimizer.apply_single(gradient, parameter, state)
         wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
@@ -96,11 +100,12 @@ class StochasticRounding(Optimizer):
         return round_step(parameter, new.astype(mx.float32), keys)
 
     @property
-    def state(self):
+    def state(self) -> dict[str, Any]:
+        """That of the wrapped optimizer, with the seeds."""
         return self.optimizer.state
 
     @state.setter
-    def state(self, state):
+    def state(self, state: dict[str, Any]) -> None:
         self._initialized = False
         self.optimizer.state = state
 

@@ -96,9 +96,9 @@ def select(names: list[str] | None) -> tuple[list[Implementation], list[Implemen
     known = {implementation.name: implementation for implementation in implementations()}
     for name in names or ():
         if name not in known:
-            raise InputError(f"--implementation {name!r}: there is none of that name; there are {', '.join(known)}")
+            raise InputError(f"--implementation {name!r}: unknown name; the names are {', '.join(known)}")
         if known[name].missing:
-            raise InputError(f"--implementation {name!r}: is not here ({known[name].missing})")
+            raise InputError(f"--implementation {name!r}: cannot run here ({known[name].missing})")
     chosen = [known[name] for name in names] if names else list(known.values())
     here = [implementation for implementation in chosen if not implementation.missing]
     not_here = [implementation for implementation in chosen if implementation.missing]

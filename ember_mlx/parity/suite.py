@@ -146,7 +146,7 @@ def select(streams: list[str] | None, steps: list[int] | None) -> list[Case]:
     known = list(dict.fromkeys(case.name for case in cases()))
     for name in streams or ():
         if name not in known:
-            raise InputError(f"--stream {name!r}: there is none of that name; there are {', '.join(map(repr, known))}")
+            raise InputError(f"--stream {name!r}: unknown name; the names are {', '.join(map(repr, known))}")
     chosen = [case for case in cases() if not streams or case.name in streams]
     longest = max(case.steps[-1] for case in chosen)
     for count in steps or ():

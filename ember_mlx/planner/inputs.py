@@ -124,7 +124,7 @@ def _load_tokenizer(config_path, args):
     """The tokenizer, or None and why there is none."""
     folder = config_path.parent
     if not any(any(folder.glob(name)) for name in VOCABULARIES):
-        return None, f"there is no tokenizer beside {config_path.name}"
+        return None, f"no tokenizer exists beside {config_path.name}"
     settings = {"trust_remote_code": args.trust_remote_code, "model_max_length": ANY_LENGTH}
     try:
         return load_tokenizer(folder, settings), None

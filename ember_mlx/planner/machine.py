@@ -1,11 +1,10 @@
 """What memory this machine has, and a warning for a run that will not fit."""
 
 import math
-import os
-import sys
 
 import mlx.core as mx
 
+from ember_mlx.finetune.memory_limit import NO_LIMIT, machine_limit
 from ember_mlx.finetune.mlx_lm_internals import parse_size
 from ember_mlx.finetune.options import Options
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
@@ -13,7 +12,7 @@ from ember_mlx.planner.plan import plan
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import in_units
 
-__all__ = ["backend", "memory", "warning"]
+__all__ = ["backend", "limited", "memory", "warning"]
 
 GPU_SHARE_OF_A_MAC = 0.75  # about what macOS lets the GPU use, unless told otherwise
 LEAST_MEMORY = 10**6  # bytes: `--memory 16` is 16GB without its unit
@@ -23,7 +22,7 @@ def warning(options: Options) -> str | None:
     """One line for ``train`` to print before it begins, if the run is planned to take more memory than it has."""
     try:
         here = backend()
-        available, source = memory(None, here)
+        available, source = limited(options, *memory(None, here))
         inputs = read_inputs(options)
         if plan(inputs.model, inputs.run, here).peak <= available:
             return None  # however long the rows are: they need not be read, which may take seconds
@@ -68,11 +67,10 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
         if backend == "metal":
             return int(GPU_SHARE_OF_A_MAC * size), f"of --memory {asked} a Mac's GPU may use about 75 % by default,"
         return int(size), "--memory is"
-    if backend == "cuda":
-        size = mx.device_info().get("total_memory") if hasattr(mx, "device_info") else None
-        if size:
-            return int(size), "the GPU has"
-    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if sys.platform == "darwin":
-        return int(GPU_SHARE_OF_A_MAC * ram), f"of this Mac's {in_units(ram)} the GPU may use about 75 % by default,"
-    return ram, "this machine has"
+    return machine_limit(), "this machine has for it"
+
+
+def limited(options: Options, memory: int, source: str) -> tuple[int, str]:
+    """The same two, or what ``--memory-limit`` leaves of that memory."""
+    limit = options.memory_limit
+    return (memory, source) if limit in (None, NO_LIMIT) or limit >= memory else (limit, "--memory-limit is")

@@ -4,6 +4,8 @@ A layer may hand on state in an object (shared keys and values). Its attributes 
 call they are inputs, after it outputs.
 """
 
+from collections.abc import Hashable, Iterator
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -12,7 +14,7 @@ __all__ = ["build", "flatten", "is_float", "signature"]
 _PLAIN = (str, bytes, int, float, bool, type(None), mx.Dtype)
 
 
-def flatten(tree):
+def flatten(tree: object) -> tuple[tuple, list[mx.array], list[object]]:
     """A tree's structure, its arrays in order, and the objects in it.
 
     Returns:
@@ -36,7 +38,7 @@ def _walk(tree, leaves, objects):
     return ("object", tree, tuple((key, _walk(item, leaves, objects)) for key, item in vars(tree).items()))
 
 
-def build(spec, leaves):
+def build(spec: tuple, leaves: Iterator[mx.array]) -> object:
     """The tree again, from an iterator over its arrays. An object gets its attributes back and stays itself."""
     kind = spec[0]
     if kind == "array":
@@ -52,7 +54,7 @@ def build(spec, leaves):
     return spec[1]
 
 
-def signature(spec):
+def signature(spec: tuple) -> Hashable | None:
     """What of a structure a compiled function depends on, hashable; None where an object makes it change by itself."""
     kind = spec[0]
     if kind == "array":
@@ -65,5 +67,6 @@ def signature(spec):
     return spec if kind == "constant" and isinstance(spec[1], _PLAIN) else None
 
 
-def is_float(array):
+def is_float(array: mx.array) -> bool:
+    """Whether it has a gradient."""
     return mx.issubdtype(array.dtype, mx.floating)

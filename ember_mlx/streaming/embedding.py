@@ -3,6 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
+from ember_mlx.streaming.table import EmberTable
+
 __all__ = ["LookedUp", "mean_squares_of_rows", "step_looked_up"]
 
 
@@ -13,17 +15,17 @@ class LookedUp:
         features (int): D of the table.
     """
 
-    def __init__(self, features):
+    def __init__(self, features: int):
         self._features = features
         self._ids = []
         self._gradients = []
 
-    def add(self, ids, gradient):
+    def add(self, ids: mx.array, gradient: mx.array) -> None:
         """One call: its token ids, of any shape, and the gradient of what it gave, with D more."""
         self._ids.append(np.array(ids).reshape(-1))
         self._gradients.append(gradient.reshape(-1, self._features).astype(mx.float32))
 
-    def rows(self):
+    def rows(self) -> tuple[mx.array, mx.array] | None:
         """The ids, sorted, each once, and their gradients (U, D) float32; None where nothing was looked up."""
         if not self._ids:
             return None
@@ -36,14 +38,14 @@ class LookedUp:
         return ids, rows
 
 
-def mean_squares_of_rows(ids, rows, vocabulary):
+def mean_squares_of_rows(ids: mx.array, rows: mx.array, vocabulary: int) -> tuple[mx.array, mx.array]:
     """Means of squares of a gradient (V, D) that has these rows and is zero elsewhere: (V,) and (D,)."""
     squares = mx.square(rows)
     return mx.zeros((vocabulary,)).at[ids].add(squares.mean(1)), squares.sum(0) / vocabulary
 
 
-def step_looked_up(table, ids, rows, block_rows=4096):
-    """Step a table (an ``EmberTable``) by such a gradient; its second moments have been stepped.
+def step_looked_up(table: EmberTable, ids: mx.array, rows: mx.array, block_rows: int = 4096) -> None:
+    """Step a table by such a gradient; its second moments have been stepped.
 
     The rows that were not looked up change by weight decay alone.
     """
@@ -57,3 +59,4 @@ def step_looked_up(table, ids, rows, block_rows=4096):
             del weight
             table.write(block, decayed)
     table.write(ids, new)
+    table.flush()

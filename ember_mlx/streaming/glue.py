@@ -3,11 +3,14 @@
 A replay computes nothing of the units; of the glue, MLX computes what the wanted cotangents need.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+import mlx.nn as nn
 
 from ember_mlx.streaming.call_tree import build, flatten, is_float
-from ember_mlx.streaming.units import calls_go_to, put_back_random_state
+from ember_mlx.streaming.units import Recording, calls_go_to, put_back_random_state
+from ember_mlx.streaming.weights import Weights
 
 __all__ = ["Glue", "distinct"]
 
@@ -24,17 +27,23 @@ class Glue:
     """The glue of one model, with the names of the trainable weights in it.
 
     Args:
-        model (Module): The model.
         units (dict): Its units, by path.
-        names (list): Paths of the trainable weights outside them.
+        weights (Weights): The model's trainable weights.
+        names (list): Paths of those outside the units.
     """
 
-    def __init__(self, model, units, names):
-        self.model = model
+    def __init__(self, units: dict[str, nn.Module], weights: Weights, names: list[str]):
         self.units = units
         self.names = names
+        self._weights = weights
 
-    def vjp(self, recording, pick, cotangents, stop_at=None):
+    def vjp(
+        self,
+        recording: Recording,
+        pick: Callable[[object], list[mx.array]],
+        cotangents: list[mx.array],
+        stop_at: int | None = None,
+    ) -> dict[str | tuple[int, int], mx.array]:
         """Cotangents of the outputs of calls, by (call, output), and of the glue's weights, by name.
 
         Only what the picked arrays do depend on is in the dict.
@@ -47,13 +56,12 @@ class Glue:
         """
         calls = recording.calls[:stop_at]
         places = [(i, j) for i, call in enumerate(calls) for j, a in enumerate(call.outputs) if is_float(a)]
-        flat = dict(tree_flatten(self.model.trainable_parameters()))
-        weights = [flat[name] for name in self.names]
+        weights = [self._weights[name] for name in self.names]
         reached = set()
 
         def function(*primals):
-            named = zip(self.names, primals, strict=False)
-            self.model.update(tree_unflatten([(name, _probe(w, reached, name)) for name, w in named]))
+            for name, weight in zip(self.names, primals, strict=False):
+                self._weights[name] = _probe(weight, reached, name)
             outputs = [list(call.outputs) for call in recording.calls[:stop_at]]
             for (i, j), array in zip(places, primals[len(weights) :], strict=True):
                 outputs[i][j] = _probe(array, reached, (i, j))
@@ -63,10 +71,11 @@ class Glue:
         try:
             _, gradients = mx.vjp(function, primals, cotangents)
         finally:
-            self.model.update(tree_unflatten(list(zip(self.names, weights, strict=True))))
+            for name, weight in zip(self.names, weights, strict=True):
+                self._weights[name] = weight
         return {key: g for key, g in zip([*self.names, *places], gradients, strict=True) if key in reached}
 
-    def depends(self, recording, stop_at, inputs):
+    def depends(self, recording: Recording, stop_at: int, inputs: list[int]) -> list[int]:
         """Which of the numbered inputs of a call depend on a weight or an earlier call by way of glue."""
         call = recording.calls[stop_at]
         return [
@@ -100,7 +109,7 @@ class Glue:
                 return reached.leaves
 
 
-def distinct(arrays):
+def distinct(arrays: list[mx.array]) -> list[mx.array]:
     """``mx.vjp`` counts the cotangent of an array that it is given twice only once."""
     return [_probe(array, set(), None) for array in arrays]
 

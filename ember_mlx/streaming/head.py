@@ -12,10 +12,14 @@ accurate in 16 bits.
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ember_mlx.streaming.head_module import Head
+from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.table import EmberTable
 
 __all__ = ["StreamedHead"]
 
+BLOCKS = 36
+LOGITS_AT_ONCE = 2**24  # or more blocks, of so many logits
 TARGETS_AT_ONCE = 256  # each meets the rows of all the others
 
 
@@ -31,7 +35,15 @@ class StreamedHead:
         block_rows (int, optional): Of a block.
     """
 
-    def __init__(self, head, path, table: EmberTable | None, pace, keep_bytes, block_rows=None):
+    def __init__(
+        self,
+        head: Head,
+        path: str,
+        table: EmberTable | None,
+        pace: Pace,
+        keep_bytes: int,
+        block_rows: int | None = None,
+    ):
         self.head = head
         self.path = path
         self.table = table
@@ -47,7 +59,7 @@ class StreamedHead:
         self._gradient = mx.compile(self._gradient_of)
         self._of_others = mx.compile(self._others_of)
 
-    def loss(self, hidden, targets, weights):
+    def loss(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """Pass 1: the loss, float32, and its gradient by the hidden states.
 
         Args:
@@ -57,13 +69,13 @@ class StreamedHead:
         """
         n = targets.size
         self._hidden, self._targets, self._weights = hidden, targets, weights
-        most = max(128, 2**24 // n // 128 * 128)
-        rows = self._block_rows or min(most, max(128, self.head.vocabulary // 24 // 128 * 128))
-        self._blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
+        most = max(128, LOGITS_AT_ONCE // n // 128 * 128)
+        rows = self._block_rows or min(most, max(128, self.head.vocabulary // BLOCKS // 128 * 128))
+        self.blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
         keeps = bool(self.table or self.others) and n * self.head.vocabulary * hidden.itemsize <= self._keep_bytes
         self._kept = []
         largest, total, by_hidden = mx.full((n,), -1e30), mx.zeros((n,)), mx.zeros(hidden.shape)
-        for block in self._blocks:
+        for block in self.blocks:
             largest, total, by_hidden, logits = self._forward(hidden, self._rows(block), largest, total, by_hidden)
             if keeps:
                 self._kept.append(logits)
@@ -75,11 +87,11 @@ class StreamedHead:
         mx.async_eval(loss, by_hidden, self._log_sum_exp)
         return loss, by_hidden
 
-    def scale(self, factor):
+    def scale(self, factor: mx.array) -> None:
         """Of the gradient that is still to be made."""
         self._weights = self._weights * factor
 
-    def statistics(self, looked_up=None):
+    def statistics(self, looked_up: tuple[mx.array, mx.array] | None = None) -> tuple[mx.array, mx.array]:
         """Pass 2: means of squares of the table's gradient, over columns (V,) and rows (D,), float32.
 
         Args:
@@ -90,7 +102,7 @@ class StreamedHead:
         quadratic = n <= features // 2
         gram = hidden @ hidden.T / features if quadratic else None
         row_means, columns = [], 0
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
             of_rows, part = self._quadratic(*arguments, gram) if quadratic else self._squares(*arguments, hidden)
             row_means.append(of_rows)
@@ -105,14 +117,14 @@ class StreamedHead:
             column_sum = column_sum + (added * (2 * of_head + added)).sum(0)
         return row_mean, column_sum / vocabulary
 
-    def rows_gradient(self, ids):
+    def rows_gradient(self, ids: mx.array) -> mx.array:
         """The head's gradient in a few rows, (U, D) float32."""
         logits = self._raw(self._hidden, self._rows(ids))
         tokens = mx.where(self._targets[:, None] == ids, mx.arange(ids.size), 0).sum(1)
         tokens = mx.where((self._targets[:, None] == ids).any(1), tokens, -1)
         return self._by_logits(logits, self._log_sum_exp, tokens, self._weights).T @ self._hidden.astype(mx.float32)
 
-    def step(self, looked_up=None):
+    def step(self, looked_up: tuple[mx.array, mx.array] | None = None) -> None:
         """Pass 3: the table's rows, whose second moments have been stepped. The logits are let go of on the way."""
         if looked_up is not None:
             ids, added = looked_up
@@ -120,7 +132,7 @@ class StreamedHead:
             of_ids = self.table.new_rows(ids, self.table.weight[ids], gradient)
             mx.eval(of_ids)
             del gradient, added
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             logits = self._logits(number)
             if self._kept:
                 self._kept[number] = None
@@ -133,21 +145,29 @@ class StreamedHead:
             del new
         if looked_up is not None:
             self.table.write(ids, of_ids)
+        self.table.flush()
 
-    def gradients_of_others(self):
+    def block_gradient(self, number: int) -> mx.array:
+        """The head's gradient in one of ``blocks``, (n, D) float32."""
+        hidden = self._hidden.astype(mx.float32)
+        return self._gradient(
+            self._logits(number), self._log_sum_exp, self._targets - self.blocks[number].start, self._weights, hidden
+        )
+
+    def gradients_of_others(self) -> dict[str, mx.array]:
         """Of the head's other trainable weights (a bias, an adapter, a table that Ember does not train), by name."""
         if not self.others:
             return {}
         parameters = dict(tree_flatten(self.head.module.parameters()))
         parts = []
-        for number, block in enumerate(self._blocks):
+        for number, block in enumerate(self.blocks):
             arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
             parts.append(self._of_others(*arguments, self._hidden, self._rows(block)))
             self._pace.one_behind(*parts[-1])
         joined = zip(self.others, zip(*parts, strict=True), strict=True)
         return {f"{self.path}.{name}": self.head.joined(parameters[name], blocks) for name, blocks in joined}
 
-    def forget(self):
+    def forget(self) -> None:
         """Let go of what belongs to this step."""
         self._hidden = self._kept = self._log_sum_exp = self._weights = self._targets = None
 
@@ -159,13 +179,13 @@ class StreamedHead:
 
     def _logits(self, number):
         """Of a block, before what comes after the head: kept or made again."""
-        return self._kept[number] if self._kept else self._raw(self._hidden, self._rows(self._blocks[number]))
+        return self._kept[number] if self._kept else self._raw(self._hidden, self._rows(self.blocks[number]))
 
     def _raw(self, hidden, parameters):
-        return self.head.raw_logits(hidden[None], parameters)[0]
+        return self.head.raw_logits(hidden[None], parameters).squeeze(0)
 
     def _after(self, logits):
-        return (logits if self.head.is_last else self.head.after(logits[None])[0]).astype(mx.float32)
+        return (logits if self.head.is_last else self.head.after(logits[None]).squeeze(0)).astype(mx.float32)
 
     def _forward_of(self, hidden, parameters, largest, total, by_hidden):
         raw = self._raw(hidden, parameters)

@@ -1,5 +1,6 @@
 """The head of a model as a function of some rows of it, and what the model does to the logits after it."""
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ class Head:
         module (Module): The head, with V = ``vocabulary`` rows; ``method`` is how the model calls it.
     """
 
-    def __init__(self, model, module, method, vocabulary):
+    def __init__(self, model: nn.Module, module: nn.Module, method: str, vocabulary: int):
         self.model = model
         self.module = module
         self.method = method
@@ -28,7 +29,7 @@ class Head:
         some = mx.zeros((1, 1, vocabulary))
         self.is_last = self.after(some) is some
 
-    def hidden(self, inputs):
+    def hidden(self, inputs: mx.array) -> mx.array:
         """What goes into the head, (B, T, D): the model is run up to there."""
 
         def stop(hidden):
@@ -41,7 +42,7 @@ class Head:
                 return reached.hidden
         raise NotCalledError
 
-    def after(self, logits):
+    def after(self, logits: mx.array) -> mx.array:
         """What the model makes of the logits, such as a soft cap: it is run on one token, with these for the head's.
 
         All before the head is then for nothing, and lazy: MLX never computes it.
@@ -59,7 +60,7 @@ class Head:
             raise NotCalledError
         return output
 
-    def logits(self, hidden, rows, first, last):
+    def logits(self, hidden: mx.array, rows: list[mx.array], first: int, last: int) -> mx.array:
         """The model's logits of the words from ``first`` to before ``last``, (B, T, last - first) float32.
 
         ``rows`` are what of the trainable weights belongs to these words.
@@ -70,7 +71,7 @@ class Head:
         logits = self.raw_logits(hidden, now | dict(zip(trainable, rows, strict=True)))
         return (logits if self.is_last else self.after(logits)).astype(mx.float32)
 
-    def raw_logits(self, hidden, parameters):
+    def raw_logits(self, hidden: mx.array, parameters: dict[str, mx.array]) -> mx.array:
         """What the module makes of ``hidden`` with these parameters, by name, for its own: some rows of each."""
         own = self.module.parameters()
         self.module.update(tree_unflatten(list(parameters.items())))
@@ -79,20 +80,23 @@ class Head:
         finally:
             self.module.update(own)
 
-    def weights(self):
+    def weights(self) -> list[mx.array]:
+        """Those that train."""
         return [weight for _, weight in tree_flatten(self.module.trainable_parameters())]
 
-    def axis(self, array):
+    def axis(self, array: mx.array) -> int | None:
         """The axis of a parameter that runs over the vocabulary: the first, the last (lora_b), or None (lora_a)."""
         return next((axis for axis in (0, -1) if array.ndim and array.shape[axis] == self.vocabulary), None)
 
-    def index(self, array, first, last):
+    def index(self, array: mx.array, first: int, last: int) -> object:
+        """What cuts the words from ``first`` to before ``last`` out of a parameter."""
         return {0: slice(first, last), -1: (..., slice(first, last)), None: ...}[self.axis(array)]
 
-    def rows(self, arrays, first, last):
+    def rows(self, arrays: list[mx.array], first: int, last: int) -> list[mx.array]:
+        """Of each parameter, what belongs to these words."""
         return [array[self.index(array, first, last)] for array in arrays]
 
-    def joined(self, weight, gradients):
+    def joined(self, weight: mx.array, gradients: Sequence[mx.array]) -> mx.array:
         """The gradient of a weight from those of its slices; every slice adds to that of lora_a."""
         axis = self.axis(weight)
         if axis is not None:
@@ -113,7 +117,7 @@ class NotCalledError(Exception):
 
 
 @contextmanager
-def in_place_of(module, method, function):
+def in_place_of(module: nn.Module, method: str, function: Callable) -> Iterator[None]:
     """Within, a call of that method of the module is a call of the function."""
     # A call looks `__call__` up in the class, so a subclass it is; the module stays what and where it was.
     own, held = type(module), [function]  # a class is freed late: it must not hold what the function holds
@@ -126,7 +130,8 @@ def in_place_of(module, method, function):
 
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode."""
     was_training = model.training
     model.eval()
     try:
@@ -135,8 +140,12 @@ def evaluating(model):
         model.train(was_training)
 
 
-def find_head(model):
-    """The head among the model's token tables: the one that a forward pass calls."""
+def find_head(model: nn.Module) -> Head:
+    """The head among the model's token tables: the one that a forward pass calls.
+
+    Raises:
+        InputError: for a model whose head is no module, or is not called once.
+    """
     modules = dict(model.named_modules())
     for table in find_token_tables(model):
         wrapper = table.module_path.rpartition(".")[0]
@@ -153,7 +162,7 @@ def find_head(model):
     )
 
 
-def check_after(head):
+def check_after(head: Head) -> None:
     """Refuse a model for which slices of the vocabulary would give another loss or other gradients than the whole."""
     name = type(head.model).__module__
     if not head.is_last:

@@ -1,78 +1,94 @@
-"""The gradients of one call of a unit: made again from its inputs, outside any trace, nothing evaluated yet."""
+"""The gradients of one call of a unit: made again from its inputs, outside any trace, nothing evaluated yet.
+
+Units of equal structure share one compiled function, with all their arrays as its arguments.
+"""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+import mlx.nn as nn
 
 from ember_mlx.streaming.call_tree import build, flatten, is_float, signature
 from ember_mlx.streaming.glue import distinct
-from ember_mlx.streaming.units import put_back_random_state
+from ember_mlx.streaming.units import Call, put_back_random_state
+from ember_mlx.streaming.weights import Weights, exchange, structure
 
 __all__ = ["Layers"]
 
 
 class Layers:
-    """The units of one model as functions of their weights and inputs.
+    """The units of one model as functions of their arrays and inputs.
 
     Args:
-        units (dict): The units, by path.
-        without (set): Paths of trainable weights that others answer for.
+        units: The units, by path.
+        weights: The model's trainable weights.
+        without: Paths of trainable weights that others answer for.
     """
 
-    def __init__(self, units, without=frozenset()):
+    def __init__(self, units: dict[str, nn.Module], weights: Weights, without: frozenset[str] | set[str] = frozenset()):
         self.units = units
-        self.names = {
-            path: [name for name, _ in tree_flatten(unit.trainable_parameters()) if f"{path}.{name}" not in without]
-            for path, unit in units.items()
-        }
+        owned = [path for path in weights.places if path not in without]
+        self.names = {unit: [path for path in owned if path.startswith(f"{unit}.")] for unit in units}
+        self._weights = weights
+        self._structures = {}
         self._compiled = {}
 
-    def float_outputs(self, call):
+    def float_outputs(self, call: Call) -> list[int]:
+        """Numbers of the outputs that have gradients."""
         return [j for j, output in enumerate(call.outputs) if is_float(output)]
 
-    def vjp(self, call, wanted, cotangents):
-        """Gradients of a unit's trainable weights and of the wanted inputs of a call, lazy, in two lists.
+    def vjp(self, call: Call, wanted: list[int], cotangents: list[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        """Gradients of a unit's trainable weights and of the wanted inputs of a call, lazy.
 
         Args:
-            call (Call): The call. Dropout draws again what it drew.
-            wanted (list): Numbers of inputs.
-            cotangents (list): One for each of ``float_outputs``.
+            call: The call. Dropout draws again what it drew.
+            wanted: Numbers of inputs.
+            cotangents: One for each of ``float_outputs``.
         """
-        unit, names = self.units[call.path], self.names[call.path]
-        parameters = dict(tree_flatten(unit.trainable_parameters()))
-        weights = [parameters[name] for name in names]
+        if call.path not in self._structures:
+            self._structures[call.path] = self._structure_of(call.path)
+        what, places, trained = self._structures[call.path]
         outputs = self.float_outputs(call)
-        what = signature(call.spec)
-        function = None
-        if what is not None and call.key is call.key_after:  # a compiled function would draw the same each time
-            what = (call.path, what, tuple(wanted), tuple(outputs))
-            function = self._compiled.get(what)
+        key = what, signature(call.spec), trained, tuple(wanted), tuple(outputs)
+        # A compiled function would draw the same each time, and would not see what an object brings.
+        compiles = key[1] is not None and call.key is call.key_after
+        function = self._compiled.get(key) if compiles else None
         if function is None:
-            function = _gradients(unit, names, call.spec, wanted, outputs)
-            if what is not None and call.key is call.key_after:
-                function = self._compiled[what] = mx.compile(function)
+            function = _gradients(self.units[call.path], places, trained, call.spec, wanted, outputs)
+            if compiles:
+                function = self._compiled[key] = mx.compile(function)
         put_back_random_state(call.key)
-        try:
-            return function(weights, call.inputs, cotangents)
-        finally:
-            unit.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        return function([holder[name] for holder, name in places], call.inputs, cotangents)
+
+    def _structure_of(self, path):
+        """The structure of a unit, the places of its arrays, and which of them are trained, in the order of names."""
+        what, places = structure(self.units[path])
+        numbers = {(id(holder), key): i for i, (holder, key) in enumerate(places)}
+        trained = [self._weights.places[name] for name in self.names[path]]
+        return what, places, tuple(numbers[id(holder), key] for holder, key in trained)
 
 
-def _gradients(unit, names, spec, wanted, float_outputs):
+def _gradients(unit, places, trained, spec, wanted, float_outputs):
     own = type(unit)
 
-    def gradients(weights, inputs, cotangents):
+    def gradients(arrays, inputs, cotangents):
         def forward(*primals):
-            unit.update(tree_unflatten(list(zip(names, primals, strict=False))))
-            leaves = list(inputs)
-            for j, primal in zip(wanted, primals[len(names) :], strict=True):
+            now, leaves = list(arrays), list(inputs)
+            for i, primal in zip(trained, primals, strict=False):
+                now[i] = primal
+            for j, primal in zip(wanted, primals[len(trained) :], strict=True):
                 leaves[j] = primal
+            exchange(places, now)
             arguments, keywords = build(spec, iter(leaves))
             _, _, objects = flatten((arguments, keywords))
             result = own.__call__(unit, *arguments, **keywords)
             outputs = [leaf for tree in (result, *objects) for leaf in flatten(tree)[1]]
             return distinct([outputs[j] for j in float_outputs])
 
-        _, gradients = mx.vjp(forward, [*weights, *(inputs[j] for j in wanted)], cotangents)
-        return list(gradients[: len(names)]), list(gradients[len(names) :])
+        before = [holder[key] for holder, key in places]
+        try:
+            primals = [*(arrays[i] for i in trained), *(inputs[j] for j in wanted)]
+            _, gradients = mx.vjp(forward, primals, cotangents)
+        finally:
+            exchange(places, before)
+        return list(gradients[: len(trained)]), list(gradients[len(trained) :])
 
     return gradients

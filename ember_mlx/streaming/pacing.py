@@ -20,17 +20,22 @@ class Pace:
         self._unfinished, self._bytes = deque(), 0
         self._before = None
 
-    def __call__(self, *arrays):
+    def __call__(self, *arrays: mx.array) -> None:
         """Start these, small ones several together: each start costs a GPU as much as many operations."""
         if not self.ahead or not arrays:
             mx.eval(arrays)
             return
-        self._group += arrays
-        self._group_bytes += sum(array.nbytes for array in arrays)
-        if self._group_bytes >= self.ahead // 2:
+        size = sum(array.nbytes for array in arrays)
+        if self._group_bytes + size > self.ahead // 2:
             self.start()
+        self._group += arrays
+        self._group_bytes += size
 
-    def start(self):
+    def takes_together(self, arrays: list[mx.array]) -> bool:
+        """Whether a GPU may start what makes these along with their cotangents: they are few and small."""
+        return 0 < sum(array.nbytes for array in arrays) <= self.ahead // 2
+
+    def start(self) -> None:
         """Start what is together so far; wait for the oldest until there is room for it."""
         if not self._group:
             return
@@ -43,7 +48,7 @@ class Pace:
         self._bytes += self._group_bytes
         self._group, self._group_bytes = [], 0
 
-    def one_behind(self, *arrays):
+    def one_behind(self, *arrays: mx.array) -> None:
         """Start these, which took much more memory to make than they have; wait for those before them."""
         if not self.ahead or not arrays:
             mx.eval(arrays)
@@ -53,7 +58,7 @@ class Pace:
             mx.eval(self._before)
         self._before = arrays[0]
 
-    def finish(self):
+    def finish(self) -> None:
         """Wait for all, and let go of it: what a table's rows are written into must be held by nobody else."""
         self.start()
         self._unfinished.clear()

@@ -3,10 +3,13 @@
 It saves a share of 1 - 1/k of the kept inputs for one forward pass more.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
+import mlx.nn as nn
 
 from ember_mlx.streaming.call_tree import build, flatten, signature
-from ember_mlx.streaming.units import put_back_random_state
+from ember_mlx.streaming.units import Recording, put_back_random_state
 
 __all__ = ["Segments"]
 
@@ -22,7 +25,7 @@ class Segments:
         self.keep = keep
         self.needed = None  # outputs, by (call, output), that the glue reads; nothing is dropped before they are known
 
-    def drop(self, recording, i, direct):
+    def drop(self, recording: Recording, i: int, direct: dict[int, tuple[int, int]]) -> None:
         """Let go of what call ``i`` took from the call before it. In its place stands an array that is never made."""
         call, before = recording.calls[i], recording.calls[i - 1]
         if self.needed is None or i % self.keep == 0 or signature(call.spec) is None or signature(before.spec) is None:
@@ -33,7 +36,7 @@ class Segments:
                 call.inputs[j] = before.outputs[source[1]] = stand_in
                 call.dropped[j] = source[1]
 
-    def restore(self, recording, i, units, evaluate):
+    def restore(self, recording: Recording, i: int, units: dict[str, nn.Module], evaluate: Callable) -> None:
         """Make the inputs of call ``i`` again, and those of the calls before it back to one that has its own."""
         first = i
         while recording.calls[first].dropped:

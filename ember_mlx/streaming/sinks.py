@@ -1,90 +1,114 @@
 """What becomes of a gradient as soon as it can be made: a step of its weight, or its square for the global norm."""
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.guarded import global_norm
 from ember_mlx.streaming.embedding import mean_squares_of_rows, step_looked_up
+from ember_mlx.streaming.head import StreamedHead
+from ember_mlx.streaming.machines import Machines
+from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.table import EmberTable
+from ember_mlx.streaming.updates import Updates
+from ember_mlx.streaming.weights import Weights
 
-__all__ = ["GlobalNorm", "Stepping"]
+__all__ = ["GlobalNorm", "LookedUpRows", "Stepping"]
+
+LookedUpRows = tuple[mx.array, mx.array]
+"""Ids (U,), each once, and the gradient of their rows, (U, D) float32."""
 
 
 class Stepping:
     """Steps weight after weight, each evaluated before the gradient of the next is made.
 
     Args:
-        updates (Updates): The optimizer.
-        pace (Pace): Evaluates.
-        clip_layer_norm (float, optional): The most that the norm of one unit's gradients together may be.
+        updates: The optimizer.
+        weights: The model's.
+        pace: Evaluates.
+        machines: Those that train together.
+        clip_layer_norm: The most that the norm of one unit's gradients together may be.
     """
 
     keeps_recordings = False
 
-    def __init__(self, updates, pace, clip_layer_norm=None):
+    def __init__(
+        self, updates: Updates, weights: Weights, pace: Pace, machines: Machines, clip_layer_norm: float | None = None
+    ):
         self._updates = updates
+        self._weights = weights
         self._pace = pace
+        self._machines = machines
         self._clip_layer_norm = clip_layer_norm
 
-    def arrays(self, module, prefix, gradients):
-        """Gradients by their names in a module, whose path is ``prefix``; the dict is emptied, last first."""
+    def arrays(self, gradients: dict[str, mx.array]) -> None:
+        """Gradients by path; the dict is emptied, last first."""
+        for path in gradients:
+            gradients[path] = self._machines.mean(gradients[path])
         scale = None
         if self._clip_layer_norm is not None and gradients:
             scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0)
-        parameters = dict(tree_flatten(module.trainable_parameters()))
-        weights = {f"{prefix}{name}": parameters[name] for name in gradients}
-        stepped = self._updates(weights, {f"{prefix}{name}": gradients[name] for name in gradients}, scale)
+        stepped = self._updates({path: self._weights[path] for path in gradients}, gradients, scale)
         gradients.clear()
         # The module lets go of the old weights before the new ones are made: they may take their place.
-        for path, (new, _) in stepped.items():
-            _put(module, path.removeprefix(prefix), new)
-        del parameters, weights
+        for path in stepped:
+            self._weights[path] = stepped[path][0]
         while stepped:
             _, (new, state) = stepped.popitem()
             self._pace(new, *state)
             del new, state
         self._pace.start()
 
-    def embedding(self, table, ids, rows):
-        table.take(*mean_squares_of_rows(ids, rows, table.shape[0]))
-        step_looked_up(table, ids, rows)
-
-    def head(self, head, looked_up=None):
-        head.table.take(*head.statistics(looked_up))
-        head.step(looked_up)
+    def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
+        """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
+        if self._machines.several:
+            gradients = self._machines.row_gradients(table, head, looked_up)
+            table.take(*self._machines.statistics(gradients, self._pace.one_behind))
+            self._machines.step(table, gradients)
+        elif head:
+            table.take(*head.statistics(looked_up))
+            head.step(looked_up)
+        elif looked_up is not None:
+            table.take(*mean_squares_of_rows(*looked_up, table.shape[0]))
+            step_looked_up(table, *looked_up)
 
 
 class GlobalNorm:
-    """Adds up the squares of all gradients, and steps nothing."""
+    """Adds up the squares of all gradients, and steps nothing.
+
+    Args:
+        pace: Evaluates.
+        machines: Those that train together.
+    """
 
     keeps_recordings = True
 
-    def __init__(self, pace):
+    def __init__(self, pace: Pace, machines: Machines):
         self._pace = pace
+        self._machines = machines
         self._squares = mx.array(0.0)
 
-    def arrays(self, module, prefix, gradients):
+    def arrays(self, gradients: dict[str, mx.array]) -> None:
+        """Gradients by path; the dict is emptied, last first."""
         while gradients:
             _, gradient = gradients.popitem()
-            self._add(mx.square(global_norm([gradient])))
+            self._add(mx.square(global_norm([self._machines.mean(gradient)])))
 
-    def embedding(self, table, ids, rows):
-        self._add(mx.square(rows).sum())
+    def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
+        """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
+        if self._machines.several:
+            gradients = self._machines.row_gradients(table, head, looked_up)
+            row_mean, _ = self._machines.statistics(gradients, self._pace.one_behind)
+        elif head:
+            row_mean, _ = head.statistics(looked_up)
+        elif looked_up is not None:
+            row_mean = mx.square(looked_up[1]).mean(1)
+        else:
+            return
+        self._add(row_mean.sum() * table.shape[1])
 
-    def head(self, head, looked_up=None):
-        row_mean, _ = head.statistics(looked_up)
-        self._add(row_mean.sum() * head.table.shape[1])
-
-    def norm(self):
+    def norm(self) -> mx.array:
+        """The global norm of what has been added."""
         return mx.sqrt(self._squares)
 
     def _add(self, squares):
         self._squares = self._squares + squares
         self._pace.one_behind(self._squares)
-
-
-def _put(module, name, array):
-    """``Module.update`` with one array, which cannot reach one of several in a list."""
-    *parts, last = name.split(".")
-    for part in parts:
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    module[int(last) if isinstance(module, list) else last] = array

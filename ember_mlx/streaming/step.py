@@ -5,31 +5,35 @@ time, outside any trace; its cotangent is evaluated, then weight after weight it
 Of the head and the embedding, rows are stepped in blocks.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.ember import Ember
 from ember_mlx.shared.errors import InputError
-from ember_mlx.streaming.call_tree import is_float
-from ember_mlx.streaming.embedding import LookedUp
+from ember_mlx.streaming.backward import Backward
+from ember_mlx.streaming.checks import check_at_least_one, check_differentiable, refuse_a_trace, some_tokens
+from ember_mlx.streaming.forward import Forward
 from ember_mlx.streaming.glue import Glue
 from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.head_module import check_after, find_head
 from ember_mlx.streaming.layers import Layers
+from ember_mlx.streaming.machines import Machines, Reduce
 from ember_mlx.streaming.pacing import Pace
-from ember_mlx.streaming.segments import Segments
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
-from ember_mlx.streaming.units import find_units, is_leaf, put_back_random_state, record
+from ember_mlx.streaming.units import find_units, put_back_random_state
 from ember_mlx.streaming.updates import Updates
+from ember_mlx.streaming.weights import Weights
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["StepResult", "StreamedStep"]
 
-LEAST_AHEAD = 2**25  # bytes that a GPU is run ahead
+LEAST_AHEAD = 2**26  # bytes that a GPU is run ahead
 SHARE_AHEAD = 128  # of the weights
 SHARE_OF_LOGITS = 8  # of the weights
 
@@ -70,6 +74,11 @@ class StreamedStep:
             Default: by their size.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
+        run_ahead (int, optional): Bytes of new weights that a GPU is handed before the first of them must be done: more
+            take less time and more memory. Default: 1/128 of the weights, at least 64 MB. A CPU is not run ahead.
+        reduce (callable, optional): An array of this machine -> the sum over all machines, as
+            ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
+            Tables under Ember go over the wire twice a step, in float32.
 
     ``notes`` are the ways in which this model takes more memory than others, in words. ``on_phase``, if set, is called
     with the name of each phase of a step at its end, when all of it is done: forward, loss, head, layers, embedding.
@@ -87,48 +96,56 @@ class StreamedStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer,
-        loss=None,
+        optimizer: Optimizer,
+        loss: Callable | None = None,
         *,
         clip_norm_pass: bool = False,
         clip_layer_norm: float | None = None,
         keep_logits: bool | None = None,
         block_rows: int | None = None,
         keep_inputs: int = 1,
+        run_ahead: int | None = None,
+        reduce: Reduce | None = None,
     ):
         self.model = model
         self.notes = []
         self.on_phase = None
         self._loss = None if _is_the_usual(loss) else loss
-        _check_differentiable(model)
+        self._clip_layer_norm = clip_layer_norm
+        check_at_least_one("keep_inputs", keep_inputs)
+        check_differentiable(model)
         self._updates = Updates(optimizer, model)
         if self._updates.clip_grad_norm is not None and not clip_norm_pass:
             raise InputError(
                 f"StreamedStep(optimizer with clip_grad_norm={self._updates.clip_grad_norm}): the global norm needs a "
                 "backward pass of its own: say clip_norm_pass=True, or clip_layer_norm, which is another rule"
             )
-        self._clip_layer_norm = clip_layer_norm
-        weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        self._pace = Pace(max(LEAST_AHEAD, weights // SHARE_AHEAD))
-        keep_bytes = {None: weights // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
+        self._machines = Machines(reduce)
+        nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        self._pace = Pace(max(LEAST_AHEAD, nbytes // SHARE_AHEAD) if run_ahead is None else run_ahead)
+        keep_bytes = {None: nbytes // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
         self._head = self._find_head(keep_bytes, block_rows)
-        self._embeddings = self._find_embeddings()
+        embeddings = self._find_embeddings()
+        self._weights = Weights(model)
+        self._look_through(embeddings, keep_inputs)
+
+    def _look_through(self, embeddings, keep_inputs):
+        """Find the units and what lies between them; plan the backward pass, or let the first step plan it."""
         key = mx.random.state[0]
-        units = find_units(model, lambda: model(_some_tokens()))
+        units = find_units(self.model, lambda: self.model(some_tokens()))
         put_back_random_state(key)
-        modules = dict(model.named_modules())
-        units |= {path: modules[path] for path in self._embeddings if path not in units}
-        of_rows = {table.path for table in self._embeddings.values()}
+        modules = dict(self.model.named_modules())
+        units |= {path: modules[path] for path in embeddings if path not in units}
+        of_rows = {table.path for table in embeddings.values()}
         if self._head and self._head.table:
             of_rows.add(self._head.table.path)
-        self._layers = Layers(units, of_rows)
-        in_units = {f"{path}.{name}" for path, names in self._layers.names.items() for name in names}
-        trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
-        self._glue = Glue(model, units, [name for name in trainable if name not in in_units | of_rows])
-        self._plans = {}
-        self._segments = Segments(_at_least_one("keep_inputs", keep_inputs))
-        if self._head:  # else the first step plans
-            self._record(lambda: self._head.head.hidden(_some_tokens()))
+        layers = Layers(units, self._weights, of_rows)
+        elsewhere = of_rows.union(*layers.names.values())
+        glue = Glue(units, self._weights, [path for path in self._weights.places if path not in elsewhere])
+        self._forward = Forward(layers, glue, embeddings, keep_inputs, self._pace, self.notes)
+        self._backward = Backward(self._forward, layers, glue, self._head, embeddings, self._pace, self._phase)
+        if self._head:
+            self._forward(lambda: self._head.head.hidden(some_tokens()))
             put_back_random_state(key)
 
     def __call__(self, batch: mx.array, lengths: mx.array | None = None) -> tuple[float, int]:
@@ -148,9 +165,8 @@ class StreamedStep:
         Args:
             batches (list): What the loss takes after the model, of each: ``(batch, lengths)``.
         """
-        self._refuse_a_trace()
-        runs = [self._run_of(batch) for batch in batches]
-        recordings = [self._record(run) for run in runs]
+        refuse_a_trace(self.model)
+        recordings = [self._forward(self._run_of(batch)) for batch in batches]
         self._phase("forward")
         key = mx.random.state[0]
         try:
@@ -159,6 +175,9 @@ class StreamedStep:
             else:
                 value, tokens, cotangents = self._loss_as_a_whole(recordings)
             self._phase("loss")
+            if self._machines.several:
+                value = self._machines.mean(mx.array(value)).item()
+                tokens = int(self._machines.sum(mx.array(tokens)).item())
             return StepResult(value, tokens, tuple(self._step(recordings, value, cotangents)))
         finally:
             put_back_random_state(key)
@@ -173,8 +192,8 @@ class StreamedStep:
             return ["loss"]
         clip = self._updates.clip_grad_norm
         if clip is not None:
-            sink = GlobalNorm(self._pace)
-            self._backward(recordings, cotangents, sink)
+            sink = GlobalNorm(self._pace, self._machines)
+            self._backward(recordings, list(cotangents), sink)
             norm = sink.norm()
             if not mx.isfinite(norm).item():
                 self._updates.count()
@@ -184,65 +203,22 @@ class StreamedStep:
             if self._head:
                 self._head.scale(scale)
         self._updates.begin()
-        self._backward(recordings, cotangents, Stepping(self._updates, self._pace, self._clip_layer_norm))
+        sink = Stepping(self._updates, self._weights, self._pace, self._machines, self._clip_layer_norm)
+        self._backward(recordings, cotangents, sink)
         mx.eval(self._updates.arrays())
         return self._updates.finish()
 
-    # The forward pass
+    def _phase(self, name):
+        if self.on_phase is not None:
+            self._pace.finish()
+            self.on_phase(name)
+
+    # The loss
 
     def _run_of(self, batch):
         if self._head:
             return lambda: self._head.head.hidden(batch[0][:, :-1])
         return lambda: self._loss(self.model, *batch)
-
-    def _record(self, run):
-        key = mx.random.state[0]
-        recording = record(run, self._layers.units, self._pace.one_behind, not self._plans, self._drop)
-        if any(self._plan_key(recording, i) not in self._plans for i in range(len(recording.calls))):
-            if self._plans:  # called in another way than before: look again
-                put_back_random_state(key)
-                recording = record(run, self._layers.units, self._pace.one_behind, True, self._drop)
-            self._make_plans(recording)
-            put_back_random_state(recording.key_after)
-        return recording
-
-    def _drop(self, recording):
-        i = len(recording.calls) - 1
-        call, plan = recording.calls[i], self._plans.get(self._plan_key(recording, i))
-        if i and (plan or call.sources):
-            self._segments.drop(recording, i, plan[0] if plan else _direct(call))
-
-    def _plan_key(self, recording, i):
-        call = recording.calls[i]
-        return i, call.path, len(call.inputs)
-
-    def _make_plans(self, recording):
-        """Of each call: its inputs that are outputs of earlier calls, and those that depend on weights by way of glue.
-
-        Below the lowest call with anything to train, no cotangent is wanted.
-        """
-        direct, indirect = [], []
-        for i, call in enumerate(recording.calls):
-            floats = [j for j, array in enumerate(call.inputs) if is_float(array)]
-            direct.append(_direct(call))
-            indirect.append(self._glue.depends(recording, i, [j for j in floats if j not in direct[i]]))
-            call.sources = None
-        trains = [
-            bool(self._layers.names[call.path] or indirect[i]) or call.path in self._embeddings
-            for i, call in enumerate(recording.calls)
-        ]
-        lowest = trains.index(True) if True in trains else len(trains)
-        if self._segments.needed is None:
-            zeros = mx.zeros_like(_first(recording.result)[0])
-            self._segments.needed = frozenset(self._glue.vjp(recording, _first, [zeros]))
-            if any(indirect) and self._segments.keep > 1:
-                self.notes.append("arithmetic between the layers reads their outputs: all inputs are kept")
-                self._segments.keep = 1
-        for i in range(len(recording.calls)):
-            wanted = {j: source for j, source in direct[i].items() if source[0] >= lowest}
-            self._plans[self._plan_key(recording, i)] = wanted, indirect[i]
-
-    # The loss
 
     def _loss_by_head(self, recordings, batches):
         """The loss, its tokens, and its gradient by the hidden states of each micro-batch."""
@@ -273,104 +249,6 @@ class StreamedStep:
             tokens += int(mx.array(count).item())
         cotangents = [mx.array(1 / len(values)).astype(value.dtype) for value in values]
         return sum(value.item() for value in values) / len(values), tokens, cotangents
-
-    # The backward pass
-
-    def _backward(self, recordings, cotangents, sink):
-        """From the cotangents of what each run gave, down to the embedding; every gradient goes into the sink."""
-        head, of_glue = self._head, {}
-        looked_up = {path: LookedUp(table.shape[1]) for path, table in self._embeddings.items()}
-        if head:
-            _add(of_glue, head.gradients_of_others())
-            if head.table and head.path not in self._embeddings:
-                sink.head(head)
-                if not sink.keeps_recordings:
-                    head.forget()
-            self._phase("head")
-        for recording in recordings:
-            found = self._glue.vjp(
-                recording, _first, [cotangents.pop(0)] if not sink.keeps_recordings else cotangents[:1]
-            )
-            if sink.keeps_recordings:
-                cotangents = cotangents[1:]
-            self._share(recording, found, of_glue)
-            self._pace.one_behind(*found.values())
-            del found
-        self._through_the_calls(recordings, sink, of_glue, looked_up)
-        self._phase("layers")
-        for path, rows in looked_up.items():
-            tied = bool(head and head.table and head.path == path)
-            rows = rows.rows()
-            if tied:
-                sink.head(head, rows)
-            elif rows is not None:
-                sink.embedding(self._embeddings[path], *rows)
-        sink.arrays(self.model, "", of_glue)
-        self._phase("embedding")
-
-    def _phase(self, name):
-        if self.on_phase is not None:
-            self._pace.finish()
-            self.on_phase(name)
-
-    def _through_the_calls(self, recordings, sink, of_glue, looked_up):
-        numbers = {tuple(call.path for call in recording.calls) for recording in recordings}
-        if len(numbers) > 1:
-            raise InputError("StreamedStep: the model calls its layers in another order in some micro-batches")
-        paths = next(iter(numbers))
-        waiting = {}
-        for i in reversed(range(len(paths))):
-            path = paths[i]
-            for recording in recordings:
-                call = recording.calls[i]
-                if path in looked_up:
-                    cotangent = recording.cotangents.pop((i, 0), None)
-                    if cotangent is not None:
-                        looked_up[path].add(call.inputs[0], cotangent)
-                else:
-                    gradients = self._through_a_call(recording, i, of_glue)
-                    if gradients is not None:
-                        _add(waiting.setdefault(path, {}), gradients)
-                        if len(recordings) > 1 or path in paths[:i]:
-                            self._pace.one_behind(*waiting[path].values())
-                    del gradients
-                if not sink.keeps_recordings:
-                    call.inputs = call.outputs = None
-                elif i:
-                    self._segments.drop(recording, i, self._plans[self._plan_key(recording, i)][0])
-            if path in waiting and path not in paths[:i]:
-                sink.arrays(self._layers.units[path], f"{path}.", waiting.pop(path))
-
-    def _through_a_call(self, recording, i, of_glue):
-        """Gradients of the unit's weights by name, lazy, or None; the cotangents go on, evaluated first."""
-        call = recording.calls[i]
-        outputs = self._layers.float_outputs(call)
-        cotangents = [recording.cotangents.pop((i, j), None) for j in outputs]
-        if all(cotangent is None for cotangent in cotangents):
-            return None
-        if call.dropped:
-            self._segments.restore(recording, i, self._layers.units, self._pace.one_behind)
-        for place, j in enumerate(outputs):
-            given, output = cotangents[place], call.outputs[j]
-            cotangents[place] = mx.zeros_like(output) if given is None else given.astype(output.dtype)
-        direct, indirect = self._plans[self._plan_key(recording, i)]
-        wanted = [*direct, *indirect]
-        of_weights, of_inputs = self._layers.vjp(call, wanted, cotangents)
-        of_inputs = dict(zip(wanted, of_inputs, strict=True))
-        found = {}
-        for j, source in direct.items():
-            _add(found, {source: of_inputs[j]})
-        if indirect:
-            pick = lambda leaves: [leaves[j] for j in indirect]  # noqa: E731
-            _add(found, self._glue.vjp(recording, pick, [of_inputs[j] for j in indirect], stop_at=i))
-        self._share(recording, found, of_glue)
-        self._pace.one_behind(*(recording.cotangents.get(place, of_glue.get(place)) for place in found))
-        return dict(zip(self._layers.names[call.path], of_weights, strict=True))
-
-    def _share(self, recording, found, of_glue):
-        """Cotangents of calls stay with their recording; gradients of glue's weights are added up over all."""
-        for key, gradient in found.items():
-            _add(of_glue if isinstance(key, str) else recording.cotangents, {key: gradient})
 
     # What is where
 
@@ -418,64 +296,8 @@ class StreamedStep:
         ember = isinstance(self._updates.leaf(path), Ember)
         return EmberTable(self._updates, path, module, "weight", self._pace) if ember else None
 
-    def _refuse_a_trace(self):
-        """Inside a trace MLX keeps the graph of what is evaluated: this would be a plain step, in more memory."""
-        weight = next((array for _, array in tree_flatten(self.model.trainable_parameters())), None)
-        if weight is None:
-            raise InputError("StreamedStep: nothing in the model is trainable: unfreeze something")
-        derived = weight.reshape(-1)[:1] * 1
-        try:
-            mx.eval(derived)
-            inside = not is_leaf(derived)
-        except (RuntimeError, ValueError):
-            inside = True
-        if inside:
-            raise InputError(
-                "StreamedStep: it was called inside nn.value_and_grad, mx.grad or mx.compile, where nothing can be "
-                "freed: call it by itself; it makes the gradients and the update"
-            )
-
-
-def _direct(call):
-    """The inputs that are outputs of earlier calls themselves."""
-    return {j: source for j, source in enumerate(call.sources) if source is not None and is_float(call.inputs[j])}
-
-
-def _at_least_one(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"StreamedStep({name}={value!r}): must be a whole number, 1 or more; leave it out for all")
-    return value
-
 
 def _is_the_usual(loss):
     from mlx_lm.tuner.trainer import default_loss
 
     return loss is None or loss is default_loss
-
-
-def _some_tokens():
-    return mx.arange(1, 7)[None]
-
-
-def _check_differentiable(model):
-    """Builds the gradients' graph on six tokens and computes nothing of it."""
-    key = mx.random.state[0]
-    try:
-        nn.value_and_grad(model, lambda model: model(_some_tokens()).sum())(model)
-    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"StreamedStep: MLX cannot differentiate {type(model).__module__} ({reason}): no training step works; "
-            "freeze the part, or take another model"
-        ) from None
-    finally:
-        put_back_random_state(key)
-
-
-def _first(result):
-    return [result[0] if isinstance(result, tuple) else result]
-
-
-def _add(total, found):
-    for key, array in found.items():
-        total[key] = array if key not in total else total[key] + array

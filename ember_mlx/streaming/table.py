@@ -5,9 +5,12 @@ of it in Python nor a command that the GPU has not finished; else it copies the 
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS
+from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.updates import Updates
 
 __all__ = ["EmberTable"]
 
@@ -22,13 +25,14 @@ class EmberTable:
         pace (Pace): What is in flight.
     """
 
-    def __init__(self, updates, path, module, name, pace):
+    def __init__(self, updates: Updates, path: str, module: nn.Module, name: str, pace: Pace):
         self.path = path
         self.shape = module[name].shape
         self._updates = updates
         self._module = module
         self._name = name
         self._pace = pace
+        self._written, self._bytes = [], 0
         self._ember = updates.leaf(path)
         self._new_rows = mx.compile(self._new_rows_of)
         if self._ember.rounding == "stochastic" and self.weight.dtype in DROPPED_BITS:
@@ -36,10 +40,11 @@ class EmberTable:
                 kernels.usable(kernels.rounding, self.weight.dtype, dtype)  # tried now: a step traces it
 
     @property
-    def weight(self):
+    def weight(self) -> mx.array:
+        """The table, (V, D)."""
         return self._module[self._name]
 
-    def take(self, row_mean, column_mean):
+    def take(self, row_mean: mx.array, column_mean: mx.array) -> None:
         """Step the second moments by a step's means of squares, (V,) and (D,), unless one is not finite."""
         state = self._updates.state(self.path)
         new = dict(state)
@@ -52,11 +57,11 @@ class EmberTable:
         self._numbers = self._ember.learning_rate, self._ember.state["weight_decay"], finite
         mx.eval(state["r"], state["c"], self._a, self._b, finite, self._keys, self._numbers)
 
-    def decays(self):
+    def decays(self) -> bool:
         """Whether rows without a gradient change too."""
         return self._ember.state["weight_decay"].item() != 0
 
-    def new_rows(self, rows, weight, gradient):
+    def new_rows(self, rows: slice | mx.array, weight: mx.array, gradient: mx.array) -> mx.array:
         """Those rows after the step.
 
         Args:
@@ -70,10 +75,19 @@ class EmberTable:
         new = self._ember.update_block(weight, gradient, a, b, learning_rate, weight_decay, keys)
         return mx.where(finite, new, weight)
 
-    def write(self, rows, new):
-        """Put rows into the table. The caller holds no view of it any more."""
-        mx.eval(new)
+    def write(self, rows: slice | mx.array, new: mx.array) -> None:
+        """Put rows into the table, at the latest at :meth:`flush`. The caller holds no view of it any more."""
+        self._pace.one_behind(new)
+        self._written.append((rows, new))
+        self._bytes += new.nbytes
+        if self._bytes >= self._pace.ahead:
+            self.flush()
+
+    def flush(self) -> None:
+        """One wait for several blocks of rows: until nothing in flight holds the table."""
         self._pace.finish()
         table = self._module[self._name]
-        table[rows] = new
+        for rows, new in self._written:
+            table[rows] = new
+        self._written, self._bytes = [], 0
         mx.eval(table)

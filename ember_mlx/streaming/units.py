@@ -5,6 +5,7 @@ children. Everything else is glue. No name and no architecture decides anything.
 """
 
 import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -45,17 +46,12 @@ class Recording:
     key_after: mx.array = None
     cotangents: dict = field(default_factory=dict)
 
-    def add(self, found):
-        for place, cotangent in found.items():
-            known = self.cotangents.get(place)
-            self.cotangents[place] = cotangent if known is None else known + cotangent
-
 
 _hooked = {}  # id of a module -> its path, and where its calls go
 
 
 @contextmanager
-def calls_go_to(units, function):
+def calls_go_to(units: dict[str, nn.Module], function: Callable) -> Iterator[None]:
     """Within, a call of a unit goes to ``function(path, own_call, arguments, keywords)``.
 
     A call looks ``__call__`` up in the class, so a module gets a subclass of its own class for that time.
@@ -81,7 +77,7 @@ def _hooked_class(own):
     return type(own.__name__, (own,), {"__call__": call})
 
 
-def find_units(model: nn.Module, run) -> dict[str, nn.Module]:
+def find_units(model: nn.Module, run: Callable[[], object]) -> dict[str, nn.Module]:
     """The units among a model's modules, by path, in the order of the model.
 
     Args:
@@ -122,7 +118,13 @@ def _called(modules, paths, run):
     return [path for path in paths if path in called] + (_called(modules, children, run) if children else [])
 
 
-def record(run, units, evaluate, look_for_sources, after_call) -> Recording:
+def record(
+    run: Callable[[], object],
+    units: dict[str, nn.Module],
+    evaluate: Callable,
+    look_for_sources: bool,
+    after_call: Callable[[Recording], None],
+) -> Recording:
     """Run the model as it is and keep what each call of a unit took and gave, evaluated call by call.
 
     It must not happen inside a trace: there MLX keeps the graph of all that is evaluated.
@@ -142,14 +144,13 @@ def record(run, units, evaluate, look_for_sources, after_call) -> Recording:
         call = Call(path, spec, [mx.stop_gradient(leaf) for leaf in leaves], mx.random.state[0])
         if look_for_sources:
             call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
-        mx.async_eval(call.inputs)
         result = own_call(*arguments, **keywords)
         call.out_spec, outputs, _ = flatten(result)
         of_objects = [flatten(item) for item in objects]
         call.object_specs = [spec for spec, _, _ in of_objects]
         outputs = outputs + [leaf for _, leaves, _ in of_objects for leaf in leaves]
         call.outputs = [mx.stop_gradient(leaf) for leaf in outputs]
-        evaluate(*call.outputs, *outputs)
+        evaluate(*call.outputs, *outputs, *call.inputs)
         call.key_after = mx.random.state[0]
         if look_for_sources:
             made.update({id(leaf): (len(recording.calls), j) for j, leaf in enumerate(outputs)})
@@ -164,14 +165,14 @@ def record(run, units, evaluate, look_for_sources, after_call) -> Recording:
     return recording
 
 
-def is_leaf(array):
+def is_leaf(array: mx.array) -> bool:
     """Whether an array holds no graph: it is evaluated, and no trace goes through it."""
     text = io.StringIO()
     mx.export_to_dot(text, array)
     return "shape=rectangle" not in text.getvalue()
 
 
-def put_back_random_state(key):
+def put_back_random_state(key: mx.array) -> None:
     """``mx.random.state`` cannot be assigned to. Where nothing was drawn, it costs nothing."""
     if mx.random.state[0] is not key:
         high, low = key.tolist()

@@ -4,13 +4,17 @@ MLX's ``apply_gradients`` steps the counter at each call, so it is taken apart h
 infinity in it changes neither its weight nor the weight's state, and is named at the end of the step.
 """
 
+from functools import partial
+
 import mlx.core as mx
-from mlx.optimizers import SGD, MultiOptimizer, Optimizer
+import mlx.nn as nn
+from mlx.optimizers import SGD, Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
-from ember_mlx.optimizers.guarded import GuardedOptimizer, norm_is_safe
+from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, norm_is_safe
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
+from ember_mlx.optimizers.split_weights import SplitWeights
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Updates"]
@@ -28,7 +32,7 @@ class Updates:
         InputError: (a ``ValueError``) for an optimizer that needs all gradients at once.
     """
 
-    def __init__(self, optimizer, model):
+    def __init__(self, optimizer: Optimizer, model: nn.Module):
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"StreamedStep(optimizer={optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         trainable = dict(tree_flatten(model.trainable_parameters()))
@@ -37,24 +41,27 @@ class Updates:
         for path, leaf in self._of.items():
             if not _looks_at_one_array(leaf):
                 raise InputError(
-                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once: "
+                    f"StreamedStep: {type(leaf).__name__}, which trains {path}, needs all gradients at once; "
                     "take an optimizer that looks at one array at a time, or train with an ordinary step"
                 )
         if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
             optimizer.init(model.trainable_parameters())
-        self._functions = {}
+        self._leaves = list({id(leaf): leaf for leaf in self._of.values()}.values())
+        self._functions = {id(leaf): mx.compile(partial(_applied, leaf)) for leaf in self._leaves}
+        self._unread = {id(leaf): _unread(leaf) for leaf in self._leaves}
         self._finite = {}
         self._shared = {}
 
     @property
-    def clip_grad_norm(self):
+    def clip_grad_norm(self) -> float | None:
+        """What the optimizer clips the global norm to."""
         return getattr(self.optimizer, "clip_grad_norm", None)
 
-    def leaf(self, path) -> Optimizer:
+    def leaf(self, path: str) -> Optimizer:
         """The optimizer that trains the weight."""
         return self._of[path]
 
-    def state(self, path) -> dict:
+    def state(self, path: str) -> dict:
         """The state of the weight, wherever it stands in the optimizer's."""
         state = self._of[path].state
         if path in state:
@@ -63,19 +70,21 @@ class Updates:
             state = state[int(part)] if isinstance(state, list | tuple) else state[part]
         return state
 
-    def begin(self):
+    def begin(self) -> None:
         """As ``apply_gradients`` begins."""
         self._finite = {}
-        for leaf in {id(leaf): leaf for leaf in self._of.values()}.values():
+        for leaf in self._leaves:
             for name, schedule in leaf._schedulers.items():
                 leaf.state[name] = schedule(leaf.step)
             leaf.state["step"] = leaf.step + 1
             self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
 
-    def __call__(self, weights, gradients, scale=None):
+    def __call__(
+        self, weights: dict[str, mx.array], gradients: dict[str, mx.array], scale: mx.array | None = None
+    ) -> dict[str, tuple[mx.array, list[mx.array]]]:
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
-        All of a layer's are built at once, and each may be evaluated by itself.
+        All of a layer's are built by one call, and each may be evaluated by itself.
 
         Args:
             weights, gradients (dict): By path, of the same paths.
@@ -84,20 +93,21 @@ class Updates:
         by_leaf, results = {}, {}
         for path in gradients:
             by_leaf.setdefault(id(self._of[path]), []).append(path)
-        for paths in by_leaf.values():
-            leaf = self._of[paths[0]]
-            unread = _unread(leaf)
+        for leaf, paths in by_leaf.items():
+            unread = self._unread[leaf]
             states = [self.state(path) for path in paths]
-            read = [{name: value for name, value in state.items() if name not in unread} for state in states]
-            triples = [(gradients[path], weights[path], state) for path, state in zip(paths, read, strict=True)]
-            applied = self._function(leaf)(triples, self._shared[id(leaf)], scale)
+            triples = [
+                (gradients[path], weights[path], {name: state[name] for name in state if name not in unread})
+                for path, state in zip(paths, states, strict=True)
+            ]
+            applied = self._functions[leaf](triples, self._shared[leaf], scale)
             for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
                 state.update(new)
                 self.note(path, finite)
                 results[path] = weight, list(new.values())
         return results
 
-    def note(self, path, finite):
+    def note(self, path: str, finite: mx.array) -> None:
         """Whether the gradient of a weight was finite: False, and it was not stepped."""
         self._finite[path] = finite
 
@@ -105,32 +115,27 @@ class Updates:
         """The weights that were not stepped for their gradients, first the one that the backward pass met first."""
         if not self._finite:
             return []
-        finite = mx.stack(list(self._finite.values())).tolist()
-        refused = [path for path, ok in zip(self._finite, finite, strict=True) if not ok]
+        refused = []
+        if not _all(list(self._finite.values())).item():
+            refused = [path for path, finite in self._finite.items() if not finite.item()]
         self._finite = {}
         if refused:
             self.count()
         return refused
 
-    def count(self):
+    def count(self) -> None:
         """Count a step with a NaN or an infinity, where the optimizer counts them."""
         if getattr(self.optimizer, "skip_nonfinite", False):
             self.optimizer.count_nonfinite()
 
-    def arrays(self):
+    def arrays(self) -> list[mx.array]:
         """What a step has changed that belongs to no single weight."""
-        leaves = {id(leaf): leaf for leaf in self._of.values()}.values()
-        own = [value for leaf in leaves for value in leaf.state.values() if isinstance(value, mx.array)]
+        own = [value for leaf in self._leaves for value in leaf.state.values() if isinstance(value, mx.array)]
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
-
-    def _function(self, leaf):
-        if id(leaf) not in self._functions:
-            self._functions[id(leaf)] = mx.compile(lambda *arguments: _applied(leaf, *arguments))
-        return self._functions[id(leaf)]
 
 
 def _applied(leaf, triples, shared, scale):
-    """The updates as a function of all that they read, so that ``mx.compile`` may fuse each."""
+    """The updates of some arrays as a function of all that they read; layers of equal shapes share what is compiled."""
     own = {name: leaf.state[name] for name in shared}
     leaf.state.update(shared)
     try:
@@ -144,11 +149,29 @@ def _applied_to_one(leaf, gradient, weight, state, scale):
         gradient = (gradient * scale).astype(gradient.dtype)
     finite = _is_safe(gradient)
     new = dict(state)
-    updated = leaf.apply_single(gradient, weight, new)
+    updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
+    if weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor):  # there finite gradients may overflow
+        finite = finite & all_finite([updated])
     changed = {
         name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
     }
-    return mx.where(finite, updated, weight).astype(weight.dtype), changed, finite
+    return mx.where(finite, updated, weight), changed, finite
+
+
+def _all(flags):
+    """Of 16 at a time in one kernel; to put hundreds into one array is a kernel each."""
+    while len(flags) > 1:
+        groups = [flags[i : i + 16] for i in range(0, len(flags), 16)]
+        groups[-1] += [flags[0]] * (16 - len(groups[-1]))  # one function, of 16
+        flags = [_all_of(group) for group in groups]
+    return flags[0]
+
+
+@mx.compile
+def _all_of(flags):
+    while len(flags) > 1:
+        flags = [mx.logical_and(one, other) for one, other in zip(flags[::2], flags[1::2], strict=True)]
+    return flags[0]
 
 
 def _is_safe(gradient):
@@ -173,13 +196,17 @@ def _leaf_of(optimizer, path, weight):
 
 def _unread(leaf):
     """State that MLX makes and no step reads: to give it to a compiled function would be to have it."""
-    inner = leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
+    inner = _inner(leaf)
     return ("v",) if isinstance(inner, SGD) and inner.momentum <= 0 else ()
+
+
+def _inner(leaf):
+    return leaf.optimizer if isinstance(leaf, StochasticRounding) else leaf
 
 
 def _looks_at_one_array(leaf):
     """Whether it keeps MLX's own way through a tree, array by array, or says that it does."""
-    if isinstance(leaf, StochasticRounding):
+    if isinstance(leaf, StochasticRounding | SplitWeights):
         return _looks_at_one_array(leaf.optimizer)
     own = type(leaf).apply_gradients
     return own is Optimizer.apply_gradients or getattr(type(leaf), "one_array_at_a_time", False)

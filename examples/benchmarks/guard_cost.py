@@ -72,7 +72,7 @@ def step_of(kind, made):
         return mlx_lm_step(made)
     guard = made.optimizer.guard
     step = Step(made.model, made.optimizer, made.loss)
-    after = NonfiniteSteps(made.optimizer, kind, save=lambda: False) if kind in ("stop", "skip") else None
+    after = NonfiniteSteps(made.optimizer, kind, lambda: False, lambda: None) if kind in ("stop", "skip") else None
 
     def take():
         guard.skip_nonfinite, guard.clip_grad_norm = after is not None, CLIP if kind == "clip" else None

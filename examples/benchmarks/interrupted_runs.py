@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ember_mlx.demo import MODEL
 from ember_mlx.finetune import checkpoints, options, safe_writing
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
@@ -28,6 +29,15 @@ KINDS = {
     "full": ["--fine-tune-type", "full"],
     "full, 3 accumulated": ["--fine-tune-type", "full", "--grad-accumulation-steps", 3, "--on-nonfinite", "skip"],
 }
+STREAMED = {  # the bundled model, whose bfloat16 weights are rounded stochastically
+    "streamed": ["--fine-tune-type", "full"],
+    "streamed, adamw, 3 accumulated": ["--fine-tune-type", "full", "--optimizer", "adamw",
+                                       "--grad-accumulation-steps", 3],
+    "streamed, sinkgd, clipped": ["--fine-tune-type", "full", "--optimizer", "sinkgd", "--clip-grad-norm", 1],
+    "streamed, lora": ["--keep-inputs", 2],
+    "streamed, adafactor, skip": ["--fine-tune-type", "full", "--optimizer", "adafactor", "--on-nonfinite", "skip"],
+}  # fmt: skip
+KINDS |= {kind: ["--model", MODEL, "--stream", "--iters", 20, *words] for kind, words in STREAMED.items()}
 
 
 class Broken(Exception):
@@ -40,7 +50,6 @@ def prepare(folder: Path):
     from mlx_lm.utils import save
 
     from ember_mlx.commands.demo import _write_data
-    from ember_mlx.demo import MODEL
     from ember_mlx.finetune.adapters import load_base
 
     _, tokenizer, config = load_base(MODEL)
@@ -67,6 +76,11 @@ def train_words(folder: Path, adapter: Path, *more):
         **{"--max-seq-length": 16, "--val-batches": 1, "--steps-per-eval": 7, "--steps-per-report": 1},
     }
     return [str(word) for pair in given.items() for word in pair] + [str(word) for word in more]
+
+
+def iters_of(words):
+    """How many steps a run of these words has: the last of two equal flags counts."""
+    return int(words[len(words) - words[::-1].index("--iters")])
 
 
 def train(words, callback=None):

@@ -1,6 +1,7 @@
 """What breaks `ember-mlx train` off, done to it on purpose, many times: does it lose anything?
 
     python examples/benchmarks/interruptions.py kill   --runs 25  --seed 0 --out interruptions.json
+    python examples/benchmarks/interruptions.py kill-streamed --runs 50 --seed 0 --out streamed_interruptions.json
     python examples/benchmarks/interruptions.py flips  --runs 500 --seed 0 --out interruptions.json
     python examples/benchmarks/interruptions.py disk   --runs 8   --seed 0 --out interruptions.json
     python examples/benchmarks/interruptions.py saving --runs 1   --seed 0 --out interruptions.json
@@ -8,6 +9,7 @@
 kill: SIGKILL at random moments, a third of them when an unfinished checkpoint shows and a third at a call to the file
 system inside a save; each run is resumed until done and must end with the weights and the optimizer state of the run
 that nobody killed, bit for bit. SIGKILL is no power cut: what the kernel holds is not lost.
+kill-streamed: the same to runs with --stream, where a random moment lies inside a step that is half applied.
 flips: bits flipped, ends cut off, pages zeroed in checkpoint files; each is found, or changes nothing that is loaded.
 disk: ENOSPC at every call to the file system of a save in turn, once and for good; on Linux as root, also a small
 tmpfs that really fills up. The checkpoint of before must load, and the run go on and say so.
@@ -27,6 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,12 +37,13 @@ import mlx.core as mx
 from benchmarking import machine, write
 from full_disks import disk
 from interrupted_runs import (
-    ITERS,
     KINDS,
     SAVE_EVERY,
+    STREAMED,
     Broken,
     adapter_bytes,
     contents,
+    iters_of,
     prepare,
     train,
     train_alone,
@@ -59,10 +63,11 @@ from ember_mlx.shared.errors import InputError
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 CONTEXT.set_forkserver_preload(["ember_mlx.finetune.run"])
 TABLE = (151_936, 1024)
+ORDINARY = tuple(kind for kind in KINDS if kind not in STREAMED)
 WAYS = ("at a random time", "when an unfinished checkpoint shows", "at a call in a save")
 
 
-def kill(folder: Path, runs: int, rng: random.Random, tell, kinds=tuple(KINDS), ways=WAYS):
+def kill(folder: Path, runs: int, rng: random.Random, tell, kinds=ORDINARY, ways=WAYS):
     """Kill each of ``runs`` runs, some of them again after they were resumed, and compare what they end with."""
     wholes, report = {}, {"rows": [], "broken": []}
     for number in range(runs):
@@ -131,7 +136,8 @@ def _killed_and_resumed(folder, adapter, row, whole, rng):
 def _killed_or_done(words, adapter, way, seconds, rng):
     """Run a child until it is done or killed; what it ``said`` at its end (None: killed), and its seconds."""
     receive, send = CONTEXT.Pipe(duplex=False)
-    at = (rng.randrange(ITERS), rng.randint(1, 250)) if way == "at a call in a save" else ()
+    iters = iters_of(words)
+    at = (rng.randrange(iters), rng.randint(1, 250)) if way == "at a call in a save" else ()
     child = CONTEXT.Process(target=train_alone, args=(words, send, *at))
     child.start()
     send.close()
@@ -143,7 +149,7 @@ def _killed_or_done(words, adapter, way, seconds, rng):
         child.join(rng.uniform(0, seconds))
         child.kill()
     elif way == "when an unfinished checkpoint shows":
-        first = f"{safe_writing.PARTIAL}step-{rng.randrange(ITERS):07d}"
+        first = f"{safe_writing.PARTIAL}step-{rng.randrange(iters):07d}"
         while child.is_alive() and not any(
             p.name >= first for p in adapter.glob(f"checkpoints/{safe_writing.PARTIAL}*")
         ):
@@ -299,7 +305,13 @@ def _timed(owner, name):
     return undo
 
 
-CAMPAIGNS = {"kill": (kill, 25), "flips": (flips, 500), "disk": (disk, 8), "saving": (saving, 1)}
+CAMPAIGNS = {
+    "kill": (kill, 25),
+    "kill-streamed": (partial(kill, kinds=tuple(STREAMED)), 50),
+    "flips": (flips, 500),
+    "disk": (disk, 8),
+    "saving": (saving, 1),
+}
 
 
 def main():

@@ -385,10 +385,8 @@ def check_a_pair_with_every_option_goes_through_a_checkpoint():
         assert torch.equal(w.full_tensor(), same.full_tensor())
 
 
-CHECKS = {name: check for name, check in globals().items() if name.startswith("check_")}
-
-
-def main():
+def main(checks):
+    """Run the checks, name -> function, one after the other, and leave what they found."""
     torch.set_num_threads(1)
     if CUDA:
         torch.cuda.set_device(DEVICE)
@@ -400,7 +398,7 @@ def main():
         timeout=datetime.timedelta(seconds=30),
     )
     results = {"device": torch.cuda.get_device_name() if CUDA else "CPU", "implementations": IMPLEMENTATIONS}
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         try:
             begin = time.perf_counter()
             numbers = check() or {}
@@ -417,4 +415,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main({name: check for name, check in globals().items() if name.startswith("check_")})

@@ -523,5 +523,5 @@ def test_a_state_that_fits_the_new_dtype_is_used():
 def test_what_is_no_state_of_an_optimizer_is_refused_by_both():
     optimizer = paired(Model())
     for side in (optimizer, optimizer.tables):
-        with pytest.raises(InputError, match=f"{type(side).__name__}.load_state_dict: there is no 'param_groups'"):
+        with pytest.raises(InputError, match=f"{type(side).__name__}.load_state_dict: it has no 'param_groups'"):
             side.load_state_dict({"state": {}})

@@ -1,4 +1,6 @@
-"""Sharded tables: 2 and 3 processes run sharded_checks.py together, and each check of theirs is a test here.
+"""Sharded weights: 2 and 3 processes run a script of checks together, and each check of theirs is a test here.
+
+sharded_checks.py has those of tables under Ember, sharded_body_checks.py those of weights under the other optimizers.
 
     python -m pytest tests/cuda_ref/test_sharding.py -s
 
@@ -17,13 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("sharded_checks.py")
+TABLES, BODY = (Path(__file__).with_name(f"{name}.py") for name in ("sharded_checks", "sharded_body_checks"))
 EXAMPLE = Path(__file__).parents[2] / "examples" / "04_fsdp2_with_torchrun.py"
-CHECKS = re.findall(r"^def (check_\w+)", SCRIPT.read_text(), re.MULTILINE)
-DEADLINE = 120  # seconds
+CHECKS = {script: re.findall(r"^def (check_\w+)", script.read_text(), re.MULTILINE) for script in (TABLES, BODY)}
+DEADLINE = 240  # seconds; 30 where nobody else uses the machine
 
 
-def run(ranks, folder):
+def run(script, ranks, folder):
     """What each rank found: check -> numbers or traceback; and what it printed."""
     environment = os.environ | {"WORLD_SIZE": str(ranks), "CHECK_FOLDER": str(folder)}
     if torch.cuda.device_count() < ranks:
@@ -31,7 +33,7 @@ def run(ranks, folder):
     processes = []
     for rank in range(ranks):
         with open(folder / f"rank{rank}.log", "w") as log:
-            command, own = [sys.executable, str(SCRIPT)], environment | {"RANK": str(rank)}
+            command, own = [sys.executable, str(script)], environment | {"RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
     end = time.monotonic() + DEADLINE
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
@@ -49,18 +51,27 @@ def run(ranks, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return functools.cache(lambda ranks: run(ranks, tmp_path_factory.mktemp(f"{ranks}_ranks")))
+    return functools.cache(lambda script, ranks: run(script, ranks, tmp_path_factory.mktemp(f"{ranks}_ranks")))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", CHECKS[TABLES])
 def test_sharded_tables(check, ranks, found):
-    failed = [f"rank {rank}: {r[check]['traceback']}" for rank, (r, _) in enumerate(found(ranks))
+    look_at(check, ranks, found(TABLES, ranks))
+
+
+@pytest.mark.parametrize("check", CHECKS[BODY])
+def test_sharded_weights(check, found):
+    look_at(check, 2, found(BODY, 2))
+
+
+def look_at(check, ranks, found):
+    failed = [f"rank {rank}: {r[check]['traceback']}" for rank, (r, _) in enumerate(found)
               if "traceback" in r.get(check, {})]  # fmt: skip
     assert not failed, "\n".join(failed)
-    for rank, (results, printed) in enumerate(found(ranks)):
+    for rank, (results, printed) in enumerate(found):
         assert check in results, f"rank {rank} never finished {check}; it printed\n{printed}"
-    results, _ = found(ranks)[0]
+    results, _ = found[0]
     print(f"\n{check}, {ranks} ranks, {results['device']}: passed in {results[check]['seconds']:.1f} s")
     for case, errors in results[check]["numbers"].items():
         print(f"  {case}: " + ", ".join(f"{name} {error:.2f}" for name, error in errors.items()) + " of the allowed")

@@ -2,18 +2,17 @@
 
 from functools import partial
 
-import mlx.core as mx
-import mlx.optimizers as optim
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen3
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import cuda_ref
-import ember_mlx
-from ember_mlx.streaming import StreamedStep
+
+mx = pytest.importorskip("mlx.core")
+optim = pytest.importorskip("mlx.optimizers")
+llama, qwen3 = (pytest.importorskip(f"mlx_lm.models.{name}") for name in ("llama", "qwen3"))
+ember_mlx, streaming, utils = (pytest.importorskip(name) for name in ("ember_mlx", "ember_mlx.streaming", "mlx.utils"))
 
 V, D, STEPS = 190, 32, 20
 SHAPES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
@@ -35,7 +34,7 @@ def test_the_same_weights_after_twenty_steps(kind, tied):
 
     # A large eps: next to zero, the step of an element would be the sign of a rounding error.
     paired = ember_mlx.PairedOptimizer(ours, tables=ember_mlx.Ember(1e-2, eps=1e-4), rest=optim.SGD(0.1))
-    step = StreamedStep(ours, paired)
+    step = streaming.StreamedStep(ours, paired)
     sgd = partial(torch.optim.SGD, lr=0.1)
     optimizer = cuda_ref.PairedOptimizer(theirs, tables=partial(cuda_ref.Ember, lr=1e-2, eps=1e-4), rest=sgd)
     streamed = cuda_ref.StreamedBackward(theirs, optimizer)
@@ -44,7 +43,7 @@ def test_the_same_weights_after_twenty_steps(kind, tied):
         ids = random.integers(0, V, (2, 12))
         loss, _ = step(mx.array(ids))
         assert streamed(torch.from_numpy(ids)).item() == pytest.approx(loss, rel=1e-5)
-    end = dict(tree_flatten(ours.parameters()))
+    end = dict(utils.tree_flatten(ours.parameters()))
     for name, p in theirs.named_parameters():
         weight, way = np.array(end[name]), np.abs(np.array(end[name]) - start[name]).max()
         assert way > 0

@@ -156,10 +156,10 @@ def test_a_table_of_another_shape_is_refused(parse, folders, tmp_path):
 def test_an_adapter_folder_that_is_not_whole_is_refused(parse, folders, tmp_path):
     run(parse())
     adapter = tmp_path / "adapters"
-    with pytest.raises(InputError, match="there is no adapter_config.json in it"):
+    with pytest.raises(InputError, match="it has no adapter_config.json"):
         load(folders["untied"], adapter_path=tmp_path)
     (adapter / "token_tables.safetensors").rename(adapter / "elsewhere")
-    with pytest.raises(InputError, match="there is no file token_tables.safetensors in it"):
+    with pytest.raises(InputError, match="it has no file token_tables.safetensors"):
         load(folders["untied"], adapter_path=adapter)
     (adapter / "token_tables.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(InputError, match="token_tables.safetensors cannot be read"):

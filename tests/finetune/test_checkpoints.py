@@ -242,7 +242,7 @@ def test_a_run_on_a_full_disk_goes_on_and_says_so_and_ends_well_if_there_is_spac
     run(parse("--iters", 6, "--save-every", 2), Fills())
     said = " ".join(capsys.readouterr().out.split())
     assert "not saved checkpoint of step 4 (File exists); " in said
-    assert "step-0000002 is as it was" in said
+    assert "step-0000002 is unchanged" in said
     assert "Not saved: checkpoint of step 4 (File exists). What was trained is saved." in said
     assert names(tmp_path / "adapters") == ["step-0000002", "step-0000006"]
 
@@ -261,7 +261,7 @@ def test_when_what_was_trained_cannot_be_saved_the_run_says_so_and_fails(parse, 
 def test_an_adapter_is_saved_where_there_is_no_room_for_a_checkpoint(parse, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoints, "save", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     run(parse())
-    assert "checkpoint of step 3 (No space left on device); there is no checkpoint to go" in capsys.readouterr().out
+    assert "checkpoint of step 3 (No space left on device); no checkpoint exists to resume" in capsys.readouterr().out
     assert (tmp_path / "adapters" / "adapters.safetensors").exists()
 
 

@@ -72,7 +72,7 @@ def test_bytes_that_are_not_text_are_named(tmp_path):
 
 
 def test_missing_folders_and_files_are_named(tmp_path):
-    for name, message in (("nowhere/at/all", "there is no such folder"), ("", "there is no train.jsonl in it")):
+    for name, message in (("nowhere/at/all", "this folder does not exist"), ("", "it has no train.jsonl")):
         with pytest.raises(InputError, match=message):
             check_data_folder(SimpleNamespace(**DEFAULTS, data=str(tmp_path / name)))
 
@@ -87,7 +87,7 @@ def test_data_sets_of_the_hub_need_the_package_that_loads_them(monkeypatch):
         check_data_folder(args)
     args.hf_dataset = {"path": "imdb"}
     check_data_folder(args)
-    with pytest.raises(InputError, match="there is no such folder"):
+    with pytest.raises(InputError, match="this folder does not exist"):
         check_data_folder(SimpleNamespace(**DEFAULTS, data="./imdb"))
 
 

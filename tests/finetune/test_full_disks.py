@@ -1,4 +1,4 @@
-"""A disk that fills up at any byte of any write: one line, and what was there is as it was.
+"""A disk that fills up at any byte of any write: one line, and what was there is unchanged.
 
 The limit of a process on the size of its files stands for the disk. It holds for writes of Python, of MLX and of the
 tokenizers alike.

@@ -142,7 +142,7 @@ def test_what_is_replaced_is_replaced_whole(parse, four_bits, folders, tmp_path)
         (["--save-path", "{model}"], "is the model itself"),
         (["--save-path", "{adapter}"], "is the adapter itself"),
         (["--save-path", "{adapter}/adapters.safetensors/new"], "adapters.safetensors is a file; give a folder"),
-        (["--adapter-path", "/no/such"], "adapter /no/such: there is no adapter_config.json in it"),
+        (["--adapter-path", "/no/such"], "adapter /no/such: it has no adapter_config.json"),
     ],
 )
 def test_what_cannot_be_fused_is_refused_before_anything_is_written(parse, four_bits, tmp_path, words, message):

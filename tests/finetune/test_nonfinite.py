@@ -43,11 +43,11 @@ def test_the_run_stops_there_and_says_what_to_do(parse, one_bad_row, tables):
 def test_the_state_before_it_is_kept_and_gone_on_from(parse, one_bad_row, tmp_path, capsys, accumulate):
     common = [*one_bad_row, "--iters", 8, "--grad-accumulation-steps", accumulate]
     run(parse(*common, "--on-nonfinite", "skip", adapter="whole"))
-    with pytest.raises(InputError, match=r"step [1-4]: .*--resume goes on before that step"):
+    with pytest.raises(InputError, match=r"step [1-4]: .*--resume continues before that step"):
         run(parse(*common))
     with pytest.raises(InputError, match="--on-nonfinite skip$"):
         run(parse(*common, "--keep-checkpoints", 0, adapter="none"))
-    assert " is saved, and --resume goes on from it" in " ".join(capsys.readouterr().out.split())
+    assert " is saved, and --resume continues from it" in " ".join(capsys.readouterr().out.split())
     run(parse(*common, "--on-nonfinite", "skip", "--resume"))
     whole, resumed = (checkpoints.find(tmp_path / adapter, True) for adapter in ("whole", "adapters"))
     assert resumed.position == whole.position

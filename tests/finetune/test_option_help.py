@@ -7,8 +7,8 @@ import pytest
 from ember_mlx import InputError
 from ember_mlx.commands import geometry, plan
 from ember_mlx.finetune import options
-from ember_mlx.finetune.mlx_lm_internals import actions_of
 from ember_mlx.finetune.option_help import EPILOG, HELP
+from ember_mlx.shared.command_line import actions_of
 
 ENTRIES = {name: entry for group in HELP.values() for name, entry in group.items()}
 PARSER = options.build_parser()

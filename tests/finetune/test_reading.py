@@ -83,10 +83,10 @@ def test_links_out_of_the_folder_and_what_is_no_file_are_not_read(tmp_path):
     (folder / "folder.json").mkdir()
     for name, message in {
         "out.json": "is a link to a file elsewhere, which is not followed",
-        "circle.json": "there is no file",
+        "circle.json": "file circle.json cannot be read",
         "pipe.json": "not an ordinary file",
         "folder.json": "not an ordinary file",
-        "none.json": "there is no file",
+        "none.json": "file none.json cannot be read",
     }.items():
         with pytest.raises(InputError, match=f"here: .*{message}"):
             safe_reading.read_json(folder / name, "here")

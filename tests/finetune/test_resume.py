@@ -148,7 +148,7 @@ def test_a_run_branches_off_from_a_checkpoint_into_another_folder(parse_resumabl
     second = tmp_path / "adapters" / "checkpoints" / "step-0000002"
     run(parse_resumable("--iters", 6, "--resume", second, adapter="branch"))
     assert_same(tmp_path / "adapters", tmp_path / "branch")
-    with pytest.raises(InputError, match="branch: already holds another run; .*, or --resume to go on with it"):
+    with pytest.raises(InputError, match="branch: already holds another run; .*, or --resume to continue it"):
         run(parse_resumable("--iters", 6, "--resume", second, adapter="branch"))
     # In its own folder it goes back: what came later is made again.
     run(parse_resumable("--iters", 5, "--resume", second))
@@ -164,16 +164,16 @@ def test_an_adapter_folder_stands_for_its_newest_good_checkpoint(parse, tmp_path
         assert last_checkpoint(tmp_path / adapter).position.step == 3
     assert [path.name for path in checkpoints.in_folder(folder)] == ["step-0000002", "step-0000003"]
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(InputError, match="--resume .*empty: there is no checkpoint in it; give another"):
+    with pytest.raises(InputError, match="--resume .*empty: it has no checkpoint; give another"):
         run(parse("--resume", tmp_path / "empty", adapter="new"))
     with pytest.raises(InputError, match="--resume '': give the folder of a checkpoint"):
         parse("--resume", "")
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(parse, tmp_path):
-    with pytest.raises(InputError, match="there is no checkpoint in it; start without --resume"):
+    with pytest.raises(InputError, match="it has no checkpoint; start without --resume"):
         run(parse("--resume"))
-    with pytest.raises(InputError, match="--resume .*nowhere: .*there is no such folder; .*has no good one either"):
+    with pytest.raises(InputError, match="--resume .*nowhere: .*this folder does not exist; .*has no good one either"):
         run(parse("--resume", tmp_path / "nowhere"))
     run(parse("--keep-checkpoints", 0))
     assert not (tmp_path / "adapters" / "checkpoints").exists()
@@ -189,8 +189,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_when_asked_for_refused(parse, t
         run(parse("--iters", 4, "--resume", newest, adapter="branch"))
     run(parse("--iters", 5, "--resume"))
     said = capsys.readouterr().out
-    assert "Passed over: checkpoint" in said
-    assert "Going on after step 2" in said
+    assert "Skipped: checkpoint" in said
+    assert "Resuming after step 2" in said
     assert last_checkpoint(tmp_path / "adapters").position.step == 5
 
 
@@ -211,10 +211,10 @@ def test_a_position_that_cannot_be_is_refused_even_with_right_checksums(parse, t
     for change, message in (
         ({"drawn": 4, "step": 4} | {"drawn": 6}, "drawn 6 cannot be"),
         ({"drawn": -1}, "drawn -1 cannot be"),
-        ({"mlx_random": [1, 2, 3]}, "cannot be gone on from"),
-        ({"mlx_random": [1, 2**40]}, "cannot be gone on from"),
-        ({"numpy_random": state | {"position": 10**9}}, "cannot be gone on from"),
-        ({"epoch_random": state | {"keys": "00"}}, "cannot be gone on from"),
+        ({"mlx_random": [1, 2, 3]}, "cannot be resumed from"),
+        ({"mlx_random": [1, 2**40]}, "cannot be resumed from"),
+        ({"numpy_random": state | {"position": 10**9}}, "cannot be resumed from"),
+        ({"epoch_random": state | {"keys": "00"}}, "cannot be resumed from"),
         ({"record": {"losses": {"val_loss": "low"}, "trained_tokens": 1}}, "losses: val_loss is of type str"),
         ({"step": 3}, "is that of step 3"),
     ):

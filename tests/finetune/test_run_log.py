@@ -49,7 +49,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "there is no line in it"),
+        ([], "it has no line"),
         ([json.dumps(train(1))], "line 1: is not the start of a log"),
         (['{"prompt": "a", "completion": "b"}'], "line 1: is not of such a log: its event must be one of"),
         ([json.dumps(start(0)), '{"event": "tr', json.dumps(train(2))], "line 2: is not JSON"),

@@ -69,7 +69,7 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(parse, monkeypatch)
 
 
 def test_with_no_checkpoints_to_keep_it_says_that_there_is_nothing_to_go_on_from(parse):
-    with pytest.raises(Interrupted, match="there is no checkpoint to go on from"):
+    with pytest.raises(Interrupted, match="no checkpoint exists to resume from"):
         run(parse("--iters", 9, "--keep-checkpoints", 0), Sends(signal.SIGINT))
 
 
@@ -166,7 +166,7 @@ def test_the_command_to_go_on_takes_the_checkpoint_of_this_run_and_its_changes(p
         with pytest.raises(Interrupted) as stopped:
             run(parse("--iters", 9, "--save-every", 2, *arguments), Sends(signal.SIGINT, iteration))
         again = stopped.value.resume_words
-        assert f"{shlex.join(again)} goes on from it" in str(stopped.value)
+        assert f"{shlex.join(again)} continues from it" in str(stopped.value)
         return again
 
     folder = tmp_path / "adapters" / "checkpoints"

@@ -74,17 +74,20 @@ def test_without_both_nothing_can_be_compared(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--implementation", "jax"], "--implementation 'jax': there is none of that name; there are mlx cpu, mlx"),
+        (["--implementation", "jax"], "--implementation 'jax': unknown name; the names are mlx cpu, mlx"),
         (
             ["--implementation", "triton interpreted"],
-            "--implementation 'triton interpreted': is not here (needs TRITON",
+            "--implementation 'triton interpreted': cannot run here (needs TRITON",
         ),
-        (["--stream", "noise"], "--stream 'noise': there is none of that name; there are 'zero', 'ones'"),
+        (["--stream", "noise"], "--stream 'noise': unknown name; the names are 'zero', 'ones'"),
         (["--steps", "0"], "--steps 0: must be from 1 to 1010"),
         (["--steps", "65", "--stream", "real head"], "--steps 65: must be from 1 to 64"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--json", "/no/such/folder/report.json"], "--json /no/such/folder/report.json: there is no folder"),
+        (
+            ["--json", "/no/such/folder/report.json"],
+            "--json /no/such/folder/report.json: folder /no/such/folder does not exist",
+        ),
         (["--json", "/"], "--json /: is a folder"),
     ],
 )

@@ -1,0 +1,87 @@
+"""The streamed step as a run takes it: micro-batches gather for one update, and what it costs is told beforehand."""
+
+from collections.abc import Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.watchers import Measurement, StepResult
+from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.shared.errors import InputError
+from ember_mlx.streaming import StreamedStep
+
+__all__ = ["Streamed"]
+
+NOTHING_CHANGED = (("loss",), ("gradient norm",))  # what StreamedStep calls a step that was left out as a whole
+
+
+class Streamed:
+    """:class:`ember_mlx.streaming.StreamedStep` with the call of :class:`ember_mlx.finetune.step.Step`.
+
+    Args:
+        model (Module): What trains; frozen and unfrozen already.
+        optimizer (GuardedOptimizer or PairedOptimizer): Made of ``model``.
+        args: The run's options.
+
+    Raises:
+        InputError: for a model that cannot be differentiated, an optimizer that needs all gradients at once, and
+            several workers.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, args: Options):
+        workers = mx.distributed.init().size()
+        if workers > 1:
+            raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
+        self.args = args
+        try:
+            self.step = StreamedStep(
+                model.train(),
+                optimizer,
+                clip_norm_pass=args.clip_grad_norm is not None,
+                clip_layer_norm=args.clip_layer_norm,
+                keep_inputs=args.keep_inputs or 1,
+            )
+        except InputError as error:
+            raise InputError(f"--stream: {error}; --no-stream takes an ordinary step") from error
+        self._gathered = []
+
+    @property
+    def notes(self) -> list[str]:
+        """What is special about streaming this run, in words."""
+        args, included = self.args, [name for name in ("grad_checkpoint", "chunked_loss") if getattr(self.args, name)]
+        notes = list(self.step.notes)
+        if included:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in included)
+            notes.append(f"{flags}: streaming includes {'them' if len(included) > 1 else 'it'}")
+        if args.clip_grad_norm is not None:
+            notes.append("--clip-grad-norm: exact, by a backward pass more: a step takes about 75 % longer")
+        return notes
+
+    def __call__(
+        self, batch: tuple[mx.array, ...], last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
+    ) -> StepResult:
+        """Take one batch; update the weights if it is the last that is gathered.
+
+        Raises:
+            InputError: for ``measurements``: there are no whole gradients to measure.
+        """
+        if measurements:
+            names = ", ".join(each.name for each in measurements)
+            raise InputError(f"--stream: no step has whole gradients, which {names} measures; use --no-stream")
+        self._gathered.append(batch)
+        if not last_of_accumulation:
+            return StepResult(mx.array(0.0), mx.array(0), updated=False, nonfinite=False, measurements={}, batches=0)
+        batches, self._gathered = self._gathered, []
+        result = self.step.accumulated(batches)
+        left_out = result.nonfinite in NOTHING_CHANGED
+        return StepResult(
+            mx.array(result.loss),
+            mx.array(result.tokens),
+            updated=not left_out,
+            nonfinite=bool(result.nonfinite),
+            measurements={},
+            unstepped=() if left_out else result.nonfinite,
+            batches=len(batches),
+        )

@@ -1,0 +1,79 @@
+"""Command lines: help in groups, with every default, and errors in one line."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from ember_mlx.shared.errors import InputError, did_you_mean
+
+__all__ = ["Help", "actions_of", "describe", "with_one_line_errors"]
+
+# {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
+Help = Mapping[str, Mapping[str, tuple[str | None, str]]]
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Texts start in one column that leaves them room, and indented lines, which are examples, stay as they are."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text, width, indent):
+        fold = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
+        lines = text.splitlines()
+        return "\n".join(line if line.startswith(" ") else fold(line, width, indent) for line in lines)
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The options of a parser. argparse keeps this list to itself, and has no other."""
+    return parser._actions
+
+
+def describe(
+    parser: argparse.ArgumentParser, texts: Help, defaults: Mapping[str, Any] | None = None
+) -> argparse.ArgumentParser:
+    """The same parser, whose help shows its options in groups with these texts and their defaults.
+
+    Args:
+        parser: Has all options that ``texts`` names; its errors become InputErrors.
+        texts: "Default: X." is added to each that says neither this nor "Required".
+        defaults: By name, where they are not the parser's own.
+    """
+    actions = {action.dest: action for action in actions_of(parser)}
+    for title, options in texts.items():
+        group = parser.add_argument_group(title)
+        for name, (metavar, text) in options.items():
+            action = actions[name]
+            action.metavar = metavar
+            default = action.default if defaults is None else defaults[name]
+            action.help = _with_default(text, default).replace("%", "%%")
+            for other in parser._action_groups:  # argparse has no call that moves an option
+                if action in other._group_actions:
+                    other._group_actions.remove(action)
+            group._group_actions.append(action)
+    parser.formatter_class = HelpFormatter
+    return with_one_line_errors(parser)
+
+
+def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same parser, which raises InputError where argparse would print its usage and exit."""
+
+    def error(message):
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [flag for action in actions_of(parser) for flag in action.option_strings]
+            # Of "--lerning-rate 1e-4" argparse names both words.
+            words = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
+            message += next(filter(None, (did_you_mean(word, flags) for word in words)), "")
+        raise InputError(f"{message}; {parser.prog} --help lists the options")
+
+    parser.error = error
+    return parser
+
+
+def _with_default(text, value):
+    if "Default:" in text or "Required" in text:
+        return text
+    if isinstance(value, bool):
+        return f"{text} Default: {'on' if value else 'off'}."
+    return f"{text} Default: {f'{value:g}' if isinstance(value, float) else value}."
