@@ -91,6 +91,15 @@ FUNCTION void read_as_float(Pointer from, int64_t step, int64_t left, thread flo
     #pragma unroll
     for (int v = 0; v < N; v++) x[v] = v < left ? static_cast<float>(from[v * step]) : 0.0f;
 }
+
+// N neighbours, or as many as are left, each of which T holds exactly.
+template <int N, typename T, typename Pointer>
+FUNCTION void write_from_float(Pointer to, int64_t left, thread const float* x) {
+    if (left >= N && aligned<N>(to)) return write_together<N, T>(to, x);
+    #pragma unroll
+    for (int v = 0; v < N; v++)
+        if (v < left) to[v] = static_cast<T>(x[v]);
+}
 """
 
 

@@ -1,10 +1,11 @@
-"""One pass of Sinkhorn's normalization by factors: row norms, row factors, and column sums with these, in one kernel.
+"""One pass of Sinkhorn's normalization by factors: norms of the rows, then sums of squares down the columns.
 
-As plain operations a pass needs the squares of the gradient as a float32 matrix. Here a threadgroup takes ``ROWS`` rows
-of a matrix and reads them twice, the second time from the cache: first for the norms of the rows, weighted by the
-column factors ``b``, which give the new row factors ``a``; then for its sums of squares down the columns, weighted by
-those. The layout of the threads is that of ``statistics``, for contiguous gradients and transposed ones. All sums are
-float32, in an order that the text fixes, without atomics: the same input gives the same bits.
+As plain operations a pass needs the squares of the gradient as a float32 matrix. Here it is read twice, by one text. Of
+the rows, weighted by the column factors ``b``, a simdgroup takes one at a time, and ``a`` is made of their norms. Of
+the columns, weighted by the new ``a``, a thread takes ``VECTOR``, down 64 rows. The columns go from the last rows to
+the first, since the last are still in the cache. Gradients may lie in memory in any way; transposed ones, whose columns
+lie side by side, are read along their columns. All sums are float32, in an order that the text fixes, without atomics:
+the same input gives the same bits.
 """
 
 import math
@@ -14,97 +15,112 @@ import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-__all__ = ["differences", "rows_then_columns"]
+__all__ = ["differences", "launch", "rows_then_columns"]
 
-ROWS = 64  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a matrix of 16 bits
+# Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 64 rows take 2 / 64 of a matrix of 16
+# bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
+ROWS, ROWS_OF_COLUMNS = 16, 64
 
 # The body of the kernel, in Metal's words.
 SOURCE = """
-    constexpr int DOWN = ROWS / SIMDGROUP;
-    const int thread_index = thread_position_in_threadgroup.x;
-    const int threads = threads_per_threadgroup.x, simdgroups = threads / SIMDGROUP;
+    const int thread_index = thread_position_in_threadgroup.x, threads = threads_per_threadgroup.x;
     const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
+    const int simdgroups = threads / SIMDGROUP;
     const int64_t height = g_shape[1], columns = g_shape[2], row_step = g_strides[1], column_step = g_strides[2];
-    const int64_t groups = (height + ROWS - 1) / ROWS, group = threadgroup_position_in_grid.x;
-    const int64_t matrix = group / groups, first = (group % groups) * ROWS;
-    const int64_t corner = matrix * g_strides[0] + first * row_step;
+    const int64_t groups = (height + ROWS - 1) / ROWS, width = OF_COLUMNS ? threads * VECTOR : columns;
+    const int64_t tiles = (columns + width - 1) / width, last = g_shape[0] * groups * tiles - 1;
+    // From the last to the first: what the sums of rows have read last is still in the cache.
+    const int64_t tile = OF_COLUMNS ? last - threadgroup_position_in_grid.x : threadgroup_position_in_grid.x;
+    const int64_t group = tile / tiles, matrix = group / groups, first = (group % groups) * ROWS;
+    const int64_t left_column = (tile % tiles) * width, corner = matrix * g_strides[0] + first * row_step;
     const int rows = height - first < ROWS ? height - first : ROWS;
     const bool along_rows = row_step != 1 || column_step == 1;
+    // Of columns that lie side by side in memory, a simdgroup takes so many, with so many lanes each.
+    constexpr int CHUNKS = ROWS / VECTOR, SIDE_BY_SIDE = SIMDGROUP / CHUNKS;
+    const int down = lane % CHUNKS * VECTOR;
+
     threadgroup float row_sums[ROWS][MOST_SIMDGROUPS];
-    threadgroup float factors[ROWS];
 
-    if (along_rows) {
-        for (int64_t start = 0; start < columns; start += threads * VECTOR) {
-            const int64_t j = start + thread_index * VECTOR;
-            float weights[VECTOR];
-            read_as_float<VECTOR>(b + matrix * columns + j, 1, columns - j, weights);
-            for (int i = 0; i < rows; i++) {
-                float x[VECTOR], sum = 0;
-                read_as_float<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
-                #pragma unroll
-                for (int v = 0; v < VECTOR; v++) sum += (x[v] * weights[v]) * (x[v] * weights[v]);
-                #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                if (lane == 0) row_sums[i][simdgroup] = start == 0 ? sum : row_sums[i][simdgroup] + sum;
-            }
-        }
-    } else {
-        // A simdgroup takes a column at a time, and a lane DOWN rows of it.
-        const int i = lane * DOWN;
-        float sums[DOWN] = {};
-        for (int64_t j = simdgroup; j < columns; j += simdgroups) {
-            const float weight = b[matrix * columns + j];
-            float x[DOWN];
-            read_as_float<DOWN>(g + corner + i + j * column_step, 1, rows - i, x);
-            #pragma unroll
-            for (int v = 0; v < DOWN; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
-        }
-        for (int v = 0; v < DOWN; v++) row_sums[i + v][simdgroup] = sums[v];
-    }
-
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = thread_index; i < ROWS; i += threads) {
-        factors[i] = 0;
-        if (i < rows) {
-            float sum = 0;
-            for (int k = 0; k < simdgroups; k++) sum += row_sums[i][k];
-            const float norm = sqrt(sum), before = a[matrix * height + first + i];
-            const float wanted = sqrt(static_cast<float>(columns));
-            factors[i] = norm == 0 ? 0.0f : before * wanted / (before * norm + eps[0]);
-            new_a[matrix * height + first + i] = factors[i];
-        }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    if (along_rows) {
-        for (int64_t start = 0; start < columns; start += threads * VECTOR) {
-            const int64_t j = start + thread_index * VECTOR;
+    if (OF_COLUMNS) {
+        if (along_rows) {
+            const int64_t j = left_column + thread_index * VECTOR;
             float sums[VECTOR] = {};
+            #pragma unroll 4
             for (int i = 0; i < rows; i++) {
+                const float weight = weights[matrix * height + first + i];
                 float x[VECTOR];
                 read_as_float<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
                 #pragma unroll
-                for (int v = 0; v < VECTOR; v++) sums[v] += (x[v] * factors[i]) * (x[v] * factors[i]);
+                for (int v = 0; v < VECTOR; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
             }
             #pragma unroll
             for (int v = 0; v < VECTOR; v++)
-                if (j + v < columns) column_sums[group * columns + j + v] = sums[v];
+                if (j + v < columns) sums_of_lines[group * columns + j + v] = sums[v];
+        } else {
+            float weight[VECTOR];
+            read_as_float<VECTOR>(weights + matrix * height + first + down, 1, rows - down, weight);
+            for (int k = simdgroup * SIDE_BY_SIDE; k < width; k += simdgroups * SIDE_BY_SIDE) {
+                const int64_t j = left_column + k + lane / CHUNKS;
+                float x[VECTOR], sum = 0;
+                read_as_float<VECTOR>(g + corner + down + j * column_step, 1, j < columns ? rows - down : 0, x);
+                #pragma unroll
+                for (int v = 0; v < VECTOR; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+                #pragma unroll
+                for (int distance = CHUNKS / 2; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
+                if (down == 0 && j < columns) sums_of_lines[group * columns + j] = sum;
+            }
         }
     } else {
-        const int i = lane * DOWN;
-        for (int64_t j = simdgroup; j < columns; j += simdgroups) {
-            float x[DOWN], sum = 0;
-            read_as_float<DOWN>(g + corner + i + j * column_step, 1, rows - i, x);
+        if (along_rows) {
+            for (int i = simdgroup; i < rows; i += simdgroups) {
+                float sum = 0;
+                #pragma unroll 4
+                for (int64_t j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
+                    float x[VECTOR], weight[VECTOR];
+                    read_as_float<VECTOR>(weights + matrix * columns + j, 1, columns - j, weight);
+                    read_as_float<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
+                    #pragma unroll
+                    for (int v = 0; v < VECTOR; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+                }
+                #pragma unroll
+                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
+                if (lane == 0) row_sums[i][0] = sum;
+            }
+        } else {
+            float sums[VECTOR] = {};
+            for (int64_t start = simdgroup * SIDE_BY_SIDE; start < columns; start += simdgroups * SIDE_BY_SIDE) {
+                const int64_t j = start + lane / CHUNKS;
+                const float weight = j < columns ? weights[matrix * columns + j] : 0.0f;
+                float x[VECTOR];
+                read_as_float<VECTOR>(g + corner + down + j * column_step, 1, j < columns ? rows - down : 0, x);
+                #pragma unroll
+                for (int v = 0; v < VECTOR; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
+            }
             #pragma unroll
-            for (int v = 0; v < DOWN; v++) sum += (x[v] * factors[i + v]) * (x[v] * factors[i + v]);
-            #pragma unroll
-            for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-            if (lane == 0) column_sums[group * columns + j] = sum;
+            for (int v = 0; v < VECTOR; v++) {
+                #pragma unroll
+                for (int distance = CHUNKS; distance < SIMDGROUP; distance *= 2)
+                    sums[v] += simd_shuffle_xor(sums[v], distance);
+                if (lane < CHUNKS) row_sums[down + v][simdgroup] = sums[v];
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (int i = thread_index; i < rows; i += threads) {
+            float sum = 0;
+            for (int k = 0; k < (along_rows ? 1 : simdgroups); k++) sum += row_sums[i][k];
+            const int64_t row = matrix * height + first + i;
+            const float norm = sqrt(sum), factor = before[row], wanted = sqrt(static_cast<float>(columns));
+            sums_of_lines[row] = norm == 0 ? 0.0f : factor * wanted / (factor * norm + eps[0]);
         }
     }
 """
 
-TEXT = Text(name="ember_sinkhorn", inputs=("g", "a", "b", "eps"), outputs=("new_a", "column_sums"), source=SOURCE)
+TEXT = Text(
+    name="ember_sinkhorn",
+    inputs=("g", "weights", "before", "eps"),
+    outputs=("sums_of_lines",),
+    source=SOURCE,
+)
 
 
 def rows_then_columns(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tuple[mx.array, mx.array]:
@@ -118,30 +134,35 @@ def rows_then_columns(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tupl
         eps (float): Added to the norms of the rows of ``a * g * b``.
     """
     matrices, _, columns = g.shape
-    inputs = [g, mx.contiguous(a), mx.contiguous(b), mx.array([eps], mx.float32)]
-    new_a, column_sums = kernel(TEXT)(inputs=inputs, **launch(g))
-    return new_a, column_sums.reshape(matrices, -1, columns).sum(axis=1)
+    before, least = mx.contiguous(a), mx.array([eps], mx.float32)
+    (new_a,) = kernel(TEXT)(inputs=[g, mx.contiguous(b), before, least], **launch(g, of_columns=False))
+    (sums,) = kernel(TEXT)(inputs=[g, new_a, before, least], **launch(g, of_columns=True))
+    return new_a, sums.reshape(matrices, -1, columns).sum(axis=1)
 
 
-def launch(g: mx.array) -> dict[str, Any]:
-    """What the kernel is called with for ``g``: its constants, the size of its grid, and its outputs."""
+def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
+    """What the kernel is called with for ``g``: its constants, the size of its grid, and its output."""
     matrices, rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
-    threads = min(MOST_THREADS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
-    groups = matrices * -(-rows // ROWS)
+    threads, height, tiles = MOST_THREADS, ROWS, 1
+    if of_columns:
+        threads = min(MOST_THREADS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
+        height, tiles = ROWS_OF_COLUMNS, -(-columns // (threads * vector))
+    groups = matrices * -(-rows // height)
     constants = {
         "T": g.dtype,  # not in the text, but MLX's CUDA backend keeps compiled kernels by their name and these alone
+        "OF_COLUMNS": int(of_columns),
         "VECTOR": vector,
-        "ROWS": ROWS,
+        "ROWS": height,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }
     return {
         "template": list(constants.items()),
-        "grid": (groups * threads, 1, 1),
+        "grid": (groups * tiles * threads, 1, 1),
         "threadgroup": (threads, 1, 1),
-        "output_shapes": [(matrices, rows), (groups, columns)],
-        "output_dtypes": [mx.float32, mx.float32],
+        "output_shapes": [(groups, columns) if of_columns else (matrices, rows)],
+        "output_dtypes": [mx.float32],
     }
 
 
@@ -151,7 +172,7 @@ def differences(dtype: mx.Dtype) -> str | None:
     They have more than one threadgroup of rows, more columns than its threads take at once, and odd sizes, and lie in
     memory as most gradients do, and then transposed.
     """
-    shape = (2, ROWS + 3, MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37)
+    shape = (2, ROWS_OF_COLUMNS + 3, MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37)
     g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[1])[:, None]
     g = g.astype(dtype)
     a, b = (mx.broadcast_to(mx.linspace(0.5, 3, length), (2, length)) for length in shape[1:])

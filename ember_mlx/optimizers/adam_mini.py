@@ -18,12 +18,14 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ember_mlx import kernels
-from ember_mlx.optimizers import module_roles
+from ember_mlx.optimizers import adam_mini_kernel, module_roles
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from ember_mlx.optimizers.ember import bias_correction, mean_squares, update_second_moment
+from ember_mlx.optimizers.in_float32 import kernel_of_its_own
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
@@ -58,6 +60,8 @@ def adam_mini_step(
     Returns:
         The new ``w`` in its own dtype, and the new ``m`` and ``v``.
     """
+    if kernel_takes(w, g, m, v, beta1, beta2):
+        return step_by_kernel(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay)
     v = update_second_moment(v, block_mean_squares(g, v.shape), beta2)
     denominator = mx.sqrt(v / bias_correction(t, beta2)) + eps
     rates = spread(learning_rate / bias_correction(t, beta1) / denominator, w.shape)
@@ -65,6 +69,48 @@ def adam_mini_step(
     update = update_weights if isinstance(m, mx.array) else update_in_pieces
     w_new, m = update(rows, as_rows(g), m if isinstance(m, tuple) else as_rows(m), rates, beta1, decay)
     return w_new.reshape(w.shape), m if isinstance(m, tuple) else m.reshape(w.shape), v
+
+
+def kernel_takes(
+    w: mx.array, g: mx.array, m: mx.array | tuple[mx.array, mx.array], v: mx.array, beta1: float, beta2: float
+) -> bool:
+    """Whether there is a GPU kernel for such a step: rows of one rate, which 8-bit momentum fills with whole groups."""
+    fits = v.shape[-1:] in ((), (1,)) and (isinstance(m, mx.array) or as_rows(w).shape[1] % GROUP == 0)
+    usual = w.dtype != mx.float16 and min(beta1, beta2) >= 0.5
+    return fits and usual and kernels.usable(adam_mini_kernel, w.dtype, g.dtype)
+
+
+def step_by_kernel(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array | tuple[mx.array, mx.array],
+    v: mx.array,
+    t: mx.array,
+    learning_rate: float | mx.array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | mx.array,
+) -> tuple[mx.array, mx.array | tuple[mx.array, mx.array], mx.array]:
+    """As ``adam_mini_step``, each weight read and written once; where blocks are no rows, after their means."""
+    rows_are_blocks = v.shape[:-1] == w.shape[:-1]
+    if not rows_are_blocks:
+        v = update_second_moment(v, block_mean_squares(g, v.shape), beta2)
+    numbers = adam_mini_kernel.Numbers(
+        learning_rate / bias_correction(t, beta1),
+        1 - learning_rate * weight_decay,
+        1 - beta1,
+        1 - beta2,
+        bias_correction(t, beta2),
+        eps,
+    )
+    codes, scales = m if isinstance(m, tuple) else (as_rows(m), None)
+    of_rows = spread(v, w.shape).reshape(-1)
+    new, codes, scales, of_rows = adam_mini_kernel.step_rows(
+        as_rows(w), as_rows(g), codes, scales, of_rows, numbers, rows_are_blocks
+    )
+    m = codes.reshape(w.shape) if scales is None else (codes, scales)
+    return new.reshape(w.shape), m, of_rows.reshape(v.shape) if rows_are_blocks else v
 
 
 def block_mean_squares(g: mx.array, blocks: tuple[int, ...]) -> mx.array:
@@ -102,8 +148,11 @@ def spread(of_blocks: mx.array, shape: tuple[int, ...]) -> mx.array:
 def update_weights(
     w: mx.array, g: mx.array, m: mx.array, rates: mx.array, beta1: float, decay: float | mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it."""
-    m = update_second_moment(m, g.astype(mx.float32), beta1)
+    """The new weights, rounded once to their dtype, and the new momentum: ``rates`` has the denominators in it.
+
+    Each from a kernel of its own, which may then write over the old ones, where nobody holds them.
+    """
+    m = kernel_of_its_own(update_second_moment(m, g.astype(mx.float32), beta1))
     return (decay * w.astype(mx.float32) - rates * m).astype(w.dtype), m
 
 
@@ -111,15 +160,29 @@ def update_in_pieces(
     w: mx.array, g: mx.array, m: tuple[mx.array, mx.array], rates: mx.array, beta1: float, decay: float | mx.array
 ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
     """As ``update_weights`` with ``m`` as codes and scales: whole in float32 for a few rows at a time alone."""
-    columns = w.shape[1]
-    new, codes, scales = mx.array(w), mx.array(m[0]), mx.array(m[1])
+    columns, new, part = w.shape[1], mx.array(w), w
+    for rows in pieces(w):
+        part, _ = update_weights(*piece_of(w, g, m, rates, rows, part), beta1, decay)
+        new[rows] = part
+    # The momentum once more, from the codes on: MLX would keep the new codes until all weights are new.
+    w, g, rates, *m = mx.depends([w, g, rates, *m], [new])
+    codes, scales = mx.array(m[0]), mx.array(m[1])
     for rows in pieces(w):
         groups = slice(rows.start * columns // GROUP, groups_of(rows.stop * columns))
-        old = decode_momentum(m[0][groups], m[1][groups], (rows.stop - rows.start, columns))
-        of_rows = rates[rows] if len(rates) > 1 else rates
-        new[rows], momentum = update_weights(w[rows], g[rows], old, of_rows, beta1, decay)
-        codes[groups], scales[groups] = encode_momentum(momentum)
+        _, part = update_weights(*piece_of(w, g, m, rates, rows, part), beta1, decay)
+        part, scales[groups] = encode_momentum(part)
+        codes[groups] = part
     return new, (codes, scales)
+
+
+def piece_of(
+    w: mx.array, g: mx.array, m: tuple[mx.array, mx.array], rates: mx.array, rows: slice, before: mx.array
+) -> list[mx.array]:
+    """Some rows of the weights, of their gradient, of their momentum in float32, and of the rates: after ``before``."""
+    groups = slice(rows.start * w.shape[1] // GROUP, groups_of(rows.stop * w.shape[1]))
+    arrays = [w[rows], g[rows], m[0][groups], m[1][groups], rates[rows] if len(rates) > 1 else rates]
+    w, g, *m, rates = mx.depends(arrays, [before])
+    return [w, g, decode_momentum(*m, w.shape), rates]
 
 
 def pieces(w: mx.array) -> list[slice]:
@@ -207,6 +270,8 @@ class AdamMini(BodyOptimizer):
     def init(self, parameters: Tree) -> None:
         super().init(parameters)
         kernels.try_all(kernels.statistics, parameters)
+        for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)} - {mx.float16}:
+            kernels.usable(adam_mini_kernel, dtype, dtype)
 
     def state_of(self, path: str, parameter: mx.array) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         shape, size = parameter.shape, parameter.size

@@ -93,19 +93,19 @@ def flash_step(stored: Stored, g: mx.array, numbers: Numbers, published: bool = 
     block = max(FEWEST_GROUPS, -(-len(g) // MOST_BLOCKS))
     if len(g) <= block:
         return flash_block(stored, g, numbers, published)
-    new = [None if array is None else mx.array(array) for array in stored]
-    before = [g]
-    for first in range(0, len(g), block):
-        rows = slice(first, first + block)
-        old = Stored(*(None if array is None else array[rows] for array in stored))
-        # All of a block before anything of the next one: else MLX makes all weights first, and keeps every moment.
-        (g_block,) = mx.depends([g[rows]], before)
-        made = flash_block(old, g_block, numbers, published)
-        before = [array for array in made if array is not None]
-        for array, part in zip(new, made, strict=True):
-            if part is not None:
-                array[rows] = part
-    return Stored(*new)
+    names = [name for name, array in stored._asdict().items() if array is not None]
+    made = {}
+    for name in names:
+        # One array of the result after another, each from the decoding on: of several, the blocks of one would wait
+        # in memory until all blocks of another are in their places.
+        arrays = mx.depends([g, *(getattr(stored, name) for name in names)], list(made.values()) or [g])
+        made[name], part = mx.array(getattr(stored, name)), g
+        for first in range(0, len(g), block):
+            blocks = mx.depends([array[first : first + block] for array in arrays], [part])
+            old = Stored(**dict.fromkeys(Stored._fields) | dict(zip(names, blocks[1:], strict=True)))
+            part = getattr(flash_block(old, blocks[0], numbers, published), name)
+            made[name][first : first + block] = part
+    return Stored(**dict.fromkeys(Stored._fields) | made)
 
 
 def flash_block(stored: Stored, g: mx.array, numbers: Numbers, published: bool) -> Stored:

@@ -15,7 +15,7 @@ from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 from ember_mlx.optimizers.split_weights import join
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["differences", "flash_step"]
+__all__ = ["FUNCTIONS", "MOST_FLIPPED", "differences", "flash_step"]
 
 VECTOR = 4  # weights of a thread
 MOST_FLIPPED = 0.02  # codes that a float32 rounding moves to their neighbour
@@ -89,15 +89,8 @@ SOURCE = """
     }
     write_together<VECTOR, M>(new_m + at, first);
     if (ADAMW) write_together<VECTOR, V>(new_v + at, second);
-    if (left >= VECTOR) {
-        write_together<VECTOR, W>(new_w + at, y);
-        if (SPLIT) write_together<VECTOR, M>(new_rest + at, r);
-    } else {
-        for (int i = 0; i < left; i++) {
-            new_w[at + i] = static_cast<W>(y[i]);
-            if (SPLIT) new_rest[at + i] = static_cast<M>(r[i]);
-        }
-    }
+    write_from_float<VECTOR, W>(new_w + at, left, y);
+    if (SPLIT) write_from_float<VECTOR, M>(new_rest + at, left, r);
 """
 
 # As in companded.py and split_weights.py, number by number. A NaN is the largest, and its code is 0.

@@ -17,7 +17,7 @@ In float16 Adam's eps of 1e-8 is 0, and a second moment below 6e-8 too: its firs
 import mlx.core as mx
 from mlx.optimizers import Adam, AdamW, MultiOptimizer, Optimizer
 
-__all__ = ["adam_step", "in_float32", "in_place", "stock_in_float32"]
+__all__ = ["adam_step", "in_float32", "in_place", "kernel_of_its_own", "stock_in_float32"]
 
 
 def stock_in_float32(optimizer: Optimizer) -> None:
@@ -112,8 +112,8 @@ def adam_step(
     b1, b2 = betas
     if weight_decay is not None:
         w = w * (1 - learning_rate * weight_decay)
-    new_m = _kernel_of_its_own((b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype))
-    new_v = _kernel_of_its_own((b2 * v.astype(g.dtype) + (1 - b2) * mx.square(g)).astype(v.dtype))
+    new_m = kernel_of_its_own((b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype))
+    new_v = kernel_of_its_own((b2 * v.astype(g.dtype) + (1 - b2) * mx.square(g)).astype(v.dtype))
     m, v = new_m.astype(g.dtype), new_v.astype(g.dtype)
     if not bias_correction:
         return w - learning_rate * m / (mx.sqrt(v) + eps), new_m, new_v
@@ -126,6 +126,6 @@ def _wide(array):
     return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array
 
 
-def _kernel_of_its_own(array):
-    """Views cost nothing, and nothing is fused across them."""
+def kernel_of_its_own(array: mx.array) -> mx.array:
+    """The same array, made by a kernel of its own: views cost nothing, and ``mx.compile`` fuses nothing across them."""
     return array[None].squeeze(0)

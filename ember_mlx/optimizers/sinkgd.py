@@ -27,6 +27,9 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["Norms", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
 
+# MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
+MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15
+
 Norms = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 """From factors (a, b) to the next a, and the norms of the columns of the gradient times it."""
 
@@ -66,13 +69,21 @@ def sinkhorn_factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx
 
 
 def norms_by_products(g: mx.array, eps: float) -> Norms:
-    """(a, b) -> the next a, and the norms of the columns of g times it; two products with g squared, a float32 copy."""
-    squares = mx.square(g.astype(mx.float32))
+    """(a, b) -> the next a, and the norms of the columns of g times it; products with g squared, block by block."""
+    m, n = g.shape[-2:]
+    block = max(1, max(SMALLEST_BLOCK, g.size // MOST_BLOCKS) // (g.size // m))
 
     def rows_then_columns(a, b):
-        row_norms = mx.sqrt((squares @ mx.square(b)[..., None])[..., 0])
-        a = rescaled(a, row_norms, g.shape[-1], eps)
-        return a, mx.sqrt((mx.square(a)[..., None, :] @ squares)[..., 0, :])
+        new_a, sums = [], mx.zeros(b.shape)
+        for first in range(0, m, block):
+            rows = slice(first, first + block)
+            # The sums of the block before come first: one block of squares is alive at a time.
+            (part,) = mx.depends([g[..., rows, :]], [sums])
+            squares = mx.square(part.astype(mx.float32))
+            row_norms = mx.sqrt((squares @ mx.square(b)[..., None])[..., 0])
+            new_a.append(rescaled(a[..., rows], row_norms, n, eps))
+            sums = sums + (mx.square(new_a[-1])[..., None, :] @ squares)[..., 0, :]
+        return mx.concatenate(new_a, axis=-1), mx.sqrt(sums)
 
     return rows_then_columns
 

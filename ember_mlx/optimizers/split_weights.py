@@ -8,9 +8,10 @@ resolution is 1.5e-5 of a weight: at 1e-7 it fails too.
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx.optimizers.body import Tree
+from ember_mlx.optimizers.in_float32 import kernel_of_its_own
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
@@ -25,12 +26,14 @@ def split(w: mx.array) -> tuple[mx.array, mx.array]:
     """The weights ``w``, float32, as bfloat16 and its rest, int8: each in the shape of ``w``.
 
     The rest is 0 where a weight is not finite, is beyond the largest bfloat16, or is too small for half a unit to be a
-    normal float32 (under 2^-118).
+    normal float32 (under 2^-118). MLX fuses 11 operations in a row at the most: there are no more in any of the three.
     """
-    low = w.astype(mx.bfloat16)
-    rest = STEPS * mx.clip((w - low.astype(mx.float32)) / half_unit(low), -1, 1)
-    rest = mx.sign(rest) * mx.floor(mx.abs(rest) + 0.5)  # half away from zero
-    return low, mx.where(mx.isfinite(rest), rest, 0).astype(mx.int8)
+    low = kernel_of_its_own(w.astype(mx.bfloat16))
+    half = kernel_of_its_own(half_unit(low).astype(mx.bfloat16))  # a power of two
+    over = w + (-low).astype(mx.float32)  # by -low: MLX would else keep low in float32 for its two uses
+    part = mx.abs(over) / half  # at most 1, of what is to have a rest
+    rest = mx.sign(over) * mx.floor(STEPS * mx.where(part <= 1, part, 0) + 0.5)  # half away from zero
+    return low, rest.astype(mx.int8)
 
 
 def join(low: mx.array, rest: mx.array) -> mx.array:
@@ -44,9 +47,9 @@ def half_unit(low: mx.array) -> mx.array:
 
     From its neighbour, not from its bits: MLX fuses no reading of bits with the operations around it.
     """
-    magnitude = mx.abs(low.astype(mx.float32))
-    half = ((magnitude * NEXT).astype(mx.bfloat16).astype(mx.float32) - magnitude) / 2
-    return mx.maximum(half, SMALLEST_NORMAL)
+    value = low.astype(mx.float32)
+    unit = mx.abs((value * NEXT).astype(mx.bfloat16).astype(mx.float32) - value)
+    return mx.maximum(unit / 2, SMALLEST_NORMAL)
 
 
 class SplitWeights(Optimizer):
@@ -86,9 +89,7 @@ class SplitWeights(Optimizer):
         self._schedulers = optimizer._schedulers
 
     def init(self, parameters: Tree) -> None:
-        parameters = tree_flatten(parameters)
-        check_some_are_bfloat16("SplitWeights", parameters)
-        parameters = tree_unflatten(parameters)
+        check_some_are_bfloat16("SplitWeights", tree_flatten(parameters))
         self.optimizer.init(tree_map(_float32, parameters))
         tree_map_with_path(_start_rest, parameters, self.state)
         self._initialized = True
@@ -143,7 +144,7 @@ def _start_rest(path, parameter, state):
 
 
 def _exact(parameter, state):
-    return join(parameter, state["rest"]) if "rest" in state else parameter
+    return kernel_of_its_own(join(parameter, state["rest"])) if "rest" in state else parameter
 
 
 def _kept(new, state):
