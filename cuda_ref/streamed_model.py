@@ -145,6 +145,6 @@ def _tensors(values):
 
 def _error(why):
     return InputError(
-        f"StreamedBackward.accumulate: {why}, so gradients cannot be added up layer by layer: give all sequences in "
-        "one call, with gradient checkpointing"
+        f"StreamedBackward.accumulate: {why}; gradients cannot be added up layer by layer. Give all sequences in one "
+        "call, with gradient checkpointing"
     )

@@ -156,7 +156,7 @@ def test_what_cannot_be_accumulated_is_refused_and_nothing_changes():
         model = Twice(how)
         streamed = StreamedBackward(model, paired(model, ADAMW))
         before = bits(*model.parameters())
-        with pytest.raises(InputError, match=f"{says}.*give all sequences in one call"):
+        with pytest.raises(InputError, match=f"{says}.*Give all sequences in one call"):
             streamed.accumulate([(ids, labels) for ids, labels in micro_batches()])
         with pytest.raises(InputError, match="no micro-batch"):
             streamed.accumulate([])

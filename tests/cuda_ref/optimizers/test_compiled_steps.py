@@ -77,8 +77,8 @@ def test_it_is_one_graph_with_the_bits_of_the_eager_step(kind):
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# C++ takes a minute to compile all of them; each is compiled on a GPU.
-FUSED = [pytest.param(kind, "cpu", "eager") for kind in ("AdamMini", "SAGE")]
+# C++ takes a minute to compile all of them, so on a CPU one is; on a GPU each.
+FUSED = [pytest.param("SAGE", "cpu", "eager")]
 FUSED += [pytest.param(kind, "cuda", name, marks=needs_cuda) for kind in KINDS for name in ("eager", "triton")]
 
 
