@@ -33,7 +33,8 @@ def planned(row: str, backend: str) -> Plan:
 
 def planned_stream(row: str, backend: str) -> Plan:
     model = read_architecture(streaming_rows.config_of(row), row)
-    run = run_of(options.parse([*streaming_rows.words_of(row), *streaming_rows.streaming_words_of(row)]), model)
+    args = options.parse([*streaming_rows.words_of(row), *streaming_rows.streaming_words_of(row)])
+    run = run_of(args | {"optimizer_config": streaming_rows.optimizer_config_of(row)}, model)
     found = plan(model, run, backend)
     return replace(found, peak=max(found.phases.values()))  # of the step: it was not validated
 
