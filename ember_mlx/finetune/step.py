@@ -88,7 +88,7 @@ class Step:
         if not last_of_accumulation:
             self.accumulated = gradients
             mx.eval(loss, tokens, mx.random.state)
-            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         norm = norm_of(squares) if self._judges else None
         old = dict(tree_flatten(self._changing()))
@@ -98,7 +98,7 @@ class Step:
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
         mx.eval(loss, tokens, mx.random.state)
-        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
         if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
             evaluate_paced([[each] for each in squares])
         mx.eval(norm)  # its scratch comes after theirs
@@ -148,14 +148,17 @@ class Step:
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
 
 
-def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str]) -> list[list[mx.array]]:
+def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], tokens: int) -> list[list[mx.array]]:
     """In the order of the backward pass: head and final norm, the layers from the last, the embeddings in ``lookups``.
 
-    So the logits and each layer's activations are freed as soon as its gradients are there.
+    So the logits and each layer's activations are freed as soon as its gradients are there. With fewer ``tokens`` in
+    the batch than the model is wide, the head's gradient is larger than that of the logits, and waits for the layers'.
     """
     layers, outside = _by_layer(gradients)
     head = [array for path, array in outside if path not in lookups]
-    return [head, *layers, [array for path, array in outside if path in lookups]]
+    embeddings = [array for path, array in outside if path in lookups]
+    width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
+    return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
 def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> list[list[mx.array]]:
