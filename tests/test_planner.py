@@ -108,13 +108,13 @@ def test_the_state_of_the_optimizers_for_the_body_is_in_the_table(name, optimize
         assert sorted((array.size, array.itemsize) for array in arrays) == sorted(kept)
 
 
-def test_a_table_under_adamw_is_stepped_in_place_but_its_float32_moments_wait_for_the_other_table():
-    """Of two 16-bit tables: all there was, and three float32 arrays of each."""
+def test_a_table_under_adamw_is_stepped_in_place_beside_its_gradient_in_float32():
+    """Of two 16-bit tables one after the other: all there was, and 4 bytes for each number of one."""
     big = QWEN | {"vocab_size": 200_000, "num_hidden_layers": 1}
     found = planned(big, "--table-optimizer", "adamw", "--batch-size", "1")
     table = 200_000 * QWEN["hidden_size"]
     fixed = found.weights + found.optimizer_state + found.gradients
-    assert found.peak == pytest.approx(fixed + 2 * 3 * 4 * table, rel=0.01)
+    assert found.peak == pytest.approx(fixed + 4 * table, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,9 @@ def test_stochastic_rounding_writes_a_new_table_where_the_nearest_is_written_in_
     big = QWEN | {"vocab_size": 20_000}
     words = ("--batch-size", "1", "--table-rounding")
     nearest, stochastic = (planned(big, *words, how, backend="cuda") for how in ("nearest", "stochastic"))
-    assert stochastic.peak - nearest.peak > 20_000 * QWEN["hidden_size"] * 2
+    # The peak with nearest is another moment, when all gradients are there.
+    assert stochastic.at_peak["weights"] - nearest.at_peak["weights"] >= 20_000 * QWEN["hidden_size"] * 2
+    assert stochastic.peak > nearest.peak
     assert stochastic.optimizer_state == nearest.optimizer_state
     assert planned(big, *words[:2], backend="cuda").peak == stochastic.peak
 

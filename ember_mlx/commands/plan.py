@@ -6,6 +6,7 @@ from ember_mlx.finetune import options
 from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.report import Report
+from ember_mlx.planner.streaming_advice import recommendations
 from ember_mlx.shared.command_line import describe
 
 __all__ = ["main"]
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> None:
         assumptions=inputs.assumptions,
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
+        recommendations=recommendations(model, run, backend, planned),
         memory=memory,
         memory_source=source,
     )

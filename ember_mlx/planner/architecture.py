@@ -29,6 +29,8 @@ EXACT = {"llama", "mistral", "smollm3"} | BIASES | HEAD_NORMS
 ALWAYS_TIED = {"gemma", "gemma2", "gemma3_text", "gpt2"}
 # mlx-lm's default where config.json is silent.
 TIED_BY_DEFAULT = {"llama", "cohere", "cohere2", "olmo", "gemma3"} | ALWAYS_TIED
+# Heads that are no module that a forward pass calls once: their logits are whole (tests/architectures).
+WHOLE_HEADS = {"olmo", "phi3small", "talkie"}
 PLAIN_TABLES = ("awq", "gptq")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -78,6 +80,11 @@ class Architecture:
     head_norms: bool
     quantization: dict | None = None
     notes: list = field(default_factory=list)
+
+    @property
+    def whole_head(self) -> bool:
+        """Whether its logits cannot be had a slice of the vocabulary at a time."""
+        return self.model_type in WHOLE_HEADS
 
     def linears(self, layer: int) -> list[Linear]:
         """The linears of a decoder layer, in mlx-lm's order."""

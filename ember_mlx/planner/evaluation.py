@@ -133,7 +133,11 @@ class Peak:
 
 
 def peak_memory(
-    results: list[Array], there: list[Array], device: Device, evaluations: list[list[Array]] | None = None
+    results: list[Array],
+    there: list[Array],
+    device: Device,
+    evaluations: list[list[Array]] | None = None,
+    waits: list[int] | None = None,
 ) -> Peak:
     """Compute arrays in MLX's order, and say how much memory the step takes.
 
@@ -141,8 +145,8 @@ def peak_memory(
         results: What stays when all is done.
         there: All arrays that exist before; those that no operation reads stay.
         device: Where it is computed.
-        evaluations: What is evaluated together, one after another; each waits for the one before the last. Default:
-            ``results`` at once.
+        evaluations: What is evaluated together, one after another. Default: ``results`` at once.
+        waits: Of each of these, how many of the first must be done before it begins. Default: all but the one before.
     """
     orders, made = [], set()
     for group in [results] if evaluations is None else evaluations:
@@ -159,8 +163,9 @@ def peak_memory(
     last_batch_to_read, waiting = {}, deque()  # arrays that are done with, freed when the batch that read them is
     ends = []  # of each evaluation, its number of batches
     for number, order in enumerate(orders):
-        if number > 1:
-            clock.wait_for(ends[number - 2])
+        done = max(number - 1, 0) if waits is None else waits[number]
+        if done:
+            clock.wait_for(ends[done - 1])
         for operation in order:
             while waiting and clock.is_done(waiting[0][0]):
                 _, array = waiting.popleft()

@@ -23,9 +23,13 @@ class Run:
         lora_keys (tuple, optional): The linears that LoRA is put on; None for all.
         tables (tuple[str]): The token tables that train, by their names.
         optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
-        stochastic_rounding, grad_checkpoint, chunked_loss, accumulate (bool): As their options say.
+        stochastic_rounding, grad_checkpoint, chunked_loss (bool): As their options say.
+        micro_batches (int): Batches of one update.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
+        keep_inputs (int): Then: of how many layers one keeps its input.
+        norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
+        body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
@@ -41,10 +45,13 @@ class Run:
     stochastic_rounding: bool
     grad_checkpoint: bool
     chunked_loss: bool
-    accumulate: bool
+    micro_batches: int
     evaluation_length: int = 0
     tables_must_train: bool = False
     stream: bool = False
+    keep_inputs: int = 1
+    norm_pass: bool = False
+    body_rounding: str = "nearest"
 
 
 class Graph:
@@ -59,6 +66,7 @@ class Graph:
         losses (list): What validation computes, too.
         results (list): The arrays that stay after the step.
         evaluations (list[list]): What is evaluated together, in this order.
+        waits (list[int]): Of each, how many of the first are done before it begins.
         existing (list): The arrays that exist before the step.
         weights, gradients, shapes (dict): By name; shapes are of what trains.
         role (str): What arrays are made as, until it is changed.
@@ -70,7 +78,8 @@ class Graph:
         self.backend = backend
         self.tokens = run.batch_size * run.length
         self.width = model.width
-        self.existing, self.results, self.losses, self.evaluations = [], [], [], []
+        self.existing, self.results, self.losses = [], [], []
+        self.evaluations, self.waits = [], []
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}
         self.role = "activations"
@@ -157,6 +166,11 @@ class Graph:
         if name in self.gradients:
             gradient = self.elementwise([self.gradients[name], gradient], role="gradients")
         self.gradients[name] = gradient
+
+    def evaluate(self, arrays: list[Array], done: int) -> None:
+        """Evaluate these together, once the first so many evaluations are done."""
+        self.evaluations.append(arrays)
+        self.waits.append(done)
 
     def sum(self, arrays: list[Array]) -> Array:
         """The sum, one addition after the other."""

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose
@@ -10,7 +12,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.step import build_step
-from ember_mlx.planner.streaming import streamed_peak
+from ember_mlx.planner.streaming import streamed_phases, streamed_runs
 
 __all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
 
@@ -29,6 +31,7 @@ class Plan:
         at_peak (Counter): The same at the worst moment.
         peak (int): At that moment, in all.
         is_evaluation (bool): Whether that moment is one of validation.
+        phases (dict[str, int]): Of a streamed step, the peak of each phase.
     """
 
     weights: int
@@ -39,19 +42,21 @@ class Plan:
     at_peak: Counter
     peak: int
     is_evaluation: bool
+    phases: dict[str, int]
 
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
     step = build_step(model, run, backend)
+    phases = {}
     if run.stream:
-        peak = of_step = streamed_peak(model, run, step)
+        phases = streamed_phases(model, run, backend, step)
+        peak = of_step = _worst(phases.values())
     else:
-        peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations)
-    if run.evaluation_length > run.length:
+        peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations, step.waits)
+    if run.evaluation_length > run.length or run.stream:
         of_evaluation = _evaluation_peak(model, run, backend)
-        peak = max(of_step, of_evaluation, key=lambda peak: peak.total)
-        peak.most = of_step.most | of_evaluation.most
+        peak = _worst([of_step, of_evaluation])
     return Plan(
         weights=_bytes(step.weights.values()),
         trainable=_bytes(step.weights[name] for name in step.gradients),
@@ -60,8 +65,15 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         most=_whole(peak.most),
         at_peak=_whole(peak.parts),
         peak=int(peak.total),
-        is_evaluation=peak is not of_step,
+        is_evaluation=peak.total > of_step.total,
+        phases={name: int(phase.total) for name, phase in phases.items()},
     )
+
+
+def _worst(peaks):
+    """The highest of some peaks, with the most of each role in any of them."""
+    worst = max(peaks, key=lambda peak: peak.total)
+    return replace(worst, most=reduce(or_, (peak.most for peak in peaks)))
 
 
 def _evaluation_peak(model, run, backend):
@@ -69,7 +81,9 @@ def _evaluation_peak(model, run, backend):
 
     Attention is as it is in training, which for Metal's is too much.
     """
-    step = build_step(model, replace(run, length=run.evaluation_length), backend)
+    length = max(run.length, run.evaluation_length)
+    chunked = run.chunked_loss or (run.stream and not model.whole_head)
+    step = build_step(model, replace(run, length=length, chunked_loss=chunked), backend)
     return peak_memory([*step.losses, *step.existing], step.existing, DEVICES[backend])
 
 
@@ -95,8 +109,12 @@ def run_of(options: Any, model: Architecture) -> Run:
         stochastic_rounding=options.table_rounding != "nearest",
         grad_checkpoint=bool(options.grad_checkpoint),
         chunked_loss=bool(options.chunked_loss),
-        accumulate=options.grad_accumulation_steps > 1,
+        micro_batches=options.grad_accumulation_steps,
         tables_must_train=options.add_tokens is not None or options.num_layers == 0,
+        stream=choices.stream,
+        keep_inputs=options.keep_inputs or 1,
+        norm_pass=options.clip_grad_norm is not None,
+        body_rounding=choices.body_rounding,
     )
 
 
@@ -118,7 +136,7 @@ def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tup
     it still does not fit, the last plan says so.
     """
     changes, now = [], plan(model, run, backend)
-    for flags, changed in _changes(run):
+    for flags, changed in _changes(model, run):
         if now.peak <= memory:
             break
         candidate = replace(run, **changed)
@@ -131,12 +149,14 @@ def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tup
     return changes
 
 
-def _changes(run):
-    if not run.grad_checkpoint:
+def _changes(model, run):
+    if not (run.grad_checkpoint or run.stream):
         yield "--grad-checkpoint", {"grad_checkpoint": True}
-    if not run.chunked_loss:
+    if not (run.chunked_loss or run.stream):
         yield "--chunked-loss", {"chunked_loss": True}
-    if run.stochastic_rounding and run.table_optimizer == "ember":
+    for flags, other in streamed_runs(model, run):
+        yield flags, {"stream": other.stream, "keep_inputs": other.keep_inputs}
+    if run.stochastic_rounding and run.table_optimizer == "ember" and not run.stream:
         yield "--table-rounding nearest", {"stochastic_rounding": False}
     length = max(run.length, run.evaluation_length) + 1
     while length // 2 >= SHORTEST:

@@ -6,6 +6,7 @@ from typing import Any
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.plan import Plan
+from ember_mlx.planner.streaming_advice import Recommendation
 from ember_mlx.shared.text_tables import text_table
 from ember_mlx.shared.units import in_units
 
@@ -13,6 +14,13 @@ __all__ = ["Report"]
 
 # By the last word of the flags.
 LABELS = {"ember": "Ember", "adamw": "AdamW", "adafactor": "Adafactor", "none": "no training (frozen)"}
+PHASES = {
+    "forward": "forward",
+    "loss": "the loss, and its gradient by the hidden states",
+    "head": "the head's step",
+    "layers": "a layer, backwards, and its step",
+    "embedding": "the embedding's step",
+}
 ROWS = ("weights", "gradients", "optimizer state", "activations", "logits", "scratch")
 
 
@@ -26,6 +34,7 @@ class Report:
         assumptions (list[str]): Lines on what was assumed: how long rows are, and why.
         alternatives (dict[str, Plan]): Other optimizers on the tables, by the flags that ask for them.
         changes (list[tuple[str, Plan]]): What would make it fit.
+        recommendations (list[Recommendation]): What saves memory and changes no result.
         memory (int): Bytes that this run may take.
         memory_source (str): Whose they are, as the subject and verb of a sentence: "this machine has".
     """
@@ -38,6 +47,7 @@ class Report:
     assumptions: list[str]
     alternatives: dict[str, Plan]
     changes: list[tuple[str, Plan]]
+    recommendations: list[Recommendation]
     memory: int
     memory_source: str
 
@@ -67,10 +77,12 @@ class Report:
                 "At most: at any one moment of a step; new weights exist beside the old ones for a while.",
                 f"At the peak: when the sum is largest{', which is in validation' if planned.is_evaluation else ''}.",
                 "",
+                *self._phases(),
                 text_table(("with the token tables by", "all optimizer state", "peak"), others, right=(1, 2)),
                 "",
                 *self._verdict(),
-                *(f"Note: {note}." for note in model.notes),
+                *self._recommended(),
+                *(f"Note: {note}." for note in self._notes()),
             ]
         )
 
@@ -88,13 +100,41 @@ class Report:
             "planned": _plan_as_json(self.planned),
             "alternatives": {flags: _plan_as_json(other) for flags, other in self.alternatives.items()},
             "changes": [{"flags": flags, "peak": after.peak} for flags, after in self.changes],
-            "notes": self.model.notes,
+            "stream": self.run.stream,
+            "keep_inputs": self.run.keep_inputs,
+            "recommendations": [vars(each) for each in self.recommendations],
+            "notes": self._notes(),
         }
+
+    def _phases(self):
+        """Of a streamed step, what stands between steps, and the peak of each phase."""
+        planned, rows = self.planned, []
+        if not planned.phases:
+            return []
+        rows.append(("between steps: weights and state", in_units(planned.weights + planned.optimizer_state)))
+        rows += [(PHASES[name], in_units(peak)) for name, peak in planned.phases.items()]
+        return [text_table(("streamed step, phase by phase", "peak"), rows, right=(1,)), ""]
+
+    def _recommended(self):
+        lines = []
+        for each in self.recommendations:
+            on_top = " on top of that" if lines else ""
+            lines.append(
+                f"Recommended{on_top}: {each.flags}, the same training in {in_units(each.saves)} less: a peak of "
+                f"{in_units(each.peak)}. By its operations a step takes about {each.time:.2f} times as long."
+            )
+        return lines
+
+    def _notes(self):
+        if not (self.run.stream and self.model.whole_head):
+            return self.model.notes
+        whole = f"the head of {self.model.model_type} cannot be cut: its logits and gradient, whole, are not planned"
+        return [*self.model.notes, whole]
 
     def _verdict(self):
         has = f"{self.memory_source[0].upper()}{self.memory_source[1:]} {in_units(self.memory)}"
         if self.planned.peak <= self.memory:
-            fits = "what is planned fits (see the note)" if self.model.notes else "it fits"
+            fits = "what is planned fits (see the note)" if self._notes() else "it fits"
             return [f"{has}: {fits}, with {in_units(self.memory - self.planned.peak)} to spare."]
         if not self.changes:
             return [f"{has}: it does not fit, and no change of flags makes it fit."]
@@ -116,4 +156,5 @@ def _plan_as_json(planned):
         "at_peak": dict(planned.at_peak),
         "peak": planned.peak,
         "peak_in": "validation" if planned.is_evaluation else "training",
+        "phases": planned.phases,
     }

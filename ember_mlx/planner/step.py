@@ -1,12 +1,13 @@
 """The arrays of one training step of mlx-lm: forward, loss, backward and update, as MLX makes them."""
 
 from ember_mlx.planner.architecture import Architecture
+from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import Graph, Run
 from ember_mlx.planner.loss import chunked_loss, loss
-from ember_mlx.planner.modules import attention, heads, joined, linear, norm
+from ember_mlx.planner.modules import Backward, attention, heads, joined, linear, norm
 from ember_mlx.planner.update import judge, update
 
-__all__ = ["build_step"]
+__all__ = ["build_step", "layer"]
 
 
 def build_step(model: Architecture, run: Run, backend: str) -> Graph:
@@ -22,7 +23,7 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     first_trained = 0 if embedding.name in trained else max(model.layers - run.layers, 0)
     backs = []
     for i in range(model.layers):
-        x, back = _checkpointed(graph, x, i) if run.grad_checkpoint else _layer(graph, x, i)
+        x, back = _checkpointed(graph, x, i) if run.grad_checkpoint else layer(graph, x, i)
         backs.append(back)
     full = run.fine_tune_type == "full"
     h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
@@ -47,18 +48,18 @@ def _table(graph, table, trained):
 
 def _checkpointed(graph, x, i):
     """Only the input is kept; the layer is computed again, at any time after the first."""
-    out, _ = _layer(graph, x, i)
+    out, _ = layer(graph, x, i)
 
     def backward(d_out, through):
         role, graph.role = graph.role, "activations"
-        _, back = _layer(graph, graph.view(x, after=[out]), i)
+        _, back = layer(graph, graph.view(x, after=[out]), i)
         graph.role = role
         return back(d_out, through)
 
     return out, backward
 
 
-def _layer(graph, x, i):
+def layer(graph: Graph, x: Array, i: int) -> tuple[Array, Backward]:
     """A decoder layer: x + attention(norm(x)), then the same with the gated feed-forward."""
     model, full = graph.model, graph.run.fine_tune_type == "full"
     trains = i >= model.layers - graph.run.layers

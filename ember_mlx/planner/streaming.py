@@ -1,66 +1,252 @@
-"""The peak of a streamed step (ember_mlx.streaming): the weights and the state, and little above them.
+"""The memory of a streamed step (ember_mlx.streaming), phase by phase: forward, loss, head, layers, embedding.
 
-A sum of sizes, since nothing is in flight for long: kept inputs of the layers, and the largest of three moments. One
-layer's activations and cotangents are there with one matrix that is stepped, or the kept logits with a block of the
-head, or a whole table that Ember does not train. On a GPU what is in flight comes on top.
+Each phase is a graph of its own beside what stands between phases: weights, state, kept inputs, and kept logits. A few
+layers stand for all: those nearest to the loss, where every kept input is still there. What is evaluated together, and
+what is waited for, is as in ember_mlx.streaming.
 """
 
 from collections import Counter
-from math import prod
+from dataclasses import replace
 
+from ember_mlx.finetune.optimizer_names import SPLIT
 from ember_mlx.planner.architecture import Architecture
-from ember_mlx.planner.evaluation import Peak
-from ember_mlx.planner.graph import FLOAT32, Graph, Run
-from ember_mlx.planner.optimizer_state import state_of
+from ember_mlx.planner.evaluation import DEVICES, Array, Peak, peak_memory
+from ember_mlx.planner.graph import Graph, Run
+from ember_mlx.planner.modules import norm
+from ember_mlx.planner.step import layer
+from ember_mlx.planner.streamed_tables import Head, step_looked_up
+from ember_mlx.planner.update import stepped
 
-__all__ = ["streamed_peak"]
+__all__ = ["streamed_phases", "streamed_runs"]
 
-SHARE_OF_LOGITS = 8  # of ember_mlx.streaming: the logits are kept up to this part of the weights
-BLOCKS = 36  # of ember_mlx.streaming: the head is cut into so many
-LOGITS_AT_ONCE = 2**24  # of ember_mlx.streaming: or into blocks of so many logits
+LEAST_AHEAD, SHARE_AHEAD = (
+    2**25,
+    128,
+)  # of ember_mlx.streaming: bytes that a GPU is run ahead, as a share of the weights
+LAYERS = 3  # so many are in flight at most
 
 
-def streamed_peak(model: Architecture, run: Run, step: Graph) -> Peak:
-    """Bytes at the worst moment of a streamed step.
+def streamed_phases(model: Architecture, run: Run, backend: str, step: Graph) -> dict[str, Peak]:
+    """The worst moment of each phase of a streamed step, by its name.
 
     Args:
         model: Its shapes.
         run: What of the options matters.
-        step: The ordinary step of the same run: what its weights, gradients and state are.
+        backend: "metal", "cuda" or "cpu".
+        step: The ordinary step of the same run: what its weights and state are.
     """
-    tokens, width = run.batch_size * run.length, model.width
-    tables = {table.name: table for table in model.tables(run.tables)}
-    always = Counter(activations=(model.layers + 1) * tokens * model.hidden * width)
-    for array in step.existing:
-        if array.role in ("weights", "optimizer state"):
-            always[array.role] += array.nbytes
-    of_layer = sum(linear.inputs + linear.outputs for linear in (model.linears(0) if model.layers else []))
-    matrices = [_stepping(step, name, run.optimizer) for name in step.gradients if name not in tables]
-    moments = [Counter(activations=2 * tokens * of_layer * width)]  # and as much of cotangents
-    moments[0] += max(matrices, key=Counter.total, default=Counter())
-    head = next(table for table in tables.values() if table.role != "embedding")
-    moments.append(_head(head, head.name in step.gradients, tokens, width, always["weights"]))
-    if run.table_optimizer != "ember":
-        moments += [_stepping(step, name, run.table_optimizer) for name in tables if name in step.gradients]
-    worst = always + max(moments, key=Counter.total)
-    most = Counter(always)
-    for moment in moments:
-        most |= always + moment
-    return Peak(worst.total(), worst, most)
+    return _Planned(model, run, backend, step).phases()
 
 
-def _stepping(step: Graph, name: str, optimizer: str) -> Counter:
-    """What it takes to step one weight: its gradient, the new weight, and float32 copies where it has fewer bits."""
-    shape, width = step.shapes[name], step.weights[name].width
-    numbers = prod(shape)
-    whole = sum(kept == numbers for kept, _ in state_of(optimizer, shape, width))
-    copies = (1 + whole) * FLOAT32 if width < FLOAT32 else whole * width
-    return Counter(gradients=numbers * width, scratch=numbers * (width + copies))
+def streamed_runs(model: Architecture, run: Run) -> list[tuple[str, Run]]:
+    """The runs that stream where this one does not, by the flag that each has more than the one before.
+
+    None of what ``train --stream`` would refuse, or would do with the logits and the head's gradient as a whole.
+    """
+    runs = [("", run)]
+    if not run.stream:
+        # Only the flash optimizers split weights one array at a time.
+        if model.whole_head or (run.optimizer.endswith(SPLIT) and not run.optimizer.startswith("flash")):
+            return []
+        runs.append(("--stream", replace(run, stream=True)))
+    keep = _best_keep_inputs(model.layers)
+    if run.keep_inputs == 1 and keep > 1:
+        runs.append((f"--keep-inputs {keep}", replace(runs[-1][1], keep_inputs=keep)))
+    return runs[1:]
 
 
-def _head(head, trained, tokens, width, weights):
-    rows = min(max(LOGITS_AT_ONCE // tokens, 128), max(head.rows // BLOCKS, 128), head.rows)
-    kept = tokens * head.rows * width
-    block = 2 * tokens * rows * FLOAT32 + 2 * rows * head.columns * FLOAT32
-    by_hidden = 2 * tokens * head.columns * FLOAT32
-    return Counter(logits=kept if trained and kept <= weights / SHARE_OF_LOGITS else 0, scratch=block + by_hidden)
+def _best_keep_inputs(layers: int) -> int:
+    """The K of ``--keep-inputs`` with which the fewest inputs are there at once: every K-th, and K - 1 made again."""
+    return min(range(1, layers + 1), key=lambda k: _inputs(layers + 1, k), default=1)
+
+
+def _inputs(calls, keep):
+    """Inputs and the last output that are there at most, of so many calls."""
+    kept = (calls - 1) // keep + 1
+    return kept + max((calls - 1) % keep, keep - 3)
+
+
+class _Planned:
+    def __init__(self, model, run, backend, step):
+        self.model, self.run, self.backend = model, run, backend
+        tables = {table.role: table for table in model.tables(run.tables)}
+        self.embedding = tables.get("tied") or tables["embedding"]
+        self.head = tables.get("tied") or tables["head"]
+        self.always = Counter()
+        for array in step.existing:
+            if array.role in ("weights", "optimizer state"):
+                self.always[array.role] += array.nbytes
+        by_ember = run.table_optimizer == "ember"
+        trained = [table.name for table in tables.values() if table.name in step.gradients]
+        self.looked_up = by_ember and self.embedding.name in trained
+        self.whole = [] if by_ember else trained
+        self.of_head = Head(model, run, self.head, self.head.name in trained, by_ember, self.always["weights"])
+        full = run.fine_tune_type == "full"
+        self.lowest = 0 if self.embedding.name in trained else max(model.layers - run.layers, 0)
+        self.norm_trained = full and bool(run.tables)
+
+    def phases(self):
+        found = {"forward": self._forward(), "loss": self._loss(), "head": self._head()}
+        found["layers"] = self._layers()
+        found["embedding"] = self._embedding()
+        return {name: peak for name, peak in found.items() if peak}
+
+    def _begin(self, *, inputs=True, whole=(), logits=False):
+        """A phase, with what stands when it begins."""
+        phase = Phase(self.model, self.run, self.backend, self.always)
+        tokens = phase.graph.tokens
+        phase.input = tokens * self.model.hidden
+        calls = self.model.layers + self.looked_up
+        number = _inputs(calls, self.run.keep_inputs) + (not self.looked_up)
+        phase.inputs = number * self.run.micro_batches if inputs else 0
+        for _ in whole:
+            phase.graph.exist(self.head.rows * self.head.columns, self.model.width, "gradients")
+        if logits:
+            self.of_head.stands(phase.graph)
+        return phase
+
+    def _forward(self):
+        phase = self._begin()
+        x = phase.take_input()
+        for i in range(max(self.model.layers - LAYERS, 0), self.model.layers):
+            x, _ = layer(phase.graph, x, i)
+            phase.inputs -= 1
+            phase.one_behind(x)
+            phase.graph.results.append(x)
+        return phase.peak()
+
+    def _loss(self):
+        phase = self._begin()
+        self.of_head.loss(phase, norm(phase.graph, phase.take_input(), "model.norm", self.model.hidden, False)[0])
+        return phase.peak()
+
+    def _head(self):
+        if not self.of_head.trained or (self.head.role == "tied" and self.of_head.by_ember):
+            return None
+        phase = self._begin()
+        phase.graph.exist(self.run.micro_batches * phase.input, phase.graph.width, "scratch")  # what goes to the layers
+        self.of_head.step(phase)
+        return phase.peak()
+
+    def _layers(self):
+        tied = self.head.role == "tied" and self.of_head.by_ember
+        phase = self._begin(whole=[name for name in self.whole if name == self.head.name], logits=tied)
+        graph, model = phase.graph, self.model
+        others = self.run.micro_batches - 1
+        graph.exist(others * phase.input, graph.width, "scratch")  # their cotangents
+        _, back = norm(graph, phase.take_input(), "model.norm", model.hidden, self.norm_trained)
+        d = back(graph.exist(phase.input, graph.width, "scratch"))
+        graph.gradients.clear()
+        phase.one_behind(d)
+        for i in reversed(range(max(self.lowest, model.layers - LAYERS), model.layers)):
+            for _ in range(min(self.run.micro_batches, 2)):
+                _, back = layer(graph, phase.take_input(), i)
+                d = back(d, i > self.lowest or self.embedding.name in self.whole or self.looked_up)
+                phase.one_behind(*([] if d is None else [d]))
+                if others:
+                    phase.one_behind(*graph.gradients.values())
+            phase.step(sorted(reversed(graph.gradients), key=_place_in_layer, reverse=True))
+        if self.embedding.name in self.whole and self.head is not self.embedding:
+            numbers = self.embedding.rows * self.embedding.columns
+            gradient = graph.make([graph.make([], numbers), d], numbers, in_place=True, role="gradients")
+            phase.one_behind(gradient)
+            graph.results.append(gradient)
+        return phase.peak()
+
+    def _embedding(self):
+        if not (self.looked_up or self.whole):
+            return None
+        tied = self.head.role == "tied" and self.of_head.by_ember
+        phase = self._begin(inputs=False, logits=tied)
+        graph, rows = phase.graph, None
+        if self.looked_up:
+            rows = step_looked_up(phase, self.embedding)
+            if tied:
+                self.of_head.step(phase, rows)
+        for name in self.whole:
+            table = self.head if name == self.head.name else self.embedding
+            graph.weight(name, (table.rows, table.columns), True)
+            graph.add_gradient(name, graph.exist(table.rows * table.columns, graph.width, "gradients"))
+        graph.role = "scratch"
+        phase.step(list(reversed(graph.gradients)), tables=True)
+        return phase.peak()
+
+
+def _place_in_layer(name):
+    """Of a weight among those of its layer, as MLX lists them; those of one module keep their order."""
+    return next((i for i, part in enumerate(("self_attn", "mlp")) if f".{part}." in name), 2)
+
+
+class Phase:
+    """A part of a step: its graph, and the order of evaluation.
+
+    Args:
+        model, run, backend: As for the graph.
+        always (Counter): Bytes by role that stand in every phase; what the graph has of them is not added.
+    """
+
+    def __init__(self, model: Architecture, run: Run, backend: str, always: Counter):
+        self.graph = Graph(model, run, backend)
+        self.inputs = 0  # kept ones that the graph has not taken
+        self._always = always
+        ahead = max(LEAST_AHEAD, always["weights"] // SHARE_AHEAD)
+        self._ahead = 0 if backend == "cpu" else ahead
+        self._done = self._before = 0  # numbers of evaluations
+        self._unfinished = []
+
+    def take_input(self) -> Array:
+        """One of the kept inputs, to be read."""
+        self.inputs -= 1
+        return self.graph.exist(self.graph.tokens * self.graph.model.hidden, self.graph.width, "activations")
+
+    def one_behind(self, *arrays: Array) -> None:
+        """Evaluate these; wait for those before them."""
+        self.graph.evaluate(list(arrays), self._done)
+        self._done = len(self.graph.evaluations) if not self._ahead else max(self._done, self._before)
+        self._before = len(self.graph.evaluations)
+
+    def finish(self) -> None:
+        """Wait for all."""
+        self._done = len(self.graph.evaluations)
+        self._unfinished.clear()
+
+    def step(self, names: list[str], tables: bool = False) -> None:
+        """Step these weights, whose gradients are taken from the graph, in this order, a few bytes ahead."""
+        graph, group = self.graph, []
+        before, graph.role = graph.role, "scratch"
+        for name in names:
+            first = len(graph.existing)
+            new, state = stepped(graph, name, tables)
+            kept = graph.existing[first:]
+            if getattr(graph.run, "table_optimizer" if tables else "optimizer") in ("adam", "adamw"):
+                # Where a gradient is not finite the old moments stay, so they are read once the new ones are made.
+                state = [graph.elementwise([m, old], role=old.role) for m, old in zip(state, kept, strict=True)]
+            graph.results += [new, *state]
+            group += [new, *state]
+            if sum(array.nbytes for array in group) >= self._ahead // 2:
+                group = self._start(group)
+        self._start(group)
+        graph.role = before
+        graph.gradients.clear()
+
+    def peak(self) -> Peak:
+        """The worst moment."""
+        graph = self.graph
+        graph.exist(self.inputs * graph.tokens * graph.model.hidden, graph.width, "activations")
+        here = Counter()
+        for array in graph.existing:
+            here[array.role] += array.nbytes
+        for role, nbytes in self._always.items():
+            graph.exist(nbytes - here[role], 1, role)
+        held = [weight for name, weight in graph.weights.items() if name not in graph.shapes]
+        return peak_memory(graph.results + held, graph.existing, DEVICES[graph.backend], graph.evaluations, graph.waits)
+
+    def _start(self, group):
+        nbytes = sum(array.nbytes for array in group)
+        while self._unfinished and sum(size for _, size in self._unfinished) + nbytes > self._ahead:
+            self._done = max(self._done, self._unfinished.pop(0)[0])
+        self.graph.evaluate(group, self._done)
+        self._unfinished.append((len(self.graph.evaluations), nbytes))
+        if not self._ahead:
+            self.finish()
+        return []

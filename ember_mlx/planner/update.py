@@ -1,19 +1,23 @@
-"""From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place."""
+"""From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place.
 
+The gradients are evaluated in the order of the backward pass, a layer at a time; then the update, likewise.
+"""
+
+from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.optimizer_state import state_of
 
-__all__ = ["judge", "update"]
+__all__ = ["judge", "rounded", "stepped", "update"]
 
-ROWS_PER_BLOCK = 4096  # of ember_mlx.optimizers.ember
+ROWS_PER_BLOCK, ROWS_PER_ROUNDING = 4096, 512  # of ember_mlx.optimizers.ember
 SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.optimizers.guarded
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
 
 
 def judge(graph: Graph) -> None:
-    """The norm of all gradients. It is evaluated together with them: they are all there before anything changes."""
-    if graph.run.accumulate:
+    """The norm of all gradients, which are all there before anything changes."""
+    if graph.run.micro_batches > 1:
         for name, gradient in graph.gradients.items():
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
             graph.gradients[name] = graph.elementwise([gradient, before], role="gradients")
@@ -34,37 +38,76 @@ def judge(graph: Graph) -> None:
                 break
         sums.append(graph.make(alike, 1, FLOAT32))
     norm = graph.make(sums, 1, FLOAT32)
-    graph.evaluations.append([*graph.losses, norm, *(graph.gradients[name] for name in order)])
+    layers, outside = _by_layer({name: [graph.gradients[name]] for name in order})
+    looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
+    head = [array for name, (array,) in outside.items() if name not in looked_up]
+    graph.evaluate(graph.losses, 0)
+    _paced(graph, [head, *layers, [array for name, (array,) in outside.items() if name in looked_up]])
+    graph.evaluate([norm], len(graph.evaluations))
 
 
 def update(graph: Graph) -> None:
     """The optimizers' steps, layer by layer from the last, then what is in no layer from the smallest."""
-    run, tables = graph.run, {table.name for table in graph.model.tables()}
+    tables = {table.name for table in graph.model.tables()}
     graph.role = "scratch"
-    layers, outside, states = {}, [], []
-    for name, g in graph.gradients.items():
-        optimizer = run.table_optimizer if name in tables else run.optimizer
-        w, shape = graph.weights[name], graph.shapes[name]
-        kept = [
-            graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)
-        ]
-        # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
-        wide = max(w.width, FLOAT32) if run.tables else w.width
-        new, state = RULES.get(optimizer, _elementwise)(graph, shape, g, w, kept, wide)
-        new.role = "weights"
-        for array in state:
-            array.role = "optimizer state"
-        graph.results += [new, *state]
+    new = {}
+    for name in graph.gradients:
+        weight, state = stepped(graph, name, name in tables)
+        new[name] = [weight, *state]
+        graph.results += new[name]
+    layers, outside = _by_layer(new)
+    _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
+    graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
+
+
+def _by_layer(named):
+    """The arrays of each layer, from the last, and those outside with their names."""
+    layers, outside = {}, {}
+    for name, arrays in named.items():
         _, _, rest = name.partition(".layers.")
         if rest:
-            layers.setdefault(int(rest.split(".")[0]), []).extend([new, *state])
+            layers.setdefault(int(rest.split(".")[0]), []).extend(arrays)
         else:
-            outside.append([new])
-            states += [[array] for array in state]
-    waiting = [[]]  # the first waits for all gradients
-    waiting += [layers[number] for number in sorted(layers, reverse=True)]
-    graph.evaluations += waiting + sorted(outside + states, key=lambda group: group[0].numbers)
-    graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
+            outside[name] = arrays
+    return [layers[number] for number in sorted(layers, reverse=True)], outside
+
+
+def _paced(graph, groups):
+    """One after another, once all before is done; a GPU is one ahead within them."""
+    first = len(graph.evaluations)
+    for group in groups:
+        number = len(graph.evaluations)
+        graph.evaluate(group, number if graph.backend == "cpu" else max(number - 1, first))
+
+
+def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]]:
+    """The new weight and its new state."""
+    run, w, shape = graph.run, graph.weights[name], graph.shapes[name]
+    optimizer = run.table_optimizer if is_table else run.optimizer
+    kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
+    # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
+    wide = max(w.width, FLOAT32) if run.tables else w.width
+    new, state = RULES.get(optimizer, _elementwise)(graph, shape, graph.gradients[name], w, kept, wide)
+    if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
+        new.width = FLOAT32  # the step, which a kernel rounds into a new weight
+        new = rounded(graph, w, new, shape[0])
+    new.role = "weights"
+    for array in state:
+        array.role = "optimizer state"
+    return new, state
+
+
+def rounded(graph: Graph, w: Array, step: Array, rows: int) -> Array:
+    """A new weight, rounded stochastically: by a kernel on a GPU, elsewhere in blocks of rows with float32 copies."""
+    if graph.backend != "cpu":
+        return graph.make([w, step], w.numbers)
+    parts = []
+    for first in range(0, rows, ROWS_PER_ROUNDING):
+        numbers = min(ROWS_PER_ROUNDING, rows - first) * (w.numbers // rows)
+        values, clipped = graph.several([w, step], [(numbers, FLOAT32)] * 2)
+        bits = graph.elementwise([clipped, graph.make([], numbers, FLOAT32)])
+        parts.append(graph.make([bits, values], numbers))
+    return graph.make([w, *parts], w.numbers)
 
 
 def _mean_squares(graph, g, shape, columns=True):
@@ -91,16 +134,13 @@ def _ember(graph, shape, g, w, kept, wide):
 
 
 def _adam(graph, shape, g, w, kept, wide):
-    """Each of the three arrays has a kernel of its own; moments computed in float32 are rounded afterwards.
+    """Each of the three arrays has a kernel of its own, in which narrow moments are widened and rounded.
 
     A gradient in float32 is made for both of their kernels.
     """
     g = graph.float32(g) if wide == FLOAT32 else g
-    moments = [graph.elementwise([moment, g], width=wide) for moment in kept]
-    new = graph.elementwise([w, *moments])
-    return new, [
-        graph.elementwise([m], width=k.width) if m.width != k.width else m for m, k in zip(moments, kept, strict=True)
-    ]
+    moments = [graph.elementwise([moment, g], width=moment.width) for moment in kept]
+    return graph.elementwise([w, *moments]), moments
 
 
 def _elementwise(graph, shape, g, w, kept, wide):

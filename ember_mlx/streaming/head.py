@@ -182,10 +182,10 @@ class StreamedHead:
         return self._kept[number] if self._kept else self._raw(self._hidden, self._rows(self.blocks[number]))
 
     def _raw(self, hidden, parameters):
-        return self.head.raw_logits(hidden[None], parameters)[0]
+        return self.head.raw_logits(hidden[None], parameters).squeeze(0)
 
     def _after(self, logits):
-        return (logits if self.head.is_last else self.head.after(logits[None])[0]).astype(mx.float32)
+        return (logits if self.head.is_last else self.head.after(logits[None]).squeeze(0)).astype(mx.float32)
 
     def _forward_of(self, hidden, parameters, largest, total, by_hidden):
         raw = self._raw(hidden, parameters)

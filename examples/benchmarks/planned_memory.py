@@ -1,16 +1,19 @@
-"""Peak memory of training steps as ``ember-mlx plan`` predicts it, beside what mlx_training_memory.py measured.
+"""Peak memory of training steps as ``ember-mlx plan`` predicts it, beside what was measured.
 
     python examples/benchmarks/planned_memory.py --measured RESULT.json --out planned_memory.md
 
-Needs no GPU: RESULT.json says what was run, and on which backend. Rows without the guard, which `train` has always, are
-left out.
+RESULT.json is of mlx_training_memory.py or of streaming_peaks.py, whose phases are compared too. Needs no GPU: the
+file says what was run, and on which backend. Rows without the guard, which `train` has always, and ordinary steps of
+streaming_peaks.py, which are not those of `train`, are left out.
 """
 
 import argparse
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
+import streaming_rows
 from training_memory_rows import ROW, config_of, read_report, words_of
 
 from ember_mlx.finetune import options
@@ -28,6 +31,52 @@ def planned(row: str, backend: str) -> Plan:
     return plan(model, run, backend)
 
 
+def planned_stream(row: str, backend: str) -> Plan:
+    model = read_architecture(streaming_rows.config_of(row), row)
+    run = run_of(options.parse([*streaming_rows.words_of(row), *streaming_rows.streaming_words_of(row)]), model)
+    found = plan(model, run, backend)
+    return replace(found, peak=max(found.phases.values()))  # of the step: it was not validated
+
+
+def compare_streams(report: dict) -> list[tuple[str, Plan, dict]]:
+    """Of each measured row that streams: its name, its plan, and what was measured."""
+    backend = report["machine"]["backend"]
+    rows = {row: result for row, result in report["rows"].items() if "peak_memory" in result}
+    return [
+        (row, planned_stream(row, backend), result)
+        for row, result in rows.items()
+        if streaming_rows.parts_of(row)["way"] == "streamed"
+    ]
+
+
+def table_of_streams(compared, machine) -> str:
+    """As Markdown, with how many rows are within the target."""
+    errors = [predicted.peak / result["peak_memory"] - 1 for _, predicted, result in compared]
+    names = list(compared[0][1].phases)
+    lines = [
+        f"# Peak of a streamed step, predicted and measured: {machine['device']}, MLX {machine['versions']['mlx']}",
+        "",
+        f"{_summary(errors)}. Whole steps, in MB of 10^6 bytes; then the errors phase by phase.",
+        "",
+        f"| model/batch x tokens/recipe/way | predicted, MB | measured, MB | error | {' | '.join(names)} |",
+        f"| --- | ---: | ---: | ---: |{' ---: |' * len(names)}",
+    ]
+    for (row, predicted, result), error in zip(compared, errors, strict=True):
+        phases = [
+            f"{predicted.phases[name] / result['phases'][name]['peak'] - 1:+.1%}" if name in predicted.phases else ""
+            for name in names
+        ]
+        peaks = f"{predicted.peak / 1e6:.1f} | {result['peak_memory'] / 1e6:.1f}"
+        lines.append(f"| {row} | {peaks} | {error:+.1%} | {' | '.join(phases)} |")
+    return "\n".join(lines)
+
+
+def _summary(errors):
+    within = sum(abs(error) <= TARGET for error in errors)
+    root = math.sqrt(statistics.mean(error**2 for error in errors))
+    return f"{within} of {len(errors)} rows within {TARGET:.0%}; root mean square of the error {root:.1%}"
+
+
 def compare(report: dict) -> list[tuple[str, Plan, int]]:
     """Of each measured row: its name, its plan, and the measured peak in bytes."""
     backend = report["machine"]["backend"]
@@ -39,12 +88,10 @@ def compare(report: dict) -> list[tuple[str, Plan, int]]:
 def table(compared, machine) -> str:
     """As Markdown, with how many rows are within the target."""
     errors = [predicted.peak / measured - 1 for _, predicted, measured in compared]
-    within = sum(abs(error) <= TARGET for error in errors)
-    root = math.sqrt(statistics.mean(error**2 for error in errors))
     lines = [
         f"# Peak memory, predicted and measured: {machine['device']}, MLX {machine['versions']['mlx']}",
         "",
-        f"{within} of {len(errors)} rows within {TARGET:.0%}; root mean square of the error {root:.1%}. bfloat16, "
+        f"{_summary(errors)}. bfloat16, "
         "AdamW on the body, LoRA in all layers. 1 GB = 10^9 bytes. What the peak is made of is predicted too: all that "
         "is there at the worst moment, with what the GPU has not let go of yet.",
         "",
@@ -59,14 +106,15 @@ def table(compared, machine) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, required=True, help="the JSON file of mlx_training_memory.py")
+    parser.add_argument("--measured", type=Path, required=True, help="the JSON file of what was measured")
     parser.add_argument("--out", type=Path, help="a Markdown file to write the table to")
     args = parser.parse_args()
     report = read_report(args.measured)
-    compared = compare(report)
+    streams = all(streaming_rows.ROW.fullmatch(row) for row in report["rows"])
+    compared = (compare_streams if streams else compare)(report)
     if not compared or report["machine"].get("smoke"):
         raise SystemExit(f"{args.measured}: must have rows that were measured, with the guard and without --smoke")
-    text = table(compared, report["machine"])
+    text = (table_of_streams if streams else table)(compared, report["machine"])
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

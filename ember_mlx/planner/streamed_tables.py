@@ -1,0 +1,166 @@
+"""The head in blocks of rows and the embedding by looked-up rows, as ember_mlx.streaming has them, as arrays."""
+
+from ember_mlx.planner.architecture import Architecture, Table
+from ember_mlx.planner.evaluation import Array
+from ember_mlx.planner.graph import FLOAT32, Graph, Run
+from ember_mlx.planner.update import rounded
+
+__all__ = ["Head", "step_looked_up"]
+
+SHARE_OF_LOGITS = 8  # of ember_mlx.streaming: the logits are kept up to this part of the weights
+BLOCKS = 36  # of ember_mlx.streaming: the head is cut into so many
+LOGITS_AT_ONCE = 2**24  # of ember_mlx.streaming: or into blocks of so many logits
+TARGETS_AT_ONCE = 256  # of ember_mlx.streaming
+
+
+class Head:
+    """The head of one run.
+
+    Args:
+        model, run: Shapes, and what of the options matters.
+        table: The head.
+        trained: Whether it trains, whole or by blocks.
+        by_ember: Whether by blocks.
+        weights: Bytes of all weights.
+    """
+
+    def __init__(self, model: Architecture, run: Run, table: Table, trained: bool, by_ember: bool, weights: float):
+        self.table, self.trained, self.by_ember = table, trained, by_ember
+        self.width = model.width
+        self.tokens = n = run.micro_batches * run.batch_size * run.length
+        rows = min(max(128, LOGITS_AT_ONCE // n // 128 * 128), max(128, table.rows // BLOCKS // 128 * 128))
+        self.blocks = [min(rows, table.rows - first) for first in range(0, table.rows, rows)]
+        self.keeps = trained and n * table.rows * model.width <= weights / SHARE_OF_LOGITS
+
+    def stands(self, graph: Graph) -> list[Array]:
+        """What of the loss is there until the head is stepped: the hidden states, then the logits if they are kept."""
+        hidden = graph.exist(self.tokens * self.table.columns, self.width, "activations")
+        rows = self.blocks if self.keeps else []
+        return [hidden, *(graph.exist(self.tokens * words, self.width, "logits") for words in rows)]
+
+    def loss(self, phase, hidden: Array) -> None:
+        """Pass 1: the loss, and its gradient by the hidden states."""
+        graph, n, w = phase.graph, self.tokens, self._weight(phase.graph)
+        hidden = graph.make([hidden], n * self.table.columns)
+        by_hidden, total = graph.make([], hidden.numbers, FLOAT32), graph.make([], n, FLOAT32)
+        for words in self.blocks:
+            part = self._part(w, words)
+            raw = graph.product([hidden, part], n * words, self.table.columns, role="logits")
+            logits = graph.float32(raw)
+            largest = graph.make([logits], n, FLOAT32)
+            if graph.width == FLOAT32:
+                e = narrow = graph.elementwise([logits, largest], role="logits")
+            else:
+                e, narrow = graph.several([logits, largest], [(raw.numbers, FLOAT32), (raw.numbers, graph.width)])
+            total = graph.make([e, total], n, FLOAT32)
+            product = graph.product([narrow, part], hidden.numbers, words)
+            by_hidden = graph.elementwise([by_hidden, product, raw])  # which the caller holds
+            kept = [raw] if self.keeps else []
+            graph.results += kept
+            phase.one_behind(by_hidden, total, *kept)
+        by_target = self._by_targets(graph, hidden, w)
+        by_hidden = graph.elementwise([graph.elementwise([by_hidden, total, by_target])], width=graph.width)
+        graph.results += [by_hidden, hidden]
+        phase.one_behind(by_hidden)
+
+    def _by_targets(self, graph, hidden, w):
+        """The gradient of the targets' logits: some tokens at a time meet the rows of each other's targets."""
+        parts = []
+        for first in range(0, self.tokens, TARGETS_AT_ONCE):
+            n = min(TARGETS_AT_ONCE, self.tokens - first)
+            rows, own = graph.make([w], n * self.table.columns), graph.make([], n * n, FLOAT32)
+            parts.append(graph.float32(graph.product([rows, own, hidden], rows.numbers, n)))
+        return graph.make(parts, hidden.numbers, FLOAT32)
+
+    def step(self, phase, looked_up: Array | None = None) -> None:
+        """Passes 2 and 3 for Ember, or the whole gradient for another optimizer. ``looked_up`` is a tied table's."""
+        graph = phase.graph
+        hidden, *kept = self.stands(graph)
+        w = self._weight(graph)
+        if not self.by_ember:
+            parts = []
+            for i, words in enumerate(self.blocks):
+                d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=FLOAT32)
+                d = graph.elementwise([d], width=graph.width)
+                parts.append(graph.product([d, hidden], words * self.table.columns, self.tokens, role="gradients"))
+                phase.one_behind(parts[-1])
+            graph.results += [hidden, *parts]
+            return
+        columns = self._statistics(phase, hidden, kept, w)
+        if looked_up is not None:
+            looked_up = graph.elementwise([looked_up, self._rows_gradient(graph, hidden, w, looked_up)])
+            phase.one_behind(columns, looked_up)
+        for i, words in enumerate(self.blocks):
+            d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=graph.width)
+            gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, role="gradients")
+            phase.one_behind(new_rows(graph, gradient, self._part(w, words)))
+            phase.finish()
+        graph.results += [hidden]
+
+    def _statistics(self, phase, hidden, kept, w):
+        graph, n, features = phase.graph, self.tokens, self.table.columns
+        wide = graph.float32(hidden)
+        quadratic = n <= features // 2
+        gram = graph.product([wide], n * n, features, FLOAT32) if quadratic else wide
+        columns = graph.make([], n * n if quadratic else features, FLOAT32)
+        for i, words in enumerate(self.blocks):
+            logits = self._logits(graph, hidden, kept, w, i)
+            d = graph.elementwise([logits], width=FLOAT32, role="logits")
+            if quadratic:
+                of_rows = graph.elementwise([graph.product([gram, d], d.numbers, n, FLOAT32), d])
+                columns = graph.elementwise([columns, graph.product([d], n * n, words, FLOAT32)])
+            else:
+                of_rows = graph.elementwise([graph.product([d, wide], words * features, n, FLOAT32)])
+                columns = graph.elementwise([columns, graph.make([of_rows], features, FLOAT32)])
+            of_rows = graph.make([of_rows, logits], words, FLOAT32)  # the caller holds the logits until then
+            phase.one_behind(columns, of_rows)
+        graph.results += kept
+        return graph.make([columns, wide], features, FLOAT32)
+
+    def _rows_gradient(self, graph, hidden, w, looked_up):
+        """The head's gradient in the rows that were looked up."""
+        ids = looked_up.numbers // self.table.columns
+        gathered = graph.make([w], looked_up.numbers)
+        logits = graph.product([hidden, gathered], self.tokens * ids, self.table.columns, role="logits")
+        equal = graph.make([], self.tokens * ids, 1)
+        places = graph.make([equal, graph.make([equal], self.tokens * ids, FLOAT32)], self.tokens, FLOAT32)
+        d = graph.float32(logits)
+        for _ in range(4):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
+            d = graph.elementwise([d, places], role="logits")
+        return graph.product([d, graph.float32(hidden)], looked_up.numbers, self.tokens, FLOAT32)
+
+    def _logits(self, graph, hidden, kept, w, i):
+        if kept:
+            return kept[i]
+        words = self.blocks[i]
+        return graph.product([hidden, self._part(w, words)], self.tokens * words, self.table.columns, role="logits")
+
+    def _weight(self, graph):
+        return graph.weight(self.table.name, (self.table.rows, self.table.columns), False, nbytes=self.table.nbytes)
+
+    def _part(self, w, words):
+        return Array(words * self.table.columns, w.width, w.role, w.made_by, base=w)
+
+
+def step_looked_up(phase, table: Table) -> Array:
+    """The embedding's rows and their gradients added up in float32, at most one for each token; stepped if untied."""
+    graph, run = phase.graph, phase.graph.run
+    numbers = run.micro_batches * graph.tokens * table.columns
+    wide = graph.float32(graph.exist(numbers, graph.width, "scratch"))
+    rows = graph.make([wide, graph.make([], numbers, FLOAT32)], min(numbers, table.rows * table.columns), FLOAT32)
+    phase.one_behind(rows)
+    if table.role == "tied":
+        return rows
+    w = graph.weight(table.name, (table.rows, table.columns), False)
+    squares = graph.elementwise([rows], role="scratch")
+    phase.one_behind(graph.make([squares], table.rows, FLOAT32))
+    phase.one_behind(new_rows(graph, rows, graph.make([w], rows.numbers)))
+    graph.results.append(rows)
+    return rows
+
+
+def new_rows(graph: Graph, gradient: Array, rows: Array) -> Array:
+    """Some rows after Ember's step."""
+    if graph.run.stochastic_rounding and rows.width < FLOAT32:
+        return rounded(graph, rows, gradient, rows.numbers // graph.model.hidden)
+    return graph.elementwise([gradient, rows], width=rows.width, role="scratch")

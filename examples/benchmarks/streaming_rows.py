@@ -1,0 +1,96 @@
+"""The rows of streaming_peaks.py: what each name stands for, and which belong to which machine."""
+
+import re
+
+from training_memory_rows import MODELS, MORE_MODELS
+
+QWEN3_8B = MODELS["qwen3-0.6b"] | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+}
+# An 8B model scaled down by 16 in width, so that a CPU sees what share of it each part has.
+TALL_QWEN3 = MORE_MODELS["mini-qwen3"] | {"num_hidden_layers": 36, "vocab_size": 9496}
+SHAPES = MODELS | MORE_MODELS | {"qwen3-8b": QWEN3_8B, "tall-qwen3": TALL_QWEN3}
+TINY = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+RECIPES = {
+    "stateless": ["--fine-tune-type", "full", "--optimizer", "sinkgd"],
+    "adamw": ["--fine-tune-type", "full", "--optimizer", "adamw"],
+    "adam-mini": ["--fine-tune-type", "full", "--optimizer", "adam-mini"],
+    "adam-mini-int8": ["--fine-tune-type", "full", "--optimizer", "adam-mini"],
+    "flash-adamw": ["--fine-tune-type", "full", "--optimizer", "flash-adamw"],
+    "lora": ["--fine-tune-type", "lora", "--optimizer", "adamw"],
+    "adamw-tables": ["--fine-tune-type", "full", "--optimizer", "sinkgd", "--table-optimizer", "adamw"],
+}
+OPTIMIZER_CONFIG = {"adam-mini-int8": {"adam-mini": {"momentum": "int8"}}}
+WAYS = ("streamed", "checkpointed")
+ROW = re.compile(
+    rf"(?P<model>{'|'.join(map(re.escape, SHAPES))})(?P<tied>/tied)?/(?P<batch_size>[1-9]\d*)x(?P<length>[1-9]\d*)/"
+    rf"(?P<recipe>{'|'.join(RECIPES)})/(?P<way>{'|'.join(WAYS)})(?:/keep(?P<keep_inputs>[1-9]\d*))?"
+    r"(?P<float32>/float32)?"
+)
+ON_A_GPU = [
+    f"{case}/{way}"
+    for case in (
+        "qwen3-0.6b/1x512/stateless",
+        "qwen3-8b/1x512/stateless",
+        "qwen3-0.6b/1x512/adamw",
+        "qwen3-0.6b/1x512/lora",
+        "qwen3-0.6b/4x1024/stateless",
+        "qwen3-0.6b/1x512/adam-mini-int8",
+        "qwen3-0.6b/1x512/flash-adamw",
+    )
+    for way in WAYS
+]
+ON_A_CPU = [  # bfloat16 products are slow there
+    "mini-qwen3/1x128/stateless/streamed",
+    "mini-qwen3/1x128/adamw/streamed",
+    "mini-qwen3/1x128/lora/streamed",
+    "mini-llama/tied/1x128/adam-mini/streamed",
+    "mini-qwen3/1x512/stateless/streamed/float32",
+    "mini-qwen3/1x512/adamw/streamed/float32",
+    "mini-qwen3/1x512/adam-mini/streamed/float32",
+    "mini-qwen3/1x512/lora/streamed/float32",
+    "mini-qwen3/1x128/adamw-tables/streamed/float32",
+    "mini-qwen3/4x1024/stateless/streamed/float32",
+    "mini-qwen3/tied/1x512/stateless/streamed/float32",
+    "mini-llama/tied/1x256/adamw/streamed/float32",
+    "mini-llama/1x1024/stateless/streamed/float32",
+    "mini-llama/1x1024/stateless/streamed/keep4/float32",
+    "mini-llama/tied/4x256/lora/streamed/float32",
+    "tall-qwen3/1x32/stateless/streamed/float32",
+    "tall-qwen3/1x256/adamw/streamed/float32",
+    "tall-qwen3/1x1024/stateless/streamed/keep6/float32",
+]
+
+
+def parts_of(row: str) -> dict:
+    """What the name of a row says."""
+    of = ROW.fullmatch(row).groupdict()
+    numbers = {name: int(of[name] or 1) for name in ("batch_size", "length", "keep_inputs")}
+    return of | numbers
+
+
+def config_of(row: str) -> dict:
+    """The config.json of a row's model."""
+    of = parts_of(row)
+    dtype = "float32" if of["float32"] else "bfloat16"
+    return SHAPES[of["model"]] | {"tie_word_embeddings": bool(of["tied"]), "torch_dtype": dtype}
+
+
+def words_of(row: str) -> list[str]:
+    """The flags of ``ember-mlx train`` that a row stands for, but for how it is stepped."""
+    of = parts_of(row)
+    # Of each row of --max-seq-length tokens, the last is only predicted.
+    sizes = ["--batch-size", str(of["batch_size"]), "--max-seq-length", str(of["length"] + 1), "--num-layers", "-1"]
+    return [*RECIPES[of["recipe"]], *sizes]
+
+
+def streaming_words_of(row: str) -> list[str]:
+    """Those that say how it is stepped."""
+    of = parts_of(row)
+    if of["way"] == "checkpointed":
+        return ["--grad-checkpoint"]
+    return ["--stream", "--keep-inputs", str(of["keep_inputs"])]

@@ -1,0 +1,177 @@
+"""The plan of a streamed step, beside what one takes here, and where streaming is recommended."""
+
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from ember_mlx.commands.plan import main
+from ember_mlx.finetune import options
+from ember_mlx.finetune.build_optimizer import build_optimizer
+from ember_mlx.finetune.choices import choose
+from ember_mlx.finetune.trainable import make_trainable, shapes_of
+from ember_mlx.planner import advice, plan, read_architecture, run_of
+from ember_mlx.planner.streaming_advice import operations, recommendations
+from ember_mlx.streaming import StreamedStep
+
+QWEN = {
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+FULL = ["--fine-tune-type", "full"]
+LONG = QWEN | {"num_hidden_layers": 24, "vocab_size": 512}
+
+
+def run_with(config, *words, length=128):
+    model = read_architecture(config, "config.json")
+    words = ["--batch-size", "1", "--max-seq-length", str(length + 1), *words]
+    return model, run_of(options.parse(words), model)
+
+
+def taken(config, words, length=128):
+    """The peak of the second step of a model made here."""
+    args = options.parse(["--stream", *words])
+    model_class, arguments_class = _get_classes(config)
+    model = model_class(arguments_class.from_dict(config))
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    optimizer = build_optimizer(model.train(), args, choices)
+    batch = mx.random.randint(0, config["vocab_size"], (1, length + 1))
+    mx.eval(model.parameters(), optimizer.state, batch)
+    step = StreamedStep(model, optimizer, keep_inputs=args.keep_inputs or 1)
+    step(batch)
+    gc.collect()
+    own = sum(array.nbytes for _, array in tree_flatten((model.parameters(), optimizer.state)))
+    others = mx.get_active_memory() - own  # of other tests
+    mx.reset_peak_memory()
+    step(batch)
+    return mx.get_peak_memory() - others
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (QWEN, [*FULL, "--optimizer", "sinkgd"]),
+        (QWEN | {"tie_word_embeddings": True}, [*FULL, "--optimizer", "adamw"]),
+        (QWEN, [*FULL, "--optimizer", "sgd", "--table-optimizer", "adamw"]),
+        (QWEN, ["--optimizer", "adamw"]),
+        (QWEN | {"num_hidden_layers": 8}, [*FULL, "--optimizer", "adam-mini", "--keep-inputs", "3"]),
+    ],
+    ids=["stateless", "tied", "whole tables", "lora", "every third input"],
+)
+def test_a_streamed_step_is_planned_within_a_tenth(config, words):
+    model, run = run_with(config, "--stream", *words)
+    predicted = max(plan(model, run, "cpu").phases.values())
+    assert predicted == pytest.approx(taken(config, words), rel=0.1)
+
+
+def test_the_phases_are_those_of_a_step():
+    model, run = run_with(QWEN, *FULL, "--stream")
+    found = plan(model, run, "cpu")
+    assert list(found.phases) == ["forward", "loss", "head", "layers", "embedding"]
+    assert min(found.phases.values()) > found.weights + found.optimizer_state
+    assert max(found.phases.values()) <= found.peak == sum(found.at_peak.values())
+    model, tied = run_with(QWEN | {"tie_word_embeddings": True}, *FULL, "--stream")
+    assert "head" not in plan(model, tied, "cpu").phases  # its table is stepped at the end
+    assert plan(model, replace(run, stream=False), "cpu").phases == {}
+
+
+def test_accumulation_keeps_the_inputs_of_all_batches():
+    model, run = run_with(LONG, *FULL, "--stream")
+    two, four = (plan(model, replace(run, micro_batches=number), "cpu").phases["layers"] for number in (2, 4))
+    inputs = 2 * 25 * 128 * 128 * 4
+    assert four - two == pytest.approx(inputs, rel=0.1)
+
+
+def test_streaming_is_recommended_where_it_pays_and_never_where_it_cannot_be():
+    for config in (QWEN, LONG):
+        model, run = run_with(config, *FULL)
+        planned = plan(model, run, "cuda")
+        first, *_ = recommendations(model, run, "cuda", planned)
+        assert first.flags == "--stream"
+        assert first.peak == planned.peak - first.saves == plan(model, replace(run, stream=True), "cuda").peak
+        assert first.time > 1
+    assert recommendations(replace(model, model_type="olmo"), run, "cuda", planned) == []
+    assert recommendations(model, replace(run, optimizer="adam-mini bf16+int8"), "cuda", planned) == []
+    assert recommendations(model, replace(run, optimizer="flash-adamw bf16+int8"), "cuda", planned)
+
+
+def test_inputs_are_let_go_of_where_sequences_are_long():
+    model, run = run_with(LONG, *FULL, "--stream", length=512)
+    (found,) = recommendations(model, run, "cpu", plan(model, run, "cpu"))
+    flag, number = found.flags.split()
+    assert flag == "--keep-inputs"
+    others = [plan(model, replace(run, keep_inputs=keep), "cpu").peak for keep in (1, 2, 12, 24)]
+    assert found.peak == plan(model, replace(run, keep_inputs=int(number)), "cpu").peak < min(others)
+    model, short = run_with(QWEN, *FULL, "--stream", length=16)
+    assert recommendations(model, short, "cpu", plan(model, short, "cpu")) == []
+
+
+def test_a_run_that_does_not_fit_is_told_to_stream():
+    model, run = run_with(LONG, *FULL, length=512)
+    flags = [flags for flags, _ in advice(model, run, "cuda", 1)]
+    assert "--stream" in flags
+    streams = [flags for flags, _ in advice(model, replace(run, stream=True), "cuda", 1)]
+    assert not {"--stream", "--grad-checkpoint", "--chunked-loss"} & set(streams)
+
+
+def test_operations_are_counted():
+    """Of a model without attention's own products: 6 a weight, of which 2 are in the forward pass."""
+    model, run = run_with(QWEN, *FULL)
+    body = 4 * sum(linear.inputs * linear.outputs for linear in model.linears(0)) + 4 * 128 * 4 * 32
+    head = 4096 * 128
+    assert operations(model, run) == 3 * body + 3 * head
+    assert operations(model, replace(run, grad_checkpoint=True)) == 4 * body + 3 * head
+    assert operations(model, replace(run, stream=True)) == 4 * body + 4 * head
+    assert operations(model, replace(run, stream=True, keep_inputs=2)) == 4.5 * body + 4 * head
+    assert operations(model, replace(run, stream=True, norm_pass=True)) == 7 * body + 4 * head
+
+
+def test_the_command_prints_the_phases(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    words = ["--model", str(tmp_path), "--max-seq-length", "129", "--memory", "1GB", "--backend", "cuda", *FULL]
+    main(words)
+    said = capsys.readouterr().out
+    assert "Recommended: --stream" in said
+    assert "phase by phase" not in said
+    main([*words, "--stream", "--keep-inputs", "2"])
+    said = capsys.readouterr().out
+    assert "between steps: weights and state" in said
+    assert "a layer, backwards" in said
+    main([*words, "--stream", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["stream"]
+    assert max(report["planned"]["phases"].values()) <= report["planned"]["peak"]
+    main([*words, "--no-stream", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["recommendations"][0]["flags"] == "--stream"
+    assert report["recommendations"][0]["saves"] > 0
+
+
+def test_the_benchmark_compares_streamed_steps(tmp_path):
+    row, phases = "mini-qwen3/tied/1x64/lora/streamed/keep2", ("forward", "loss", "layers", "embedding")
+    result = {"peak_memory": 10**8, "phases": {name: {"peak": 10**8} for name in phases}}
+    machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
+    (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: result}}))
+    script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
+    command = [sys.executable, str(script), "--measured", "measured.json", "--out", "table.md"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert f"| {row} | " in (tmp_path / "table.md").read_text()
