@@ -9,6 +9,7 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.planner import machine
 
 __all__ = ["main"]
@@ -16,8 +17,10 @@ __all__ = ["main"]
 
 def main(arguments: list[str]) -> None:
     """Train, test, or both."""
-    args = options.parse(arguments, data_required=True)
-    if args.train and (warning := machine.warning(args)):
+    workers = Workers.join()
+    with workers.one_outcome():
+        args = options.parse(arguments, data_required=True)
+    if args.train and workers.leads and (warning := machine.warning(args)):
         rprint(warning)
     try:
         run(args)

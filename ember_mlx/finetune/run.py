@@ -28,13 +28,22 @@ from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
-from ember_mlx.finetune.resume import made_of, refuse_changes, restore
+from ember_mlx.finetune.resume import (
+    CONTENTS,
+    made_of,
+    options_to_agree,
+    refuse_changes,
+    restore,
+    share_position,
+    weights_checksum,
+)
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
@@ -71,40 +80,49 @@ def run(
     """
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
-    check_data_folder(args)
-    workers = mx.distributed.init().size()
-    if args.batch_size % workers:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
+    workers = Workers.join()
+    workers.agree(options_to_agree(args))
+    with workers.one_outcome():
+        check_data_folder(args)
+        if args.batch_size % workers.size:
+            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
-        if args.train:
-            check_adapter_folder(args)
-            if args.log_jsonl:
-                run_log_writer.check(args, _resumes_in_place(args))
-                if Path(args.log_jsonl).exists():
-                    lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-            if mx.distributed.init().rank() == 0:
-                lock.take(make=False)
-        return _run(args, training_callback, lock, watchers, make_step)
+        with workers.one_outcome():
+            if args.train and workers.leads:
+                _check_what_is_written(args, lock)
+        return _run(args, training_callback, lock, watchers, make_step, workers)
 
 
-def _run(args, training_callback, lock, watchers, make_step):
+def _check_what_is_written(args, lock):
+    check_adapter_folder(args)
+    if args.log_jsonl:
+        run_log_writer.check(args, _resumes_in_place(args))
+        if Path(args.log_jsonl).exists():
+            lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
+    lock.take(make=False)
+
+
+def _run(args, training_callback, lock, watchers, make_step, workers):
     np.random.seed(args.seed)
-    callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
-    rprint("Loading pretrained model")
-    trust = {"trust_remote_code": args.trust_remote_code}
-    model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
-    if args.train:
-        tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
-    elif args.adapter_path != "":
-        tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
-    rprint("Loading datasets")
-    train_set, valid_set, test_set = load_data(args, tokenizer)
+    with workers.one_outcome():
+        services = _reporting_callbacks(args) if workers.leads else None
+        callbacks = [callback for callback in (services, training_callback) if callback]
+        rprint("Loading pretrained model")
+        trust = {"trust_remote_code": args.trust_remote_code}
+        model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+        if args.train:
+            tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
+        elif args.adapter_path != "":
+            tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
+        rprint("Loading datasets")
+        train_set, valid_set, test_set = load_data(args, tokenizer)
+        if args.train:
+            choices = choose(args, shapes_of(model), added_tokens)
+        elif args.adapter_path != "":
+            adapters.apply_adapter(model, Path(args.adapter_path), config)
     result = None
     if args.train:
-        choices = choose(args, shapes_of(model), added_tokens)
         result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step)
-    elif args.adapter_path != "":
-        adapters.apply_adapter(model, Path(args.adapter_path), config)
     if args.test:
         rprint("Testing")
         _test(args, model, test_set)
@@ -123,19 +141,24 @@ def train_model(
     make_step: Callable | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
-    of = made_of(model, train_set, valid_set, mx.distributed.init().size())
-    _set_what_trains(args, choices, model)
-    optimizer = build_optimizer(model, args, choices)
-    trained = what_trains(model, optimizer, args, choices)
-    args = args | choices.as_options()  # what the records of the run say of it
-    tables = list(choices.tables)
-    loss = choose_loss(args, model)
-    print_trainable_parameters(model)
-    rprint(f"\n{format_table(trained)}\n")
-    if make_step is None:
-        args, make_step = _make_step(args, model, optimizer)
+    workers = Workers.join()
+    of = made_of(model, train_set, valid_set, workers.size)
+    workers.agree({CONTENTS[name]: of[name] for name in CONTENTS})
+    with workers.one_outcome():
+        _set_what_trains(args, choices, model)
+        optimizer = build_optimizer(model, args, choices)
+        trained = what_trains(model, optimizer, args, choices)
+        args = args | choices.as_options()  # what the records of the run say of it
+        tables = list(choices.tables)
+        loss = choose_loss(args, model)
+        print_trainable_parameters(model)
+        rprint(f"\n{format_table(trained)}\n")
+        if make_step is None:
+            args, make_step = _make_step(args, model, optimizer)
+    if workers.size > 1:
+        workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
-    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
+    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock, workers)
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
     training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step)
@@ -178,22 +201,25 @@ def _set_what_trains(args, choices, model):
         _load_adapter_file(model, Path(args.resume_adapter_file))
 
 
-def _begin(args, model, optimizer, of, rows, lock):
+def _begin(args, model, optimizer, of, rows, lock, workers):
     """Go on from a checkpoint if that is asked for, and take the adapter folder; returns position, saving and log."""
-    start, resumed = (None, None) if args.resume is None else _go_on(args, model, optimizer, of, rows)
-    steps_done = start.step if start else 0
-    leader = mx.distributed.init().rank() == 0
-    if leader:
-        refuse_full_disk(args, model, optimizer, steps_done)
-        safe_writing.make_folder(Path(args.adapter_path))
-        lock.take(make=True)
-        check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
-    saving = Saving(args, model, optimizer, of, resumed)
-    log = None
-    if args.log_jsonl and leader:
-        safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
-        lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-        log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+    start = resumed = log = None
+    with workers.one_outcome():
+        if workers.leads:
+            if args.resume is not None:
+                start, resumed = _go_on(args, model, optimizer, of, rows)
+            steps_done = start.step if start else 0
+            refuse_full_disk(args, model, optimizer, steps_done)
+            safe_writing.make_folder(Path(args.adapter_path))
+            lock.take(make=True)
+            check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
+        saving = Saving(args, model, optimizer, of, resumed)
+        if args.log_jsonl and workers.leads:
+            safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
+            lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
+            log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+    if args.resume is not None:
+        start = share_position(workers, start, model, optimizer)
     return start, saving, log
 
 
