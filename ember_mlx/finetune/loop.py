@@ -15,7 +15,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-from ember_mlx.finetune.batches import Rows, TrainingBatches
+from ember_mlx.finetune.batches import Rows, TrainingBatches, shared_loss
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
 from ember_mlx.finetune.memory_limit import refuse_over
@@ -93,7 +93,7 @@ class Training:
             if self.batches.step < args.iters:
                 if args.grad_checkpoint and not args.stream:
                     grad_checkpoint(self.model.layers[0])
-                step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
+                step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
             peak_memory = mx.get_peak_memory()
             self.nonfinite.refuse_nothing()
@@ -122,7 +122,7 @@ class Training:
                     self._evaluate(step, loss, valid_set, ui)
 
                 start = time.perf_counter()
-                asked = [watcher.before_step(step, batch) for watcher in self.watchers]
+                asked = [watcher.before_step(step, batch[:2]) for watcher in self.watchers]
                 result = take_step(
                     batch, step % args.grad_accumulation_steps == 0, [each for each in asked if each is not None]
                 )

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune.run import run
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
 
@@ -54,12 +57,26 @@ def finish(processes):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What tests/finetune/worker_checks.py found on both."""
+def words(folders, tmp_path_factory):
+    """Options of a run over uneven rows: one batch has nothing to learn, another has nothing for the last worker."""
+    data = tmp_path_factory.mktemp("uneven")
+    sizes = [(5, 3), (9, 20), (3, 1), (20, 7), (2, 30), (90, 1), (91, 2), (92, 3)]  # letters of prompt and completion
+    rows = [json.dumps({"prompt": "p" * prompt, "completion": "c" * completion}) for prompt, completion in sizes]
+    for name in ("train", "valid"):
+        (data / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    lengths = {"--iters": 6, "--batch-size": 2, "--max-seq-length": 64, "--save-every": 2, "--steps-per-report": 2}
+    paths = {"--model": folders["untied"], "--data": data, "--on-nonfinite": "skip", "--val-batches": 4}
+    return ["--mask-prompt", *(str(word) for pair in (lengths | paths).items() for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def found(words, tmp_path_factory):
+    """What tests/finetune/worker_checks.py found on both, and its ``folder`` and ``output``."""
     folder = tmp_path_factory.mktemp("workers")
-    ended = finish(start(folder, [[ROOT / "tests/finetune/worker_checks.py", folder]] * 2))
+    ended = finish(start(folder, [[ROOT / "tests/finetune/worker_checks.py", folder, *words]] * 2))
     assert [process.returncode for process, *_ in ended] == [0, 0], ended
-    return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
+    each = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
+    return [one | {"folder": folder, "output": output[1]} for one, output in zip(each, ended, strict=True)]
 
 
 def test_a_refusal_on_one_worker_is_told_once_and_ends_all(found):
@@ -103,3 +120,37 @@ class Alone:
 
     def size(self):
         return 1
+
+
+def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
+    """Float32 sums in another order are all that differs: a few eps of a gradient, which Ember divides by its size."""
+    assert found[0]["trained"] == found[1]["trained"]
+    ours, theirs = tmp_path / "alone", found[0]["folder"] / "host0" / "at_once"
+    run(options.parse([*words, "--adapter-path", str(ours)]))
+    alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))
+    begun = mx.load(str(folders["untied"] / "model.safetensors"))
+    for name, weight in alone.weights.items():
+        if not name.endswith("lora_a"):  # which begins at random
+            step = weight - begun.get(name, mx.zeros_like(weight))
+            error = mx.linalg.norm((together.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
+            assert error.item() < 1e-5, name
+    records = alone.position.record, together.position.record
+    assert records[0]["trained_tokens"] == records[1]["trained_tokens"]
+    for name, losses in records[0]["losses"].items():
+        assert records[1]["losses"][name] == pytest.approx(losses, rel=1e-5)
+    left_out = [
+        {name: array.item() for name, array in each.optimizer.items() if "nonfinite" in name}
+        for each in (alone, together)
+    ]
+    assert left_out[0] == left_out[1]
+    assert sum(left_out[0].values()) > 0
+
+
+def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
+    assert [each["checkpoint"] for each in found] == [True, False]
+    assert [each["resumed"] for each in found] == [found[0]["trained"]] * 2
+
+
+def test_one_worker_alone_tells_of_the_run(found):
+    assert "Validation loss" in found[0]["output"]
+    assert not found[1]["output"].strip()

@@ -1,4 +1,7 @@
-"""What each of two workers does in test_workers.py: ``worker_checks.py FOLDER`` writes what it found as JSON there."""
+"""What each of two workers does in test_workers.py: ``worker_checks.py FOLDER WORDS`` writes what it found there, JSON.
+
+WORDS are options of ``train``.
+"""
 
 import json
 import sys
@@ -8,7 +11,10 @@ import mlx.core as mx
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
-from ember_mlx.finetune import workers
+from ember_mlx.finetune import options, workers
+from ember_mlx.finetune.resume import weights_checksum
+from ember_mlx.finetune.run import run
+from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
 
 
@@ -57,6 +63,24 @@ def arrays_from_leader(here):
     return all(mx.array_equal(a, b).item() for a, b in bits)
 
 
+class Remembers(Watcher):
+    """Keeps the model and the optimizer."""
+
+    def before_training(self, model, optimizer, tables, rows):
+        self.model, self.optimizer = model, optimizer
+
+    def checksums(self):
+        trees = (self.model.parameters(), self.optimizer.state, {"random": mx.random.state[0]})
+        return [weights_checksum(tree) for tree in trees]
+
+
+def trained(folder, words):
+    """Train, each worker into a folder of its own; the checksums of weights, optimizer and random state."""
+    watcher = Remembers()
+    run(options.parse([*words, "--adapter-path", str(folder)]), watchers=[watcher])
+    return watcher.checksums()
+
+
 def main():
     here = workers.Workers.join(60)
     found = {
@@ -71,7 +95,13 @@ def main():
         "arrays": arrays_from_leader(here),
         "text": here.text_of_leader(f"é{here.rank}"),
     }
-    (Path(sys.argv[1]) / f"found{here.rank}.json").write_text(json.dumps(found))
+    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    own = folder / f"host{here.rank}"
+    found["trained"] = trained(own / "at_once", words)
+    checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
+    found["checkpoint"] = checkpoint.exists()
+    found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
+    (folder / f"found{here.rank}.json").write_text(json.dumps(found))
 
 
 main()
