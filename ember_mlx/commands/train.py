@@ -7,6 +7,7 @@ from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
+from ember_mlx.finetune.lost_peers import PeerLost, leave
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
@@ -24,7 +25,11 @@ def main(arguments: list[str]) -> None:
         rprint(warning)
     try:
         run(args)
+    except PeerLost as lost:
+        leave(lost)
     except Interrupted as stopped:
+        if not workers.leads:
+            sys.exit(stopped.exit_code)
         with outliving_its_readers():
             print(stopped, file=sys.stderr)
             if stopped.checkpoint:

@@ -39,7 +39,7 @@ FREE = {
     *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
-    "streaming_notes",
+    *("streaming_notes", "peer_timeout"),
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 # Of these, what decides at which steps the workers of one run meet.

@@ -25,6 +25,7 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
@@ -76,11 +77,17 @@ def run(
         InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
             run is writing to the same folder, when the disk did not take what was trained, and, with
             ``--on-nonfinite stop``, for a loss or a gradient that is not finite.
+        PeerLost: when another worker is gone; one that stands still ends the process, with exit code 75.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
+    with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
+        return _run_together(args, training_callback, watchers, make_step, workers, deadline)
+
+
+def _run_together(args, training_callback, watchers, make_step, workers, deadline):
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
         check_data_folder(args)
@@ -90,7 +97,7 @@ def run(
         with workers.one_outcome():
             if args.train and workers.leads:
                 _check_what_is_written(args, lock)
-        return _run(args, training_callback, lock, watchers, make_step, workers)
+        return _run(args, training_callback, lock, watchers, make_step, workers, deadline)
 
 
 def _check_what_is_written(args, lock):
@@ -102,7 +109,7 @@ def _check_what_is_written(args, lock):
     lock.take(make=False)
 
 
-def _run(args, training_callback, lock, watchers, make_step, workers):
+def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
     with workers.one_outcome():
         services = _reporting_callbacks(args) if workers.leads else None
@@ -122,10 +129,10 @@ def _run(args, training_callback, lock, watchers, make_step, workers):
             adapters.apply_adapter(model, Path(args.adapter_path), config)
     result = None
     if args.train:
-        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step)
+        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline)
     if args.test:
         rprint("Testing")
-        _test(args, model, test_set)
+        _test(args, model, test_set, deadline)
     return result
 
 
@@ -139,9 +146,11 @@ def train_model(
     lock: FolderLock,
     watchers: Sequence[Watcher] = (),
     make_step: Callable | None = None,
+    deadline: PeerDeadline | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     workers = Workers.join()
+    deadline = deadline or PeerDeadline(workers, args.peer_timeout)
     of = made_of(model, train_set, valid_set, workers.size)
     workers.agree({CONTENTS[name]: of[name] for name in CONTENTS})
     with workers.one_outcome():
@@ -161,10 +170,10 @@ def train_model(
     start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock, workers)
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
     peak_memory = training.train(loss, train_set, valid_set)
 
-    loss_before, loss_after = _losses(args, model, loss, valid_set, training)
+    loss_before, loss_after = _losses(args, model, loss, valid_set, training, deadline)
     if log:
         log.end(args.iters, loss_after if valid_set else None)
     result = Result(
@@ -173,7 +182,7 @@ def train_model(
         loss_after=loss_after,
         peak_memory=peak_memory,
         trained=trained,
-        files=adapters.run_files(Path(args.adapter_path)) if training.leader else [],
+        files=adapters.run_files(Path(args.adapter_path)) if workers.leads else [],
     )
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
@@ -223,12 +232,12 @@ def _begin(args, model, optimizer, of, rows, lock, workers):
     return start, saving, log
 
 
-def _losses(args, model, loss, valid_set, training):
+def _losses(args, model, loss, valid_set, training, deadline):
     """Before and after: of the validation or, without a set, of the first and the last report, if these are two."""
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches)
+    last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches, deadline)
     return training.history.losses.get("val_loss", [last])[0], last
 
 
@@ -308,17 +317,18 @@ def _load_adapter_file(model, path):
         adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
-def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
+def _evaluate_on_first_batches(args, model, loss, valid_set, batches, deadline):
     """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
     random_state = np.random.get_state()
     if batches.first_evaluation:
         set_numpy_random(batches.first_evaluation)
-    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches)
+    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, deadline.passed)
     np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
     return mean
 
 
-def _test(args, model, test_set):
+def _test(args, model, test_set, deadline):
     """mlx-lm's test, whose function takes no loss."""
-    loss = evaluate(args, model, choose_loss(args, model), CacheDataset(test_set), args.test_batches)
+    loss = choose_loss(args, model)
+    loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, deadline.passed)
     rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")

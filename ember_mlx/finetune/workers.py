@@ -161,8 +161,8 @@ class Workers:
         return sent.view(array.dtype).reshape(array.shape)
 
     def all_max(self, number: int) -> int:
-        """The largest of the workers' numbers, each below 2^31."""
-        return number if self.size == 1 else mx.distributed.all_max(mx.array(number), stream=mx.cpu).item()
+        """The largest of the workers' numbers, each below 2^63."""
+        return number if self.size == 1 else mx.distributed.all_max(mx.array(number, mx.int64), stream=mx.cpu).item()
 
 
 _JOINED = set()

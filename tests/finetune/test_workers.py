@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -74,9 +75,12 @@ def found(words, tmp_path_factory):
     """What tests/finetune/worker_checks.py found on both, and its ``folder`` and ``output``."""
     folder = tmp_path_factory.mktemp("workers")
     ended = finish(start(folder, [[ROOT / "tests/finetune/worker_checks.py", folder, *words]] * 2))
-    assert [process.returncode for process, *_ in ended] == [0, 0], ended
+    assert [process.returncode for process, *_ in ended] == [75, -signal.SIGKILL], ended
     each = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
-    return [one | {"folder": folder, "output": output[1]} for one, output in zip(each, ended, strict=True)]
+    return [
+        one | {"folder": folder, "output": output[1], "errors": output[2]}
+        for one, output in zip(each, ended, strict=True)
+    ]
 
 
 def test_a_refusal_on_one_worker_is_told_once_and_ends_all(found):
@@ -154,3 +158,26 @@ def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
 def test_one_worker_alone_tells_of_the_run(found):
     assert "Validation loss" in found[0]["output"]
     assert not found[1]["output"].strip()
+
+
+def test_a_signal_to_one_worker_stops_all_at_one_step_with_one_checkpoint(found):
+    assert [each["signalled"] for each in found] == [128 + signal.SIGTERM] * 2
+    saved = [checkpoints.in_folder(found[0]["folder"] / f"host{rank}" / "signalled") for rank in range(2)]
+    assert [[path.name for path in each] for each in saved] == [["step-0000002", "step-0000004"], []]
+    assert found[0]["errors"].count("To resume:") == 1
+    assert "To resume:" not in found[1]["errors"]
+
+
+def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
+    """The exit code, 75, is looked at where the two are started."""
+    folder = found[0]["folder"] / "host0" / "killed"
+    assert [path.name for path in checkpoints.in_folder(folder)] == ["step-0000002"]
+    assert "Traceback" not in found[0]["errors"]
+    assert found[0]["errors"].splitlines()[-1].startswith("ember-mlx train: error: worker 0: another worker is lost (")
+
+
+def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
+    script = [ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "--peer-timeout", "2", "stands-still"]
+    for process, _, errors in finish(start(tmp_path, [script] * 2)):
+        assert process.returncode == 75, errors
+        assert "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)" in errors

@@ -1,17 +1,23 @@
-"""What each of two workers does in test_workers.py: ``worker_checks.py FOLDER WORDS`` writes what it found there, JSON.
+"""What each of two workers does in test_workers.py.
 
-WORDS are options of ``train``.
+``worker_checks.py FOLDER WORDS``, WORDS options of ``train``, writes what it found to FOLDER as JSON; at its end the
+second worker is killed. ``worker_checks.py FOLDER WORDS stands-still``: there it sleeps in its first step instead.
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
+from ember_mlx import cli
 from ember_mlx.finetune import options, workers
+from ember_mlx.finetune.batches import TrainingBatches
 from ember_mlx.finetune.resume import weights_checksum
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.watchers import Watcher
@@ -81,7 +87,33 @@ def trained(folder, words):
     return watcher.checksums()
 
 
+def command(folder, words, rank, step, happens):
+    """The exit code of ``ember-mlx train``, in which ``happens()`` on the worker of this rank as it draws ``step``."""
+    draw = TrainingBatches.draw
+
+    def draw_and_suffer(self):
+        if self.step == step - 1 and self.workers.rank == rank:
+            happens()
+        return draw(self)
+
+    TrainingBatches.draw = draw_and_suffer
+    sys.argv[1:] = ["train", *words, "--adapter-path", str(folder)]
+    try:
+        cli.main()
+    except SystemExit as error:
+        return error.code
+    finally:
+        TrainingBatches.draw = draw
+
+
+def send(number):
+    """A function that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
 def main():
+    if sys.argv[-1] == "stands-still":
+        command(sys.argv[1], sys.argv[2:-1], 1, 1, lambda: time.sleep(60))
     here = workers.Workers.join(60)
     found = {
         "rank": here.rank,
@@ -101,7 +133,9 @@ def main():
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
+    found["signalled"] = command(own / "signalled", words, 1, 4, send(signal.SIGTERM))
     (folder / f"found{here.rank}.json").write_text(json.dumps(found))
+    command(own / "killed", words, 1, 4, send(signal.SIGKILL))
 
 
 main()
