@@ -132,7 +132,7 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
         result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline)
     if args.test:
         rprint("Testing")
-        _test(args, model, test_set, deadline)
+        _test(args, model, test_set, deadline.passed)
     return result
 
 
@@ -152,7 +152,8 @@ def train_model(
     workers = Workers.join()
     deadline = deadline or PeerDeadline(workers, args.peer_timeout)
     of = made_of(model, train_set, valid_set, workers.size)
-    workers.agree({CONTENTS[name]: of[name] for name in CONTENTS})
+    for name, shown in CONTENTS.items():  # one by one: other rows have other tokens
+        workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
         optimizer = build_optimizer(model, args, choices)
@@ -327,8 +328,8 @@ def _evaluate_on_first_batches(args, model, loss, valid_set, batches, deadline):
     return mean
 
 
-def _test(args, model, test_set, deadline):
+def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
-    loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, deadline.passed)
+    loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
     rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")

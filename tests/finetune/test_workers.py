@@ -181,3 +181,11 @@ def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
     for process, _, errors in finish(start(tmp_path, [script] * 2)):
         assert process.returncode == 75, errors
         assert "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)" in errors
+
+
+def test_whoever_waits_in_vain_to_join_says_so_and_ends(tmp_path):
+    wait = "from ember_mlx.finetune.workers import Workers; Workers.join(2)"
+    first, other = start(tmp_path, [["-c", wait], ["-c", "pass"]])
+    ended = finish([first, other])
+    assert ended[0][0].returncode == -signal.SIGALRM
+    assert ended[0][2].strip() == "worker 0 waits up to 2 s for the others (2 in all)"
