@@ -8,6 +8,10 @@ if not torch.cuda.is_available():
     # Triton's interpreter then runs the kernels of cuda_ref; it must be known before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Two workers share two cores: threads of torch and OpenMP would mostly wait for each other, here and in subprocesses.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
 # In the background of a script, or under nohup, these are ignored, as they then are in every process started from here.
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:

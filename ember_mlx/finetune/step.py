@@ -20,9 +20,10 @@ from ember_mlx.optimizers.guarded import (
     all_finite,
     clip_by_norm,
     fill,
-    global_norm,
     norm_is_safe,
+    norm_of,
     spoil_gradients_of_nonfinite,
+    squares_of,
 )
 from ember_mlx.optimizers.paired import PairedOptimizer
 
@@ -68,7 +69,7 @@ class Step:
             gradients = reduce(gradients)
             if accumulation > 1:
                 gradients = tree_map(lambda x: x / accumulation, gradients)
-            return value, tokens, gradients, global_norm(gradients) if self._judges else None
+            return value, tokens, gradients, squares_of(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
         self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -82,13 +83,14 @@ class Step:
         self, batch: tuple[mx.array, ...], last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
     ) -> StepResult:
         """Take one batch; update the weights if it is the last that is accumulated."""
-        loss, tokens, gradients, norm = self._gradients_of(batch, self.accumulated, last_of_accumulation)
+        loss, tokens, gradients, squares = self._gradients_of(batch, self.accumulated, last_of_accumulation)
         self.accumulated = None
         if not last_of_accumulation:
             self.accumulated = gradients
             mx.eval(loss, tokens, mx.random.state)
-            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
+        norm = norm_of(squares) if self._judges else None
         old = dict(tree_flatten(self._changing()))
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
@@ -96,12 +98,14 @@ class Step:
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
         mx.eval(loss, tokens, mx.random.state)
-        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
+        if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
+            evaluate_paced([[each] for each in squares])
         mx.eval(norm)  # its scratch comes after theirs
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
-        del gradients, weights, norm  # now the new weights alone hold what they are made of
+        del gradients, weights, norm, squares  # now the new weights alone hold what they are made of
         if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
@@ -144,14 +148,17 @@ class Step:
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
 
 
-def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str]) -> list[list[mx.array]]:
+def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], tokens: int) -> list[list[mx.array]]:
     """In the order of the backward pass: head and final norm, the layers from the last, the embeddings in ``lookups``.
 
-    So the logits and each layer's activations are freed as soon as its gradients are there.
+    So the logits and each layer's activations are freed as soon as its gradients are there. With fewer ``tokens`` in
+    the batch than the model is wide, the head's gradient is larger than that of the logits, and waits for the layers'.
     """
     layers, outside = _by_layer(gradients)
     head = [array for path, array in outside if path not in lookups]
-    return [head, *layers, [array for path, array in outside if path in lookups]]
+    embeddings = [array for path, array in outside if path in lookups]
+    width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
+    return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
 def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> list[list[mx.array]]:

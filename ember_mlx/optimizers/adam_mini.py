@@ -80,7 +80,18 @@ def kernel_takes(
     return fits and usual and kernels.usable(adam_mini_kernel, w.dtype, g.dtype)
 
 
-def step_by_kernel(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay):
+def step_by_kernel(
+    w: mx.array,
+    g: mx.array,
+    m: mx.array | tuple[mx.array, mx.array],
+    v: mx.array,
+    t: mx.array,
+    learning_rate: float | mx.array,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float | mx.array,
+) -> tuple[mx.array, mx.array | tuple[mx.array, mx.array], mx.array]:
     """As ``adam_mini_step``, each weight read and written once; where blocks are no rows, after their means."""
     rows_are_blocks = v.shape[:-1] == w.shape[:-1]
     if not rows_are_blocks:

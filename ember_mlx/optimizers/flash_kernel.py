@@ -15,7 +15,7 @@ from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 from ember_mlx.optimizers.split_weights import join
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["FUNCTIONS", "differences", "flash_step"]
+__all__ = ["FUNCTIONS", "MOST_FLIPPED", "differences", "flash_step"]
 
 VECTOR = 4  # weights of a thread
 MOST_FLIPPED = 0.02  # codes that a float32 rounding moves to their neighbour

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx import kernels
 from ember_mlx.optimizers.body import Tree
-from ember_mlx.optimizers.ember import mean_squares
+from ember_mlx.optimizers.ember import blocks, mean_squares
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
@@ -35,14 +35,17 @@ __all__ = [
     "fill",
     "global_norm",
     "norm_is_safe",
+    "norm_of",
     "rates_are_safe",
     "spoil_gradients_of_nonfinite",
+    "squares_of",
 ]
 
 SAFE_NORM = 1e18  # its square is 1e36, of 3e38 in float32
 SAFE_RATE = 1e10
 COUNT = "nonfinite_steps"
 SMALL = 2**16  # elements
+SCRATCH = 2**17  # elements
 NEIGHBOURS = 16  # arrays: about those of one layer's adapters
 
 
@@ -73,6 +76,14 @@ def global_norm(gradients: Tree) -> mx.array:
     is not finite if any element is not. The GPU kernel reads each large gradient once and makes nothing of its size;
     small neighbours are added up first, as in :func:`all_finite`.
     """
+    return norm_of(squares_of(gradients))
+
+
+def squares_of(gradients: Tree) -> list[mx.array]:
+    """Sums of squares, (n,) float32 each, that :func:`norm_of` makes the global norm of; see :func:`global_norm`.
+
+    Without a kernel each large gradient needs scratch for a moment: who evaluates them in turn needs that of one alone.
+    """
     small, sums = {}, []
     for place, (_, gradient) in enumerate(tree_flatten(gradients)):
         if gradient.size < SMALL:
@@ -80,11 +91,26 @@ def global_norm(gradients: Tree) -> mx.array:
             small.setdefault((place // NEIGHBOURS, gradient.shape), []).append(squares)
         else:
             rows = gradient.reshape(-1, gradient.shape[-1])
-            sums.append(mean_squares(rows)[0] * rows.shape[1])
+            has_kernel = kernels.usable(kernels.statistics, rows.dtype)
+            sums.append(mean_squares(rows)[0] * rows.shape[1] if has_kernel else _squares_of_rows(rows))
     for alike in small.values():
         rows = _in_pairs(mx.add, alike)
         sums.append(rows.sum(axis=-1).reshape(-1) if rows.ndim else rows.reshape(1))
-    sums = mx.concatenate(sums)
+    return sums
+
+
+def _squares_of_rows(rows):
+    """Block after block: a CPU runs ahead, so several blocks of float32 squares exist at a time."""
+    sums = []
+    for some in blocks(rows, max(SCRATCH // rows.shape[1], 1)):
+        block = mx.depends(rows[some], sums[-1:]) if sums else rows[some]
+        sums.append(mx.square(block.astype(mx.float32)).sum(axis=1))
+    return mx.concatenate(sums)
+
+
+def norm_of(squares: list[mx.array]) -> mx.array:
+    """The root of the sum of all :func:`squares_of` gradients."""
+    sums = mx.concatenate(squares)
     # The squares of a row fit into float32 where those of all rows together may not.
     scale = mx.maximum(sums.max(), 1e-30)
     return mx.sqrt(scale) * mx.sqrt((sums / scale).sum())

@@ -8,7 +8,7 @@ resolution is 1.5e-5 of a weight: at 1e-7 it fails too.
 
 import mlx.core as mx
 from mlx.optimizers import MultiOptimizer, Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
@@ -89,9 +89,7 @@ class SplitWeights(Optimizer):
         self._schedulers = optimizer._schedulers
 
     def init(self, parameters: Tree) -> None:
-        parameters = tree_flatten(parameters)
-        check_some_are_bfloat16("SplitWeights", parameters)
-        parameters = tree_unflatten(parameters)
+        check_some_are_bfloat16("SplitWeights", tree_flatten(parameters))
         self.optimizer.init(tree_map(_float32, parameters))
         tree_map_with_path(_start_rest, parameters, self.state)
         self._initialized = True

@@ -33,7 +33,7 @@ from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["StepResult", "StreamedStep"]
 
-LEAST_AHEAD = 2**26  # bytes that a GPU is run ahead
+LEAST_AHEAD = 2**25  # bytes that a GPU is run ahead
 SHARE_AHEAD = 128  # of the weights
 SHARE_OF_LOGITS = 8  # of the weights
 
@@ -75,7 +75,7 @@ class StreamedStep:
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
         run_ahead (int, optional): Bytes of new weights that a GPU is handed before the first of them must be done: more
-            take less time and more memory. Default: 1/128 of the weights, at least 64 MB. A CPU is not run ahead.
+            take less time and more memory. Default: 1/128 of the weights, at least 33 MB. A CPU is not run ahead.
         reduce (callable, optional): An array of this machine -> the sum over all machines, as
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
             Tables under Ember go over the wire twice a step, in float32.
@@ -209,8 +209,8 @@ class StreamedStep:
         return self._updates.finish()
 
     def _phase(self, name):
+        self._pace.finish()  # what a phase leaves in flight must not meet what the next one needs
         if self.on_phase is not None:
-            self._pace.finish()
             self.on_phase(name)
 
     # The loss

@@ -7,7 +7,7 @@ A row is model/batch x tokens/recipe/way. Recipes: `stateless` (SinkGD on the bo
 `adamw` (AdamW on the body, computed in float32, its state in bfloat16; Ember on the tables), `lora` (adapters in all
 layers and both tables). Ways: `streamed`; `checkpointed`, an ordinary step: gradients by one compiled function with
 mlx-lm's `--grad-checkpoint`, then the update, array by array; `own_step`, the one that `ember-mlx train` takes;
-`streamed@64`, where a GPU is run at most 64 MB of weights ahead.
+`streamed@68`, where a GPU is run at most 68 MB of weights ahead, not 33.
 
 `streamed+checkpointed` is for the time alone: two models in one process take their steps in turn, since the times of
 one way differ by twice from process to process. No model is downloaded. Each row is a fresh process with a time limit;
@@ -45,7 +45,7 @@ ROWS = [
     "qwen3-0.6b/4x1024/stateless/streamed",
     "qwen3-0.6b/1x512/lora/streamed",
     "qwen3-0.6b/1x512/stateless/streamed+own_step",
-    "qwen3-0.6b/1x512/stateless/streamed@64",
+    "qwen3-0.6b/1x512/stateless/streamed@68",
     "qwen3-0.6b/4x1024/stateless/streamed+checkpointed",
     "qwen3-0.6b/1x512/stateless/checkpointed",
     "qwen3-0.6b/1x512/adamw/checkpointed",

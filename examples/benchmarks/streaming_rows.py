@@ -19,9 +19,12 @@ RECIPES = {
     "stateless": ["--fine-tune-type", "full", "--optimizer", "sinkgd"],
     "adamw": ["--fine-tune-type", "full", "--optimizer", "adamw"],
     "adam-mini": ["--fine-tune-type", "full", "--optimizer", "adam-mini"],
+    "adam-mini-int8": ["--fine-tune-type", "full", "--optimizer", "adam-mini"],
+    "flash-adamw": ["--fine-tune-type", "full", "--optimizer", "flash-adamw"],
     "lora": ["--fine-tune-type", "lora", "--optimizer", "adamw"],
     "adamw-tables": ["--fine-tune-type", "full", "--optimizer", "sinkgd", "--table-optimizer", "adamw"],
 }
+OPTIMIZER_CONFIG = {"adam-mini-int8": {"adam-mini": {"momentum": "int8"}}}
 WAYS = ("streamed", "checkpointed")
 ROW = re.compile(
     rf"(?P<model>{'|'.join(map(re.escape, SHAPES))})(?P<tied>/tied)?/(?P<batch_size>[1-9]\d*)x(?P<length>[1-9]\d*)/"
@@ -36,6 +39,8 @@ ON_A_GPU = [
         "qwen3-0.6b/1x512/adamw",
         "qwen3-0.6b/1x512/lora",
         "qwen3-0.6b/4x1024/stateless",
+        "qwen3-0.6b/1x512/adam-mini-int8",
+        "qwen3-0.6b/1x512/flash-adamw",
     )
     for way in WAYS
 ]

@@ -22,12 +22,3 @@ TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def implementation(request):
     """The name of an implementation and the device that it is tested on."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tables are tiny here: on a busy machine, several threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -59,6 +59,7 @@ def check_against_the_oracle_and_one_process():
     for (way, shape, dtype, options), implementation in itertools.product(cases, IMPLEMENTATIONS):
         if implementation == "triton" and not CUDA and (way, shape) != ("fsdp2", (4, 6)):
             continue  # Triton's interpreter is slow, and to bfloat16 it cuts bits off where the GPU rounds
+        steps = 3 if implementation == "triton" and not CUDA else 10
         table = Table(random_values(shape, getattr(torch, dtype)), way)
         alone = Table(table.whole(table.weight), "whole")
         optimizer = table.ember(implementation=implementation, **options)
@@ -75,7 +76,7 @@ def check_against_the_oracle_and_one_process():
             errors[name] = max(errors.get(name, 0.0), worst(mine, single, most))
 
         weights = table.whole(table.weight)
-        for t, g in enumerate(gradient_stream("random", shape, steps=10), start=1):
+        for t, g in enumerate(gradient_stream("random", shape, steps=steps), start=1):
             g = round_to_bfloat16(g)
             with torch.no_grad():
                 alone.weight.copy_(weights)
@@ -88,7 +89,7 @@ def check_against_the_oracle_and_one_process():
         truth = {"r": oracle.row_mean_square, "c": oracle.column_mean_square}
         ours, theirs = state_of(table, optimizer), state_of(alone, one_process)
         for (name, true), mine, single in zip(truth.items(), ours, theirs, strict=False):
-            compare(name, mine, single, true, bound(name, "float32", true, 10))
+            compare(name, mine, single, true, bound(name, "float32", true, steps))
         numbers[f"{way} {shape} {dtype} {implementation} {', '.join(options)}"] = errors
         assert max(errors.values()) <= 1, (way, shape, dtype, implementation, errors)
     return numbers

@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model
 from tiny_models import tiny_llama
 
 from ember_mlx import InputError
-from ember_mlx.finetune import options
+from ember_mlx.finetune import choices, options
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, choose
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.run import run
@@ -27,6 +27,9 @@ ASKED = st.fixed_dictionaries(
         "num_layers": st.sampled_from([None, -1, 0, 1, 2, 3]),
         "dequantize_tables": st.booleans(),
         "table_rounding": st.sampled_from([None, "nearest", "stochastic"]),
+        "body_rounding": st.sampled_from([None, "nearest", "stochastic"]),
+        "stream": st.sampled_from([None, True, False]),
+        "keep_inputs": st.sampled_from([None, 2]),
         "lora_parameters": st.sampled_from(KEYS).map(
             lambda keys: {"rank": 4, "scale": 1.0, "dropout": 0.0, "keys": keys}
         )
@@ -37,10 +40,10 @@ ASKED = st.fixed_dictionaries(
 
 def outcome(asked, shapes):
     try:
-        choices = choose(DEFAULTS | asked, shapes)
+        made = choose(DEFAULTS | asked, shapes)
     except InputError as error:
         return str(error)
-    return choices.as_options(), set(choices.dequantize)
+    return made.as_options(), set(made.dequantize)
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +99,17 @@ def test_options_are_never_written_to(parse, tmp_path):
     assert {name: saved[name] for name in chosen} == chosen
     rest = {name: value for name, value in before.items() if name not in chosen}
     assert {name: saved[name] for name in rest} == json.loads(json.dumps(rest, default=str))
+
+
+def test_one_constant_makes_full_stream_unless_told_otherwise(monkeypatch):
+    shapes = shapes_of(tiny_llama())
+
+    def streams(**asked):
+        return choose(DEFAULTS | {"fine_tune_type": "full"} | asked, shapes).stream
+
+    assert (streams(), streams(stream=True)) == (False, True)
+    monkeypatch.setattr(choices, "STREAMED_BY_DEFAULT", frozenset({"full"}))
+    assert streams()
+    assert not streams(stream=False)
+    assert not streams(train_tables="none")  # mlx-lm's own run, to the bit
+    assert not streams(fine_tune_type="lora")

@@ -180,6 +180,7 @@ def test_a_rate_on_a_schedule_that_begins_at_0_and_a_beta2_on_one_are_reported(f
         (["--grad-accumulation-steps", "2"], "8 updates are too few to measure.*use --iters 32"),
         (["--train-tables", "none"], "--train-tables none: nothing to measure"),
         (["--table-optimizer", "adamw"], "--table-optimizer adamw: geometry measures whether Ember suits"),
+        (["--stream"], "--stream: geometry measures whole gradients"),
         (["--table-learning-rate", "0"], "--table-learning-rate 0: no row would move"),
         (["--resume"], "--resume: geometry measures a run from its first step"),
         (["--test"], "--test: geometry measures a run that trains"),

@@ -76,6 +76,22 @@ def test_steps_at_1e_5_that_bfloat16_rounds_away_add_up(name):
     assert correlation(OPTIMIZERS[name], 1e-5, split_them=True) > 0.999
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_array_by_array_it_makes_the_bits_of_the_whole_tree(name):
+    """As a streamed step goes through the weights."""
+    random = np.random.RandomState(4)
+    weights = {path: mx.array(random.normal(size=(16, 8))).astype(mx.bfloat16) for path in ("a", "b")}
+    gradients = {path: mx.array(random.normal(size=(16, 8))).astype(mx.bfloat16) for path in weights}
+    whole, single = (SplitWeights(OPTIMIZERS[name](1e-3)) for _ in range(2))
+    single.init(weights)
+    expected = whole.apply_gradients(gradients, weights)
+    single.state["step"] = single.step + 1
+    for path, weight in weights.items():
+        assert mx.array_equal(single.apply_single(gradients[path], weight, single.state[path]), expected[path])
+        for key, array in whole.state[path].items():
+            assert mx.array_equal(single.state[path][key], array), key
+
+
 def test_the_rest_is_saved_and_resumed_bit_for_bit_and_other_dtypes_have_none(tmp_path):
     random = np.random.RandomState(2)
     start = {"a": {"w": mx.array(random.normal(size=(8, 6))).astype(mx.bfloat16)}, "b": mx.ones((4, 6))}
