@@ -7,7 +7,7 @@ from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
-from ember_mlx.finetune.lost_peers import PeerLost, leave
+from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporting_lost_peers
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
@@ -19,11 +19,10 @@ __all__ = ["main"]
 def main(arguments: list[str]) -> None:
     """Train, test, or both."""
     workers = Workers.join()
-    with workers.one_outcome():
-        args = options.parse(arguments, data_required=True)
-    if args.train and workers.leads and (warning := machine.warning(args)):
-        rprint(warning)
     try:
+        args = _parse_together(arguments, workers)
+        if args.train and workers.leads and (warning := machine.warning(args)):
+            rprint(warning)
         run(args)
     except PeerLost as lost:
         leave(lost)
@@ -36,3 +35,10 @@ def main(arguments: list[str]) -> None:
                 words = options.command_to_resume(arguments, stopped.resume_words)
                 print(f"To resume:\n  {shlex.join(['ember-mlx', 'train', *words])}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+
+
+def _parse_together(arguments, workers):
+    """The options, where no worker refuses its own; --peer-timeout is not known yet."""
+    deadline = PeerDeadline(workers, options.defaults()["peer_timeout"] // 10)
+    with reporting_lost_peers(workers), deadline, workers.one_outcome():
+        return options.parse(arguments, data_required=True)

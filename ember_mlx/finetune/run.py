@@ -77,6 +77,7 @@ def run(
         InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
             run is writing to the same folder, when the disk did not take what was trained, and, with
             ``--on-nonfinite stop``, for a loss or a gradient that is not finite.
+        SystemExit: with several workers, on all but the first, instead of InputError, which is told once.
         PeerLost: when another worker is gone; one that stands still ends the process, with exit code 75.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """

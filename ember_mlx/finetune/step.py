@@ -41,7 +41,7 @@ class Step:
             out; with ``clip_grad_norm`` the norm that is judged clips, too.
         loss (callable): mlx-lm's kind: ``loss(model, tokens, lengths)`` gives the mean and the number of tokens.
         accumulation (int): How many batches make one update.
-        reduce (callable): Gradients of this machine -> gradients of all.
+        reduce (callable): Gradients of this machine -> their mean over all.
     """
 
     def __init__(
