@@ -156,6 +156,11 @@ HELP: Help = {
             "Keep the newest N checkpoints; 0 writes none. One is written every --save-every batches, at the end, and "
             "when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run.",
         ),
+        "peer_timeout": (
+            "SECONDS",
+            "With several workers: end the run when no step ends for SECONDS, since another worker is lost. Slow steps "
+            "get more.",
+        ),
         "resume": (
             "FOLDER",
             "Resume exactly where a run stopped: from the newest intact checkpoint in --adapter-path, or from FOLDER: "

@@ -84,6 +84,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip_layer_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
     "memory_limit": (None, {"type": _limit}),
+    "peer_timeout": (300, {"type": int}),
     "log_jsonl": (None, {"type": str}),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
@@ -94,6 +95,7 @@ AT_LEAST = {
     "steps_per_eval": 1,
     "save_every": 1,
     "keep_checkpoints": 0,
+    "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
     "learning_rate": 0,
