@@ -11,10 +11,10 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
+from ember_mlx.finetune.workers import average_by_dtype
 from ember_mlx.optimizers.guarded import (
     GuardedOptimizer,
     all_finite,
@@ -41,7 +41,7 @@ class Step:
             out; with ``clip_grad_norm`` the norm that is judged clips, too.
         loss (callable): mlx-lm's kind: ``loss(model, tokens, lengths)`` gives the mean and the number of tokens.
         accumulation (int): How many batches make one update.
-        reduce (callable): Gradients of this machine -> gradients of all.
+        reduce (callable): Gradients of this machine -> their mean over all.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Step:
         optimizer: GuardedOptimizer | PairedOptimizer,
         loss: Callable,
         accumulation: int = 1,
-        reduce: Callable = average_gradients,
+        reduce: Callable = average_by_dtype,
     ):
         self.model = model
         self.optimizer = optimizer
