@@ -1,8 +1,8 @@
-"""The picture of the README: peak of a full fine-tune, five ways, from JSON files of three benchmarks; as SVG.
+"""The picture of the README: peak of a full fine-tune, five ways, from JSON files of two benchmarks; as SVG.
 
     python examples/benchmarks/full_fine_tune_picture.py
 
-It reads `guard_cost_h100.json`, `two_checkouts_h100.json` and `streaming_peaks_h100.json` in results/, and writes
+It reads `two_checkouts_h100.json` and `streaming_peaks_h100.json` in results/, and writes
 peak_of_a_full_fine_tune_light.svg and _dark.svg beside them. All are of one kind of machine, or it ends.
 """
 
@@ -14,7 +14,7 @@ from training_memory_pictures import COLOURS, save, style
 RESULTS = Path(__file__).parent / "results"
 ORDINARY, STREAMED = "qwen3-0.6b/untied/full/1x512", "qwen3-0.6b/1x512"
 WAYS = (  # the file, the way to the row in it, the label, the colour
-    ("guard_cost", (f"{ORDINARY}/ember", "mlx-lm"), "mlx-lm's step: Ember, AdamW on the rest", "theirs"),
+    ("two_checkouts", (f"{ORDINARY}/ember", "before"), "mlx-lm's loop: Ember, AdamW on the rest", "theirs"),
     ("two_checkouts", (f"{ORDINARY}/adamw", "after"), "train: AdamW on all weights", "theirs"),
     ("two_checkouts", (f"{ORDINARY}/ember", "after"), "train: Ember, AdamW on the rest", "ours"),
     ("streaming_peaks", (f"{STREAMED}/adamw/streamed",), "train --stream: Ember, AdamW on the rest", "ours"),
