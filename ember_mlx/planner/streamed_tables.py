@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
+from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
 
 if TYPE_CHECKING:
