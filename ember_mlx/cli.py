@@ -14,6 +14,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
 
   ember-mlx train     fine-tune: the options of mlx_lm.lora, and those of the token tables
   ember-mlx plan      predict the memory of that run, by the same flags; nothing is loaded or trained
+  ember-mlx data      show what it will learn from: rows, lengths, and what is learned in them
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
   ember-mlx fuse      merge an adapter into a model that stock mlx-lm loads
   ember-mlx geometry  train and measure whether Ember suits the model and the data
@@ -27,7 +28,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "plan", "generate", "fuse", "demo", "geometry", "plot", "parity")
+COMMANDS = ("train", "plan", "data", "generate", "fuse", "demo", "geometry", "plot", "parity")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.adapters import add_tokens_of, load_base
 from ember_mlx.finetune.run import check_adapter_folder, run
 from ember_mlx.finetune.safe_writing import existing_parent
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
 from ember_mlx.plots.style import require_matplotlib
@@ -99,7 +100,7 @@ def check(args: options.Options, out: Path) -> None:
         )
     if not (args.table_learning_rate > 0 or args.table_lr_schedule):
         raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 1e-4")
-    if mx.distributed.init().size() > 1:
+    if Workers.join().size > 1:
         raise InputError("several workers: geometry measures on one machine; start it without mlx.launch")
     updates, least = args.iters // args.grad_accumulation_steps, max(NEEDED.values())
     if updates < least:

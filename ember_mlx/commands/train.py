@@ -7,8 +7,10 @@ from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
+from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporting_lost_peers
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.planner import machine
 
 __all__ = ["main"]
@@ -16,15 +18,27 @@ __all__ = ["main"]
 
 def main(arguments: list[str]) -> None:
     """Train, test, or both."""
-    args = options.parse(arguments, data_required=True)
-    if args.train and (warning := machine.warning(args)):
-        rprint(warning)
+    workers = Workers.join()
     try:
+        args = _parse_together(arguments, workers)
+        if args.train and workers.leads and (warning := machine.warning(args)):
+            rprint(warning)
         run(args)
+    except PeerLost as lost:
+        leave(lost)
     except Interrupted as stopped:
+        if not workers.leads:
+            sys.exit(stopped.exit_code)
         with outliving_its_readers():
             print(stopped, file=sys.stderr)
             if stopped.checkpoint:
                 words = options.command_to_resume(arguments, stopped.resume_words)
                 print(f"To resume:\n  {shlex.join(['ember-mlx', 'train', *words])}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+
+
+def _parse_together(arguments, workers):
+    """The options, where no worker refuses its own; --peer-timeout is not known yet."""
+    deadline = PeerDeadline(workers, options.defaults()["peer_timeout"] // 10)
+    with reporting_lost_peers(workers), deadline, workers.one_outcome():
+        return options.parse(arguments, data_required=True)

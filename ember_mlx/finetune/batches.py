@@ -1,14 +1,22 @@
-"""The batches of a run, from any position on: mlx-lm's order, which NumPy's random state decides."""
+"""The batches of a run, from any position on: mlx-lm's order, which NumPy's random state decides.
+
+Several workers all draw the whole batch, and each keeps every N-th of its rows. So each knows the tokens of all without
+a word, and the mean of their gradients is that of one machine with the whole batch.
+"""
+
+import math
+from collections.abc import Callable
 
 import mlx.core as mx
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
-from ember_mlx.finetune.history import LossHistory
+from ember_mlx.finetune.history import LossHistory, learned_tokens
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.workers import Workers
 
-__all__ = ["Rows", "TrainingBatches"]
+__all__ = ["Rows", "TrainingBatches", "own_part", "shared_loss"]
 
 
 class Rows(CacheDataset):
@@ -38,8 +46,8 @@ class TrainingBatches:
         self.history = history
         self.step = self.drawn = 0
         self.epoch_random = self.first_evaluation = None
-        world = mx.distributed.init()
-        self._batches = iterate_batches(rows, args.batch_size, args.max_seq_length, loop=True, comm_group=world)
+        self.workers = Workers.join()
+        self._batches = iterate_batches(rows, args.batch_size, args.max_seq_length, loop=True)
         if start is None:
             self.mark()
             return
@@ -54,15 +62,15 @@ class TrainingBatches:
             rows.skipping = False
         set_random(start)
 
-    def draw(self) -> tuple[mx.array, mx.array]:
-        """The tokens and the lengths of the next batch."""
+    def draw(self) -> tuple[mx.array, ...]:
+        """The tokens and the lengths of the next batch; of several workers, this one's :func:`own_part` of it."""
         if not self.drawn:
             self.epoch_random = numpy_random()
         batch = next(self._batches)
         self.drawn = (self.drawn + 1) % self.batches_an_epoch
         self.step += 1
         self.history.draw(batch)
-        return batch
+        return own_part(batch, self.workers)
 
     def begin_evaluation(self) -> None:
         """The first validation's batches are those on which the last one is repeated."""
@@ -82,3 +90,36 @@ class TrainingBatches:
             first_evaluation=self.first_evaluation,
             record=self.history.to_json(),
         )
+
+
+def own_part(batch: tuple[mx.array, mx.array], workers: Workers) -> tuple[mx.array, ...]:
+    """A worker's rows of a batch, and how much its mean loss counts in the mean over all workers.
+
+    Args:
+        batch: Tokens (B, T) and lengths (B, 2) of the whole batch, the same on all workers.
+        workers: Their number N divides B.
+
+    Returns:
+        ``batch`` itself for one worker. Else tokens (B / N, T), lengths (B / N, 2), and the share, float32: N times the
+        part of the batch's learned tokens that are in these rows. It is 0 where there are none, and NaN, as the loss of
+        one machine is, where the whole batch has none.
+    """
+    if workers.size == 1:
+        return batch
+    counts = learned_tokens(batch)
+    own, whole = sum(counts[workers.rank :: workers.size]), sum(counts)
+    tokens, lengths = (each[workers.rank :: workers.size] for each in batch)
+    if not own:
+        # A mean over no tokens has NaN gradients, which no share of 0 removes; that of any tokens does as well.
+        lengths = mx.broadcast_to(mx.array([1, tokens.shape[1] - 1]), lengths.shape)
+    return tokens, lengths, mx.array(workers.size * own / whole if whole else math.nan)
+
+
+def shared_loss(loss: Callable) -> Callable:
+    """mlx-lm's kind of loss, for batches of :func:`own_part`: the mean over the workers is that over all tokens."""
+
+    def of_own_part(model, tokens, lengths, share=None):
+        value, count = loss(model, tokens, lengths)
+        return (value, count) if share is None else (value * share, mx.where(share > 0, count, 0))
+
+    return of_own_part

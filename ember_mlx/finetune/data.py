@@ -1,50 +1,89 @@
-"""A data folder: checked before mlx-lm reads it, and loaded with every row tried, before anything is written."""
+"""The data of a run: checked before a model is loaded, and loaded with every row tried, before anything is written."""
 
-import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.datasets import load_dataset
+from mlx_lm.tuner.datasets import create_dataset, load_dataset
 
+from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.rows import REMEDY, TriedRows, fault_of, with_compared_prompts
+from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
+from ember_mlx.finetune.rows import TriedRows, with_compared_prompts
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["FEATURES", "HUB_NAME", "check_data_folder", "load_data", "load_sets", "row_name"]
+__all__ = ["VALID_FRACTION", "DataSet", "check_data_folder", "file_of", "is_local", "load_data", "load_sets"]
 
-# The kinds of rows that mlx-lm takes; the names can be changed in its YAML file, as these keys.
-FEATURES = {"prompt_feature": "prompt", "completion_feature": "completion", "chat_feature": "messages"}
 SETS = ("train", "valid", "test")
+ON_HUB = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+VALID_FRACTION = 0.05
+MOST_OF_FEW = 0.2  # of the rows, when --valid-fraction of them would not fill a batch
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Rows as mlx-lm has them, and of the number of a row, from 0, its name for errors."""
+
+    rows: Any = field(default_factory=list)
+    where: Callable[[int], str] = str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def is_local(args: Options) -> bool:
+    """Whether ``--data`` is a folder or a file here, or can be meant as nothing else."""
+    if getattr(args, "hf_dataset", None):
+        return False
+    path = Path(args.data)
+    return path.exists() or path.suffix.lower() in FORMATS or not HUB_NAME.fullmatch(args.data)
 
 
 def check_data_folder(args: Options) -> None:
-    """Check a local data folder, as far as that needs no tokenizer.
-
-    Hub data sets (``hf_dataset`` in the YAML file, or an ``owner/name`` that is no folder) are left to mlx-lm.
+    """Check local data, as far as that needs no tokenizer. A data set of the hub is checked when it is loaded.
 
     Raises:
-        InputError: for a folder without train.jsonl, and for a row that cannot be trained on; it names file and line.
+        InputError: for data that is missing, and for a row that cannot be trained on; it names file and line.
     """
-    folder = Path(args.data)
-    described = getattr(args, "hf_dataset", None)
-    if described or not folder.exists():
-        if not described and not HUB_NAME.fullmatch(args.data):
-            raise InputError(f"--data {args.data}: this folder does not exist; it must hold train.jsonl")
+    if not is_local(args):
         if find_spec("datasets") is None:
-            what = "hf_dataset: " if described else f"--data {args.data}: is no folder here, and "
+            named = getattr(args, "hf_dataset", None)
+            what = "hf_dataset: " if named else f"--data {args.data}: is no folder here, and "
             raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
+    path = Path(args.data)
+    if not path.exists():
+        what = "file does not exist" if path.suffix.lower() in FORMATS else "folder does not exist; it must hold"
+        raise InputError(f"--data {args.data}: this {what}{'' if what.endswith('exist') else ' train.jsonl'}")
     for name, needed in (("train", args.train), ("test", args.test)):
-        if needed and not (folder / f"{name}.jsonl").is_file():
-            raise InputError(f"--data {args.data}: it has no {name}.jsonl; put one row a line there, as JSON")
+        if needed and file_of(args, name) is None:
+            if path.is_file():
+                raise InputError(f"--test: {args.data} is one file; give a folder with {name}{path.suffix}")
+            ends = ", ".join(list(FORMATS)[1:])
+            raise InputError(
+                f"--data {args.data}: it has no {name}.jsonl; put one row a line there, as JSON; "
+                f"{ends} are read too, and a file by its own name"
+            )
     for name in SETS:
-        if (folder / f"{name}.jsonl").is_file():
-            _check_rows(folder / f"{name}.jsonl", args)
+        if file_of(args, name):
+            _read_set(args, name)
+
+
+def file_of(args: Options, name: str) -> Path | None:
+    """The local file of the set "train", "valid" or "test", or None. Of one name, .jsonl goes before the others."""
+    path = Path(args.data)
+    if path.is_file():
+        return path if name == "train" else None
+    files = (path / f"{name}{end}" for end in FORMATS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, TriedRows, TriedRows]:
@@ -55,9 +94,9 @@ def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, Tr
             refuses; it names file and line.
     """
     tried = []
-    for name, rows in zip(SETS, load_sets(args, tokenizer), strict=True):
+    for name, found in load_sets(args, tokenizer).items():
         used = args.test if name == "test" else args.train
-        tried.append(TriedRows(rows if used else [], partial(row_name, args, name)))
+        tried.append(TriedRows(found.rows if used else [], found.where))
     unshared = sum(rows.unshared for rows in tried)
     if unshared:
         rprint(
@@ -67,63 +106,100 @@ def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, Tr
     return tuple(tried)
 
 
-def load_sets(args: Options, tokenizer: TokenizerWrapper) -> tuple:
-    """mlx-lm's train, valid and test sets, no row of which has been tokenized yet.
+def load_sets(args: Options, tokenizer: TokenizerWrapper) -> dict[str, DataSet]:
+    """The train, valid and test sets, no row of which has been tokenized yet.
 
     Raises:
-        InputError: for data that mlx-lm does not load, and for a set that is used and has fewer rows than a batch.
+        InputError: for data that cannot be loaded, and for a set that is used and has fewer rows than a batch.
     """
+    sets = _described_sets(args, tokenizer) if getattr(args, "hf_dataset", None) else _sets(args, tokenizer)
+    for name, found in sets.items():
+        used = args.test if name == "test" else args.train
+        if used and 0 < len(found) < args.batch_size:
+            raise InputError(
+                f"--data {args.data}: the {name} set has {len(found)} rows, fewer than --batch-size {args.batch_size}: "
+                f"use --batch-size {len(found)} or more rows"
+            )
+        if used and name != "valid" and not len(found):
+            raise InputError(f"--data {args.data}: has no {name} set; name data with one")
+    return sets
+
+
+def _described_sets(args, tokenizer):
+    """mlx-lm's own, of hf_dataset in the YAML file."""
     try:
         sets = [with_compared_prompts(rows) for rows in load_dataset(args, tokenizer)]
     # Whatever the hub's client raises: the user gave data that cannot be used.
     except Exception as error:
+        raise InputError(f"hf_dataset: {' '.join(str(error).split())}") from error
+    found = zip(SETS, sets, strict=True)
+    return {name: DataSet(rows, partial("hf_dataset: {} row {}".format, name)) for name, rows in found}
+
+
+def _sets(args, tokenizer):
+    if is_local(args):
+        placed = {name: _read_set(args, name) if file_of(args, name) else ([], None) for name in SETS}
+    else:
+        placed = _sets_of_hub(args)
+    if args.train and not placed["valid"][0]:
+        (rows, layout), size = placed["train"], _rows_to_split_off(args, len(placed["train"][0]))
+        if size:
+            chosen = set(np.random.RandomState(args.seed).permutation(len(rows))[:size].tolist())
+            placed["train"] = [row for i, row in enumerate(rows) if i not in chosen], layout
+            placed["valid"] = [row for i, row in enumerate(rows) if i in chosen], layout
+    return {name: _data_set(rows, layout, tokenizer) for name, (rows, layout) in placed.items()}
+
+
+def _data_set(placed: list[PlacedRow], layout: Layout | None, tokenizer) -> DataSet:
+    if not placed:
+        return DataSet()
+    rows = create_dataset([row for _, row in placed], tokenizer, layout.as_config())
+    return DataSet(with_compared_prompts(rows), lambda i: placed[i].place)
+
+
+def _rows_to_split_off(args, rows):
+    fraction = args.valid_fraction
+    if fraction is None:
+        fraction = 0 if args.train_tables == "none" else VALID_FRACTION
+    size = round(rows * fraction)
+    if fraction and size < args.batch_size <= rows * MOST_OF_FEW:
+        size = args.batch_size
+    if not args.batch_size <= size <= rows - args.batch_size:
+        why = f" (--valid-fraction {fraction:g} of {rows} rows: no batch of {args.batch_size})" if fraction else ""
+        rprint(f"Warning: no validation rows exist, and none are split off{why}: training without validation.")
+        return 0
+    rprint(
+        f"No validation rows exist: {size} of {rows} rows are split off for it, by --seed {args.seed} "
+        f"(--valid-fraction {fraction:g})"
+    )
+    return size
+
+
+def _read_set(args, name):
+    """The rows of a local file, each with its whole name, as mlx-lm takes them; and their layout."""
+    path = file_of(args, name)
+    where = f"--data {args.data}:" + ("" if path == Path(args.data) else f" {path.name}")
+    return _converted(args, [(f"{where} {place}", row) for place, row in read_file(path, where)])
+
+
+def _sets_of_hub(args):
+    from datasets import load_dataset as load_from_hub
+
+    rprint(f"Loading Hugging Face dataset {args.data}.")
+    try:
+        splits = load_from_hub(args.data)
+        found = {name: next((list(splits[n]) for n in ON_HUB[name] if n in splits), []) for name in SETS}
+    # Whatever the hub's client raises: the user gave data that cannot be used.
+    except Exception as error:
         raise InputError(f"--data {args.data}: {' '.join(str(error).split())}") from error
-    for name, rows in zip(SETS, sets, strict=True):
-        used = args.test if name == "test" else args.train
-        if used and 0 < len(rows) < args.batch_size:
-            raise InputError(
-                f"--data {args.data}: the {name} set has {len(rows)} rows, fewer than --batch-size {args.batch_size}: "
-                f"use --batch-size {len(rows)} or more rows"
-            )
-    return tuple(sets)
+    return {
+        name: _converted(args, [(f"--data {args.data}: {name} row {i}", row) for i, row in enumerate(rows, start=1)])
+        for name, rows in found.items()
+    }
 
 
-def row_name(args: Options, name: str, index: int) -> str:
-    """How errors name a row of the set ``name``: by its line, or, in a data set of the hub, by its number from 1."""
-    if getattr(args, "hf_dataset", None) or not Path(args.data).exists():
-        return f"--data {args.data}: {name} row {index + 1}"
-    return f"--data {args.data}: {name}.jsonl line {index + 1}"
-
-
-def _check_rows(path, args):
-    prompt, completion, messages = (getattr(args, key, None) or name for key, name in FEATURES.items())
-    text = getattr(args, "text_feature", None) or "text"
-    # mlx-lm takes a file's kind from its first row: the first kind here that the row has.
-    kinds = [(prompt, completion), (messages,), (text,)]
-    keys = None
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = row_name(args, path.stem, number - 1)
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (RecursionError, ValueError) as error:
-                raise InputError(f"{where} is not JSON ({error}): {REMEDY}") from error
-            if keys is None:
-                keys = next((kind for kind in kinds if isinstance(row, dict) and set(kind) <= row.keys()), None)
-                if keys is None:
-                    raise InputError(
-                        f"{where} is of no kind that mlx-lm trains on: it needs the keys {prompt} and {completion}, or "
-                        f"{messages}, or {text}"
-                    )
-                if args.mask_prompt and keys == (text,):
-                    raise InputError(
-                        f"--mask-prompt: {where} has {text} and so no prompt; leave --mask-prompt out, or use rows of "
-                        f"{prompt} and {completion}"
-                    )
-            for key in keys:
-                if not isinstance(row, dict) or key not in row:
-                    raise InputError(f"{where} has no {key}, which the first line has: {REMEDY}")
-            if fault := fault_of(row, keys, messages, mask_prompt=args.mask_prompt):
-                raise InputError(f"{where} {fault}: {REMEDY}")
-    if keys is None:
-        raise InputError(f"--data {path.parent}: {path.name} is empty: put one row a line there, as JSON")
+def _converted(args, named):
+    if not named:
+        return [], None
+    layout = layout_of(args, named[0][1], named[0][0])
+    return [PlacedRow(where, mlx_lm_row(row, layout, where)) for where, row in named], layout

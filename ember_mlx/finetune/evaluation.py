@@ -10,6 +10,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from ember_mlx.finetune.history import learned_tokens
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.workers import Workers
 
 __all__ = ["evaluate"]
 
@@ -48,7 +49,7 @@ def evaluate(
         clear_cache_threshold=args.clear_cache_threshold,
         progress_callback=between_batches,
     )
-    if any(empty) and not getattr(rows, "empty_rows_named", False):
+    if Workers.join().all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
         rows.empty_rows_named = True
         _name_empty(args, rows)
     return mean

@@ -4,20 +4,18 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
-from ember_mlx.finetune.data import HUB_NAME, load_sets, row_name
+from ember_mlx.finetune.data import load_sets
 from ember_mlx.finetune.mlx_lm_internals import PAD_TO
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import tokenized as tokens_of
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["LongestBatch", "is_local", "longest_batch", "longest_batches"]
+__all__ = ["LongestBatch", "longest_batch", "longest_batches"]
 
 CHARACTERS = 5_000_000  # of a set that are tokenized: a few seconds
 
@@ -49,19 +47,12 @@ def longest_batches(args: Options, tokenizer: TokenizerWrapper) -> dict[str, Lon
             taken the folder, and for a row of which the tokenizer makes nothing.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # what mlx-lm says of the sets, training says
-        train, valid, test = load_sets(args, tokenizer)
-    sets = {"train": train, "valid": valid, "test": test if args.test else []}
+        sets = load_sets(args, tokenizer)
     return {
-        name: longest_batch(rows, args.batch_size, args.max_seq_length, partial(row_name, args, name))
-        for name, rows in sets.items()
-        if rows
+        name: longest_batch(found.rows, args.batch_size, args.max_seq_length, found.where)
+        for name, found in sets.items()
+        if len(found) and (name != "test" or args.test)
     }
-
-
-def is_local(args: Options) -> bool:
-    """Whether ``--data`` is a folder here, or can be meant as nothing else."""
-    named_on_hub = not Path(args.data).exists() and HUB_NAME.fullmatch(args.data)
-    return not (getattr(args, "hf_dataset", None) or named_on_hub)
 
 
 def longest_batch(rows: Any, batch_size: int, max_seq_length: int, where: Callable[[int], str]) -> LongestBatch:

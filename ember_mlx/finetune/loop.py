@@ -6,7 +6,6 @@ is also saved and stopped between two steps, starts from any position, and lets 
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,9 +14,10 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-from ember_mlx.finetune.batches import Rows, TrainingBatches
+from ember_mlx.finetune.batches import Rows, TrainingBatches, shared_loss
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
+from ember_mlx.finetune.lost_peers import PeerDeadline
 from ember_mlx.finetune.memory_limit import refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
@@ -26,6 +26,7 @@ from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.stop_signals import StopSignals
 from ember_mlx.finetune.watchers import StepResult, Watcher
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
@@ -37,8 +38,8 @@ __all__ = ["Report", "Training"]
 class Training:
     """The steps of one run.
 
-    ``leader`` says whether this worker is the one that saves. After :meth:`train`, ``history`` has the losses,
-    ``batches`` the position in the data, and ``nonfinite`` the number of steps that were left out.
+    With several workers all stop at the same step, and the first one saves. After :meth:`train`, ``history`` has the
+    losses, ``batches`` the position in the data, and ``nonfinite`` the number of steps that were left out.
 
     Args:
         args, model, optimizer, tables: The run's.
@@ -47,6 +48,7 @@ class Training:
         watchers (list): They look on between the steps.
         start (Position, optional): Where to resume.
         make_step (callable): Makes the step, as :class:`Step` is made: of model, optimizer, loss and accumulation.
+        deadline (PeerDeadline, optional): Hears of every meeting of the workers.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Training:
         watchers: Sequence[Watcher] = (),
         start: Position | None = None,
         make_step: Callable = Step,
+        deadline: PeerDeadline | None = None,
     ):
         self.args = args
         self.model = model
@@ -69,13 +72,15 @@ class Training:
         self.watchers = watchers
         self.start = start
         self.make_step = make_step
-        self.leader = mx.distributed.init().rank() == 0
+        self.workers = Workers.join()
+        self.deadline = deadline or PeerDeadline(self.workers, args.peer_timeout)
         self.signals = StopSignals()
+        self.deadline.signalled = lambda: self.signals.number is not None
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
         self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
     def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
-        """Take all the steps that are left, and save; returns the peak memory in bytes.
+        """Take all the steps that are left, and save; returns the peak memory in bytes, the largest of all workers.
 
         Raises:
             InputError: when the disk did not take what was trained; for a step that is not finite with
@@ -86,20 +91,19 @@ class Training:
         self.batches = TrainingBatches(args, rows, self.history, self.start)
         for watcher in self.watchers:
             watcher.before_training(self.model, self.optimizer, self.tables, rows)
-        # Several workers would stop at different steps, and wait for each other: there a signal ends a worker at once.
-        alone = mx.distributed.init().size() == 1
         mx.reset_peak_memory()
-        with self.signals if alone else nullcontext(), self.saving.telling_what_is_left():
+        with self.signals, self.saving.telling_what_is_left():
             if self.batches.step < args.iters:
                 if args.grad_checkpoint and not args.stream:
                     grad_checkpoint(self.model.layers[0])
-                step = self.make_step(self.model, self.optimizer, loss, args.grad_accumulation_steps)
+                step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
                 self._loop(step, loss, CacheDataset(valid_set))
-            peak_memory = mx.get_peak_memory()
-            self.nonfinite.refuse_nothing()
-            if not self._save(args.iters):
-                failed = self.saving.failed[-1]
-                raise InputError(f"--adapter-path {self.saving.folder}: what was trained could not be saved: {failed}")
+            peak_memory = self.workers.all_max(mx.get_peak_memory())
+            with self.workers.one_outcome():
+                self.nonfinite.refuse_nothing()
+                if not self._save(args.iters):
+                    failed = f"what was trained could not be saved: {self.saving.failed[-1]}"
+                    raise InputError(f"--adapter-path {self.saving.folder}: {failed}")
         self._stop_if_asked()  # for the signals that came last, too
         return peak_memory
 
@@ -107,7 +111,7 @@ class Training:
         args, batches = self.args, self.batches
         first, before_extra_evaluation = batches.step + 1, None
         report = Report(args, self.optimizer, self.history)
-        with TrainUI(args.iters, rank=mx.distributed.init().rank()) as ui:
+        with TrainUI(args.iters, rank=self.workers.rank) as ui:
             for _ in range(batches.step):
                 ui.advance()
             self.model.train()
@@ -122,7 +126,7 @@ class Training:
                     self._evaluate(step, loss, valid_set, ui)
 
                 start = time.perf_counter()
-                asked = [watcher.before_step(step, batch) for watcher in self.watchers]
+                asked = [watcher.before_step(step, batch[:2]) for watcher in self.watchers]
                 result = take_step(
                     batch, step % args.grad_accumulation_steps == 0, [each for each in asked if each is not None]
                 )
@@ -136,11 +140,12 @@ class Training:
                 report.due |= step % args.steps_per_report == 0 or step == args.iters
                 if report.due and report.steps:
                     report.send(step, ui)
-                self.nonfinite(step, result)
-                batches.mark(before_extra_evaluation)
-                self._refuse_over_memory(step)
-                if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
-                    self._save(step)
+                with self.workers.one_outcome():
+                    self.nonfinite(step, result)
+                    batches.mark(before_extra_evaluation)
+                    self._refuse_over_memory(step)
+                    if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
+                        self._save(step)
         self._report_dropped()
 
     def _evaluate(self, step, loss, valid_set, ui):
@@ -173,10 +178,10 @@ class Training:
             )
 
     def _save(self, step):
-        return self.saving.save(step, self.batches.position) if self.leader else True
+        return self.saving.save(step, self.batches.position) if self.workers.leads else True
 
     def _save_checkpoint(self):
-        return self.leader and self.saving.save_checkpoint(self.batches.position)
+        return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
 
     def _refuse_over_memory(self, step):
         """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
@@ -188,9 +193,11 @@ class Training:
             raise
 
     def _stop_if_asked(self):
-        if self.signals.number is not None:
+        number = self.workers.all_max(self.signals.number or 0)
+        self.deadline.passed()
+        if number:
             self._save_checkpoint()
-            raise self.saving.interrupted(self.signals.number, self.batches.position)
+            raise self.saving.interrupted(number, self.batches.position)
 
 
 class Report:
@@ -219,7 +226,7 @@ class Report:
 
     def send(self, step: int, ui: TrainUI) -> None:
         """To the display, the history and the callbacks."""
-        workers = mx.distributed.init().size()
+        workers = Workers.join().size
         loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)
         tokens = mx.distributed.all_sum(self.tokens, stream=mx.cpu).item()
         self.trained_tokens += tokens

@@ -7,7 +7,7 @@ from ember_mlx.shared.command_line import Help
 
 __all__ = ["EPILOG", "HELP", "USAGE"]
 
-USAGE = "ember-mlx train --model MODEL --data FOLDER [options]"
+USAGE = "ember-mlx train --model MODEL --data DATA [options]"
 EPILOG = """\
 examples:
   ember-mlx train --model Qwen/Qwen3-0.6B --data my_data --iters 600
@@ -21,9 +21,23 @@ HELP: Help = {
     "what to train on": {
         "model": ("MODEL", "A model folder, or a name on the Hugging Face hub."),
         "data": (
-            "FOLDER",
-            "A folder with train.jsonl, and valid.jsonl and test.jsonl if there are any. Or a data set of the Hugging "
-            "Face hub, which needs `pip install 'mlx-lm[train]'`. Required by train: there is no default data set.",
+            "DATA",
+            "A folder with train.jsonl, and valid.jsonl and test.jsonl if there are any; or one file. Files may be "
+            ".jsonl, .json, .csv or .parquet. Or a data set of the Hugging Face hub. That and .parquet need "
+            "`pip install 'mlx-lm[train]'`. `ember-mlx data` shows what will be trained. Required by train.",
+        ),
+        "prompt_feature": (
+            "KEY",
+            "Key of the prompts. Alpaca's keys (instruction, input, output) and ShareGPT's (conversations) need no "
+            "flag. Default: prompt.",
+        ),
+        "completion_feature": ("KEY", "Key of the completions. Default: completion."),
+        "chat_feature": ("KEY", "Key of the messages of a chat. Default: messages."),
+        "text_feature": ("KEY", "Key of text that is learned as a whole. Default: text."),
+        "valid_fraction": (
+            "PART",
+            "Without validation rows, split this part off the training rows, by --seed; 0 for none. Default: 0.05, or "
+            "0 with --train-tables none, as in mlx-lm.",
         ),
         "mask_prompt": (None, "Learn the completions alone, not the prompts."),
         "max_seq_length": ("TOKENS", "Cut rows to this many tokens."),
@@ -141,6 +155,11 @@ HELP: Help = {
             "N",
             "Keep the newest N checkpoints; 0 writes none. One is written every --save-every batches, at the end, and "
             "when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run.",
+        ),
+        "peer_timeout": (
+            "SECONDS",
+            "With several workers: end the run when no step ends for SECONDS, since another worker is lost. Slow steps "
+            "get more.",
         ),
         "resume": (
             "FOLDER",

@@ -67,6 +67,11 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
+    "prompt_feature": ("prompt", {"type": str}),
+    "completion_feature": ("completion", {"type": str}),
+    "chat_feature": ("messages", {"type": str}),
+    "text_feature": ("text", {"type": str}),
+    "valid_fraction": (None, {"type": float}),
     "chunked_loss": (False, SWITCH),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
@@ -79,6 +84,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clip_layer_norm": (None, {"type": float}),
     "bias_correction": (False, SWITCH),
     "memory_limit": (None, {"type": _limit}),
+    "peer_timeout": (300, {"type": int}),
     "log_jsonl": (None, {"type": str}),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
@@ -89,6 +95,7 @@ AT_LEAST = {
     "steps_per_eval": 1,
     "save_every": 1,
     "keep_checkpoints": 0,
+    "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
     "learning_rate": 0,
@@ -182,8 +189,8 @@ def _complete(parser, arguments, data_required):
                 options[key] = value
     if data_required and options["data"] is None and not options.get("hf_dataset"):
         raise InputError(
-            f"--data is required: a folder with train.jsonl. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, must be "
-            "given by name, and needs: pip install 'mlx-lm[train]')"
+            f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
+            "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
@@ -203,6 +210,8 @@ def check(args: Options) -> None:
         most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
         if not least <= value <= most:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
+    if args.valid_fraction is not None and not 0 <= args.valid_fraction < 1:
+        raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
     if args.train and args.grad_accumulation_steps > args.iters:

@@ -16,10 +16,22 @@ from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["as_json", "checksum", "made_of", "refuse_changes", "restore", "versions"]
+__all__ = [
+    "CONTENTS",
+    "as_json",
+    "checksum",
+    "made_of",
+    "options_to_agree",
+    "refuse_changes",
+    "restore",
+    "share_position",
+    "versions",
+    "weights_checksum",
+]
 
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
@@ -27,9 +39,13 @@ FREE = {
     *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
-    "streaming_notes",
+    *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
+    *("streaming_notes", "peer_timeout"),
     "on_nonfinite",  # up to a step that is not finite both are one
 }
+# Of these, what decides at which steps the workers of one run meet.
+SHARED = {"iters", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"}
+CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
@@ -47,16 +63,21 @@ def made_of(model: nn.Module, train_set: TriedRows, valid_set: TriedRows, worker
 
     The tokens stand for the tokenizer and its chat template: what changes no token of these rows changes no run.
     """
-    weights = hashlib.sha256()
-    for name, array in sorted(tree_flatten(model.parameters())):
-        weights.update(f"{name} {array.shape} {array.dtype} {checksum(array)}".encode())
     return {
         "data": [train_set.checksum, valid_set.checksum],
         "tokens": [train_set.token_checksum, valid_set.token_checksum],
-        "model": weights.hexdigest(),
+        "model": weights_checksum(model.parameters()),
         "architecture": _architecture(model),
         "workers": workers,
     }
+
+
+def weights_checksum(weights: dict) -> str:
+    """Of the names, shapes, dtypes and numbers of a tree of weights."""
+    found = hashlib.sha256()
+    for name, array in sorted(tree_flatten(weights)):
+        found.update(f"{name} {array.shape} {array.dtype} {checksum(array)}".encode())
+    return found.hexdigest()
 
 
 def checksum(array: mx.array) -> int:
@@ -91,6 +112,38 @@ def versions() -> dict:
         "device": str(mx.default_device()),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def options_to_agree(args: options.Options) -> dict:
+    """What all workers of a run must have alike, by name: options but the free ones, and versions."""
+    own = as_json(vars(args))
+    own["resume_adapter_file"] = own["resume_adapter_file"] is not None  # its weights are compared, not its place
+    chosen = {options.flag(name): own[name] for name in own.keys() - (FREE - SHARED)}
+    return chosen | {"--resume": args.resume is not None} | {f"version: {name}": of for name, of in versions().items()}
+
+
+def share_position(
+    workers: Workers, position: Position | None, model: nn.Module, optimizer: GuardedOptimizer
+) -> Position:
+    """Put all workers where rank 0 has been put by :func:`restore`, bit for bit; it alone needs the checkpoint's files.
+
+    Args:
+        workers: All of them call this.
+        position: Of rank 0; not used of the others.
+        model, optimizer: Of the same structure everywhere.
+
+    Returns:
+        The position of rank 0.
+    """
+    if workers.size == 1:
+        return position
+    position = Position(**json.loads(workers.text_of_leader(json.dumps(position.to_json()) if position else "")))
+    weights = tree_flatten(model.trainable_parameters())
+    model.load_weights([(name, workers.array_of_leader(array)) for name, array in weights], strict=False)
+    state = tree_flatten(optimizer.state)
+    fill(optimizer.state, {name: workers.array_of_leader(array) for name, array in state})
+    set_random(position)
+    return position
 
 
 def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: dict) -> None:

@@ -187,7 +187,7 @@ class TriedRows:
     """
 
     def __init__(self, rows: Any, where: Callable[[int], str]):
-        self.rows = rows
+        self.rows, self.where = rows, where
         content, learned = hashlib.sha256(), hashlib.sha256()
         for i in range(len(rows)):
             tokens, offset = tokenized(rows, i, where(i))

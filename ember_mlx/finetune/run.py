@@ -25,16 +25,26 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
+from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import set_numpy_random
-from ember_mlx.finetune.resume import made_of, refuse_changes, restore
+from ember_mlx.finetune.resume import (
+    CONTENTS,
+    made_of,
+    options_to_agree,
+    refuse_changes,
+    restore,
+    share_position,
+    weights_checksum,
+)
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
@@ -67,47 +77,63 @@ def run(
         InputError: for anything in ``args``, the data, the model or the checkpoint that cannot be used, when another
             run is writing to the same folder, when the disk did not take what was trained, and, with
             ``--on-nonfinite stop``, for a loss or a gradient that is not finite.
+        SystemExit: with several workers, on all but the first, instead of InputError, which is told once.
+        PeerLost: when another worker is gone; one that stands still ends the process, with exit code 75.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
-    check_data_folder(args)
-    workers = mx.distributed.init().size()
-    if args.batch_size % workers:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers} workers")
+    workers = Workers.join()
+    with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
+        return _run_together(args, training_callback, watchers, make_step, workers, deadline)
+
+
+def _run_together(args, training_callback, watchers, make_step, workers, deadline):
+    workers.agree(options_to_agree(args))
+    with workers.one_outcome():
+        check_data_folder(args)
+        if args.batch_size % workers.size:
+            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
-        if args.train:
-            check_adapter_folder(args)
-            if args.log_jsonl:
-                run_log_writer.check(args, _resumes_in_place(args))
-                if Path(args.log_jsonl).exists():
-                    lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-            if mx.distributed.init().rank() == 0:
-                lock.take(make=False)
-        return _run(args, training_callback, lock, watchers, make_step)
+        with workers.one_outcome():
+            if args.train and workers.leads:
+                _check_what_is_written(args, lock)
+        return _run(args, training_callback, lock, watchers, make_step, workers, deadline)
 
 
-def _run(args, training_callback, lock, watchers, make_step):
+def _check_what_is_written(args, lock):
+    check_adapter_folder(args)
+    if args.log_jsonl:
+        run_log_writer.check(args, _resumes_in_place(args))
+        if Path(args.log_jsonl).exists():
+            lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
+    lock.take(make=False)
+
+
+def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
-    callbacks = [callback for callback in (_reporting_callbacks(args), training_callback) if callback]
-    rprint("Loading pretrained model")
-    trust = {"trust_remote_code": args.trust_remote_code}
-    model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
-    if args.train:
-        tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
-    elif args.adapter_path != "":
-        tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
-    rprint("Loading datasets")
-    train_set, valid_set, test_set = load_data(args, tokenizer)
+    with workers.one_outcome():
+        services = _reporting_callbacks(args) if workers.leads else None
+        callbacks = [callback for callback in (services, training_callback) if callback]
+        rprint("Loading pretrained model")
+        trust = {"trust_remote_code": args.trust_remote_code}
+        model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+        if args.train:
+            tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
+        elif args.adapter_path != "":
+            tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
+        rprint("Loading datasets")
+        train_set, valid_set, test_set = load_data(args, tokenizer)
+        if args.train:
+            choices = choose(args, shapes_of(model), added_tokens)
+        elif args.adapter_path != "":
+            adapters.apply_adapter(model, Path(args.adapter_path), config)
     result = None
     if args.train:
-        choices = choose(args, shapes_of(model), added_tokens)
-        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step)
-    elif args.adapter_path != "":
-        adapters.apply_adapter(model, Path(args.adapter_path), config)
+        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline)
     if args.test:
         rprint("Testing")
-        _test(args, model, test_set)
+        _test(args, model, test_set, deadline.passed)
     return result
 
 
@@ -121,27 +147,35 @@ def train_model(
     lock: FolderLock,
     watchers: Sequence[Watcher] = (),
     make_step: Callable | None = None,
+    deadline: PeerDeadline | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
-    of = made_of(model, train_set, valid_set, mx.distributed.init().size())
-    _set_what_trains(args, choices, model)
-    optimizer = build_optimizer(model, args, choices)
-    trained = what_trains(model, optimizer, args, choices)
-    args = args | choices.as_options()  # what the records of the run say of it
-    tables = list(choices.tables)
-    loss = choose_loss(args, model)
-    print_trainable_parameters(model)
-    rprint(f"\n{format_table(trained)}\n")
-    if make_step is None:
-        args, make_step = _make_step(args, model, optimizer)
+    workers = Workers.join()
+    deadline = deadline or PeerDeadline(workers, args.peer_timeout)
+    of = made_of(model, train_set, valid_set, workers.size)
+    for name, shown in CONTENTS.items():  # one by one: other rows have other tokens
+        workers.agree({shown: of[name]})
+    with workers.one_outcome():
+        _set_what_trains(args, choices, model)
+        optimizer = build_optimizer(model, args, choices)
+        trained = what_trains(model, optimizer, args, choices)
+        args = args | choices.as_options()  # what the records of the run say of it
+        tables = list(choices.tables)
+        loss = choose_loss(args, model)
+        print_trainable_parameters(model)
+        rprint(f"\n{format_table(trained)}\n")
+        if make_step is None:
+            args, make_step = _make_step(args, model, optimizer)
+    if workers.size > 1:
+        workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
-    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock)
+    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock, workers)
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
     peak_memory = training.train(loss, train_set, valid_set)
 
-    loss_before, loss_after = _losses(args, model, loss, valid_set, training)
+    loss_before, loss_after = _losses(args, model, loss, valid_set, training, deadline)
     if log:
         log.end(args.iters, loss_after if valid_set else None)
     result = Result(
@@ -150,7 +184,7 @@ def train_model(
         loss_after=loss_after,
         peak_memory=peak_memory,
         trained=trained,
-        files=adapters.run_files(Path(args.adapter_path)) if training.leader else [],
+        files=adapters.run_files(Path(args.adapter_path)) if workers.leads else [],
     )
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
@@ -178,31 +212,34 @@ def _set_what_trains(args, choices, model):
         _load_adapter_file(model, Path(args.resume_adapter_file))
 
 
-def _begin(args, model, optimizer, of, rows, lock):
+def _begin(args, model, optimizer, of, rows, lock, workers):
     """Go on from a checkpoint if that is asked for, and take the adapter folder; returns position, saving and log."""
-    start, resumed = (None, None) if args.resume is None else _go_on(args, model, optimizer, of, rows)
-    steps_done = start.step if start else 0
-    leader = mx.distributed.init().rank() == 0
-    if leader:
-        refuse_full_disk(args, model, optimizer, steps_done)
-        safe_writing.make_folder(Path(args.adapter_path))
-        lock.take(make=True)
-        check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
-    saving = Saving(args, model, optimizer, of, resumed)
-    log = None
-    if args.log_jsonl and leader:
-        safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
-        lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-        log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+    start = resumed = log = None
+    with workers.one_outcome():
+        if workers.leads:
+            if args.resume is not None:
+                start, resumed = _go_on(args, model, optimizer, of, rows)
+            steps_done = start.step if start else 0
+            refuse_full_disk(args, model, optimizer, steps_done)
+            safe_writing.make_folder(Path(args.adapter_path))
+            lock.take(make=True)
+            check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
+        saving = Saving(args, model, optimizer, of, resumed)
+        if args.log_jsonl and workers.leads:
+            safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
+            lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
+            log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+    if args.resume is not None:
+        start = share_position(workers, start, model, optimizer)
     return start, saving, log
 
 
-def _losses(args, model, loss, valid_set, training):
+def _losses(args, model, loss, valid_set, training, deadline):
     """Before and after: of the validation or, without a set, of the first and the last report, if these are two."""
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches)
+    last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches, deadline)
     return training.history.losses.get("val_loss", [last])[0], last
 
 
@@ -282,17 +319,18 @@ def _load_adapter_file(model, path):
         adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
-def _evaluate_on_first_batches(args, model, loss, valid_set, batches):
+def _evaluate_on_first_batches(args, model, loss, valid_set, batches, deadline):
     """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
     random_state = np.random.get_state()
     if batches.first_evaluation:
         set_numpy_random(batches.first_evaluation)
-    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches)
+    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, deadline.passed)
     np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
     return mean
 
 
-def _test(args, model, test_set):
+def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
-    loss = evaluate(args, model, choose_loss(args, model), CacheDataset(test_set), args.test_batches)
+    loss = choose_loss(args, model)
+    loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
     rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")

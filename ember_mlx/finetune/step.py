@@ -11,10 +11,10 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
+from ember_mlx.finetune.workers import average_by_dtype
 from ember_mlx.optimizers.guarded import (
     GuardedOptimizer,
     all_finite,
@@ -41,7 +41,7 @@ class Step:
             out; with ``clip_grad_norm`` the norm that is judged clips, too.
         loss (callable): mlx-lm's kind: ``loss(model, tokens, lengths)`` gives the mean and the number of tokens.
         accumulation (int): How many batches make one update.
-        reduce (callable): Gradients of this machine -> gradients of all.
+        reduce (callable): Gradients of this machine -> their mean over all.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Step:
         optimizer: GuardedOptimizer | PairedOptimizer,
         loss: Callable,
         accumulation: int = 1,
-        reduce: Callable = average_gradients,
+        reduce: Callable = average_by_dtype,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -88,7 +88,7 @@ class Step:
         if not last_of_accumulation:
             self.accumulated = gradients
             mx.eval(loss, tokens, mx.random.state)
-            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         norm = norm_of(squares) if self._judges else None
         old = dict(tree_flatten(self._changing()))
@@ -98,7 +98,7 @@ class Step:
             self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
         )
         mx.eval(loss, tokens, mx.random.state)
-        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups))
+        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
         if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
             evaluate_paced([[each] for each in squares])
         mx.eval(norm)  # its scratch comes after theirs
@@ -148,14 +148,17 @@ class Step:
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
 
 
-def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str]) -> list[list[mx.array]]:
+def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], tokens: int) -> list[list[mx.array]]:
     """In the order of the backward pass: head and final norm, the layers from the last, the embeddings in ``lookups``.
 
-    So the logits and each layer's activations are freed as soon as its gradients are there.
+    So the logits and each layer's activations are freed as soon as its gradients are there. With fewer ``tokens`` in
+    the batch than the model is wide, the head's gradient is larger than that of the logits, and waits for the layers'.
     """
     layers, outside = _by_layer(gradients)
     head = [array for path, array in outside if path not in lookups]
-    return [head, *layers, [array for path, array in outside if path in lookups]]
+    embeddings = [array for path, array in outside if path in lookups]
+    width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
+    return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
 def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> list[list[mx.array]]:

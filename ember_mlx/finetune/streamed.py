@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.watchers import Measurement, StepResult
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
@@ -31,7 +32,7 @@ class Streamed:
     """
 
     def __init__(self, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, args: Options):
-        workers = mx.distributed.init().size()
+        workers = Workers.join().size
         if workers > 1:
             raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
         self.args = args

@@ -47,7 +47,8 @@ class StepResult:
     """What a step tells.
 
     Args:
-        loss (array): Mean over the batch's tokens, nats; over several batches, the mean of these means.
+        loss (array): Mean over the batch's tokens, nats; over several batches, the mean of these means. With several
+            workers, this one's part of it: their mean is the loss.
         tokens (array): How many those are.
         updated (bool): Whether the weights changed: not while gradients accumulate, not in a step left out.
         nonfinite (bool): Whether an update was left out, for a loss, gradients or weights that are not finite.

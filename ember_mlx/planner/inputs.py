@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
 from ember_mlx.finetune.choices import refuse_frozen_rows
-from ember_mlx.finetune.data import check_data_folder
-from ember_mlx.finetune.longest_batch import LongestBatch, is_local, longest_batches
+from ember_mlx.finetune.data import check_data_folder, file_of, is_local
+from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
 
@@ -106,7 +106,7 @@ def _with_full_rows(args, inputs, why):
 
 
 def _why_so_long(args, name, batch: LongestBatch):
-    path = Path(args.data) / f"{name}.jsonl"
+    path = file_of(args, name) or file_of(args, "train")  # of which validation rows are split off
     if batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
         reason = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"

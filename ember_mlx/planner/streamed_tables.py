@@ -1,9 +1,16 @@
 """The head in blocks of rows and the embedding by looked-up rows, as ember_mlx.streaming has them, as arrays."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
 from ember_mlx.planner.update import rounded
+
+if TYPE_CHECKING:
+    from ember_mlx.planner.streaming import Phase
 
 __all__ = ["Head", "step_looked_up"]
 
@@ -38,7 +45,7 @@ class Head:
         rows = self.blocks if self.keeps else []
         return [hidden, *(graph.exist(self.tokens * words, self.width, "logits") for words in rows)]
 
-    def loss(self, phase, hidden: Array) -> None:
+    def loss(self, phase: Phase, hidden: Array) -> None:
         """Pass 1: the loss, and its gradient by the hidden states."""
         graph, n, w = phase.graph, self.tokens, self._weight(phase.graph)
         hidden = graph.make([hidden], n * self.table.columns)
@@ -72,7 +79,7 @@ class Head:
             parts.append(graph.float32(graph.product([rows, own, hidden], rows.numbers, n)))
         return graph.make(parts, hidden.numbers, FLOAT32)
 
-    def step(self, phase, looked_up: Array | None = None) -> None:
+    def step(self, phase: Phase, looked_up: Array | None = None) -> None:
         """Passes 2 and 3 for Ember, or the whole gradient for another optimizer. ``looked_up`` is a tied table's."""
         graph = phase.graph
         hidden, *kept = self.stands(graph)
@@ -142,7 +149,7 @@ class Head:
         return Array(words * self.table.columns, w.width, w.role, w.made_by, base=w)
 
 
-def step_looked_up(phase, table: Table) -> Array:
+def step_looked_up(phase: Phase, table: Table) -> Array:
     """The embedding's rows and their gradients added up in float32, at most one for each token; stepped if untied."""
     graph, run = phase.graph, phase.graph.run
     numbers = run.micro_batches * graph.tokens * table.columns

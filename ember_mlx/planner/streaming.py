@@ -17,7 +17,7 @@ from ember_mlx.planner.step import layer
 from ember_mlx.planner.streamed_tables import Head, step_looked_up
 from ember_mlx.planner.update import stepped
 
-__all__ = ["streamed_phases", "streamed_runs"]
+__all__ = ["Phase", "streamed_phases", "streamed_runs"]
 
 LEAST_AHEAD, SHARE_AHEAD = (
     2**25,

@@ -209,8 +209,8 @@ class StreamedStep:
         return self._updates.finish()
 
     def _phase(self, name):
+        self._pace.finish()  # what a phase leaves in flight must not meet what the next one needs
         if self.on_phase is not None:
-            self._pace.finish()
             self.on_phase(name)
 
     # The loss

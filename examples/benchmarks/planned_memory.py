@@ -2,9 +2,9 @@
 
     python examples/benchmarks/planned_memory.py --measured RESULT.json --out planned_memory.md
 
-RESULT.json is of mlx_training_memory.py or of streaming_peaks.py, whose phases are compared too. Needs no GPU: the
-file says what was run, and on which backend. Rows without the guard, which `train` has always, and ordinary steps of
-streaming_peaks.py, which are not those of `train`, are left out.
+RESULT.json is of mlx_training_memory.py, of two_checkouts.py (the second checkout counts), or of streaming_peaks.py,
+whose phases are compared too. Needs no GPU: the file says what was run, and on which backend. Left out are rows without
+the guard, which `train` has always, and ordinary steps of streaming_peaks.py, which are not those of `train`.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def planned(row: str, backend: str) -> Plan:
 
 def planned_stream(row: str, backend: str) -> Plan:
     model = read_architecture(streaming_rows.config_of(row), row)
-    run = run_of(options.parse([*streaming_rows.words_of(row), *streaming_rows.streaming_words_of(row)]), model)
+    args = options.parse([*streaming_rows.words_of(row), *streaming_rows.streaming_words_of(row)])
+    run = run_of(args | {"optimizer_config": streaming_rows.optimizer_config_of(row)}, model)
     found = plan(model, run, backend)
     return replace(found, peak=max(found.phases.values()))  # of the step: it was not validated
 
@@ -80,7 +81,8 @@ def _summary(errors):
 def compare(report: dict) -> list[tuple[str, Plan, int]]:
     """Of each measured row: its name, its plan, and the measured peak in bytes."""
     backend = report["machine"]["backend"]
-    rows = {row: result["peak_memory"] for row, result in report["rows"].items() if "peak_memory" in result}
+    rows = {row: result.get("after", result) for row, result in report["rows"].items()}
+    rows = {row: result["peak_memory"] for row, result in rows.items() if "peak_memory" in result}
     guarded = {row: peak for row, peak in rows.items() if (of := ROW.fullmatch(row)) and not of["unguarded"]}
     return [(row, planned(row, backend), peak) for row, peak in guarded.items()]
 

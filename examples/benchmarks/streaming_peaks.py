@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
 from mlx_training_memory import LEFT_OVER, unpatched
-from streaming_rows import ON_A_CPU, ON_A_GPU, OPTIMIZER_CONFIG, ROW, TINY, config_of, parts_of, words_of
+from streaming_rows import ON_A_CPU, ON_A_GPU, ROW, TINY, config_of, optimizer_config_of, parts_of, words_of
 
 WARM_UP = 2
 
@@ -53,8 +53,7 @@ def measure(row, steps, smoke):
         raise RuntimeError(f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process")
     of = parts_of(row)
     length = max(of["length"] // 16, 1) if smoke else of["length"]
-    config = OPTIMIZER_CONFIG.get(of["recipe"], {"sinkgd": {"passes": 2}})
-    args = options.parse(words_of(row)) | {"optimizer_config": config}
+    args = options.parse(words_of(row)) | {"optimizer_config": optimizer_config_of(row)}
     mx.random.seed(SEED)
     config = config_of(row) | (TINY if smoke else {})
     model_class, arguments_class = _get_classes(config)

@@ -88,6 +88,11 @@ def words_of(row: str) -> list[str]:
     return [*RECIPES[of["recipe"]], *sizes]
 
 
+def optimizer_config_of(row: str) -> dict:
+    """The YAML key of the same name."""
+    return OPTIMIZER_CONFIG.get(parts_of(row)["recipe"], {"sinkgd": {"passes": 2}})
+
+
 def streaming_words_of(row: str) -> list[str]:
     """Those that say how it is stepped."""
     of = parts_of(row)

@@ -27,7 +27,7 @@ def draw(reports, folder):
     matplotlib.use("svg")
     folder.mkdir(parents=True, exist_ok=True)
     for mode, colours in COLOURS.items():
-        with matplotlib.rc_context(_style(colours["text"])):
+        with matplotlib.rc_context(style(colours["text"])):
             tables = {name: {"ember": "ours", "adamw": "theirs"}.get(name, "others") for name in LABELS}
             _draw_panels(
                 reports,
@@ -58,7 +58,7 @@ def _draw_panels(reports, title, bars, path):
         panel.set_xticks([])
         panel.set_xlabel(f"{machine['device']}, MLX {machine['versions']['mlx']}", fontsize=9)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _peaks(report, kind, ends):
@@ -67,14 +67,14 @@ def _peaks(report, kind, ends):
     return {end: row["peak_memory"] / 1e9 for end, row in rows.items() if "peak_memory" in row}, report["machine"]
 
 
-def _style(text):
+def style(text):
     named = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     style = dict.fromkeys(named, text) | {"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 12}
     style |= {f"axes.spines.{side}": False for side in ("top", "right", "bottom", "left")}
     return style | {"xtick.bottom": False, "ytick.left": False, "svg.hashsalt": "ember-mlx"}
 
 
-def _save(figure, path):
+def save(figure, path):
     import matplotlib.pyplot as plt
 
     figure.savefig(path, transparent=True, metadata={"Date": None})

@@ -7,8 +7,11 @@ import pytest
 
 from ember_mlx import InputError
 from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.options import defaults
 
-DEFAULTS = {"train": True, "test": False, "mask_prompt": False}
+GIVEN = ("data", "batch_size")
+DEFAULTS = {name: value for name, value in defaults().items() if name not in GIVEN}
+DEFAULTS |= {"train": True, "test": False, "mask_prompt": False}
 GOOD = json.dumps({"prompt": "a", "completion": "b"})
 
 
@@ -33,7 +36,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
     with pytest.raises(InputError, match=f"train.jsonl {message}"):
         check(tmp_path, f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(InputError, match=f"valid.jsonl {message}"):
-        check(tmp_path, GOOD, valid=f"{GOOD}\n{line}\n")
+        check(tmp_path, GOOD, valid=f"{GOOD}\n{line}\n{GOOD}\n")
 
 
 def test_the_kind_of_rows_is_that_of_the_first_line(tmp_path):

@@ -285,7 +285,7 @@ def test_without_a_validation_set_the_training_losses_are_told(parse, folders, t
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.jsonl").write_bytes((folders["data"] / "train.jsonl").read_bytes())
-    result = run(parse("--data", data))
+    result = run(parse("--data", data, "--valid-fraction", 0))
     assert result.loss_name == "Training loss"
     assert np.isfinite([result.loss_before, result.loss_after]).all()
 

@@ -1,0 +1,141 @@
+"""The keys of a data set's rows: which of them are trained on, and the row that mlx-lm takes for it.
+
+mlx-lm knows a prompt and its completion, messages, and text. Alpaca's and ShareGPT's rows become these.
+"""
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from ember_mlx.finetune.options import Options, flag
+from ember_mlx.finetune.rows import REMEDY, fault_of
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["Layout", "layout_of", "mlx_lm_row"]
+
+ALPACA = ("instruction", "output")  # and often an input
+SHAREGPT = "conversations"
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""The role of a message, by ShareGPT's ``from``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a data set's rows are trained on.
+
+    Attributes:
+        keys: Of a prompt and a completion, of messages, or of text.
+        chat: Whether the key is that of messages.
+        mask_prompt: As the option.
+    """
+
+    keys: tuple[str, ...]
+    chat: bool
+    mask_prompt: bool
+
+    def as_config(self) -> SimpleNamespace:
+        """What ``mlx_lm.tuner.datasets.create_dataset`` is told of the rows of :func:`mlx_lm_row`."""
+        nothing = dict.fromkeys(("prompt_feature", "completion_feature", "chat_feature", "text_feature"))
+        if len(self.keys) == 2:
+            prompt, completion = ("prompt", "completion") if self.keys == ALPACA else self.keys
+            named = {"prompt_feature": prompt, "completion_feature": completion}
+        else:
+            named = {"chat_feature" if self.chat else "text_feature": self.keys[0]}
+        return SimpleNamespace(**nothing | named, mask_prompt=self.mask_prompt)
+
+
+def layout_of(args: Options, row: Any, where: str) -> Layout:
+    """The layout of a data set, which its first row decides: mlx-lm's kinds in its order, then Alpaca, then ShareGPT.
+
+    With ``--mask-prompt``, text comes last.
+
+    Args:
+        args: The run's options.
+        row: The first of the data set.
+        where: Its name, for errors.
+
+    Raises:
+        InputError: for a row that has none of these keys, and for text with ``--mask-prompt``.
+    """
+    completions, chat = (args.prompt_feature, args.completion_feature), args.chat_feature
+    kinds = [completions, (chat,), ALPACA, (SHAREGPT,)]
+    kinds.insert(len(kinds) if args.mask_prompt else 2, (args.text_feature,))
+    keys = next((kind for kind in kinds if isinstance(row, dict) and row.keys() >= set(kind)), None)
+    if keys is None:
+        flags = ", ".join(flag(f"{name}_feature") for name in ("prompt", "completion", "chat"))
+        found = f"it has {', '.join(map(str, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        raise InputError(
+            f"{where} is of no kind that mlx-lm trains on: it needs the keys {' and '.join(completions)}, or {chat}, "
+            f"or {args.text_feature}, or {' and '.join(ALPACA)}, or {SHAREGPT}; {found}; "
+            f"name its own keys by {flags} or --text-feature"
+        )
+    if args.mask_prompt and keys == (args.text_feature,):
+        raise InputError(
+            f"--mask-prompt: {where} has {keys[0]} and so no prompt; leave --mask-prompt out, or use rows of "
+            f"{' and '.join(completions)}"
+        )
+    return Layout(keys, keys in ((chat,), (SHAREGPT,)), args.mask_prompt)
+
+
+def mlx_lm_row(row: Any, layout: Layout, where: str) -> dict[str, Any]:
+    """The row that mlx-lm takes for this one: the same, unless it is Alpaca's, ShareGPT's or holds messages as JSON.
+
+    Raises:
+        InputError: for a row that cannot be trained on.
+    """
+    for key in layout.keys:
+        if not isinstance(row, dict) or key not in row:
+            raise InputError(f"{where} has no {key}, which the first line has: {REMEDY}")
+    if layout.chat:
+        row, fault = _with_messages(row, layout.keys[0])
+    else:
+        fault = _fault_of_input(row) if layout.keys == ALPACA else None
+    messages = layout.keys[0] if layout.chat else None
+    fault = fault or fault_of(row, layout.keys, messages, mask_prompt=layout.mask_prompt)
+    if fault:
+        raise InputError(f"{where} {fault}: {REMEDY}")
+    return _completion(row) if layout.keys == ALPACA else row
+
+
+def _fault_of_input(row):
+    given = row.get("input")
+    return None if given is None or isinstance(given, str) else f"has an input of type {type(given).__name__}"
+
+
+def _completion(row):
+    instruction, output = (row[key] for key in ALPACA)
+    given = row.get("input")
+    return {"prompt": f"{instruction}\n\n{given}" if given else instruction, "completion": output}
+
+
+def _with_messages(row, key):
+    """The row with a list of messages, and what is wrong with it or None."""
+    turns = row[key]
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # a cell of a table
+        try:
+            turns = json.loads(turns)
+        except (RecursionError, ValueError) as error:
+            return row, f"has {key} that are not JSON ({error})"
+        row = row | {key: turns}
+    if not isinstance(turns, list) or not any(isinstance(turn, dict) and "from" in turn for turn in turns):
+        return row, None
+    messages = []
+    for turn in turns:
+        speaker = turn.get("from") if isinstance(turn, dict) else None
+        if not isinstance(speaker, str) or speaker not in ROLES:
+            return row, f"has a turn from {str(speaker)[:40]!r}, which must be one of {', '.join(ROLES)}"
+        if not isinstance(turn.get("value"), str):
+            return row, f"has a turn from {speaker} without a value that is text"
+        messages.append({"role": ROLES[speaker], "content": turn["value"]})
+    if row.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    return row | {key: messages}, None

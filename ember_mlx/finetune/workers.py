@@ -1,0 +1,199 @@
+"""The workers of a run: several processes, on one host or many, that ``mlx.launch`` starts and MLX connects.
+
+This is the one place that knows a worker's rank and their number. The engine is ``mx.distributed``; here is what it
+lacks: a limit to every wait, agreement on what is trained, and one outcome of every check on all of them.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["JOIN_SECONDS", "Workers", "average_by_dtype"]
+
+JOIN_SECONDS = 300
+WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This worker, of ``size`` in all; rank 0 leads: it alone prints, saves and reads checkpoints.
+
+    Every method but :meth:`join` is called by all workers at the same point of a run, and costs nothing for one alone.
+    """
+
+    rank: int
+    size: int
+
+    @classmethod
+    def join(cls, limit: int = JOIN_SECONDS) -> "Workers":
+        """Connect to the others, once a process; after that it returns at once.
+
+        MLX holds Python's lock while it connects, so only a signal's default action can end it: after ``limit``
+        seconds the process dies of SIGALRM (a shell shows 142), and the line printed before says for whom it waited.
+
+        Raises:
+            InputError: where several workers are announced and MLX finds this one alone, or cannot connect.
+        """
+        announced = _announced()
+        if announced > 1 and not _JOINED:
+            rank = os.environ.get("MLX_RANK")
+            print(
+                f"worker {rank} waits up to {limit} s for the others ({announced} in all)", file=sys.stderr, flush=True
+            )
+            before = signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(limit)
+            try:
+                mx.distributed.init()
+            except RuntimeError as error:
+                raise InputError(f"MLX_RANK={rank}: the other workers cannot be reached: {error}") from error
+            finally:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
+        world = mx.distributed.init()
+        if announced > world.size():
+            raise InputError(
+                f"MLX_RANK={os.environ.get('MLX_RANK')}: at least {announced} workers are announced, but MLX connects "
+                f"{world.size()}: each would train alone; check the --backend and --hostfile of mlx.launch"
+            )
+        _JOINED.add(True)
+        return cls(world.rank(), world.size())
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @contextmanager
+    def one_outcome(self) -> Iterator[None]:
+        """What is refused within on one worker is refused on all; one of these must not be inside another.
+
+        Raises:
+            InputError: on rank 0, with the refusing worker in front if it was another.
+            SystemExit: with 2 on all other workers, which print nothing.
+        """
+        if self.size == 1:
+            yield
+            return
+        refused = None
+        try:
+            yield
+        except (InputError, OSError, SystemExit) as error:
+            refused = error
+        text = "" if refused is None else str(refused) or type(refused).__name__
+        texts = self._all_texts(text)
+        if isinstance(refused, SystemExit):  # argparse has printed its own line
+            raise refused
+        first = next((rank for rank, text in enumerate(texts) if text), None)
+        if first is None:
+            return
+        if self.leads and refused:
+            raise refused
+        self._refuse(f"worker {first}: {texts[first]}")
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Refuse what is not the same on all workers.
+
+        Args:
+            facts: What is compared, by the name that a refusal gives. Values are compared as JSON, by 8 bytes of their
+                SHA-256.
+
+        Raises:
+            InputError: on rank 0, with the names of what differs from it and where.
+            SystemExit: with 2 on all other workers, which print nothing.
+        """
+        if self.size == 1:
+            return
+        names = sorted(facts)
+        if self._differing({"names": names}):
+            self._refuse("the workers run different releases, or --config has options that are not in every worker's")
+        differing = self._differing({name: facts[name] for name in names})
+        if differing:
+            self._refuse(f"the {self.size} workers do not have the same {'; nor the same '.join(differing)}")
+
+    def _refuse(self, text):
+        raise InputError(text) if self.leads else SystemExit(2)
+
+    def _differing(self, facts):
+        """The names of the facts that are not those of rank 0, each with the workers that differ."""
+        sums = [hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()) for fact in facts.values()]
+        own = mx.array([[int.from_bytes(each.digest()[i : i + 4], "big") for i in (0, 4)] for each in sums], mx.uint32)
+        every = mx.distributed.all_gather(own[None], stream=mx.cpu)
+        differs = mx.any(every != every[:1], axis=2).T.tolist()
+        return [
+            f"{name} (worker {', '.join(str(rank) for rank in range(self.size) if row[rank])} against worker 0)"
+            for name, row in zip(facts, differs, strict=True)
+            if any(row)
+        ]
+
+    def _all_texts(self, text):
+        """The texts of all workers, by rank."""
+        own = text.encode()
+        longest = self.all_max(len(own))
+        if not longest:
+            return [""] * self.size
+        padded = mx.array([list(own.ljust(longest, b"\0"))], mx.uint8)
+        every = mx.distributed.all_gather(padded, stream=mx.cpu)
+        return [bytes(row).rstrip(b"\0").decode() for row in every.tolist()]
+
+    def text_of_leader(self, text: str) -> str:
+        """Rank 0's text, on all."""
+        return self._all_texts(text)[0]
+
+    def array_of_leader(self, array: mx.array) -> mx.array:
+        """Rank 0's array, on all, every bit of it: the sum is one of integers, since -0.0 + 0.0 is 0.0."""
+        width = next(size for size in WORDS if array.nbytes % size == 0)
+        words = array.reshape(-1).view(WORDS[width])
+        sent = mx.distributed.all_sum(words if self.leads else mx.zeros_like(words), stream=mx.cpu)
+        mx.eval(sent)  # one after another: all at once would take twice the memory
+        return sent.view(array.dtype).reshape(array.shape)
+
+    def all_max(self, number: int) -> int:
+        """The largest of the workers' numbers, each below 2^63."""
+        return number if self.size == 1 else mx.distributed.all_max(mx.array(number, mx.int64), stream=mx.cpu).item()
+
+
+_JOINED = set()
+
+
+def average_by_dtype(gradients: Any) -> Any:
+    """The mean of a tree of gradients over all workers, as ``mlx.nn.average_gradients`` gives it, to the bit.
+
+    That joins small arrays for the network only where all have one dtype; float32 adapters beside 16-bit tables would
+    go one by one. So it is called once a dtype.
+    """
+    flat = tree_flatten(gradients)
+    averaged = {}
+    for dtype in sorted({array.dtype for _, array in flat}, key=str):
+        names = [name for name, array in flat if array.dtype == dtype]
+        averaged |= zip(names, average_gradients([array for _, array in flat if array.dtype == dtype]), strict=True)
+    return tree_unflatten([(name, averaged[name]) for name, _ in flat])
+
+
+def _announced():
+    """How many workers the environment promises at least, as ``mlx.launch`` sets it; 1 without it.
+
+    Raises:
+        InputError: for variables that cannot be read.
+    """
+    try:
+        rank = int(os.environ.get("MLX_RANK", 0))
+        size = int(os.environ.get("MLX_WORLD_SIZE", 1))
+        files = [os.environ[name] for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES") if os.environ.get(name)]
+        return max(rank + 1, size, *(len(json.loads(Path(file).read_text())) for file in files), 1)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"MLX_RANK, MLX_WORLD_SIZE or MLX_HOSTFILE cannot be read ({error}); use mlx.launch"
+        ) from error

@@ -1,0 +1,76 @@
+"""`ember-mlx data` says what is learned: as mlx-lm's own loss masks it, and as the tokenizer writes it."""
+
+import json
+import re
+
+import mlx.core as mx
+import pytest
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import default_loss, iterate_batches
+from mlx_lm.utils import load_tokenizer
+
+from ember_mlx import InputError
+from ember_mlx.commands import data
+from ember_mlx.finetune.data import load_data
+from ember_mlx.finetune.data_report import count, learned_part
+
+ROWS = [{"prompt": "q" * n, "completion": "a" * (n % 5 + 1)} for n in (1, 9, 30, 70)]
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def show(folders, path, capsys):
+    def show(*arguments):
+        data.main([str(word) for word in (path, "--model", folders["untied"], "--batch-size", 1, *arguments)])
+        return capsys.readouterr().out
+
+    return show
+
+
+@pytest.mark.parametrize("mask", [[], ["--mask-prompt"]])
+@pytest.mark.parametrize("max_seq_length", [8, 32, 65, 512])
+def test_the_learned_tokens_are_those_of_mlx_lms_loss(parse, folders, path, mask, max_seq_length):
+    args = parse("--data", path, "--batch-size", 1, "--max-seq-length", max_seq_length, "--valid-fraction", 0, *mask)
+    rows, _, _ = load_data(args, load_tokenizer(folders["untied"]))
+    counted = 0
+    for batch, lengths in iterate_batches(CacheDataset(rows), 1, max_seq_length):
+        _, tokens = default_loss(lambda inputs: mx.zeros((*inputs.shape, 2**18)), batch, lengths)
+        length = int(lengths[0, 1])
+        padding = batch.shape[1] > length and int(lengths[0, 0]) <= length  # which mlx-lm's loss counts
+        counted += int(tokens.item()) - padding
+    found = count(rows, max_seq_length)
+    sizes = [(len(tokens), offset) for tokens, offset in (rows.process(row) for row in ROWS)]
+    assert found.learned == counted
+    assert found.tokens == sum(length for length, _ in sizes)
+    assert (found.shortest, found.longest) == (min(sizes)[0], max(sizes)[0])
+    assert found.truncated == sum(length > max_seq_length for length, _ in sizes)
+    assert found.masked == len(ROWS) * bool(mask)
+    parts = [learned_part(*size, max_seq_length) for size in sizes]
+    assert found.empty == sum(start == end for start, end in parts)
+    assert (found.empty > 0) == bool(mask and max_seq_length < 512)
+
+
+def test_what_is_learned_is_marked(show):
+    shown = re.findall("⟦(.*?)⟧", show("--mask-prompt", "--show", 9).partition("stands in ⟦ ⟧")[2], re.S)
+    assert len(shown) == 4
+    for row, text in zip(ROWS, shown, strict=True):
+        assert text.startswith(row["completion"])
+        assert "q" not in text
+    assert "(nothing is learned)" in show("--mask-prompt", "--max-seq-length", 16, "--show", 4)
+    assert "Warning: in 2 of 4 train rows nothing is learned" in show("--mask-prompt", "--max-seq-length", 30)
+    assert "---" in show()
+    assert "⟦" not in show("--show", 0)
+
+
+def test_what_cannot_be_is_refused(show, folders, tmp_path):
+    with pytest.raises(InputError, match="--show -1: must be at least 0"):
+        show("--show", -1)
+    with pytest.raises(InputError, match="DATA is required"):
+        data.main(["--model", str(folders["untied"])])
+    with pytest.raises(InputError, match=r"--model .*: its tokenizer cannot be loaded"):
+        show("--model", tmp_path)

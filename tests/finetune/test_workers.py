@@ -1,0 +1,191 @@
+"""Two workers over MLX's ring, on this machine: they agree, refuse together and train what one does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune.run import run
+from ember_mlx.finetune.workers import Workers
+from ember_mlx.shared.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 120  # seconds, for whatever is started here
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def start(folder, commands):
+    """A worker for each command, its words after ``python``."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    common = os.environ | {"MLX_HOSTFILE": str(hosts), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=common | {"MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, command in enumerate(commands)
+    ]
+
+
+def finish(processes):
+    """Exit code, stdout and stderr of each; none outlives this."""
+    try:
+        return [(process, *process.communicate(timeout=LIMIT)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def words(folders, tmp_path_factory):
+    """Options of a run over uneven rows: one batch has nothing to learn, another has nothing for the last worker."""
+    data = tmp_path_factory.mktemp("uneven")
+    sizes = [(5, 3), (9, 20), (3, 1), (20, 7), (2, 30), (90, 1), (91, 2), (92, 3)]  # letters of prompt and completion
+    rows = [json.dumps({"prompt": "p" * prompt, "completion": "c" * completion}) for prompt, completion in sizes]
+    for name in ("train", "valid"):
+        (data / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    lengths = {"--iters": 6, "--batch-size": 2, "--max-seq-length": 64, "--save-every": 2, "--steps-per-report": 2}
+    paths = {"--model": folders["untied"], "--data": data, "--on-nonfinite": "skip", "--val-batches": 4}
+    return ["--mask-prompt", *(str(word) for pair in (lengths | paths).items() for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def found(words, tmp_path_factory):
+    """What tests/finetune/worker_checks.py found on both, and its ``folder`` and ``output``."""
+    folder = tmp_path_factory.mktemp("workers")
+    ended = finish(start(folder, [[ROOT / "tests/finetune/worker_checks.py", folder, *words]] * 2))
+    assert [process.returncode for process, *_ in ended] == [75, -signal.SIGKILL], ended
+    each = [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
+    return [
+        one | {"folder": folder, "output": output[1], "errors": output[2]}
+        for one, output in zip(each, ended, strict=True)
+    ]
+
+
+def test_a_refusal_on_one_worker_is_told_once_and_ends_all(found):
+    assert [each["rank"] for each in found] == [0, 1]
+    assert found[0]["refusals"] == [None, "InputError: refused by 0", "InputError: worker 1: refused by 1"]
+    assert found[1]["refusals"] == [None, "SystemExit: 2", "SystemExit: 2"]
+
+
+def test_what_the_workers_do_not_agree_on_is_named(found):
+    same, other_value, other_names = found[0]["agreement"]
+    assert same is None
+    assert "the same --a (worker 1 against worker 0)" in other_value
+    assert "--b" not in other_value
+    assert "different releases" in other_names
+    assert found[1]["agreement"] == [None, "SystemExit: 2", "SystemExit: 2"]
+
+
+def test_averages_by_dtype_are_mlxs_own_in_one_call_a_dtype(found):
+    assert [each["averages"] for each in found] == [[True, 2]] * 2
+
+
+def test_every_bit_of_the_leaders_arrays_and_texts_arrives(found):
+    assert [each["arrays"] for each in found] == [True, True]
+    assert [each["text"] for each in found] == ["é0", "é0"]
+
+
+@pytest.mark.parametrize("variables", [{"MLX_RANK": "1"}, {"MLX_WORLD_SIZE": "2"}], ids=["rank", "size"])
+def test_a_group_of_one_where_several_were_announced_is_refused(monkeypatch, variables):
+    monkeypatch.setattr("ember_mlx.finetune.workers.mx.distributed.init", lambda: Alone())
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"at least 2 workers are announced, but MLX connects 1"):
+        Workers.join(60)
+
+
+class Alone:
+    """A group of one."""
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 1
+
+
+def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
+    """Float32 sums in another order are all that differs: a few eps of a gradient, which Ember divides by its size."""
+    assert found[0]["trained"] == found[1]["trained"]
+    ours, theirs = tmp_path / "alone", found[0]["folder"] / "host0" / "at_once"
+    run(options.parse([*words, "--adapter-path", str(ours)]))
+    alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))
+    begun = mx.load(str(folders["untied"] / "model.safetensors"))
+    for name, weight in alone.weights.items():
+        if not name.endswith("lora_a"):  # which begins at random
+            step = weight - begun.get(name, mx.zeros_like(weight))
+            error = mx.linalg.norm((together.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
+            assert error.item() < 1e-5, name
+    records = alone.position.record, together.position.record
+    assert records[0]["trained_tokens"] == records[1]["trained_tokens"]
+    for name, losses in records[0]["losses"].items():
+        assert records[1]["losses"][name] == pytest.approx(losses, rel=1e-5)
+    left_out = [
+        {name: array.item() for name, array in each.optimizer.items() if "nonfinite" in name}
+        for each in (alone, together)
+    ]
+    assert left_out[0] == left_out[1]
+    assert sum(left_out[0].values()) > 0
+
+
+def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
+    assert [each["checkpoint"] for each in found] == [True, False]
+    assert [each["resumed"] for each in found] == [found[0]["trained"]] * 2
+
+
+def test_one_worker_alone_tells_of_the_run(found):
+    assert "Validation loss" in found[0]["output"]
+    assert not found[1]["output"].strip()
+
+
+def test_a_signal_to_one_worker_stops_all_at_one_step_with_one_checkpoint(found):
+    assert [each["signalled"] for each in found] == [128 + signal.SIGTERM] * 2
+    saved = [checkpoints.in_folder(found[0]["folder"] / f"host{rank}" / "signalled") for rank in range(2)]
+    assert [[path.name for path in each] for each in saved] == [["step-0000002", "step-0000004"], []]
+    assert found[0]["errors"].count("To resume:") == 1
+    assert "To resume:" not in found[1]["errors"]
+
+
+def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
+    """The exit code, 75, is looked at where the two are started."""
+    folder = found[0]["folder"] / "host0" / "killed"
+    assert [path.name for path in checkpoints.in_folder(folder)] == ["step-0000002"]
+    assert "Traceback" not in found[0]["errors"]
+    assert found[0]["errors"].splitlines()[-1].startswith("ember-mlx train: error: worker 0: another worker is lost (")
+
+
+def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
+    script = [ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "--peer-timeout", "2", "stands-still"]
+    for process, _, errors in finish(start(tmp_path, [script] * 2)):
+        assert process.returncode == 75, errors
+        assert "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)" in errors
+
+
+def test_whoever_waits_in_vain_to_join_says_so_and_ends(tmp_path):
+    wait = "from ember_mlx.finetune.workers import Workers; Workers.join(2)"
+    first, other = start(tmp_path, [["-c", wait], ["-c", "pass"]])
+    ended = finish([first, other])
+    assert ended[0][0].returncode == -signal.SIGALRM
+    assert ended[0][2].strip() == "worker 0 waits up to 2 s for the others (2 in all)"

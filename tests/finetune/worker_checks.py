@@ -1,0 +1,141 @@
+"""What each of two workers does in test_workers.py.
+
+``worker_checks.py FOLDER WORDS``, WORDS options of ``train``, writes what it found to FOLDER as JSON; at its end the
+second worker is killed. ``worker_checks.py FOLDER WORDS stands-still``: there it sleeps in its first step instead.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten
+
+from ember_mlx import cli
+from ember_mlx.finetune import options, workers
+from ember_mlx.finetune.batches import TrainingBatches
+from ember_mlx.finetune.resume import weights_checksum
+from ember_mlx.finetune.run import run
+from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.shared.errors import InputError
+
+
+def outcome(check):
+    """None, or in words how ``check()`` ended."""
+    try:
+        check()
+    except InputError as error:
+        return f"InputError: {error}"
+    except SystemExit as error:
+        return f"SystemExit: {error.code}"
+    return None
+
+
+def refuses(here, who):
+    with here.one_outcome():
+        if here.rank == who:
+            raise InputError(f"refused by {who}")
+
+
+def mixed_gradients(rank):
+    """A tree of two dtypes, other numbers on each worker."""
+    mx.random.seed(rank)
+    layers = [{"a": mx.random.normal((3, 5)), "b": mx.random.normal((7,))} for _ in range(6)]
+    return {"layers": layers, "table": mx.random.normal((11, 4)).astype(mx.bfloat16), "half": mx.ones(2, mx.bfloat16)}
+
+
+def same_averages(rank):
+    """Whether these are the bits of MLX's averages, and how many calls they took."""
+    gradients, calls = mixed_gradients(rank), []
+    expected = average_gradients(gradients)
+    all_sum = mx.distributed.all_sum
+    mx.distributed.all_sum = lambda *arguments, **options: calls.append(1) or all_sum(*arguments, **options)
+    found = workers.average_by_dtype(gradients)
+    mx.distributed.all_sum = all_sum
+    pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
+    return [all(name == other and mx.array_equal(a, b).item() for (name, a), (other, b) in pairs), len(calls)]
+
+
+def arrays_from_leader(here):
+    """Whether rank 0's bits arrive: -0.0 and NaN, and sizes of one, two, four and eight bytes."""
+    arrays = [mx.array([-0.0, mx.nan, 1.5]), mx.array([-0.0], mx.bfloat16), mx.array(7, mx.uint64), mx.array([True])]
+    own = [array if here.leads else mx.zeros_like(array) for array in arrays]
+    received = [here.array_of_leader(array) for array in own]
+    bits = [(a.reshape(-1).view(mx.uint8), b.reshape(-1).view(mx.uint8)) for a, b in zip(arrays, received, strict=True)]
+    return all(mx.array_equal(a, b).item() for a, b in bits)
+
+
+class Remembers(Watcher):
+    """Keeps the model and the optimizer."""
+
+    def before_training(self, model, optimizer, tables, rows):
+        self.model, self.optimizer = model, optimizer
+
+    def checksums(self):
+        trees = (self.model.parameters(), self.optimizer.state, {"random": mx.random.state[0]})
+        return [weights_checksum(tree) for tree in trees]
+
+
+def trained(folder, words):
+    """Train, each worker into a folder of its own; the checksums of weights, optimizer and random state."""
+    watcher = Remembers()
+    run(options.parse([*words, "--adapter-path", str(folder)]), watchers=[watcher])
+    return watcher.checksums()
+
+
+def command(folder, words, rank, step, happens):
+    """The exit code of ``ember-mlx train``, in which ``happens()`` on the worker of this rank as it draws ``step``."""
+    draw = TrainingBatches.draw
+
+    def draw_and_suffer(self):
+        if self.step == step - 1 and self.workers.rank == rank:
+            happens()
+        return draw(self)
+
+    TrainingBatches.draw = draw_and_suffer
+    sys.argv[1:] = ["train", *words, "--adapter-path", str(folder)]
+    try:
+        cli.main()
+    except SystemExit as error:
+        return error.code
+    finally:
+        TrainingBatches.draw = draw
+
+
+def send(number):
+    """A function that sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def main():
+    if sys.argv[-1] == "stands-still":
+        command(sys.argv[1], sys.argv[2:-1], 1, 1, lambda: time.sleep(60))
+    here = workers.Workers.join(60)
+    found = {
+        "rank": here.rank,
+        "refusals": [outcome(lambda who=who: refuses(here, who)) for who in (None, 0, 1)],
+        "agreement": [
+            outcome(lambda: here.agree({"--a": 1, "--b": [2]})),
+            outcome(lambda: here.agree({"--a": here.rank, "--b": 2})),
+            outcome(lambda: here.agree({f"--{here.rank}": 1})),
+        ],
+        "averages": same_averages(here.rank),
+        "arrays": arrays_from_leader(here),
+        "text": here.text_of_leader(f"é{here.rank}"),
+    }
+    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    own = folder / f"host{here.rank}"
+    found["trained"] = trained(own / "at_once", words)
+    checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
+    found["checkpoint"] = checkpoint.exists()
+    found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
+    found["signalled"] = command(own / "signalled", words, 1, 4, send(signal.SIGTERM))
+    (folder / f"found{here.rank}.json").write_text(json.dumps(found))
+    command(own / "killed", words, 1, 4, send(signal.SIGKILL))
+
+
+main()
