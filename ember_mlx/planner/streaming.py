@@ -17,7 +17,7 @@ from ember_mlx.planner.step import layer
 from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.streamed_tables import Head, step_looked_up
 
-__all__ = ["Phase", "streamed_phases", "streamed_runs"]
+__all__ = ["streamed_phases", "streamed_runs"]
 
 LAYERS = 3  # so many are in flight at most
 
