@@ -2,9 +2,9 @@
 
     python examples/benchmarks/planned_memory.py --measured RESULT.json --out planned_memory.md
 
-RESULT.json is of mlx_training_memory.py, of two_checkouts.py (the second checkout counts), or of streaming_peaks.py,
+RESULT.json is of mlx_training_memory.py, of two_checkouts.py (the second checkout counts), or of streaming_memory.py,
 whose phases are compared too. Needs no GPU: the file says what was run, and on which backend. Left out are rows without
-the guard, which `train` has always, and ordinary steps of streaming_peaks.py, which are not those of `train`.
+the guard, which `train` has always, and ordinary steps of streaming_memory.py, which are not those of `train`.
 """
 
 import argparse

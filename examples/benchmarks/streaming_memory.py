@@ -1,79 +1,39 @@
-"""Peak and time of a streamed training step beside an ordinary checkpointed one, with random bfloat16 weights.
+"""Peak and time of a streamed training step beside ordinary ones, set up by the flags of train, with random weights.
 
     python examples/benchmarks/streaming_memory.py --out RESULT.json
     python examples/benchmarks/streaming_memory.py --out RESULT.json --rows 'qwen3-8b/*/streamed'
 
-A row is model/batch x tokens/recipe/way. Recipes: `stateless` (SinkGD on the body, Ember on the tables),
-`adamw` (AdamW on the body, computed in float32, its state in bfloat16; Ember on the tables), `lora` (adapters in all
-layers and both tables). Ways: `streamed`; `checkpointed`, an ordinary step: gradients by one compiled function with
-mlx-lm's `--grad-checkpoint`, then the update, array by array; `own_step`, the one that `ember-mlx train` takes;
-`streamed@68`, where a GPU is run at most 68 MB of weights ahead, not 33.
+A row is model/batch x tokens/recipe/way, with /tied after the model, and /keepK and /float32 at the end: `--list` names
+the usual ones, by default those of the backend; any other that is named in full runs too. Recipes are flags of
+`ember-mlx train`: `stateless` (SinkGD on the body, Ember on the tables), `adamw` (computed in float32, its state in
+bfloat16; Ember on the tables), `adam-mini`, `flash-adamw`, `lora` (adapters in all layers and both tables),
+`adamw-tables`. keepK is `--keep-inputs K`.
 
-`streamed+checkpointed` is for the time alone: two models in one process take their steps in turn, since the times of
-one way differ by twice from process to process. No model is downloaded. Each row is a fresh process with a time limit;
-the most important come first. Where kernels are compiled at the first step, run the rows twice. Peaks are those of
-whole steps; the peaks of the phases are of one step more, which waits between them. The JSON file is written after
-each row, and rows that it has already are not run again. On a CPU say `--smoke`.
+Ways: `streamed`, or `streamed@68`, where a GPU is run at most 68 MB of weights ahead; `checkpointed`, gradients by one
+compiled function with mlx-lm's `--grad-checkpoint`, then the update, array by array; `own_step`, the ordinary one of
+`train`, checkpointed too. `streamed+checkpointed` is for the time alone: two models in one process take their steps in
+turn, since the times of one way differ by twice from process to process.
+
+Each row is a fresh process with a time limit; the most important come first. Where kernels are compiled at the first
+step, run the rows twice, or say `--one-process`. Peaks are those of whole steps; the peaks of the phases are of one
+step more, which waits between them. The JSON file is written after each row, and rows that it has already are not run
+again. `planned_memory.py --measured RESULT.json` compares the peaks with the plans. On a CPU say `--smoke`.
 """
 
 import argparse
 import fnmatch
+import gc
 import json
 import multiprocessing
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
-from training_memory_rows import MODELS
+from mlx_training_memory import LEFT_OVER, unpatched
+from streaming_rows import ON_A_CPU, ON_A_GPU, ROW, TINY, config_of, optimizer_config_of, parts_of, words_of
 
-QWEN3_8B = MODELS["qwen3-0.6b"] | {
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-}
-SHAPES = {"qwen3-0.6b": MODELS["qwen3-0.6b"], "qwen3-8b": QWEN3_8B}
-TINY = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-ROWS = [
-    "qwen3-0.6b/1x512/stateless/streamed",
-    "qwen3-0.6b/1x512/stateless/streamed+checkpointed",
-    "qwen3-0.6b/1x512/adamw/streamed",
-    "qwen3-8b/1x512/stateless/streamed",
-    "qwen3-0.6b/4x1024/stateless/streamed",
-    "qwen3-0.6b/1x512/lora/streamed",
-    "qwen3-0.6b/1x512/stateless/streamed+own_step",
-    "qwen3-0.6b/1x512/stateless/streamed@68",
-    "qwen3-0.6b/4x1024/stateless/streamed+checkpointed",
-    "qwen3-0.6b/1x512/stateless/checkpointed",
-    "qwen3-0.6b/1x512/adamw/checkpointed",
-    "qwen3-0.6b/4x1024/stateless/checkpointed",
-    "qwen3-0.6b/1x512/lora/checkpointed",
-    "qwen3-8b/1x512/stateless/checkpointed",
-]
 WARM_UP = 2
-
-
-def body(recipe):
-    """The optimizer of what is no table."""
-    import mlx.core as mx
-    from mlx.optimizers import Adam, AdamW
-
-    from ember_mlx.optimizers.sinkgd import SinkGD
-
-    class Float32AdamW(AdamW):
-        """AdamW, computed in float32 and kept in the dtype of the weights."""
-
-        def apply_single(self, gradient, parameter, state):
-            in_float32 = {name: value.astype(mx.float32) for name, value in state.items()}
-            decayed = parameter.astype(mx.float32) * (1 - self.learning_rate * self.weight_decay)
-            new = Adam.apply_single(self, gradient.astype(mx.float32), decayed, in_float32)
-            state.update({name: value.astype(parameter.dtype) for name, value in in_float32.items()})
-            return new.astype(parameter.dtype)
-
-    return {"stateless": partial(SinkGD, passes=2), "adamw": Float32AdamW, "lora": AdamW}[recipe](1e-4)
 
 
 class Trained:
@@ -88,33 +48,32 @@ class Trained:
     def __init__(self, row, way, smoke):
         import mlx.core as mx
         from mlx.utils import tree_flatten
-        from mlx_lm.tuner.utils import linear_to_lora_layers
         from mlx_lm.utils import _get_classes
 
-        from ember_mlx import Ember, PairedOptimizer
+        from ember_mlx.finetune import options
+        from ember_mlx.finetune.build_optimizer import build_optimizer
+        from ember_mlx.finetune.choices import choose
+        from ember_mlx.finetune.trainable import make_trainable, shapes_of
         from ember_mlx.streaming import StreamedStep
 
-        name, batch, recipe, _ = row.split("/")
-        batch_size, length = map(int, batch.split("x"))
-        length = max(length // 16, 1) if smoke else length
+        of = parts_of(row)
+        length = max(of["length"] // 16, 1) if smoke else of["length"]
+        args = options.parse(words_of(row)) | {"optimizer_config": optimizer_config_of(row)}
         mx.random.seed(SEED)
-        config = SHAPES[name] | {"tie_word_embeddings": False} | (TINY if smoke else {})
+        config = config_of(row) | (TINY if smoke else {})
         model_class, arguments_class = _get_classes(config)
         self.model = model = model_class(arguments_class.from_dict(config))
-        model.set_dtype(mx.bfloat16)
+        model.set_dtype(getattr(mx, config["torch_dtype"]))
         for _, array in tree_flatten(model.parameters()):
             mx.eval(array)  # one by one: they are drawn in float32
         del array
-        if recipe == "lora":
-            model.freeze()
-            linear_to_lora_layers(model, config["num_hidden_layers"], {"rank": 8, "scale": 20.0, "dropout": 0.0})
-            model.model.embed_tokens.unfreeze()
-            model.lm_head.unfreeze()
+        choices = choose(args, shapes_of(model))
+        make_trainable(model, args, choices)
         model.train()
-        self.optimizer = PairedOptimizer(model, tables=Ember(1e-4, rounding="stochastic"), rest=body(recipe))
+        self.optimizer = build_optimizer(model, args, choices)
         self.batch = (
-            mx.random.randint(0, config["vocab_size"], (batch_size, length + 1)),
-            mx.array([[0, length]] * batch_size),
+            mx.random.randint(0, config["vocab_size"], (of["batch_size"], length + 1)),
+            mx.array([[0, length]] * of["batch_size"]),
         )
         mx.eval(model.parameters(), self.optimizer.state, self.batch)
         self.bytes = {
@@ -124,7 +83,8 @@ class Trained:
         way, _, ahead = way.partition("@")
         self.streamed = None
         if way == "streamed":
-            self.streamed = StreamedStep(model, self.optimizer, run_ahead=int(ahead) * 10**6 if ahead else None)
+            run_ahead = int(ahead) * 10**6 if ahead else None
+            self.streamed = StreamedStep(model, self.optimizer, keep_inputs=of["keep_inputs"], run_ahead=run_ahead)
             self.step = lambda: self.streamed(*self.batch)[0]
         else:
             self.step = {"checkpointed": self._array_by_array, "own_step": self._own_step}[way]()
@@ -170,17 +130,22 @@ class Trained:
 
 
 def measure(row, steps, smoke):
-    """Peaks, phases and seconds of one row, or the seconds of several ways in turn."""
-    import mlx.core as mx
-    from mlx_lm.models import qwen3
+    """Peaks, phases and seconds of one row, or the seconds of several ways in turn.
 
-    ways = row.split("/")[-1].split("+")
-    own_call = qwen3.TransformerBlock.__call__
-    trained = []
+    Raises RuntimeError if the process still holds arrays of a row before.
+    """
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+    if mx.get_active_memory() > LEFT_OVER:
+        raise RuntimeError(f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process")
+    ways, trained = parts_of(row)["way"].split("+"), []
     for way in ways:
-        trained.append(Trained(row, way, smoke))
-        trained[-1].first_seconds = _seconds(trained[-1].step)
-        qwen3.TransformerBlock.__call__ = own_call  # mlx-lm's checkpointing patches the class, and a trace keeps it
+        one = Trained(row, way, smoke)
+        with unpatched(type(one.model.layers[0])):  # checkpointing patches the class, and the first trace keeps it
+            one.first_seconds = _seconds(one.step)
+        trained.append(one)
     mx.clear_cache()
     if len(trained) > 1:
         rounds = [[_seconds(one.step) for one in trained] for _ in range(WARM_UP + steps)][WARM_UP:]
@@ -256,44 +221,60 @@ def _send(sender, function, *arguments):
     sender.send(in_this_process(function, *arguments))
 
 
+def asked_rows(patterns, usual):
+    """The usual rows that fit a pattern, and those that are named in full."""
+    known = list(dict.fromkeys([*usual, *ON_A_GPU, *ON_A_CPU]))
+    chosen = []
+    for pattern in patterns:
+        found = fnmatch.filter(usual if pattern == "*" else known, pattern)
+        if not found and not ROW.fullmatch(pattern):
+            raise SystemExit(f"--rows {pattern}: no usual row, and no name of one in full (see --help)")
+        chosen += found or [pattern]
+    return list(dict.fromkeys(chosen))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument(
-        "--rows", nargs="+", default=["*"], metavar="PATTERN", help="such as 'qwen3-8b/*', or any row in full"
-    )
+    parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="such as 'qwen3-8b/*'")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument("--limit", type=at_least_one, default=150, help="seconds for a row, then it is given up")
     parser.add_argument("--steps", type=at_least_one, default=15)
+    parser.add_argument("--one-process", action="store_true", help="rows one after another in this process, no limit")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try this script where there is no GPU")
     args = parser.parse_args()
-    rows = [row for row in ROWS if any(fnmatch.fnmatch(row, pattern) for pattern in args.rows)]
-    rows += [row for row in args.rows if row not in rows and row.count("/") == 3 and "*" not in row]
+    here = in_fresh_process(machine)
+    rows = asked_rows(args.rows, ON_A_CPU if here["backend"] == "cpu" and not args.smoke else ON_A_GPU)
     if args.list:
         print("\n".join(rows))
         return
     if args.out is None:
         parser.error("--out FILE is where the results go; or --list")
     report = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-    report["machine"] = in_fresh_process(machine) | {"steps": args.steps, "smoke": args.smoke}
+    report["machine"] = here | {"steps": args.steps, "smoke": args.smoke, "one_process": args.one_process}
     write(args.out, report)
     for row in rows:
-        if report["rows"].get(row, {"error": ""}).keys().isdisjoint({"error"}):
+        if row in report["rows"] and "error" not in report["rows"][row]:
             continue
         print(f"{time.strftime('%H:%M:%S')} {row}", flush=True)
-        result = report["rows"][row] = within(args.limit, measure, row, args.steps, args.smoke)
+        asked = measure, row, args.steps, args.smoke
+        result = report["rows"][row] = in_this_process(*asked) if args.one_process else within(args.limit, *asked)
         write(args.out, report)
-        if "error" in result:
-            print(f"{row:40} {result['error']}", flush=True)
-            continue
-        if "ratio" in result:
-            times = ", ".join(f"{way} {seconds * 1e3:.1f} ms" for way, seconds in result["seconds"].items())
-            print(f"{row:40} {times}: {result['ratio']:.3f} x", flush=True)
-            continue
-        ratio = f"{result['peak_memory'] / 1e9:8.3f} GB = {result['peak_over_weights']:.3f} x weights"
-        print(f"{row:40} {ratio}, {result['seconds'] * 1e3:8.1f} ms a step", flush=True)
-        for phase, of in result["phases"].items():
-            print(f"{'':40} {phase:10} {of['peak'] / 1e9:8.3f} GB {of['seconds'] * 1e3:8.1f} ms", flush=True)
+        print(f"{row:48} {_said(result)}", flush=True)
+
+
+def _said(result):
+    if "error" in result:
+        return result["error"]
+    if "ratio" in result:
+        times = ", ".join(f"{way} {seconds * 1e3:.1f} ms" for way, seconds in result["seconds"].items())
+        return f"{times}: {result['ratio']:.3f} x"
+    ratio = f"{result['peak_memory'] / 1e9:8.3f} GB = {result['peak_over_weights']:.3f} x weights"
+    phases = [
+        f"\n{'':48} {phase:10} {of['peak'] / 1e9:8.3f} GB {of['seconds'] * 1e3:8.1f} ms"
+        for phase, of in result["phases"].items()
+    ]
+    return f"{ratio}, {result['seconds'] * 1e3:8.1f} ms a step{''.join(phases)}"
 
 
 if __name__ == "__main__":

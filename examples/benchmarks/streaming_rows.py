@@ -1,4 +1,4 @@
-"""The rows of streaming_peaks.py: what each name stands for, and which belong to which machine."""
+"""The rows of streaming_memory.py: what each name stands for, and which belong to which machine."""
 
 import re
 
@@ -26,9 +26,10 @@ RECIPES = {
 }
 OPTIMIZER_CONFIG = {"adam-mini-int8": {"adam-mini": {"momentum": "int8"}}}
 WAYS = ("streamed", "checkpointed")
+WAY = r"(?:streamed(?:@[1-9]\d*)?|checkpointed|own_step)"
 ROW = re.compile(
     rf"(?P<model>{'|'.join(map(re.escape, SHAPES))})(?P<tied>/tied)?/(?P<batch_size>[1-9]\d*)x(?P<length>[1-9]\d*)/"
-    rf"(?P<recipe>{'|'.join(RECIPES)})/(?P<way>{'|'.join(WAYS)})(?:/keep(?P<keep_inputs>[1-9]\d*))?"
+    rf"(?P<recipe>{'|'.join(RECIPES)})/(?P<way>{WAY}(?:\+{WAY})*)(?:/keep(?P<keep_inputs>[1-9]\d*))?"
     r"(?P<float32>/float32)?"
 )
 ON_A_GPU = [
@@ -43,7 +44,7 @@ ON_A_GPU = [
         "qwen3-0.6b/1x512/flash-adamw",
     )
     for way in WAYS
-]
+] + [f"qwen3-0.6b/{batch}/stateless/streamed+checkpointed" for batch in ("1x512", "4x1024")]
 ON_A_CPU = [  # bfloat16 products are slow there
     "mini-qwen3/1x128/stateless/streamed",
     "mini-qwen3/1x128/adamw/streamed",
