@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
+from cuda_ref import triton_kernels
 from cuda_ref.optimizers.companded import GROUP
 from cuda_ref.optimizers.flash_arithmetic import Numbers, Stored
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
@@ -14,6 +15,8 @@ from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 try:
     import triton
     import triton.language as tl
+
+    _running_mean = triton_kernels._update_second_moment  # Triton finds it among the globals of its file
 except ImportError:  # a Mac, or a CPU build of PyTorch
     triton = None
 
@@ -34,9 +37,10 @@ def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers) -> Stored:
     with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(w):
         _flash_step[(triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
             w, stored.rest, g.contiguous(), stored.m, stored.m_scales, stored.v, stored.v_scales, w.numel(), groups,
-            learning_rate, kept, 1 - numbers.beta1, 1 - numbers.beta2, numbers.correction1, numbers.correction2,
-            float(numbers.eps), SMALLEST_NORMAL, RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
-            BFLOAT16=w.dtype == torch.bfloat16, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM, num_warps=4,
+            learning_rate, kept, float(numbers.beta1), 1.0 - numbers.beta1, float(numbers.beta2), 1.0 - numbers.beta2,
+            numbers.correction1, numbers.correction2, float(numbers.eps), SMALLEST_NORMAL,
+            RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), BFLOAT16=w.dtype == torch.bfloat16,
+            GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
     if not stored.w.is_contiguous():
         stored.w.copy_(w)
@@ -48,13 +52,12 @@ if triton is not None:
     @triton.jit
     def _flash_step(
         w, rest, g, m, m_scales, v, v_scales, size, groups,
-        learning_rate, kept, forget1, forget2, correction1, correction2, eps, least,
+        learning_rate, kept, beta1, forget1, beta2, forget2, correction1, correction2, eps, least,
         RATE_IS_TENSOR: tl.constexpr, BFLOAT16: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     ):  # fmt: skip
         if RATE_IS_TENSOR:
             learning_rate, kept = tl.load(learning_rate), tl.load(kept)
         learning_rate, kept = tl.cast(learning_rate, tl.float32), tl.cast(kept, tl.float32)
-        forget1, forget2 = tl.cast(forget1, tl.float32), tl.cast(forget2, tl.float32)
         eps, least = tl.cast(eps, tl.float32), tl.cast(least, tl.float32)
         group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
         at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -72,8 +75,8 @@ if triton is not None:
             root = tl.load(v_scales + group, mask=is_group, other=0)[:, None]
             root = root * tl.load(v + at, mask=has_codes, other=0).to(tl.float32) / 255
             square = root * root
-            square = square + forget2 * (x * x - square)
-            new = old + forget1 * (x - old)
+            square = _running_mean(square, x * x, beta2, forget2, False)
+            new = _running_mean(old, x, beta1, forget1, False)
             corrected = tl.sqrt_rn(square / tl.load(correction2)) + eps
             y = kept * y - learning_rate * ((new / tl.load(correction1)) / corrected)
             root = tl.sqrt_rn(square)
@@ -83,8 +86,8 @@ if triton is not None:
             codes = tl.where((root > 0) & (codes < 1), 1.0, codes)
             tl.store(v + at, codes.to(tl.uint8), mask=has_codes)
         else:
-            direction = old + forget1 * (x - old)
-            new = old + forget2 * (x - old)
+            direction = _running_mean(old, x, beta1, forget1, False)
+            new = _running_mean(old, x, beta2, forget2, False)
             y = kept * y - learning_rate * ((direction > 0).to(tl.float32) - (direction < 0).to(tl.float32))
         largest = _largest(tl.abs(new), least)
         tl.store(m_scales + group, largest, mask=is_group)

@@ -114,7 +114,7 @@ def _update_flat(w, g, m, rates, beta1, decay):
     with _device_of(w):
         _update_groups[(triton.cdiv(w.numel(), GROUP * GROUPS_PER_PROGRAM),)](
             w, g, codes, scales, rates, decay, w.numel(), w.shape[1], int(len(rates) > 1), int(rates.shape[1] > 1),
-            1.0 - beta1, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM,
+            float(beta1), 1.0 - beta1, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM,
         )  # fmt: skip
 
 
@@ -214,10 +214,10 @@ if triton_kernels.available():
 
     @triton.jit
     def _update_groups(
-        w, g, m, scales, rates, decay, size, columns, row_step, column_step, forget,
+        w, g, m, scales, rates, decay, size, columns, row_step, column_step, beta1, forget1,
         GROUP: tl.constexpr, GROUPS: tl.constexpr,
     ):  # fmt: skip
-        forget, decay = tl.cast(forget, tl.float32), tl.load(decay)
+        decay = tl.load(decay)
         group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
         i = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = i < size
@@ -227,7 +227,8 @@ if triton_kernels.available():
             some = group * GROUP < size
             y = tl.load(m + i, mask=some[:, None], other=0).to(tl.float32) / 127.0
             moment = tl.load(scales + group, mask=some, other=0)[:, None] * y / (2 - tl.abs(y))
-        moment += forget * (tl.load(g + i, mask=inside, other=0).to(tl.float32) - moment)
+        x = tl.load(g + i, mask=inside, other=0).to(tl.float32)
+        moment = _running_mean(moment, x, beta1, forget1, False)
         rate = tl.load(rates + (i // columns) * row_step + (i % columns) * column_step, mask=inside, other=0)
         new = decay * tl.load(w + i, mask=inside, other=0).to(tl.float32) - rate * moment
         tl.store(w + i, new.to(w.dtype.element_ty), mask=inside)

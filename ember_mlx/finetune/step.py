@@ -102,6 +102,7 @@ class Step:
         if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
             evaluate_paced([[each] for each in squares])
         mx.eval(norm)  # its scratch comes after theirs
+        # Rates are not judged: options.py and, over a schedule, build_optimizer.py refuse unsafe ones before a run.
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             return self._left_out(old, loss, tokens)
         self.model.update(weights)

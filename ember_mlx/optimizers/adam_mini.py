@@ -24,7 +24,7 @@ from ember_mlx import kernels
 from ember_mlx.optimizers import adam_mini_kernel, module_roles
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
-from ember_mlx.optimizers.ember import bias_correction, mean_squares, update_second_moment
+from ember_mlx.optimizers.ember import LEAST_BETA, bias_correction, mean_squares, update_second_moment
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
 from ember_mlx.shared.errors import InputError
 
@@ -76,7 +76,7 @@ def kernel_takes(
 ) -> bool:
     """Whether there is a GPU kernel for such a step: rows of one rate, which 8-bit momentum fills with whole groups."""
     fits = v.shape[-1:] in ((), (1,)) and (isinstance(m, mx.array) or as_rows(w).shape[1] % GROUP == 0)
-    usual = w.dtype != mx.float16 and min(beta1, beta2) >= 0.5
+    usual = w.dtype != mx.float16 and min(beta1, beta2) >= LEAST_BETA
     return fits and usual and kernels.usable(adam_mini_kernel, w.dtype, g.dtype)
 
 

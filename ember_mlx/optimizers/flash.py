@@ -13,6 +13,7 @@ from ember_mlx import kernels
 from ember_mlx.optimizers import flash_kernel
 from ember_mlx.optimizers.body import BodyOptimizer, Rate
 from ember_mlx.optimizers.companded import GROUP, groups_of
+from ember_mlx.optimizers.ember import LEAST_BETA
 from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
 from ember_mlx.optimizers.split_weights import check_some_are_bfloat16
 from ember_mlx.shared.errors import InputError
@@ -76,8 +77,8 @@ class _Flash(BodyOptimizer):
         return self.weights is not None and dtype == mx.bfloat16
 
     def _kernel_takes(self, w_dtype, g_dtype):
-        """float16 weights and the published format are left to plain operations."""
-        takes = self.state_format == "float32" and w_dtype != mx.float16
+        """float16 weights, the published format and small betas are left to plain operations."""
+        takes = self.state_format == "float32" and w_dtype != mx.float16 and min(self.betas) >= LEAST_BETA
         return takes and kernels.usable(flash_kernel, w_dtype, g_dtype)
 
     def _check_state(self, path, parameter, state, wanted):

@@ -49,8 +49,9 @@ def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
 class StochasticRounding(Optimizer):
     """Any MLX optimizer, with its 16-bit weights rounded stochastically; float32 weights are stepped as ever.
 
-    State keeps its own dtype: MLX makes it in that of the weights. It goes wherever the optimizer goes, in ordinary
-    and in streamed steps: ``PairedOptimizer(model, tables=Ember(...), rest=StochasticRounding(AdamW(1e-5)))``.
+    State is made in the dtype of the weights, as MLX makes it, but for float16 weights in float32. It goes wherever the
+    optimizer goes, in ordinary and in streamed steps:
+    ``PairedOptimizer(model, tables=Ember(...), rest=StochasticRounding(AdamW(1e-5)))``.
 
     Args:
         optimizer (Optimizer): One that looks at one array at a time, made.
@@ -78,7 +79,9 @@ class StochasticRounding(Optimizer):
         """Make the state of a tree of parameters, and a seed of each 16-bit one."""
         for dtype in {array.dtype for _, array in tree_flatten(parameters)} & set(DROPPED_BITS):
             kernels.usable(kernels.rounding, dtype, mx.float32)  # tried now: a first step may be one that MLX traces
-        self.optimizer.init(parameters)
+        # In float16 a second moment below 6e-8 is 0, and so is Adam's eps: see in_float32.py.
+        float16_as_wide = tree_map(lambda w: w.astype(mx.float32) if w.dtype == mx.float16 else w, parameters)
+        self.optimizer.init(float16_as_wide)
         number = itertools.count()
 
         def give_a_seed(parameter, state):

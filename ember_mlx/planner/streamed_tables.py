@@ -1,16 +1,10 @@
 """The head in blocks of rows and the embedding by looked-up rows, as ember_mlx.streaming has them, as arrays."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
+from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
-
-if TYPE_CHECKING:
-    from ember_mlx.planner.streaming import Phase
 
 __all__ = ["Head", "step_looked_up"]
 

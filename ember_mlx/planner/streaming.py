@@ -10,19 +10,15 @@ from dataclasses import replace
 
 from ember_mlx.finetune.optimizer_names import SPLIT
 from ember_mlx.planner.architecture import Architecture
-from ember_mlx.planner.evaluation import DEVICES, Array, Peak, peak_memory
+from ember_mlx.planner.evaluation import Peak
 from ember_mlx.planner.graph import Graph, Run
 from ember_mlx.planner.modules import norm
 from ember_mlx.planner.step import layer
+from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.streamed_tables import Head, step_looked_up
-from ember_mlx.planner.update import stepped
 
-__all__ = ["Phase", "streamed_phases", "streamed_runs"]
+__all__ = ["streamed_phases", "streamed_runs"]
 
-LEAST_AHEAD, SHARE_AHEAD = (
-    2**25,
-    128,
-)  # of ember_mlx.streaming: bytes that a GPU is run ahead, as a share of the weights
 LAYERS = 3  # so many are in flight at most
 
 
@@ -175,78 +171,3 @@ class _Planned:
 def _place_in_layer(name):
     """Of a weight among those of its layer, as MLX lists them; those of one module keep their order."""
     return next((i for i, part in enumerate(("self_attn", "mlp")) if f".{part}." in name), 2)
-
-
-class Phase:
-    """A part of a step: its graph, and the order of evaluation.
-
-    Args:
-        model, run, backend: As for the graph.
-        always (Counter): Bytes by role that stand in every phase; what the graph has of them is not added.
-    """
-
-    def __init__(self, model: Architecture, run: Run, backend: str, always: Counter):
-        self.graph = Graph(model, run, backend)
-        self.inputs = 0  # kept ones that the graph has not taken
-        self._always = always
-        ahead = max(LEAST_AHEAD, always["weights"] // SHARE_AHEAD)
-        self._ahead = 0 if backend == "cpu" else ahead
-        self._done = self._before = 0  # numbers of evaluations
-        self._unfinished = []
-
-    def take_input(self) -> Array:
-        """One of the kept inputs, to be read."""
-        self.inputs -= 1
-        return self.graph.exist(self.graph.tokens * self.graph.model.hidden, self.graph.width, "activations")
-
-    def one_behind(self, *arrays: Array) -> None:
-        """Evaluate these; wait for those before them."""
-        self.graph.evaluate(list(arrays), self._done)
-        self._done = len(self.graph.evaluations) if not self._ahead else max(self._done, self._before)
-        self._before = len(self.graph.evaluations)
-
-    def finish(self) -> None:
-        """Wait for all."""
-        self._done = len(self.graph.evaluations)
-        self._unfinished.clear()
-
-    def step(self, names: list[str], tables: bool = False) -> None:
-        """Step these weights, whose gradients are taken from the graph, in this order, a few bytes ahead."""
-        graph, group = self.graph, []
-        before, graph.role = graph.role, "scratch"
-        for name in names:
-            first = len(graph.existing)
-            new, state = stepped(graph, name, tables)
-            kept = graph.existing[first:]
-            if getattr(graph.run, "table_optimizer" if tables else "optimizer") in ("adam", "adamw"):
-                # Where a gradient is not finite the old moments stay, so they are read once the new ones are made.
-                state = [graph.elementwise([m, old], role=old.role) for m, old in zip(state, kept, strict=True)]
-            graph.results += [new, *state]
-            group += [new, *state]
-            if sum(array.nbytes for array in group) >= self._ahead // 2:
-                group = self._start(group)
-        self._start(group)
-        graph.role = before
-        graph.gradients.clear()
-
-    def peak(self) -> Peak:
-        """The worst moment."""
-        graph = self.graph
-        graph.exist(self.inputs * graph.tokens * graph.model.hidden, graph.width, "activations")
-        here = Counter()
-        for array in graph.existing:
-            here[array.role] += array.nbytes
-        for role, nbytes in self._always.items():
-            graph.exist(nbytes - here[role], 1, role)
-        held = [weight for name, weight in graph.weights.items() if name not in graph.shapes]
-        return peak_memory(graph.results + held, graph.existing, DEVICES[graph.backend], graph.evaluations, graph.waits)
-
-    def _start(self, group):
-        nbytes = sum(array.nbytes for array in group)
-        while self._unfinished and sum(size for _, size in self._unfinished) + nbytes > self._ahead:
-            self._done = max(self._done, self._unfinished.pop(0)[0])
-        self.graph.evaluate(group, self._done)
-        self._unfinished.append((len(self.graph.evaluations), nbytes))
-        if not self._ahead:
-            self.finish()
-        return []

@@ -6,8 +6,8 @@
 A row is one of mlx_training_memory.py: model/tying/type/batch x tokens/optimizer of the tables. All rows run in one
 process, and in each the kinds of step take turns on one model, in an order that is drawn anew each round:
 
-- off: neither guard nor clipping. MLX frees the gradient of a layer as soon as its weights are updated.
-- stop, skip: ``--on-nonfinite``. The norm of all gradients is known before the first update, so all exist at once.
+- off: neither guard nor clipping. Here, too, the gradients of all layers exist before the first update.
+- stop, skip: ``--on-nonfinite``. The norm of all gradients is computed, and judged before the first update.
 - clip: ``--clip-grad-norm`` without the guard, which needs that norm too.
 - mlx-lm: the step of ``mlx_lm.lora``, with the same optimizer.
 

@@ -19,6 +19,7 @@ TEMPLATES = {
     "<{{ m['role'] }}>{{ m['content'] + '</s>' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
     "thinks": "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think></think>{% endif %}",
+    "old": "{% for m in messages %}<{{ m.role }}>{{ m.content | string }}</s>{% endfor %}",
     "parts": "{% for m in messages %}<{{ m['role'] }}>"
     "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}",
 }
@@ -104,6 +105,27 @@ def test_null_beside_tool_calls_is_legitimate_and_never_written_as_python_would(
     row["messages"][1]["tool_calls"] = CALL
     rows = load([row])
     assert tokenizer.decode(rows.process(rows[0])[0]) == "<user>None?</s><assistant></s>"
+
+
+@pytest.mark.parametrize("template", ["old", "thinks"])
+def test_a_template_that_prints_none_is_not_taken_at_its_word(load, tokenizer, template):
+    """Old templates print Python's None for the null beside tool_calls; no other turn is touched."""
+    row = chat(("user", "None?"), ("assistant", None), ("tool", "c"), ("assistant", "b"))
+    row["messages"][1]["tool_calls"] = CALL
+    rows = load([row], template=template)
+    assert "".join(tokenizer.decode(rows.process(rows[0])[0]).split()) == (
+        "<user>None?</s><assistant></s><tool>c</s><assistant>b</s>"
+    )
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_other_roles_train_where_the_template_takes_them_and_are_named_where_not(load, tokenizer, role):
+    turns = [("user", "a"), ("assistant", "b")]
+    turns.insert(0 if role == "system" else 1, (role, "c"))
+    rows = load([GOOD, chat(*turns)], template="thinks")
+    assert f"<{role}>c</s>" in tokenizer.decode(rows.process(rows[1])[0])
+    with pytest.raises(InputError, match=rf"line 2 cannot be tokenized \(no role {role}\): fix or remove"):
+        load([GOOD, chat(*turns)], template="strict")
 
 
 def test_a_run_refuses_a_bad_row_before_it_writes(parse, tmp_path):

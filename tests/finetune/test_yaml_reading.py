@@ -34,6 +34,7 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=8
 )
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+BOMB_OF_NAMES = "a0: &a0 {l: 1}\n" + "".join(f"a{i}: &a{i} {{l: *a{i - 1}, r: *a{i - 1}}}\n" for i in range(1, 60))
 
 
 def outcome(read):
@@ -77,6 +78,7 @@ def test_any_text_is_read_or_refused_in_one_line(path, text):
         ("a: &a [*a]\n", "levels; leave aliases out"),
         ("a: &a {b: *a}\n", "levels; leave aliases out"),
         (BOMB, f"holds more than {MOST_VALUES:,} values, aliases written out"),
+        (BOMB_OF_NAMES, f"holds more than {MOST_VALUES:,} values, aliases written out"),
         ("[" * 2_000, "is not YAML"),
         ('a: "\\ud800"\n', "half of a surrogate pair"),
         ('"\\udfff": 1\n', "half of a surrogate pair"),

@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tiny_models import tiny_llama
 
 from ember_mlx import Ember, PairedOptimizer
+from ember_mlx.optimizers.rounded import StochasticRounding
 
 RATE = 1e-3
 STOCK = {
@@ -68,3 +69,18 @@ def test_an_optimizer_of_ones_own_is_left_as_it_is():
     own = Own(RATE)
     PairedOptimizer(tiny_llama(), tables=Ember(RATE), rest=own)
     assert not {"init_single", "apply_single"} & vars(own).keys()
+
+
+@pytest.mark.parametrize("name", ["adam", "corrected adam", "adamw", "rmsprop", "lion"])
+def test_rounded_stochastically_float16_has_the_state_of_float32(name):
+    """Gradients of 1e-5 have squares that float16 does not have; so without float32 state a step divides by 0."""
+    w, g = mx.ones((4, 8), mx.float16), mx.full((4, 8), 1e-5, mx.float16)
+    rounded, exact = StochasticRounding(STOCK[name]()), STOCK[name]()
+    new = rounded.apply_gradients({"w": g}, {"w": w})["w"]
+    wide = exact.apply_gradients({"w": g.astype(mx.float32)}, {"w": w.astype(mx.float32)})["w"]
+    for key, array in exact.state["w"].items():
+        assert rounded.state["w"][key].dtype == mx.float32
+        assert mx.array_equal(rounded.state["w"][key], array)
+    # Stochastically a number goes to one of its two neighbours: less than a unit in the last place away.
+    assert new.dtype == mx.float16
+    assert mx.all(mx.abs(new.astype(mx.float32) - wide) < 2.0**-10).item()
