@@ -64,8 +64,7 @@ def in_order(graph, inputs):
 def inductor(graph, inputs):
     from torch._inductor.compile_fx import compile_fx
 
-    # Without vectors C++ takes half as long to compile; test_contract.py and test_stochastic_rounding.py have them.
-    return compile_fx(graph, inputs, config_patches={"cpp.simdlen": 1})
+    return compile_fx(graph, inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
