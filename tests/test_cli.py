@@ -62,7 +62,7 @@ def test_help_and_version_need_no_model():
         ("--data /no/such/folder/at/all", "--data /no/such/folder/at/all: this folder does not exist"),
         ("--data {untied}", "it has no train.jsonl"),
         ("--data {broken}", "train.jsonl line 2 is not JSON"),
-        ("--table-beta2 1.5", "--table-beta2 1.5: must be at least 0 and below 1"),
+        ("--table-beta2 1.5", "--table-beta2 1.5: must be at least 0 and, in float32, below 1"),
         ("--table-learning-rate nan", "--table-learning-rate nan: must be a number of at least 0"),
         ("--table-weight-decay -1", "--table-weight-decay -1.0: must be a number of at least 0"),
         ("--learning-rate nan", "--learning-rate nan: must be a number of at least 0"),

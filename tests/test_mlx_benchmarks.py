@@ -1,5 +1,6 @@
 """The benchmarks of MLX, with tiny shapes: they run, and what they write is what was asked for."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def test_rows_in_one_process_leave_nothing_to_the_next(monkeypatch):
     from mlx_training_memory import LEFT_OVER, measure
 
     row, call = "smollm2-135m/tied/lora/1x512/ember", TransformerBlock.__call__
+    gc.collect()
     left = mx.get_active_memory()
     monkeypatch.setattr("mlx_training_memory.LEFT_OVER", left + LEFT_OVER)  # of other tests
     again, unguarded = (measure(name, 0, 1, True) for name in (f"{row}/checkpoint", f"{row}/unguarded"))

@@ -178,9 +178,13 @@ def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
 
 def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
     script = [ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "--peer-timeout", "2", "stands-still"]
-    for process, _, errors in finish(start(tmp_path, [script] * 2)):
-        assert process.returncode == 75, errors
-        assert "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)" in errors
+    ended = finish(start(tmp_path, [script] * 2))
+    assert [process.returncode for process, *_ in ended] == [75, 75], ended
+    waited = "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)"
+    told = [errors for *_, errors in ended]
+    assert any(waited in errors for errors in told)
+    # Whoever is a moment later may see the other go instead.
+    assert all(waited in errors or "connection to a peer was lost" in errors for errors in told)
 
 
 def test_whoever_waits_in_vain_to_join_says_so_and_ends(tmp_path):
