@@ -77,7 +77,9 @@ def _tokenizer(args):
     # Whatever a tokenizer, or the hub's client, raises.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"--model {args.model}: its tokenizer cannot be loaded ({reason})") from error
+        raise InputError(
+            f"--model {args.model}: its tokenizer cannot be loaded ({reason}). Give the folder of a model"
+        ) from error
     if args.add_tokens:
         where = f"--add-tokens {args.add_tokens}"
         tokenizer, _ = grow_tokenizer(tokenizer, read_tokens(Path(args.add_tokens)), where)

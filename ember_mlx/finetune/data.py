@@ -168,10 +168,8 @@ def _rows_to_split_off(args, rows):
         why = f" (--valid-fraction {fraction:g} of {rows} rows: no batch of {args.batch_size})" if fraction else ""
         rprint(f"Warning: no validation rows exist, and none are split off{why}: training without validation.")
         return 0
-    rprint(
-        f"No validation rows exist: {size} of {rows} rows are split off for it, by --seed {args.seed} "
-        f"(--valid-fraction {fraction:g})"
-    )
+    why = f"--valid-fraction {fraction:g}" + (", at least a batch" if size > round(rows * fraction) else "")
+    rprint(f"No validation rows exist: {size} of {rows} rows are split off for it, by --seed {args.seed} ({why})")
     return size
 
 
