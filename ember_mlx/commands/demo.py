@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="ember-mlx demo",
         description="Fine-tune the bundled model on docstrings of Python's own library, once with Ember on the token "
-        "tables and once with AdamW. The layers train by LoRA. Takes about a minute on two CPU cores.",
+        "tables and once with AdamW. The layers train by LoRA. Takes about two minutes on two CPU cores.",
         epilog=EPILOG,
     )
     parser.add_argument("--keep")
