@@ -22,11 +22,11 @@ from ember_mlx.optimizers import AdamMini, FlashAdamW, FlashLion, SinkGD
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.inputs import find_config
-from ember_mlx.planner.loss import LOGITS_AT_ONCE
 from ember_mlx.planner.machine import warning
 from ember_mlx.planner.optimizer_state import state_of
 from ember_mlx.planner.step import build_step
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.shared.units import in_units
 
 QWEN = {
@@ -182,7 +182,7 @@ def test_chunks_never_hold_the_logits_of_the_whole_vocabulary():
     step = build_step(model, run, "cpu")
     one_after_another = replace(DEVICES["cpu"], ahead=0)
     logits = peak_memory(step.results, step.existing, one_after_another).most["logits"]
-    assert logits < 6.5 * LOGITS_AT_ONCE
+    assert logits < 6.5 * CHUNKED_LOGITS
 
 
 def test_stochastic_rounding_writes_a_new_table_where_the_nearest_is_written_in_place():

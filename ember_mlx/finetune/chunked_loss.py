@@ -12,16 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.streaming.head_module import check_after, evaluating, find_head
 
 __all__ = ["chunked_loss"]
 
-LOGITS_AT_ONCE = 2**23  # tokens times words; an array of them is 34 MB in float32
 REMEDY = "train without --chunked-loss"
 
 
 def chunked_loss(
-    model: nn.Module, logits_at_once: int = LOGITS_AT_ONCE
+    model: nn.Module, logits_at_once: int = CHUNKED_LOGITS
 ) -> Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """The same loss as ``mlx_lm.tuner.trainer.default_loss``, for mlx-lm's ``train`` and ``evaluate``, in less memory.
 

@@ -61,8 +61,9 @@ def check_data_folder(args: Options) -> None:
         return
     path = Path(args.data)
     if not path.exists():
-        what = "file does not exist" if path.suffix.lower() in FORMATS else "folder does not exist; it must hold"
-        raise InputError(f"--data {args.data}: this {what}{'' if what.endswith('exist') else ' train.jsonl'}")
+        is_file = path.suffix.lower() in FORMATS
+        what = "file does not exist" if is_file else "folder does not exist; it must hold train.jsonl"
+        raise InputError(f"--data {args.data}: this {what}")
     for name, needed in (("train", args.train), ("test", args.test)):
         if needed and file_of(args, name) is None:
             if path.is_file():

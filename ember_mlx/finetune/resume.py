@@ -16,7 +16,7 @@ from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
-from ember_mlx.finetune.workers import Workers
+from ember_mlx.finetune.workers import Workers, as_words
 from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
 
@@ -48,7 +48,6 @@ SHARED = {"iters", "steps_per_report", "save_every", "train", "test", "test_batc
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
-WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
 PART = 2**22  # words
 MOST_ITERS = 10**7  # of a checkpoint for whose schedule every rate is computed
 
@@ -86,8 +85,7 @@ def checksum(array: mx.array) -> int:
     Each word w_i counts as (2 i + 1) w_i modulo 2^32, an odd multiple, over parts that fit the memory; a part's sum
     counts as an odd multiple of its number too.
     """
-    width = next(size for size in WORDS if array.nbytes % size == 0)
-    words = array.reshape(-1).view(WORDS[width])
+    words = as_words(array)
     total = 0
     for number, start in enumerate(range(0, words.size, PART)):
         part = words[start : start + PART].astype(mx.uint32)

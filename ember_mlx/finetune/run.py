@@ -151,7 +151,6 @@ def train_model(
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     workers = Workers.join()
-    deadline = deadline or PeerDeadline(workers, args.peer_timeout)
     of = made_of(model, train_set, valid_set, workers.size)
     for name, shown in CONTENTS.items():  # one by one: other rows have other tokens
         workers.agree({shown: of[name]})
@@ -175,7 +174,7 @@ def train_model(
     training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
     peak_memory = training.train(loss, train_set, valid_set)
 
-    loss_before, loss_after = _losses(args, model, loss, valid_set, training, deadline)
+    loss_before, loss_after = _losses(args, model, loss, valid_set, training)
     if log:
         log.end(args.iters, loss_after if valid_set else None)
     result = Result(
@@ -234,12 +233,12 @@ def _begin(args, model, optimizer, of, rows, lock, workers):
     return start, saving, log
 
 
-def _losses(args, model, loss, valid_set, training, deadline):
+def _losses(args, model, loss, valid_set, training):
     """Before and after: of the validation or, without a set, of the first and the last report, if these are two."""
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    last = _evaluate_on_first_batches(args, model, loss, valid_set, training.batches, deadline)
+    last = _evaluate_on_first_batches(args, model, loss, valid_set, training)
     return training.history.losses.get("val_loss", [last])[0], last
 
 
@@ -319,12 +318,12 @@ def _load_adapter_file(model, path):
         adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
-def _evaluate_on_first_batches(args, model, loss, valid_set, batches, deadline):
+def _evaluate_on_first_batches(args, model, loss, valid_set, training):
     """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
     random_state = np.random.get_state()
-    if batches.first_evaluation:
-        set_numpy_random(batches.first_evaluation)
-    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, deadline.passed)
+    if training.batches.first_evaluation:
+        set_numpy_random(training.batches.first_evaluation)
+    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
     np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
     return mean
 

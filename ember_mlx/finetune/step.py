@@ -168,7 +168,8 @@ def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx
     A weight and its state are one group: what both are made of would live until the later one.
     """
     layers, outside = _by_layer(weights + state)
-    owners, rest = {path: [array] for path, array in outside if path in dict(weights)}, []
+    paths = {path for path, _ in weights}
+    owners, rest = {path: [array] for path, array in outside if path in paths}, []
     for name, array in outside:
         if name not in owners:
             owner = next((path for path in owners if f".{path}." in name), None)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.options import Options, flag
 from ember_mlx.finetune.watchers import Measurement, StepResult
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
@@ -54,7 +54,7 @@ class Streamed:
         args, included = self.args, [name for name in ("grad_checkpoint", "chunked_loss") if getattr(self.args, name)]
         notes = list(self.step.notes)
         if included:
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in included)
+            flags = " and ".join(map(flag, included))
             notes.append(f"{flags}: streaming includes {'them' if len(included) > 1 else 'it'}")
         if args.clip_grad_norm is not None:
             notes.append("--clip-grad-norm: exact, by a backward pass more: a step takes 40 to 75 % longer")

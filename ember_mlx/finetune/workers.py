@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["JOIN_SECONDS", "Workers", "average_by_dtype"]
+__all__ = ["JOIN_SECONDS", "Workers", "as_words", "average_by_dtype"]
 
 JOIN_SECONDS = 300
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
@@ -154,8 +154,7 @@ class Workers:
 
     def array_of_leader(self, array: mx.array) -> mx.array:
         """Rank 0's array, on all, every bit of it: the sum is one of integers, since -0.0 + 0.0 is 0.0."""
-        width = next(size for size in WORDS if array.nbytes % size == 0)
-        words = array.reshape(-1).view(WORDS[width])
+        words = as_words(array)
         sent = mx.distributed.all_sum(words if self.leads else mx.zeros_like(words), stream=mx.cpu)
         mx.eval(sent)  # one after another: all at once would take twice the memory
         return sent.view(array.dtype).reshape(array.shape)
@@ -166,6 +165,12 @@ class Workers:
 
 
 _JOINED = set()
+
+
+def as_words(array: mx.array) -> mx.array:
+    """The bits of an array as a vector of the widest unsigned integers, up to uint32, that fill it."""
+    width = next(size for size in WORDS if array.nbytes % size == 0)
+    return array.reshape(-1).view(WORDS[width])
 
 
 def average_by_dtype(gradients: Any) -> Any:

@@ -3,10 +3,9 @@
 from ember_mlx.planner.architecture import Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
+from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 
-__all__ = ["LOGITS_AT_ONCE", "chunked_loss", "loss"]
-
-LOGITS_AT_ONCE = 2**23  # of ember_mlx.finetune.chunked_loss
+__all__ = ["chunked_loss", "loss"]
 
 
 def loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -> Array:
@@ -33,7 +32,7 @@ def loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -> Array:
 def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -> Array:
     """The same, of a slice of the vocabulary at a time; see ember_mlx.finetune.chunked_loss."""
     n = graph.tokens
-    words = min(max(LOGITS_AT_ONCE // n // 128, 1) * 128, head.rows)
+    words = min(max(CHUNKED_LOGITS // n // 128, 1) * 128, head.rows)
     slices = [min(words, head.rows - first) for first in range(0, head.rows, words)]
     graph.role = "logits"
     hidden, chosen, sums = h, graph.make([], n, FLOAT32), []

@@ -6,10 +6,9 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, Array, Peak, peak_memory
 from ember_mlx.planner.graph import Graph, Run
 from ember_mlx.planner.update import stepped
+from ember_mlx.shared.sizes_in_memory import bytes_ahead
 
 __all__ = ["Phase"]
-
-LEAST_AHEAD, SHARE_AHEAD = 2**25, 128  # of ember_mlx.streaming: bytes that a GPU is run ahead, a share of the weights
 
 
 class Phase:
@@ -24,8 +23,7 @@ class Phase:
         self.graph = Graph(model, run, backend)
         self.inputs = 0  # kept ones that the graph has not taken
         self._always = always
-        ahead = max(LEAST_AHEAD, always["weights"] // SHARE_AHEAD)
-        self._ahead = 0 if backend == "cpu" else ahead
+        self._ahead = 0 if backend == "cpu" else bytes_ahead(always["weights"])
         self._done = self._before = 0  # numbers of evaluations
         self._unfinished = []
 

@@ -5,13 +5,9 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
 from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
+from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, bytes_of_kept_logits, rows_of_a_block
 
 __all__ = ["Head", "step_looked_up"]
-
-SHARE_OF_LOGITS = 8  # of ember_mlx.streaming: the logits are kept up to this part of the weights
-BLOCKS = 36  # of ember_mlx.streaming: the head is cut into so many
-LOGITS_AT_ONCE = 2**24  # of ember_mlx.streaming: or into blocks of so many logits
-TARGETS_AT_ONCE = 256  # of ember_mlx.streaming
 
 
 class Head:
@@ -29,9 +25,9 @@ class Head:
         self.table, self.trained, self.by_ember = table, trained, by_ember
         self.width = model.width
         self.tokens = n = run.micro_batches * run.batch_size * run.length
-        rows = min(max(128, LOGITS_AT_ONCE // n // 128 * 128), max(128, table.rows // BLOCKS // 128 * 128))
+        rows = rows_of_a_block(table.rows, n)
         self.blocks = [min(rows, table.rows - first) for first in range(0, table.rows, rows)]
-        self.keeps = trained and n * table.rows * model.width <= weights / SHARE_OF_LOGITS
+        self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights)
 
     def stands(self, graph: Graph) -> list[Array]:
         """What of the loss is there until the head is stepped: the hidden states, then the logits if they are kept."""

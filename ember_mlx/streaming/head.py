@@ -12,15 +12,12 @@ accurate in 16 bits.
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, rows_of_a_block
 from ember_mlx.streaming.head_module import Head
 from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.table import EmberTable
 
 __all__ = ["StreamedHead"]
-
-BLOCKS = 36
-LOGITS_AT_ONCE = 2**24  # or more blocks, of so many logits
-TARGETS_AT_ONCE = 256  # each meets the rows of all the others
 
 
 class StreamedHead:
@@ -69,8 +66,7 @@ class StreamedHead:
         """
         n = targets.size
         self._hidden, self._targets, self._weights = hidden, targets, weights
-        most = max(128, LOGITS_AT_ONCE // n // 128 * 128)
-        rows = self._block_rows or min(most, max(128, self.head.vocabulary // BLOCKS // 128 * 128))
+        rows = self._block_rows or rows_of_a_block(self.head.vocabulary, n)
         self.blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
         keeps = bool(self.table or self.others) and n * self.head.vocabulary * hidden.itemsize <= self._keep_bytes
         self._kept = []

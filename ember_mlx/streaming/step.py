@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.ember import Ember
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.sizes_in_memory import bytes_ahead, bytes_of_kept_logits
 from ember_mlx.streaming.backward import Backward
 from ember_mlx.streaming.checks import check_at_least_one, check_differentiable, refuse_a_trace, some_tokens
 from ember_mlx.streaming.forward import Forward
@@ -32,10 +33,6 @@ from ember_mlx.streaming.weights import Weights
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["StepResult", "StreamedStep"]
-
-LEAST_AHEAD = 2**25  # bytes that a GPU is run ahead
-SHARE_AHEAD = 128  # of the weights
-SHARE_OF_LOGITS = 8  # of the weights
 
 
 class StepResult(NamedTuple):
@@ -122,8 +119,8 @@ class StreamedStep:
             )
         self._machines = Machines(reduce)
         nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        self._pace = Pace(max(LEAST_AHEAD, nbytes // SHARE_AHEAD) if run_ahead is None else run_ahead)
-        keep_bytes = {None: nbytes // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
+        self._pace = Pace(bytes_ahead(nbytes) if run_ahead is None else run_ahead)
+        keep_bytes = {None: bytes_of_kept_logits(nbytes), True: 2**62, False: 0}[keep_logits]
         self._head = self._find_head(keep_bytes, block_rows)
         embeddings = self._find_embeddings()
         self._weights = Weights(model)

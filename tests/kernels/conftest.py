@@ -5,7 +5,7 @@ from functools import partial
 
 import mlx.core as mx
 import pytest
-from kernels.emulator import EmulatedKernel, cuda_text, metal_text
+from kernels.emulator import EmulatedKernel, EmulationError, cuda_text, metal_text
 
 from ember_mlx.kernels import metal_and_cuda, statistics
 
@@ -47,3 +47,22 @@ def make_emulated(tmp_path_factory):
         return EmulatedKernel(kernel.inputs, text, folder, checks, **options)
 
     return make
+
+
+@pytest.fixture
+def found_with(emulated, monkeypatch):
+    """found_with(module, old, new): what a kernel's check of a machine says with ``new`` for each ``old``."""
+
+    def found(module, old, new):
+        text = module.TEXT
+        assert old in text.source + text.functions
+        broken = replace(text, source=text.source.replace(old, new), functions=text.functions.replace(old, new))
+        monkeypatch.setattr(module, "TEXT", broken)
+        kernel = emulated("cuda", "memory", module=module)
+        monkeypatch.setattr(module, "kernel", lambda text: kernel)
+        try:
+            return module.differences(mx.bfloat16, mx.bfloat16)
+        except EmulationError as error:
+            return str(error)
+
+    return found

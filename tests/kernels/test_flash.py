@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from kernels.emulator import EmulationError
 
 from ember_mlx.optimizers import FlashAdamW, flash_kernel
 from ember_mlx.optimizers.companded import GROUP, groups_of
@@ -102,21 +101,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_check_of_a_machine_sees_a_planted_fault(emulated, monkeypatch, fault):
-    old, new = FAULTS[fault]
-    text = flash_kernel.TEXT
-    assert old in text.source + text.functions
-    broken = type(text)(
-        text.name, text.inputs, text.outputs, text.source.replace(old, new), text.functions.replace(old, new)
-    )
-    monkeypatch.setattr(flash_kernel, "TEXT", broken)
-    kernel = emulated("cuda", "memory", module=flash_kernel)
-    monkeypatch.setattr(flash_kernel, "kernel", lambda text: kernel)
-    try:
-        found = flash_kernel.differences(mx.bfloat16, mx.bfloat16)
-    except EmulationError as error:
-        found = str(error)
-    assert found
+def test_the_check_of_a_machine_sees_a_planted_fault(found_with, fault):
+    assert found_with(flash_kernel, *FAULTS[fault])
 
 
 def test_the_check_of_a_machine_finds_nothing_in_the_text_as_it_is(emulated, monkeypatch):
