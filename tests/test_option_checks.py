@@ -147,3 +147,10 @@ def test_a_schedule_that_gives_anything_but_one_number_is_refused(value, says):
     with pytest.raises(InputError, match=f"gives {says}: must be one number"):
         optimizer.apply_gradients(w, w)
     assert optimizer.step.item() == 3
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\x0b", "\x1b[2J", "\x85", "\u2028", "\udc80"])
+def test_what_was_given_never_breaks_the_one_line_of_an_error(end):
+    message = str(InputError(f"--data: a{end}b is not a folder"))
+    assert len(message.splitlines()) == 1
+    assert message.encode().isascii()

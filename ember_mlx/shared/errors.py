@@ -9,8 +9,12 @@ __all__ = ["InputError", "did_you_mean"]
 class InputError(ValueError):
     """Something the caller gave cannot be used: the message says what, what is allowed, and what to do.
 
-    The command line prints it as one line and exits with code 2.
+    The command line prints it as one line and exits with code 2. What was given may hold a line's end: it is
+    written out as backslash and n.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ class Stateless(optim.Optimizer):
 def weights_and_peaks(hidden, layers, vocabulary, tokens, tied=False, **options):
     """Of two steps, in bytes."""
     gc.collect()  # of an earlier model: its step and its hooks hold each other
+    mx.clear_cache()  # a cached buffer serves arrays of half its size, too, and counts whole
     config = {
         "model_type": "qwen3",
         "hidden_size": hidden,
@@ -72,11 +73,11 @@ def test_the_peak_is_little_more_than_the_weights(shape, tied, most):
 
 
 def test_keeping_fewer_inputs_takes_less_on_long_sequences():
-    """Of 24 inputs five are there, and four more at a time: over half are not, from the first step on."""
+    """Of 40 inputs seven are there, and five more at a time: over half are not, from the first step on."""
     mx.disable_compile()
     try:
-        (_, all_kept), (_, some_kept) = (weights_and_peaks(32, 24, 128, 128, keep_inputs=keep) for keep in (1, 5))
+        (_, all_kept), (_, some_kept) = (weights_and_peaks(32, 40, 128, 128, keep_inputs=keep) for keep in (1, 6))
     finally:
         mx.enable_compile()
-    inputs = 24 * 128 * 32 * 4
+    inputs = 40 * 128 * 32 * 4
     assert all(more - less > 0.5 * inputs for more, less in zip(all_kept, some_kept, strict=True))
