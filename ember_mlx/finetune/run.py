@@ -4,12 +4,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.cli_ui import rprint
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import default_loss
@@ -21,7 +24,7 @@ from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
-from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.data import Rows, check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.loop import Training
@@ -47,9 +50,28 @@ from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
+__all__ = ["Given", "Outcome", "check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller in Python has at hand, in the place of ``--model`` and ``--data``.
+
+    ``loaded`` is a model with its tokenizer and config, which the run changes; ``rows`` are those of the data.
+    """
+
+    loaded: tuple[nn.Module, TokenizerWrapper, dict[str, Any]] | None = None
+    rows: Rows | None = None
+
+
+class Outcome(NamedTuple):
+    """What came of the training, or None after a test alone; the model and its tokenizer as the run leaves them."""
+
+    result: Result | None
+    model: nn.Module
+    tokenizer: TokenizerWrapper
 
 
 def run(
@@ -81,24 +103,35 @@ def run(
         PeerLost: when another worker is gone; one that stands still ends the process, with exit code 75.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
+    return run_with(Given(), args, [training_callback] if training_callback else [], watchers, make_step).result
+
+
+def run_with(
+    given: Given,
+    args: Options,
+    callbacks: Sequence[TrainingCallback] = (),
+    watchers: Sequence[Watcher] = (),
+    make_step: Callable | None = None,
+) -> Outcome:
+    """What :func:`run` does, with a model or rows that are in memory; it raises the same."""
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
     with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
-        return _run_together(args, training_callback, watchers, make_step, workers, deadline)
+        return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
 
 
-def _run_together(args, training_callback, watchers, make_step, workers, deadline):
+def _run_together(given, args, callbacks, watchers, make_step, workers, deadline):
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
-        check_data_folder(args)
+        check_data_folder(args, given.rows)
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
                 _check_what_is_written(args, lock)
-        return _run(args, training_callback, lock, watchers, make_step, workers, deadline)
+        return _run(given, args, callbacks, lock, watchers, make_step, workers, deadline)
 
 
 def _check_what_is_written(args, lock):
@@ -110,20 +143,18 @@ def _check_what_is_written(args, lock):
     lock.take(make=False)
 
 
-def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
+def _run(given, args, callbacks, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
     with workers.one_outcome():
         services = _reporting_callbacks(args) if workers.leads else None
-        callbacks = [callback for callback in (services, training_callback) if callback]
-        rprint("Loading pretrained model")
-        trust = {"trust_remote_code": args.trust_remote_code}
-        model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+        callbacks = [*([services] if services else []), *callbacks]
+        model, tokenizer, config = given.loaded or _load(args)
         if args.train:
             tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
         elif args.adapter_path != "":
             tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         rprint("Loading datasets")
-        train_set, valid_set, test_set = load_data(args, tokenizer)
+        train_set, valid_set, test_set = load_data(args, tokenizer, given.rows)
         if args.train:
             choices = choose(args, shapes_of(model), added_tokens)
         elif args.adapter_path != "":
@@ -134,7 +165,13 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     if args.test:
         rprint("Testing")
         _test(args, model, test_set, deadline.passed)
-    return result
+    return Outcome(result, model, tokenizer)
+
+
+def _load(args):
+    rprint("Loading pretrained model")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    return adapters.load_base(args.model, tokenizer_config=trust, **trust)
 
 
 def train_model(
