@@ -38,6 +38,7 @@ from ember_mlx.finetune.resume import (
     share_position,
     weights_checksum,
 )
+from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
@@ -113,8 +114,6 @@ def _check_what_is_written(args, lock):
 def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
     with workers.one_outcome():
-        services = _reporting_callbacks(args) if workers.leads else None
-        callbacks = [callback for callback in (services, training_callback) if callback]
         rprint("Loading pretrained model")
         trust = {"trust_remote_code": args.trust_remote_code}
         model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
@@ -124,6 +123,10 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
             tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         rprint("Loading datasets")
         train_set, valid_set, test_set = load_data(args, tokenizer)
+        if args.train:
+            args = settled(args, batches_an_epoch(args, len(train_set)))
+        services = _reporting_callbacks(args) if workers.leads else None  # they record the options
+        callbacks = [callback for callback in (services, training_callback) if callback]
         if args.train:
             choices = choose(args, shapes_of(model), added_tokens)
         elif args.adapter_path != "":
@@ -162,7 +165,7 @@ def train_model(
         tables = list(choices.tables)
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
-        rprint(f"\n{format_table(trained)}\n")
+        rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
         if make_step is None:
             args, make_step = _make_step(args, model, optimizer)
     if workers.size > 1:
@@ -246,7 +249,7 @@ def _go_on(args, model, optimizer, of, rows):
     """Put everything as the checkpoint has it; its position, and its folder if that is in this run's adapter folder."""
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
-    position = restore(args, checkpoint, of, model, optimizer, rows // args.batch_size)
+    position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
     rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
     return position, checkpoint.folder if _resumes_in_place(args) else None
 

@@ -8,10 +8,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ember_mlx.finetune.build_optimizer import peak, updates
+from ember_mlx.finetune.build_optimizer import peak
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding

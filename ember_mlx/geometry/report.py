@@ -6,7 +6,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ember_mlx.finetune.build_optimizer import peak, table_learning_rate, updates
+from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.finetune.summary import Result
 from ember_mlx.geometry import measures, verdict
 from ember_mlx.geometry.observer import Observer
