@@ -134,7 +134,6 @@ def test_both_optimizers_take_the_warm_up(parse):
     choices = choose(args, shapes_of(model))
     make_trainable(model, args, choices)
     optimizer = build_optimizer(model, args, choices)
-    optimizer.rest.optimizer if hasattr(optimizer.rest, "optimizer") else optimizer.rest
     gradients = model.trainable_parameters()
     for _ in range(3):  # the third update has the rate of two that are done
         optimizer.update(model, gradients)
@@ -187,7 +186,7 @@ def test_a_longer_run_whose_share_means_another_warm_up_is_refused_by_name(in_ep
         (
             {"iters": 1, "batch_size": 4},
             5,
-            "1 step of 4 rows: 1.0 passes over 5 rows (1 batch; the 1 longest row fills",
+            "1 step of 4 rows: 1 pass over 5 rows (1 batch; the longest row fills no batch)",
         ),
         ({"iters": 8, "grad_accumulation_steps": 4}, 12, "8 steps of 2 rows, 2 updates: 1.3 passes over 12 rows"),
         ({"iters": 1}, 100_000, "1 step of 2 rows: 2e-05 passes over 100,000 rows (50,000 batches)"),
@@ -200,7 +199,7 @@ def test_the_line_of_passes(parse, options, rows, line):
 def test_plan_takes_the_same_flags_and_says_the_steps(folders, capsys):
     words = ["--model", folders["untied"], "--data", folders["data"], "--batch-size", 2, "--epochs", 2]
     plan.main([*map(str, words), "--warmup", "0.1", "--sample-tokens", "8"])
-    assert "--epochs 2 is 12 steps of 2 rows: 2.0 passes over 12 rows (6 batches)" in (
+    assert "--epochs 2 is 12 steps of 2 rows: 2 passes over 12 rows (6 batches)" in (
         " ".join(capsys.readouterr().out.split())
     )
     with pytest.raises(InputError, match="--warmup 20: must be fewer than the 12 updates"):
