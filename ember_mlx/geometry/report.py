@@ -59,6 +59,7 @@ def build(
         "tables": [_table(record, observer, tokenizer, rng) for record in observer.tables.values()],
         "hidden": _hidden(observer, rng),
         "cost": _cost(observer, timed),
+        "samples": result.samples,
     }
     return _as_json(numbers | {"verdict": verdict.judge(numbers)})
 

@@ -17,6 +17,7 @@ from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
 
@@ -53,10 +54,13 @@ def read_inputs(args: options.Options) -> Inputs:
     """Everything but the data.
 
     Raises:
-        InputError: for a model or new tokens that ``train`` would refuse, and a config.json that cannot be planned.
+        InputError: for a model, new tokens or prompts that ``train`` would refuse, and a config.json that cannot be
+            planned.
     """
     config, path = find_config(args.model)
     model = read_architecture(config, path.name)
+    if args.sample_prompts is not None:
+        read_prompts(args.sample_prompts)  # as train will
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
         model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
