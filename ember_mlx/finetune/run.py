@@ -39,7 +39,7 @@ from ember_mlx.finetune.resume import (
     weights_checksum,
 )
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
-from ember_mlx.finetune.samples import Samples
+from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
@@ -92,6 +92,8 @@ def _run_together(args, training_callback, watchers, make_step, workers, deadlin
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
         check_data_folder(args)
+        if args.train and args.sample_prompts is not None and workers.leads:
+            read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
