@@ -168,17 +168,17 @@ class Samples(Watcher):
 
     def _answer(self, prompt):
         """The likeliest tokens, one by one, with neither dropout nor a random number."""
-        trains, text = self.model.training, self.tokenizer.detokenizer
+        trains, tokens = self.model.training, []
         self.model.eval()
         try:
             for token, _ in generate_step(mx.array(prompt), self.model, max_tokens=self.args.sample_tokens):
-                if token in self.tokenizer.eos_token_ids:
+                if token in self.tokenizer.eos_token_ids or self.deadline.signalled():
                     break
-                text.add_token(token)
+                tokens.append(token)
         finally:
             self.model.train(trains)
-        text.finalize()
-        return text.text
+        # mlx-lm's streaming detokenizers fail on ids that a tokenizer lacks; a model in training may write them.
+        return self.tokenizer.decode(tokens)
 
 
 def _in_short(text):

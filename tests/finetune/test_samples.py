@@ -5,9 +5,10 @@ import re
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from finetune.breaking import BreakAt, Breaks
-from mlx_lm.generate import generate
+from mlx_lm.generate import stream_generate
 from mlx_lm.models import llama
 
 from ember_mlx import InputError, load
@@ -73,7 +74,8 @@ def test_the_answers_are_those_of_generate_and_are_printed_and_logged(parse, pro
         turns = [{"role": "user", "content": each["prompt"]}]
         asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         words = tokenizer.encode(asked, add_special_tokens=False)
-        assert each["answer"] == generate(model, tokenizer, words, max_tokens=5)
+        tokens = [step.token for step in stream_generate(model, tokenizer, words, max_tokens=5)]
+        assert each["answer"] == tokenizer.decode([token for token in tokens if token not in tokenizer.eos_token_ids])
     out = capsys.readouterr().out
     assert out.count("answers after 1 step\n    train 3\n      > ") == 1
     assert out.count("answers after ") == 3
@@ -160,3 +162,24 @@ def test_a_run_that_a_signal_ends_answers_no_further(parse, prompts, folders):
     samples.before_training(model, None, (), ())
     samples.after_validation(1, 0.0)
     assert (len(passed), samples.taken) == (2, [])
+
+
+def test_ids_that_the_tokenizer_lacks_are_no_error(parse, prompts, folders):
+    _, tokenizer, _ = load_base(str(folders["untied"]))
+    deadline = SimpleNamespace(signalled=lambda: False, passed=lambda: None)
+    samples = Samples(parse(*sampled(prompts)), tokenizer, Workers(0, 1), deadline)
+    samples.before_training(WritesOne(300), None, (), ())
+    samples.after_validation(1, 0.0)
+    assert [each["answer"] for each in samples.taken[0]["samples"]] == ["", ""]
+
+
+class WritesOne(nn.Module):
+    """A model that writes one token for ever, which may be beyond the tokenizer's: vocabularies are padded."""
+
+    def __init__(self, token):
+        super().__init__()
+        self.layers = []
+        self.token = token
+
+    def __call__(self, tokens, cache=None):
+        return mx.broadcast_to(mx.arange(self.token + 1, dtype=mx.float32), (*tokens.shape, self.token + 1))
