@@ -14,6 +14,7 @@ from mlx_lm.tuner.trainer import iterate_batches
 from ember_mlx.finetune.history import LossHistory, learned_tokens
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.run_length import batches_an_epoch
 from ember_mlx.finetune.workers import Workers
 
 __all__ = ["Rows", "TrainingBatches", "own_part", "shared_loss"]
@@ -42,7 +43,7 @@ class TrainingBatches:
 
     def __init__(self, args: Options, rows: Rows, history: LossHistory, start: Position | None = None):
         self.accumulation = args.grad_accumulation_steps
-        self.batches_an_epoch = max(len(rows) // args.batch_size, 1)
+        self.batches_an_epoch = batches_an_epoch(args, len(rows))
         self.history = history
         self.step = self.drawn = 0
         self.epoch_random = self.first_evaluation = None

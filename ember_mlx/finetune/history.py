@@ -10,7 +10,9 @@ from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 
-__all__ = ["LossHistory", "learned_tokens"]
+__all__ = ["LossHistory", "learned_tokens", "perplexity"]
+
+LARGEST_EXPONENT = 690  # e^690 is 4e299: within what a float has, and a log may hold
 
 
 class LossHistory:
@@ -59,7 +61,8 @@ class LossHistory:
             callback.on_train_loss_report(train_info)
 
     def on_val_loss_report(self, val_info: dict) -> None:
-        """Keep the loss, or warn where it is not finite, and hand on the report."""
+        """Keep the loss, or warn where it is not finite, and hand on the report with the perplexity."""
+        val_info["perplexity"] = perplexity(val_info["val_loss"])
         if math.isfinite(val_info["val_loss"]):
             self._keep("val_loss", val_info)
         else:  # a failure of measuring: what is trained is judged by itself, step by step
@@ -72,6 +75,11 @@ class LossHistory:
 
     def _keep(self, name, info):
         self.losses[name] = [self.losses.get(name, [info[name]])[0], info[name]]
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats a token, e^loss: infinite from about 1e300 on."""
+    return math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
 
 
 def learned_tokens(batch: tuple[mx.array, mx.array]) -> list[int]:

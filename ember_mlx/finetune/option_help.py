@@ -43,6 +43,10 @@ HELP: Help = {
         "max_seq_length": ("TOKENS", "Cut rows to this many tokens."),
         "batch_size": ("ROWS", "Rows in a batch."),
         "iters": ("N", "Batches to train on."),
+        "epochs": (
+            "N",
+            "Passes over the training rows, instead of --iters; 0.5 is half of them. Default: as --iters says.",
+        ),
         "seed": ("N", "Seed of all random numbers."),
         "add_tokens": (
             "FILE",
@@ -69,6 +73,11 @@ HELP: Help = {
             "such as `adam-mini: {momentum: int8}` for 1.13 bytes.",
         ),
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
+        "warmup": (
+            "N",
+            "Let all learning rates rise from 0 over this share of the run, such as 0.03, or, from 1 on, over so many "
+            "updates. A schedule's own key warmup takes a share too. Default: none.",
+        ),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
         "clip_layer_norm": (
@@ -174,6 +183,12 @@ HELP: Help = {
         "steps_per_report": ("N", "Report the training loss every N batches."),
         "steps_per_eval": ("N", "Validate every N batches."),
         "val_batches": ("N", "Batches of a validation; -1 for all."),
+        "sample_prompts": (
+            "FILE",
+            "Answer these prompts at each validation: a .txt with one a line, or a .jsonl with a prompt or messages a "
+            "line. The answers are printed and logged, and change nothing of the run. Default: none.",
+        ),
+        "sample_tokens": ("N", "Tokens of such an answer, at most."),
         "log_jsonl": (
             "FILE",
             "Log losses, learning rates, speed, peak memory and the size of each step, one JSON object a report. "

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune import run_length
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
@@ -72,6 +73,10 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat_feature": ("messages", {"type": str}),
     "text_feature": ("text", {"type": str}),
     "valid_fraction": (None, {"type": float}),
+    "epochs": (None, {"type": float}),
+    "warmup": (None, {"type": float}),
+    "sample_prompts": (None, {"type": str}),
+    "sample_tokens": (64, {"type": int}),
     "chunked_loss": (False, SWITCH),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
@@ -98,6 +103,7 @@ AT_LEAST = {
     "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
+    "sample_tokens": 1,
     "learning_rate": 0,
     "table_learning_rate": 0,
     "table_weight_decay": 0,
@@ -192,6 +198,9 @@ def _complete(parser, arguments, data_required):
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
+    if options["iters"] is not None and options["epochs"] is not None:
+        given = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{given}: each says how long to train; give one, as a flag or in the YAML file")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
@@ -200,7 +209,7 @@ def _complete(parser, arguments, data_required):
             options[key] = copy.deepcopy(value)
     complete = Options(**options)
     check(complete)
-    return complete
+    return run_length.settled(complete)
 
 
 def check(args: Options) -> None:
@@ -214,11 +223,7 @@ def check(args: Options) -> None:
         raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
-    if args.train and args.grad_accumulation_steps > args.iters:
-        raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
-            "would be learned; lower it"
-        )
+    run_length.check(args)
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")

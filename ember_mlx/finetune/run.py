@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
+from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
@@ -38,6 +38,8 @@ from ember_mlx.finetune.resume import (
     share_position,
     weights_checksum,
 )
+from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
@@ -48,8 +50,6 @@ from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
-
-LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
 
 
 def run(
@@ -92,6 +92,8 @@ def _run_together(args, training_callback, watchers, make_step, workers, deadlin
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
         check_data_folder(args)
+        if args.train and args.sample_prompts is not None and workers.leads:
+            read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
@@ -113,8 +115,6 @@ def _check_what_is_written(args, lock):
 def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
     with workers.one_outcome():
-        services = _reporting_callbacks(args) if workers.leads else None
-        callbacks = [callback for callback in (services, training_callback) if callback]
         rprint("Loading pretrained model")
         trust = {"trust_remote_code": args.trust_remote_code}
         model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
@@ -125,12 +125,19 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
         rprint("Loading datasets")
         train_set, valid_set, test_set = load_data(args, tokenizer)
         if args.train:
+            args = settled(args, batches_an_epoch(args, len(train_set)))
+        services = _reporting_callbacks(args) if workers.leads else None  # they record the options
+        callbacks = [callback for callback in (services, training_callback) if callback]
+        if args.train:
             choices = choose(args, shapes_of(model), added_tokens)
+            samples = _samples(args, tokenizer, valid_set, workers, deadline)
         elif args.adapter_path != "":
             adapters.apply_adapter(model, Path(args.adapter_path), config)
     result = None
     if args.train:
-        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline)
+        result = train_model(
+            args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline, samples
+        )
     if args.test:
         rprint("Testing")
         _test(args, model, test_set, deadline.passed)
@@ -148,6 +155,7 @@ def train_model(
     watchers: Sequence[Watcher] = (),
     make_step: Callable | None = None,
     deadline: PeerDeadline | None = None,
+    samples: Samples | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     workers = Workers.join()
@@ -162,15 +170,19 @@ def train_model(
         tables = list(choices.tables)
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
-        rprint(f"\n{format_table(trained)}\n")
+        rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
         if make_step is None:
             args, make_step = _make_step(args, model, optimizer)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock, workers)
+    if samples:
+        watchers = [*watchers, samples]
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
+        if samples:
+            samples.listeners.append(log.on_samples)
     training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
     peak_memory = training.train(loss, train_set, valid_set)
 
@@ -184,6 +196,7 @@ def train_model(
         peak_memory=peak_memory,
         trained=trained,
         files=adapters.run_files(Path(args.adapter_path)) if workers.leads else [],
+        samples=samples.taken if samples else [],
     )
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
@@ -191,6 +204,18 @@ def train_model(
         for failed in saving.failed:
             rprint(f"Not saved: {failed}. What was trained is saved.")
     return result
+
+
+def _samples(args, tokenizer, valid_set, workers, deadline):
+    """What answers ``--sample-prompts``, or None."""
+    if args.sample_prompts is None:
+        return None
+    if not len(valid_set):
+        raise InputError(
+            f"--sample-prompts {args.sample_prompts}: they are answered at each validation, and no validation rows "
+            "exist: add a valid.jsonl, or --valid-fraction"
+        )
+    return Samples(args, tokenizer, workers, deadline)
 
 
 def _make_step(args, model, optimizer):
@@ -246,7 +271,7 @@ def _go_on(args, model, optimizer, of, rows):
     """Put everything as the checkpoint has it; its position, and its folder if that is in this run's adapter folder."""
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
-    position = restore(args, checkpoint, of, model, optimizer, rows // args.batch_size)
+    position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
     rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
     return position, checkpoint.folder if _resumes_in_place(args) else None
 
@@ -332,4 +357,4 @@ def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
     loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f}, Test ppl {perplexity(loss):.3f}.")

@@ -1,17 +1,20 @@
 """What a run reports: what trains before it, and what came of it after."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ember_mlx.finetune.build_optimizer import peak, updates
+from ember_mlx.finetune.build_optimizer import peak
 from ember_mlx.finetune.choices import Choices
+from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
@@ -45,7 +48,8 @@ class Result:
     """What came of a run.
 
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
-    the training; ``loss_before`` is None where these are one.
+    the training; ``loss_before`` is None where these are one. ``samples`` has the answers to ``--sample-prompts``:
+    ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
     """
 
     loss_name: str
@@ -54,6 +58,17 @@ class Result:
     peak_memory: int
     trained: list[Trained]
     files: list[Path]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def perplexity_before(self) -> float | None:
+        """e^loss_before."""
+        return None if self.loss_before is None else perplexity(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float:
+        """e^loss_after."""
+        return perplexity(self.loss_after)
 
     @property
     def table_state_bytes(self) -> int:
@@ -122,7 +137,10 @@ def _losses(result):
     else:
         when, same = ("in the first report", "in the last"), ""
     before, after = f"{result.loss_before:.3f} {when[0]}", f"{result.loss_after:.3f} {when[1]}"
-    return f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    line = f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    if result.loss_name != "Validation loss":
+        return line
+    return f"{line}; perplexity {result.perplexity_before:,.4g} before, {result.perplexity_after:,.4g} after"
 
 
 def _total(lines):

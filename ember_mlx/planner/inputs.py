@@ -16,6 +16,8 @@ from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
 from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
+from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
 
@@ -52,10 +54,13 @@ def read_inputs(args: options.Options) -> Inputs:
     """Everything but the data.
 
     Raises:
-        InputError: for a model or new tokens that ``train`` would refuse, and a config.json that cannot be planned.
+        InputError: for a model, new tokens or prompts that ``train`` would refuse, and a config.json that cannot be
+            planned.
     """
     config, path = find_config(args.model)
     model = read_architecture(config, path.name)
+    if args.sample_prompts is not None:
+        read_prompts(args.sample_prompts)  # as train will
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
         model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
@@ -72,8 +77,11 @@ def with_rows_of_data(args: options.Options, inputs: Inputs) -> Inputs:
     if without:
         return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
+    args = settled(args, batches_an_epoch(args, batches["train"].rows))
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
+    if args.epochs is not None:
+        lines.append(f"--epochs {args.epochs:g} is {passes(args, batches['train'].rows)}")
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
@@ -114,7 +122,7 @@ def _why_so_long(args, name, batch: LongestBatch):
         reason = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
         if batch.tokenized < batch.rows:
             reason += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
-    batches = batch.rows // args.batch_size
+    batches = batches_an_epoch(args, batch.rows)
     if name == "train" and args.iters < batches:
         reason += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
     return reason
