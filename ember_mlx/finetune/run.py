@@ -12,7 +12,6 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
@@ -46,6 +45,7 @@ from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
+from ember_mlx.streaming.marks import mean_loss
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
 
@@ -260,8 +260,8 @@ def choose_loss(args: Options, model: nn.Module) -> Callable:
         try:
             return chunked_loss(model)
         except InputError:
-            return default_loss
-    return chunked_loss(model) if args.chunked_loss else default_loss
+            return mean_loss
+    return chunked_loss(model) if args.chunked_loss else mean_loss
 
 
 def check_adapter_folder(args: Options) -> None:
