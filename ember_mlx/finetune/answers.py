@@ -20,6 +20,7 @@ __all__ = ["Spans", "answers_by_marker", "answers_in_text", "answers_in_tokens",
 Spans = list[tuple[int, int]]
 """The first and the one after the last, of characters or of tokens, of each answer."""
 Turns = list[dict[str, Any]]
+MOST_ADDED = 64  # characters that a template without an opening adds before an answer
 STAND_IN = "qzAnswerzq"  # letters alone, which templates leave as they are
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -59,11 +60,14 @@ def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tu
         for other in _others(turns[i], stand_in):
             before, *after = write([*turns[:i], other, *turns[i + 1 :]]).split(stand_in)
             if len(after) == 1 and text.endswith(after[0]):
-                start, begins = _start(text, before, opening, spans[-1][1] if spans else 0)
+                asked = write(turns[:i]) if i and not opening else ""
+                start, begins = _start(text, before, opening, asked, spans[-1][1] if spans else 0)
                 if start is not None:
                     break
         else:
-            raise ValueError(f"where the answer in message {i + 1} stands, the chat template does not show")
+            raise ValueError(
+                f"the chat template does not show where the answer in message {i + 1} stands, as --mask-prompt needs it"
+            )
         alone = after if i + 1 == len(turns) else write([*turns[:i], other]).split(stand_in)[1:]
         closing = after[0][: common_prefix_len(after[0], alone[0] if alone else "")]
         end = len(text) - len(after[0]) + len(closing.rstrip() or closing)
@@ -72,17 +76,21 @@ def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tu
     return text, spans, whole
 
 
-def _start(text, before, opening, earliest):
+def _start(text, before, opening, asked, earliest):
     """Where an answer starts, or None, and whether that is after the whole opening.
 
     Args:
         text: The conversation.
         before: What is left of the stand-in. A think block that the template adds may come after the opening.
         opening: As above.
+        asked: Of a template without an opening, the conversation up to this answer.
         earliest: The end of the answer before.
     """
     at = before.rfind(opening, earliest)
-    if at < 0:  # an answer begins otherwise than after a prompt
+    if asked:
+        places = range(max(earliest, len(before) - MOST_ADDED), len(before) + 1)
+        at = max(places, key=lambda place: (common_prefix_len(asked[::-1], before[:place][::-1]), place))
+    elif at < 0:  # an answer begins otherwise than after a prompt
         earliest = max(earliest, len(before) - len(opening))
         at = next(i for i in range(earliest, len(before) + 1) if opening.startswith(before[i:]))
     begins = text.startswith(opening, at)

@@ -2,18 +2,19 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.trainer import default_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ember_mlx import InputError
-from ember_mlx.finetune.answers import answers_in_text, answers_in_tokens, opening_of
 from ember_mlx.finetune.batches import Rows, batches_of
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.rows import spans_of
-from ember_mlx.streaming.marks import target_mask
+from ember_mlx.streaming.marks import marks_of, mean_loss, target_mask
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -57,7 +58,7 @@ R1 = (
 # As Llama 3.1's: a call has no content.
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|end|>\n\n' }}{% if m.tool_calls %}"
-    "{{ '{\"name\": \"' + m.tool_calls[0].function.name + '\", \"parameters\": ' }}"
+    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
     "{{ m.tool_calls[0].function.arguments | tojson }}{{ '}<|eot|>' }}{% else %}{{ m.content | trim + '<|eot|>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
 )
@@ -75,6 +76,7 @@ LAST_ALONE_IS_CLOSED = (
 MARKED = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}{% generation %}"
     "{{ m.content + '</s>' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -152,7 +154,8 @@ THOUGHT = [
         (
             LLAMA,
             [*TALK[:3], turn("assistant", None, "f"), turn("tool", "1"), TALK[-1]],
-            ["é. b<|eot|>", '{"name": "f", "parameters": {"x": 1}}<|eot|>', "hello.<|eot|>"],
+            # A token with a character of the header and one of the answer is learned: no prompt ends with it.
+            ["é. b<|eot|>", '\n{"name": "f", "parameters": {"x": 1}}<|eot|>', "hello.<|eot|>"],
         ),
         (MISTRAL, [turn("system", "s"), *TALK], [" é. b</s>", " hello.</s>"]),
         (LAST_ALONE_IS_CLOSED, TALK, ["é. b", " hello. </s>"]),
@@ -160,7 +163,56 @@ THOUGHT = [
     ],
 )
 @pytest.mark.parametrize("fast", [True, False])
-def test_all_that_the_assistant_writes_is_learned_and_nothing_else(learned, hf, monkeypatch, template, turns, expected, fast):
+def test_all_that_the_assistant_writes_is_learned_and_nothing_else(
+    learned, hf, monkeypatch, template, turns, expected, fast
+):
     if not fast:  # as of a tokenizer without offsets; the template's own marks then stand for nothing
         monkeypatch.setattr(type(hf), "is_fast", False)
     assert learned(template, turns) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "message"),
+    [
+        (CHATML.replace("m.content", "m.content | upper"), TALK, "does not show where the answer in message 2 stands"),
+        (CHATML.replace("m.content", "m.content + m.content"), TALK, "answer in message 2 stands"),
+        ("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", TALK, "answer in message 2 stands"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content[:9] }}{% endfor %}", TALK, "answer in message 2"),
+        (
+            CHATML,
+            [turn("user", "a"), turn("user", "b")],
+            "has no message of role assistant, and --mask-prompt",
+        ),
+    ],
+)
+def test_an_answer_that_cannot_be_found_is_refused_by_its_row(learned, template, turns, message):
+    with pytest.raises(InputError, match=rf"rows.jsonl: line 1 .*{message}") as refused:
+        learned(template, turns)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("max_seq_length", [12, 512])
+def test_batches_have_marks_of_what_is_learned_and_no_padding(hf, parse, tmp_path, max_seq_length):
+    hf.chat_template = CHATML
+    rows = [{"messages": TALK[:n]} for n in (4, 2)]
+    data = load(parse, tmp_path, TokenizerWrapper(hf), rows)
+    args = parse("--mask-prompt", "--batch-size", 2)
+    [(tokens, marks)] = batches_of(args, Rows(data), max_seq_length)
+    mask = np.array(target_mask(tokens, marks))
+    for i, row in enumerate(rows):
+        spans = spans_of(*data.process(row), max_seq_length)
+        expected = [t for start, end in spans for t in range(start, end)]
+        assert (np.flatnonzero(mask[i]) + 1).tolist() == expected
+    assert mask.any()
+    assert ((np.array(marks) > 0).sum(1) == [min(len(data.process(row)[0]), max_seq_length) for row in rows]).all()
+
+
+def test_the_loss_by_marks_is_mlx_lms_where_the_marks_say_what_its_lengths_say():
+    rng = np.random.default_rng(0)
+    tokens, table = mx.array(rng.integers(0, 9, (3, 8))), mx.array(rng.normal(size=(9, 9)), mx.float32)
+    lengths = mx.array([[2, 7], [0, 4], [3, 5]])
+    marks = mx.array(np.stack([marks_of(8, [(first, last + 1)]) for first, last in lengths.tolist()]))
+    model = lambda inputs: table[inputs]  # noqa: E731
+    expected = default_loss(model, tokens, lengths)
+    for learned in (lengths, marks):
+        assert all(mx.array_equal(a, b) for a, b in zip(mean_loss(model, tokens, learned), expected, strict=True))
