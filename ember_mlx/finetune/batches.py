@@ -15,6 +15,7 @@ from mlx_lm.tuner.trainer import iterate_batches
 
 from ember_mlx.finetune.history import LossHistory, learned_tokens
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.packing import PackedRows
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import spans_of
 from ember_mlx.finetune.workers import Workers
@@ -48,7 +49,8 @@ def batches_of(
 ) -> Iterator[tuple[mx.array, mx.array]]:
     """mlx-lm's batches, in its order: tokens (B, T), and what is learned of them.
 
-    That is mlx-lm's lengths, or where the rows have spans, marks: see :mod:`ember_mlx.streaming.marks`.
+    That is mlx-lm's lengths, or marks where a row may have several spans: see :mod:`ember_mlx.streaming.marks`. By its
+    lengths mlx-lm also learns a token of padding after each shorter row; marks leave it out.
 
     Args:
         args: The run's options.
@@ -56,13 +58,15 @@ def batches_of(
         max_seq_length: As the option.
         options: Further ones of mlx-lm's ``iterate_batches``.
     """
-    if not args.mask_prompt or args.train_tables == "none":
+    if not args.packing and (not args.mask_prompt or args.train_tables == "none"):
         yield from iterate_batches(rows, args.batch_size, max_seq_length, **options)
         return
+    packs = isinstance(getattr(rows, "_data", None), PackedRows)
     for tokens, lengths in iterate_batches(_Numbered(rows), args.batch_size, max_seq_length, **options):
-        marks = np.zeros(tokens.shape, np.uint32)
+        marks = np.zeros(tokens.shape, np.uint32 if packs else np.uint8)
         for row, (number, length) in zip(marks, lengths.tolist(), strict=True):
-            row[:length] = marks_of(length, spans_of(*rows[number], length))
+            of_row, learned = rows[number]
+            row[:length] = learned if packs else marks_of(length, spans_of(of_row, learned, length))
         yield tokens, mx.array(marks)
 
 

@@ -15,6 +15,7 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.streaming.head_module import check_after, evaluating, find_head
 from ember_mlx.streaming.marks import target_mask
+from ember_mlx.streaming.rows_apart import rows_apart
 
 __all__ = ["chunked_loss"]
 
@@ -55,7 +56,9 @@ def chunked_loss(
         inputs, targets = batch[:, :-1], batch[:, 1:]
         mask = target_mask(batch, learned)
         ntoks = mask.sum()
-        ce = _cross_entropy(head, head.hidden(inputs), targets, logits_at_once) * mask
+        with rows_apart(model, learned):
+            hidden = head.hidden(inputs)
+        ce = _cross_entropy(head, hidden, targets, logits_at_once) * mask
         return ce.sum() / ntoks, ntoks
 
     return loss

@@ -72,6 +72,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat_feature": ("messages", {"type": str}),
     "text_feature": ("text", {"type": str}),
     "valid_fraction": (None, {"type": float}),
+    "packing": (False, SWITCH),
     "chunked_loss": (False, SWITCH),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),

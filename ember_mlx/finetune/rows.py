@@ -219,8 +219,9 @@ def spans_of(tokens: list[int], learned: int | Spans, max_seq_length: int) -> Sp
 class TriedRows:
     """A data set, every row of which was tokenized once.
 
-    ``checksum`` is the SHA-256 of its rows, ``token_checksum`` that of their tokens and masks, in hexadecimal.
-    ``unshared`` is the number of rows whose prompt, which ``--mask-prompt`` masks, is no prefix of the row.
+    ``lengths`` are the tokens of each row, before it is cut. ``checksum`` is the SHA-256 of the rows, ``token_checksum``
+    that of their tokens and masks, in hexadecimal. ``unshared`` is the number of rows whose prompt, which
+    ``--mask-prompt`` masks, is no prefix of the row.
 
     Args:
         rows: A data set of mlx-lm's kind; an empty list where there is none.
@@ -233,10 +234,12 @@ class TriedRows:
     def __init__(self, rows: Any, where: Callable[[int], str]):
         self.rows, self.where = rows, where
         content, learned = hashlib.sha256(), hashlib.sha256()
+        self.lengths = []
         for i in range(len(rows)):
             tokens, spans = tokenized(rows, i, where(i))
             if not tokens:
                 raise InputError(f"{where(i)}: the tokenizer makes nothing of it: {REMEDY}")
+            self.lengths.append(len(tokens))
             learned.update(json.dumps([tokens, spans]).encode())
             content.update(json.dumps(rows[i], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
         self.checksum, self.token_checksum = content.hexdigest(), learned.hexdigest()

@@ -27,6 +27,7 @@ from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import (
     CONTENTS,
@@ -45,7 +46,8 @@ from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
-from ember_mlx.streaming.marks import mean_loss
+from ember_mlx.streaming.mean_loss import mean_loss
+from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
 
@@ -124,6 +126,7 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
             tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         rprint("Loading datasets")
         train_set, valid_set, test_set = load_data(args, tokenizer)
+        train_set = packed(args, train_set)
         if args.train:
             choices = choose(args, shapes_of(model), added_tokens)
         elif args.adapter_path != "":
@@ -156,6 +159,8 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
+        if args.packing:
+            check_rows_stay_apart(model, args.max_seq_length - 1)
         optimizer = build_optimizer(model, args, choices)
         trained = what_trains(model, optimizer, args, choices)
         args = args | choices.as_options()  # what the records of the run say of it

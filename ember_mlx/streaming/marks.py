@@ -1,29 +1,49 @@
 """Which tokens of a batch are learned: by mlx-lm's lengths, or by a mark for each token.
 
-Marks are (B, T) uint32, as the tokens. Bit 0 says whether the token is learned. The other bits are the number of its
-row in what is packed, from 1; padding is 0.
+Marks are (B, T), as the tokens. Bit 0 says whether the token is learned. The other bits are the number of its row, from
+1; padding is 0. Marks are uint8 where every row is alone, and uint32 where rows are packed.
 """
 
-from collections.abc import Callable
-
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-__all__ = ["are_marks", "marks_of", "marks_that_learn_all", "mean_loss", "row_numbers", "target_mask"]
+__all__ = [
+    "are_marks",
+    "are_packed",
+    "marks_of",
+    "marks_of_pack",
+    "marks_that_learn_all",
+    "row_numbers",
+    "target_mask",
+]
 
 
 def marks_of(length: int, spans: list[tuple[int, int]]) -> np.ndarray:
-    """The marks of one row, (length,): the spans are learned, but never the first token, which none predicts."""
-    marks = np.full(length, 2, np.uint32)
+    """The marks of a row that is alone, (length,) uint8.
+
+    Args:
+        length: Tokens of the row.
+        spans: The first and the one after the last of the tokens that are learned. The first of a row never is, since
+            none predicts it.
+    """
+    marks = np.full(length, 2, np.uint8)
     for start, end in spans:
-        marks[start:end] |= 1
-    marks[:1] &= ~np.uint32(1)
+        marks[max(start, 1) : end] |= 1
     return marks
+
+
+def marks_of_pack(rows: list[tuple[int, list[tuple[int, int]]]]) -> np.ndarray:
+    """The marks of rows that are packed, uint32, from the length and the spans of each."""
+    return np.concatenate([marks_of(*row).astype(np.uint32) + 2 * i for i, row in enumerate(rows)])
 
 
 def are_marks(learned: mx.array) -> bool:
     """Whether these are marks; mlx-lm's lengths, (B, 2), are signed."""
+    return learned.dtype in (mx.uint8, mx.uint32)
+
+
+def are_packed(learned: mx.array) -> bool:
+    """Whether these are marks of rows that are packed."""
     return learned.dtype == mx.uint32
 
 
@@ -48,19 +68,3 @@ def target_mask(tokens: mx.array, learned: mx.array) -> mx.array:
         return (learned[:, 1:] & 1).astype(mx.bool_)
     steps = mx.arange(1, tokens.shape[1])
     return mx.logical_and(steps >= learned[:, 0:1], steps <= learned[:, 1:])
-
-
-def mean_loss(model: Callable[[mx.array], mx.array], tokens: mx.array, learned: mx.array) -> tuple[mx.array, mx.array]:
-    """``mlx_lm.tuner.trainer.default_loss``, to the bit with its lengths, which takes marks too.
-
-    Args:
-        model: Of token ids, (B, T - 1), the logits.
-        tokens, learned: As for :func:`target_mask`.
-
-    Returns:
-        The mean cross entropy of the targets that have a loss, in nats, float32; and how many these are.
-    """
-    mask = target_mask(tokens, learned)
-    ce = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]) * mask
-    count = mask.sum()
-    return ce.astype(mx.float32).sum() / count, count

@@ -24,8 +24,10 @@ from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.head_module import check_after, find_head
 from ember_mlx.streaming.layers import Layers
 from ember_mlx.streaming.machines import Machines, Reduce
-from ember_mlx.streaming.marks import mean_loss, target_mask
+from ember_mlx.streaming.marks import target_mask
+from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.rows_apart import rows_apart
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import find_units, put_back_random_state
@@ -215,9 +217,15 @@ class StreamedStep:
     # The loss
 
     def _run_of(self, batch):
-        if self._head:
-            return lambda: self._head.head.hidden(batch[0][:, :-1])
-        return lambda: self._loss(self.model, *batch)
+        if not self._head:
+            return lambda: self._loss(self.model, *batch)
+        tokens, learned = batch
+
+        def run():
+            with rows_apart(self.model, learned):
+                return self._head.head.hidden(tokens[:, :-1])
+
+        return run
 
     def _loss_by_head(self, recordings, batches):
         """The loss, its tokens, and its gradient by the hidden states of each micro-batch."""

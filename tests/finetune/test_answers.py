@@ -14,7 +14,8 @@ from ember_mlx import InputError
 from ember_mlx.finetune.batches import Rows, batches_of
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.rows import spans_of
-from ember_mlx.streaming.marks import marks_of, mean_loss, target_mask
+from ember_mlx.streaming.marks import marks_of, target_mask
+from ember_mlx.streaming.mean_loss import mean_loss
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
