@@ -9,7 +9,7 @@ from ember_mlx.finetune.rows import TriedRows, spans_of
 from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming.marks import marks_of_pack
 
-__all__ = ["PackedRows", "first_fit", "packed"]
+__all__ = ["PackedRows", "first_fit", "packed", "refuse_too_few"]
 
 
 def first_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[tuple[int, ...]]:
@@ -73,9 +73,14 @@ def packed(args: Options, rows: TriedRows) -> TriedRows | PackedRows:
     if not (args.packing and args.train):
         return rows
     found = PackedRows(rows, args.max_seq_length, args.seed)
-    if len(found) < args.batch_size:
-        raise InputError(
-            f"--packing: {len(rows)} rows fill {len(found)} of --max-seq-length {args.max_seq_length}, fewer than "
-            f"--batch-size {args.batch_size}: use --batch-size {len(found)}, or a shorter --max-seq-length"
-        )
+    refuse_too_few(args, len(rows), len(found))
     return found
+
+
+def refuse_too_few(args: Options, rows: int, packs: int) -> None:
+    """Raises InputError where there are fewer packs than a batch has."""
+    if packs < args.batch_size:
+        raise InputError(
+            f"--packing: {rows} rows make {packs} packs of --max-seq-length {args.max_seq_length}, fewer than "
+            f"--batch-size {args.batch_size}: use --batch-size {packs}, or a shorter --max-seq-length"
+        )

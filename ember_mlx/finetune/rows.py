@@ -219,9 +219,9 @@ def spans_of(tokens: list[int], learned: int | Spans, max_seq_length: int) -> Sp
 class TriedRows:
     """A data set, every row of which was tokenized once.
 
-    ``lengths`` are the tokens of each row, before it is cut. ``checksum`` is the SHA-256 of the rows, ``token_checksum``
-    that of their tokens and masks, in hexadecimal. ``unshared`` is the number of rows whose prompt, which
-    ``--mask-prompt`` masks, is no prefix of the row.
+    ``lengths`` are the tokens of each row, before it is cut. ``checksum`` is the SHA-256 of the rows and
+    ``token_checksum`` that of their tokens and masks, in hexadecimal. ``unshared`` is the number of rows whose prompt,
+    which ``--mask-prompt`` masks, is no prefix of the row.
 
     Args:
         rows: A data set of mlx-lm's kind; an empty list where there is none.

@@ -107,14 +107,17 @@ def _with_full_rows(args, inputs, why):
 
 def _why_so_long(args, name, batch: LongestBatch):
     path = file_of(args, name) or file_of(args, "train")  # of which validation rows are split off
-    if batch.is_cut:
+    if batch.packs:
+        about = "" if batch.tokenized == batch.rows else "about "
+        reason = f"--packing makes {about}{batch.packs:,} packs of the {batch.rows:,} rows of {path}"
+    elif batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
         reason = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
     else:
         reason = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
         if batch.tokenized < batch.rows:
             reason += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
-    batches = batch.rows // args.batch_size
+    batches = (batch.packs or batch.rows) // args.batch_size
     if name == "train" and args.iters < batches:
         reason += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
     return reason

@@ -5,7 +5,6 @@ positions are relative, so those of a row may begin anywhere. What else a model 
 all tokens or positions that are added, is found by trying it.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -53,16 +52,21 @@ def rows_apart(model: nn.Module, learned: mx.array) -> Iterator[None]:
     def mask(h, cache=None, window_size=None, return_array=False):
         return block_diagonal(rows, window_size)
 
-    names = {own.__module__ for module in model.modules() for own in type(module).__mro__}
-    modules = [sys.modules[name] for name in names if name in sys.modules]
-    before = [(module, getattr(module, MAKES_MASKS)) for module in modules if hasattr(module, MAKES_MASKS)]
-    for module, _ in before:
-        setattr(module, MAKES_MASKS, mask)
+    before = [(names, names[MAKES_MASKS]) for names in _names_that_calls_see(model) if MAKES_MASKS in names]
+    for names, _ in before:
+        names[MAKES_MASKS] = mask
     try:
         yield
     finally:
-        for module, own in before:
-            setattr(module, MAKES_MASKS, own)
+        for names, own in before:
+            names[MAKES_MASKS] = own
+
+
+def _names_that_calls_see(model):
+    """The global names of each file that has a class of the model's."""
+    classes = {own for module in model.modules() for own in type(module).__mro__}
+    calls = [vars(own).get("__call__") for own in classes]
+    return {id(call.__globals__): call.__globals__ for call in calls if hasattr(call, "__globals__")}.values()
 
 
 def check_rows_stay_apart(model: nn.Module, length: int) -> None:
@@ -82,14 +86,14 @@ def check_rows_stay_apart(model: nn.Module, length: int) -> None:
     packs = mx.array([first + second, other + second])
     marks = mx.broadcast_to(mx.array([2] * half + [4] * (half + 1), mx.uint32), (2, 2 * half + 1))
     with evaluating(model):
+        run = _before_the_head(model)
+        alone = run(mx.array([second]))[0]
+        eps, alone = mx.finfo(alone.dtype).eps, alone.astype(mx.float32)
+        mx.eval(alone)
         try:
-            run = _before_the_head(model)
             with rows_apart(model, marks):
                 packed = run(packs)[:, half:].astype(mx.float32)
-            alone = run(mx.array([second]))[0]
-            eps = mx.finfo(alone.dtype).eps
-            apart = _distance(packed[0], packed[1])
-            moved = _distance(packed[0], alone.astype(mx.float32))
+            apart, moved = _distance(packed[0], packed[1]), _distance(packed[0], alone)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{where} takes no mask for rows in a pack ({reason}); {REMEDY}") from error
