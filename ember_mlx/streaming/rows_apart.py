@@ -102,7 +102,7 @@ def check_rows_stay_apart(model: nn.Module, length: int) -> None:
         raise InputError(f"{where} does not keep the rows of a pack apart: one changes the next; {REMEDY}")
     # Rotary angles are rounded otherwise elsewhere; positions that are added, or a bias, differ as a whole.
     if not moved <= max(32 * eps, 1e-3):
-        raise InputError(f"{where} makes something else of a row further back in a pack; {REMEDY}")
+        raise InputError(f"{where} reads where in a pack a row stands: its positions are not relative; {REMEDY}")
 
 
 def _before_the_head(model) -> Callable[[mx.array], mx.array]:

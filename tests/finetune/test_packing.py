@@ -135,7 +135,7 @@ def test_models_that_keep_rows_apart_are_taken(name, dtype):
         ("mamba2", "does not keep the rows of a pack apart: one changes the next"),
         ("rwkv7", "does not keep the rows of a pack apart"),
         ("lfm2", "does not keep the rows of a pack apart"),
-        ("gpt2", "makes something else of a row further back in a pack"),
+        ("gpt2", "reads where in a pack a row stands"),
     ],
 )
 def test_models_that_do_not_are_refused_by_name(name, why):
