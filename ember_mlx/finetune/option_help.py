@@ -39,7 +39,16 @@ HELP: Help = {
             "Without validation rows, split this part off the training rows, by --seed; 0 for none. Default: 0.05, or "
             "0 with --train-tables none, as in mlx-lm.",
         ),
-        "mask_prompt": (None, "Learn the completions alone, not the prompts."),
+        "mask_prompt": (
+            None,
+            "Learn what the assistant writes alone, in all turns: completions, answers and tool calls. With "
+            "--train-tables none the last turn alone, as in mlx-lm.",
+        ),
+        "packing": (
+            None,
+            "Put whole rows side by side, up to --max-seq-length. Attention stays within a row. A batch then has more "
+            "rows, and little padding.",
+        ),
         "max_seq_length": ("TOKENS", "Cut rows to this many tokens."),
         "batch_size": ("ROWS", "Rows in a batch."),
         "iters": ("N", "Batches to train on."),

@@ -77,6 +77,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "warmup": (None, {"type": float}),
     "sample_prompts": (None, {"type": str}),
     "sample_tokens": (64, {"type": int}),
+    "packing": (False, SWITCH),
     "chunked_loss": (False, SWITCH),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),

@@ -77,11 +77,12 @@ def with_rows_of_data(args: options.Options, inputs: Inputs) -> Inputs:
     if without:
         return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
-    args = settled(args, batches_an_epoch(args, batches["train"].rows))
+    rows = batches["train"].packs or batches["train"].rows
+    args = settled(args, batches_an_epoch(args, rows))
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     if args.epochs is not None:
-        lines.append(f"--epochs {args.epochs:g} is {passes(args, batches['train'].rows)}")
+        lines.append(f"--epochs {args.epochs:g} is {passes(args, rows)}")
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
@@ -115,14 +116,17 @@ def _with_full_rows(args, inputs, why):
 
 def _why_so_long(args, name, batch: LongestBatch):
     path = file_of(args, name) or file_of(args, "train")  # of which validation rows are split off
-    if batch.is_cut:
+    if batch.packs:
+        about = "" if batch.tokenized == batch.rows else "about "
+        reason = f"--packing makes {about}{batch.packs:,} packs of the {batch.rows:,} rows of {path}"
+    elif batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
         reason = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
     else:
         reason = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
         if batch.tokenized < batch.rows:
             reason += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
-    batches = batches_an_epoch(args, batch.rows)
+    batches = batches_an_epoch(args, batch.packs or batch.rows)
     if name == "train" and args.iters < batches:
         reason += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
     return reason
