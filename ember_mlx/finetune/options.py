@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
@@ -65,6 +66,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "quantize": (None, {"type": int, "choices": BITS}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "prompt_feature": ("prompt", {"type": str}),
@@ -244,6 +246,11 @@ def check(args: Options) -> None:
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
+    elif args.quantize is not None:
+        raise InputError(
+            f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
+            "use lora or dora, or leave --quantize out"
+        )
 
 
 def _check_ember_options(args):
@@ -320,9 +327,10 @@ def _typed(where, value, action):
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        if str(value).lower() not in action.choices:
-            raise InputError(f"{where} must be one of {', '.join(action.choices)}")
-        return str(value).lower()
+        words = {str(choice): choice for choice in action.choices}
+        if str(value).lower() not in words:
+            raise InputError(f"{where} must be one of {', '.join(words)}")
+        return words[str(value).lower()]
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:

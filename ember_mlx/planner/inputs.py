@@ -56,6 +56,13 @@ def read_inputs(args: options.Options) -> Inputs:
     """
     config, path = find_config(args.model)
     model = read_architecture(config, path.name)
+    if args.quantize is not None:
+        if model.quantization:
+            raise InputError(
+                f"--quantize {args.quantize}: model {args.model}: is quantized already: leave --quantize out, or give "
+                "the same model in 16 bits"
+            )
+        model = model.with_layers_of(args.quantize)
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
         model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
@@ -141,8 +148,7 @@ def _with_new_tokens(args, model, tokenizer):
     """
     where = f"--add-tokens {args.add_tokens}"
     asked = read_tokens(Path(args.add_tokens))
-    quantized = [table.name for table in model.tables() if table.nbytes is not None]
-    refuse_frozen_rows(args, quantized, where)
+    refuse_frozen_rows(args, where)
     if tokenizer is None:
         line = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
         return model.with_rows(model.vocabulary + len(asked)), None, [line]
