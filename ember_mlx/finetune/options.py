@@ -37,6 +37,7 @@ __all__ = [
     "flag",
     "parse",
     "parse_command",
+    "parse_given",
 ]
 
 SWITCH = {"action": "store_true"}
@@ -160,6 +161,11 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
     Raises:
         InputError: for a value that cannot be, naming the option.
     """
+    return parse_given(arguments, data_required=data_required)[0]
+
+
+def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
+    """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
     return _complete(build_parser(), arguments, data_required)
 
 
@@ -168,6 +174,8 @@ def parse_command(
 ) -> tuple[argparse.Namespace, Options]:
     """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
 
+    Its own have ``given`` too: the names of all options that the flags or the YAML file give.
+
     Args:
         parser: That of :func:`build_parser`, to which the command has added its own.
         arguments, data_required: As for :func:`parse`.
@@ -175,10 +183,11 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    options = vars(_complete(parser, arguments, data_required))
+    complete, given = _complete(parser, arguments, data_required)
+    options = vars(complete)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
-        argparse.Namespace(**{name: options[name] for name in own}),
+        argparse.Namespace(given=given, **{name: options[name] for name in own}),
         Options(**{name: value for name, value in options.items() if name not in own}),
     )
 
@@ -189,6 +198,7 @@ def _complete(parser, arguments, data_required):
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
                 options[key] = value
+    given = frozenset(name for name, value in options.items() if value is not None)
     if data_required and options["data"] is None and not options.get("hf_dataset"):
         raise InputError(
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
@@ -202,7 +212,7 @@ def _complete(parser, arguments, data_required):
             options[key] = copy.deepcopy(value)
     complete = Options(**options)
     check(complete)
-    return complete
+    return complete, given
 
 
 def check(args: Options) -> None:
