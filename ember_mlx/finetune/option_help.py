@@ -70,6 +70,11 @@ HELP: Help = {
     },
     "what trains": {
         "fine_tune_type": (None, "Adapters in the layers (lora, dora), or all weights (full)."),
+        "quantize": (
+            None,
+            "Quantize the layers to so many bits when they are loaded, and train adapters on them (QLoRA). The tables "
+            "stay in 16 bits. Not for full. Default: as the model is.",
+        ),
         "num_layers": (
             "N",
             "Train the last N layers; -1 for all, 0 for none (the tables alone). Default: 16 or as many as there are; "
@@ -143,7 +148,10 @@ HELP: Help = {
             "Rounding of 16-bit tables. Stochastic keeps, on average, steps that are too small for them. Nearest takes "
             "less memory where the tables' step is the peak. ember only. Default: stochastic with ember, else nearest.",
         ),
-        "dequantize_tables": (None, "Of a quantized model: train the tables in the dtype that they dequantize to."),
+        "dequantize_tables": (
+            None,
+            "Obsolete, and does nothing: quantized tables that train are dequantized. --train-tables none leaves them.",
+        ),
     },
     "memory": {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),

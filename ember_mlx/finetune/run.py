@@ -29,6 +29,7 @@ from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.position import set_numpy_random
+from ember_mlx.finetune.quantized_layers import quantized_in_words
 from ember_mlx.finetune.resume import (
     CONTENTS,
     made_of,
@@ -119,7 +120,10 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     with workers.one_outcome():
         rprint("Loading pretrained model")
         trust = {"trust_remote_code": args.trust_remote_code}
-        model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+        bits = args.quantize if args.train else _quantize_of_adapter(args)
+        model, tokenizer, config = adapters.load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
+        if bits:
+            rprint(quantized_in_words(model))
         if args.train:
             tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
         elif args.adapter_path != "":
@@ -145,6 +149,11 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
         rprint("Testing")
         _test(args, model, test_set, deadline.passed)
     return result
+
+
+def _quantize_of_adapter(args):
+    """The bits of the run that is tested: its adapter knows."""
+    return adapters.read_config(Path(args.adapter_path)).get("quantize") if args.adapter_path else args.quantize
 
 
 def train_model(
