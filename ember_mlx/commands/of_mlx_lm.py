@@ -17,7 +17,7 @@ def run_command(name: str, arguments: list[str], description: str, texts: Help, 
     """Run ``mlx_lm.{name}`` with ``arguments``: its code and its options, our ``load`` and our help.
 
     Raises:
-        InputError: for whatever mlx-lm raises.
+        InputError: for whatever mlx-lm raises, but an EOFError or an OSError, which pass.
     """
     module = import_module(f"mlx_lm.{name}")
 
@@ -40,7 +40,7 @@ def run_command(name: str, arguments: list[str], description: str, texts: Help, 
             replaced(sys, "argv", [f"ember-mlx {name}", *arguments]),
         ):
             module.main()
-    except (InputError, OSError):
+    except (EOFError, InputError, OSError):
         raise
     # Such as a prompt cache that does not exist, or a chat template that the tokenizer lacks.
     except Exception as error:
