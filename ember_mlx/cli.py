@@ -17,6 +17,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
   ember-mlx data      show what it will learn from: rows, lengths, and what is learned in them
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
   ember-mlx fuse      merge an adapter into a model that stock mlx-lm loads
+  ember-mlx export    write it for Hugging Face's peft, llama.cpp or Ollama
   ember-mlx geometry  train and measure whether Ember suits the model and the data
   ember-mlx plot      draw the runs that train --log-jsonl recorded
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
@@ -28,7 +29,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "plan", "data", "generate", "fuse", "demo", "geometry", "plot", "parity")
+COMMANDS = ("train", "plan", "data", "generate", "fuse", "export", "demo", "geometry", "plot", "parity")
 
 
 def main() -> None:
