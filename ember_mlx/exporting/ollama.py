@@ -77,8 +77,8 @@ def write_modelfile(folder: Path, weights: str, fused: Fused) -> str:
         lines.append(f"# No TEMPLATE: {turns}.")
     else:
         lines.append(f'TEMPLATE """{go_template(turns)}"""')
-        if turns.default is not None:
-            lines.append(f'SYSTEM """{turns.default}"""')
+        if "system" not in turns.before:
+            words += ", which has no system message"
     lines += [f'PARAMETER stop "{token}"' for token in _stops(fused.tokenizer, turns)]
     lines += [f"PARAMETER {name} {value}" for name, value in _parameters(fused.source).items()]
     safe_writing.write_bytes(folder / MODELFILE, ("\n".join(lines) + "\n").encode())
@@ -102,8 +102,12 @@ def read_turns(tokenizer: TokenizerWrapper) -> Turns | str:
         bos = tokenizer.bos_token
         return text.removeprefix(bos) if bos and _adds_bos(tokenizer) else text
 
-    turns = _read_off(render)
-    if turns is None or any(render(chat) != turns.render(chat) for chat in _chats("system" in turns.before)):
+    # Some templates end a chat that asks for no answer with the token of the end, besides the turn's own end.
+    for end in ("", tokenizer.eos_token or ""):
+        turns = _read_off(render, end)
+        if turns and all(render(chat) == turns.render(chat) for chat in _chats("system" in turns.before)):
+            break
+    else:
         return "the chat template is not made of turns alone"
     text = "".join((turns.start, turns.answer, turns.default or "", *turns.before.values(), *turns.after.values()))
     if any(mark in text for mark in ("{{", "}}", '"""')):
@@ -112,16 +116,19 @@ def read_turns(tokenizer: TokenizerWrapper) -> Turns | str:
 
 
 def go_template(turns: Turns) -> str:
-    """The same template in the language of Go, over Ollama's ``.Messages``."""
-    branches = []
+    """The same template in the language of Go, over Ollama's ``.Messages``; ``.System`` is all system messages."""
+    opening, branches = turns.start, []
+    if turns.default is not None:
+        unasked = turns.before["system"] + turns.default + turns.after["system"]
+        opening += f"{{{{ if not .System }}}}{unasked}{{{{ end }}}}"
     for role, before in turns.before.items():
         condition = "if" if not branches else "else if"
         branches.append(f'{{{{ {condition} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{turns.after[role]}')
-    return f"{turns.start}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{turns.answer}"
+    return f"{opening}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}{turns.answer}"
 
 
-def _read_off(render: Callable[..., str | None]) -> Turns | None:
-    """The turns, from what a template makes of contents that stand nowhere in it."""
+def _read_off(render: Callable[..., str | None], end: str) -> Turns | None:
+    """The turns, from what a template makes of contents that stand nowhere in it; ``end`` follows unasked chats."""
     system, user, assistant = ({"role": role, "content": f"<{role}'s words>"} for role in ROLES)
 
     def pieces(chat, **options):
@@ -139,7 +146,7 @@ def _read_off(render: Callable[..., str | None]) -> Turns | None:
     talk = pieces([user, assistant, user])
     if None in (asked, asked_only, answered, talk):
         return None
-    after = {"user": asked_only[1], "assistant": answered[2]}
+    after = {"user": asked_only[1].removesuffix(end), "assistant": answered[2].removesuffix(end)}
     before = {"user": _without(talk[2], after["assistant"]), "assistant": _without(talk[1], after["user"])}
     answer = _without(asked[1], after["user"])
     start = None if before["user"] is None else _without(asked[0], before["user"], end=True)
