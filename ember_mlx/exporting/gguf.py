@@ -1,10 +1,11 @@
 """GGUF, the file of llama.cpp, LM Studio and Ollama: by llama.cpp's own converter, or by mlx-lm's where that is right.
 
 llama.cpp's ``convert_hf_to_gguf.py`` is run as a program on a model folder. mlx-lm's converter needs nothing else, but
-knows Llama's weights alone, with a tokenizer of SentencePiece's kind. Three things that it writes are put right here:
+knows Llama's weights alone, with a tokenizer of SentencePiece's kind. Four things that it writes are put right here:
 
 - the kinds of tokens are signed numbers: llama.cpp refuses a file with unsigned ones;
 - a token's score is the rank of its merge: with one score for all, as it writes them, text is split in other places;
+- special tokens that were added are control tokens, which llama.cpp does not print;
 - rows of a padded table have tokens: llama.cpp refuses a table with more rows than tokens.
 """
 
@@ -80,7 +81,7 @@ def choose_converter(fused: Fused, llama_cpp: str | None, outtype: str) -> Conve
         return _llama_cpp(script, fused, outtype)
     reason = _not_by_mlx_lm(fused, outtype)
     if reason is None:
-        return Converter("mlx-lm's converter, as f16", _convert_by_mlx_lm, 1)
+        return Converter(f"mlx-lm's converter, as f16{_spaces(fused)}", _convert_by_mlx_lm, 1)
     found = shutil.which(SCRIPT)
     if found:
         return _llama_cpp(Path(found), fused, outtype)
@@ -99,7 +100,7 @@ def _llama_cpp(script, fused, outtype):
         if not _is_gguf(path):
             raise InputError(f"--llama-cpp: {script} wrote no GGUF file; give a newer llama.cpp: {GET_IT}")
 
-    words = f"llama.cpp's converter {script}, as {outtype}"
+    words = f"llama.cpp's converter {script}, as {outtype}{_spaces(fused)}"
     if _is_sentencepiece(fused) and not (fused.source / SENTENCEPIECE).is_file():
         words += (
             f"; the model has no {SENTENCEPIECE}, without which it gives all tokens one score: some words will be "
@@ -163,6 +164,15 @@ def _is_sentencepiece(fused):
     return model.get("type") == "BPE" and bool(model.get("byte_fallback")) and not model.get("ignore_merges")
 
 
+def _spaces(fused):
+    """What becomes of added words that take the space before them in, as they do with SentencePiece's tokenizers."""
+    added = getattr(fused.tokenizer._tokenizer, "added_tokens_decoder", {}).values()
+    words = [token.content for token in added if token.normalized and not token.special]
+    if not words or not _is_sentencepiece(fused):
+        return ""
+    return f"; llama.cpp will read the spaces around added words, such as {words[0]!r}, as tokens of their own"
+
+
 def _tokenizer_json(fused):
     backend = getattr(fused.tokenizer._tokenizer, "backend_tokenizer", None)
     return json.loads(backend.to_str()) if backend is not None else {"model": {}}
@@ -190,6 +200,9 @@ def _convert_by_mlx_lm(fused, folder, path):
 def _corrected(metadata: dict[str, Any], fused: Fused) -> dict[str, Any]:
     """mlx-lm's metadata, put right as the module's text says."""
     tokens, kinds = list(metadata[TOKENS]), metadata[KINDS].tolist()
+    for number, token in getattr(fused.tokenizer._tokenizer, "added_tokens_decoder", {}).items():
+        if token.special and number < len(kinds):
+            kinds[number] = gguf.TokenType.CONTROL.value
     rows = fused.model.model.embed_tokens.weight.shape[0]
     more = range(len(tokens), rows)
     tokens += [f"[PAD{number}]" for number in more]
