@@ -19,6 +19,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
   ember-mlx fuse      merge an adapter into a model that stock mlx-lm loads
   ember-mlx geometry  train and measure whether Ember suits the model and the data
   ember-mlx plot      draw the runs that train --log-jsonl recorded
+  ember-mlx watch     show such runs on a page, live
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
   ember-mlx parity    compare every implementation that runs here with a float64 oracle
   ember-mlx --version
@@ -28,7 +29,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "plan", "data", "generate", "fuse", "demo", "geometry", "plot", "parity")
+COMMANDS = ("train", "plan", "data", "generate", "fuse", "demo", "geometry", "plot", "watch", "parity")
 
 
 def main() -> None:
