@@ -227,7 +227,7 @@ let have = "", runsNow = null;
 async function ask() {
   const connection = document.getElementById("connection");
   try {
-    const answer = await fetch(`runs?have=${have}`);
+    const answer = await fetch(`runs?have=${have}`, { signal: AbortSignal.timeout(10000) });
     if (answer.status === 200) {
       runsNow = await answer.json();
       have = answer.headers.get("ETag");
