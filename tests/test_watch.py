@@ -92,10 +92,9 @@ def test_a_log_that_grows_byte_by_byte_ends_as_one_that_is_read_at_once(log):
         assert (run.rows, run.options, run.state, run.skipped) == (once.rows, once.options, once.state, [])
     log.write_text(text(*(row for row in rows if row["event"] != "other")))
     counts = run_log.read(log)
-    for event in ("train", "validation", "end"):
-        assert sorted((r for r in run.rows.values() if r["event"] == event), key=lambda r: r["step"]) == getattr(
-            counts, event
-        )
+    for event, key in (("train", "train_loss"), ("validation", "validation_loss"), ("end", "validation_loss")):
+        followed = sorted((row["step"], row[key]) for row in run.rows.values() if row["event"] == event)
+        assert followed == [(row["step"], row[key]) for row in getattr(counts, event)]
 
 
 def test_a_run_is_waited_for_runs_ends_and_goes_on(log):
@@ -188,6 +187,17 @@ def test_answers_are_shown_in_whatever_record_they_are(log):
         {"prompt": "a", "answers": [[20, "later"], [10, "first"]]},
         {"prompt": "b", "answers": [[20, "later"]]},
     ]
+
+
+def test_runs_are_told_apart_by_their_options_when_all_have_begun(tmp_path):
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    paths[0].write_text(text(start(seed=1)))
+    runs = [RunFile(path) for path in paths]
+    for expected in (list(map(str, paths)), ["seed 1", "seed 2"]):
+        for run in runs:
+            run.check()
+        assert [run["name"] for run in shown(*runs)] == expected
+        paths[1].write_text(text(start(seed=2)))
 
 
 def test_long_curves_keep_their_peaks_and_their_end():

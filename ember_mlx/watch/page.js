@@ -191,7 +191,7 @@ function options(runs) {
   const heads = runs.map((run, i) => element("th", { scope: "col" }, key(i), run.name));
   const head = element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "option"), ...heads));
   const table = element("div", { class: "wide" }, element("table", {}, head, element("tbody", {}, ...rows)));
-  const summary = runs.length > 1 ? `All options; the ${names.filter(differ).length} that differ come first` : "All options";
+  const summary = runs.length > 1 ? "All options; those that differ come first" : "All options";
   return [element("details", { "data-id": "options" }, element("summary", {}, summary), table)];
 }
 

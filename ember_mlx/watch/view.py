@@ -31,7 +31,9 @@ SAYS = {
 
 def view(runs: list[RunFile]) -> dict[str, Any]:
     """All that the page draws, ready for JSON; its size does not grow with the length of the runs."""
-    names = name_runs(runs)
+    # A run that has not begun has no options, and would be told from others by the lack of them.
+    begun = all(run.options for run in runs)
+    names = name_runs(runs) if begun else [str(run.path) for run in runs]
     return {"runs": [_view_run(run, name) for run, name in zip(runs, names, strict=True)]}
 
 
