@@ -22,6 +22,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
   ember-mlx export    write it for Hugging Face's peft, llama.cpp or Ollama
   ember-mlx geometry  train and measure whether Ember suits the model and the data
   ember-mlx plot      draw the runs that train --log-jsonl recorded
+  ember-mlx watch     show such runs on a page, live
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
   ember-mlx parity    compare every implementation that runs here with a float64 oracle
   ember-mlx --version
@@ -43,6 +44,7 @@ COMMANDS = (
     "demo",
     "geometry",
     "plot",
+    "watch",
     "parity",
 )
 

@@ -76,7 +76,7 @@ def test_mlx_lms_file_holds_what_was_trained_and_splits_text_alike(model, adapte
     for name, weight in weights.items():
         found = np.array(arrays[gguf._ggml_name(name)].astype(mx.float32))
         if "q_proj" in name or "k_proj" in name:
-            # ggml turns neighbours, Hugging Face the halves of a head of 8: ggml's rows 2 j and 2 j + 1 are j and 4 + j.
+            # ggml turns neighbours, Hugging Face the halves of a head of 8: ggml's rows 2 j and 2 j + 1 are j, 4 + j.
             heads = weight.reshape(-1, 8, 32)
             weight = np.stack([heads[:, j // 2 + 4 * (j % 2)] for j in range(8)], axis=1).reshape(weight.shape)
         assert np.array_equal(found, weight.astype(np.float16).astype(np.float32)), name
