@@ -69,6 +69,10 @@ HELP: Help = {
             "such as `adam-mini: {momentum: int8}` for 1.13 bytes.",
         ),
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
+        "patience": (
+            "N",
+            "End the run after N validations without a lower loss, as if it had finished. Default: off.",
+        ),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
         "clip_layer_norm": (
@@ -153,8 +157,14 @@ HELP: Help = {
         "save_every": ("N", "Save the adapter and a checkpoint every N batches."),
         "keep_checkpoints": (
             "N",
-            "Keep the newest N checkpoints; 0 writes none. One is written every --save-every batches, at the end, and "
-            "when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run.",
+            "Keep the newest N checkpoints and numbered saves; 0 writes none. One is written every --save-every "
+            "batches, at the end, and when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run. Default: 1 "
+            "where tables train, else 3 checkpoints and all numbered saves.",
+        ),
+        "keep_best": (
+            None,
+            "Keep the weights of the lowest validation loss in best/, an adapter of its own. Default: on where tables "
+            "train and validation rows exist.",
         ),
         "peer_timeout": (
             "SECONDS",

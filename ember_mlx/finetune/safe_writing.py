@@ -1,5 +1,6 @@
 """Files that are whole or not there, also after a power cut: written beside, flushed to the disk, then renamed."""
 
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -17,10 +18,13 @@ __all__ = [
     "PARTIAL",
     "REMOVED",
     "existing_parent",
+    "finish_swapping",
+    "link",
     "make_folder",
     "new_folder",
     "remove",
     "replace_together",
+    "swapped_folder",
     "sync_folder",
     "write_arrays",
     "write_bytes",
@@ -28,6 +32,8 @@ __all__ = [
 
 PARTIAL = ".partial-"  # a name that begins so is of something unfinished
 REMOVED = ".removed-"  # and one that begins so is on its way out
+EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+WORKING_FOLDER = -100  # AT_FDCWD of Linux
 NOT_SAVED = (
     "it is not saved: a step overflowed, or it was so from the start. Lower the learning rates, or resume from an "
     "earlier checkpoint"
@@ -54,8 +60,27 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]) -> None:
+def link(path: Path, new: Path) -> None:
+    """A second name for a file, on the disk once; a copy where the file system knows no hard links.
+
+    Whoever writes either name later must replace it, as all here do, and never change the file that it names.
+    """
+    try:
+        os.link(path, new)
+    except OSError:
+        with open(path, "rb") as file, _new_file(new) as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def replace_together(
+    folder: Path,
+    files: dict[str, dict[str, mx.array] | bytes],
+    metadata: dict[str, str],
+    links: dict[str, str] | None = None,
+) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
+
+    ``links`` are second names: name -> the one among ``files`` that it is the same as.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
     with arrays get, is for telling that.
@@ -64,14 +89,18 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
         OSError: for whatever the disk has against it; what was there is unchanged, unless it refused a rename after
             others.
     """
-    partials = {folder / f"{PARTIAL}{name}": folder / name for name in files}
+    links = links or {}
+    partials = {folder / f"{PARTIAL}{name}": folder / name for name in (*files, *links)}
     try:
-        for partial, content in zip(partials, files.values(), strict=True):
+        for partial in partials:
             partial.unlink(missing_ok=True)
+        for partial, content in zip(partials, files.values(), strict=False):
             if isinstance(content, bytes):
                 write_bytes(partial, content)
             else:
                 write_arrays(partial, content, metadata)
+        for name, same in links.items():
+            link(folder / f"{PARTIAL}{same}", folder / f"{PARTIAL}{name}")
         for partial, path in partials.items():
             os.replace(partial, path)
     except BaseException:
@@ -116,6 +145,56 @@ def new_folder(path: Path, keeps: Callable[[Path], bool] = lambda _: False) -> I
     with suppress(OSError):  # the next one tries again
         sync_folder(path.parent)
         remove(replaced)
+
+
+@contextmanager
+def swapped_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of the folder ``path`` when the block ends.
+
+    That is one step of the file system: a kill at any moment leaves the old folder or the new one, whole. Only where
+    the system cannot exchange two names is there a moment with neither, which :func:`finish_swapping` mends.
+
+    Raises:
+        OSError: for whatever the disk has against it; what was there is unchanged.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    finish_swapping(path)
+    partial.mkdir()
+    try:
+        yield partial
+        sync_folder(partial)
+        if not path.exists():
+            os.rename(partial, path)
+        elif not _exchange(partial, path):
+            replaced = path.with_name(REMOVED + path.name)
+            _move_all([(path, replaced), (partial, path)])
+    except BaseException:
+        with suppress(OSError):
+            finish_swapping(path)
+        raise
+    with suppress(OSError):  # the next one tries again
+        sync_folder(path.parent)
+        finish_swapping(path)
+
+
+def finish_swapping(path: Path) -> None:
+    """Remove what a kill has left beside the folder ``path``; if that is not there, the old one is again."""
+    partial, replaced = (path.with_name(mark + path.name) for mark in (PARTIAL, REMOVED))
+    if replaced.exists() and not path.exists():
+        os.rename(replaced, path)
+    for left in (partial, replaced):
+        remove(left)
+
+
+def _exchange(one, other):
+    """Swap the names of two folders at once; whether the system can."""
+    system = ctypes.CDLL(None)
+    names = [os.fsencode(path) for path in (one, other)]
+    if hasattr(system, "renamex_np"):  # macOS
+        return system.renamex_np(*names, EXCHANGE) == 0
+    if hasattr(system, "renameat2"):
+        return system.renameat2(WORKING_FOLDER, names[0], WORKING_FOLDER, names[1], EXCHANGE) == 0
+    return False
 
 
 def _move_all(moves):

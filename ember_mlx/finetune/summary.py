@@ -8,6 +8,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
+from ember_mlx.finetune import adapters
+from ember_mlx.finetune.best import Best
 from ember_mlx.finetune.build_optimizer import peak, updates
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
@@ -45,7 +47,7 @@ class Result:
     """What came of a run.
 
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
-    the training; ``loss_before`` is None where these are one.
+    the training; ``loss_before`` is None where these are one. ``best`` is what ``best/`` holds, if it is kept.
     """
 
     loss_name: str
@@ -54,6 +56,7 @@ class Result:
     peak_memory: int
     trained: list[Trained]
     files: list[Path]
+    best: Best | None = None
 
     @property
     def table_state_bytes(self) -> int:
@@ -110,8 +113,17 @@ def format_result(result: Result) -> str:
         f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where "
         f"Adam would keep {format_bytes(total.adam_bytes)}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
+        *_best(result),
     ]
     return "\n".join(lines)
+
+
+def _best(result):
+    if result.best is None or not result.files:
+        return
+    folder = result.files[0].parent / adapters.BEST
+    loss, step = result.best.validation_loss, result.best.step
+    yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {folder}"
 
 
 def _losses(result):
