@@ -148,14 +148,15 @@ class Saver:
             OSError: for whatever the disk has against it; the files that were there are as they were.
         """
         files, metadata = self._arrays()
-        links = {f"{steps_done:07d}_{name}": name for name in files} if numbered and self.keep != 0 else {}
-        names = [*files, *links]
+        if numbered and self.keep != 0:
+            files |= {f"{steps_done:07d}_{name}": name for name in files}
+        names = list(files)
         if not self.saved:
             files[CONFIG] = self.config
-        safe_writing.replace_together(self.folder, files, metadata, links)
+        safe_writing.replace_together(self.folder, files, metadata)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
-                if path.name not in (*files, *links):
+                if path.name not in files:
                     safe_writing.remove(path)
             safe_writing.finish_swapping(self.folder / BEST)
         self.saved, self.replaced = True, []

@@ -21,11 +21,14 @@ class Kept:
 
 
 def what_is_kept(args: Any, tables: bool, best: bool) -> Kept:
-    """By ``--keep-checkpoints``. Without trained tables the default leaves all the files that mlx-lm leaves."""
+    """By ``--keep-checkpoints``. Where tables train, numbered saves are only written if it asks for them.
+
+    Without them the default leaves all the files that mlx-lm leaves.
+    """
     if args.keep_checkpoints is not None:
         return Kept(args.keep_checkpoints, args.keep_checkpoints, best)
     if tables:
-        return Kept(CHECKPOINTS_WITH_TABLES, CHECKPOINTS_WITH_TABLES, best)
+        return Kept(CHECKPOINTS_WITH_TABLES, 0, best)
     return Kept(CHECKPOINTS, None, best)
 
 

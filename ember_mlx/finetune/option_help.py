@@ -157,9 +157,9 @@ HELP: Help = {
         "save_every": ("N", "Save the adapter and a checkpoint every N batches."),
         "keep_checkpoints": (
             "N",
-            "Keep the newest N checkpoints and numbered saves; 0 writes none. One is written every --save-every "
+            "Keep the newest N checkpoints and N numbered saves; 0 writes none. One is written every --save-every "
             "batches, at the end, and when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run. Default: 1 "
-            "where tables train, else 3 checkpoints and all numbered saves.",
+            "checkpoint where tables train, else 3, and all numbered saves.",
         ),
         "keep_best": (
             None,

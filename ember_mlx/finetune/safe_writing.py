@@ -61,10 +61,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def link(path: Path, new: Path) -> None:
-    """A second name for a file, on the disk once; a copy where the file system knows no hard links.
+    """The same file under a second name, on the disk once: a clone (APFS), else a hard link, else a copy.
 
-    Whoever writes either name later must replace it, as all here do, and never change the file that it names.
+    Of a hard link, whoever writes either name later must replace it, as all here do: a change would be to both.
     """
+    system = ctypes.CDLL(None)
+    if hasattr(system, "clonefile") and system.clonefile(os.fsencode(path), os.fsencode(new), 0) == 0:
+        return
     try:
         os.link(path, new)
     except OSError:
@@ -74,13 +77,12 @@ def link(path: Path, new: Path) -> None:
 
 def replace_together(
     folder: Path,
-    files: dict[str, dict[str, mx.array] | bytes],
+    files: dict[str, dict[str, mx.array] | bytes | str],
     metadata: dict[str, str],
-    links: dict[str, str] | None = None,
 ) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
 
-    ``links`` are second names: name -> the one among ``files`` that it is the same as.
+    Of a file that is the same as an earlier one, the content is the name of that.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
     with arrays get, is for telling that.
@@ -89,18 +91,16 @@ def replace_together(
         OSError: for whatever the disk has against it; what was there is unchanged, unless it refused a rename after
             others.
     """
-    links = links or {}
-    partials = {folder / f"{PARTIAL}{name}": folder / name for name in (*files, *links)}
+    partials = {folder / f"{PARTIAL}{name}": folder / name for name in files}
     try:
-        for partial in partials:
+        for partial, content in zip(partials, files.values(), strict=True):
             partial.unlink(missing_ok=True)
-        for partial, content in zip(partials, files.values(), strict=False):
-            if isinstance(content, bytes):
+            if isinstance(content, str):
+                link(folder / f"{PARTIAL}{content}", partial)
+            elif isinstance(content, bytes):
                 write_bytes(partial, content)
             else:
                 write_arrays(partial, content, metadata)
-        for name, same in links.items():
-            link(folder / f"{PARTIAL}{same}", folder / f"{PARTIAL}{name}")
         for partial, path in partials.items():
             os.replace(partial, path)
     except BaseException:
