@@ -164,9 +164,11 @@ class BestAdapter:
 
     def is_lower(self, now: Best, untrained: float | None) -> bool:
         """Whether the weights are better than those in ``best/``, if these were judged by the same batches."""
+        if now.step == 0 or not math.isfinite(now.validation_loss):
+            return False
         if self.found and self.found.batches == now.batches:
             return now.validation_loss < self.found.validation_loss
-        return now.step > 0 and now.validation_loss < (math.inf if untrained is None else untrained)
+        return untrained is None or now.validation_loss < untrained
 
     def _bring(self):
         """Of the folder from which this one branched off; its files are never changed in place."""
