@@ -16,19 +16,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import summary
+from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.run import Given, run_with
+from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.planner import machine
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Result", "train"]
 
+Rows = Sequence[dict[str, Any]]
 IN_MEMORY = "rows in memory"  # what the records of a run have for --data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result(summary.Result):
     """What came of :func:`train`.
 
@@ -56,11 +58,7 @@ class Result(summary.Result):
 
 def train(
     model: str | Path | tuple[nn.Module, TokenizerWrapper],
-    data: str
-    | Path
-    | Sequence[dict[str, Any]]
-    | tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]
-    | None = None,
+    data: str | Path | Rows | tuple[Rows, Rows] | None = None,
     *,
     quiet: bool = False,
     callbacks: Sequence[TrainingCallback] = (),

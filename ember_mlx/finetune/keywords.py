@@ -43,7 +43,7 @@ def options_of(given: Mapping[str, Any]) -> Options:
         else:
             check_values(value, name)
         values[name] = copy.deepcopy(value)
-    return complete(parser, values, data_required=True)
+    return complete(parser, values, data_required=True)[0]
 
 
 @contextmanager
