@@ -16,6 +16,8 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
   ember-mlx plan      predict the memory of that run, by the same flags; nothing is loaded or trained
   ember-mlx data      show what it will learn from: rows, lengths, and what is learned in them
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
+  ember-mlx chat      chat in the terminal: the options of mlx_lm.chat
+  ember-mlx server    serve a model and its adapters to other programs: the options of mlx_lm.server
   ember-mlx fuse      merge an adapter into a model that stock mlx-lm loads
   ember-mlx geometry  train and measure whether Ember suits the model and the data
   ember-mlx plot      draw the runs that train --log-jsonl recorded
@@ -28,7 +30,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "plan", "data", "generate", "fuse", "demo", "geometry", "plot", "parity")
+COMMANDS = ("train", "plan", "data", "generate", "chat", "server", "fuse", "demo", "geometry", "plot", "parity")
 
 
 def main() -> None:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.cli_ui import TrainUI, rprint
+from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 from ember_mlx.finetune.batches import Rows, TrainingBatches, shared_loss
 from ember_mlx.finetune.best import Best, batches_id
+from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
 from ember_mlx.finetune.lost_peers import PeerDeadline
@@ -26,6 +27,7 @@ from ember_mlx.finetune.position import Position, numpy_random
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.stop_signals import StopSignals
+from ember_mlx.finetune.time_left import TimeLeft
 from ember_mlx.finetune.watchers import StepResult, Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
@@ -70,7 +72,8 @@ class Training:
         self.optimizer = optimizer
         self.tables = tables
         self.saving = saving
-        self.watchers = watchers
+        self.time_left = TimeLeft(args)
+        self.watchers = [*watchers, self.time_left]
         self.start = start
         self.make_step = make_step
         self.workers = Workers.join()
@@ -114,7 +117,7 @@ class Training:
         args, batches = self.args, self.batches
         first, before_extra_evaluation = batches.step + 1, None
         report = Report(args, self.optimizer, self.history)
-        with TrainUI(args.iters, rank=self.workers.rank) as ui:
+        with Display(args.iters, self.workers.rank, self.time_left.seconds) as ui:
             for _ in range(batches.step):
                 ui.advance()
             self.model.train()
@@ -254,7 +257,7 @@ class Report:
         mx.eval(self.losses, self.tokens)
         self.seconds += time.perf_counter() - start
 
-    def send(self, step: int, ui: TrainUI) -> None:
+    def send(self, step: int, ui: Display) -> None:
         """To the display, the history and the callbacks."""
         workers = Workers.join().size
         loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)

@@ -1,7 +1,8 @@
 """What a run reports: what trains before it, and what came of it after."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,10 +11,12 @@ from mlx.utils import tree_flatten
 
 from ember_mlx.finetune import adapters
 from ember_mlx.finetune.best import Best
-from ember_mlx.finetune.build_optimizer import peak, updates
+from ember_mlx.finetune.build_optimizer import peak
 from ember_mlx.finetune.choices import Choices
+from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
@@ -48,6 +51,8 @@ class Result:
 
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
     the training; ``loss_before`` is None where these are one. ``best`` is what ``best/`` holds, if it is kept.
+    ``samples`` has the answers to ``--sample-prompts``:
+    ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
     """
 
     loss_name: str
@@ -57,6 +62,17 @@ class Result:
     trained: list[Trained]
     files: list[Path]
     best: Best | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def perplexity_before(self) -> float | None:
+        """e^loss_before."""
+        return None if self.loss_before is None else perplexity(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float:
+        """e^loss_after."""
+        return perplexity(self.loss_after)
 
     @property
     def table_state_bytes(self) -> int:
@@ -67,13 +83,15 @@ class Result:
 def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options, choices: Choices) -> list[Trained]:
     """A line for each token table and one for the rest."""
     parameters = dict(tree_flatten(model.trainable_parameters()))
+    bits = sorted({module.bits for module in model.modules() if hasattr(module, "bits")})
     lines = []
     for table in choices.tables:
         rows, columns = table.shape
+        dequantized = ", dequantized" if table.module_path in choices.dequantize else ""
         lines.append(
             Trained(
                 table.path,
-                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
+                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)}{dequantized})",
                 _name(optimizer.tables) + (ROUNDED if choices.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, options),
                 rows * columns,
@@ -86,7 +104,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
         lines.append(
             Trained(
                 None,
-                _body(options, choices),
+                _body(options, choices, bits),
                 _name(body),
                 _rate(body, options),
                 sum(parameter.size for parameter in parameters.values()),
@@ -134,7 +152,10 @@ def _losses(result):
     else:
         when, same = ("in the first report", "in the last"), ""
     before, after = f"{result.loss_before:.3f} {when[0]}", f"{result.loss_after:.3f} {when[1]}"
-    return f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    line = f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    if result.loss_name != "Validation loss":
+        return line
+    return f"{line}; perplexity {result.perplexity_before:,.4g} before, {result.perplexity_after:,.4g} after"
 
 
 def _total(lines):
@@ -146,11 +167,12 @@ def _sizes(line):
     return f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)
 
 
-def _body(options, choices):
+def _body(options, choices, bits):
     layers = f"{choices.num_layers} {'layer' if choices.num_layers == 1 else 'layers'}"
     if options.fine_tune_type == "full":
         return f"the rest ({layers}, norms)"
-    return f"{options.fine_tune_type} in {layers}, rank {choices.lora_parameters['rank']}"
+    of_bits = f" of {' and '.join(map(str, bits))} bits" if bits else ""
+    return f"{options.fine_tune_type} in {layers}{of_bits}, rank {choices.lora_parameters['rank']}"
 
 
 def _name(optimizer):
