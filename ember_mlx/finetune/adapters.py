@@ -229,11 +229,7 @@ def is_run_path(folder: Path, path: Path) -> bool:
         return False
     first = path.relative_to(folder).parts[:1]
     # Some disks take A and a for one name.
-    return (
-        not first
-        or first[0].lower().startswith((".", "checkpoints", BEST))
-        or bool(RUN_FILE.fullmatch(first[0].lower()))
-    )
+    return not first or first[0].lower().startswith((".", "checkpoints")) or bool(RUN_FILE.fullmatch(first[0].lower()))
 
 
 def add_tokens_of(

@@ -35,8 +35,10 @@ def what_is_kept(args: Any, tables: bool, best: bool) -> Kept:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes that a run leaves, by kind, and the most that it takes at any moment. Where ``best/`` is counted, it is a
-    copy of its own: when the last step is the best, it is the adapter's files, and takes nothing."""
+    """Bytes of arrays that a run leaves, by kind, and the most that it takes at any moment.
+
+    At most: when the last step is the best, ``best/`` is the adapter's files, and takes nothing.
+    """
 
     adapter: int
     numbered: int
