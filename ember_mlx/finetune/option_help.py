@@ -87,14 +87,14 @@ HELP: Help = {
             "such as `adam-mini: {momentum: int8}` for 1.13 bytes.",
         ),
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
-        "patience": (
-            "N",
-            "End the run after N validations without a lower loss, as if it had finished. Default: off.",
-        ),
         "warmup": (
             "N",
             "Let all learning rates rise from 0 over this share of the run, such as 0.03, or, from 1 on, over so many "
             "updates. A schedule's own key warmup takes a share too. Default: none.",
+        ),
+        "patience": (
+            "N",
+            "End the run after N validations without a lower loss, as if it had finished. Default: off.",
         ),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),

@@ -48,16 +48,8 @@ FREE = {
 }
 # Of these, what decides at which steps the workers of one run meet.
 SHARED = {
-    "keep_best",
-    "patience",
-    "iters",
-    "epochs",
-    "steps_per_report",
-    "save_every",
-    "train",
-    "test",
-    "test_batches",
-    "on_nonfinite",
+    *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
+    *("keep_best", "patience"),
 }
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice

@@ -178,9 +178,9 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
-        kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
         if args.packing:
             check_rows_stay_apart(model, args.max_seq_length - 1)
+        kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
         optimizer = build_optimizer(model, args, choices)
         trained = what_trains(model, optimizer, args, choices)
         args = args | choices.as_options()  # what the records of the run say of it
@@ -215,8 +215,8 @@ def train_model(
         peak_memory=peak_memory,
         trained=trained,
         files=[path for path in adapters.run_files(Path(args.adapter_path)) if path.is_file()] if workers.leads else [],
-        best=saving.best and saving.best.found,
         samples=samples.taken if samples else [],
+        best=saving.best and saving.best.found,
     )
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")

@@ -50,9 +50,9 @@ class Result:
     """What came of a run.
 
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
-    the training; ``loss_before`` is None where these are one. ``best`` is what ``best/`` holds, if it is kept.
-    ``samples`` has the answers to ``--sample-prompts``:
+    the training; ``loss_before`` is None where these are one. ``samples`` has the answers to ``--sample-prompts``:
     ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
+    ``best`` is what ``best/`` holds, if it is kept.
     """
 
     loss_name: str
@@ -61,8 +61,8 @@ class Result:
     peak_memory: int
     trained: list[Trained]
     files: list[Path]
-    best: Best | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
 
     @property
     def perplexity_before(self) -> float | None:
