@@ -24,6 +24,8 @@ from mlx_lm.tuner.utils import load_adapters
 
 from ember_mlx.finetune import options, safe_reading, safe_writing
 from ember_mlx.finetune.added_tokens import add_tokens
+from ember_mlx.finetune.choices import BITS
+from ember_mlx.finetune.quantized_layers import quantize_layers
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
@@ -51,7 +53,7 @@ ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
 REMEDY = "use the model that it was trained on"
-SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens")
+SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens", "quantize")
 SETTINGS_ID = "settings_id"
 SAVE_ID = "save_id"
 RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
@@ -78,8 +80,8 @@ def load(
         InputError: (a ``ValueError``) when there is no such model or adapter, when the two do not match, or when the
             adapter has a number that is not finite; it names the tensor.
     """
-    adapter_config = None if adapter_path is None else read_config(Path(adapter_path))
-    model, tokenizer, config = load_base(path_or_hf_repo, **options)
+    adapter_config = {} if adapter_path is None else read_config(Path(adapter_path))
+    model, tokenizer, config = load_base(path_or_hf_repo, quantize=adapter_config.get("quantize"), **options)
     if adapter_path is not None:
         tokenizer = add_tokens_of(Path(adapter_path), model, tokenizer, config, adapter_config)
         apply_adapter(model, Path(adapter_path), config, adapter_config)
@@ -87,15 +89,28 @@ def load(
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_base(path_or_hf_repo: str | Path, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def load_base(
+    path_or_hf_repo: str | Path, *, quantize: int | None = None, **options: Any
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """``mlx_lm.load`` with its config.
 
+    Args:
+        path_or_hf_repo: A model folder or a name on the Hugging Face hub.
+        quantize: Quantize the layers to so many bits, as ``train --quantize`` does.
+        options: Whatever else ``mlx_lm.load`` takes.
+
     Raises:
-        InputError: for whatever mlx-lm raises.
+        InputError: for whatever mlx-lm raises, and for a model that cannot be quantized.
     """
     path = Path(path_or_hf_repo)
     try:
-        return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
+        if quantize is None:
+            return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
+        model, tokenizer, config = mlx_lm.load(str(path_or_hf_repo), return_config=True, **(options | {"lazy": True}))
+        quantize_layers(model, config, quantize, f"--quantize {quantize}: model {path_or_hf_repo}")
+        return model, tokenizer, config
+    except InputError:
+        raise
     # Whatever the hub's client, the model file or the tokenizer raises: the user gave a model that does not load.
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -276,6 +291,8 @@ def read_config(folder: Path) -> dict:
     safe_reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
     added = config.get("added_tokens") or []
     safe_reading.check_types(added, [{"content": str, "special": bool, "id": int}], f"{where}: added_tokens")
+    if (bits := config.get("quantize")) is not None and (type(bits) is not int or bits not in BITS):
+        raise InputError(f"{where}: quantize {bits!r}: must be one of {', '.join(map(str, BITS))}")
     if kind != "full":
         safe_reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
         safe_reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")

@@ -9,6 +9,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.streaming.marks import target_mask
 
 __all__ = ["LossHistory", "learned_tokens", "perplexity"]
 
@@ -83,7 +84,5 @@ def perplexity(loss: float) -> float:
 
 
 def learned_tokens(batch: tuple[mx.array, mx.array]) -> list[int]:
-    """How many tokens of each row of a batch mlx-lm's loss learns from."""
-    tokens, lengths = batch
-    last = tokens.shape[1] - 1
-    return [max(0, min(end, last) - max(start, 1) + 1) for start, end in lengths.tolist()]
+    """How many tokens of each row of a batch the loss learns from."""
+    return target_mask(*batch).sum(axis=1).tolist()

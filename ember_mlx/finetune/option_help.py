@@ -39,7 +39,16 @@ HELP: Help = {
             "Without validation rows, split this part off the training rows, by --seed; 0 for none. Default: 0.05, or "
             "0 with --train-tables none, as in mlx-lm.",
         ),
-        "mask_prompt": (None, "Learn the completions alone, not the prompts."),
+        "mask_prompt": (
+            None,
+            "Learn what the assistant writes alone, in all turns: completions, answers and tool calls. With "
+            "--train-tables none the last turn alone, as in mlx-lm.",
+        ),
+        "packing": (
+            None,
+            "Put whole rows side by side, up to --max-seq-length. Attention stays within a row. A batch then has more "
+            "rows, and little padding.",
+        ),
         "max_seq_length": ("TOKENS", "Cut rows to this many tokens."),
         "batch_size": ("ROWS", "Rows in a batch."),
         "iters": ("N", "Batches to train on."),
@@ -61,6 +70,11 @@ HELP: Help = {
     },
     "what trains": {
         "fine_tune_type": (None, "Adapters in the layers (lora, dora), or all weights (full)."),
+        "quantize": (
+            None,
+            "Quantize the layers to so many bits when they are loaded, and train adapters on them (QLoRA). The tables "
+            "stay in 16 bits. Not for full. Default: as the model is.",
+        ),
         "num_layers": (
             "N",
             "Train the last N layers; -1 for all, 0 for none (the tables alone). Default: 16 or as many as there are; "
@@ -134,7 +148,10 @@ HELP: Help = {
             "Rounding of 16-bit tables. Stochastic keeps, on average, steps that are too small for them. Nearest takes "
             "less memory where the tables' step is the peak. ember only. Default: stochastic with ember, else nearest.",
         ),
-        "dequantize_tables": (None, "Of a quantized model: train the tables in the dtype that they dequantize to."),
+        "dequantize_tables": (
+            None,
+            "Obsolete, and does nothing: quantized tables that train are dequantized. --train-tables none leaves them.",
+        ),
     },
     "memory": {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import run_length
+from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
@@ -37,6 +38,7 @@ __all__ = [
     "flag",
     "parse",
     "parse_command",
+    "parse_given",
 ]
 
 SWITCH = {"action": "store_true"}
@@ -66,6 +68,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "quantize": (None, {"type": int, "choices": BITS}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "prompt_feature": ("prompt", {"type": str}),
@@ -77,6 +80,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "warmup": (None, {"type": float}),
     "sample_prompts": (None, {"type": str}),
     "sample_tokens": (64, {"type": int}),
+    "packing": (False, SWITCH),
     "chunked_loss": (False, SWITCH),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
@@ -164,6 +168,11 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
     Raises:
         InputError: for a value that cannot be, naming the option.
     """
+    return parse_given(arguments, data_required=data_required)[0]
+
+
+def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
+    """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
     return _complete(build_parser(), arguments, data_required)
 
 
@@ -172,6 +181,8 @@ def parse_command(
 ) -> tuple[argparse.Namespace, Options]:
     """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
 
+    Its own have ``given`` too: the names of all options that the flags or the YAML file give.
+
     Args:
         parser: That of :func:`build_parser`, to which the command has added its own.
         arguments, data_required: As for :func:`parse`.
@@ -179,10 +190,11 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    options = vars(_complete(parser, arguments, data_required))
+    complete, given = _complete(parser, arguments, data_required)
+    options = vars(complete)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
-        argparse.Namespace(**{name: options[name] for name in own}),
+        argparse.Namespace(given=given, **{name: options[name] for name in own}),
         Options(**{name: value for name, value in options.items() if name not in own}),
     )
 
@@ -193,6 +205,7 @@ def _complete(parser, arguments, data_required):
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
                 options[key] = value
+    given = frozenset(name for name, value in options.items() if value is not None)
     if data_required and options["data"] is None and not options.get("hf_dataset"):
         raise InputError(
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
@@ -209,7 +222,7 @@ def _complete(parser, arguments, data_required):
             options[key] = copy.deepcopy(value)
     complete = Options(**options)
     check(complete)
-    return run_length.settled(complete)
+    return run_length.settled(complete), given
 
 
 def check(args: Options) -> None:
@@ -249,6 +262,11 @@ def check(args: Options) -> None:
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
+    elif args.quantize is not None:
+        raise InputError(
+            f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
+            "use lora or dora, or leave --quantize out"
+        )
 
 
 def _check_ember_options(args):
@@ -325,9 +343,10 @@ def _typed(where, value, action):
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        if str(value).lower() not in action.choices:
-            raise InputError(f"{where} must be one of {', '.join(action.choices)}")
-        return str(value).lower()
+        words = {str(choice): choice for choice in action.choices}
+        if str(value).lower() not in words:
+            raise InputError(f"{where} must be one of {', '.join(words)}")
+        return words[str(value).lower()]
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:

@@ -43,6 +43,7 @@ FREE = {
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
     *("streaming_notes", "peer_timeout"),
+    "dequantize_tables",  # obsolete
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 # Of these, what decides at which steps the workers of one run meet.

@@ -11,7 +11,6 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
@@ -28,7 +27,9 @@ from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.position import set_numpy_random
+from ember_mlx.finetune.quantized_layers import quantized_in_words
 from ember_mlx.finetune.resume import (
     CONTENTS,
     made_of,
@@ -48,6 +49,8 @@ from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
+from ember_mlx.streaming.mean_loss import mean_loss
+from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
 
@@ -117,13 +120,17 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     with workers.one_outcome():
         rprint("Loading pretrained model")
         trust = {"trust_remote_code": args.trust_remote_code}
-        model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+        bits = args.quantize if args.train else _quantize_of_adapter(args)
+        model, tokenizer, config = adapters.load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
+        if bits:
+            rprint(quantized_in_words(model))
         if args.train:
             tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
         elif args.adapter_path != "":
             tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         rprint("Loading datasets")
         train_set, valid_set, test_set = load_data(args, tokenizer)
+        train_set = packed(args, train_set)
         if args.train:
             args = settled(args, batches_an_epoch(args, len(train_set)))
         services = _reporting_callbacks(args) if workers.leads else None  # they record the options
@@ -142,6 +149,11 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
         rprint("Testing")
         _test(args, model, test_set, deadline.passed)
     return result
+
+
+def _quantize_of_adapter(args):
+    """The bits of the run that is tested: its adapter knows."""
+    return adapters.read_config(Path(args.adapter_path)).get("quantize") if args.adapter_path else args.quantize
 
 
 def train_model(
@@ -164,6 +176,8 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
+        if args.packing:
+            check_rows_stay_apart(model, args.max_seq_length - 1)
         optimizer = build_optimizer(model, args, choices)
         trained = what_trains(model, optimizer, args, choices)
         args = args | choices.as_options()  # what the records of the run say of it
@@ -285,8 +299,8 @@ def choose_loss(args: Options, model: nn.Module) -> Callable:
         try:
             return chunked_loss(model)
         except InputError:
-            return default_loss
-    return chunked_loss(model) if args.chunked_loss else default_loss
+            return mean_loss
+    return chunked_loss(model) if args.chunked_loss else mean_loss
 
 
 def check_adapter_folder(args: Options) -> None:

@@ -94,21 +94,22 @@ def asked(options: Any) -> str:
 
 
 def passes(options: Any, rows: int) -> str:
-    """A line on the passes of a settled run over its training rows.
+    """A line on the passes of a settled run over its training rows, or with ``--packing`` over so many packs of rows.
 
     "600 steps of 4 rows: 2.4 passes over 1,000 rows (250 batches)", and what there is to say beside it.
     """
     batches = batches_an_epoch(options, rows)
     made = options.iters / batches
     left_out = rows - batches * options.batch_size
-    steps = f"{options.iters:,} {'step' if options.iters == 1 else 'steps'} of {options.batch_size:,} rows"
+    row = "pack" if options.packing else "row"
+    steps = f"{options.iters:,} {'step' if options.iters == 1 else 'steps'} of {options.batch_size:,} {row}s"
     if options.grad_accumulation_steps > 1:
         steps += f", {updates(options):,} updates"
     number = f"{made:,.1f}".removesuffix(".0") if made >= 0.1 else f"{made:.2g}"
-    line = f"{steps}: {number} {'pass' if number == '1' else 'passes'} over {rows:,} rows ("
+    line = f"{steps}: {number} {'pass' if number == '1' else 'passes'} over {rows:,} {row}s ("
     line += f"{batches:,} {'batch' if batches == 1 else 'batches'}"
     if left_out > 0:
-        line += "; the longest row fills" if left_out == 1 else f"; the {left_out:,} longest rows fill"
+        line += f"; the longest {row} fills" if left_out == 1 else f"; the {left_out:,} longest {row}s fill"
         line += " no batch"
     line += ")"
     if options.warmup:

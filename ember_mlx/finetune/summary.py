@@ -79,13 +79,15 @@ class Result:
 def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options, choices: Choices) -> list[Trained]:
     """A line for each token table and one for the rest."""
     parameters = dict(tree_flatten(model.trainable_parameters()))
+    bits = sorted({module.bits for module in model.modules() if hasattr(module, "bits")})
     lines = []
     for table in choices.tables:
         rows, columns = table.shape
+        dequantized = ", dequantized" if table.module_path in choices.dequantize else ""
         lines.append(
             Trained(
                 table.path,
-                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
+                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)}{dequantized})",
                 _name(optimizer.tables) + (ROUNDED if choices.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, options),
                 rows * columns,
@@ -98,7 +100,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
         lines.append(
             Trained(
                 None,
-                _body(options, choices),
+                _body(options, choices, bits),
                 _name(body),
                 _rate(body, options),
                 sum(parameter.size for parameter in parameters.values()),
@@ -152,11 +154,12 @@ def _sizes(line):
     return f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)
 
 
-def _body(options, choices):
+def _body(options, choices, bits):
     layers = f"{choices.num_layers} {'layer' if choices.num_layers == 1 else 'layers'}"
     if options.fine_tune_type == "full":
         return f"the rest ({layers}, norms)"
-    return f"{options.fine_tune_type} in {layers}, rank {choices.lora_parameters['rank']}"
+    of_bits = f" of {' and '.join(map(str, bits))} bits" if bits else ""
+    return f"{options.fine_tune_type} in {layers}{of_bits}, rank {choices.lora_parameters['rank']}"
 
 
 def _name(optimizer):
