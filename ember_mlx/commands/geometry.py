@@ -125,7 +125,7 @@ def time_without_measuring(args: options.Options, folder: Path) -> tuple[np.ndar
     rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory ===\n")
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
     plain = args | {"iters": (TIMED_UPDATES + 2) * args.grad_accumulation_steps, "steps_per_eval": 10**9}
-    plain |= {"save_every": 10**9, "keep_checkpoints": 0, "adapter_path": str(folder / "adapters")}
+    plain |= {"save_every": 10**9, "keep_checkpoints": 0, "keep_best": False, "adapter_path": str(folder / "adapters")}
     plain |= {"report_to": None, "log_jsonl": None, "sample_prompts": None}
     plain |= {"warmup": None}  # it may be longer than these few updates
     timer = Timer(args.grad_accumulation_steps)

@@ -6,6 +6,7 @@ import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
+from ember_mlx.finetune.best import Validations
 from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
@@ -36,14 +37,19 @@ class LossHistory:
         self.args = args
         self.callbacks = callbacks
         self.optimizer = optimizer
-        saved = saved or {"losses": {}, "trained_tokens": 0}
+        saved = saved or {"losses": {}, "trained_tokens": 0, "validations": None}
         self.losses = dict(saved["losses"])  # "train_loss" and "val_loss": [first, last]
         self.trained_tokens = self._tokens_before = saved["trained_tokens"]
         self._tokens_since = 0
+        self.validations = Validations(args.patience, saved["validations"])
 
     def to_json(self) -> dict:
         """What a checkpoint keeps of it."""
-        return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
+        return {
+            "losses": dict(self.losses),
+            "trained_tokens": self.trained_tokens + self._tokens_since,
+            "validations": self.validations.to_json(),
+        }
 
     def draw(self, batch: tuple[mx.array, mx.array]) -> None:
         """Count the tokens of a batch that the loss learns from; the next report brings their sum over all workers."""

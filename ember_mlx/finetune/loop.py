@@ -15,6 +15,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 from ember_mlx.finetune.batches import Rows, TrainingBatches, shared_loss
+from ember_mlx.finetune.best import Best, batches_id
 from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
@@ -80,6 +81,8 @@ class Training:
         self.signals = StopSignals()
         self.deadline.signalled = lambda: self.signals.number is not None
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
+        self.same_batches = bool(args.token_tables or args.keep_best or args.patience)
+        self.steps_done = args.iters
         self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
     def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
@@ -104,7 +107,7 @@ class Training:
             peak_memory = self.workers.all_max(mx.get_peak_memory())
             with self.workers.one_outcome():
                 self.nonfinite.refuse_nothing()
-                if not self._save(args.iters):
+                if not self._save(self.steps_done):
                     failed = f"what was trained could not be saved: {self.saving.failed[-1]}"
                     raise InputError(f"--adapter-path {self.saving.folder}: {failed}")
         self._stop_if_asked()  # for the signals that came last, too
@@ -127,6 +130,9 @@ class Training:
                         # Evaluated only because it is the last: a longer run resumes as if it had not been.
                         before_extra_evaluation = numpy_random()
                     self._evaluate(step, loss, valid_set, ui)
+                    if self.history.validations.exhausted:
+                        self.steps_done = step - 1
+                        break
 
                 start = time.perf_counter()
                 asked = [watcher.before_step(step, batch[:2]) for watcher in self.watchers]
@@ -149,12 +155,31 @@ class Training:
                     self._refuse_over_memory(step)
                     if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
                         self._save(step)
+        if self.steps_done < args.iters:
+            rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
         self._report_dropped()
+
+    def validated(self, steps_done: int, loss: float, counts: bool = False, is_saved: bool = False) -> None:
+        """After a validation: the weights are kept if its loss is the lowest.
+
+        Args:
+            steps_done: How many steps the weights have taken.
+            loss: Over the batches of the first validation.
+            counts: Whether ``--patience`` counts it.
+            is_saved: Whether the adapter folder holds the same weights.
+        """
+        validations = self.history.validations
+        batches = batches_id(self.args, self.saving.described["made_of"], self.batches.first_evaluation)
+        validations.hear(steps_done, loss, batches, counts)
+        if self.saving.best:
+            with self.workers.one_outcome():
+                if self.workers.leads:
+                    now = Best(steps_done, loss, batches)
+                    self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
     def _evaluate(self, step, loss, valid_set, ui):
         """The validation loss before ``step``."""
         args = self.args
-        self.batches.begin_evaluation()
         start = time.perf_counter()
         whole = len(valid_set) // args.batch_size
         total = whole if args.val_batches == -1 else min(whole, args.val_batches)
@@ -164,19 +189,24 @@ class Training:
                 advance()
                 self._stop_if_asked()
 
-            value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
+            with self.batches.evaluation(whole, self.same_batches):
+                value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
         self.model.train()
         seconds = time.perf_counter() - start
         ui.report_val(step, value, seconds)
         self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
         for watcher in self.watchers:
             watcher.after_validation(step, value)
+        if self.same_batches:
+            self.validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
 
     def _report_dropped(self):
-        dropped = self.args.iters % self.args.grad_accumulation_steps
+        done = self.steps_done
+        dropped = done % self.args.grad_accumulation_steps
         if dropped:
+            of = f"--iters {done}" if done == self.args.iters else done
             rprint(
-                f"The last {dropped} of --iters {self.args.iters} steps are not applied: an update takes "
+                f"The last {dropped} of {of} steps are not applied: an update takes "
                 f"--grad-accumulation-steps {self.args.grad_accumulation_steps}"
             )
 

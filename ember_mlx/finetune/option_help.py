@@ -92,6 +92,10 @@ HELP: Help = {
             "Let all learning rates rise from 0 over this share of the run, such as 0.03, or, from 1 on, over so many "
             "updates. A schedule's own key warmup takes a share too. Default: none.",
         ),
+        "patience": (
+            "N",
+            "End the run after N validations without a lower loss, as if it had finished. Default: off.",
+        ),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
         "clip_layer_norm": (
@@ -179,8 +183,14 @@ HELP: Help = {
         "save_every": ("N", "Save the adapter and a checkpoint every N batches."),
         "keep_checkpoints": (
             "N",
-            "Keep the newest N checkpoints; 0 writes none. One is written every --save-every batches, at the end, and "
-            "when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run.",
+            "Keep the newest N checkpoints and N numbered saves; 0 writes none. One is written every --save-every "
+            "batches, at the end, and when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run. Default: 1 "
+            "checkpoint where tables train, else 3, and all numbered saves.",
+        ),
+        "keep_best": (
+            None,
+            "Keep the weights of the lowest validation loss in best/, an adapter of its own. Default: on where tables "
+            "train and validation rows exist.",
         ),
         "peer_timeout": (
             "SECONDS",

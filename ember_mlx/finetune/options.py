@@ -87,7 +87,9 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
-    "keep_checkpoints": (3, {"type": int}),
+    "keep_checkpoints": (None, {"type": int}),
+    "keep_best": (None, ON_OR_OFF),
+    "patience": (None, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
     "clip_layer_norm": (None, {"type": float}),
@@ -104,6 +106,7 @@ AT_LEAST = {
     "steps_per_eval": 1,
     "save_every": 1,
     "keep_checkpoints": 0,
+    "patience": 1,
     "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
@@ -230,7 +233,7 @@ def check(args: Options) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
         most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
     if args.valid_fraction is not None and not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")

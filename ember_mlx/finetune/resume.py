@@ -42,12 +42,15 @@ FREE = {
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
-    *("streaming_notes", "peer_timeout"),
+    *("streaming_notes", "peer_timeout", "keep_best", "patience"),
     "dequantize_tables",  # obsolete
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 # Of these, what decides at which steps the workers of one run meet.
-SHARED = {"iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"}
+SHARED = {
+    *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
+    *("keep_best", "patience"),
+}
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options

@@ -15,11 +15,13 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.disk import what_is_kept
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.history import perplexity
@@ -178,6 +180,7 @@ def train_model(
         _set_what_trains(args, choices, model)
         if args.packing:
             check_rows_stay_apart(model, args.max_seq_length - 1)
+        kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
         optimizer = build_optimizer(model, args, choices)
         trained = what_trains(model, optimizer, args, choices)
         args = args | choices.as_options()  # what the records of the run say of it
@@ -190,7 +193,7 @@ def train_model(
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
-    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock, workers)
+    start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
     if samples:
         watchers = [*watchers, samples]
     if log:
@@ -201,16 +204,19 @@ def train_model(
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
+    if valid_set and training.same_batches:
+        training.validated(training.steps_done, loss_after, is_saved=True)
     if log:
-        log.end(args.iters, loss_after if valid_set else None)
+        log.end(training.steps_done, loss_after if valid_set else None)
     result = Result(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=loss_before,
         loss_after=loss_after,
         peak_memory=peak_memory,
         trained=trained,
-        files=adapters.run_files(Path(args.adapter_path)) if workers.leads else [],
+        files=[path for path in adapters.run_files(Path(args.adapter_path)) if path.is_file()] if workers.leads else [],
         samples=samples.taken if samples else [],
+        best=saving.best and saving.best.found,
     )
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
@@ -250,23 +256,24 @@ def _set_what_trains(args, choices, model):
         _load_adapter_file(model, Path(args.resume_adapter_file))
 
 
-def _begin(args, model, optimizer, of, rows, lock, workers):
+def _begin(args, model, optimizer, of, kept, rows, lock, workers):
     """Go on from a checkpoint if that is asked for, and take the adapter folder; returns position, saving and log."""
     start = resumed = log = None
+    in_place = _resumes_in_place(args)
     with workers.one_outcome():
         if workers.leads:
             if args.resume is not None:
                 start, resumed = _go_on(args, model, optimizer, of, rows)
             steps_done = start.step if start else 0
-            refuse_full_disk(args, model, optimizer, steps_done)
+            rprint(f"Disk: at most {refuse_full_disk(args, model, optimizer, kept)}")
             safe_writing.make_folder(Path(args.adapter_path))
             lock.take(make=True)
             check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
-        saving = Saving(args, model, optimizer, of, resumed)
+        saving = Saving(args, model, optimizer, of, kept, resumed, in_place, start.step if start else 0)
         if args.log_jsonl and workers.leads:
             safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
             lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-            log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+            log = run_log_writer.RunLogWriter(args, steps_done, goes_on=in_place)
     if args.resume is not None:
         start = share_position(workers, start, model, optimizer)
     return start, saving, log
@@ -282,12 +289,12 @@ def _losses(args, model, loss, valid_set, training):
 
 
 def _go_on(args, model, optimizer, of, rows):
-    """Put everything as the checkpoint has it; its position, and its folder if that is in this run's adapter folder."""
+    """Put everything as the checkpoint has it; its position and its folder."""
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
     position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
     rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
-    return position, checkpoint.folder if _resumes_in_place(args) else None
+    return position, checkpoint.folder
 
 
 def choose_loss(args: Options, model: nn.Module) -> Callable:

@@ -9,6 +9,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
+from ember_mlx.finetune import adapters
+from ember_mlx.finetune.best import Best
 from ember_mlx.finetune.build_optimizer import peak
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.history import perplexity
@@ -50,6 +52,7 @@ class Result:
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
     the training; ``loss_before`` is None where these are one. ``samples`` has the answers to ``--sample-prompts``:
     ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
+    ``best`` is what ``best/`` holds, if it is kept.
     """
 
     loss_name: str
@@ -59,6 +62,7 @@ class Result:
     trained: list[Trained]
     files: list[Path]
     samples: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
 
     @property
     def perplexity_before(self) -> float | None:
@@ -127,8 +131,17 @@ def format_result(result: Result) -> str:
         f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where "
         f"Adam would keep {format_bytes(total.adam_bytes)}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
+        *_best(result),
     ]
     return "\n".join(lines)
+
+
+def _best(result):
+    if result.best is None or not result.files:
+        return
+    folder = result.files[0].parent / adapters.BEST
+    loss, step = result.best.validation_loss, result.best.step
+    yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {folder}"
 
 
 def _losses(result):
