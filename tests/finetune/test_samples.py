@@ -42,7 +42,7 @@ def ends_alike(folder, *names):
 @pytest.mark.parametrize(
     ("words", "model"),
     [
-        (["--grad-accumulation-steps", 2], "tied"),
+        (["--grad-accumulation-steps", 2, "--packing", "--max-seq-length", 64], "tied"),
         (["--fine-tune-type", "full", "--grad-checkpoint"], "untied"),
         (["--fine-tune-type", "full", "--stream"], "untied"),
         (["--dequantize-tables"], "quantized"),
