@@ -6,6 +6,7 @@ a word, and the mean of their gradients is that of one machine with the whole ba
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import PackedRows
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import spans_of
+from ember_mlx.finetune.run_length import batches_an_epoch
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.streaming.marks import are_marks, marks_of, marks_that_learn_all
 
@@ -84,7 +86,7 @@ class TrainingBatches:
 
     def __init__(self, args: Options, rows: Rows, history: LossHistory, start: Position | None = None):
         self.accumulation = args.grad_accumulation_steps
-        self.batches_an_epoch = max(len(rows) // args.batch_size, 1)
+        self.batches_an_epoch = batches_an_epoch(args, len(rows))
         self.history = history
         self.step = self.drawn = 0
         self.epoch_random = self.first_evaluation = None
@@ -114,9 +116,25 @@ class TrainingBatches:
         self.history.draw(batch)
         return own_part(batch, self.workers)
 
-    def begin_evaluation(self) -> None:
-        """The first validation's batches are those on which the last one is repeated."""
-        self.first_evaluation = self.first_evaluation or numpy_random()
+    @contextmanager
+    def evaluation(self, batches: int, same: bool) -> Iterator[None]:
+        """Within it a validation draws its batches: fresh ones as in mlx-lm or, if asked, those of the first one.
+
+        Either way the training batches after it are the same.
+
+        Args:
+            batches: How many the validation set has.
+            same: Whether losses are to compare.
+        """
+        first, now = self.first_evaluation, numpy_random()
+        self.first_evaluation = first or now
+        if not (same and first):
+            yield
+            return
+        set_numpy_random(first)
+        yield
+        set_numpy_random(now)
+        np.random.permutation(batches)  # as mlx-lm draws a validation's batches
 
     def mark(self, random: dict | None = None) -> None:
         """Call it between two steps. ``random`` is NumPy's state, if not as it is now."""
