@@ -1,7 +1,6 @@
 """``ember-mlx fuse``: merge an adapter, its token tables too, into an ordinary model folder."""
 
 import argparse
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -150,17 +149,8 @@ def _table_settings(args, model, config, adapter_config):
 
 
 def _check_folder(folder, args):
-    where = f"--save-path {args.save_path}"
-    for other, what in ((args.model, "model"), (args.adapter_path, "adapter")):
-        if folder.resolve() == Path(other).resolve():
-            raise InputError(f"{where}: is the {what} itself; give another path")
-    if folder.is_symlink() and not folder.exists():
-        raise InputError(f"{where}: is a link that leads nowhere; give another path")
-    above = next((path for path in folder.absolute().parents if path.exists()), None)
-    if (folder.exists() and not folder.is_dir()) or not above.is_dir():
-        raise InputError(f"{where}: {folder if folder.exists() else above} is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()) and not args.overwrite:
-        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace the model in it")
+    inputs = {"model": args.model, "adapter": args.adapter_path}
+    safe_writing.check_new_folder("--save-path", folder, overwrite=args.overwrite, **inputs)
     name = args.gguf_path
     if args.export_gguf and (Path(name).name != name or not name.endswith(".gguf")):
         raise InputError(f"--gguf-path {name}: must be a name that ends in .gguf; it is written into --save-path")
@@ -178,13 +168,7 @@ def _refuse_gguf(model, config, args):
 
 
 def _write(folder, model, tokenizer, config, args):
-    needed = _size(model) * (2 if args.export_gguf else 1)
-    on = next(path for path in folder.absolute().parents if path.exists())
-    free = shutil.disk_usage(on).free
-    if needed > free:
-        raise InputError(
-            f"--save-path {folder}: {format_bytes(needed)} are to be written, and {format_bytes(free)} are free there"
-        )
+    safe_writing.check_space("--save-path", folder, _size(model) * (2 if args.export_gguf else 1))
     try:
         source = Path(args.model) if Path(args.model).exists() else hf_repo_to_path(args.model)
         with safe_writing.new_folder(folder, _is_foreign) as partial:

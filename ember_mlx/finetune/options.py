@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
@@ -75,6 +76,11 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat_feature": ("messages", {"type": str}),
     "text_feature": ("text", {"type": str}),
     "valid_fraction": (None, {"type": float}),
+    "epochs": (None, {"type": float}),
+    "warmup": (None, {"type": float}),
+    "sample_prompts": (None, {"type": str}),
+    "sample_tokens": (64, {"type": int}),
+    "packing": (False, SWITCH),
     "auto_savings": (True, ON_OR_OFF),
     "chunked_loss": (False, ON_OR_OFF),
     "stream": (None, ON_OR_OFF),
@@ -82,7 +88,9 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
-    "keep_checkpoints": (3, {"type": int}),
+    "keep_checkpoints": (None, {"type": int}),
+    "keep_best": (None, ON_OR_OFF),
+    "patience": (None, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
     "clip_layer_norm": (None, {"type": float}),
@@ -99,9 +107,11 @@ AT_LEAST = {
     "steps_per_eval": 1,
     "save_every": 1,
     "keep_checkpoints": 0,
+    "patience": 1,
     "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
+    "sample_tokens": 1,
     "learning_rate": 0,
     "table_learning_rate": 0,
     "table_weight_decay": 0,
@@ -205,6 +215,9 @@ def _complete(parser, arguments, data_required):
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
+    if options["iters"] is not None and options["epochs"] is not None:
+        both = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{both}: each says how long to train; give one, as a flag or in the YAML file")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
@@ -213,7 +226,7 @@ def _complete(parser, arguments, data_required):
             options[key] = copy.deepcopy(value)
     complete = Options(**options)
     check(complete)
-    return complete, given
+    return run_length.settled(complete), given
 
 
 def check(args: Options) -> None:
@@ -221,17 +234,13 @@ def check(args: Options) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
         most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
     if args.valid_fraction is not None and not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
-    if args.train and args.grad_accumulation_steps > args.iters:
-        raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
-            "would be learned; lower it"
-        )
+    run_length.check(args)
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")

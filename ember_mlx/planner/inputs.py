@@ -16,6 +16,8 @@ from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
 from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
+from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
 
@@ -55,10 +57,13 @@ def read_inputs(args: options.Options) -> Inputs:
     """Everything but the data.
 
     Raises:
-        InputError: for a model or new tokens that ``train`` would refuse, and a config.json that cannot be planned.
+        InputError: for a model, new tokens or prompts that ``train`` would refuse, and a config.json that cannot be
+            planned.
     """
     config, path = find_config(args.model)
     model = read_architecture(config, path.name)
+    if args.sample_prompts is not None:
+        read_prompts(args.sample_prompts)  # as train will
     if args.quantize is not None:
         if model.quantization:
             raise InputError(
@@ -91,8 +96,12 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
     if without:
         return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
+    rows = batches["train"].packs or batches["train"].rows
+    args = settled(args, batches_an_epoch(args, rows))
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
+    if args.epochs is not None:
+        lines.append(f"--epochs {args.epochs:g} is {passes(args, rows)}")
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
@@ -126,14 +135,17 @@ def _with_full_rows(args, inputs, why):
 
 def _why_so_long(args, name, batch: LongestBatch):
     path = file_of(args, name) or file_of(args, "train")  # of which validation rows are split off
-    if batch.is_cut:
+    if batch.packs:
+        about = "" if batch.tokenized == batch.rows else "about "
+        reason = f"--packing makes {about}{batch.packs:,} packs of the {batch.rows:,} rows of {path}"
+    elif batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
         reason = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
     else:
         reason = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
         if batch.tokenized < batch.rows:
             reason += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
-    batches = batch.rows // args.batch_size
+    batches = batches_an_epoch(args, batch.packs or batch.rows)
     if name == "train" and args.iters < batches:
         reason += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
     return reason
