@@ -118,7 +118,8 @@ def test_a_model_that_cannot_be_planned_is_said_to_be(parse, tmp_path):
 def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_path, no_memory, capsys):
     paths = {"--model": folders["untied"], "--data": folders["text"], "--adapter-path": tmp_path / "adapters"}
     words = [str(word) for pair in paths.items() for word in pair]
-    train.main([*words, "--iters", "1", "--batch-size", "2", "--keep-checkpoints", "0", "--memory-limit", "none"])
+    words += ["--batch-size", "2", "--memory-limit", "none"]
+    train.main([*words, "--iters", "1"])
     said = capsys.readouterr().out
     assert "Switched on: --stream, since this run is planned to take " in said
     assert "and this machine has for it 1 bytes: " in said
@@ -126,3 +127,5 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
     assert "Streamed: every weight is stepped inside the backward pass" in said
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert {name: saved[name] for name in SAVINGS} == {CHECKPOINT: False, CHUNKED: False, STREAM: True}
+    train.main([*words, "--iters", "2", "--resume"])
+    assert "Resuming after step 1" in capsys.readouterr().out

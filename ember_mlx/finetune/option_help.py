@@ -160,9 +160,9 @@ HELP: Help = {
     "memory": {
         "auto_savings": (
             None,
-            "Where a run is planned to take more memory than it has, switch on --grad-checkpoint, --chunked-loss or "
-            "--stream, what costs the least time first, and say so. What you give stays as it is. Not with several "
-            "workers, nor with --train-tables none.",
+            "Where a run is planned not to fit, switch on --grad-checkpoint, --chunked-loss or --stream, and say so. "
+            "What costs the least time comes first, and what you give stays. Not with several workers, nor with "
+            "--train-tables none.",
         ),
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "stream": (
