@@ -78,10 +78,8 @@ def test_the_server_answers_as_generate_does_with_its_adapter_and_with_one_that_
                     time.sleep(0.1)
             assert ask(port, adapters=str(adapter)) == trained
             code, error = ask(port, adapters=str(tmp_path))
-            assert (code, error[-70:]) == (
-                404,
-                "it has no adapter_config.json; give the --adapter-path of a finished run",
-            )
+            assert code == 404
+            assert "it has no adapter_config.json; give the --adapter-path of a finished run" in error
             code, error = ask(port, adapters=str(adapter), model=str(folders["tied"]))
             assert code == 404
             assert "lm_head.weight is not among the parameters to load" in error
