@@ -41,6 +41,7 @@ WEIGHTS = re.compile(
 )
 GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
 TOKENS, SCORES, KINDS = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
+SPLIT_ELSEWHERE = "some words will be split in other places than in training"
 NO_MERGE = -1e6  # below that of any merge
 
 
@@ -81,7 +82,7 @@ def choose_converter(fused: Fused, llama_cpp: str | None, outtype: str) -> Conve
         return _llama_cpp(script, fused, outtype)
     reason = _not_by_mlx_lm(fused, outtype)
     if reason is None:
-        return Converter(f"mlx-lm's converter, as f16{_spaces(fused)}", _convert_by_mlx_lm, 1)
+        return Converter(f"mlx-lm's converter, as f16{_other_splits(fused)}{_spaces(fused)}", _convert_by_mlx_lm, 1)
     found = shutil.which(SCRIPT)
     if found:
         return _llama_cpp(Path(found), fused, outtype)
@@ -102,10 +103,7 @@ def _llama_cpp(script, fused, outtype):
 
     words = f"llama.cpp's converter {script}, as {outtype}{_spaces(fused)}"
     if _is_sentencepiece(fused) and not (fused.source / SENTENCEPIECE).is_file():
-        words += (
-            f"; the model has no {SENTENCEPIECE}, without which it gives all tokens one score: some words will be "
-            "split in other places than in training"
-        )
+        words += f"; the model has no {SENTENCEPIECE}, without which it gives all tokens one score: {SPLIT_ELSEWHERE}"
     return Converter(words, convert, 2)
 
 
@@ -164,6 +162,20 @@ def _is_sentencepiece(fused):
     return model.get("type") == "BPE" and bool(model.get("byte_fallback")) and not model.get("ignore_merges")
 
 
+def _other_splits(fused):
+    """llama.cpp merges all neighbours that are a token together, as SentencePiece does, which knows no other merges."""
+    vocabulary, merges = _tokenizer_json(fused)["model"]["vocab"], set(_merges(fused))
+    splits = ((token[:i], token[i:]) for token in vocabulary for i in range(1, len(token)))
+    if all(split in merges for split in splits if split[0] in vocabulary and split[1] in vocabulary):
+        return ""
+    return f"; its tokenizer lacks merges that SentencePiece's have: {SPLIT_ELSEWHERE}"
+
+
+def _merges(fused):
+    merges = _tokenizer_json(fused)["model"]["merges"]
+    return [tuple(merge if isinstance(merge, list) else merge.split(" ")) for merge in merges]
+
+
 def _spaces(fused):
     """What becomes of added words that take the space before them in, as they do with SentencePiece's tokenizers."""
     added = getattr(fused.tokenizer._tokenizer, "added_tokens_decoder", {}).values()
@@ -174,6 +186,7 @@ def _spaces(fused):
 
 
 def _tokenizer_json(fused):
+    """What a tokenizer.json would hold."""
     backend = getattr(fused.tokenizer._tokenizer, "backend_tokenizer", None)
     return json.loads(backend.to_str()) if backend is not None else {"model": {}}
 
@@ -208,8 +221,8 @@ def _corrected(metadata: dict[str, Any], fused: Fused) -> dict[str, Any]:
     tokens += [f"[PAD{number}]" for number in more]
     kinds += [gguf.TokenType.UNUSED.value for _ in more]
     ranks = {}
-    for rank, merge in enumerate(_tokenizer_json(fused)["model"]["merges"]):
-        ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
+    for rank, merge in enumerate(_merges(fused)):
+        ranks.setdefault("".join(merge), rank)
     scores = [float(-ranks[token]) if token in ranks else NO_MERGE for token in tokens]
     corrected = {TOKENS: tokens, SCORES: mx.array(scores, mx.float32), KINDS: mx.array(kinds, mx.int32)}
     template = fused.tokenizer.chat_template
