@@ -12,7 +12,7 @@ from tiny_models import write_data
 from tiny_sentencepiece import SPARE_ROWS, write_model
 
 from ember_mlx import InputError
-from ember_mlx.commands import export
+from ember_mlx.commands import export, fuse
 from ember_mlx.exporting import gguf
 from ember_mlx.exporting.inputs import load_fused
 from ember_mlx.finetune import options
@@ -211,3 +211,14 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(arguments
     with pytest.raises(InputError, match=message):
         export.main(arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_fuse_writes_the_same_file(model, adapter, tmp_path, capsys):
+    paths = ["--adapter-path", str(adapter), "--export-gguf", "--save-path"]
+    fuse.main(["--model", str(model), *paths, str(tmp_path / "fused")])
+    assert "Warning" not in capsys.readouterr().out
+    export.main(words(model, tmp_path / "out", "--adapter-path", adapter))
+    files = (tmp_path / "fused" / "ggml-model-f16.gguf", tmp_path / "out" / "model-f16.gguf")
+    (ours, kinds), (theirs, others) = (mx.load(str(file), return_metadata=True) for file in files)
+    assert all(mx.array_equal(array, theirs[name]) for name, array in ours.items())
+    assert mx.array_equal(kinds[gguf.KINDS], others[gguf.KINDS])
