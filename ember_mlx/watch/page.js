@@ -152,6 +152,7 @@ function latest(runs) {
 
 function notices(runs) {
   const found = runs.filter((run) => !["running", "ended"].includes(run.state)).map((run) => `${run.name}: ${run.says}`);
+  for (const run of runs.filter((each) => each.trouble)) found.push(`${run.path}: ${run.trouble}`);
   for (const run of runs.filter((each) => each.skipped_in_all)) {
     const more = run.skipped_in_all > run.skipped.length ? " and more" : "";
     found.push(`${run.path}: line ${run.skipped.join(", ")}${more} cannot be read, and is left out`);
@@ -215,7 +216,7 @@ function fill(id, content, make) {
 
 function draw({ runs }) {
   fill("latest", runs.map((run) => [run.name, run.state, run.step, run.iters, run.latest]), () => latest(runs));
-  fill("notices", runs.map((run) => [run.name, run.says, run.skipped, run.skipped_in_all]), () => notices(runs));
+  fill("notices", runs.map((run) => [run.name, run.says, run.trouble, run.skipped, run.skipped_in_all]), () => notices(runs));
   const panels = PANELS.filter((panel) => runs.some((run) => run.curves[panel.key].length));
   fill("curves", runs.map((run) => [run.name, run.curves, run.end]), () => panels.map((panel) => chart(panel, runs)));
   fill("samples", runs.map((run) => [run.name, run.samples]), () => samples(runs));
