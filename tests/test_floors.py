@@ -10,7 +10,7 @@ FLOORS = [  # from the ground up; a room imports from floors below its own, and 
     {"ember_mlx.optimizers"},
     {"ember_mlx.streaming"},
     {"ember_mlx.finetune"},
-    {"ember_mlx", "ember_mlx.geometry", "ember_mlx.planner", "ember_mlx.watch"},
+    {"ember_mlx", "ember_mlx.exporting", "ember_mlx.geometry", "ember_mlx.planner", "ember_mlx.watch"},
     {"ember_mlx.parity"},
     {"ember_mlx.commands"},
     {"ember_mlx.cli"},

@@ -71,7 +71,8 @@ def test_there_are_examples_and_they_are_command_lines_that_it_takes(parser):
 
 def test_mistyped_flags_get_a_hint_in_one_line(parser):
     flag = max((flag for action in actions_of(parser) for flag in action.option_strings), key=len)
-    required = [word for a in actions_of(parser) if a.required for word in (*a.option_strings[-1:], "x")]
+    needed = [action for action in actions_of(parser) if action.required]
+    required = [word for a in needed for word in (*a.option_strings[-1:], next(iter(a.choices or "x")))]
     with pytest.raises(InputError) as error:
         parser.parse_args([*required, flag[:4] + flag[5:]])
     assert f"did you mean '{flag}'?" in str(error.value)

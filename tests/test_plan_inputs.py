@@ -118,7 +118,7 @@ def test_validation_counts_where_it_is_the_peak(parse, long_validation):
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"vocabulary": 262}, {"vocabulary": 300}, {"quantized": True}])
 def test_new_tokens_make_the_tables_as_large_as_train_does(parse, tmp_path, tokens, options):
     model = write_model(tmp_path / "model", **options)
-    args = parse("--model", model, "--add-tokens", tokens, "--dequantize-tables")
+    args = parse("--model", model, "--add-tokens", tokens)
     planned = read_inputs(args).model
     loaded, tokenizer, config = load_base(model)
     add_asked_tokens(args, loaded, tokenizer, config)
@@ -145,8 +145,6 @@ def test_new_tokens_must_train(parse, tokens):
     assert "--train-tables none" not in [flags for flags, _ in advice(inputs.model, inputs.run, "cpu", 1)]
     with pytest.raises(InputError, match="the new tokens would learn nothing"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "none"))
-    with pytest.raises(InputError, match="is quantized, and cannot grow as it is: add --dequantize-tables"):
-        read_inputs(parse("--add-tokens", tokens, "--train-tables", "head", model="quantized"))
     tokens.write_text("</s>\n")
     with pytest.raises(InputError, match=r"tokens already: '</s>'"):
         read_inputs(parse("--add-tokens", tokens))

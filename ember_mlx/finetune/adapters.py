@@ -24,12 +24,15 @@ from mlx_lm.tuner.utils import load_adapters
 
 from ember_mlx.finetune import options, safe_reading, safe_writing
 from ember_mlx.finetune.added_tokens import add_tokens
+from ember_mlx.finetune.choices import BITS
+from ember_mlx.finetune.quantized_layers import quantize_layers
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = [
     "ADAPTERS",
+    "BEST",
     "CONFIG",
     "SETTINGS_ID",
     "TABLES",
@@ -48,13 +51,15 @@ __all__ = [
 ]
 
 ADAPTERS = "adapters.safetensors"
+BEST = "best"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
 REMEDY = "use the model that it was trained on"
-SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens")
+SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens", "quantize")
 SETTINGS_ID = "settings_id"
 SAVE_ID = "save_id"
-RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
+RUN_FILE = re.compile(r"adapter_config\.json|best|(\d{7,}_)?(adapters|token_tables)\.safetensors")
+NUMBERED = re.compile(r"(\d{7,})_")
 
 
 def load(
@@ -78,8 +83,8 @@ def load(
         InputError: (a ``ValueError``) when there is no such model or adapter, when the two do not match, or when the
             adapter has a number that is not finite; it names the tensor.
     """
-    adapter_config = None if adapter_path is None else read_config(Path(adapter_path))
-    model, tokenizer, config = load_base(path_or_hf_repo, **options)
+    adapter_config = {} if adapter_path is None else read_config(Path(adapter_path))
+    model, tokenizer, config = load_base(path_or_hf_repo, quantize=adapter_config.get("quantize"), **options)
     if adapter_path is not None:
         tokenizer = add_tokens_of(Path(adapter_path), model, tokenizer, config, adapter_config)
         apply_adapter(model, Path(adapter_path), config, adapter_config)
@@ -87,15 +92,28 @@ def load(
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_base(path_or_hf_repo: str | Path, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def load_base(
+    path_or_hf_repo: str | Path, *, quantize: int | None = None, **options: Any
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     """``mlx_lm.load`` with its config.
 
+    Args:
+        path_or_hf_repo: A model folder or a name on the Hugging Face hub.
+        quantize: Quantize the layers to so many bits, as ``train --quantize`` does.
+        options: Whatever else ``mlx_lm.load`` takes.
+
     Raises:
-        InputError: for whatever mlx-lm raises.
+        InputError: for whatever mlx-lm raises, and for a model that cannot be quantized.
     """
     path = Path(path_or_hf_repo)
     try:
-        return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
+        if quantize is None:
+            return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
+        model, tokenizer, config = mlx_lm.load(str(path_or_hf_repo), return_config=True, **(options | {"lazy": True}))
+        quantize_layers(model, config, quantize, f"--quantize {quantize}: model {path_or_hf_repo}")
+        return model, tokenizer, config
+    except InputError:
+        raise
     # Whatever the hub's client, the model file or the tokenizer raises: the user gave a model that does not load.
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -111,14 +129,21 @@ class Saver:
 
     The first save, not the start of the run, takes the place of an earlier run in the folder: one that breaks off
     before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
+
+    Args:
+        folder, model, args, goes_on: See above.
+        keep (int, optional): How many numbered saves to keep, the newest; all by default.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args: options.Options, goes_on: bool = False):
+    def __init__(
+        self, folder: Path, model: nn.Module, args: options.Options, goes_on: bool = False, keep: int | None = None
+    ):
         self.folder = folder
+        self.keep = keep
         self.model = model
         self.options = vars(args).copy()
         self.options[SETTINGS_ID] = _settings_id(self.options)
-        self.config = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
+        self.config = _as_config(self.options)
         # Half, because a checkpoint's index holds the same and a little more.
         if len(self.config) > safe_reading.JSON_LIMIT // 2:
             raise InputError(
@@ -126,40 +151,76 @@ class Saver:
                 f"{safe_reading.JSON_LIMIT // 2:,} are read again: add fewer tokens, or give a smaller YAML file"
             )
         self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
-        self.replaced = [] if goes_on else run_files(folder)
+        self.replaced = [] if goes_on else run_files(folder)  # until the first save
         self.saved = False
 
-    def save(self, steps_done: int, checkpoint: bool) -> list[str]:
-        """Save what is trained so far, as a checkpoint named as mlx-lm does too if asked for; the names written.
+    def save(self, steps_done: int, numbered: bool) -> list[str]:
+        """Save what is trained so far, under a number too, as mlx-lm does, if asked for; the names written.
+
+        The numbered save is the same file under a second name.
 
         Raises:
             OSError: for whatever the disk has against it; the files that were there are as they were.
         """
-        weights = dict(tree_flatten(self.model.trainable_parameters()))
-        tables = {name: weights.pop(name) for name in self.table_paths}
-        files = {
-            f"{prefix}{name}": arrays
-            for prefix in ("", f"{steps_done:07d}_")[: 2 if checkpoint else 1]
-            for name, arrays in ((ADAPTERS, weights), (TABLES, tables))
-            if arrays or name == ADAPTERS
-        }
+        files, metadata = self._arrays()
+        if numbered and self.keep != 0:
+            files |= {f"{steps_done:07d}_{name}": name for name in files}
         names = list(files)
-        metadata = {SETTINGS_ID: self.options[SETTINGS_ID]}
-        if tables:
-            metadata[SAVE_ID] = _save_id(weights | tables)
         if not self.saved:
             files[CONFIG] = self.config
         safe_writing.replace_together(self.folder, files, metadata)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
                 if path.name not in files:
-                    path.unlink(missing_ok=True)
-        self.saved = True
+                    safe_writing.remove(path)
+            safe_writing.finish_swapping(self.folder / BEST)
+        self.saved, self.replaced = True, []
+        self._prune(steps_done)
         return names
+
+    def save_best(self, found: dict[str, Any], is_saved: bool) -> None:
+        """Put what is trained so far into ``best/``, an adapter folder of its own, in the place of the one there.
+
+        Args:
+            found: What its config says of it, under the key "best".
+            is_saved: Whether the last :meth:`save` was of the same weights: ``best/`` then holds the same files.
+
+        Raises:
+            OSError: for whatever the disk has against it; the ``best/`` that was there is as it was.
+        """
+        with safe_writing.swapped_folder(self.folder / BEST) as best:
+            safe_writing.write_bytes(best / CONFIG, _as_config(self.options | {BEST: found}))
+            files, metadata = self._arrays()
+            for name, arrays in files.items():
+                if is_saved:
+                    safe_writing.link(self.folder / name, best / name)
+                else:
+                    safe_writing.write_arrays(best / name, arrays, metadata)
+
+    def _arrays(self):
+        """The arrays of each file, and the metadata that makes them one save."""
+        weights = dict(tree_flatten(self.model.trainable_parameters()))
+        tables = {name: weights.pop(name) for name in self.table_paths}
+        metadata = {SETTINGS_ID: self.options[SETTINGS_ID]}
+        if tables:
+            metadata[SAVE_ID] = _save_id(weights | tables)
+            return {ADAPTERS: weights, TABLES: tables}, metadata
+        return {ADAPTERS: weights}, metadata
+
+    def _prune(self, steps_done):
+        """Leave the newest numbered saves; later ones are of what the run went back over."""
+        if self.keep is None:
+            return
+        numbers = {path: int(found[1]) for path in run_files(self.folder) if (found := NUMBERED.match(path.name))}
+        steps = sorted({step for step in numbers.values() if step <= steps_done})
+        kept = steps[max(len(steps) - self.keep, 0) :]
+        for path, step in numbers.items():
+            if step not in kept:
+                path.unlink(missing_ok=True)
 
 
 def run_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that a run wrote: this one or an earlier one."""
+    """What a run wrote into ``folder``, this one or an earlier one: the files, and the folder ``best``."""
     return sorted(path for path in folder.glob("*") if RUN_FILE.fullmatch(path.name))
 
 
@@ -170,7 +231,11 @@ def is_run_path(folder: Path, path: Path) -> bool:
         return False
     first = path.relative_to(folder).parts[:1]
     # Some disks take A and a for one name.
-    return not first or first[0].lower().startswith((".", "checkpoints")) or bool(RUN_FILE.fullmatch(first[0].lower()))
+    return (
+        not first
+        or first[0].lower().startswith((".", "checkpoints", BEST))
+        or bool(RUN_FILE.fullmatch(first[0].lower()))
+    )
 
 
 def add_tokens_of(
@@ -276,6 +341,8 @@ def read_config(folder: Path) -> dict:
     safe_reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
     added = config.get("added_tokens") or []
     safe_reading.check_types(added, [{"content": str, "special": bool, "id": int}], f"{where}: added_tokens")
+    if (bits := config.get("quantize")) is not None and (type(bits) is not int or bits not in BITS):
+        raise InputError(f"{where}: quantize {bits!r}: must be one of {', '.join(map(str, BITS))}")
     if kind != "full":
         safe_reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
         safe_reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
@@ -303,6 +370,10 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     remedy = "give an earlier save, or train anew with lower learning rates"
     safe_reading.check_finite(arrays, f"adapter {path.parent}: {path.name}", remedy)
     return arrays
+
+
+def _as_config(settings):
+    return json.dumps(dict(sorted(settings.items())), indent=4, default=str).encode()
 
 
 def _settings_id(settings):

@@ -16,7 +16,7 @@ from mlx_lm.tuner.datasets import create_dataset, load_dataset
 from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
-from ember_mlx.finetune.rows import TriedRows, with_compared_prompts
+from ember_mlx.finetune.rows import TriedRows, with_masked_prompts
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["VALID_FRACTION", "DataSet", "check_data_folder", "file_of", "is_local", "load_data", "load_sets"]
@@ -129,7 +129,7 @@ def load_sets(args: Options, tokenizer: TokenizerWrapper) -> dict[str, DataSet]:
 def _described_sets(args, tokenizer):
     """mlx-lm's own, of hf_dataset in the YAML file."""
     try:
-        sets = [with_compared_prompts(rows) for rows in load_dataset(args, tokenizer)]
+        sets = [with_masked_prompts(rows, args) for rows in load_dataset(args, tokenizer)]
     # Whatever the hub's client raises: the user gave data that cannot be used.
     except Exception as error:
         raise InputError(f"hf_dataset: {' '.join(str(error).split())}") from error
@@ -148,14 +148,14 @@ def _sets(args, tokenizer):
             chosen = set(np.random.RandomState(args.seed).permutation(len(rows))[:size].tolist())
             placed["train"] = [row for i, row in enumerate(rows) if i not in chosen], layout
             placed["valid"] = [row for i, row in enumerate(rows) if i in chosen], layout
-    return {name: _data_set(rows, layout, tokenizer) for name, (rows, layout) in placed.items()}
+    return {name: _data_set(args, rows, layout, tokenizer) for name, (rows, layout) in placed.items()}
 
 
-def _data_set(placed: list[PlacedRow], layout: Layout | None, tokenizer) -> DataSet:
+def _data_set(args: Options, placed: list[PlacedRow], layout: Layout | None, tokenizer) -> DataSet:
     if not placed:
         return DataSet()
     rows = create_dataset([row for _, row in placed], tokenizer, layout.as_config())
-    return DataSet(with_compared_prompts(rows), lambda i: placed[i].place)
+    return DataSet(with_masked_prompts(rows, args), lambda i: placed[i].place)
 
 
 def _rows_to_split_off(args, rows):

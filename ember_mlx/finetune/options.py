@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune import run_length
+from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
@@ -36,6 +38,7 @@ __all__ = [
     "flag",
     "parse",
     "parse_command",
+    "parse_given",
 ]
 
 SWITCH = {"action": "store_true"}
@@ -65,6 +68,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "quantize": (None, {"type": int, "choices": BITS}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "prompt_feature": ("prompt", {"type": str}),
@@ -72,13 +76,20 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat_feature": ("messages", {"type": str}),
     "text_feature": ("text", {"type": str}),
     "valid_fraction": (None, {"type": float}),
+    "epochs": (None, {"type": float}),
+    "warmup": (None, {"type": float}),
+    "sample_prompts": (None, {"type": str}),
+    "sample_tokens": (64, {"type": int}),
+    "packing": (False, SWITCH),
     "chunked_loss": (False, SWITCH),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
-    "keep_checkpoints": (3, {"type": int}),
+    "keep_checkpoints": (None, {"type": int}),
+    "keep_best": (None, ON_OR_OFF),
+    "patience": (None, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
     "clip_layer_norm": (None, {"type": float}),
@@ -95,9 +106,11 @@ AT_LEAST = {
     "steps_per_eval": 1,
     "save_every": 1,
     "keep_checkpoints": 0,
+    "patience": 1,
     "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
+    "sample_tokens": 1,
     "learning_rate": 0,
     "table_learning_rate": 0,
     "table_weight_decay": 0,
@@ -158,6 +171,11 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
     Raises:
         InputError: for a value that cannot be, naming the option.
     """
+    return parse_given(arguments, data_required=data_required)[0]
+
+
+def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
+    """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
     return _complete(build_parser(), arguments, data_required)
 
 
@@ -166,6 +184,8 @@ def parse_command(
 ) -> tuple[argparse.Namespace, Options]:
     """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
 
+    Its own have ``given`` too: the names of all options that the flags or the YAML file give.
+
     Args:
         parser: That of :func:`build_parser`, to which the command has added its own.
         arguments, data_required: As for :func:`parse`.
@@ -173,10 +193,11 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    options = vars(_complete(parser, arguments, data_required))
+    complete, given = _complete(parser, arguments, data_required)
+    options = vars(complete)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
-        argparse.Namespace(**{name: options[name] for name in own}),
+        argparse.Namespace(given=given, **{name: options[name] for name in own}),
         Options(**{name: value for name, value in options.items() if name not in own}),
     )
 
@@ -187,11 +208,15 @@ def _complete(parser, arguments, data_required):
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
                 options[key] = value
+    given = frozenset(name for name, value in options.items() if value is not None)
     if data_required and options["data"] is None and not options.get("hf_dataset"):
         raise InputError(
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
+    if options["iters"] is not None and options["epochs"] is not None:
+        given = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{given}: each says how long to train; give one, as a flag or in the YAML file")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
@@ -200,7 +225,7 @@ def _complete(parser, arguments, data_required):
             options[key] = copy.deepcopy(value)
     complete = Options(**options)
     check(complete)
-    return complete
+    return run_length.settled(complete), given
 
 
 def check(args: Options) -> None:
@@ -208,17 +233,13 @@ def check(args: Options) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
         most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
     if args.valid_fraction is not None and not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
-    if args.train and args.grad_accumulation_steps > args.iters:
-        raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
-            "would be learned; lower it"
-        )
+    run_length.check(args)
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")
@@ -244,6 +265,11 @@ def check(args: Options) -> None:
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
+    elif args.quantize is not None:
+        raise InputError(
+            f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
+            "use lora or dora, or leave --quantize out"
+        )
 
 
 def _check_ember_options(args):
@@ -320,9 +346,10 @@ def _typed(where, value, action):
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        if str(value).lower() not in action.choices:
-            raise InputError(f"{where} must be one of {', '.join(action.choices)}")
-        return str(value).lower()
+        words = {str(choice): choice for choice in action.choices}
+        if str(value).lower() not in words:
+            raise InputError(f"{where} must be one of {', '.join(words)}")
+        return words[str(value).lower()]
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:

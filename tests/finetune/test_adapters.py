@@ -49,7 +49,7 @@ def test_a_fused_folder_gives_the_same_logits_in_stock_mlx_lm(parse, folders, tm
 
 
 def test_a_quantized_model_with_trained_tables_is_loaded_and_fused(parse, folders, tmp_path, monkeypatch):
-    run(parse("--dequantize-tables", "--table-learning-rate", 1e-2, model="quantized"))
+    run(parse("--table-learning-rate", 1e-2, model="quantized"))
     adapter = tmp_path / "adapters"
     mlx_lm.load(str(folders["quantized"]), adapter_path=str(adapter))  # the LoRA part, on the quantized tables
     model, _, config = load(folders["quantized"], adapter_path=adapter, return_config=True)

@@ -28,8 +28,8 @@ def arrays(folder, name="adapters.safetensors"):
 
 
 def names_in(folder):
-    """Without the checkpoints and the lock, which are always there."""
-    return sorted(path.name for path in folder.iterdir() if path.name not in ("checkpoints", ".lock"))
+    """Without the checkpoints, the lock and the best weights so far, which are always there."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("checkpoints", ".lock", "best"))
 
 
 def contents(folder):
@@ -96,7 +96,7 @@ def test_a_full_adapter_loads_in_stock_mlx_lm_as_it_is(parse, folders, tmp_path)
 
 
 def test_checkpoints_are_written_between_steps_as_mlx_lm_names_them(parse, folders, tmp_path):
-    run(parse("--iters", 4, "--save-every", 2, "--fine-tune-type", "full"))
+    run(parse("--iters", 4, "--save-every", 2, "--fine-tune-type", "full", "--keep-checkpoints", 2))
     run(parse("--iters", 2, "--save-every", 2, "--fine-tune-type", "full", adapter="two"))
     folder = tmp_path / "adapters"
     assert {"0000002_adapters.safetensors", "0000004_adapters.safetensors"} < set(names_in(folder))

@@ -1,0 +1,1 @@
+"""What was trained, in the forms of other programs: peft, GGUF, Ollama."""
