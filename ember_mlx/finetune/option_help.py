@@ -158,6 +158,12 @@ HELP: Help = {
         ),
     },
     "memory": {
+        "auto_savings": (
+            None,
+            "Where a run is planned not to fit, switch on --grad-checkpoint, --chunked-loss or --stream, and say so. "
+            "What costs the least time comes first, and what you give stays. Not with several workers, nor with "
+            "--train-tables none.",
+        ),
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "stream": (
             None,

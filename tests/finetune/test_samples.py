@@ -45,7 +45,7 @@ def ends_alike(folder, *names):
         (["--grad-accumulation-steps", 2, "--packing", "--max-seq-length", 64], "tied"),
         (["--fine-tune-type", "full", "--grad-checkpoint"], "untied"),
         (["--fine-tune-type", "full", "--stream"], "untied"),
-        (["--dequantize-tables"], "quantized"),
+        ([], "quantized"),
     ],
     ids=["lora", "full", "streamed", "quantized"],
 )
