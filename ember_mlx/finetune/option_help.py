@@ -218,8 +218,8 @@ HELP: Help = {
         "val_batches": ("N", "Batches of a validation; -1 for all."),
         "sample_prompts": (
             "FILE",
-            "Answer these prompts at each validation: a .txt with one a line, or a .jsonl with a prompt or messages a "
-            "line. The answers are printed and logged, and change nothing of the run. Default: none.",
+            "Answer these prompts at each validation: a .txt with one a line, or a .jsonl with a prompt, messages or "
+            "text a line. The answers are printed and logged, and change nothing of the run. Default: none.",
         ),
         "sample_tokens": ("N", "Tokens of such an answer, at most."),
         "log_jsonl": (

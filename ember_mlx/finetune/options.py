@@ -34,11 +34,13 @@ __all__ = [
     "check",
     "check_lora_parameters",
     "command_to_resume",
+    "complete",
     "defaults",
     "flag",
     "parse",
     "parse_command",
     "parse_given",
+    "typed",
 ]
 
 SWITCH = {"action": "store_true"}
@@ -177,7 +179,8 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
 
 def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
     """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
-    return _complete(build_parser(), arguments, data_required)
+    parser = build_parser()
+    return complete(parser, vars(parser.parse_args(arguments)), data_required)
 
 
 def parse_command(
@@ -194,8 +197,8 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    complete, given = _complete(parser, arguments, data_required)
-    options = vars(complete)
+    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required)
+    options = vars(made)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
         argparse.Namespace(given=given, **{name: options[name] for name in own}),
@@ -203,8 +206,17 @@ def parse_command(
     )
 
 
-def _complete(parser, arguments, data_required):
-    options = vars(parser.parse_args(arguments))
+def complete(
+    parser: argparse.ArgumentParser, options: dict[str, Any], data_required: bool
+) -> tuple[Options, frozenset[str]]:
+    """The checked options of what was given by name, with None for what was not: then ``config``, then the defaults.
+
+    Returns:
+        The options, and the names of those that were given, in ``config`` too.
+
+    Raises:
+        InputError: as :func:`parse` does.
+    """
     if options["config"]:
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
@@ -224,9 +236,9 @@ def _complete(parser, arguments, data_required):
     for key, value in defaults().items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
-    complete = Options(**options)
-    check(complete)
-    return run_length.settled(complete), given
+    args = Options(**options)
+    check(args)
+    return run_length.settled(args), given
 
 
 def check(args: Options) -> None:
@@ -334,12 +346,16 @@ def _read_config(path, parser):
         if near and near != [key]:
             rprint(f"Warning: {where}: {key} is not an option; did you mean {near[0]}?")
         if key in actions and value is not None:
-            config[key] = _typed(f"{where}: {key}: {value}", value, actions[key])
+            config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
     return config
 
 
-def _typed(where, value, action):
-    """The value as the command line would have read it."""
+def typed(where: str, value: Any, action: argparse.Action) -> Any:
+    """The value as the command line would have read it.
+
+    Raises:
+        InputError: for one that it would refuse; ``where`` names it.
+    """
     if action.nargs == "?" and isinstance(value, bool):
         return action.const if value else None
     if action.nargs == 0:
@@ -354,11 +370,11 @@ def _typed(where, value, action):
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        typed = action.type(str(value) if action.type in (_size, _limit) else value)
-    except (argparse.ArgumentTypeError, TypeError, ValueError):
-        typed = None
-    changed = action.type is int and typed != value
-    if typed is None or changed or isinstance(value, bool):
+        read = action.type(str(value) if action.type in (_size, _limit) else value)
+    except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
+        read = None
+    changed = action.type is int and read != value
+    if read is None or changed or isinstance(value, bool):
         kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
         raise InputError(f"{where} must be {kind}")
-    return typed
+    return read
