@@ -18,15 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ember_mlx.finetune import options, safe_reading, safe_writing
 from ember_mlx.finetune.added_tokens import add_tokens
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.choices import BITS
-from ember_mlx.finetune.quantized_layers import quantize_layers
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
@@ -96,38 +95,6 @@ def load(
         apply_adapter(model, Path(adapter_path), config, adapter_config)
         model.eval()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
-
-
-def load_base(
-    path_or_hf_repo: str | Path, *, quantize: int | None = None, **options: Any
-) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """``mlx_lm.load`` with its config.
-
-    Args:
-        path_or_hf_repo: A model folder or a name on the Hugging Face hub.
-        quantize: Quantize the layers to so many bits, as ``train --quantize`` does.
-        options: Whatever else ``mlx_lm.load`` takes.
-
-    Raises:
-        InputError: for whatever mlx-lm raises, and for a model that cannot be quantized.
-    """
-    path = Path(path_or_hf_repo)
-    try:
-        if quantize is None:
-            return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
-        model, tokenizer, config = mlx_lm.load(str(path_or_hf_repo), return_config=True, **(options | {"lazy": True}))
-        quantize_layers(model, config, quantize, f"--quantize {quantize}: model {path_or_hf_repo}")
-        return model, tokenizer, config
-    except InputError:
-        raise
-    # Whatever the hub's client, the model file or the tokenizer raises: the user gave a model that does not load.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        if path.exists():
-            raise InputError(f"model {path_or_hf_repo}: mlx-lm cannot load it: {reason}") from error
-        raise InputError(
-            f"model {path_or_hf_repo}: no such folder here, and the Hugging Face hub gave none: {reason}"
-        ) from error
 
 
 class Saver:

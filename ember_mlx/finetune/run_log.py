@@ -22,7 +22,7 @@ from pathlib import Path
 from ember_mlx.finetune import safe_reading
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["FORMAT", "TRAIN", "Log", "read"]
+__all__ = ["FORMAT", "LARGEST", "TRAIN", "Log", "read"]
 
 FORMAT = 1
 NUMBER = (int, float, type(None))
