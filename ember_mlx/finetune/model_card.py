@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ember_mlx.finetune import options, safe_reading
+from ember_mlx.finetune.best import Best
 from ember_mlx.finetune.resume import as_json
 
 __all__ = ["RESULT", "model_card"]
@@ -49,7 +50,7 @@ def model_card(model: str, name: str, adapter_config: dict[str, Any]) -> str:
     if origin:
         front |= {"base_model": origin, "base_model_relation": "finetune"}
     front |= {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "ember-mlx", kind]}
-    rows = [f"| {what} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for what, text in _facts(adapter_config)]
+    rows = [f"| {what} | {_in_a_cell(text)} |" for what, text in _facts(adapter_config)]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
@@ -57,7 +58,8 @@ def model_card(model: str, name: str, adapter_config: dict[str, Any]) -> str:
         "\n".join(["| | |", "| --- | --- |", *rows]),
     ]
     if flags := _flags(adapter_config):
-        parts.append(f"Options of `ember-mlx train` that were not the defaults:\n\n```yaml\n{yaml.safe_dump(flags)}```")
+        lines = yaml.safe_dump(flags)
+        parts.append(f"Options that differ from the defaults of `ember-mlx train`:\n\n```yaml\n{lines}```")
     if base and base.text.strip():
         parts.append(f"## The card of the base model\n\n{base.text.strip()}")
     return "\n\n".join(parts) + "\n"
@@ -90,9 +92,14 @@ def _facts(config):
         if words:
             yield result["loss_name"].lower(), f"{words}, in nats a token"
         yield "with", ", ".join(f"{what} {which}" for what, which in result["versions"].items())
-    elif isinstance(best, dict):
-        yield "steps", str(best.get("step"))
-        yield "validation loss", f"{best.get('validation_loss')} nats a token, the lowest of the run"
+    elif best is not None:
+        safe_reading.check_types(best, Best.TYPES, "adapter_config.json: best")
+        yield "steps", str(best["step"])
+        yield "validation loss", f"{best['validation_loss']:.3f} nats a token, the lowest of the run"
+
+
+def _in_a_cell(text):
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _what_trained(config):
@@ -100,7 +107,7 @@ def _what_trained(config):
     layers = config.get("num_layers")
     words = kind if kind == "full" else f"{kind} of rank {config['lora_parameters']['rank']}"
     if layers != 0:
-        words += f" in {'all' if layers in (-1, None) else f'the last {layers}'} layers"
+        words += {1: " in the last layer", -1: " in all layers", None: ""}.get(layers, f" in the last {layers} layers")
     elif kind != "full":
         words = "no layer"
     tables = [] if kind == "full" else config.get("token_tables") or []
