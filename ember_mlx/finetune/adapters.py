@@ -168,6 +168,14 @@ class Saver:
                 else:
                     safe_writing.write_arrays(best / name, arrays, metadata)
 
+    def save_config(self, more: dict[str, Any]) -> None:
+        """Put ``more`` into the config of what is saved.
+
+        Raises:
+            OSError: for whatever the disk has against it; the config that was there is as it was.
+        """
+        safe_writing.replace_together(self.folder, {CONFIG: _as_config(self.options | more)}, {})
+
     def _arrays(self):
         """The arrays of each file, and the metadata that makes them one save."""
         weights = dict(tree_flatten(self.model.trainable_parameters()))
