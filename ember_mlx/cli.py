@@ -16,10 +16,14 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
   ember-mlx plan      predict the memory of that run, by the same flags; nothing is loaded or trained
   ember-mlx data      show what it will learn from: rows, lengths, and what is learned in them
   ember-mlx generate  write text: the options of mlx_lm.generate; --adapter-path takes token tables too
+  ember-mlx chat      chat in the terminal: the options of mlx_lm.chat
+  ember-mlx server    serve a model and its adapters to other programs: the options of mlx_lm.server
   ember-mlx fuse      merge an adapter into a model that stock mlx-lm loads
   ember-mlx export    write it for Hugging Face's peft, llama.cpp or Ollama
   ember-mlx geometry  train and measure whether Ember suits the model and the data
   ember-mlx plot      draw the runs that train --log-jsonl recorded
+  ember-mlx watch     show such runs on a page, live
+  ember-mlx recipes   files of options for train --config, with a reason for each value
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
   ember-mlx parity    compare every implementation that runs here with a float64 oracle
   ember-mlx --version
@@ -29,7 +33,22 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "plan", "data", "generate", "fuse", "export", "demo", "geometry", "plot", "parity")
+COMMANDS = (
+    "train",
+    "plan",
+    "data",
+    "generate",
+    "chat",
+    "server",
+    "fuse",
+    "export",
+    "demo",
+    "geometry",
+    "plot",
+    "watch",
+    "recipes",
+    "parity",
+)
 
 
 def main() -> None:

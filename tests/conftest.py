@@ -42,6 +42,7 @@ def parse(folders, tmp_path):
     def parse(*arguments, model="untied", data="data", adapter="adapters"):
         paths = {"--model": folders[model], "--data": folders[data], "--adapter-path": tmp_path / adapter}
         short = {"--iters": 3, "--batch-size": 2, "--val-batches": 2, "--steps-per-report": 1}
+        short["--keep-checkpoints"] = 3  # so that a damaged one has others before it
         return options.parse([str(word) for pair in (paths | short).items() for word in pair] + [*map(str, arguments)])
 
     return parse

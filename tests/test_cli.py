@@ -66,7 +66,10 @@ def test_help_and_version_need_no_model():
         ("--table-learning-rate nan", "--table-learning-rate nan: must be a number of at least 0"),
         ("--table-weight-decay -1", "--table-weight-decay -1.0: must be a number of at least 0"),
         ("--learning-rate nan", "--learning-rate nan: must be a number of at least 0"),
-        ("--model {quantized}", "are quantized, and a quantized table cannot be trained: add --dequantize-tables"),
+        ("--model {quantized} --quantize 4", ": is quantized already: leave --quantize out"),
+        ("--quantize 4", ": no layer has rows of a multiple of 64 numbers"),
+        ("--quantize 4 --fine-tune-type full", "quantized layers cannot be trained, and --fine-tune-type full"),
+        ("--quantize 7", "argument --quantize: invalid choice: 7"),
         ("--model {tied} --train-tables head", "--train-tables head: the head is the embedding"),
         ("--num-layers 17", "--num-layers 17: the model has 2 layers"),
         ("--adapter-path {taken}", "already holds another run; give another path, or --overwrite"),
@@ -96,7 +99,10 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     assert (taken / "adapters.safetensors").read_text() == "of another run"
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("generate", ["--prompt", "a"]), ("fuse", [])])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("generate", ["--prompt", "a"]), ("chat", []), ("server", ["--port", "0"]), ("fuse", [])],
+)
 def test_an_adapter_of_another_model_is_one_line_and_exit_code_2(
     folders, trained, monkeypatch, capsys, name, arguments
 ):

@@ -93,6 +93,7 @@ def test_every_flag_that_a_guide_names_exists(page):
         "--adapter-path",
         "--save-path",
         "--requantize",
+        "--quantize-tables",
         "--dequantize",
         "--export-gguf",
     }  # of the other commands

@@ -1,11 +1,17 @@
 """The examples, each run as it stands. 02 takes minutes: its parts are tested in tests/demo."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
+
+import ember_mlx
+from ember_mlx import find_token_tables
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -27,6 +33,42 @@ def test_the_loop_of_ones_own_learns_with_kilobytes_of_state():
 def test_the_streamed_loop_learns():
     first, last = run("05_train_every_weight_in_little_memory.py").splitlines()
     assert float(last.split("loss ")[1].split()[0]) < float(first.split("loss ")[1].split()[0]) - 0.5
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo", "grpo"])
+def test_the_trainers_of_mlx_lm_lora_step_the_tables(method, monkeypatch, tmp_path):
+    pytest.importorskip("mlx_lm_lora")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("06_preferences_and_rewards")
+    monkeypatch.setattr(example, "BATCH", 2)
+    monkeypatch.setattr(example, "ANSWER", 2)
+    # Of answers that earn alike there is no gradient.
+    monkeypatch.setattr(example, "one_sentence", lambda prompts, completions, answer, types=None: range(len(prompts)))
+    made = []
+
+    def keep(train_tables, make=example.model_and_optimizer):
+        model, tokenizer, optimizer = make(train_tables)
+        made.extend((model, tables_of(model), optimizer))
+        return model, tokenizer, optimizer
+
+    def tables_of(model):
+        parameters = dict(tree_flatten(model.parameters()))
+        return [parameters[table.path] for table in find_token_tables(model)]
+
+    monkeypatch.setattr(example, "model_and_optimizer", keep)
+    monkeypatch.setattr(example, "rewarded", lambda *_: None)
+    row = {"prompt": "What does calendar.isleap(year) do?", "completion": "Return True for leap years."}
+    rows = [row, row | {"completion": "Return False."}]
+    with example.without_metal():
+        example.train(method, True, 0, 2, rows, rows, tmp_path / "kept")
+    model, before, optimizer = made
+    assert optimizer.step == 2
+    moved = [not mx.array_equal(*pair) for pair in zip(before, tables_of(model), strict=True)]
+    assert moved == [True, True]
+    kept, _ = ember_mlx.load(example.MODEL, adapter_path=tmp_path / "kept")
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    loaded = dict(tree_flatten(kept.parameters()))
+    assert all(mx.array_equal(trained[name], loaded[name]) for name in trained)
 
 
 def test_the_benchmark_of_tables_writes_what_it_ran(folders, tmp_path):

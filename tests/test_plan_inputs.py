@@ -12,7 +12,7 @@ from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.options import defaults
 from ember_mlx.planner import advice, alternatives, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
-from ember_mlx.planner.machine import warning
+from ember_mlx.planner.savings import savings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
@@ -118,7 +118,7 @@ def test_validation_counts_where_it_is_the_peak(parse, long_validation):
 @pytest.mark.parametrize("options", [{}, {"tied": True}, {"vocabulary": 262}, {"vocabulary": 300}, {"quantized": True}])
 def test_new_tokens_make_the_tables_as_large_as_train_does(parse, tmp_path, tokens, options):
     model = write_model(tmp_path / "model", **options)
-    args = parse("--model", model, "--add-tokens", tokens, "--dequantize-tables")
+    args = parse("--model", model, "--add-tokens", tokens)
     planned = read_inputs(args).model
     loaded, tokenizer, config = load_base(model)
     add_asked_tokens(args, loaded, tokenizer, config)
@@ -145,8 +145,6 @@ def test_new_tokens_must_train(parse, tokens):
     assert "--train-tables none" not in [flags for flags, _ in advice(inputs.model, inputs.run, "cpu", 1)]
     with pytest.raises(InputError, match="the new tokens would learn nothing"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "none"))
-    with pytest.raises(InputError, match="is quantized, and cannot grow as it is: add --dequantize-tables"):
-        read_inputs(parse("--add-tokens", tokens, "--train-tables", "head", model="quantized"))
     tokens.write_text("</s>\n")
     with pytest.raises(InputError, match=r"tokens already: '</s>'"):
         read_inputs(parse("--add-tokens", tokens))
@@ -175,12 +173,14 @@ def test_the_command_tells_of_the_rows(folders, long_validation, capsys):
 
 
 def test_train_warns_of_the_rows_that_it_will_have(parse, monkeypatch):
-    args = parse(data="text")
+    args = parse("--no-auto-savings", data="text")
     inputs = read_inputs(args)
     monkeypatch.setattr("ember_mlx.planner.machine.backend", lambda: "cpu")
     real = plan(inputs.model, with_rows_of_data(args, inputs).run, "cpu").peak
     assert real < plan(inputs.model, inputs.run, "cpu").peak
     monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (real, "this machine has"))
-    assert warning(args) is None
+    assert savings(args, ()) == ({}, [])
     monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (real - 1, "this machine has"))
-    assert "with batches of 2 x 32 tokens" in warning(args)
+    switched_on, (line,) = savings(args, ())
+    assert switched_on == {}
+    assert line.startswith("Warning: with batches of 2 x 32 tokens")

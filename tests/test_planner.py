@@ -17,6 +17,7 @@ from ember_mlx.commands.plan import main
 from ember_mlx.finetune import optimizer_names, options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
+from ember_mlx.finetune.quantized_layers import quantize_layers
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.optimizers import AdamMini, FlashAdamW, FlashLion, SinkGD
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
@@ -47,8 +48,11 @@ QWEN_2 = {**QWEN, "model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": 
 
 
 def planned(config, *words, backend="cpu"):
+    args = options.parse([*words, "--max-seq-length", "33"])
     model = read_architecture(config, "config.json")
-    return plan(model, run_of(options.parse([*words, "--max-seq-length", "33"]), model), backend)
+    if args.quantize:
+        model = model.with_layers_of(args.quantize)
+    return plan(model, run_of(args, model), backend)
 
 
 def made(config, *words):
@@ -59,6 +63,8 @@ def made(config, *words):
     model.set_dtype(mx.bfloat16)
     if "quantization" in config:
         model, _ = quantize_model(model, config, **config["quantization"])
+    if args.quantize:
+        quantize_layers(model, dict(config), args.quantize, "model")
     choices = choose(args, shapes_of(model))
     make_trainable(model, args, choices)
     optimizer = build_optimizer(model, args, choices)
@@ -78,8 +84,10 @@ def made(config, *words):
             for config, full in ((QWEN, []), (QWEN_2, ["--fine-tune-type", "full"]))
             for name in optimizer_names.BODY[1:]
         ),
-        (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, ["--dequantize-tables"]),
+        (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, []),
         (QWEN_2 | {"quantization": {"bits": 4, "group_size": 32}}, ["--train-tables", "none"]),
+        (QWEN, ["--quantize", "4"]),
+        (QWEN_2, ["--quantize", "3", "--train-tables", "none"]),
     ],
 )
 def test_weights_and_state_are_those_that_mlx_has_to_the_byte(config, words):

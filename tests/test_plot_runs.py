@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ember_mlx import cli
-from ember_mlx.commands.plot import END, PANELS, main, name_runs, plot_runs
+from ember_mlx.commands.plot import END, PANELS, main, plot_runs
 from ember_mlx.finetune import run_log
+from ember_mlx.finetune.run_names import name_runs
 from ember_mlx.shared.errors import InputError
 
 pytest.importorskip("matplotlib")

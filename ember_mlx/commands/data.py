@@ -9,6 +9,7 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.data_report import LEARNED, count, rendered
+from ember_mlx.finetune.packing import PackedRows, packed
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
@@ -19,6 +20,8 @@ EPILOG = """\
 examples:
   ember-mlx data questions.csv --model Qwen/Qwen3-0.6B --mask-prompt
       rows, tokens and lengths, and three rows with what is learned marked
+  ember-mlx data questions.csv --model Qwen/Qwen3-0.6B --packing --max-seq-length 1024
+      how many packs the rows make, and how full
   ember-mlx data my_data --model Qwen/Qwen3-0.6B --max-seq-length 512
       which rows that length cuts"""
 HELP = {
@@ -48,6 +51,12 @@ def main(arguments: list[str]) -> None:
     sets = dict(zip(("train", "valid", "test"), load_data(args, tokenizer), strict=True))
     counts = {name: count(rows, args.max_seq_length) for name, rows in sets.items() if len(rows)}
     print(text_table(HEADER, [_cells(name, found) for name, found in counts.items()], right=range(1, len(HEADER))))
+    train = packed(args, sets["train"])
+    if isinstance(train, PackedRows):
+        print(
+            f"\nPacked: {len(sets['train']):,} train rows make {len(train):,} of {args.max_seq_length:,} tokens, "
+            f"{train.fullness:.1%} full; batches of {args.batch_size} of these"
+        )
     for name, found in counts.items():
         if found.empty:
             rprint(

@@ -11,7 +11,16 @@ from mlx_lm.utils import create_model_card, dequantize_model, save, upload_to_hu
 from ember_mlx.exporting import gguf
 from ember_mlx.exporting.inputs import Fused, source_folder
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
-from ember_mlx.finetune.merging import QUANTIZATION, Merged, merge_adapters
+from ember_mlx.finetune.merging import (
+    QUANTIZATION,
+    BaseTable,
+    Kept,
+    Merged,
+    base_tables,
+    merge_adapters,
+    quantize_tables,
+    table_settings,
+)
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -31,6 +40,11 @@ HELP = {
             "BITS",
             "Quantize the layers with adapters again, to 2, 3, 4, 5, 6 or 8 bits. Rounding to 4 bits can undo most of "
             "what was learned. Default: they stay in 16 bits, or in the dtype of the model.",
+        ),
+        "quantize_tables": (
+            None,
+            "Quantize the trained token tables, as they were in the model, or as its layers are. Says what is left of "
+            "their change: at 4 bits often little. Without it they stay in 16 bits. Default: off.",
         ),
         "dequantize": (None, "Write all layers in 16 bits."),
         "export_gguf": (None, "Write a GGUF file of 16 bits too."),
@@ -70,13 +84,16 @@ def main(arguments: list[str]) -> None:
     print("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
     adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
-    model, tokenizer, config = adapters.load_base(args.model, **trust)
+    model, tokenizer, config = adapters.load_base(args.model, quantize=adapter_config.get("quantize"), **trust)
     size_before = _size(model)
+    settings = _table_settings(args, model, config, adapter_config)
     tokenizer = adapters.add_tokens_of(adapter, model, tokenizer, config, adapter_config)
+    tables = base_tables(model, settings)
     adapters.apply_adapter(model, adapter, config, adapter_config)
     if args.export_gguf:
         _refuse_gguf(model, config, args)
     merged = merge_adapters(model, config, requantize=args.requantize)
+    kept_of_tables = quantize_tables(model, config, tables)
     if args.dequantize:
         model = dequantize_model(model)
     if not _quantized(model):
@@ -88,7 +105,7 @@ def main(arguments: list[str]) -> None:
         dict(tree_flatten(model.parameters())), f"model {args.model} with {adapter}", "use an adapter of finite numbers"
     )
     _write(folder, model, tokenizer, config, args)
-    print(_summary(folder, size_before, _size(model), merged))
+    print(_summary(folder, size_before, _size(model), merged, tables, kept_of_tables))
     if args.upload_repo is not None:
         try:
             upload_to_hub(args.save_path, args.upload_repo)
@@ -111,11 +128,24 @@ def _parser():
     quantized = parser.add_mutually_exclusive_group()
     quantized.add_argument("--requantize", type=int, choices=BITS)
     quantized.add_argument("--dequantize", action="store_true")
+    parser.add_argument("--quantize-tables", action="store_true")
     parser.add_argument("--export-gguf", action="store_true")
     parser.add_argument("--gguf-path", default="ggml-model-f16.gguf")
     parser.add_argument("--upload-repo")
     parser.add_argument("--trust-remote-code", action="store_true")
     return describe(parser, HELP)
+
+
+def _table_settings(args, model, config, adapter_config):
+    """How each trained table is to be quantized: none without --quantize-tables."""
+    if not args.quantize_tables:
+        return {}
+    if args.dequantize:
+        raise InputError("--quantize-tables: --dequantize writes the whole model in 16 bits; leave one of the two out")
+    trained = [path.rpartition(".")[0] for path in adapter_config.get("token_tables") or ()]
+    if not trained:
+        raise InputError(f"--quantize-tables: adapter {args.adapter_path} has no token tables; leave it out")
+    return table_settings(model, config, trained)
 
 
 def _check_folder(folder, args):
@@ -169,24 +199,33 @@ def _is_foreign(path):
     return not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)
 
 
-def _summary(folder, size_before, size, merged: Merged):
+def _summary(folder, size_before, size, merged: Merged, tables: list[BaseTable], kept_of_tables: Kept):
     words = f"The fused model is in {folder}: {format_bytes(size)}, of {format_bytes(size_before)} before"
-    if not merged.layers:
-        return words
+    words += _of_layers(merged) if merged.layers else ""
+    if tables:
+        bits = _words(sorted({table.settings["bits"] for table in tables}))
+        words += f"; {' and '.join(table.path for table in tables)} {'are' if len(tables) > 1 else 'is'} quantized at "
+        words += f"{bits} bits{_left(kept_of_tables, 'leave --quantize-tables out')}"
+    return words
+
+
+def _of_layers(merged):
     of = f"the {merged.layers} layers with adapters"
     if merged.bits:
-        words += f"; {of} are quantized at {_words(merged.bits)} bits again"
+        words = f"; {of} are quantized at {_words(merged.bits)} bits again"
     elif merged.bits_before:
-        words += f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
+        words = f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
     else:
-        of = of[0].upper() + of[1:]
-    words += f"; {merged.kept:.1%} of their change is left".replace("%", " %")
-    if merged.noise >= 0.05:
-        words += f", with rounding errors of {merged.noise:.2f} times its size"
-    if merged.kept < ENOUGH:
-        remedy = "leave --requantize out, or give more bits" if merged.bits else "use the adapter as it is, unfused"
-        words += f": to keep more, {remedy}"
-    return words
+        words = f"; {of} are merged"
+    remedy = "leave --requantize out, or give more bits" if merged.bits else "use the adapter as it is, unfused"
+    return words + _left(merged.kept, remedy)
+
+
+def _left(kept: Kept, remedy):
+    words = f"; {kept.share:.1%} of their change is left".replace("%", " %")
+    if kept.noise >= 0.05:
+        words += f", with rounding errors of {kept.noise:.2f} times its size"
+    return words + (f": to keep more, {remedy}" if kept.share < ENOUGH else "")
 
 
 def _words(numbers):

@@ -1,12 +1,6 @@
 """``ember-mlx generate``: mlx_lm.generate, whose ``--adapter-path`` takes token tables too."""
 
-import sys
-from importlib import import_module
-
-from ember_mlx.finetune.adapters import load
-from ember_mlx.shared.command_line import describe
-from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.commands.of_mlx_lm import run_command
 
 __all__ = ["main"]
 
@@ -69,25 +63,5 @@ def main(arguments: list[str]) -> None:
     Raises:
         InputError: for whatever mlx-lm raises.
     """
-    module = import_module("mlx_lm.generate")
-    setup = module.setup_arg_parser
-
-    def our_parser():
-        parser = setup()
-        parser.description = "Write text with a model, and with an adapter whose token tables mlx-lm cannot load."
-        parser.epilog = EPILOG
-        return describe(parser, HELP)
-
-    try:
-        with (
-            replaced(module, "load", load),
-            replaced(module, "setup_arg_parser", our_parser),
-            replaced(sys, "argv", ["ember-mlx generate", *arguments]),
-        ):
-            module.main()
-    except (InputError, OSError):
-        raise
-    # Such as a prompt cache that does not exist, or options for the chat template that are not JSON.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"mlx_lm.generate cannot do that: {type(error).__name__}: {reason}") from error
+    description = "Write text with a model, and with an adapter whose token tables mlx-lm cannot load."
+    run_command("generate", arguments, description, HELP, EPILOG)

@@ -102,6 +102,10 @@ def check(args: options.Options, out: Path) -> None:
         raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 1e-4")
     if Workers.join().size > 1:
         raise InputError("several workers: geometry measures on one machine; start it without mlx.launch")
+    if args.epochs is not None:
+        raise InputError(
+            f"--epochs {args.epochs:g}: geometry must know its steps before its rows; give --iters instead"
+        )
     updates, least = args.iters // args.grad_accumulation_steps, max(NEEDED.values())
     if updates < least:
         needed = ", ".join(f"{number} for {what}" for what, number in NEEDED.items())
@@ -121,8 +125,9 @@ def time_without_measuring(args: options.Options, folder: Path) -> tuple[np.ndar
     rprint(f"\n=== {TIMED_UPDATES} updates without measuring, to compare time and memory ===\n")
     # The validation before the first step is part of the peak, so it is the same; nothing is saved.
     plain = args | {"iters": (TIMED_UPDATES + 2) * args.grad_accumulation_steps, "steps_per_eval": 10**9}
-    plain |= {"save_every": 10**9, "keep_checkpoints": 0, "adapter_path": str(folder / "adapters")}
-    plain |= {"report_to": None, "log_jsonl": None}
+    plain |= {"save_every": 10**9, "keep_checkpoints": 0, "keep_best": False, "adapter_path": str(folder / "adapters")}
+    plain |= {"report_to": None, "log_jsonl": None, "sample_prompts": None}
+    plain |= {"warmup": None}  # it may be longer than these few updates
     timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
         run(plain, watchers=[timer])

@@ -13,6 +13,8 @@ __all__ = ["main"]
 
 EPILOG = """\
 examples:
+  ember-mlx plan --model Qwen/Qwen3-0.6B --quantize 4
+      what a hub model takes with layers of 4 bits and rows of 512 tokens
   ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data
       what the run of the same flags takes, and whether this machine has it
   ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data --backend metal --memory 16GB
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> None:
     own, args = options.parse_command(_parser(), arguments)
     backend = own.backend or machine.backend()
     memory, source = machine.limited(args, *machine.memory(own.memory, backend))
-    inputs = with_rows_of_data(args, read_inputs(args))
+    inputs = with_rows_of_data(args, read_inputs(args), usual_rows="max_seq_length" not in own.given)
     model, run = inputs.model, inputs.run
     planned = plan(model, run, backend)
     report = Report(
@@ -62,9 +64,9 @@ def _parser():
         "ember-mlx plan",
         usage="ember-mlx plan --model MODEL --data FOLDER [--memory SIZE] [--backend BACKEND] [options of train]",
         description="Say how much memory `ember-mlx train` with the same flags will take; no weights are needed.\n"
-        "--model may be a model's folder, its config.json alone, or a hub name that is in the cache.\n"
-        "Rows are planned as long as those of --data, if that is a folder here and the model has its tokenizer;\n"
-        "otherwise as long as --max-seq-length.",
+        "--model may be a model's folder, its config.json alone, or a hub name; of that, kilobytes are downloaded.\n"
+        "Rows are planned as long as those of --data, if that is here and the model has its tokenizer. Without --data\n"
+        "they have 512 tokens, or as many as --max-seq-length says.",
         epilog=EPILOG,
     )
     parser.add_argument("--memory")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ember_mlx.finetune import run_log
+from ember_mlx.finetune.run_names import name_runs
 from ember_mlx.plots.style import (
     THEMES,
     check_path,
@@ -17,7 +18,7 @@ from ember_mlx.plots.style import (
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["END", "PANELS", "main", "name_runs", "plot_runs"]
+__all__ = ["END", "PANELS", "main", "plot_runs"]
 
 HELP = {
     "runs and picture": {
@@ -42,10 +43,7 @@ PANELS = (  # title, what is on the axis, the logs' list, the key in it
 )
 PANEL_HEIGHT = 2.7  # inches
 MARKERS = 8  # on a line
-# Where a run is and how it is watched; these say nothing of what was tried.
-NOT_OF_THE_RUN = {"adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"}
 END = "after the last step, on the batches of the first validation"
-LONGEST_NAME = 90  # of a legend in two columns, in characters
 
 
 def main(arguments: list[str]) -> None:
@@ -95,18 +93,6 @@ def plot_runs(logs: list[run_log.Log], out: Path, theme: str = "light") -> list[
     if theme == "both":
         return save_light_and_dark(out, draw, **size)
     return [save_picture(out, draw, theme, **size)]
-
-
-def name_runs(logs: list[run_log.Log]) -> list[str]:
-    """The options in which the runs differ, if these are short and tell them apart; otherwise the files."""
-    options = [{key: value for key, value in log.options.items() if key not in NOT_OF_THE_RUN} for log in logs]
-    keys = sorted(set().union(*options))
-    differing = [key for key in keys if any(run.get(key) != options[0].get(key) for run in options)]
-    names = [", ".join(f"{key.replace('_', '-')} {run.get(key)}" for key in differing) for run in options]
-    if len(set(names)) == len(logs) > 1 and max(map(len, names)) <= LONGEST_NAME:
-        return names
-    paths = [str(log.path) for log in logs]
-    return [f"./{path}" if path.startswith("_") else path for path in paths]  # matplotlib hides labels like _this
 
 
 def _refuse_own_input(out, theme, files):

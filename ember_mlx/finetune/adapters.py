@@ -2,7 +2,8 @@
 
 An adapter folder is mlx-lm's: ``adapter_config.json`` and ``adapters.safetensors``. Beside a LoRA or DoRA adapter the
 trained tables lie in ``token_tables.safetensors``, because stock mlx-lm takes nothing but adapter matrices in the first
-file; a ``full`` adapter holds everything in it.
+file; a ``full`` adapter holds everything in it. Where tables lie beside it, the first file holds one array more, whose
+name is what stock mlx-lm says when it refuses the folder: it would load the adapter without its tables.
 
 The files of a save take their places one by one, so a kill may leave some of the save before. They know each other by
 ids in their metadata, made from what is saved: ``settings_id``, of what the config says of loading, and ``save_id``, of
@@ -17,20 +18,23 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ember_mlx.finetune import options, safe_reading, safe_writing
 from ember_mlx.finetune.added_tokens import add_tokens
+from ember_mlx.finetune.base_models import load_base
+from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = [
     "ADAPTERS",
+    "BEST",
     "CONFIG",
+    "REFUSAL",
     "SETTINGS_ID",
     "TABLES",
     "Saver",
@@ -48,13 +52,19 @@ __all__ = [
 ]
 
 ADAPTERS = "adapters.safetensors"
+BEST = "best"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
+REFUSAL = (
+    "This adapter has token tables, which mlx-lm would leave out. Use ember-mlx generate, chat, server or fuse, or in "
+    "Python ember_mlx.load"
+)
 REMEDY = "use the model that it was trained on"
-SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens")
+SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens", "quantize")
 SETTINGS_ID = "settings_id"
 SAVE_ID = "save_id"
-RUN_FILE = re.compile(r"adapter_config\.json|(\d{7,}_)?(adapters|token_tables)\.safetensors")
+RUN_FILE = re.compile(r"adapter_config\.json|best|(\d{7,}_)?(adapters|token_tables)\.safetensors")
+NUMBERED = re.compile(r"(\d{7,})_")
 
 
 def load(
@@ -78,8 +88,8 @@ def load(
         InputError: (a ``ValueError``) when there is no such model or adapter, when the two do not match, or when the
             adapter has a number that is not finite; it names the tensor.
     """
-    adapter_config = None if adapter_path is None else read_config(Path(adapter_path))
-    model, tokenizer, config = load_base(path_or_hf_repo, **options)
+    adapter_config = {} if adapter_path is None else read_config(Path(adapter_path))
+    model, tokenizer, config = load_base(path_or_hf_repo, quantize=adapter_config.get("quantize"), **options)
     if adapter_path is not None:
         tokenizer = add_tokens_of(Path(adapter_path), model, tokenizer, config, adapter_config)
         apply_adapter(model, Path(adapter_path), config, adapter_config)
@@ -87,38 +97,26 @@ def load(
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_base(path_or_hf_repo: str | Path, **options: Any) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """``mlx_lm.load`` with its config.
-
-    Raises:
-        InputError: for whatever mlx-lm raises.
-    """
-    path = Path(path_or_hf_repo)
-    try:
-        return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
-    # Whatever the hub's client, the model file or the tokenizer raises: the user gave a model that does not load.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        if path.exists():
-            raise InputError(f"model {path_or_hf_repo}: mlx-lm cannot load it: {reason}") from error
-        raise InputError(
-            f"model {path_or_hf_repo}: no such folder here, and the Hugging Face hub gave none: {reason}"
-        ) from error
-
-
 class Saver:
     """Writes the trainable parameters of ``model`` to ``folder``: all files, or those of before stay.
 
     The first save, not the start of the run, takes the place of an earlier run in the folder: one that breaks off
     before it has anything to save loses nothing. A run that ``goes_on`` from a checkpoint in it takes nobody's place.
+
+    Args:
+        folder, model, args, goes_on: See above.
+        keep (int, optional): How many numbered saves to keep, the newest; all by default.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, args: options.Options, goes_on: bool = False):
+    def __init__(
+        self, folder: Path, model: nn.Module, args: options.Options, goes_on: bool = False, keep: int | None = None
+    ):
         self.folder = folder
+        self.keep = keep
         self.model = model
         self.options = vars(args).copy()
         self.options[SETTINGS_ID] = _settings_id(self.options)
-        self.config = json.dumps(dict(sorted(self.options.items())), indent=4, default=str).encode()
+        self.config = _as_config(self.options)
         # Half, because a checkpoint's index holds the same and a little more.
         if len(self.config) > safe_reading.JSON_LIMIT // 2:
             raise InputError(
@@ -126,40 +124,76 @@ class Saver:
                 f"{safe_reading.JSON_LIMIT // 2:,} are read again: add fewer tokens, or give a smaller YAML file"
             )
         self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
-        self.replaced = [] if goes_on else run_files(folder)
+        self.replaced = [] if goes_on else run_files(folder)  # until the first save
         self.saved = False
 
-    def save(self, steps_done: int, checkpoint: bool) -> list[str]:
-        """Save what is trained so far, as a checkpoint named as mlx-lm does too if asked for; the names written.
+    def save(self, steps_done: int, numbered: bool) -> list[str]:
+        """Save what is trained so far, under a number too, as mlx-lm does, if asked for; the names written.
+
+        The numbered save is the same file under a second name.
 
         Raises:
             OSError: for whatever the disk has against it; the files that were there are as they were.
         """
-        weights = dict(tree_flatten(self.model.trainable_parameters()))
-        tables = {name: weights.pop(name) for name in self.table_paths}
-        files = {
-            f"{prefix}{name}": arrays
-            for prefix in ("", f"{steps_done:07d}_")[: 2 if checkpoint else 1]
-            for name, arrays in ((ADAPTERS, weights), (TABLES, tables))
-            if arrays or name == ADAPTERS
-        }
+        files, metadata = self._arrays()
+        if numbered and self.keep != 0:
+            files |= {f"{steps_done:07d}_{name}": name for name in files}
         names = list(files)
-        metadata = {SETTINGS_ID: self.options[SETTINGS_ID]}
-        if tables:
-            metadata[SAVE_ID] = _save_id(weights | tables)
         if not self.saved:
             files[CONFIG] = self.config
         safe_writing.replace_together(self.folder, files, metadata)
         if not self.saved:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
                 if path.name not in files:
-                    path.unlink(missing_ok=True)
-        self.saved = True
+                    safe_writing.remove(path)
+            safe_writing.finish_swapping(self.folder / BEST)
+        self.saved, self.replaced = True, []
+        self._prune(steps_done)
         return names
+
+    def save_best(self, found: dict[str, Any], is_saved: bool) -> None:
+        """Put what is trained so far into ``best/``, an adapter folder of its own, in the place of the one there.
+
+        Args:
+            found: What its config says of it, under the key "best".
+            is_saved: Whether the last :meth:`save` was of the same weights: ``best/`` then holds the same files.
+
+        Raises:
+            OSError: for whatever the disk has against it; the ``best/`` that was there is as it was.
+        """
+        with safe_writing.swapped_folder(self.folder / BEST) as best:
+            safe_writing.write_bytes(best / CONFIG, _as_config(self.options | {BEST: found}))
+            files, metadata = self._arrays()
+            for name, arrays in files.items():
+                if is_saved:
+                    safe_writing.link(self.folder / name, best / name)
+                else:
+                    safe_writing.write_arrays(best / name, arrays, metadata)
+
+    def _arrays(self):
+        """The arrays of each file, and the metadata that makes them one save."""
+        weights = dict(tree_flatten(self.model.trainable_parameters()))
+        tables = {name: weights.pop(name) for name in self.table_paths}
+        metadata = {SETTINGS_ID: self.options[SETTINGS_ID]}
+        if tables:
+            metadata[SAVE_ID] = _save_id(weights | tables)
+            return {ADAPTERS: weights | {REFUSAL: mx.zeros(1)}, TABLES: tables}, metadata
+        return {ADAPTERS: weights}, metadata
+
+    def _prune(self, steps_done):
+        """Leave the newest numbered saves; later ones are of what the run went back over."""
+        if self.keep is None:
+            return
+        numbers = {path: int(found[1]) for path in run_files(self.folder) if (found := NUMBERED.match(path.name))}
+        steps = sorted({step for step in numbers.values() if step <= steps_done})
+        kept = steps[max(len(steps) - self.keep, 0) :]
+        for path, step in numbers.items():
+            if step not in kept:
+                path.unlink(missing_ok=True)
 
 
 def run_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that a run wrote: this one or an earlier one."""
+    """What a run wrote into ``folder``, this one or an earlier one: the files, and the folder ``best``."""
     return sorted(path for path in folder.glob("*") if RUN_FILE.fullmatch(path.name))
 
 
@@ -170,7 +204,11 @@ def is_run_path(folder: Path, path: Path) -> bool:
         return False
     first = path.relative_to(folder).parts[:1]
     # Some disks take A and a for one name.
-    return not first or first[0].lower().startswith((".", "checkpoints")) or bool(RUN_FILE.fullmatch(first[0].lower()))
+    return (
+        not first
+        or first[0].lower().startswith((".", "checkpoints", BEST))
+        or bool(RUN_FILE.fullmatch(first[0].lower()))
+    )
 
 
 def add_tokens_of(
@@ -209,15 +247,30 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
         tables_of(folder / ADAPTERS)
     # A run of tables alone has no LoRA layers: mlx-lm would put them into all layers for num_layers 0.
     if adapters or not tables:
+        _load_layers(model, adapters, adapter_config, folder)
+    _dequantize(model, tables, config)
+    load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
+
+
+def _load_layers(model, adapters, adapter_config, folder):
+    """As mlx-lm's ``load_adapters``, which reads the file itself and so would meet its refusal."""
+    kind = adapter_config.get("fine_tune_type", "lora")
+    if kind != "full":
         try:
-            load_adapters(model, str(folder))
+            linear_to_lora_layers(
+                model, adapter_config["num_layers"], adapter_config["lora_parameters"], use_dora=kind == "dora"
+            )
         # OverflowError: a rank beyond what an array can have
         except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}; {REMEDY}") from error
-        if not full:
-            _refuse_missing(folder, model, adapters)
-    _dequantize(model, tables, config)
-    load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
+    allowed = {
+        name: parameter
+        for name, parameter in tree_flatten(model.parameters())
+        if kind == "full" or name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+    }
+    load_weights(model, adapters, allowed, f"adapter {folder}: {ADAPTERS}", REMEDY)
+    if kind != "full":
+        _refuse_missing(folder, model, adapters)
 
 
 def refuse_other_tokens(path: Path, added_tokens: list[dict] | None) -> None:
@@ -276,6 +329,8 @@ def read_config(folder: Path) -> dict:
     safe_reading.check_types(config.get("token_tables") or [], [str], f"{where}: token_tables")
     added = config.get("added_tokens") or []
     safe_reading.check_types(added, [{"content": str, "special": bool, "id": int}], f"{where}: added_tokens")
+    if (bits := config.get("quantize")) is not None and (type(bits) is not int or bits not in BITS):
+        raise InputError(f"{where}: quantize {bits!r}: must be one of {', '.join(map(str, BITS))}")
     if kind != "full":
         safe_reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
         safe_reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
@@ -295,6 +350,7 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise InputError(f"adapter {path.parent}: it has no file {path.name}; give that of a finished run")
     arrays = safe_reading.read_arrays(path, f"adapter {path.parent}")
+    arrays.pop(REFUSAL, None)
     for name, array in arrays.items():
         if not mx.issubdtype(array.dtype, mx.floating):
             raise InputError(
@@ -303,6 +359,10 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     remedy = "give an earlier save, or train anew with lower learning rates"
     safe_reading.check_finite(arrays, f"adapter {path.parent}: {path.name}", remedy)
     return arrays
+
+
+def _as_config(settings):
+    return json.dumps(dict(sorted(settings.items())), indent=4, default=str).encode()
 
 
 def _settings_id(settings):

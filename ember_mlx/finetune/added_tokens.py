@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 
 from ember_mlx.finetune.choices import ROLES, refuse_frozen_rows
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.trainable import dequantize_modules
+from ember_mlx.finetune.trainable import dequantize_to_train
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
@@ -63,9 +63,8 @@ def add_asked_tokens(
     where = f"--add-tokens {options.add_tokens}"
     asked = read_tokens(Path(options.add_tokens))
     tables = find_token_tables(model)
-    quantized = [table for table in tables if table.quantized]
-    refuse_frozen_rows(options, [table.path for table in quantized], where)
-    dequantize_modules(model, [table.module_path for table in quantized])
+    refuse_frozen_rows(options, where)
+    dequantize_to_train(model, [table.module_path for table in tables if table.quantized])
     rows = tables[0].shape[0] if tables else 0
     tokenizer, tokens = add_tokens(model, tokenizer, config, asked, where)
     now = find_token_tables(model)[0].shape[0]

@@ -5,18 +5,25 @@ a word, and the mean of their gradients is that of one machine with the whole ba
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
 from ember_mlx.finetune.history import LossHistory, learned_tokens
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.packing import PackedRows
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
+from ember_mlx.finetune.rows import spans_of
+from ember_mlx.finetune.run_length import batches_an_epoch
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.streaming.marks import are_marks, marks_of, marks_that_learn_all
 
-__all__ = ["Rows", "TrainingBatches", "own_part", "shared_loss"]
+__all__ = ["Rows", "TrainingBatches", "batches_of", "own_part", "shared_loss"]
 
 
 class Rows(CacheDataset):
@@ -26,6 +33,43 @@ class Rows(CacheDataset):
 
     def __getitem__(self, index):
         return ([0], 0) if self.skipping else super().__getitem__(index)
+
+
+class _Numbered(CacheDataset):
+    """The tokens of rows, with the number of a row where mlx-lm's batches hand on how much of it is not learned."""
+
+    def __init__(self, rows: CacheDataset):
+        super().__init__(rows)
+        self.itemlen = rows.itemlen
+
+    def __getitem__(self, index):
+        return self._data[index][0], index
+
+
+def batches_of(
+    args: Options, rows: CacheDataset, max_seq_length: int, **options: Any
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """mlx-lm's batches, in its order: tokens (B, T), and what is learned of them.
+
+    That is mlx-lm's lengths, or marks where a row may have several spans: see :mod:`ember_mlx.streaming.marks`. By its
+    lengths mlx-lm also learns a token of padding after each shorter row; marks leave it out.
+
+    Args:
+        args: The run's options.
+        rows: The set.
+        max_seq_length: As the option.
+        options: Further ones of mlx-lm's ``iterate_batches``.
+    """
+    if not args.packing and (not args.mask_prompt or args.train_tables == "none"):
+        yield from iterate_batches(rows, args.batch_size, max_seq_length, **options)
+        return
+    packs = isinstance(getattr(rows, "_data", None), PackedRows)
+    for tokens, lengths in iterate_batches(_Numbered(rows), args.batch_size, max_seq_length, **options):
+        marks = np.zeros(tokens.shape, np.uint32 if packs else np.uint8)
+        for row, (number, length) in zip(marks, lengths.tolist(), strict=True):
+            of_row, learned = rows[number]
+            row[:length] = learned if packs else marks_of(length, spans_of(of_row, learned, length))
+        yield tokens, mx.array(marks)
 
 
 class TrainingBatches:
@@ -42,12 +86,12 @@ class TrainingBatches:
 
     def __init__(self, args: Options, rows: Rows, history: LossHistory, start: Position | None = None):
         self.accumulation = args.grad_accumulation_steps
-        self.batches_an_epoch = max(len(rows) // args.batch_size, 1)
+        self.batches_an_epoch = batches_an_epoch(args, len(rows))
         self.history = history
         self.step = self.drawn = 0
         self.epoch_random = self.first_evaluation = None
         self.workers = Workers.join()
-        self._batches = iterate_batches(rows, args.batch_size, args.max_seq_length, loop=True)
+        self._batches = batches_of(args, rows, args.max_seq_length, loop=True)
         if start is None:
             self.mark()
             return
@@ -63,7 +107,7 @@ class TrainingBatches:
         set_random(start)
 
     def draw(self) -> tuple[mx.array, ...]:
-        """The tokens and the lengths of the next batch; of several workers, this one's :func:`own_part` of it."""
+        """The next batch, of :func:`batches_of`; of several workers, this one's :func:`own_part` of it."""
         if not self.drawn:
             self.epoch_random = numpy_random()
         batch = next(self._batches)
@@ -72,9 +116,25 @@ class TrainingBatches:
         self.history.draw(batch)
         return own_part(batch, self.workers)
 
-    def begin_evaluation(self) -> None:
-        """The first validation's batches are those on which the last one is repeated."""
-        self.first_evaluation = self.first_evaluation or numpy_random()
+    @contextmanager
+    def evaluation(self, batches: int, same: bool) -> Iterator[None]:
+        """Within it a validation draws its batches: fresh ones as in mlx-lm or, if asked, those of the first one.
+
+        Either way the training batches after it are the same.
+
+        Args:
+            batches: How many the validation set has.
+            same: Whether losses are to compare.
+        """
+        first, now = self.first_evaluation, numpy_random()
+        self.first_evaluation = first or now
+        if not (same and first):
+            yield
+            return
+        set_numpy_random(first)
+        yield
+        set_numpy_random(now)
+        np.random.permutation(batches)  # as mlx-lm draws a validation's batches
 
     def mark(self, random: dict | None = None) -> None:
         """Call it between two steps. ``random`` is NumPy's state, if not as it is now."""
@@ -96,11 +156,11 @@ def own_part(batch: tuple[mx.array, mx.array], workers: Workers) -> tuple[mx.arr
     """A worker's rows of a batch, and how much its mean loss counts in the mean over all workers.
 
     Args:
-        batch: Tokens (B, T) and lengths (B, 2) of the whole batch, the same on all workers.
+        batch: Tokens (B, T) and lengths (B, 2) or marks (B, T) of the whole batch, the same on all workers.
         workers: Their number N divides B.
 
     Returns:
-        ``batch`` itself for one worker. Else tokens (B / N, T), lengths (B / N, 2), and the share, float32: N times the
+        ``batch`` itself for one worker. Else the same with B / N rows, and the share, float32: N times the
         part of the batch's learned tokens that are in these rows. It is 0 where there are none, and NaN, as the loss of
         one machine is, where the whole batch has none.
     """
@@ -108,18 +168,19 @@ def own_part(batch: tuple[mx.array, mx.array], workers: Workers) -> tuple[mx.arr
         return batch
     counts = learned_tokens(batch)
     own, whole = sum(counts[workers.rank :: workers.size]), sum(counts)
-    tokens, lengths = (each[workers.rank :: workers.size] for each in batch)
+    tokens, learned = (each[workers.rank :: workers.size] for each in batch)
     if not own:
         # A mean over no tokens has NaN gradients, which no share of 0 removes; that of any tokens does as well.
-        lengths = mx.broadcast_to(mx.array([1, tokens.shape[1] - 1]), lengths.shape)
-    return tokens, lengths, mx.array(workers.size * own / whole if whole else math.nan)
+        every = mx.broadcast_to(mx.array([1, tokens.shape[1] - 1]), (learned.shape[0], 2))
+        learned = marks_that_learn_all(learned) if are_marks(learned) else every
+    return tokens, learned, mx.array(workers.size * own / whole if whole else math.nan)
 
 
 def shared_loss(loss: Callable) -> Callable:
     """mlx-lm's kind of loss, for batches of :func:`own_part`: the mean over the workers is that over all tokens."""
 
-    def of_own_part(model, tokens, lengths, share=None):
-        value, count = loss(model, tokens, lengths)
+    def of_own_part(model, tokens, learned, share=None):
+        value, count = loss(model, tokens, learned)
         return (value, count) if share is None else (value * share, mx.where(share > 0, count, 0))
 
     return of_own_part

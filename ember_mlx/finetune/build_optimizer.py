@@ -12,6 +12,7 @@ from ember_mlx import optimizers
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.optimizer_names import BODY, CLASSES, canonical, settings
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import Ember, SplitWeights
 from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
@@ -30,7 +31,6 @@ __all__ = [
     "peak",
     "table_learning_rate",
     "table_optimizer",
-    "updates",
 ]
 
 DECAYS = ("betas", "beta_1", "momentum", "dampening")
@@ -165,26 +165,21 @@ def growing_beta2(decay: float, most: float | None) -> Schedule:
 
 
 def body_learning_rate(options: Options) -> float | Schedule:
-    """A number, or the schedule that the YAML key lr_schedule describes."""
+    """A number, or the schedule that the YAML key lr_schedule describes; after ``--warmup`` if there is one."""
     if options.lr_schedule:
-        return _schedule("lr_schedule", options.lr_schedule, updates(options))
-    return options.learning_rate
+        return _schedule("lr_schedule", options)
+    return _warmed_up(options.learning_rate, options)
 
 
 def table_learning_rate(options: Options) -> float | Schedule:
     """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
     if options.table_lr_schedule:
-        return _schedule("table_lr_schedule", options.table_lr_schedule, updates(options))
+        return _schedule("table_lr_schedule", options)
+    if not options.lr_schedule:
+        return _warmed_up(options.table_learning_rate, options)
     body = body_learning_rate(options)
-    if not callable(body):
-        return options.table_learning_rate
     highest = peak(body, updates(options))
     return lambda step: options.table_learning_rate * (body(step) / highest)  # a quotient cannot overflow
-
-
-def updates(options: Options, iters: int | None = None) -> int:
-    """How many updates ``iters`` batches make (default: ``--iters``): schedules count updates, not batches."""
-    return max((iters or options.iters) // options.grad_accumulation_steps, 1)
 
 
 def peak(schedule: Schedule, number: int) -> float:
@@ -192,10 +187,18 @@ def peak(schedule: Schedule, number: int) -> float:
     return mx.max(schedule(mx.arange(number))).item()
 
 
-def _schedule(key, description, number):
+def _warmed_up(rate, options):
+    """A constant rate after ``--warmup``, whose ramp is mlx-lm's own: its first update has a rate of 0."""
+    if not (options.warmup and rate):
+        return rate
+    return build_schedule({"name": "linear_schedule", "arguments": [rate, rate, 1], "warmup": options.warmup})
+
+
+def _schedule(key, options):
+    description = getattr(options, key)
     try:
-        schedule = build_schedule(description)
-        rates = schedule(mx.arange(number))
+        schedule = build_schedule(description | {"warmup": options.warmup} if options.warmup else description)
+        rates = schedule(mx.arange(updates(options)))
         if not mx.all((rates >= 0) & (rates <= SAFE_RATE)).item() or not rates.max().item() > 0:
             raise ValueError(f"its learning rates are not all finite, at least 0 and at most {SAFE_RATE:.3g}, or never "
                              "above 0")  # fmt: skip

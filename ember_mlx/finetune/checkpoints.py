@@ -33,6 +33,7 @@ from typing import Any
 import mlx.core as mx
 
 from ember_mlx.finetune import safe_reading, safe_writing
+from ember_mlx.finetune.best import Validations
 from ember_mlx.finetune.position import NUMPY_STATE, Position
 from ember_mlx.shared.errors import InputError
 
@@ -238,6 +239,8 @@ def read(folder: Path) -> Checkpoint:
         raise InputError(f"{where}: {INDEX} is damaged: its checksum is not that of its content")
     if content.get("format") != FORMAT:
         raise InputError(f"{where}: is of format {content.get('format')!r}; this release reads format {FORMAT}")
+    with suppress(AttributeError, KeyError, TypeError):  # of a release that counted none
+        content["position"]["record"].setdefault("validations", None)
     safe_reading.check_types(content, TYPES, f"{where}: {INDEX}")
     if NAME.fullmatch(folder.name) and _step(folder) != content["position"]["step"]:
         raise InputError(f"{where}: {INDEX} is that of step {content['position']['step']}")
@@ -290,6 +293,8 @@ def _position(fields, where):
         safe_reading.check_types(losses, [(int, float)], f"{where}: losses: {name}")
         if name not in ("train_loss", "val_loss") or len(losses) != 2:
             raise InputError(f"{where}: losses: {name}: must be train_loss or val_loss, each the first and the last")
+    if fields["record"]["validations"] is not None:
+        safe_reading.check_types(fields["record"]["validations"], Validations.TYPES, f"{where}: validations")
     if fields["step"] < 0 or fields["drawn"] < 0 or fields["drawn"] > fields["step"]:
         raise InputError(f"{where}: step {fields['step']} and drawn {fields['drawn']} cannot be")
     return Position(**fields)

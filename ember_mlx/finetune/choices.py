@@ -13,7 +13,9 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.token_table_rules import TokenTable
 
 __all__ = [
+    "BITS",
     "DEFAULT_LAYERS",
+    "GROUP_SIZE",
     "ROLES",
     "STREAMED_BY_DEFAULT",
     "Choices",
@@ -24,6 +26,9 @@ __all__ = [
 ]
 
 DEFAULT_LAYERS = 16  # of LoRA, as mlx_lm.lora has it
+BITS = (2, 3, 4, 5, 6, 8)
+"""What a weight can be quantized to; ``--quantize`` groups GROUP_SIZE of a row, the default of mlx_lm.convert."""
+GROUP_SIZE = 64
 ROLES = {
     "auto": ("embedding", "head", "tied"),
     "embedding": ("embedding", "tied"),
@@ -171,18 +176,10 @@ def _streams(options, with_tables):
     return False
 
 
-def refuse_frozen_rows(options: Any, quantized: list[str], where: str) -> None:
-    """Refuse options under which the rows of new tokens would never train.
-
-    Args:
-        options: The run's.
-        quantized: Names of the model's quantized tables.
-        where: What the message begins with.
-    """
+def refuse_frozen_rows(options: Any, where: str) -> None:
+    """Refuse options under which the rows of new tokens would never train; ``where`` begins the message."""
     if options.train_tables == "none":
         raise InputError(f"{where}: the new tokens would learn nothing with --train-tables none: remove that flag")
-    if quantized and not options.dequantize_tables:
-        raise InputError(f"{where}: {quantized[0]} is quantized, and cannot grow as it is: add --dequantize-tables")
 
 
 def _tables(options, shapes):
@@ -197,12 +194,6 @@ def _tables(options, shapes):
         found = ", ".join(f"{table.path} ({table.role})" for table in shapes.tables)
         reason = f"the head is the embedding, {tied.path}" if tied else f"the model has {found}"
         raise InputError(f"--train-tables {asked}: {reason}; use --train-tables {'embedding' if tied else 'auto'}")
-    quantized = [table.path for table in chosen if table.quantized]
-    if quantized and not options.dequantize_tables:
-        raise InputError(
-            f"--train-tables {asked}: {' and '.join(quantized)} are quantized, and a quantized table cannot be "
-            "trained: add --dequantize-tables, or freeze the tables with --train-tables none"
-        )
     return chosen
 
 

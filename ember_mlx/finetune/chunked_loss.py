@@ -14,6 +14,8 @@ import mlx.nn as nn
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.streaming.head_module import check_after, evaluating, find_head
+from ember_mlx.streaming.marks import target_mask
+from ember_mlx.streaming.rows_apart import rows_apart
 
 __all__ = ["chunked_loss"]
 
@@ -34,8 +36,9 @@ def chunked_loss(
         logits_at_once (int): How many logits there may be at a time.
 
     Returns:
-        ``loss(model, batch, lengths)``, for this model. ``batch`` is (B, T + 1) token ids and ``lengths`` (B, 2) the
-        first and the last that count in each row; it returns their mean loss in nats, float32, and their number.
+        ``loss(model, batch, learned)``, for this model. ``batch`` is (B, T) token ids and ``learned`` (B, 2) the first
+        and the last that count in each row, or marks, see :mod:`ember_mlx.streaming.marks`. It returns their mean loss
+        in nats, float32, and their number.
 
     Raises:
         InputError: (a ``ValueError``) when the hidden states before the head cannot be had, or when what the model does
@@ -47,14 +50,15 @@ def chunked_loss(
         raise InputError(f"--chunked-loss: {error}; {REMEDY}") from None
     _check(head)
 
-    def loss(model, batch, lengths):
+    def loss(model, batch, learned):
         if model is not head.model:
             raise InputError("chunked_loss: the loss was made for another model: make one for this model")
         inputs, targets = batch[:, :-1], batch[:, 1:]
-        steps = mx.arange(1, targets.shape[1] + 1)
-        mask = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
+        mask = target_mask(batch, learned)
         ntoks = mask.sum()
-        ce = _cross_entropy(head, head.hidden(inputs), targets, logits_at_once) * mask
+        with rows_apart(model, learned):
+            hidden = head.hidden(inputs)
+        ce = _cross_entropy(head, hidden, targets, logits_at_once) * mask
         return ce.sum() / ntoks, ntoks
 
     return loss

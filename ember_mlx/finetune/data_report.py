@@ -5,9 +5,9 @@ from statistics import median
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ember_mlx.finetune.rows import TriedRows
+from ember_mlx.finetune.rows import TriedRows, spans_of
 
-__all__ = ["LEARNED", "Counts", "count", "learned_part", "rendered"]
+__all__ = ["LEARNED", "Counts", "count", "rendered"]
 
 LEARNED = ("⟦", "⟧")
 MOST_SHOWN = 1500  # characters of a row's text
@@ -37,46 +37,42 @@ class Counts:
     empty: int
 
 
-def learned_part(length: int, offset: int, max_seq_length: int) -> tuple[int, int]:
-    """The first token of a row that is learned, and the one after the last; equal where none is.
-
-    As in ``mlx_lm.tuner.trainer.default_loss``, the first token of a row is never predicted. The token of padding after
-    a shorter row, which that loss counts too, is left out here.
-
-    Args:
-        length: Tokens of the row.
-        offset: Tokens at its start that are not learned.
-        max_seq_length: As the option.
-    """
-    end = min(length, max_seq_length)
-    return min(max(offset, 1), end), end
-
-
 def count(rows: TriedRows, max_seq_length: int) -> Counts:
-    """Count a set of at least one row."""
-    sizes = [(len(tokens), offset) for tokens, offset in map(rows.process, (rows[i] for i in range(len(rows))))]
-    lengths = [length for length, _ in sizes]
-    learned = [end - start for start, end in (learned_part(*size, max_seq_length) for size in sizes)]
+    """Count a set of at least one row. The token of padding that mlx-lm's loss learns after a row is left out."""
+    lengths, learned, masked = [], [], 0
+    for i in range(len(rows)):
+        tokens, spans = rows.process(rows[i])
+        lengths.append(len(tokens))
+        learned.append(_size(spans_of(tokens, spans, max_seq_length)))
+        masked += _size(spans_of(tokens, spans, len(tokens))) < len(tokens) - 1
     return Counts(
-        rows=len(sizes),
+        rows=len(rows),
         tokens=sum(lengths),
         learned=sum(learned),
         shortest=min(lengths),
         middle=median(lengths),
         longest=max(lengths),
         truncated=sum(length > max_seq_length for length in lengths),
-        masked=sum(offset > 0 for _, offset in sizes),
+        masked=masked,
         empty=learned.count(0),
     )
 
 
 def rendered(rows: TriedRows, index: int, tokenizer: TokenizerWrapper, max_seq_length: int) -> str:
     """The text of a row as it is trained on, with :data:`LEARNED` around what is learned."""
-    tokens, offset = rows.process(rows[index])
-    start, end = learned_part(len(tokens), offset, max_seq_length)
-    before, learned = (_shown(tokenizer.decode(part)) for part in (tokens[:start], tokens[start:end]))
-    marked = f"{before}{LEARNED[0]}{learned}{LEARNED[1]}" if start < end else f"{before} (nothing is learned)"
-    return marked + (f" (cut: {len(tokens) - end} tokens)" if end < len(tokens) else "")
+    tokens, learned = rows.process(rows[index])
+    text, at, end = "", 0, min(len(tokens), max_seq_length)
+    spans = spans_of(tokens, learned, max_seq_length)
+    for start, stop in spans:
+        before, part = (_shown(tokenizer.decode(part)) for part in (tokens[at:start], tokens[start:stop]))
+        text, at = f"{text}{before}{LEARNED[0]}{part}{LEARNED[1]}", stop
+    text += _shown(tokenizer.decode(tokens[at:end])) if at < end else ""
+    text += "" if spans else " (nothing is learned)"
+    return text + (f" (cut: {len(tokens) - end} tokens)" if end < len(tokens) else "")
+
+
+def _size(spans):
+    return sum(end - start for start, end in spans)
 
 
 def _shown(text):

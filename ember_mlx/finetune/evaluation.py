@@ -8,8 +8,10 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.datasets import CacheDataset
 
+from ember_mlx.finetune.batches import batches_of
 from ember_mlx.finetune.history import learned_tokens
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.rows import spans_of
 from ember_mlx.finetune.workers import Workers
 
 __all__ = ["evaluate"]
@@ -29,13 +31,13 @@ def evaluate(
     """
     empty = []
 
-    def batches(**options):
-        for batch in trainer.iterate_batches(**options):
+    def batches(dataset, batch_size, max_seq_length, comm_group):
+        for batch in batches_of(args, dataset, max_seq_length, comm_group=comm_group):
             empty.append(learned_tokens(batch).count(0))
             yield batch
 
-    def loss_or_nothing(model, tokens, lengths):
-        value, count = loss(model, tokens, lengths)
+    def loss_or_nothing(model, tokens, learned):
+        value, count = loss(model, tokens, learned)
         return mx.where(count > 0, value, 0), count
 
     mean = trainer.evaluate(
@@ -59,8 +61,7 @@ def _name_empty(args, rows):
     """Say which rows the mean leaves out, counted from 1."""
     empty = []
     for i in range(len(rows)):
-        tokens, offset = (*rows[i], 0)[:2]
-        if min(len(tokens), args.max_seq_length) - max(offset, 1) < 1:
+        if not spans_of(*rows[i], args.max_seq_length):
             empty.append(i + 1)
     shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
     rprint(f"Warning: {len(empty)} of {len(rows)} rows have nothing to learn; the mean loss leaves them out: {shown}")

@@ -6,11 +6,15 @@ import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
+from ember_mlx.finetune.best import Validations
 from ember_mlx.finetune.options import Options
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.streaming.marks import target_mask
 
-__all__ = ["LossHistory", "learned_tokens"]
+__all__ = ["LossHistory", "learned_tokens", "perplexity"]
+
+LARGEST_EXPONENT = 690  # e^690 is 4e299: within what a float has, and a log may hold
 
 
 class LossHistory:
@@ -33,14 +37,19 @@ class LossHistory:
         self.args = args
         self.callbacks = callbacks
         self.optimizer = optimizer
-        saved = saved or {"losses": {}, "trained_tokens": 0}
+        saved = saved or {"losses": {}, "trained_tokens": 0, "validations": None}
         self.losses = dict(saved["losses"])  # "train_loss" and "val_loss": [first, last]
         self.trained_tokens = self._tokens_before = saved["trained_tokens"]
         self._tokens_since = 0
+        self.validations = Validations(args.patience, saved["validations"])
 
     def to_json(self) -> dict:
         """What a checkpoint keeps of it."""
-        return {"losses": dict(self.losses), "trained_tokens": self.trained_tokens + self._tokens_since}
+        return {
+            "losses": dict(self.losses),
+            "trained_tokens": self.trained_tokens + self._tokens_since,
+            "validations": self.validations.to_json(),
+        }
 
     def draw(self, batch: tuple[mx.array, mx.array]) -> None:
         """Count the tokens of a batch that the loss learns from; the next report brings their sum over all workers."""
@@ -59,7 +68,8 @@ class LossHistory:
             callback.on_train_loss_report(train_info)
 
     def on_val_loss_report(self, val_info: dict) -> None:
-        """Keep the loss, or warn where it is not finite, and hand on the report."""
+        """Keep the loss, or warn where it is not finite, and hand on the report with the perplexity."""
+        val_info["perplexity"] = perplexity(val_info["val_loss"])
         if math.isfinite(val_info["val_loss"]):
             self._keep("val_loss", val_info)
         else:  # a failure of measuring: what is trained is judged by itself, step by step
@@ -74,8 +84,11 @@ class LossHistory:
         self.losses[name] = [self.losses.get(name, [info[name]])[0], info[name]]
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats a token, e^loss: infinite from about 1e300 on."""
+    return math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
+
+
 def learned_tokens(batch: tuple[mx.array, mx.array]) -> list[int]:
-    """How many tokens of each row of a batch mlx-lm's loss learns from."""
-    tokens, lengths = batch
-    last = tokens.shape[1] - 1
-    return [max(0, min(end, last) - max(start, 1) + 1) for start, end in lengths.tolist()]
+    """How many tokens of each row of a batch the loss learns from."""
+    return target_mask(*batch).sum(axis=1).tolist()

@@ -9,9 +9,10 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset
 
-from ember_mlx.finetune.data import load_sets
+from ember_mlx.finetune.data import DataSet, load_sets
 from ember_mlx.finetune.mlx_lm_internals import PAD_TO
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.packing import packs_of
 from ember_mlx.finetune.rows import tokenized as tokens_of
 from ember_mlx.shared.errors import InputError
 
@@ -30,6 +31,7 @@ class LongestBatch:
         is_cut (bool): Whether that is longer than ``--max-seq-length``; how much longer other rows are was not asked.
         tokenized, rows (int): How many rows were tokenized, those of the most characters, of how many. Where these
             differ and nothing is cut, a row of fewer characters could be one of more tokens.
+        packs (int): With ``--packing``, how many packs the rows make; where not all were tokenized, about as many.
     """
 
     width: int
@@ -37,6 +39,7 @@ class LongestBatch:
     is_cut: bool
     tokenized: int
     rows: int
+    packs: int = 0
 
 
 def longest_batches(args: Options, tokenizer: TokenizerWrapper) -> dict[str, LongestBatch]:
@@ -49,7 +52,9 @@ def longest_batches(args: Options, tokenizer: TokenizerWrapper) -> dict[str, Lon
     with contextlib.redirect_stdout(io.StringIO()):  # what mlx-lm says of the sets, training says
         sets = load_sets(args, tokenizer)
     return {
-        name: longest_batch(found.rows, args.batch_size, args.max_seq_length, found.where)
+        name: _packed_batch(found, args)
+        if name == "train" and args.packing
+        else longest_batch(found.rows, args.batch_size, args.max_seq_length, found.where)
         for name, found in sets.items()
         if len(found) and (name != "test" or args.test)
     }
@@ -75,5 +80,28 @@ def longest_batch(rows: Any, batch_size: int, max_seq_length: int, where: Callab
         characters += sizes[i]
     if not longest:
         raise InputError(f"{where(0)}: the chat template makes nothing of it: see chat_template of the tokenizer")
-    width = min(1 + PAD_TO * -(-longest // PAD_TO), max_seq_length)
+    width = _padded(longest, max_seq_length)
     return LongestBatch(width, longest, longest > max_seq_length, tokenized, len(of_batches))
+
+
+def _packed_batch(found: DataSet, args: Options) -> LongestBatch:
+    """Of packs. Where there are too many rows to tokenize, the first stand for all, and packs are taken for full."""
+    lengths, characters, sizes = [], 0, [len(str(found.rows[i])) for i in range(len(found))]
+    for i, size in enumerate(sizes):
+        if lengths and characters + size > CHARACTERS:
+            break
+        lengths.append(max(len(tokens_of(found.rows, i, found.where(i))[0]), 1))
+        characters += size
+    capacity = args.max_seq_length
+    cut = [min(length, capacity) for length in lengths]
+    if len(lengths) == len(sizes):
+        packs = packs_of(cut, capacity, args.batch_size, args.seed)
+        fullest, number = max(sum(cut[i] for i in pack) for pack in packs), len(packs)
+    else:
+        fullest, number = capacity, -(-sum(cut) * sum(sizes) // (characters * capacity))
+    width = _padded(fullest, capacity)
+    return LongestBatch(width, max(lengths), max(lengths) > capacity, len(lengths), len(sizes), number)
+
+
+def _padded(tokens, max_seq_length):
+    return min(1 + PAD_TO * -(-tokens // PAD_TO), max_seq_length)

@@ -5,16 +5,19 @@ is also saved and stopped between two steps, starts from any position, and lets 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.cli_ui import TrainUI, rprint
+from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 from ember_mlx.finetune.batches import Rows, TrainingBatches, shared_loss
+from ember_mlx.finetune.best import Best, batches_id
+from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
 from ember_mlx.finetune.lost_peers import PeerDeadline
@@ -25,11 +28,13 @@ from ember_mlx.finetune.position import Position, numpy_random
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.stop_signals import StopSignals
+from ember_mlx.finetune.time_left import TimeLeft
 from ember_mlx.finetune.watchers import StepResult, Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.replacing import replaced
 from ember_mlx.token_tables import TokenTable
 
 __all__ = ["Report", "Training"]
@@ -69,7 +74,8 @@ class Training:
         self.optimizer = optimizer
         self.tables = tables
         self.saving = saving
-        self.watchers = watchers
+        self.time_left = TimeLeft(args)
+        self.watchers = [*watchers, self.time_left]
         self.start = start
         self.make_step = make_step
         self.workers = Workers.join()
@@ -77,6 +83,8 @@ class Training:
         self.signals = StopSignals()
         self.deadline.signalled = lambda: self.signals.number is not None
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
+        self.same_batches = bool(args.token_tables or args.keep_best or args.patience)
+        self.steps_done = args.iters
         self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
     def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
@@ -94,14 +102,14 @@ class Training:
         mx.reset_peak_memory()
         with self.signals, self.saving.telling_what_is_left():
             if self.batches.step < args.iters:
-                if args.grad_checkpoint and not args.stream:
-                    grad_checkpoint(self.model.layers[0])
-                step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
-                self._loop(step, loss, CacheDataset(valid_set))
+                checkpointing = args.grad_checkpoint and not args.stream
+                with _checkpointed(self.model.layers[0]) if checkpointing else nullcontext():
+                    step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
+                    self._loop(step, loss, CacheDataset(valid_set))
             peak_memory = self.workers.all_max(mx.get_peak_memory())
             with self.workers.one_outcome():
                 self.nonfinite.refuse_nothing()
-                if not self._save(args.iters):
+                if not self._save(self.steps_done):
                     failed = f"what was trained could not be saved: {self.saving.failed[-1]}"
                     raise InputError(f"--adapter-path {self.saving.folder}: {failed}")
         self._stop_if_asked()  # for the signals that came last, too
@@ -111,7 +119,7 @@ class Training:
         args, batches = self.args, self.batches
         first, before_extra_evaluation = batches.step + 1, None
         report = Report(args, self.optimizer, self.history)
-        with TrainUI(args.iters, rank=self.workers.rank) as ui:
+        with Display(args.iters, self.workers.rank, self.time_left.seconds) as ui:
             for _ in range(batches.step):
                 ui.advance()
             self.model.train()
@@ -124,6 +132,9 @@ class Training:
                         # Evaluated only because it is the last: a longer run resumes as if it had not been.
                         before_extra_evaluation = numpy_random()
                     self._evaluate(step, loss, valid_set, ui)
+                    if self.history.validations.exhausted:
+                        self.steps_done = step - 1
+                        break
 
                 start = time.perf_counter()
                 asked = [watcher.before_step(step, batch[:2]) for watcher in self.watchers]
@@ -146,12 +157,31 @@ class Training:
                     self._refuse_over_memory(step)
                     if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
                         self._save(step)
+        if self.steps_done < args.iters:
+            rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
         self._report_dropped()
+
+    def validated(self, steps_done: int, loss: float, counts: bool = False, is_saved: bool = False) -> None:
+        """After a validation: the weights are kept if its loss is the lowest.
+
+        Args:
+            steps_done: How many steps the weights have taken.
+            loss: Over the batches of the first validation.
+            counts: Whether ``--patience`` counts it.
+            is_saved: Whether the adapter folder holds the same weights.
+        """
+        validations = self.history.validations
+        batches = batches_id(self.args, self.saving.described["made_of"], self.batches.first_evaluation)
+        validations.hear(steps_done, loss, batches, counts)
+        if self.saving.best:
+            with self.workers.one_outcome():
+                if self.workers.leads:
+                    now = Best(steps_done, loss, batches)
+                    self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
     def _evaluate(self, step, loss, valid_set, ui):
         """The validation loss before ``step``."""
         args = self.args
-        self.batches.begin_evaluation()
         start = time.perf_counter()
         whole = len(valid_set) // args.batch_size
         total = whole if args.val_batches == -1 else min(whole, args.val_batches)
@@ -161,19 +191,24 @@ class Training:
                 advance()
                 self._stop_if_asked()
 
-            value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
+            with self.batches.evaluation(whole, self.same_batches):
+                value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
         self.model.train()
         seconds = time.perf_counter() - start
         ui.report_val(step, value, seconds)
         self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
         for watcher in self.watchers:
             watcher.after_validation(step, value)
+        if self.same_batches:
+            self.validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
 
     def _report_dropped(self):
-        dropped = self.args.iters % self.args.grad_accumulation_steps
+        done = self.steps_done
+        dropped = done % self.args.grad_accumulation_steps
         if dropped:
+            of = f"--iters {done}" if done == self.args.iters else done
             rprint(
-                f"The last {dropped} of --iters {self.args.iters} steps are not applied: an update takes "
+                f"The last {dropped} of {of} steps are not applied: an update takes "
                 f"--grad-accumulation-steps {self.args.grad_accumulation_steps}"
             )
 
@@ -200,6 +235,15 @@ class Training:
             raise self.saving.interrupted(number, self.batches.position)
 
 
+@contextmanager
+def _checkpointed(layer: nn.Module) -> Iterator[None]:
+    """mlx-lm changes the class of the layers, for all models of the process; here until the training ends."""
+    kind = type(layer)
+    with replaced(kind, "__call__", kind.__call__):
+        grad_checkpoint(layer)
+        yield
+
+
 class Report:
     """Adds up what the steps since the last report told, as mlx-lm does.
 
@@ -224,7 +268,7 @@ class Report:
         mx.eval(self.losses, self.tokens)
         self.seconds += time.perf_counter() - start
 
-    def send(self, step: int, ui: TrainUI) -> None:
+    def send(self, step: int, ui: Display) -> None:
         """To the display, the history and the callbacks."""
         workers = Workers.join().size
         loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm import lora
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _parse_size, dequantize_model
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "dequantized",
     "is_size",
     "load_yaml",
+    "marked_tokens",
     "parse_size",
     "rate_schedule",
 ]
@@ -64,6 +66,18 @@ def parse_size(text: str) -> int:
 def is_size(action: argparse.Action) -> bool:
     """Whether an option of mlx-lm's takes a size."""
     return action.type in (_parse_size, parse_size)
+
+
+def marked_tokens(tokenizer: TokenizerWrapper, turns: list[dict[str, Any]], tools: Any) -> tuple[list[int], list[int]]:
+    """The tokens of a conversation, and 1 for each that the template marks as the assistant's, 0 for the others.
+
+    mlx-lm's wrapper asks for the tokens alone, so the tokenizer within is called, with what the wrapper would add.
+    """
+    thinking = {tokenizer._thinking_kwarg: tokenizer.has_thinking}
+    found = tokenizer._tokenizer.apply_chat_template(
+        turns, tools=tools, return_dict=True, return_assistant_tokens_mask=True, **thinking
+    )
+    return found["input_ids"], found["assistant_masks"]
 
 
 def dequantized(module: nn.Module) -> nn.Module:

@@ -39,10 +39,23 @@ HELP: Help = {
             "Without validation rows, split this part off the training rows, by --seed; 0 for none. Default: 0.05, or "
             "0 with --train-tables none, as in mlx-lm.",
         ),
-        "mask_prompt": (None, "Learn the completions alone, not the prompts."),
+        "mask_prompt": (
+            None,
+            "Learn what the assistant writes alone, in all turns: completions, answers and tool calls. With "
+            "--train-tables none the last turn alone, as in mlx-lm.",
+        ),
+        "packing": (
+            None,
+            "Put whole rows side by side, up to --max-seq-length. Attention stays within a row. A batch then has more "
+            "rows, and little padding.",
+        ),
         "max_seq_length": ("TOKENS", "Cut rows to this many tokens."),
         "batch_size": ("ROWS", "Rows in a batch."),
         "iters": ("N", "Batches to train on."),
+        "epochs": (
+            "N",
+            "Passes over the training rows, instead of --iters; 0.5 is half of them. Default: as --iters says.",
+        ),
         "seed": ("N", "Seed of all random numbers."),
         "add_tokens": (
             "FILE",
@@ -57,6 +70,11 @@ HELP: Help = {
     },
     "what trains": {
         "fine_tune_type": (None, "Adapters in the layers (lora, dora), or all weights (full)."),
+        "quantize": (
+            None,
+            "Quantize the layers to so many bits when they are loaded, and train adapters on them (QLoRA). The tables "
+            "stay in 16 bits. Not for full. Default: as the model is.",
+        ),
         "num_layers": (
             "N",
             "Train the last N layers; -1 for all, 0 for none (the tables alone). Default: 16 or as many as there are; "
@@ -69,6 +87,15 @@ HELP: Help = {
             "such as `adam-mini: {momentum: int8}` for 1.13 bytes.",
         ),
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
+        "warmup": (
+            "N",
+            "Let all learning rates rise from 0 over this share of the run, such as 0.03, or, from 1 on, over so many "
+            "updates. A schedule's own key warmup takes a share too. Default: none.",
+        ),
+        "patience": (
+            "N",
+            "End the run after N validations without a lower loss, as if it had finished. Default: off.",
+        ),
         "grad_accumulation_steps": ("N", "Batches whose gradients are averaged for one update."),
         "clip_grad_norm": ("NORM", "Clip the global gradient norm, tables included, to NORM. Default: off."),
         "clip_layer_norm": (
@@ -125,9 +152,18 @@ HELP: Help = {
             "Rounding of 16-bit tables. Stochastic keeps, on average, steps that are too small for them. Nearest takes "
             "less memory where the tables' step is the peak. ember only. Default: stochastic with ember, else nearest.",
         ),
-        "dequantize_tables": (None, "Of a quantized model: train the tables in the dtype that they dequantize to."),
+        "dequantize_tables": (
+            None,
+            "Obsolete, and does nothing: quantized tables that train are dequantized. --train-tables none leaves them.",
+        ),
     },
     "memory": {
+        "auto_savings": (
+            None,
+            "Where a run is planned not to fit, switch on --grad-checkpoint, --chunked-loss or --stream, and say so. "
+            "What costs the least time comes first, and what you give stays. Not with several workers, nor with "
+            "--train-tables none.",
+        ),
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "stream": (
             None,
@@ -153,8 +189,14 @@ HELP: Help = {
         "save_every": ("N", "Save the adapter and a checkpoint every N batches."),
         "keep_checkpoints": (
             "N",
-            "Keep the newest N checkpoints; 0 writes none. One is written every --save-every batches, at the end, and "
-            "when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run.",
+            "Keep the newest N checkpoints and N numbered saves; 0 writes none. One is written every --save-every "
+            "batches, at the end, and when Ctrl-C, SIGTERM or SIGHUP (a closed terminal) stops the run. Default: 1 "
+            "checkpoint where tables train, else 3, and all numbered saves.",
+        ),
+        "keep_best": (
+            None,
+            "Keep the weights of the lowest validation loss in best/, an adapter of its own. Default: on where tables "
+            "train and validation rows exist.",
         ),
         "peer_timeout": (
             "SECONDS",
@@ -174,6 +216,12 @@ HELP: Help = {
         "steps_per_report": ("N", "Report the training loss every N batches."),
         "steps_per_eval": ("N", "Validate every N batches."),
         "val_batches": ("N", "Batches of a validation; -1 for all."),
+        "sample_prompts": (
+            "FILE",
+            "Answer these prompts at each validation: a .txt with one a line, or a .jsonl with a prompt, messages or "
+            "text a line. The answers are printed and logged, and change nothing of the run. Default: none.",
+        ),
+        "sample_tokens": ("N", "Tokens of such an answer, at most."),
         "log_jsonl": (
             "FILE",
             "Log losses, learning rates, speed, peak memory and the size of each step, one JSON object a report. "

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune import run_length
+from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import (
     CONFIG_DEFAULTS,
@@ -32,10 +34,13 @@ __all__ = [
     "check",
     "check_lora_parameters",
     "command_to_resume",
+    "complete",
     "defaults",
     "flag",
     "parse",
     "parse_command",
+    "parse_given",
+    "typed",
 ]
 
 SWITCH = {"action": "store_true"}
@@ -65,6 +70,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_row_floor": (None, {"type": float}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
+    "quantize": (None, {"type": int, "choices": BITS}),
     "dequantize_tables": (False, SWITCH),
     "add_tokens": (None, {"type": str}),
     "prompt_feature": ("prompt", {"type": str}),
@@ -72,13 +78,21 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chat_feature": ("messages", {"type": str}),
     "text_feature": ("text", {"type": str}),
     "valid_fraction": (None, {"type": float}),
-    "chunked_loss": (False, SWITCH),
+    "epochs": (None, {"type": float}),
+    "warmup": (None, {"type": float}),
+    "sample_prompts": (None, {"type": str}),
+    "sample_tokens": (64, {"type": int}),
+    "packing": (False, SWITCH),
+    "auto_savings": (True, ON_OR_OFF),
+    "chunked_loss": (False, ON_OR_OFF),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
-    "keep_checkpoints": (3, {"type": int}),
+    "keep_checkpoints": (None, {"type": int}),
+    "keep_best": (None, ON_OR_OFF),
+    "patience": (None, {"type": int}),
     "on_nonfinite": ("stop", {"choices": ["stop", "skip"]}),
     "clip_grad_norm": (None, {"type": float}),
     "clip_layer_norm": (None, {"type": float}),
@@ -95,9 +109,11 @@ AT_LEAST = {
     "steps_per_eval": 1,
     "save_every": 1,
     "keep_checkpoints": 0,
+    "patience": 1,
     "peer_timeout": 1,
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
+    "sample_tokens": 1,
     "learning_rate": 0,
     "table_learning_rate": 0,
     "table_weight_decay": 0,
@@ -158,13 +174,21 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
     Raises:
         InputError: for a value that cannot be, naming the option.
     """
-    return _complete(build_parser(), arguments, data_required)
+    return parse_given(arguments, data_required=data_required)[0]
+
+
+def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
+    """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
+    parser = build_parser()
+    return complete(parser, vars(parser.parse_args(arguments)), data_required)
 
 
 def parse_command(
     parser: argparse.ArgumentParser, arguments: list[str], *, data_required: bool = False
 ) -> tuple[argparse.Namespace, Options]:
     """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
+
+    Its own have ``given`` too: the names of all options that the flags or the YAML file give.
 
     Args:
         parser: That of :func:`build_parser`, to which the command has added its own.
@@ -173,34 +197,48 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    options = vars(_complete(parser, arguments, data_required))
+    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required)
+    options = vars(made)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
-        argparse.Namespace(**{name: options[name] for name in own}),
+        argparse.Namespace(given=given, **{name: options[name] for name in own}),
         Options(**{name: value for name, value in options.items() if name not in own}),
     )
 
 
-def _complete(parser, arguments, data_required):
-    options = vars(parser.parse_args(arguments))
+def complete(
+    parser: argparse.ArgumentParser, options: dict[str, Any], data_required: bool
+) -> tuple[Options, frozenset[str]]:
+    """The checked options of what was given by name, with None for what was not: then ``config``, then the defaults.
+
+    Returns:
+        The options, and the names of those that were given, in ``config`` too.
+
+    Raises:
+        InputError: as :func:`parse` does.
+    """
     if options["config"]:
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
                 options[key] = value
+    given = frozenset(name for name, value in options.items() if value is not None)
     if data_required and options["data"] is None and not options.get("hf_dataset"):
         raise InputError(
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
+    if options["iters"] is not None and options["epochs"] is not None:
+        both = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{both}: each says how long to train; give one, as a flag or in the YAML file")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
     for key, value in defaults().items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
-    complete = Options(**options)
-    check(complete)
-    return complete
+    args = Options(**options)
+    check(args)
+    return run_length.settled(args), given
 
 
 def check(args: Options) -> None:
@@ -208,17 +246,13 @@ def check(args: Options) -> None:
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
         most = SAFE_RATE if name.endswith("learning_rate") else LARGEST
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise InputError(f"{flag(name)} {value}: must be a number of at least {least} and at most {most:.3g}")
     if args.valid_fraction is not None and not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
-    if args.train and args.grad_accumulation_steps > args.iters:
-        raise InputError(
-            f"--grad-accumulation-steps {args.grad_accumulation_steps}: exceeds --iters {args.iters}, so nothing "
-            "would be learned; lower it"
-        )
+    run_length.check(args)
     for name in ("val_batches", "test_batches"):
         if getattr(args, name) < 1 and getattr(args, name) != -1:
             raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")
@@ -244,6 +278,11 @@ def check(args: Options) -> None:
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
+    elif args.quantize is not None:
+        raise InputError(
+            f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
+            "use lora or dora, or leave --quantize out"
+        )
 
 
 def _check_ember_options(args):
@@ -307,12 +346,16 @@ def _read_config(path, parser):
         if near and near != [key]:
             rprint(f"Warning: {where}: {key} is not an option; did you mean {near[0]}?")
         if key in actions and value is not None:
-            config[key] = _typed(f"{where}: {key}: {value}", value, actions[key])
+            config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
     return config
 
 
-def _typed(where, value, action):
-    """The value as the command line would have read it."""
+def typed(where: str, value: Any, action: argparse.Action) -> Any:
+    """The value as the command line would have read it.
+
+    Raises:
+        InputError: for one that it would refuse; ``where`` names it.
+    """
     if action.nargs == "?" and isinstance(value, bool):
         return action.const if value else None
     if action.nargs == 0:
@@ -320,17 +363,18 @@ def _typed(where, value, action):
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        if str(value).lower() not in action.choices:
-            raise InputError(f"{where} must be one of {', '.join(action.choices)}")
-        return str(value).lower()
+        words = {str(choice): choice for choice in action.choices}
+        if str(value).lower() not in words:
+            raise InputError(f"{where} must be one of {', '.join(words)}")
+        return words[str(value).lower()]
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        typed = action.type(str(value) if action.type in (_size, _limit) else value)
-    except (argparse.ArgumentTypeError, TypeError, ValueError):
-        typed = None
-    changed = action.type is int and typed != value
-    if typed is None or changed or isinstance(value, bool):
+        read = action.type(str(value) if action.type in (_size, _limit) else value)
+    except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
+        read = None
+    changed = action.type is int and read != value
+    if read is None or changed or isinstance(value, bool):
         kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
         raise InputError(f"{where} must be {kind}")
-    return typed
+    return read

@@ -39,7 +39,7 @@ class Position:
         "numpy_random": NUMPY_STATE,
         "mlx_random": [int],
         "first_evaluation": (dict, type(None)),
-        "record": {"losses": dict, "trained_tokens": int},
+        "record": {"losses": dict, "trained_tokens": int, "validations": (dict, type(None))},
     }
     to_json = asdict
 

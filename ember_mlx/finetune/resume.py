@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options, safe_reading
-from ember_mlx.finetune.build_optimizer import body_learning_rate, peak, updates
+from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
+from ember_mlx.finetune.run_length import asked, updates
 from ember_mlx.finetune.workers import Workers, as_words
 from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
 from ember_mlx.shared.errors import InputError
@@ -36,15 +37,21 @@ __all__ = [
 # What may differ without a word: it does not reach the weights. What the data and the model are is told by their
 # contents, so they may have moved.
 FREE = {
-    *("iters", "steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
+    *("iters", "epochs", "sample_prompts", "sample_tokens"),
+    *("steps_per_report", "save_every", "keep_checkpoints", "report_to", "project_name", "adapter_path"),
     *("overwrite", "resume", "resume_with_changes", "config", "train", "test", "test_batches", "data", "model"),
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
-    *("streaming_notes", "peer_timeout"),
+    *("streaming_notes", "peer_timeout", "keep_best", "patience"),
+    "dequantize_tables",  # obsolete
+    "auto_savings",  # what it switches on is compared itself
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 # Of these, what decides at which steps the workers of one run meet.
-SHARED = {"iters", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"}
+SHARED = {
+    *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
+    *("keep_best", "patience"),
+}
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options
@@ -153,7 +160,7 @@ def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: d
     step = checkpoint.position.step
     if args.iters < step:
         raise InputError(
-            f"--iters {args.iters}: checkpoint {checkpoint.folder} has {step} steps done; ask for at least that many"
+            f"{asked(args)}: checkpoint {checkpoint.folder} has {step} steps done; ask for at least that many"
         )
     changed = [*_changed_options(args, checkpoint.options), *_changed_contents(own_made_of, checkpoint.made_of)]
     if changed and not args.resume_with_changes:

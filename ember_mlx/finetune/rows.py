@@ -1,20 +1,30 @@
 """The rows of a data set: what is wrong with one, its tokens, and how many of these ``--mask-prompt`` masks.
 
 mlx-lm tokenizes a row when a batch needs it, and masks as many tokens as the prompt alone has. Here every row is
-tokenized before the first step, so that errors name it in time. The mask ends where the row and its prompt differ.
+tokenized before the first step, so that errors name it in time, and the mask is exact.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, ConcatenatedDataset
 from mlx_lm.utils import common_prefix_len
 
+from ember_mlx.finetune.answers import (
+    Spans,
+    answers_by_marker,
+    answers_in_text,
+    answers_in_tokens,
+    has_answer,
+    opening_of,
+)
+from ember_mlx.finetune.options import Options
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["REMEDY", "ChatRows", "TriedRows", "fault_of", "tokenized", "with_compared_prompts"]
+__all__ = ["REMEDY", "ChatRows", "TriedRows", "fault_of", "spans_of", "tokenized", "with_masked_prompts"]
 
 REMEDY = "fix or remove that line"
 SAYS_SOMETHING = "tool_calls"  # beside it, a message needs no content
@@ -73,16 +83,19 @@ def _fault_of_content(content):
 class ChatRows:
     """mlx-lm's rows of messages, or of a prompt and a completion, with the same tokens.
 
-    With ``--mask-prompt``, the offset of the answer is the number of tokens that the row and its prompt share. A
-    template may begin an answer otherwise in a prompt than in a row, as with an empty think block. mlx-lm's offset, the
-    length of the prompt, then lies within the answer.
+    With ``--mask-prompt`` every answer is learned, see :mod:`ember_mlx.finetune.answers`. By mlx-lm's rule it is the
+    last turn. Its offset is here the number of tokens that the row and its prompt share. A template may begin an answer
+    otherwise in a prompt than in a row, as with an empty think block. mlx-lm's offset, the length of the prompt, then
+    lies within the answer.
 
     Args:
         rows (ChatDataset or CompletionsDataset): mlx-lm's.
+        last_alone (bool): Whether mlx-lm's rule holds.
     """
 
-    def __init__(self, rows: ChatDataset | CompletionsDataset):
+    def __init__(self, rows: ChatDataset | CompletionsDataset, last_alone: bool = True):
         self.rows = rows
+        self.last_alone = last_alone
         self.tokenizer = rows.tokenizer
         self.mask_prompt = rows.mask_prompt
         self.unshared = 0
@@ -96,17 +109,24 @@ class ChatRows:
     def fault_of(self, row: dict[str, Any]) -> str | None:
         """See :func:`fault_of`."""
         if isinstance(self.rows, ChatDataset):
-            return fault_of(row, (self.rows.chat_key,), self.rows.chat_key, mask_prompt=self.mask_prompt)
+            key = self.rows.chat_key
+            fault = fault_of(row, (key,), key, mask_prompt=self.mask_prompt)
+            if fault is None and self.mask_prompt and not self.last_alone and not has_answer(row[key]):
+                return "has no message of role assistant, and --mask-prompt learns nothing else"
+            return fault
         return fault_of(row, (self.rows.prompt_key, self.rows.completion_key))
 
-    def process(self, row: dict[str, Any]) -> tuple[list[int], int]:
-        """The tokens of a row, and the number of those at its start that are not learned.
+    def process(self, row: dict[str, Any]) -> tuple[list[int], int | Spans]:
+        """The tokens of a row, and what is learned of them: a number of tokens at the start is not, or spans are.
 
         Raises:
-            ValueError: when the template would write a content as Python does, and whatever the template raises.
+            ValueError: when the template would write a content as Python does, for an answer that cannot be found, and
+                whatever the template raises.
         """
         turns = self._turns(row)
         tokens = self._templated(row, turns)
+        if self.mask_prompt and not self.last_alone:
+            return tokens, self._answers(row, turns, tokens)
         offset = 0
         if self.mask_prompt:
             answered = turns[-1].get("role") == "assistant"
@@ -114,6 +134,15 @@ class ChatRows:
             offset = common_prefix_len(tokens, prompt)
             self.unshared += offset < len(prompt)
         return tokens, offset
+
+    def _answers(self, row, turns, tokens):
+        marked = answers_by_marker(self.tokenizer, turns, row.get("tools"), tokens)
+        if marked is not None:
+            return marked
+        write = partial(self._templated, row, tokenize=False)
+        text, answers, whole = answers_in_text(write, turns, opening_of(write, turns))
+        self.unshared += not whole
+        return answers_in_tokens(self.tokenizer, text, tokens, answers)
 
     def _turns(self, row):
         if isinstance(self.rows, ChatDataset):
@@ -138,15 +167,16 @@ class ChatRows:
         return self.tokenizer.apply_chat_template(turns, tools=row.get("tools"), return_dict=False, **options)
 
 
-def with_compared_prompts(rows: Any) -> Any:
+def with_masked_prompts(rows: Any, args: Options) -> Any:
     """A data set of mlx-lm's, with :class:`ChatRows` in the place of chats and completions."""
     if isinstance(rows, ConcatenatedDataset):
-        rows._data = [with_compared_prompts(each) for each in rows._data]
-    return ChatRows(rows) if isinstance(rows, ChatDataset | CompletionsDataset) else rows
+        rows._data = [with_masked_prompts(each, args) for each in rows._data]
+    last_alone = args.train_tables == "none"  # then the run is mlx-lm's own
+    return ChatRows(rows, last_alone) if isinstance(rows, ChatDataset | CompletionsDataset) else rows
 
 
-def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int]:
-    """What ``rows.process`` makes of a row: its tokens, and the number of those that are not learned.
+def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int | Spans]:
+    """What ``rows.process`` makes of a row: its tokens, and what is learned of them.
 
     Args:
         rows: A data set of mlx-lm's kind.
@@ -164,19 +194,34 @@ def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int]:
         if not getattr(part.tokenizer, "has_chat_template", True):
             raise InputError(f"{where} needs a chat template, which the model lacks: use rows of text")
     try:
-        tokens, offset = rows.process(row)
+        return rows.process(row)
     # Whatever a tokenizer or a chat template has against it.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where} cannot be tokenized ({reason}): {REMEDY}") from error
-    return tokens, offset
+
+
+def spans_of(tokens: list[int], learned: int | Spans, max_seq_length: int) -> Spans:
+    """The tokens of a row that are learned, as spans; a row without any has none.
+
+    The first token of a row is never predicted.
+
+    Args:
+        tokens: The row's.
+        learned: Spans, or as mlx-lm has it the number of tokens at the start that are not learned.
+        max_seq_length: As the option, which cuts the row.
+    """
+    spans = [(learned, len(tokens))] if isinstance(learned, int) else learned
+    cut = [(max(start, 1), min(end, max_seq_length)) for start, end in spans]
+    return [(start, end) for start, end in cut if start < end]
 
 
 class TriedRows:
     """A data set, every row of which was tokenized once.
 
-    ``checksum`` is the SHA-256 of its rows, ``token_checksum`` that of their tokens and masks, in hexadecimal.
-    ``unshared`` is the number of rows whose prompt, which ``--mask-prompt`` masks, is no prefix of the row.
+    ``lengths`` are the tokens of each row, before it is cut. ``checksum`` is the SHA-256 of the rows and
+    ``token_checksum`` that of their tokens and masks, in hexadecimal. ``unshared`` is the number of rows whose prompt,
+    which ``--mask-prompt`` masks, is no prefix of the row.
 
     Args:
         rows: A data set of mlx-lm's kind; an empty list where there is none.
@@ -189,11 +234,13 @@ class TriedRows:
     def __init__(self, rows: Any, where: Callable[[int], str]):
         self.rows, self.where = rows, where
         content, learned = hashlib.sha256(), hashlib.sha256()
+        self.lengths = []
         for i in range(len(rows)):
-            tokens, offset = tokenized(rows, i, where(i))
+            tokens, spans = tokenized(rows, i, where(i))
             if not tokens:
                 raise InputError(f"{where(i)}: the tokenizer makes nothing of it: {REMEDY}")
-            learned.update(json.dumps([tokens, offset]).encode())
+            self.lengths.append(len(tokens))
+            learned.update(json.dumps([tokens, spans]).encode())
             content.update(json.dumps(rows[i], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
         self.checksum, self.token_checksum = content.hexdigest(), learned.hexdigest()
         parts = rows._data if isinstance(rows, ConcatenatedDataset) else [rows]
@@ -205,6 +252,6 @@ class TriedRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
-    def process(self, row: dict[str, Any]) -> tuple[list[int], int]:
-        """As mlx-lm's data sets do: the tokens, and the number of those that are not learned."""
+    def process(self, row: dict[str, Any]) -> tuple[list[int], int | Spans]:
+        """The tokens, and what is learned of them: see :func:`spans_of`."""
         return self.rows.process(row)

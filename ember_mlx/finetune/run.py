@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,22 +11,26 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
-from mlx_lm.tuner.trainer import default_loss
 from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.disk import what_is_kept
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
+from ember_mlx.finetune.given import Given, Outcome
+from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import (
     CONTENTS,
@@ -38,6 +41,8 @@ from ember_mlx.finetune.resume import (
     share_position,
     weights_checksum,
 )
+from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
@@ -46,10 +51,10 @@ from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError
+from ember_mlx.streaming.mean_loss import mean_loss
+from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
-__all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
-
-LARGEST_EXPONENT = math.log(sys.float_info.max)  # of math.exp
+__all__ = ["check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
 
 
 def run(
@@ -81,24 +86,37 @@ def run(
         PeerLost: when another worker is gone; one that stands still ends the process, with exit code 75.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
+    return run_with(Given(), args, [training_callback] if training_callback else [], watchers, make_step).result
+
+
+def run_with(
+    given: Given,
+    args: Options,
+    callbacks: Sequence[TrainingCallback] = (),
+    watchers: Sequence[Watcher] = (),
+    make_step: Callable | None = None,
+) -> Outcome:
+    """What :func:`run` does, with a model or rows that are in memory; it raises the same."""
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
     with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
-        return _run_together(args, training_callback, watchers, make_step, workers, deadline)
+        return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
 
 
-def _run_together(args, training_callback, watchers, make_step, workers, deadline):
+def _run_together(given, args, callbacks, watchers, make_step, workers, deadline):
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
-        check_data_folder(args)
+        check_data_folder(args, given.rows)
+        if args.train and args.sample_prompts is not None and workers.leads:
+            read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
                 _check_what_is_written(args, lock)
-        return _run(args, training_callback, lock, watchers, make_step, workers, deadline)
+        return _run(given, args, callbacks, lock, watchers, make_step, workers, deadline)
 
 
 def _check_what_is_written(args, lock):
@@ -110,31 +128,35 @@ def _check_what_is_written(args, lock):
     lock.take(make=False)
 
 
-def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
+def _run(given, args, callbacks, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
     with workers.one_outcome():
-        services = _reporting_callbacks(args) if workers.leads else None
-        callbacks = [callback for callback in (services, training_callback) if callback]
-        rprint("Loading pretrained model")
-        trust = {"trust_remote_code": args.trust_remote_code}
-        model, tokenizer, config = adapters.load_base(args.model, tokenizer_config=trust, **trust)
+        model, tokenizer, config = given.load(args)
         if args.train:
             tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
         elif args.adapter_path != "":
             tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         rprint("Loading datasets")
-        train_set, valid_set, test_set = load_data(args, tokenizer)
+        train_set, valid_set, test_set = load_data(args, tokenizer, given.rows)
+        train_set = packed(args, train_set)
+        if args.train:
+            args = settled(args, batches_an_epoch(args, len(train_set)))
+        services = _reporting_callbacks(args) if workers.leads else None  # they record the options
+        callbacks = [*([services] if services else []), *callbacks]
         if args.train:
             choices = choose(args, shapes_of(model), added_tokens)
+            samples = _samples(args, tokenizer, valid_set, workers, deadline)
         elif args.adapter_path != "":
             adapters.apply_adapter(model, Path(args.adapter_path), config)
     result = None
     if args.train:
-        result = train_model(args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline)
+        result = train_model(
+            args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline, samples
+        )
     if args.test:
         rprint("Testing")
         _test(args, model, test_set, deadline.passed)
-    return result
+    return Outcome(result, model, tokenizer)
 
 
 def train_model(
@@ -148,6 +170,7 @@ def train_model(
     watchers: Sequence[Watcher] = (),
     make_step: Callable | None = None,
     deadline: PeerDeadline | None = None,
+    samples: Samples | None = None,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     workers = Workers.join()
@@ -156,34 +179,45 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
+        if args.packing:
+            check_rows_stay_apart(model, args.max_seq_length - 1)
+        kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
         optimizer = build_optimizer(model, args, choices)
         trained = what_trains(model, optimizer, args, choices)
         args = args | choices.as_options()  # what the records of the run say of it
         tables = list(choices.tables)
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
-        rprint(f"\n{format_table(trained)}\n")
+        rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
         if make_step is None:
             args, make_step = _make_step(args, model, optimizer)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
-    start, saving, log = _begin(args, model, optimizer, of, len(train_set), lock, workers)
+    start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
+    if samples:
+        watchers = [*watchers, samples]
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
+        if samples:
+            samples.listeners.append(log.on_samples)
     training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
+    if valid_set and training.same_batches:
+        training.validated(training.steps_done, loss_after, is_saved=True)
     if log:
-        log.end(args.iters, loss_after if valid_set else None)
+        log.end(training.steps_done, loss_after if valid_set else None)
     result = Result(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=loss_before,
         loss_after=loss_after,
         peak_memory=peak_memory,
         trained=trained,
-        files=adapters.run_files(Path(args.adapter_path)) if workers.leads else [],
+        files=[path for path in adapters.run_files(Path(args.adapter_path)) if path.is_file()] if workers.leads else [],
+        samples=samples.taken if samples else [],
+        best=saving.best and saving.best.found,
     )
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
@@ -191,6 +225,18 @@ def train_model(
         for failed in saving.failed:
             rprint(f"Not saved: {failed}. What was trained is saved.")
     return result
+
+
+def _samples(args, tokenizer, valid_set, workers, deadline):
+    """What answers ``--sample-prompts``, or None."""
+    if args.sample_prompts is None:
+        return None
+    if not len(valid_set):
+        raise InputError(
+            f"--sample-prompts {args.sample_prompts}: they are answered at each validation, and no validation rows "
+            "exist: add a valid.jsonl, or --valid-fraction"
+        )
+    return Samples(args, tokenizer, workers, deadline)
 
 
 def _make_step(args, model, optimizer):
@@ -211,23 +257,24 @@ def _set_what_trains(args, choices, model):
         _load_adapter_file(model, Path(args.resume_adapter_file))
 
 
-def _begin(args, model, optimizer, of, rows, lock, workers):
+def _begin(args, model, optimizer, of, kept, rows, lock, workers):
     """Go on from a checkpoint if that is asked for, and take the adapter folder; returns position, saving and log."""
     start = resumed = log = None
+    in_place = _resumes_in_place(args)
     with workers.one_outcome():
         if workers.leads:
             if args.resume is not None:
                 start, resumed = _go_on(args, model, optimizer, of, rows)
             steps_done = start.step if start else 0
-            refuse_full_disk(args, model, optimizer, steps_done)
+            rprint(f"Disk: at most {refuse_full_disk(args, model, optimizer, kept)}")
             safe_writing.make_folder(Path(args.adapter_path))
             lock.take(make=True)
             check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
-        saving = Saving(args, model, optimizer, of, resumed)
+        saving = Saving(args, model, optimizer, of, kept, resumed, in_place, start.step if start else 0)
         if args.log_jsonl and workers.leads:
             safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
             lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-            log = run_log_writer.RunLogWriter(args, steps_done, goes_on=resumed is not None)
+            log = run_log_writer.RunLogWriter(args, steps_done, goes_on=in_place)
     if args.resume is not None:
         start = share_position(workers, start, model, optimizer)
     return start, saving, log
@@ -243,12 +290,12 @@ def _losses(args, model, loss, valid_set, training):
 
 
 def _go_on(args, model, optimizer, of, rows):
-    """Put everything as the checkpoint has it; its position, and its folder if that is in this run's adapter folder."""
+    """Put everything as the checkpoint has it; its position and its folder."""
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
-    position = restore(args, checkpoint, of, model, optimizer, rows // args.batch_size)
+    position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
     rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
-    return position, checkpoint.folder if _resumes_in_place(args) else None
+    return position, checkpoint.folder
 
 
 def choose_loss(args: Options, model: nn.Module) -> Callable:
@@ -260,8 +307,8 @@ def choose_loss(args: Options, model: nn.Module) -> Callable:
         try:
             return chunked_loss(model)
         except InputError:
-            return default_loss
-    return chunked_loss(model) if args.chunked_loss else default_loss
+            return mean_loss
+    return chunked_loss(model) if args.chunked_loss else mean_loss
 
 
 def check_adapter_folder(args: Options) -> None:
@@ -332,4 +379,4 @@ def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
     loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {math.inf if loss > LARGEST_EXPONENT else math.exp(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f}, Test ppl {perplexity(loss):.3f}.")

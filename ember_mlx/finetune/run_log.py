@@ -3,14 +3,16 @@
 - ``{"event": "start", "step": 0, "format": 1, "options": {...}, "versions": {...}}``: the run's options, and what it
   ran with. A run that was resumed appends another such line, with the steps of its checkpoint: what the lines before
   it tell of later steps is told again, and counts no more.
-- ``{"event": "validation", "step": 0, "validation_loss": 2.1}``, after so many steps: nats a token. mlx-lm draws other
-  batches each time.
+- ``{"event": "validation", "step": 0, "validation_loss": 2.1, "perplexity": 8.17}``, after so many steps: nats a token,
+  and e to that power. mlx-lm draws other batches each time.
+- ``{"event": "samples", "step": 0, "samples": [{"prompt": "...", "answer": "..."}]}``: the answers to
+  ``--sample-prompts`` at that validation.
 - ``{"event": "train", "step": 10, ...}`` every ``--steps-per-report``, and after the last step: see ``TRAIN``.
-- ``{"event": "end", "step": 100, "validation_loss": 1.2}`` after the last step, over the batches of the first
-  validation.
+- ``{"event": "end", "step": 100, "validation_loss": 1.2, "perplexity": 3.32}`` after the last step, over the batches of
+  the first validation.
 
-Of two lines of one event and step the later one counts. null stands for what there is not: no tables train, a loss that
-is no number.
+Of two lines of one event and step the later one counts. Logs of older releases lack the perplexity. null stands for
+what there is not: no tables train, a loss that is no number.
 """
 
 import json
@@ -20,7 +22,7 @@ from pathlib import Path
 from ember_mlx.finetune import safe_reading
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["FORMAT", "TRAIN", "Log", "read"]
+__all__ = ["FORMAT", "LARGEST", "TRAIN", "Log", "read"]
 
 FORMAT = 1
 NUMBER = (int, float, type(None))
@@ -38,8 +40,9 @@ TRAIN = {
 TYPES = {
     "start": EVENT | {"format": int, "options": dict, "versions": dict},
     "train": EVENT | TRAIN,
-    "validation": EVENT | {"validation_loss": NUMBER},
-    "end": EVENT | {"validation_loss": NUMBER},
+    "validation": EVENT | {"validation_loss": NUMBER, "perplexity": NUMBER},
+    "samples": EVENT | {"samples": [{"prompt": str, "answer": str}]},
+    "end": EVENT | {"validation_loss": NUMBER, "perplexity": NUMBER},
 }
 LARGEST = 1e300  # of what a run counts and measures
 
@@ -48,9 +51,9 @@ LARGEST = 1e300  # of what a run counts and measures
 class Log:
     """What counts of a log.
 
-    ``options`` and ``versions`` are those of the last start. ``train``, ``validation`` and ``end`` hold the objects of
-    these events, as in the file, in the order of their steps. ``unfinished`` says that the last line was cut off: it is
-    not among them.
+    ``options`` and ``versions`` are those of the last start. ``train``, ``validation``, ``samples`` and ``end`` hold
+    the objects of these events, as in the file, in the order of their steps. ``unfinished`` says that the last line was
+    cut off: it is not among them.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Log:
     versions: dict = field(default_factory=dict)
     train: list[dict] = field(default_factory=list)
     validation: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
     end: list[dict] = field(default_factory=list)
     unfinished: bool = False
 
@@ -102,6 +106,8 @@ def _parse(line, where):
         raise InputError(f"{where}: is not of such a log: its event must be one of {', '.join(TYPES)}")
     if event == "start" and row.get("format") != FORMAT:
         raise InputError(f"{where}: is of format {row.get('format')!r}; this release reads format {FORMAT}")
+    if event in ("validation", "end"):
+        row.setdefault("perplexity", None)
     safe_reading.check_types(row, TYPES[event], where)
     numbers = [value for value in row.values() if isinstance(value, int | float)]
     if row["step"] < 0 or not all(-LARGEST < number < LARGEST for number in numbers):

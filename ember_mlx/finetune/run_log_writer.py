@@ -11,6 +11,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import adapters, run_log
+from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
 from ember_mlx.finetune.safe_writing import existing_parent
@@ -69,11 +70,18 @@ class RunLogWriter(TrainingCallback, Watcher):
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         """A validation of the loop."""
-        self._write("validation", val_info["iteration"], validation_loss=val_info["val_loss"])
+        self._validation("validation", val_info["iteration"], val_info["val_loss"])
+
+    def on_samples(self, steps_done: int, samples: list[dict[str, str]]) -> None:
+        """The answers to ``--sample-prompts`` at a validation."""
+        self._write("samples", steps_done, samples=samples)
 
     def end(self, steps_done: int, validation_loss: float | None) -> None:
         """After the last step, with the loss on the batches of the first validation if there is a set."""
-        self._write("end", steps_done, validation_loss=validation_loss)
+        self._validation("end", steps_done, validation_loss)
+
+    def _validation(self, event, step, loss):
+        self._write(event, step, validation_loss=loss, perplexity=None if loss is None else perplexity(loss))
 
     def _write(self, event, step, **values):
         finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}

@@ -1,5 +1,6 @@
 """Files that are whole or not there, also after a power cut: written beside, flushed to the disk, then renamed."""
 
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -21,10 +22,13 @@ __all__ = [
     "check_new_folder",
     "check_space",
     "existing_parent",
+    "finish_swapping",
+    "link",
     "make_folder",
     "new_folder",
     "remove",
     "replace_together",
+    "swapped_folder",
     "sync_folder",
     "write_arrays",
     "write_bytes",
@@ -32,6 +36,8 @@ __all__ = [
 
 PARTIAL = ".partial-"  # a name that begins so is of something unfinished
 REMOVED = ".removed-"  # and one that begins so is on its way out
+EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+WORKING_FOLDER = -100  # AT_FDCWD of Linux
 NOT_SAVED = (
     "it is not saved: a step overflowed, or it was so from the start. Lower the learning rates, or resume from an "
     "earlier checkpoint"
@@ -58,8 +64,29 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]) -> None:
+def link(path: Path, new: Path) -> None:
+    """The same file under a second name, on the disk once: a clone (APFS), else a hard link, else a copy.
+
+    Of a hard link, whoever writes either name later must replace it, as all here do: a change would be to both.
+    """
+    system = ctypes.CDLL(None)
+    if hasattr(system, "clonefile") and system.clonefile(os.fsencode(path), os.fsencode(new), 0) == 0:
+        return
+    try:
+        os.link(path, new)
+    except OSError:
+        with open(path, "rb") as file, _new_file(new) as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def replace_together(
+    folder: Path,
+    files: dict[str, dict[str, mx.array] | bytes | str],
+    metadata: dict[str, str],
+) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
+
+    Of a file that is the same as an earlier one, the content is the name of that.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
     with arrays get, is for telling that.
@@ -72,7 +99,9 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
     try:
         for partial, content in zip(partials, files.values(), strict=True):
             partial.unlink(missing_ok=True)
-            if isinstance(content, bytes):
+            if isinstance(content, str):
+                link(folder / f"{PARTIAL}{content}", partial)
+            elif isinstance(content, bytes):
                 write_bytes(partial, content)
             else:
                 write_arrays(partial, content, metadata)
@@ -160,6 +189,56 @@ def new_folder(path: Path, keeps: Callable[[Path], bool] = lambda _: False) -> I
     with suppress(OSError):  # the next one tries again
         sync_folder(path.parent)
         remove(replaced)
+
+
+@contextmanager
+def swapped_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of the folder ``path`` when the block ends.
+
+    That is one step of the file system: a kill at any moment leaves the old folder or the new one, whole. Only where
+    the system cannot exchange two names is there a moment with neither, which :func:`finish_swapping` mends.
+
+    Raises:
+        OSError: for whatever the disk has against it; what was there is unchanged.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    finish_swapping(path)
+    partial.mkdir()
+    try:
+        yield partial
+        sync_folder(partial)
+        if not path.exists():
+            os.rename(partial, path)
+        elif not _exchange(partial, path):
+            replaced = path.with_name(REMOVED + path.name)
+            _move_all([(path, replaced), (partial, path)])
+    except BaseException:
+        with suppress(OSError):
+            finish_swapping(path)
+        raise
+    with suppress(OSError):  # the next one tries again
+        sync_folder(path.parent)
+        finish_swapping(path)
+
+
+def finish_swapping(path: Path) -> None:
+    """Remove what a kill has left beside the folder ``path``; if that is not there, the old one is again."""
+    partial, replaced = (path.with_name(mark + path.name) for mark in (PARTIAL, REMOVED))
+    if replaced.exists() and not path.exists():
+        os.rename(replaced, path)
+    for left in (partial, replaced):
+        remove(left)
+
+
+def _exchange(one, other):
+    """Swap the names of two folders at once; whether the system can."""
+    system = ctypes.CDLL(None)
+    names = [os.fsencode(path) for path in (one, other)]
+    if hasattr(system, "renamex_np"):  # macOS
+        return system.renamex_np(*names, EXCHANGE) == 0
+    if hasattr(system, "renameat2"):
+        return system.renameat2(WORKING_FOLDER, names[0], WORKING_FOLDER, names[1], EXCHANGE) == 0
+    return False
 
 
 def _move_all(moves):

@@ -12,6 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import make_console, rprint
 
 from ember_mlx.finetune import adapters, checkpoints
+from ember_mlx.finetune.best import Best, BestAdapter
+from ember_mlx.finetune.disk import DiskUse, Kept, disk_use
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
@@ -31,7 +33,10 @@ class Saving:
     Args:
         args, model, optimizer: The run's.
         made_of (dict): See :func:`ember_mlx.finetune.resume.made_of`.
-        resumed (Path, optional): The checkpoint of the same adapter folder with which the run began.
+        kept (Kept): What of its saves is kept.
+        resumed (Path, optional): The checkpoint with which the run began.
+        in_place (bool): Whether that is in the same adapter folder.
+        steps_done (int): Where that was.
     """
 
     def __init__(
@@ -40,16 +45,21 @@ class Saving:
         model: nn.Module,
         optimizer: GuardedOptimizer | PairedOptimizer,
         made_of: dict,
+        kept: Kept,
         resumed: Path | None = None,
+        in_place: bool = False,
+        steps_done: int = 0,
     ):
         self.model = model
         self.optimizer = optimizer
         self.folder = Path(args.adapter_path)
         self.save_every = args.save_every
         self.with_changes = args.resume_with_changes
-        self.began_with = resumed and resumed.name
-        self.adapter = adapters.Saver(self.folder, model, args, goes_on=resumed is not None)
-        self.checkpoints = checkpoints.Checkpoints(self.folder, args.keep_checkpoints, resumed)
+        began_with = resumed if in_place else None
+        self.began_with = began_with and began_with.name
+        self.adapter = adapters.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
+        self.best = BestAdapter(self.adapter, _adapter_folder(resumed), steps_done) if kept.best else None
+        self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
         self.failed = []  # in words, what could not be saved
 
@@ -63,9 +73,14 @@ class Saving:
         adapter = self._tried(f"adapter of step {steps_done}", self.adapter.save, steps_done, numbered)
         if adapter and not self.checkpoints.keep:
             self.checkpoints.remove_others()  # of the run that the adapter of this one has now replaced
-        if names := checkpoint + adapter:
-            make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
+        _tell(checkpoint + adapter)
         return bool(adapter)
+
+    def save_best(self, now: Best, untrained: float | None, position: Position, is_saved: bool) -> None:
+        """See :meth:`BestAdapter.hear`. A run that replaces another one does that first, by a save of its own."""
+        if self.adapter.replaced and self.best.is_lower(now, untrained) and not self.save(now.step, position):
+            return
+        _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved))
 
     def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
@@ -144,26 +159,41 @@ class Saving:
             return []
 
 
+def _adapter_folder(checkpoint):
+    """The adapter folder that a checkpoint lies in, if it does."""
+    return checkpoint.parent.parent if checkpoint and checkpoint.parent.name == checkpoints.FOLDER else None
+
+
+def _tell(names):
+    if names:
+        make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
+
+
 def refuse_full_disk(
-    args: Options, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, steps_done: int
-) -> None:
-    """Refuse to begin what the disk cannot hold to the end.
+    args: Options, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, kept: Kept
+) -> DiskUse:
+    """What the run takes on the disk, the one in its adapter folder replaced or continued.
 
     Raises:
-        InputError: with what is needed and what is free.
+        InputError: when the disk cannot hold that, with what is needed and what is free.
     """
     weights = sum(array.nbytes for _, array in tree_flatten(model.trainable_parameters()))
     state = sum(array.nbytes for _, array in tree_flatten(optimizer.state))
-    kept = args.keep_checkpoints + 1 if args.keep_checkpoints else 0  # the new one is there before the oldest goes
-    adapters_to_come = 2 + args.iters // args.save_every - steps_done // args.save_every
-    needed = kept * (weights + state) + adapters_to_come * weights
+    use = disk_use(args, weights, state, kept)
     folder = Path(args.adapter_path)
-    there = [file for path in checkpoints.in_folder(folder) for file in path.glob("*") if not path.is_symlink()]
-    free = shutil.disk_usage(existing_parent(folder)).free + sum(file.lstat().st_size for file in there)
-    if needed > free:
+    free = shutil.disk_usage(existing_parent(folder)).free + _taken(folder)
+    if use.peak > free:
         raise InputError(
-            f"--adapter-path {folder}: {format_bytes(free)} are free there, and this run may write "
-            f"{format_bytes(needed)}: {kept} checkpoints of {format_bytes(weights + state)} and {adapters_to_come} "
-            f"adapters of {format_bytes(weights)}; make room, give another path, lower --keep-checkpoints "
-            f"{args.keep_checkpoints}, or raise --save-every {args.save_every}"
+            f"--adapter-path {folder}: {format_bytes(free)} are free there, and this run takes {use}; make room, give "
+            f"another path, {'add --no-keep-best, ' if kept.best else ''}lower --keep-checkpoints {kept.checkpoints}, "
+            f"or raise --save-every {args.save_every}"
         )
+    return use
+
+
+def _taken(folder):
+    """Bytes of the run that a folder holds: this one replaces them all."""
+    found = [*checkpoints.in_folder(folder), *adapters.run_files(folder)]
+    files = [file for path in found for file in (path.glob("*") if path.is_dir() else [path])]
+    sizes = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (file.lstat() for file in files)}  # a link once
+    return sum(sizes.values())

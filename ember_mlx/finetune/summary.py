@@ -1,17 +1,22 @@
 """What a run reports: what trains before it, and what came of it after."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from ember_mlx.finetune.build_optimizer import peak, updates
+from ember_mlx.finetune import adapters
+from ember_mlx.finetune.best import Best
+from ember_mlx.finetune.build_optimizer import peak
 from ember_mlx.finetune.choices import Choices
+from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
@@ -45,7 +50,9 @@ class Result:
     """What came of a run.
 
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
-    the training; ``loss_before`` is None where these are one.
+    the training; ``loss_before`` is None where these are one. ``samples`` has the answers to ``--sample-prompts``:
+    ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
+    ``best`` is what ``best/`` holds, if it is kept.
     """
 
     loss_name: str
@@ -54,6 +61,18 @@ class Result:
     peak_memory: int
     trained: list[Trained]
     files: list[Path]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
+
+    @property
+    def perplexity_before(self) -> float | None:
+        """e^loss_before."""
+        return None if self.loss_before is None else perplexity(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float:
+        """e^loss_after."""
+        return perplexity(self.loss_after)
 
     @property
     def table_state_bytes(self) -> int:
@@ -64,13 +83,15 @@ class Result:
 def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options, choices: Choices) -> list[Trained]:
     """A line for each token table and one for the rest."""
     parameters = dict(tree_flatten(model.trainable_parameters()))
+    bits = sorted({module.bits for module in model.modules() if hasattr(module, "bits")})
     lines = []
     for table in choices.tables:
         rows, columns = table.shape
+        dequantized = ", dequantized" if table.module_path in choices.dequantize else ""
         lines.append(
             Trained(
                 table.path,
-                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)})",
+                f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)}{dequantized})",
                 _name(optimizer.tables) + (ROUNDED if choices.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, options),
                 rows * columns,
@@ -83,7 +104,7 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
         lines.append(
             Trained(
                 None,
-                _body(options, choices),
+                _body(options, choices, bits),
                 _name(body),
                 _rate(body, options),
                 sum(parameter.size for parameter in parameters.values()),
@@ -110,8 +131,17 @@ def format_result(result: Result) -> str:
         f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where "
         f"Adam would keep {format_bytes(total.adam_bytes)}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
+        *_best(result),
     ]
     return "\n".join(lines)
+
+
+def _best(result):
+    if result.best is None or not result.files:
+        return
+    folder = result.files[0].parent / adapters.BEST
+    loss, step = result.best.validation_loss, result.best.step
+    yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {folder}"
 
 
 def _losses(result):
@@ -122,7 +152,10 @@ def _losses(result):
     else:
         when, same = ("in the first report", "in the last"), ""
     before, after = f"{result.loss_before:.3f} {when[0]}", f"{result.loss_after:.3f} {when[1]}"
-    return f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    line = f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    if result.loss_name != "Validation loss":
+        return line
+    return f"{line}; perplexity {result.perplexity_before:,.4g} before, {result.perplexity_after:,.4g} after"
 
 
 def _total(lines):
@@ -134,11 +167,12 @@ def _sizes(line):
     return f"{line.parameters:,}", format_bytes(line.state_bytes), format_bytes(line.adam_bytes)
 
 
-def _body(options, choices):
+def _body(options, choices, bits):
     layers = f"{choices.num_layers} {'layer' if choices.num_layers == 1 else 'layers'}"
     if options.fine_tune_type == "full":
         return f"the rest ({layers}, norms)"
-    return f"{options.fine_tune_type} in {layers}, rank {choices.lora_parameters['rank']}"
+    of_bits = f" of {' and '.join(map(str, bits))} bits" if bits else ""
+    return f"{options.fine_tune_type} in {layers}{of_bits}, rank {choices.lora_parameters['rank']}"
 
 
 def _name(optimizer):

@@ -5,14 +5,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ember_mlx.finetune.choices import Choices, Shapes
 from ember_mlx.finetune.mlx_lm_internals import dequantized
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.units import format_bytes
 from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
 
-__all__ = ["dequantize_modules", "make_trainable", "shapes_of"]
+__all__ = ["dequantize_modules", "dequantize_to_train", "make_trainable", "shapes_of"]
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -44,7 +46,7 @@ def make_trainable(model: nn.Module, options: Any, choices: Choices) -> None:
     Raises:
         InputError: for LoRA settings that mlx-lm refuses.
     """
-    dequantize_modules(model, list(choices.dequantize))
+    dequantize_to_train(model, list(choices.dequantize))
     model.freeze()
     if options.fine_tune_type == "full":
         _unfreeze_whole(model, choices)
@@ -64,6 +66,23 @@ def dequantize_modules(model: nn.Module, module_paths: list[str]) -> None:
     modules = dict(model.named_modules())
     for path in module_paths:
         model.update_modules(tree_unflatten([(path, dequantized(modules[path]))]))
+
+
+def dequantize_to_train(model: nn.Module, tables: list[str]) -> None:
+    """Dequantize token tables, by the paths of their modules, and say how many bytes that takes."""
+    if not tables:
+        return
+    before = _nbytes(model, tables)
+    dequantize_modules(model, tables)
+    rprint(
+        f"Dequantized, so that they can train: {' and '.join(tables)}, {format_bytes(before)} before, "
+        f"{format_bytes(_nbytes(model, tables))} now (--train-tables none leaves them quantized)"
+    )
+
+
+def _nbytes(model, paths):
+    modules = dict(model.named_modules())
+    return sum(array.nbytes for path in paths for _, array in tree_flatten(modules[path].parameters()))
 
 
 def _unfreeze_whole(model, choices):

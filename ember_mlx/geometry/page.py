@@ -39,6 +39,7 @@ def html(found: dict, drawn: dict[str, list[Path]]) -> str:
             "matrices": MATRICES,
             "memory_share": MEMORY_SHARE,
             "themes": THEMES,
+            "samples": _first_and_last(found["samples"]),
             "pictures": {name: _embedded(*files) for name, files in drawn.items()},
             "tables": [table | _rows(table) for table in found["tables"]],
             "token_classes": [
@@ -51,6 +52,16 @@ def html(found: dict, drawn: dict[str, list[Path]]) -> str:
 
 def _embedded(light, dark):
     return {name: base64.b64encode(file.read_bytes()).decode() for name, file in (("light", light), ("dark", dark))}
+
+
+def _first_and_last(samples):
+    """Of each prompt: the prompt, and the answers at the first and the last validation, with their steps; or None."""
+    if not samples:
+        return None
+    first, last = samples[0], samples[-1]
+    pairs = zip(first["samples"], last["samples"], strict=True)
+    rows = [(one["prompt"], one["answer"], other["answer"]) for one, other in pairs]
+    return {"steps": (first["step"], last["step"]), "rows": rows}
 
 
 def _rows(table):

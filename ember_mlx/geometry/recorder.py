@@ -11,6 +11,7 @@ from ember_mlx.geometry import measures
 from ember_mlx.geometry.probe import TableSample
 from ember_mlx.geometry.sampling import CLASSES
 from ember_mlx.optimizers.ember import blocks
+from ember_mlx.streaming.marks import are_marks
 from ember_mlx.token_tables import TokenTable
 
 __all__ = ["COLD", "GAPS", "NEW", "OUTSIDE", "GradientRows", "TableRecord", "TokenHistory", "WeightPaths", "as_float32"]
@@ -36,8 +37,8 @@ class TokenHistory:
         self.pending = np.array([], np.int32)  # in the batches since the last update
 
     def add_batch(self, batch: tuple[mx.array, mx.array]) -> None:
-        tokens, (_, lengths) = np.array(batch[0]), np.array(batch[1]).T
-        there = np.arange(tokens.shape[1]) < lengths[:, None]
+        tokens, learned = map(np.array, batch)
+        there = learned > 0 if are_marks(batch[1]) else np.arange(tokens.shape[1]) < learned[:, 1:]
         self.pending = np.union1d(self.pending, tokens[there]).astype(np.int32)
 
     def end_update(self, update: int) -> None:

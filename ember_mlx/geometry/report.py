@@ -6,7 +6,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ember_mlx.finetune.build_optimizer import peak, table_learning_rate, updates
+from ember_mlx.finetune.build_optimizer import peak, table_learning_rate
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.finetune.summary import Result
 from ember_mlx.geometry import measures, verdict
 from ember_mlx.geometry.observer import Observer
@@ -58,6 +59,7 @@ def build(
         "tables": [_table(record, observer, tokenizer, rng) for record in observer.tables.values()],
         "hidden": _hidden(observer, rng),
         "cost": _cost(observer, timed),
+        "samples": result.samples,
     }
     return _as_json(numbers | {"verdict": verdict.judge(numbers)})
 

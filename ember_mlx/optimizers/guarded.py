@@ -18,8 +18,9 @@ from mlx.optimizers import Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx import kernels
+from ember_mlx.kernels.norms import ARRAYS
 from ember_mlx.optimizers.body import Tree
-from ember_mlx.optimizers.ember import blocks, mean_squares
+from ember_mlx.optimizers.ember import blocks
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
@@ -73,8 +74,8 @@ def global_norm(gradients: Tree) -> mx.array:
     """The L2 norm over all arrays of a tree, float32 whatever their dtypes.
 
     Within 1e-6, or 2e-5 over a million rows on the CPU, for elements from about 1e-18 to 1e16; infinite well above. It
-    is not finite if any element is not. The GPU kernel reads each large gradient once and makes nothing of its size;
-    small neighbours are added up first, as in :func:`all_finite`.
+    is not finite if any element is not. The GPU kernel takes several large gradients at once, reads each once and makes
+    nothing of its size; small neighbours are added up first, as in :func:`all_finite`.
     """
     return norm_of(squares_of(gradients))
 
@@ -84,15 +85,19 @@ def squares_of(gradients: Tree) -> list[mx.array]:
 
     Without a kernel each large gradient needs scratch for a moment: who evaluates them in turn needs that of one alone.
     """
-    small, sums = {}, []
+    small, for_kernel, sums = {}, {}, []
     for place, (_, gradient) in enumerate(tree_flatten(gradients)):
         if gradient.size < SMALL:
             squares = mx.square(gradient.astype(mx.float32))
             small.setdefault((place // NEIGHBOURS, gradient.shape), []).append(squares)
+            continue
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if kernels.usable(kernels.norms, rows.dtype):
+            for_kernel.setdefault(rows.dtype, []).append(rows)
         else:
-            rows = gradient.reshape(-1, gradient.shape[-1])
-            has_kernel = kernels.usable(kernels.statistics, rows.dtype)
-            sums.append(mean_squares(rows)[0] * rows.shape[1] if has_kernel else _squares_of_rows(rows))
+            sums.append(_squares_of_rows(rows))
+    for arrays in for_kernel.values():
+        sums += [kernels.norms.sums_of_squares(arrays[i : i + ARRAYS]) for i in range(0, len(arrays), ARRAYS)]
     for alike in small.values():
         rows = _in_pairs(mx.add, alike)
         sums.append(rows.sum(axis=-1).reshape(-1) if rows.ndim else rows.reshape(1))
@@ -182,7 +187,7 @@ class Guard:
         self.judges_outcome = skip_nonfinite and (mx.float16 in dtypes or any(map(_has_adafactor, parts)))
         if skip_nonfinite or clip_grad_norm is not None:
             for dtype in dtypes:
-                kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
+                kernels.usable(kernels.norms, dtype)  # tried now: a first step may be one that MLX traces
 
     def state(self) -> dict:
         """What the optimizer's state has beside that of its parts."""

@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass, field, replace
 
-from ember_mlx.finetune.choices import Shapes
+from ember_mlx.finetune.choices import GROUP_SIZE, Shapes
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.token_table_rules import TokenTable
 
@@ -151,6 +151,11 @@ class Architecture:
         plain = dict.fromkeys((table.name for table in self.tables()), False)
         quantization = self.quantization and self.quantization | plain
         return replace(self, vocabulary=rows, quantization=quantization)
+
+    def with_layers_of(self, bits: int) -> "Architecture":
+        """The same with layers of so many bits, and plain token tables: what ``--quantize`` makes of it."""
+        plain = dict.fromkeys((table.name for table in self.tables()), False)
+        return replace(self, quantization={"bits": bits, "group_size": GROUP_SIZE} | plain)
 
     def _quantized(self, name, rows, columns):
         """Bytes of a packed weight with its scales, or None where it is not packed."""

@@ -16,16 +16,21 @@ from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
 from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
+from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Inputs", "find_config", "read_inputs", "with_rows_of_data"]
 
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tiktoken.model")
 # Above any length that a tokenizer's config allows: rows are cut by --max-seq-length, and need no warning here.
 ANY_LENGTH = 10**12
+USUAL_ROWS = 512  # tokens: of rows that nothing is known of
 MOST_TOKENS = 10**9  # of a batch: far above any that fits, and the sizes can still be read
 SECONDS_FOR_THE_HUB = 3
+NO_DATA = "no --data is given"
 EVALUATIONS = {"valid": "validation", "test": "the test"}
 
 
@@ -52,28 +57,51 @@ def read_inputs(args: options.Options) -> Inputs:
     """Everything but the data.
 
     Raises:
-        InputError: for a model or new tokens that ``train`` would refuse, and a config.json that cannot be planned.
+        InputError: for a model, new tokens or prompts that ``train`` would refuse, and a config.json that cannot be
+            planned.
     """
     config, path = find_config(args.model)
     model = read_architecture(config, path.name)
+    if args.sample_prompts is not None:
+        read_prompts(args.sample_prompts)  # as train will
+    if args.quantize is not None:
+        if model.quantization:
+            raise InputError(
+                f"--quantize {args.quantize}: model {args.model}: is quantized already: leave --quantize out, or give "
+                "the same model in 16 bits"
+            )
+        model = model.with_layers_of(args.quantize)
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
         model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
     return Inputs(model, run_of(args, model), path, tokenizer, assumptions)
 
 
-def with_rows_of_data(args: options.Options, inputs: Inputs) -> Inputs:
+def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool = False) -> Inputs:
     """The same with rows as long as those of ``--data``, where these can be known.
+
+    Args:
+        args: The run's.
+        inputs: Of :func:`read_inputs`.
+        usual_rows: Without ``--data``, plan rows of 512 tokens, and not as long as ``--max-seq-length`` allows.
 
     Raises:
         InputError: for data that ``train`` would refuse, and for batches that could never be trained on.
     """
     tokenizer, without = _tokenizer_of_rows(args, inputs)
+    if without == NO_DATA and usual_rows:
+        run = replace(inputs.run, length=min(USUAL_ROWS, inputs.run.length))
+        line = f"rows of {run.length} tokens: {NO_DATA}; --data or --max-seq-length plans for other rows"
+        return replace(inputs, run=run, assumptions=[*inputs.assumptions, line])
     if without:
         return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
+    rows = batches["train"].packs or batches["train"].rows
+    args = settled(args, batches_an_epoch(args, rows))
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
+    if args.epochs is not None:
+        lines.append(f"--epochs {args.epochs:g} is {passes(args, rows)}")
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
@@ -90,7 +118,7 @@ def _tokenizer_of_rows(args, inputs):
         if getattr(args, "hf_dataset", None):
             return None, "hf_dataset is no folder here"
         none_given = args.data == options.defaults()["data"]
-        return None, "no --data is given" if none_given else f"--data {args.data} is no folder here"
+        return None, NO_DATA if none_given else f"--data {args.data} is no folder here"
     check_data_folder(args)
     return (inputs.tokenizer, None) if inputs.tokenizer else _load_tokenizer(inputs.config_path, args)
 
@@ -107,14 +135,17 @@ def _with_full_rows(args, inputs, why):
 
 def _why_so_long(args, name, batch: LongestBatch):
     path = file_of(args, name) or file_of(args, "train")  # of which validation rows are split off
-    if batch.is_cut:
+    if batch.packs:
+        about = "" if batch.tokenized == batch.rows else "about "
+        reason = f"--packing makes {about}{batch.packs:,} packs of the {batch.rows:,} rows of {path}"
+    elif batch.is_cut:
         limit = f"--max-seq-length {args.max_seq_length}"
         reason = f"{limit} cuts the longest rows of {path}, and the last token is only predicted"
     else:
         reason = f"batches of {path} have rows of up to {batch.longest}, and mlx-lm pads them"
         if batch.tokenized < batch.rows:
             reason += f" (of {batch.rows:,} rows, the {batch.tokenized:,} of most characters were tokenized)"
-    batches = batch.rows // args.batch_size
+    batches = batches_an_epoch(args, batch.packs or batch.rows)
     if name == "train" and args.iters < batches:
         reason += f"; {args.iters:,} steps may draw only shorter ones of the {batches:,} batches"
     return reason
@@ -122,15 +153,21 @@ def _why_so_long(args, name, batch: LongestBatch):
 
 def _load_tokenizer(config_path, args):
     """The tokenizer, or None and why there is none."""
-    folder = config_path.parent
-    if not any(any(folder.glob(name)) for name in VOCABULARIES):
-        return None, f"no tokenizer exists beside {config_path.name}"
+    folder, why = config_path.parent, ""
+    if not _has_tokenizer(folder) and not Path(args.model).exists():
+        why = _fetch_tokenizer(args.model, folder)
+    if not _has_tokenizer(folder):
+        return None, f"no tokenizer exists beside {config_path.name}{why}"
     settings = {"trust_remote_code": args.trust_remote_code, "model_max_length": ANY_LENGTH}
     try:
         return load_tokenizer(folder, settings), None
     # Whatever a tokenizer of its own kind raises.
     except Exception as error:
-        return None, f"the tokenizer cannot be loaded ({' '.join(str(error).split())})"
+        return None, f"the tokenizer cannot be loaded ({_reason(error)})"
+
+
+def _has_tokenizer(folder):
+    return any(any(folder.glob(name)) for name in VOCABULARIES)
 
 
 def _with_new_tokens(args, model, tokenizer):
@@ -141,8 +178,7 @@ def _with_new_tokens(args, model, tokenizer):
     """
     where = f"--add-tokens {args.add_tokens}"
     asked = read_tokens(Path(args.add_tokens))
-    quantized = [table.name for table in model.tables() if table.nbytes is not None]
-    refuse_frozen_rows(args, quantized, where)
+    refuse_frozen_rows(args, where)
     if tokenizer is None:
         line = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
         return model.with_rows(model.vocabulary + len(asked)), None, [line]
@@ -174,7 +210,7 @@ def find_config(model: str) -> tuple[dict[str, Any], Path]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--model {model}: {path.name} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"--model {model}: {path.name} cannot be read: {_reason(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"--model {model}: {path.name} holds no names and values; give the config.json of a model")
     return config | _stored_dtype(path.parent), path
@@ -191,22 +227,43 @@ def _stored_dtype(folder):
 
 
 def _from_hub(name):
-    """The config.json of a model on the Hugging Face hub: from the cache, or these kilobytes are downloaded.
-
-    The hub is asked once first: a download without a connection would try again for half a minute.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    """The config.json of a model on the Hugging Face hub: from the cache, or these kilobytes are downloaded."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     try:
         path = try_to_load_from_cache(name, "config.json")
         if isinstance(path, str):
             return Path(path)
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=SECONDS_FOR_THE_HUB)
+        _ask_hub(name, None)
         return Path(hf_hub_download(name, "config.json", etag_timeout=SECONDS_FOR_THE_HUB))
     # Whatever the hub's client raises: a name that cannot be, no such model, no connection.
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"--model {name}: no such folder here, and the Hugging Face hub gave no config.json ({reason}): give a "
-            "model's folder or its config.json"
+            f"--model {name}: no such folder here, and the Hugging Face hub gave no config.json ({_reason(error)}): "
+            "give a model's folder or its config.json"
         ) from error
+
+
+def _fetch_tokenizer(name, folder):
+    """Download the tokenizer's files to the config.json in the hub's cache; words on why they did not come, if so."""
+    from huggingface_hub import snapshot_download
+
+    commit = folder.name
+    try:
+        _ask_hub(name, commit)
+        snapshot_download(name, revision=commit, allow_patterns=TOKENIZER_FILES, etag_timeout=SECONDS_FOR_THE_HUB)
+    # As above.
+    except Exception as error:
+        return f", and the Hugging Face hub gave none ({_reason(error)})"
+    return ""
+
+
+def _ask_hub(name, commit):
+    """Raises whatever it may, at once: a download without a connection would try again for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    get_hf_file_metadata(hf_hub_url(name, "config.json", revision=commit), timeout=SECONDS_FOR_THE_HUB)
+
+
+def _reason(error):
+    return " ".join(str(error).split()) or type(error).__name__

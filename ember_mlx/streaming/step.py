@@ -24,7 +24,10 @@ from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.head_module import check_after, find_head
 from ember_mlx.streaming.layers import Layers
 from ember_mlx.streaming.machines import Machines, Reduce
+from ember_mlx.streaming.marks import target_mask
+from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.rows_apart import rows_apart
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import find_units, put_back_random_state
@@ -62,8 +65,9 @@ class StreamedStep:
         optimizer (Optimizer): One that looks at one array at a time: most of MLX's, a ``MultiOptimizer`` of such, or
             :class:`ember_mlx.PairedOptimizer`. Token tables under :class:`ember_mlx.Ember` have no whole gradient.
         loss (callable, optional): ``loss(model, *batch)`` returns a scalar, or a tuple of it and the number of tokens.
-            Default: mlx-lm's own, the mean cross entropy of tokens from the first to the last of ``lengths``. That one
-            needs no logits; with another, the head is differentiated as a whole.
+            Default: mlx-lm's own, the mean cross entropy of tokens from the first to the last of ``lengths``, which
+            takes marks too (``marks.py``). That one needs no logits; with another, the head is differentiated as a
+            whole.
         clip_norm_pass (bool): Clip by the global norm as ``optimizer.clip_grad_norm`` says: exact, by a backward pass
             more for the norm.
         clip_layer_norm (float, optional): Another rule: the most that the norm of one layer's gradients may be.
@@ -213,16 +217,21 @@ class StreamedStep:
     # The loss
 
     def _run_of(self, batch):
-        if self._head:
-            return lambda: self._head.head.hidden(batch[0][:, :-1])
-        return lambda: self._loss(self.model, *batch)
+        if not self._head:
+            return lambda: self._loss(self.model, *batch)
+        tokens, learned = batch
+
+        def run():
+            with rows_apart(self.model, learned):
+                return self._head.head.hidden(tokens[:, :-1])
+
+        return run
 
     def _loss_by_head(self, recordings, batches):
         """The loss, its tokens, and its gradient by the hidden states of each micro-batch."""
         hidden, targets, weights, tokens = [], [], [], 0
-        for recording, (batch, lengths) in zip(recordings, batches, strict=True):
-            steps = mx.arange(1, batch.shape[1])
-            mask = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
+        for recording, (batch, learned) in zip(recordings, batches, strict=True):
+            mask = target_mask(batch, learned)
             hidden.append(mx.stop_gradient(recording.result))
             recording.result = None
             targets.append(batch[:, 1:].reshape(-1))
@@ -257,9 +266,7 @@ class StreamedStep:
             head = find_head(self.model)
             check_after(head)
         except InputError as error:
-            from mlx_lm.tuner.trainer import default_loss
-
-            self._loss = default_loss
+            self._loss = mean_loss
             self.notes.append(f"{error}: logits and the head's gradient are whole")
             return None
         path = next(path for path, module in self.model.named_modules() if module is head.module)
@@ -297,4 +304,4 @@ class StreamedStep:
 def _is_the_usual(loss):
     from mlx_lm.tuner.trainer import default_loss
 
-    return loss is None or loss is default_loss
+    return loss in (None, default_loss, mean_loss)

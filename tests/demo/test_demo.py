@@ -7,20 +7,23 @@ import subprocess
 import sys
 
 import mlx_lm
+import pytest
 
 from ember_mlx import load
 
-# The demo with half of its 40 steps and few rows to validate on, about half of its work: the losses fall as clearly.
-HALF = """import sys
+# The demo with a fifth of its 40 steps, few rows to validate on and one to show, a sixth of its work: the losses fall
+# as clearly.
+SHORTER = """import sys
 from ember_mlx.commands import demo
-demo.SETTINGS |= {"--iters": demo.SETTINGS["--iters"] // 2, "--val-batches": 4}
+demo.SETTINGS |= {"--iters": demo.SETTINGS["--iters"] // 5, "--val-batches": 2}
+demo.EXAMPLES = 1
 demo.main(sys.argv[1:])"""
 
 
-def test_half_of_the_demo_does_what_it_says_in_half_of_90_seconds(tmp_path):
+def test_a_sixth_of_the_demo_does_what_it_says_in_a_third_of_its_time(tmp_path):
     keep = tmp_path / "kept"
     before_it = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    shorter = [sys.executable, "-c", HALF, "--keep", str(keep)]
+    shorter = [sys.executable, "-c", SHORTER, "--keep", str(keep)]
     done = subprocess.run(shorter, capture_output=True, text=True, timeout=600, check=False)
     processor_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before_it
     assert done.returncode == 0, done.stderr
@@ -33,12 +36,13 @@ def test_half_of_the_demo_does_what_it_says_in_half_of_90_seconds(tmp_path):
     assert rows["optimizer state of the tables"].endswith("8.39 MB")
     assert {"prompt", "in the library", "before"} < rows.keys()
     assert int(re.search(r"(\d+) s in all", done.stdout)[1]) > 0
-    assert processor_seconds < 90  # half of two cores' time; a clock would count what else the machine does
+    assert processor_seconds < 45  # of one core; a clock would count what else the machine does
 
     # What it kept is an ordinary model, data set and adapter.
     model, _ = load(keep / "model", adapter_path=keep / "Ember")
     assert "lora_a" in model.layers[0].mlp.up_proj
-    mlx_lm.load(str(keep / "model"), adapter_path=str(keep / "AdamW"))
+    with pytest.raises(ValueError, match="Use ember-mlx generate"):
+        mlx_lm.load(str(keep / "model"), adapter_path=str(keep / "AdamW"))
     rows = (keep / "data" / "train.jsonl").read_text().splitlines()
     assert all(json.loads(row).keys() == {"prompt", "completion"} for row in rows)
 

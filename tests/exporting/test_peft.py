@@ -95,7 +95,7 @@ def test_a_model_with_norms_of_queries_and_keys(folders, tmp_path):
 
 
 def test_of_a_quantized_model_the_base_must_be_named(folders, tmp_path, capsys):
-    adapter = train(tmp_path, folders, folders["quantized"], "--dequantize-tables", "--num-layers", 1)
+    adapter = train(tmp_path, folders, folders["quantized"], "--num-layers", 1)
     given = words(folders["quantized"], adapter, tmp_path / "peft")
     with pytest.raises(InputError, match="name the model that it was made from as --base-model"):
         export.main(given)

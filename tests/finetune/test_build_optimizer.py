@@ -14,9 +14,9 @@ from ember_mlx.finetune.build_optimizer import (
     peak,
     table_learning_rate,
     table_optimizer,
-    updates,
 )
 from ember_mlx.finetune.choices import choose, rounding
+from ember_mlx.finetune.run_length import updates
 from ember_mlx.finetune.summary import what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.optimizers.guarded import GuardedOptimizer

@@ -268,7 +268,7 @@ def test_an_adapter_is_saved_where_there_is_no_room_for_a_checkpoint(parse, tmp_
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(parse, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=40_960))
     with pytest.raises(
-        InputError, match=r"40.96 kB are free there, and this run may write .* 4 checkpoints of .*make roo"
+        InputError, match=r"40.96 kB are free there, and this run takes .*checkpoints .* at the peak; make roo"
     ):
         run(parse())
     assert not (tmp_path / "adapters").exists()

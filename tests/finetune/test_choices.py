@@ -25,7 +25,6 @@ ASKED = st.fixed_dictionaries(
         "fine_tune_type": st.sampled_from(["lora", "dora", "full"]),
         "train_tables": st.sampled_from(["auto", "embedding", "head", "none"]),
         "num_layers": st.sampled_from([None, -1, 0, 1, 2, 3]),
-        "dequantize_tables": st.booleans(),
         "table_rounding": st.sampled_from([None, "nearest", "stochastic"]),
         "body_rounding": st.sampled_from([None, "nearest", "stochastic"]),
         "stream": st.sampled_from([None, True, False]),
@@ -74,7 +73,8 @@ def test_the_property_sees_choices_and_each_refusal(models):
     ):
         assert message in outcome(asked, models["untied"][1])
     assert "the head is the embedding" in outcome({"train_tables": "head"}, models["tied"][1])
-    assert "--dequantize-tables" in outcome({}, models["quantized"][1])
+    assert outcome({}, models["quantized"][1])[1] == {"model.embed_tokens", "lm_head"}
+    assert outcome({"train_tables": "none"}, models["quantized"][1])[1] == set()
     assert "full: lm_head is quantized" in outcome({"fine_tune_type": "full"}, models["quantized"][1])
     assert outcome({"num_layers": 1}, models["untied"][1])[0]["num_layers"] == 1
 

@@ -12,7 +12,8 @@ from mlx_lm.utils import load_tokenizer
 from ember_mlx import InputError
 from ember_mlx.commands import data
 from ember_mlx.finetune.data import load_data
-from ember_mlx.finetune.data_report import count, learned_part
+from ember_mlx.finetune.data_report import count
+from ember_mlx.finetune.rows import spans_of
 
 ROWS = [{"prompt": "q" * n, "completion": "a" * (n % 5 + 1)} for n in (1, 9, 30, 70)]
 
@@ -38,20 +39,21 @@ def test_the_learned_tokens_are_those_of_mlx_lms_loss(parse, folders, path, mask
     args = parse("--data", path, "--batch-size", 1, "--max-seq-length", max_seq_length, "--valid-fraction", 0, *mask)
     rows, _, _ = load_data(args, load_tokenizer(folders["untied"]))
     counted = 0
-    for batch, lengths in iterate_batches(CacheDataset(rows), 1, max_seq_length):
+    theirs, _, _ = load_data(args | {"train_tables": "none"}, load_tokenizer(folders["untied"]))
+    for batch, lengths in iterate_batches(CacheDataset(theirs), 1, max_seq_length):
         _, tokens = default_loss(lambda inputs: mx.zeros((*inputs.shape, 2**18)), batch, lengths)
         length = int(lengths[0, 1])
         padding = batch.shape[1] > length and int(lengths[0, 0]) <= length  # which mlx-lm's loss counts
         counted += int(tokens.item()) - padding
     found = count(rows, max_seq_length)
-    sizes = [(len(tokens), offset) for tokens, offset in (rows.process(row) for row in ROWS)]
+    processed = [rows.process(row) for row in ROWS]
+    sizes = [len(tokens) for tokens, _ in processed]
     assert found.learned == counted
-    assert found.tokens == sum(length for length, _ in sizes)
-    assert (found.shortest, found.longest) == (min(sizes)[0], max(sizes)[0])
-    assert found.truncated == sum(length > max_seq_length for length, _ in sizes)
+    assert found.tokens == sum(sizes)
+    assert (found.shortest, found.longest) == (min(sizes), max(sizes))
+    assert found.truncated == sum(length > max_seq_length for length in sizes)
     assert found.masked == len(ROWS) * bool(mask)
-    parts = [learned_part(*size, max_seq_length) for size in sizes]
-    assert found.empty == sum(start == end for start, end in parts)
+    assert found.empty == sum(not spans_of(*each, max_seq_length) for each in processed)
     assert (found.empty > 0) == bool(mask and max_seq_length < 512)
 
 

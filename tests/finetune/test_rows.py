@@ -10,7 +10,7 @@ from mlx_lm.utils import load_tokenizer
 
 from ember_mlx import InputError
 from ember_mlx.finetune.data import check_data_folder, load_data
-from ember_mlx.finetune.rows import ChatRows
+from ember_mlx.finetune.rows import ChatRows, spans_of
 from ember_mlx.finetune.run import run
 
 TEMPLATES = {
@@ -150,11 +150,12 @@ ANSWERS = ["b", "", "a long answer, longer than what the prompt adds", "<think><
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_a_mask_ends_where_row_and_prompt_differ(load, tokenizer, capsys, kind, answer):
+@pytest.mark.parametrize("tables", [[], ["--train-tables", "none"]])
+def test_a_mask_ends_where_row_and_prompt_differ(load, tokenizer, capsys, kind, answer, tables):
     row = chat(("user", "a"), ("assistant", answer)) if kind == "chat" else {"prompt": "a", "completion": answer}
-    rows = load([row] * 3, "--mask-prompt", template="thinks")
-    tokens, offset = rows.process(rows[0])
-    learned = tokenizer.decode(tokens[offset:])
+    rows = load([row] * 3, "--mask-prompt", *tables, template="thinks")
+    [(start, end)] = spans_of(*rows.process(rows[0]), 512)
+    learned = tokenizer.decode(rows.process(rows[0])[0][start:end])
     assert learned == (f"{answer}</s>" if answer != "<think></think>" else "</s>")
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("--mask-prompt: in 3 of 3 rows") == (answer != "<think></think>")
@@ -167,7 +168,7 @@ def test_where_the_prompt_is_a_prefix_tokens_and_masks_are_mlx_lms(load, tokeniz
     if kind == "completion":
         rows = [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "ccc"}]
         theirs = CompletionsDataset(rows, tokenizer, "prompt", "completion", True)
-    ours = load(rows, "--mask-prompt")
+    ours = load(rows, "--mask-prompt", "--train-tables", "none")
     assert [ours.process(row) for row in rows] == [theirs.process(row) for row in rows]
     assert "--mask-prompt" not in capsys.readouterr().out
     theirs.mask_prompt = False
@@ -202,8 +203,9 @@ def test_any_row_trains_or_is_refused_by_its_line(load, row, template, mask, fir
     except InputError as error:
         says_where(str(error))
     else:
-        tokens, offset = rows.process(rows[0])
-        assert 0 <= offset <= len(tokens) > 0
+        tokens, learned = rows.process(rows[0])
+        assert len(tokens) > 0
+        assert all(0 < start < end <= len(tokens) for start, end in spans_of(tokens, learned, len(tokens)))
 
 
 def says_where(message):

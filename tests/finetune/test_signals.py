@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from ember_mlx.finetune import checkpoints, options
-from ember_mlx.finetune.loop import TrainUI
+from ember_mlx.finetune.loop import Display
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.stop_signals import SIGNALS, Interrupted, StopSignals
@@ -158,7 +158,7 @@ def test_a_signal_that_comes_when_all_is_saved_is_not_forgotten(parse, tmp_path,
 
 def stops_at_once(*arguments, **options):
     os.kill(os.getpid(), signal.SIGINT)
-    return TrainUI(*arguments, **options)
+    return Display(*arguments, **options)
 
 
 def test_the_command_to_go_on_takes_the_checkpoint_of_this_run_and_its_changes(parse, tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ def test_the_command_to_go_on_takes_the_checkpoint_of_this_run_and_its_changes(p
     changed = ["--resume", second, "--learning-rate", 0.5, "--resume-with-changes"]
     # Nothing new is saved: the newer ones stay, and a bare --resume would take one of them.
     with monkeypatch.context() as context:
-        context.setattr("ember_mlx.finetune.loop.TrainUI", stops_at_once)
+        context.setattr("ember_mlx.finetune.loop.Display", stops_at_once)
         assert stopped_at(None, *changed) == ["--resume", str(second), "--resume-with-changes"]
     assert [path.name for path in checkpoints.in_folder(tmp_path / "adapters")][-1] == "step-0000005"
     assert stopped_at(3, *changed) == ["--resume"]

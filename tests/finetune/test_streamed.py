@@ -90,7 +90,7 @@ RUNS = {
     "no tables": [*FULL, "--train-tables", "none"],
     "AdamW on tables": [*FULL, "--table-optimizer", "adamw"],
     "checkpointed": [*FULL, "--grad-checkpoint", "--chunked-loss"],
-    "quantized": ["quantized", "--dequantize-tables"],
+    "quantized": ["quantized"],
     **{name: [*FULL, "--optimizer", name] for name in ("adafactor", "muon", "adam-mini", "sinkgd")},
 }
 

@@ -10,7 +10,7 @@ from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.loop import Training
 
 GOOD, MASKED, CUT = ([1, 2, 3], 0), ([1] * 12, 12), ([1] * 12, 9)  # prompts that end beyond what is kept
-OPTIONS = SimpleNamespace(batch_size=1, max_seq_length=8, clear_cache_threshold=0)
+OPTIONS = SimpleNamespace(batch_size=1, max_seq_length=8, clear_cache_threshold=0, mask_prompt=False, packing=False)
 
 
 class Untrained:
@@ -46,7 +46,8 @@ def test_validation_names_rows_with_nothing_to_learn_once_and_leaves_them_out(ro
 
 @pytest.mark.parametrize(("iters", "accumulation", "dropped"), [(10, 1, 0), (10, 5, 0), (10, 4, 2), (7, 4, 3)])
 def test_batches_that_make_no_update_are_counted(iters, accumulation, dropped, capsys):
-    loop = SimpleNamespace(args=SimpleNamespace(iters=iters, grad_accumulation_steps=accumulation))
+    args = SimpleNamespace(iters=iters, grad_accumulation_steps=accumulation)
+    loop = SimpleNamespace(args=args, steps_done=iters)
     Training._report_dropped(loop)
     said = " ".join(capsys.readouterr().out.split())
     expected = (

@@ -67,6 +67,8 @@ def words(folders, tmp_path_factory):
         (data / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     lengths = {"--iters": 6, "--batch-size": 2, "--max-seq-length": 64, "--save-every": 2, "--steps-per-report": 2}
     paths = {"--model": folders["untied"], "--data": data, "--on-nonfinite": "skip", "--val-batches": 4}
+    (data / "prompts.txt").write_text("ppp\n")
+    paths |= {"--sample-prompts": data / "prompts.txt", "--sample-tokens": 3}
     return ["--mask-prompt", *(str(word) for pair in (lengths | paths).items() for word in pair)]
 
 
@@ -157,6 +159,7 @@ def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
 
 def test_one_worker_alone_tells_of_the_run(found):
     assert "Validation loss" in found[0]["output"]
+    assert "answers after 0 steps\n    ppp\n" in found[0]["output"]
     assert not found[1]["output"].strip()
 
 

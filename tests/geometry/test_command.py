@@ -139,7 +139,9 @@ def words(folders, out, *more):
 
 def test_the_report_is_whole_and_loads_nothing(folders, tmp_path, capsys):
     out = tmp_path / "out"
-    command.main(words(folders, out, *RATE))
+    (tmp_path / "prompts.txt").write_text("a <b> prompt\n")
+    sampled = ["--sample-prompts", tmp_path / "prompts.txt", "--sample-tokens", 3, "--warmup", 10]
+    command.main(words(folders, out, *RATE, *sampled))
     assert sorted(path.name for path in out.iterdir()) == [
         "adapters",
         "geometry.json",
@@ -155,6 +157,8 @@ def test_the_report_is_whole_and_loads_nothing(folders, tmp_path, capsys):
     assert page.count("data:image/png;base64,") == 8
     assert not re.search(r"https?://|<script|<link|@import", page)
     assert "<code>&#39;" in page  # text of tokens, as Python writes it
+    assert "<th>after 0 steps</th><th>after 15 steps</th>" in page
+    assert "<td>a &lt;b&gt; prompt</td>" in page
     with pytest.raises(InputError, match="holds another report; give another folder, or --overwrite"):
         command.main(words(folders, out))
 
@@ -170,7 +174,9 @@ def test_a_rate_on_a_schedule_that_begins_at_0_and_a_beta2_on_one_are_reported(f
     assert found["run"]["beta2"] == pytest.approx(1 - 16**-0.8)
     for table in found["tables"]:
         assert all(row["learning_rates"] < 32 for row in table["largest_steps"] + table["rows_moved_most"])
-    assert "None" not in (tmp_path / "out" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "None" not in page
+    assert "What it answers" not in page
 
 
 @pytest.mark.parametrize(
@@ -200,6 +206,11 @@ def test_what_cannot_be_measured_is_one_line_and_nothing_written(folders, tmp_pa
     assert said[0].startswith("ember-mlx geometry: error: ")
     assert re.search(message, said[0])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_epochs_whose_steps_are_not_known_yet_are_refused(parse, tmp_path):
+    with pytest.raises(InputError, match="--epochs 2: geometry must know its steps before its rows; give --iters"):
+        command.check(parse() | {"epochs": 2.0}, tmp_path / "out")
 
 
 def test_without_matplotlib_it_says_what_to_install_before_it_trains(folders, tmp_path, monkeypatch):

@@ -51,9 +51,9 @@ def make_emulated(tmp_path_factory):
 
 @pytest.fixture
 def found_with(emulated, monkeypatch):
-    """found_with(module, old, new): what a kernel's check of a machine says with ``new`` for each ``old``."""
+    """found_with(module, old, new, dtypes): what a kernel's check of a machine says with ``new`` for each ``old``."""
 
-    def found(module, old, new):
+    def found(module, old, new, dtypes=(mx.bfloat16, mx.bfloat16)):
         text = module.TEXT
         assert old in text.source + text.functions
         broken = replace(text, source=text.source.replace(old, new), functions=text.functions.replace(old, new))
@@ -61,7 +61,7 @@ def found_with(emulated, monkeypatch):
         kernel = emulated("cuda", "memory", module=module)
         monkeypatch.setattr(module, "kernel", lambda text: kernel)
         try:
-            return module.differences(mx.bfloat16, mx.bfloat16)
+            return module.differences(*dtypes)
         except EmulationError as error:
             return str(error)
 

@@ -35,7 +35,7 @@ extern char __data_start, _end;  // of the static memory of this program, by the
 namespace {
 
 constexpr unsigned SIMDGROUP = 32;
-constexpr size_t STACK = 64 << 10, MOST_BUFFERS = 16;
+constexpr size_t STACK = 64 << 10, MOST_BUFFERS = 31;  // as many as Metal binds
 constexpr long MOST_THREADGROUP_MEMORY = 32 << 10;
 
 [[noreturn]] void fail(const std::string& what) {

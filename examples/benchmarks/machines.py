@@ -1,0 +1,396 @@
+"""Several hosts, each a network namespace of this machine, and all that can go wrong between them.
+
+    sudo python examples/benchmarks/machines.py --out RESULT.json [--only cut heal] [--hosts 2]
+
+Linux as root, with iproute2. Each host has a network of its own, behind a router, and a folder of its own: data and
+model are there twice, checkpoints only where they were written. The hosts train a tiny model over MLX's ring, on the
+CPU. Cables are cut, healed, slowed and made lossy; processes are killed, stopped and signalled. What must hold stands
+in each case; a case that does not hold is told, and the exit code is 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarking import SEED, machine, write
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 150  # seconds, of every wait here
+TIMEOUT = 8  # --peer-timeout
+# The command line, with a pause in each step, so that there is a time to disturb it, and at its end the sum of all
+# weights that train.
+TRAIN = """import sys, time
+from ember_mlx import cli
+from ember_mlx.finetune import run, step
+from ember_mlx.finetune.resume import weights_checksum
+train, take = run.train_model, step.Step.__call__
+def train_model(args, choices, model, *rest):
+    result = train(args, choices, model, *rest)
+    print("weights", weights_checksum(model.trainable_parameters()), file=sys.stderr)
+    return result
+taken = []
+def paused(*arguments, **keywords):
+    time.sleep(0.1)
+    taken.append(take(*arguments, **keywords))
+    print("step", len(taken), file=sys.stderr, flush=True)
+    return taken[-1]
+run.train_model, step.Step.__call__ = train_model, paused
+cli.main()"""
+
+
+class Hosts:
+    """So many namespaces around one that routes between them; ``folders`` has each one's own."""
+
+    def __init__(self, count, folder):
+        self.count = count
+        self.names = [f"ember{os.getpid()}h{rank}" for rank in range(count)]
+        self.switch = f"ember{os.getpid()}s"
+        self.folders = [folder / f"host{rank}" for rank in range(count)]
+
+    def __enter__(self):
+        self.ip("netns", "add", self.switch)
+        forward = ["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]
+        subprocess.run(["ip", "netns", "exec", self.switch, *forward], check=True)
+        for rank, name in enumerate(self.names):
+            self.ip("netns", "add", name)
+            self.ip("link", "add", "wire", "netns", name, "type", "veth", "peer", f"port{rank}", "netns", self.switch)
+            self.ip("addr", "add", f"10.77.{rank}.254/24", "dev", f"port{rank}", inside=self.switch)
+            self.ip("addr", "add", f"{self.address(rank)}/24", "dev", "wire", inside=name)
+            self.ip("link", "set", f"port{rank}", "up", inside=self.switch)
+            for device in ("lo", "wire"):
+                self.ip("link", "set", device, "up", inside=name)
+            self.ip("route", "add", "default", "via", f"10.77.{rank}.254", inside=name)
+        return self
+
+    def __exit__(self, *error):
+        for name in (*self.names, self.switch):
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+    def ip(self, *words, inside=None):
+        subprocess.run(["ip", *(["-n", inside] if inside else []), *words], check=True)
+
+    def address(self, rank):
+        return f"10.77.{rank}.1"
+
+    def link(self, rank, state):
+        """Plug a host's cable in, "up", or out, "down"."""
+        self.ip("link", "set", f"port{rank}", state, inside=self.switch)
+
+    def shape(self, *bucket):
+        """Rate and queue of every host's cable, in the words of tc-tbf; none is a good cable.
+
+        A queue of few packets loses some. tc-netem, which could lose them at random, is not in every kernel.
+        """
+        for name in self.names:
+            words = ["add", "dev", "wire", "root", "tbf", *bucket] if bucket else ["del", "dev", "wire", "root"]
+            subprocess.run(["ip", "netns", "exec", name, "tc", "qdisc", *words], check=True)
+
+    def dropped(self):
+        """Packets that the queues of all hosts have lost since :meth:`shape`."""
+        told = [subprocess.run(["ip", "netns", "exec", name, "tc", "-s", "qdisc", "show", "dev", "wire"],
+                               capture_output=True, text=True, check=True).stdout for name in self.names]  # fmt: skip
+        return sum(int(count) for text in told for count in re.findall(r"dropped (\d+)", text))
+
+    def sent(self, rank):
+        """Bytes that have left a host."""
+        shown = subprocess.run(["ip", "-n", self.names[rank], "-s", "-j", "link", "show", "wire"],
+                               capture_output=True, text=True, check=True)  # fmt: skip
+        return json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"]
+
+
+class Run:
+    """One run on all hosts, started; ``words`` may differ from host to host."""
+
+    def __init__(self, hosts, words, ranks=None):
+        addresses = [[f"{hosts.address(rank)}:{29_500 + random.randrange(2000)}"] for rank in range(hosts.count)]
+        self.began, self.processes = time.monotonic(), {}
+        for rank in ranks or range(hosts.count):
+            folder = hosts.folders[rank]
+            (folder / "hosts.json").write_text(json.dumps(addresses))
+            own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json"), "PYTHONPATH": str(ROOT)}
+            own |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            with open(folder / "said", "w") as said:
+                self.processes[rank] = subprocess.Popen(
+                    ["ip", "netns", "exec", hosts.names[rank], sys.executable, "-c", TRAIN, "train", *map(str, words)],
+                    cwd=folder, env=os.environ | own , stdout=said, stderr=said,
+                )  # fmt: skip
+        self.folders = hosts.folders
+
+    def said(self, rank):
+        return (self.folders[rank] / "said").read_text()
+
+    def wait_for_step(self, step):
+        """Until the first host has taken it."""
+        end = time.monotonic() + LIMIT
+        while not re.search(rf"^step {step}$", self.said(0), re.MULTILINE):
+            if time.monotonic() > end or self.processes[0].poll() is not None:
+                raise AssertionError(f"step {step} was never reached: {self.said(0)[-500:]}")
+            time.sleep(0.02)
+
+    def signal(self, rank, number):
+        self.processes[rank].send_signal(number)  # "ip netns exec" becomes the command
+
+    def finish(self, within=LIMIT):
+        """Exit codes by rank, and seconds until the last; AssertionError for one that is not gone in time."""
+        start = time.monotonic()
+        try:
+            for rank, process in self.processes.items():
+                try:
+                    process.wait(max(within - (time.monotonic() - start), 0.01))
+                except subprocess.TimeoutExpired:
+                    raise AssertionError(
+                        f"host {rank} is not gone after {within} s: {self.said(rank)[-500:]}"
+                    ) from None
+        finally:
+            for process in self.processes.values():
+                process.kill()
+                process.wait()
+        return [process.returncode for process in self.processes.values()], time.monotonic() - start
+
+    def weights(self):
+        """The sums of the hosts' weights at the end, one if they are equal."""
+        sums = {
+            (re.findall(r"^weights (.*)$", self.said(rank), re.MULTILINE) or ["none"])[-1] for rank in self.processes
+        }
+        assert len(sums) == 1, f"the hosts end with different weights: {sums}"
+        return sums.pop()
+
+    def lines(self, rank):
+        """The lines of errors that a host said."""
+        return [line for line in self.said(rank).splitlines() if "error:" in line or "Traceback" in line]
+
+
+class Campaign:
+    """The cases, each a method that returns what it saw and asserts what must hold."""
+
+    def __init__(self, hosts, seed):
+        self.hosts, self.random, self.number = hosts, random.Random(seed), 0
+        self.expected = {}
+
+    def words(self, iters=16, *more):
+        """A run into a new folder on each host."""
+        self.number += 1
+        given = {"--model": "model", "--data": "data", "--adapter-path": f"adapters{self.number}", "--iters": iters}
+        rows = 4 // self.hosts.count * self.hosts.count  # there are four to validate on
+        given |= {"--batch-size": rows, "--max-seq-length": 32, "--save-every": 4, "--steps-per-report": 1}
+        given |= {"--val-batches": 1, "--steps-per-eval": 1000, "--peer-timeout": TIMEOUT}
+        return [str(word) for pair in given.items() for word in pair] + list(more)
+
+    def adapter(self, rank=0):
+        return self.hosts.folders[rank] / f"adapters{self.number}"
+
+    def undisturbed(self, iters=16):
+        """The weights of a run that nobody disturbs."""
+        if iters not in self.expected:
+            run = Run(self.hosts, self.words(iters))
+            codes, _ = run.finish()
+            assert codes == [0] * self.hosts.count, run.said(0)[-500:]
+            self.expected[iters] = run.weights()
+        return self.expected[iters]
+
+    def disturbed(self, disturb, step=6):
+        """Train, disturb at a step, and end as if nothing had been."""
+        run = Run(self.hosts, self.words())
+        run.wait_for_step(step)
+        disturb(run)
+        codes, _ = run.finish()
+        assert codes == [0] * self.hosts.count, run.said(0)[-500:]
+        assert run.weights() == self.undisturbed(), "other weights than those of an undisturbed run"
+        return "ended with the weights of an undisturbed run"
+
+    def resume(self, words, iters=16):
+        run = Run(self.hosts, [*words, "--resume"])
+        codes, _ = run.finish()
+        assert codes == [0] * self.hosts.count, run.said(0)[-800:]
+        assert run.weights() == self.undisturbed(iters), "other weights than those of an undisturbed run"
+        assert not self.adapter(1).exists(), "host 1 has written an adapter folder"
+
+    def ends_together(self, run, code, within, ranks=None):
+        """All exit with that code and one line each at most; nothing is saved after that."""
+        codes, seconds = run.finish(within)
+        for rank, found in zip(run.processes, codes, strict=True):
+            if ranks is None or rank in ranks:
+                assert found == code, f"host {rank} exits with {found}: {run.said(rank)[-500:]}"
+                assert len(run.lines(rank)) <= 1, run.lines(rank)
+                assert "Traceback" not in run.said(rank)
+        return round(seconds, 1)
+
+    def case_equal(self):
+        """Own folders: 8 steps, then 16 by --resume, are 16 at once."""
+        words = self.words(8)
+        assert Run(self.hosts, words).finish()[0] == [0] * self.hosts.count
+        words[words.index("--iters") + 1] = "16"
+        self.resume([*words, "--resume-with-changes"])
+        return "8 + 8 steps are 16, bit for bit, on all hosts"
+
+    def case_kill(self, times=10):
+        """SIGKILL of any host at any step: the others exit with 75; --resume ends as if nothing had been."""
+        seconds = []
+        for _ in range(times):
+            words, rank = self.words(), self.random.randrange(self.hosts.count)
+            run = Run(self.hosts, words)
+            run.wait_for_step(self.random.randrange(5, 14))
+            run.signal(rank, signal.SIGKILL)
+            others = [other for other in range(self.hosts.count) if other != rank]
+            seconds.append(self.ends_together(run, 75, TIMEOUT + 5, others))
+            self.resume(words)
+        return {"times": times, "seconds until all had gone": seconds}
+
+    def case_signals(self):
+        """SIGINT, SIGTERM, SIGHUP to one or to all: one step, one checkpoint, the usual exit code; resumed bitwise."""
+        told = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for ranks in ([0], [self.hosts.count - 1], list(range(self.hosts.count))):
+                words = self.words()
+                run = Run(self.hosts, words)
+                run.wait_for_step(6)
+                for rank in ranks:
+                    run.signal(rank, number)
+                told[f"{number.name} to {ranks}"] = self.ends_together(run, 128 + number, LIMIT)
+                self.resume(words)
+        return told
+
+    def case_cut(self):
+        """A cable is cut for good: all exit with 75 within the timeout and 5 seconds."""
+        run = Run(self.hosts, words := self.words())
+        run.wait_for_step(6)
+        self.hosts.link(1, "down")
+        try:
+            seconds = self.ends_together(run, 75, TIMEOUT + 5)
+        finally:
+            self.hosts.link(1, "up")
+        self.resume(words)
+        return {"seconds": seconds, "limit": TIMEOUT + 5}
+
+    def case_heal(self):
+        """A cable is out for 4 seconds: the run goes on."""
+
+        def disturb(run):
+            self.hosts.link(1, "down")
+            time.sleep(4)
+            self.hosts.link(1, "up")
+
+        return self.disturbed(disturb)
+
+    def case_stop(self):
+        """A host stands still for 4 seconds: the run goes on."""
+
+        def disturb(run):
+            run.signal(1, signal.SIGSTOP)
+            time.sleep(4)
+            run.signal(1, signal.SIGCONT)
+
+        return self.disturbed(disturb)
+
+    def case_slow_and_lossy(self):
+        """A cable of 30 Mbit/s, and one whose queue overflows: the same weights."""
+        expected, told = self.undisturbed(), {}
+        for name, queue in {"slow": ["latency", "400ms"], "lossy": ["limit", "4k"]}.items():
+            self.hosts.shape("rate", "30mbit", "burst", "4k", *queue)
+            try:
+                run = Run(self.hosts, self.words())
+                codes, seconds = run.finish()
+                told[name] = {"seconds": round(seconds, 1), "packets lost": self.hosts.dropped()}
+            finally:
+                self.hosts.shape()
+            assert codes == [0] * self.hosts.count, run.said(0)[-500:]
+            assert run.weights() == expected, "other weights than those of an undisturbed run"
+        assert told["lossy"]["packets lost"], "no packet was lost"
+        return told
+
+    def case_signal_while_cut(self):
+        """SIGTERM to one host while a cable is out: it is gone within 30 seconds."""
+        run = Run(self.hosts, self.words())
+        run.wait_for_step(6)
+        self.hosts.link(1, "down")
+        try:
+            run.signal(0, signal.SIGTERM)
+            codes, seconds = run.finish(30)
+        finally:
+            self.hosts.link(1, "up")
+        return {"exit codes": codes, "seconds": round(seconds, 1)}
+
+    def case_refusals(self):
+        """A host without data, without the model, with another option: all exit with 2, one line in all."""
+        told = {}
+        for name in ("data", "model"):
+            path = self.hosts.folders[1] / name
+            path.rename(path.with_suffix(".away"))
+            try:
+                run = Run(self.hosts, self.words())
+                seconds = self.ends_together(run, 2, 60)
+            finally:
+                path.with_suffix(".away").rename(path)
+            lines = [line for rank in run.processes for line in run.lines(rank)]
+            assert len(lines) == 1, lines
+            told[lines[0]] = seconds
+        return told
+
+    def case_bytes(self):
+        """What a host sends in 20 steps more, by step: nearly all of it are the tables' gradients."""
+        sent = []
+        for iters in (4, 24):
+            before = self.hosts.sent(0)
+            assert Run(self.hosts, self.words(iters)).finish()[0] == [0] * self.hosts.count
+            sent.append(self.hosts.sent(0) - before)
+        return {"bytes a step": (sent[1] - sent[0]) // 20}
+
+
+def cases(campaign):
+    return {name.removeprefix("case_"): getattr(campaign, name) for name in dir(campaign) if name.startswith("case_")}
+
+
+@contextmanager
+def prepared(count):
+    """The hosts, each with model and data of its own."""
+    from interrupted_runs import prepare
+
+    with tempfile.TemporaryDirectory() as folder, Hosts(count, Path(folder)) as hosts:
+        for rank, own in enumerate(hosts.folders):
+            own.mkdir()
+            if rank == 0:
+                prepare(own)
+            else:
+                for name in ("model", "data"):
+                    shutil.copytree(hosts.folders[0] / name, own / name)
+        yield hosts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write; --only adds to it")
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=cases(Campaign(None, 0)), metavar="CASE")
+    parser.add_argument("--seed", type=int, default=SEED)
+    args = parser.parse_args()
+    before = json.loads(args.out.read_text())["cases"] if args.only and args.out.exists() else {}
+    report = {"machine": machine("cpu") | {"seed": args.seed}, "hosts": args.hosts, "cases": before}
+    with prepared(args.hosts) as hosts:
+        campaign = Campaign(hosts, args.seed)
+        for name, case in cases(campaign).items():
+            if args.only and name not in args.only:
+                continue
+            start = time.monotonic()
+            try:
+                told = {"holds": True, "seen": case()}
+            except AssertionError as error:
+                told = {"holds": False, "seen": str(error)}
+            told |= {"must hold": " ".join(case.__doc__.split()), "seconds": round(time.monotonic() - start, 1)}
+            report["cases"][name] = told
+            print(f"{'holds' if told['holds'] else 'FAILS'}  {name}: {told['seen']}", flush=True)
+            write(args.out, report)
+    sys.exit(not all(told["holds"] for told in report["cases"].values()))
+
+
+if __name__ == "__main__":
+    main()
