@@ -83,7 +83,8 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sample_prompts": (None, {"type": str}),
     "sample_tokens": (64, {"type": int}),
     "packing": (False, SWITCH),
-    "chunked_loss": (False, SWITCH),
+    "auto_savings": (True, ON_OR_OFF),
+    "chunked_loss": (False, ON_OR_OFF),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
@@ -227,8 +228,8 @@ def complete(
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
     if options["iters"] is not None and options["epochs"] is not None:
-        given = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
-        raise InputError(f"{given}: each says how long to train; give one, as a flag or in the YAML file")
+        both = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{both}: each says how long to train; give one, as a flag or in the YAML file")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
