@@ -10,6 +10,7 @@ dpo, orpo  Asked what a function of Python's library does, prefer its own docstr
 grpo       The reward is 1 for an answer of one whole sentence of at most 12 words, otherwise 0.
 
 --out FILE adds the numbers, with machine, versions and seeds, to a JSON file. --seeds 0 1 2 repeats all.
+--keep FOLDER writes the adapter with tables, for `ember-mlx generate` and `fuse`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx.optimizers import AdamW
+from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm_lora.trainer.datasets import DPODataset, ORPODataset
@@ -41,6 +43,7 @@ from ember_mlx.shared.replacing import replaced
 
 STEPS = {"dpo": 30, "orpo": 40, "grpo": 16}
 LEARNING_RATE, TABLE_LEARNING_RATE = 1e-3, 1e-3
+LORA = {"rank": 8, "scale": 4.0, "dropout": 0.0}
 BATCH, LENGTH = 4, {"max_seq_length": 64}
 HELD_OUT = 64  # prompts
 ANSWER = 20  # tokens, of an answer to be rewarded
@@ -52,7 +55,7 @@ def model_and_optimizer(train_tables):
     model, tokenizer = load(str(MODEL))
     model.set_dtype(mx.float32)  # a CPU multiplies bfloat16 many times slower
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), {"rank": 8, "scale": 4.0, "dropout": 0.0})
+    linear_to_lora_layers(model, len(model.layers), LORA)
     rest = AdamW(LEARNING_RATE, bias_correction=True)
     if not train_tables:
         return model, tokenizer, rest
@@ -60,6 +63,17 @@ def model_and_optimizer(train_tables):
     for table in find_token_tables(model):
         modules[table.module_path].unfreeze(keys=["weight"], recurse=False)
     return model, tokenizer, PairedOptimizer(model, tables=Ember(TABLE_LEARNING_RATE), rest=rest)
+
+
+def keep(model, folder):
+    """Write what trained as an adapter of ember-mlx. mlx-lm's loader refuses tables among the LoRA matrices."""
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    tables = {table.path: weights.pop(table.path) for table in find_token_tables(model)}
+    config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": LORA}
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"token_tables": [*tables]}))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    mx.save_safetensors(str(folder / "token_tables.safetensors"), tables)
 
 
 def short_rows():
@@ -116,8 +130,8 @@ def rewarded(model, tokenizer, dataset):
     return {"reward": float(np.mean(one_sentence(None, texts, None))), "distinct answers": len(set(texts)) / len(texts)}
 
 
-def train(method, train_tables, seed, steps, rows, held_out):
-    """Train once; what was measured on the held-out prompts before and after."""
+def train(method, train_tables, seed, steps, rows, held_out, folder=None):
+    """Train once; what was measured on the held-out prompts before and after. The adapter is kept in ``folder``."""
     rows = random.Random(seed).sample(rows, len(rows))
     np.random.seed(seed)
     mx.random.seed(seed)
@@ -135,9 +149,9 @@ def train(method, train_tables, seed, steps, rows, held_out):
     before = measure()
     mx.random.seed(seed)
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         common = {"batch_size": BATCH, "iters": steps, "steps_per_save": steps + 1} | LENGTH
-        common |= {"adapter_file": str(Path(folder) / "adapters.safetensors")}
+        common |= {"adapter_file": str(Path(scratch) / "adapters.safetensors")}
         if method == "dpo":
             train_dpo(model, reference, optimizer, rows, args=DPOTrainingArgs(**common))
         elif method == "orpo":
@@ -150,6 +164,8 @@ def train(method, train_tables, seed, steps, rows, held_out):
             )  # fmt: skip
     seconds = time.process_time() - start
     model.eval()
+    if folder:
+        keep(model, folder)
     return {"before": before, "after": measure(), "cpu_seconds": seconds}
 
 
@@ -166,6 +182,7 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     steps = args.steps or STEPS[args.method]
     arms = {"tables frozen": False, "Ember on the tables": True}
@@ -174,7 +191,8 @@ def main():
     for seed in args.seeds:
         for name, train_tables in arms.items():
             with without_metal(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # their reports are long
-                found = train(args.method, train_tables, seed, steps, *rows)
+                folder = args.keep if train_tables and seed == args.seeds[-1] else None
+                found = train(args.method, train_tables, seed, steps, *rows, folder)
             results[name].append({"seed": seed} | found)
             gained = [f"{key} {found['before'][key]:.2f} -> {value:.2f}" for key, value in found["after"].items()]
             print(f"{args.method}, {name}, seed {seed}: {', '.join(gained)}", flush=True)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+import ember_mlx
 from ember_mlx import find_token_tables
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -35,7 +36,7 @@ def test_the_streamed_loop_learns():
 
 
 @pytest.mark.parametrize("method", ["dpo", "orpo", "grpo"])
-def test_the_trainers_of_mlx_lm_lora_step_the_tables(method, monkeypatch):
+def test_the_trainers_of_mlx_lm_lora_step_the_tables(method, monkeypatch, tmp_path):
     pytest.importorskip("mlx_lm_lora")
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("06_preferences_and_rewards")
@@ -59,11 +60,15 @@ def test_the_trainers_of_mlx_lm_lora_step_the_tables(method, monkeypatch):
     row = {"prompt": "What does calendar.isleap(year) do?", "completion": "Return True for leap years."}
     rows = [row, row | {"completion": "Return False."}]
     with example.without_metal():
-        example.train(method, True, 0, 2, rows, rows)
+        example.train(method, True, 0, 2, rows, rows, tmp_path / "kept")
     model, before, optimizer = made
     assert optimizer.step == 2
     moved = [not mx.array_equal(*pair) for pair in zip(before, tables_of(model), strict=True)]
     assert moved == [True, True]
+    kept, _ = ember_mlx.load(example.MODEL, adapter_path=tmp_path / "kept")
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    loaded = dict(tree_flatten(kept.parameters()))
+    assert all(mx.array_equal(trained[name], loaded[name]) for name in trained)
 
 
 def test_the_benchmark_of_tables_writes_what_it_ran(folders, tmp_path):

@@ -31,8 +31,10 @@ def hub(folders, tmp_path, monkeypatch):
             name = self.path.rpartition("/")[2]
             path = folders["untied"] / name
             if self.path.startswith("/api/models/org/name/"):
-                files = [{"rfilename": each.name} for each in folders["untied"].iterdir()]
-                content = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": files}).encode()
+                files = [(each.name, each.stat().st_size) for each in folders["untied"].iterdir()]
+                tree = [{"type": "file", "path": name, "size": size, "oid": COMMIT} for name, size in files]
+                info = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name, _ in files]}
+                content = json.dumps(tree if "/tree/" in self.path else info).encode()
             elif self.path.startswith("/org/name/resolve/") and path.is_file():
                 content = path.read_bytes()
                 asked.append(name)
@@ -75,7 +77,7 @@ def test_config_alone_is_fetched_then_the_tokenizer_for_data_and_never_weights(h
     alone = shutil.copy(folders["untied"] / "config.json", tmp_path / "config.json")
     assert found == planned(capsys, "--model", alone)
     with_data = planned(capsys, "--model", "org/name", "--data", folders["text"], "--batch-size", 2)
-    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub), with_data["supposed"]
     assert WEIGHTS not in hub
     assert (folders["untied"] / WEIGHTS).is_file()
     here = planned(capsys, "--model", folders["untied"], "--data", folders["text"], "--batch-size", 2)
@@ -105,15 +107,14 @@ def test_without_the_hub_one_line_says_what_is_missing(hub, folders, capsys, mon
     ("words", "length", "said"),
     [
         ([], 512, "rows of 512 tokens: no --data is given; --data or --max-seq-length plans for other rows"),
-        (["--max-seq-length", 2048], 2047, "as if every row filled --max-seq-length 2048: no --data is given"),
+        (["--config"], 2047, "as if every row filled --max-seq-length 2048: no --data is given"),
         (["--max-seq-length", 65], 64, "as if every row filled --max-seq-length 65"),
     ],
 )
-@pytest.mark.parametrize("in_yaml", [False, True])
-def test_rows_have_512_tokens_unless_told(folders, capsys, tmp_path, words, length, said, in_yaml):
-    if in_yaml and words:
-        (tmp_path / "run.yaml").write_text(f"max_seq_length: {words[1]}\n")
+def test_rows_have_512_tokens_unless_told(folders, capsys, tmp_path, words, length, said):
+    if "--config" in words:
         words = ["--config", tmp_path / "run.yaml"]
+        words[1].write_text("max_seq_length: 2048\n")
     found = planned(capsys, "--model", folders["untied"], *words)
     assert found["length"] == length
     assert found["supposed"][0].startswith(said)

@@ -74,7 +74,7 @@ def serve():
 
 
 def get(server, path="", host=None):
-    request = urllib.request.Request(server.url + path, headers={"Host": host} if host else {})
+    request = urllib.request.Request(server.url + path, headers={"Host": host} if host is not None else {})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.status, answer.headers, answer.read()
 
@@ -238,7 +238,38 @@ def test_what_has_not_changed_is_not_sent_again(log, serve):
     assert get(server, f"runs?have={headers['ETag']}")[0] == 200
 
 
-@pytest.mark.parametrize(("path", "host", "status"), [("runs", "elsewhere.example:80", 403), ("etc/passwd", None, 404)])
+def test_a_log_that_can_no_longer_be_read_is_told_and_what_it_held_stays(log, serve):
+    log.write_text(text(start(), train(10)))
+    server = serve(log)
+    get(server, "runs")
+    log.rename(log.with_name("old"))
+    log.mkdir()
+    run = json.loads(get(server, "runs")[2])["runs"][0]
+    assert "cannot be read (Is a directory)" in run["trouble"]
+    assert run["curves"]["train_loss"] == [[10, 1.0]]
+
+
+def test_options_of_any_depth_are_shown_or_refused(log):
+    refused = []
+    for depth in (10, 300, *range(900, 1000, 5), 3000):  # Python gives up somewhere below 1000
+        log.write_text(json.dumps(start(deep="HERE")).replace('"HERE"', "[" * depth + "]" * depth) + "\n")
+        run = RunFile(log)
+        try:
+            run.check()
+            assert shown(run)[0]["options"]["deep"]
+        except InputError:
+            refused.append(depth)
+    assert 300 not in refused
+    assert 3000 in refused
+
+
+@pytest.mark.parametrize(
+    ("path", "host", "status"),
+    [
+        *(("runs", host, 403) for host in ("elsewhere.example:80", "127.0.0.1.elsewhere.example", "[::1", "")),
+        *(("etc/passwd", None, 404), ("page.html.jinja", "localhost", 404)),
+    ],
+)
 def test_others_get_nothing(log, serve, path, host, status):
     server = serve(log)
     assert server.server_address[0] == "127.0.0.1"

@@ -14,7 +14,7 @@ from typing import Any
 from ember_mlx.finetune.run_log import FORMAT, LARGEST
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["ENDED", "NO_LOG", "RUNNING", "STOPPED", "WAITING", "RunFile"]
+__all__ = ["ENDED", "NO_LOG", "RUNNING", "STOPPED", "WAITING", "RunFile", "is_number"]
 
 WAITING, RUNNING, ENDED, STOPPED, NO_LOG = "waiting", "running", "ended", "stopped", "no log"
 QUIET = 30.0  # seconds without a line before it is asked whether the run still holds its log
@@ -26,12 +26,13 @@ class RunFile:
 
     ``options`` and ``versions`` are those of its last start. ``rows`` are the records that count, by event and step,
     ``samples`` the answers by step and prompt, ``skipped`` the numbers of lines that are no records, and ``changes``
-    counts the reads that found something new.
+    counts the reads that found something new. ``problem`` says why the file is no log, and ``trouble`` why it could not
+    be read the last time.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.changes = 0
+        self.changes, self.trouble = 0, ""
         self._known_free = None
         self._forget()
 
@@ -140,7 +141,7 @@ class RunFile:
             pass
 
 
-def number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a record's value can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 

@@ -14,12 +14,12 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** A number for a reader: 1.2 GB, 12.3k, 0.00034. */
+/** A number for a reader: 1.20 GB, 12.3k, 3.4e-4. */
 function say(value, unit = "") {
   const size = Math.abs(value);
   const large = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([least]) => size >= least);
   if (unit === "B") return large ? `${(value / large[0]).toPrecision(3)} ${large[1]}B` : `${value} B`;
-  if (size >= 1e15 || (size && size < 1e-3)) return value.toExponential(2).replace(/\.?0+e/, "e");
+  if (size >= 1e15 || (size && size < 1e-2)) return value.toExponential(2).replace(/\.?0+e/, "e");
   if (size >= 1e4) return `${+(value / large[0]).toPrecision(4)}${large[1]}`;
   return `${+value.toPrecision(4)}`;
 }
@@ -33,10 +33,10 @@ function linearTicks(low, high, most) {
   return ticks;
 }
 
+/** The powers of ten, or where there are fewer than two of them, ticks as on a linear axis; both as logarithms. */
 function logTicks(low, high) {
-  const ticks = [];
-  for (let i = Math.ceil(low - 1e-9); i <= high + 1e-9; i++) ticks.push(i);
-  return ticks.length > 1 ? ticks : linearTicks(low, high, 3);
+  const whole = linearTicks(low, high, 6).filter(Number.isInteger);
+  return whole.length > 1 ? whole : linearTicks(10 ** low, 10 ** high, 4).map(Math.log10);
 }
 
 /** The chart of one panel: a figure whose caption tells the values where the pointer or the arrow keys are. */
@@ -152,6 +152,7 @@ function latest(runs) {
 
 function notices(runs) {
   const found = runs.filter((run) => !["running", "ended"].includes(run.state)).map((run) => `${run.name}: ${run.says}`);
+  for (const run of runs.filter((each) => each.trouble)) found.push(`${run.path}: ${run.trouble}`);
   for (const run of runs.filter((each) => each.skipped_in_all)) {
     const more = run.skipped_in_all > run.skipped.length ? " and more" : "";
     found.push(`${run.path}: line ${run.skipped.join(", ")}${more} cannot be read, and is left out`);
@@ -215,7 +216,7 @@ function fill(id, content, make) {
 
 function draw({ runs }) {
   fill("latest", runs.map((run) => [run.name, run.state, run.step, run.iters, run.latest]), () => latest(runs));
-  fill("notices", runs.map((run) => [run.name, run.says, run.skipped, run.skipped_in_all]), () => notices(runs));
+  fill("notices", runs.map((run) => [run.name, run.says, run.trouble, run.skipped, run.skipped_in_all]), () => notices(runs));
   const panels = PANELS.filter((panel) => runs.some((run) => run.curves[panel.key].length));
   fill("curves", runs.map((run) => [run.name, run.curves, run.end]), () => panels.map((panel) => chart(panel, runs)));
   fill("samples", runs.map((run) => [run.name, run.samples]), () => samples(runs));

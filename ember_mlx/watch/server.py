@@ -1,6 +1,7 @@
 """The server of the page: on this machine alone, three paths, nothing that can be changed."""
 
 import json
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -77,18 +78,21 @@ class PageServer(ThreadingHTTPServer):
         """A tag that changes with the runs, and JSON of what there is of them."""
         with self._lock:
             for run in self.runs:
+                run.trouble = ""
                 try:
                     run.read_more()
                 except OSError as error:
-                    self.log(f"{run.path}: {error.strerror}")
-            state = [(run.changes, run.state) for run in self.runs]
+                    run.trouble = error.strerror or str(error)
+            state = [(run.changes, run.state, run.trouble) for run in self.runs]
             if state != self._state:
                 body = json.dumps(view(self.runs)).encode()  # ASCII: half a surrogate cannot break it
                 self._state, self._shown = state, (f"{crc32(body):08x}", body)
             return self._shown
 
-    def log(self, text: str) -> None:
-        print(text, flush=True)
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that closes its page in the middle of an answer is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -96,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         # A page elsewhere could give a name of its own the address 127.0.0.1, and read the runs.
-        if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
+        if _host(self.headers.get("Host", "")) not in (HOST, "localhost"):
             return self._send(403, "text/plain", b"only for this machine")
         path = urlsplit(self.path)
         if path.path == "/":
@@ -125,3 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """A line a second is no news."""
+
+
+def _host(header):
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:  # half an IPv6 address
+        return None

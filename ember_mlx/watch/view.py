@@ -3,7 +3,7 @@
 from typing import Any
 
 from ember_mlx.finetune.run_names import name_runs
-from ember_mlx.watch.following import ENDED, NO_LOG, RUNNING, STOPPED, WAITING, RunFile, number
+from ember_mlx.watch.following import ENDED, NO_LOG, RUNNING, STOPPED, WAITING, RunFile, is_number
 
 __all__ = ["PANELS", "thinned", "view"]
 
@@ -58,9 +58,10 @@ def _view_run(run, name):
         "name": name,
         "path": str(run.path),
         "state": run.state,
+        "trouble": run.trouble and f"cannot be read ({run.trouble}); this is what it held before",
         "says": SAYS[run.state].format(path=run.path.absolute(), problem=run.problem),
         "step": max(steps, default=0),
-        "iters": iters if number(iters) else None,
+        "iters": iters if is_number(iters) else None,
         "latest": {key: points[-1][1] for key, points in curves.items() if points},
         "curves": {key: thinned(points) for key, points in curves.items()},
         "end": _points(run, "end", "validation_loss")[-1:],
@@ -74,7 +75,7 @@ def _view_run(run, name):
 
 def _points(run, event, field):
     rows = [(step, row.get(field)) for (kind, step), row in run.rows.items() if kind == event]
-    return sorted((step, value) for step, value in rows if number(value))
+    return sorted((step, value) for step, value in rows if is_number(value))
 
 
 def _samples(run):
@@ -89,7 +90,10 @@ def _samples(run):
 
 
 def _words(value):
-    return _cut("" if value is None else str(value))
+    try:
+        return _cut("" if value is None else str(value))
+    except RecursionError:  # lists in lists, deeper than Python writes them
+        return "…"
 
 
 def _cut(text):
