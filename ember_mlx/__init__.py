@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ember_mlx.finetune.adapters import load
+    from ember_mlx.in_python import Result, train
     from ember_mlx.optimizers import SAGE, AdamMini, Ember, FlashAdamW, FlashLion, SinkGD, SplitWeights
     from ember_mlx.optimizers.paired import PairedOptimizer
     from ember_mlx.shared.errors import InputError
@@ -18,11 +19,13 @@ __all__ = [
     "FlashLion",
     "InputError",
     "PairedOptimizer",
+    "Result",
     "SinkGD",
     "SplitWeights",
     "TokenTable",
     "find_token_tables",
     "load",
+    "train",
 ]
 
 # Imported when asked for: mlx-lm takes seconds, which an optimizer alone need not wait for, and the command line must
@@ -37,9 +40,11 @@ _MODULES = {
     "SplitWeights": "optimizers",
     "InputError": "shared.errors",
     "PairedOptimizer": "optimizers.paired",
+    "Result": "in_python",
     "TokenTable": "token_tables",
     "find_token_tables": "token_tables",
     "load": "finetune.adapters",
+    "train": "in_python",
 }
 
 

@@ -23,6 +23,7 @@ ember-mlx: fine-tune language models with mlx-lm, token tables included, with th
   ember-mlx geometry  train and measure whether Ember suits the model and the data
   ember-mlx plot      draw the runs that train --log-jsonl recorded
   ember-mlx watch     show such runs on a page, live
+  ember-mlx recipes   files of options for train --config, with a reason for each value
   ember-mlx demo      fine-tune the model that comes with the package; nothing to download
   ember-mlx parity    compare every implementation that runs here with a float64 oracle
   ember-mlx --version
@@ -45,6 +46,7 @@ COMMANDS = (
     "geometry",
     "plot",
     "watch",
+    "recipes",
     "parity",
 )
 

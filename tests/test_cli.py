@@ -99,7 +99,10 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     assert (taken / "adapters.safetensors").read_text() == "of another run"
 
 
-@pytest.mark.parametrize(("name", "arguments"), [("generate", ["--prompt", "a"]), ("fuse", [])])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("generate", ["--prompt", "a"]), ("chat", []), ("server", ["--port", "0"]), ("fuse", [])],
+)
 def test_an_adapter_of_another_model_is_one_line_and_exit_code_2(
     folders, trained, monkeypatch, capsys, name, arguments
 ):

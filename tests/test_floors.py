@@ -6,12 +6,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; a room imports from floors below its own, and from itself
     {"ember_mlx.shared"},
-    {"ember_mlx.kernels", "ember_mlx.token_tables", "ember_mlx.demo", "ember_mlx.plots"},
+    {"ember_mlx.kernels", "ember_mlx.token_tables", "ember_mlx.demo", "ember_mlx.plots", "ember_mlx.recipes"},
     {"ember_mlx.optimizers"},
     {"ember_mlx.streaming"},
     {"ember_mlx.finetune"},
     {"ember_mlx", "ember_mlx.exporting", "ember_mlx.geometry", "ember_mlx.planner", "ember_mlx.watch"},
-    {"ember_mlx.parity"},
+    {"ember_mlx.in_python", "ember_mlx.parity"},
     {"ember_mlx.commands"},
     {"ember_mlx.cli"},
     {"ember_mlx.__main__"},

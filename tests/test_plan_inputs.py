@@ -12,7 +12,7 @@ from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.options import defaults
 from ember_mlx.planner import advice, alternatives, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
-from ember_mlx.planner.machine import warning
+from ember_mlx.planner.savings import savings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
@@ -173,12 +173,14 @@ def test_the_command_tells_of_the_rows(folders, long_validation, capsys):
 
 
 def test_train_warns_of_the_rows_that_it_will_have(parse, monkeypatch):
-    args = parse(data="text")
+    args = parse("--no-auto-savings", data="text")
     inputs = read_inputs(args)
     monkeypatch.setattr("ember_mlx.planner.machine.backend", lambda: "cpu")
     real = plan(inputs.model, with_rows_of_data(args, inputs).run, "cpu").peak
     assert real < plan(inputs.model, inputs.run, "cpu").peak
     monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (real, "this machine has"))
-    assert warning(args) is None
+    assert savings(args, ()) == ({}, [])
     monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (real - 1, "this machine has"))
-    assert "with batches of 2 x 32 tokens" in warning(args)
+    switched_on, (line,) = savings(args, ())
+    assert switched_on == {}
+    assert line.startswith("Warning: with batches of 2 x 32 tokens")

@@ -31,8 +31,10 @@ def hub(folders, tmp_path, monkeypatch):
             name = self.path.rpartition("/")[2]
             path = folders["untied"] / name
             if self.path.startswith("/api/models/org/name/"):
-                files = [{"rfilename": each.name} for each in folders["untied"].iterdir()]
-                content = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": files}).encode()
+                files = [(each.name, each.stat().st_size) for each in folders["untied"].iterdir()]
+                tree = [{"type": "file", "path": name, "size": size, "oid": COMMIT} for name, size in files]
+                info = {"id": "org/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name, _ in files]}
+                content = json.dumps(tree if "/tree/" in self.path else info).encode()
             elif self.path.startswith("/org/name/resolve/") and path.is_file():
                 content = path.read_bytes()
                 asked.append(name)
@@ -75,7 +77,7 @@ def test_config_alone_is_fetched_then_the_tokenizer_for_data_and_never_weights(h
     alone = shutil.copy(folders["untied"] / "config.json", tmp_path / "config.json")
     assert found == planned(capsys, "--model", alone)
     with_data = planned(capsys, "--model", "org/name", "--data", folders["text"], "--batch-size", 2)
-    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub), with_data["supposed"]
     assert WEIGHTS not in hub
     assert (folders["untied"] / WEIGHTS).is_file()
     here = planned(capsys, "--model", folders["untied"], "--data", folders["text"], "--batch-size", 2)

@@ -8,26 +8,7 @@ from mlx_lm.utils import save_config, save_model
 from tiny_models import CHAT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-WORDS = ["the", "them", "▁the", "▁them", "he", "▁t", "em", "an", "▁an", "and", "▁and", "ma", "▁ma", "man", "▁man"]
-MERGES = [
-    *(
-        "h e",
-        "▁ t",
-        "▁t he",
-        "e m",
-        "t he",
-        "the m",
-        "▁the m",
-        "a n",
-        "▁ an",
-        "an d",
-        "▁ and",
-        "m a",
-        "▁ ma",
-        "ma n",
-        "▁ man",
-    ),
-]
+WORDS = ["he", "▁t", "▁the", "em", "the", "them", "▁them", "an", "▁an", "and", "▁and", "ma", "▁ma", "man", "▁man"]
 SPARE_ROWS = 5
 
 
@@ -51,13 +32,15 @@ def write_model(folder, kind="llama", tied=True, **config):
     return folder
 
 
-def write_tokenizer(folder, byte_fallback=True):
+def write_tokenizer(folder):
     """The number of tokens."""
     characters = ["▁", *"abcdefghijklmnopqrstuvwxyz.0123456789"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *WORDS]
-    merges = [tuple(merge.split()) for merge in MERGES]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    bpe = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback)
+    # As SentencePiece's have them: by the rank of what is made, all that make it.
+    splits = ((word[:i], word[i:]) for word in WORDS for i in range(1, len(word)))
+    merges = [split for split in splits if split[0] in vocabulary and split[1] in vocabulary]
+    bpe = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

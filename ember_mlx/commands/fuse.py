@@ -4,12 +4,12 @@ import argparse
 from contextlib import suppress
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.gguf import convert_to_gguf
-from mlx_lm.utils import create_model_card, dequantize_model, hf_repo_to_path, save, upload_to_hub
+from mlx_lm.utils import create_model_card, dequantize_model, save, upload_to_hub
 
+from ember_mlx.exporting import gguf
+from ember_mlx.exporting.inputs import Fused, source_folder
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
 from ember_mlx.finetune.merging import (
     QUANTIZATION,
@@ -160,8 +160,8 @@ def _refuse_gguf(model, config, args):
     kind = config.get("model_type")
     if kind not in GGUF_MODELS:
         raise InputError(
-            f"--export-gguf: mlx-lm converts {', '.join(GGUF_MODELS)}, and this model is of type {kind}; fuse without "
-            "--export-gguf, with --dequantize, and give the folder to llama.cpp's convert_hf_to_gguf.py"
+            f"--export-gguf: mlx-lm converts {', '.join(GGUF_MODELS)}, and this model is of type {kind}; use "
+            "`ember-mlx export --format gguf --llama-cpp FOLDER`"
         )
     if _quantized(model) and not args.dequantize:
         raise InputError("--export-gguf: the model is quantized, which mlx-lm does not convert; add --dequantize")
@@ -169,21 +169,23 @@ def _refuse_gguf(model, config, args):
 
 def _write(folder, model, tokenizer, config, args):
     safe_writing.check_space("--save-path", folder, _size(model) * (2 if args.export_gguf else 1))
+    fused = Fused(model, tokenizer, config, source_folder(args.model))
+    reason = gguf.not_by_mlx_lm(fused) if args.export_gguf else None
+    if reason:
+        print(
+            f"Warning: --export-gguf: llama.cpp will not read this file rightly: {reason}; use `ember-mlx export "
+            "--format gguf --llama-cpp FOLDER`"
+        )
     try:
-        source = Path(args.model) if Path(args.model).exists() else hf_repo_to_path(args.model)
         with safe_writing.new_folder(folder, _is_foreign) as partial:
-            save(partial, source, model, tokenizer, config, donate_model=False)
+            save(partial, fused.source, model, tokenizer, config, donate_model=False)
             if not Path(args.model).exists():
                 with suppress(Exception):  # the hub may be out of reach; the card of before then stays
                     create_model_card(partial, args.model)
             for path in partial.glob("*.safetensors"):
                 safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
             if args.export_gguf:
-                weights = dict(tree_flatten(model.parameters()))
-                half = {name: array.astype(mx.float16) for name, array in weights.items() if array.dtype == mx.bfloat16}
-                safe_reading.check_finite(half, "--export-gguf: as float16", "fuse without --export-gguf")
-                heads = {"num_key_value_heads": config.get("num_attention_heads")}
-                convert_to_gguf(partial, weights, heads | config, str(partial / args.gguf_path))
+                gguf.convert_by_mlx_lm(fused, partial, partial / args.gguf_path)
     except InputError:
         raise
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.

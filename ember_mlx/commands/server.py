@@ -80,9 +80,8 @@ def main(arguments: list[str]) -> None:
             def load_default(self):
                 try:
                     super().load_default()
-                except Exception as error:
+                except Exception as error:  # which the main thread then raises
                     self.error = error
-                    raise SystemExit from error  # of this thread alone, without a traceback
                 finally:
                     self.tried.set()
 
@@ -114,6 +113,8 @@ def main(arguments: list[str]) -> None:
 
 def _check_address(host, port):
     """Before the model is loaded, which may take a minute."""
+    if not 0 <= port < 2**16:  # the resolver would take it modulo 2^16
+        raise InputError(f"--port {port}: must be from 0 to {2**16 - 1}")
     try:
         [family, kind, protocol, _, address], *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -121,8 +122,8 @@ def _check_address(host, port):
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself sets it
             probe.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        where = f"--host {host} --port {port}"
         raise InputError(
-            f"--host {host} --port {port}: cannot listen there ({reason}); give another --port or --host"
+            f"{where}: cannot listen there ({error.strerror or error}); give another --port or --host"
         ) from error

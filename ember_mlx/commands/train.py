@@ -11,7 +11,7 @@ from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporti
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
-from ember_mlx.planner import machine
+from ember_mlx.planner.savings import savings
 
 __all__ = ["main"]
 
@@ -20,9 +20,13 @@ def main(arguments: list[str]) -> None:
     """Train, test, or both."""
     workers = Workers.join()
     try:
-        args = _parse_together(arguments, workers)
-        if args.train and workers.leads and (warning := machine.warning(args)):
-            rprint(warning)
+        args, given = _parse_together(arguments, workers)
+        if args.train and workers.leads:
+            # Several workers must take the same step, whatever the memory of each.
+            switched_on, lines = savings(args if workers.size == 1 else args | {"auto_savings": False}, given)
+            for line in lines:
+                rprint(line)
+            args |= switched_on
         run(args)
     except PeerLost as lost:
         leave(lost)
@@ -38,7 +42,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse_together(arguments, workers):
-    """The options, where no worker refuses its own; --peer-timeout is not known yet."""
+    """The options and the names of those given, where no worker refuses its own; --peer-timeout is not known yet."""
     deadline = PeerDeadline(workers, options.defaults()["peer_timeout"] // 10)
     with reporting_lost_peers(workers), deadline, workers.one_outcome():
-        return options.parse(arguments, data_required=True)
+        return options.parse_given(arguments, data_required=True)

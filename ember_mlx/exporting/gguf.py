@@ -30,7 +30,7 @@ from ember_mlx.finetune import safe_reading
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
-__all__ = ["OUTTYPES", "Converter", "choose_converter", "write_gguf"]
+__all__ = ["OUTTYPES", "Converter", "choose_converter", "convert_by_mlx_lm", "not_by_mlx_lm", "write_gguf"]
 
 OUTTYPES = ("f16", "bf16", "f32", "q8_0")
 SCRIPT = "convert_hf_to_gguf.py"
@@ -41,6 +41,7 @@ WEIGHTS = re.compile(
 )
 GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
 TOKENS, SCORES, KINDS = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
+SPLIT_ELSEWHERE = "some words will be split in other places than in training"
 NO_MERGE = -1e6  # below that of any merge
 
 
@@ -79,9 +80,9 @@ def choose_converter(fused: Fused, llama_cpp: str | None, outtype: str) -> Conve
         if not script.is_file():
             raise InputError(f"--llama-cpp {llama_cpp}: has no {SCRIPT}; give the folder of llama.cpp: {GET_IT}")
         return _llama_cpp(script, fused, outtype)
-    reason = _not_by_mlx_lm(fused, outtype)
+    reason = not_by_mlx_lm(fused, outtype)
     if reason is None:
-        return Converter(f"mlx-lm's converter, as f16{_spaces(fused)}", _convert_by_mlx_lm, 1)
+        return Converter(f"mlx-lm's converter, as f16{_other_splits(fused)}{_spaces(fused)}", convert_by_mlx_lm, 1)
     found = shutil.which(SCRIPT)
     if found:
         return _llama_cpp(Path(found), fused, outtype)
@@ -89,6 +90,55 @@ def choose_converter(fused: Fused, llama_cpp: str | None, outtype: str) -> Conve
         f"--format gguf: mlx-lm's converter cannot write this model: {reason}; name the folder of llama.cpp as "
         f"--llama-cpp: {GET_IT}"
     )
+
+
+def not_by_mlx_lm(fused: Fused, outtype: str = "f16") -> str | None:
+    """Why mlx-lm's converter would write a wrong file, in words; None where it would not."""
+    config = fused.config
+    kind = config.get("model_type")
+    if kind not in MODELS:
+        return f"it is of type {kind}, not {' or '.join(MODELS)}"
+    if outtype != "f16":
+        return f"it writes f16 alone, not {outtype}"
+    other = [name for name in fused.weights if not WEIGHTS.fullmatch(_ggml_name(name).removesuffix(".weight"))]
+    if other:
+        return f"it has no name for {other[0]}"
+    if config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]):
+        return f"it does not write head_dim {config['head_dim']}"
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = config.get(key) or {}
+        if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "linear"):
+            return f"it does not write {key} {scaling}"
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        return "it does not write sliding windows"
+    if not _is_sentencepiece(fused):
+        return "its tokenizer is not of SentencePiece's kind"
+    return None
+
+
+def convert_by_mlx_lm(fused: Fused, folder: Path, path: Path) -> None:
+    """Write a GGUF file in f16 with mlx-lm's converter, put right; ``folder`` takes what it reads, for a while.
+
+    Raises:
+        InputError: for a weight that f16 cannot hold.
+        Exception: whatever MLX or the tokenizer has against it.
+    """
+    half = {name: array.astype(mx.float16) for name, array in fused.weights.items()}
+    safe_reading.check_finite(
+        half, "GGUF: as f16", "use `ember-mlx export --format gguf --llama-cpp` with --outtype bf16"
+    )
+    tokenizer = folder / "tokenizer"
+    fused.tokenizer.save_pretrained(str(tokenizer))
+    prepare = gguf.prepare_metadata
+
+    def prepared(config, vocabulary):
+        return _corrected(prepare(config, vocabulary), fused)
+
+    heads = {"num_key_value_heads": fused.config["num_attention_heads"]}
+    # It prints the name of a file that is not in its place yet.
+    with replaced(gguf, "prepare_metadata", prepared), redirect_stdout(io.StringIO()):
+        gguf.convert_to_gguf(tokenizer, half, heads | fused.config, str(path))
+    shutil.rmtree(tokenizer)
 
 
 def _llama_cpp(script, fused, outtype):
@@ -102,10 +152,7 @@ def _llama_cpp(script, fused, outtype):
 
     words = f"llama.cpp's converter {script}, as {outtype}{_spaces(fused)}"
     if _is_sentencepiece(fused) and not (fused.source / SENTENCEPIECE).is_file():
-        words += (
-            f"; the model has no {SENTENCEPIECE}, without which it gives all tokens one score: some words will be "
-            "split in other places than in training"
-        )
+        words += f"; the model has no {SENTENCEPIECE}, without which it gives all tokens one score: {SPLIT_ELSEWHERE}"
     return Converter(words, convert, 2)
 
 
@@ -130,30 +177,6 @@ def _run(script, arguments):
         raise InputError(f"--llama-cpp: {script} failed with {done.returncode}: {last or 'it says nothing'}; {remedy}")
 
 
-def _not_by_mlx_lm(fused, outtype):
-    """Why mlx-lm's converter would write a wrong file, in words; None where it would not."""
-    config = fused.config
-    kind = config.get("model_type")
-    if kind not in MODELS:
-        return f"it is of type {kind}, not {' or '.join(MODELS)}"
-    if outtype != "f16":
-        return f"it writes f16 alone, not {outtype}"
-    other = [name for name in fused.weights if not WEIGHTS.fullmatch(_ggml_name(name).removesuffix(".weight"))]
-    if other:
-        return f"it has no name for {other[0]}"
-    if config.get("head_dim") not in (None, config["hidden_size"] // config["num_attention_heads"]):
-        return f"it does not write head_dim {config['head_dim']}"
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(key) or {}
-        if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "linear"):
-            return f"it does not write {key} {scaling}"
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        return "it does not write sliding windows"
-    if not _is_sentencepiece(fused):
-        return "its tokenizer is not of SentencePiece's kind"
-    return None
-
-
 def _ggml_name(name):
     return gguf.translate_weight_names(name)
 
@@ -162,6 +185,20 @@ def _is_sentencepiece(fused):
     """Whether the tokenizer is a BPE over characters with ▁ for spaces, as llama.cpp splits text with scores."""
     model = _tokenizer_json(fused)["model"]
     return model.get("type") == "BPE" and bool(model.get("byte_fallback")) and not model.get("ignore_merges")
+
+
+def _other_splits(fused):
+    """llama.cpp merges all neighbours that are a token together, as SentencePiece does, which knows no other merges."""
+    vocabulary, merges = _tokenizer_json(fused)["model"]["vocab"], set(_merges(fused))
+    splits = ((token[:i], token[i:]) for token in vocabulary for i in range(1, len(token)))
+    if all(split in merges for split in splits if split[0] in vocabulary and split[1] in vocabulary):
+        return ""
+    return f"; its tokenizer lacks merges that SentencePiece's have: {SPLIT_ELSEWHERE}"
+
+
+def _merges(fused):
+    merges = _tokenizer_json(fused)["model"]["merges"]
+    return [tuple(merge if isinstance(merge, list) else merge.split(" ")) for merge in merges]
 
 
 def _spaces(fused):
@@ -174,27 +211,9 @@ def _spaces(fused):
 
 
 def _tokenizer_json(fused):
+    """What a tokenizer.json would hold."""
     backend = getattr(fused.tokenizer._tokenizer, "backend_tokenizer", None)
     return json.loads(backend.to_str()) if backend is not None else {"model": {}}
-
-
-def _convert_by_mlx_lm(fused, folder, path):
-    config, weights = fused.config, fused.weights
-    half = {name: array.astype(mx.float16) for name, array in weights.items()}
-    safe_reading.check_finite(half, "--format gguf: as f16", "use --llama-cpp and --outtype bf16")
-    fused.tokenizer.save_pretrained(str(folder))
-    prepare = gguf.prepare_metadata
-
-    def prepared(config, vocabulary):
-        return _corrected(prepare(config, vocabulary), fused)
-
-    heads = {"num_key_value_heads": config["num_attention_heads"]}
-    before = {path, *folder.iterdir()}
-    # It prints the name of a file that is not in its place yet.
-    with replaced(gguf, "prepare_metadata", prepared), redirect_stdout(io.StringIO()):
-        gguf.convert_to_gguf(folder, half, heads | config, str(path))
-    for file in before - {path}:
-        file.unlink()  # of the tokenizer, which is in the GGUF file now
 
 
 def _corrected(metadata: dict[str, Any], fused: Fused) -> dict[str, Any]:
@@ -208,8 +227,8 @@ def _corrected(metadata: dict[str, Any], fused: Fused) -> dict[str, Any]:
     tokens += [f"[PAD{number}]" for number in more]
     kinds += [gguf.TokenType.UNUSED.value for _ in more]
     ranks = {}
-    for rank, merge in enumerate(_tokenizer_json(fused)["model"]["merges"]):
-        ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
+    for rank, merge in enumerate(_merges(fused)):
+        ranks.setdefault("".join(merge), rank)
     scores = [float(-ranks[token]) if token in ranks else NO_MERGE for token in tokens]
     corrected = {TOKENS: tokens, SCORES: mx.array(scores, mx.float32), KINDS: mx.array(kinds, mx.int32)}
     template = fused.tokenizer.chat_template

@@ -53,8 +53,8 @@ def load_fused(model_path: str, adapter: Path | None, **options: Any) -> Fused:
     Raises:
         InputError: for a model or an adapter that does not load, and for a number that is not finite.
     """
-    adapter_config = None if adapter is None else adapters.read_config(adapter)
-    model, tokenizer, config = adapters.load_base(model_path, **options)
+    adapter_config = {} if adapter is None else adapters.read_config(adapter)
+    model, tokenizer, config = adapters.load_base(model_path, quantize=adapter_config.get("quantize"), **options)
     if adapter is not None:
         tokenizer = adapters.add_tokens_of(adapter, model, tokenizer, config, adapter_config)
         adapters.apply_adapter(model, adapter, config, adapter_config)

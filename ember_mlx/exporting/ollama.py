@@ -112,6 +112,8 @@ def read_turns(tokenizer: TokenizerWrapper) -> Turns | str:
     text = "".join((turns.start, turns.answer, turns.default or "", *turns.before.values(), *turns.after.values()))
     if any(mark in text for mark in ("{{", "}}", '"""')):
         return "the chat template writes marks that Ollama reads itself"
+    if not text.replace("\n", "").replace("\t", "").isprintable():  # of which Ollama's reader keeps nothing
+        return "the chat template writes characters that a Modelfile cannot hold"
     return turns
 
 

@@ -76,7 +76,7 @@ def write_peft(folder: Path, model_path: str, adapter: Path, *, base_model: str 
         safe_writing.write_bytes(partial / CONFIG, json.dumps(peft_config, indent=2).encode())
         if added:
             tokenizer.save_pretrained(str(partial))
-    return _summary(peft_config, len(added), quantized)
+    return _summary(peft_config, len(added), quantized or adapter_config.get("quantize") is not None)
 
 
 def as_peft(

@@ -2,7 +2,8 @@
 
 An adapter folder is mlx-lm's: ``adapter_config.json`` and ``adapters.safetensors``. Beside a LoRA or DoRA adapter the
 trained tables lie in ``token_tables.safetensors``, because stock mlx-lm takes nothing but adapter matrices in the first
-file; a ``full`` adapter holds everything in it.
+file; a ``full`` adapter holds everything in it. Where tables lie beside it, the first file holds one array more, whose
+name is what stock mlx-lm says when it refuses the folder: it would load the adapter without its tables.
 
 The files of a save take their places one by one, so a kill may leave some of the save before. They know each other by
 ids in their metadata, made from what is saved: ``settings_id``, of what the config says of loading, and ``save_id``, of
@@ -17,15 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ember_mlx.finetune import options, safe_reading, safe_writing
 from ember_mlx.finetune.added_tokens import add_tokens
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.choices import BITS
-from ember_mlx.finetune.quantized_layers import quantize_layers
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
@@ -34,6 +34,7 @@ __all__ = [
     "ADAPTERS",
     "BEST",
     "CONFIG",
+    "REFUSAL",
     "SETTINGS_ID",
     "TABLES",
     "Saver",
@@ -54,6 +55,10 @@ ADAPTERS = "adapters.safetensors"
 BEST = "best"
 CONFIG = "adapter_config.json"
 TABLES = "token_tables.safetensors"
+REFUSAL = (
+    "This adapter has token tables, which mlx-lm would leave out. Use ember-mlx generate, chat, server or fuse, or in "
+    "Python ember_mlx.load"
+)
 REMEDY = "use the model that it was trained on"
 SETTINGS = ("fine_tune_type", "num_layers", "lora_parameters", "token_tables", "added_tokens", "quantize")
 SETTINGS_ID = "settings_id"
@@ -90,38 +95,6 @@ def load(
         apply_adapter(model, Path(adapter_path), config, adapter_config)
         model.eval()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
-
-
-def load_base(
-    path_or_hf_repo: str | Path, *, quantize: int | None = None, **options: Any
-) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    """``mlx_lm.load`` with its config.
-
-    Args:
-        path_or_hf_repo: A model folder or a name on the Hugging Face hub.
-        quantize: Quantize the layers to so many bits, as ``train --quantize`` does.
-        options: Whatever else ``mlx_lm.load`` takes.
-
-    Raises:
-        InputError: for whatever mlx-lm raises, and for a model that cannot be quantized.
-    """
-    path = Path(path_or_hf_repo)
-    try:
-        if quantize is None:
-            return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
-        model, tokenizer, config = mlx_lm.load(str(path_or_hf_repo), return_config=True, **(options | {"lazy": True}))
-        quantize_layers(model, config, quantize, f"--quantize {quantize}: model {path_or_hf_repo}")
-        return model, tokenizer, config
-    except InputError:
-        raise
-    # Whatever the hub's client, the model file or the tokenizer raises: the user gave a model that does not load.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        if path.exists():
-            raise InputError(f"model {path_or_hf_repo}: mlx-lm cannot load it: {reason}") from error
-        raise InputError(
-            f"model {path_or_hf_repo}: no such folder here, and the Hugging Face hub gave none: {reason}"
-        ) from error
 
 
 class Saver:
@@ -204,7 +177,7 @@ class Saver:
         metadata = {SETTINGS_ID: self.options[SETTINGS_ID]}
         if tables:
             metadata[SAVE_ID] = _save_id(weights | tables)
-            return {ADAPTERS: weights, TABLES: tables}, metadata
+            return {ADAPTERS: weights | {REFUSAL: mx.zeros(1)}, TABLES: tables}, metadata
         return {ADAPTERS: weights}, metadata
 
     def _prune(self, steps_done):
@@ -274,15 +247,30 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
         tables_of(folder / ADAPTERS)
     # A run of tables alone has no LoRA layers: mlx-lm would put them into all layers for num_layers 0.
     if adapters or not tables:
+        _load_layers(model, adapters, adapter_config, folder)
+    _dequantize(model, tables, config)
+    load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
+
+
+def _load_layers(model, adapters, adapter_config, folder):
+    """As mlx-lm's ``load_adapters``, which reads the file itself and so would meet its refusal."""
+    kind = adapter_config.get("fine_tune_type", "lora")
+    if kind != "full":
         try:
-            load_adapters(model, str(folder))
+            linear_to_lora_layers(
+                model, adapter_config["num_layers"], adapter_config["lora_parameters"], use_dora=kind == "dora"
+            )
         # OverflowError: a rank beyond what an array can have
         except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}; {REMEDY}") from error
-        if not full:
-            _refuse_missing(folder, model, adapters)
-    _dequantize(model, tables, config)
-    load_weights(model, tables, model.parameters(), f"adapter {folder}: {TABLES}", REMEDY)
+    allowed = {
+        name: parameter
+        for name, parameter in tree_flatten(model.parameters())
+        if kind == "full" or name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+    }
+    load_weights(model, adapters, allowed, f"adapter {folder}: {ADAPTERS}", REMEDY)
+    if kind != "full":
+        _refuse_missing(folder, model, adapters)
 
 
 def refuse_other_tokens(path: Path, added_tokens: list[dict] | None) -> None:
@@ -362,6 +350,7 @@ def read_arrays(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise InputError(f"adapter {path.parent}: it has no file {path.name}; give that of a finished run")
     arrays = safe_reading.read_arrays(path, f"adapter {path.parent}")
+    arrays.pop(REFUSAL, None)
     for name, array in arrays.items():
         if not mx.issubdtype(array.dtype, mx.floating):
             raise InputError(

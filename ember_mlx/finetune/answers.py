@@ -7,7 +7,7 @@ of the stand-in is the template's. An answer begins after what the template writ
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -15,7 +15,7 @@ from mlx_lm.utils import common_prefix_len
 
 from ember_mlx.finetune.mlx_lm_internals import marked_tokens
 
-__all__ = ["Spans", "answers_by_marker", "answers_in_text", "answers_in_tokens", "has_answer", "opening_of"]
+__all__ = ["Answer", "Spans", "answers_by_marker", "answers_in_text", "answers_in_tokens", "has_answer", "opening_of"]
 
 Spans = list[tuple[int, int]]
 """The first and the one after the last, of characters or of tokens, of each answer."""
@@ -38,11 +38,24 @@ def opening_of(write: Callable[..., str], turns: Turns) -> str:
     return asking[len(closed) :] if asking.startswith(closed) else ""
 
 
-def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tuple[str, Spans, bool]:
+class Answer(NamedTuple):
+    """Where an answer stands in a text, in characters.
+
+    Attributes:
+        start: Its first.
+        said: The one after its content.
+        end: The one after what the template writes to close a turn, without white space.
+    """
+
+    start: int
+    said: int
+    end: int
+
+
+def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tuple[str, list[Answer], bool]:
     """The text of a conversation, where its answers stand in it, and whether each begins after the whole opening.
 
-    An answer ends with what the template writes after a turn, without the white space that closes it. What is not
-    written, of an answer that the template leaves out, has no place and is refused.
+    What closes a turn is what follows it both here and where the conversation ends with it.
 
     Args:
         write: Of turns the text that the template makes.
@@ -52,7 +65,7 @@ def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tu
     Raises:
         ValueError: for an answer that cannot be found.
     """
-    text, spans, whole = write(turns), [], True
+    text, answers, whole = write(turns), [], True
     stand_in = STAND_IN
     while stand_in in text:
         stand_in += STAND_IN
@@ -60,9 +73,10 @@ def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tu
         for other in _others(turns[i], stand_in):
             before, *after = write([*turns[:i], other, *turns[i + 1 :]]).split(stand_in)
             if len(after) == 1 and text.endswith(after[0]):
-                asked = write(turns[:i]) if i and not opening else ""
-                start, begins = _start(text, before, opening, asked, spans[-1][1] if spans else 0)
-                if start is not None:
+                at = _header(write, turns[:i], before, answers[-1].end if answers else 0, opening)
+                begins = text.startswith(opening, at)
+                start = at + len(opening) if begins else len(before)
+                if text.startswith(before[:start]):
                     break
         else:
             raise ValueError(
@@ -70,32 +84,32 @@ def answers_in_text(write: Callable[..., str], turns: Turns, opening: str) -> tu
             )
         alone = after if i + 1 == len(turns) else write([*turns[:i], other]).split(stand_in)[1:]
         closing = after[0][: common_prefix_len(after[0], alone[0] if alone else "")]
-        end = len(text) - len(after[0]) + len(closing.rstrip() or closing)
-        spans.append((start, max(start, end)))
+        said = len(text) - len(after[0])
+        answers.append(Answer(start, said, max(start, said + len(closing.rstrip() or closing))))
         whole &= begins
-    return text, spans, whole
+    return text, answers, whole
 
 
-def _start(text, before, opening, asked, earliest):
-    """Where an answer starts, or None, and whether that is after the whole opening.
+def _header(write, turns, before, earliest, opening):
+    """Where the header of an answer begins, of which the opening is all or a part.
 
     Args:
-        text: The conversation.
+        write, opening: As above.
+        turns: Those before the answer.
         before: What is left of the stand-in. A think block that the template adds may come after the opening.
-        opening: As above.
-        asked: Of a template without an opening, the conversation up to this answer.
         earliest: The end of the answer before.
     """
-    at = before.rfind(opening, earliest)
-    if asked:
-        places = range(max(earliest, len(before) - MOST_ADDED), len(before) + 1)
-        at = max(places, key=lambda place: (common_prefix_len(asked[::-1], before[:place][::-1]), place))
-    elif at < 0:  # an answer begins otherwise than after a prompt
-        earliest = max(earliest, len(before) - len(opening))
-        at = next(i for i in range(earliest, len(before) + 1) if opening.startswith(before[i:]))
-    begins = text.startswith(opening, at)
-    start = at + len(opening) if begins else len(before)
-    return (start if text.startswith(before[:start]) else None), begins
+    places = range(max(earliest, len(before) - max(len(opening), MOST_ADDED)), len(before) + 1)
+    if not opening:  # the answer begins where the conversation up to it ends
+        asked = write(turns)[::-1] if turns else ""
+        return max(places, key=lambda place: (common_prefix_len(asked, before[:place][::-1]), place))
+    found = [match.start() for match in re.finditer(re.escape(opening), before[earliest:])]
+    if found:  # the first that no other turn has said
+        answered = [i for i, turn in enumerate(turns) if _is_answer(turn)]
+        said = turns[answered[-1] + 1 if answered else 0 :]
+        quoted = sum(text.count(opening) for turn in said for text in _texts(turn))
+        return earliest + found[min(quoted, len(found) - 1)]
+    return next(place for place in places if opening.startswith(before[place:]))  # it begins otherwise in a prompt
 
 
 def _others(turn, stand_in) -> Iterator[dict[str, Any]]:
@@ -116,26 +130,36 @@ def _is_answer(turn):
     return turn.get("role") == "assistant"
 
 
-def answers_in_tokens(tokenizer: TokenizerWrapper, text: str, tokens: list[int], spans: Spans) -> Spans:
-    """The tokens of ``text`` that have a character of one of the spans.
+def _texts(turn) -> list[str]:
+    content = turn.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def answers_in_tokens(tokenizer: TokenizerWrapper, text: str, tokens: list[int], answers: list[Answer]) -> Spans:
+    """The tokens of ``text`` that have a character of an answer, or are a part of what closes it.
 
     Args:
         tokenizer: The one that made the tokens.
         text, tokens: A whole conversation.
-        spans: Of characters, one after the other.
+        answers: Of the text, one after the other.
     """
     own = tokenizer._tokenizer
     if own.is_fast:
         encoded = own(text, add_special_tokens=False, return_offsets_mapping=True)
         if encoded["input_ids"] == tokens:
             starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
-            within = [np.flatnonzero((ends > start) & (starts < end)) for start, end in spans]
+            within = [
+                np.flatnonzero((ends > answer.start) & ((starts < answer.said) | (ends <= answer.end)))
+                for answer in answers
+            ]
             return [(int(found[0]), int(found[-1]) + 1) for found in within if len(found)]
 
     def before(place):
         return common_prefix_len(tokens, own.encode(text[:place], add_special_tokens=False))
 
-    found = [(before(start), before(end)) for start, end in spans]
+    found = [(before(answer.start), before(answer.end)) for answer in answers]
     return [(start, end) for start, end in found if start < end]
 
 

@@ -1,7 +1,7 @@
 """The data of a run: checked before a model is loaded, and loaded with every row tried, before anything is written."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -19,13 +19,17 @@ from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
 from ember_mlx.finetune.rows import TriedRows, with_masked_prompts
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["VALID_FRACTION", "DataSet", "check_data_folder", "file_of", "is_local", "load_data", "load_sets"]
+__all__ = ["VALID_FRACTION", "DataSet", "Rows", "check_data_folder", "file_of", "is_local", "load_data", "load_sets"]
 
 SETS = ("train", "valid", "test")
 ON_HUB = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 VALID_FRACTION = 0.05
 MOST_OF_FEW = 0.2  # of the rows, when --valid-fraction of them would not fill a batch
+
+
+Rows = Mapping[str, Sequence[dict[str, Any]]]
+"""Rows in memory, by "train" and "valid"; each is what a line of a file may hold."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,21 @@ def is_local(args: Options) -> bool:
     return path.exists() or path.suffix.lower() in FORMATS or not HUB_NAME.fullmatch(args.data)
 
 
-def check_data_folder(args: Options) -> None:
+def check_data_folder(args: Options, given: Rows | None = None) -> None:
     """Check local data, as far as that needs no tokenizer. A data set of the hub is checked when it is loaded.
+
+    Args:
+        args: The run's.
+        given: Rows in memory, which take the place of ``--data``.
 
     Raises:
         InputError: for data that is missing, and for a row that cannot be trained on; it names file and line.
     """
+    if given is not None:
+        if args.test:
+            raise InputError("--test: rows in memory have no test set; give a folder with test.jsonl")
+        _sets_of_given(args, given)
+        return
     if not is_local(args):
         if find_spec("datasets") is None:
             named = getattr(args, "hf_dataset", None)
@@ -87,7 +100,9 @@ def file_of(args: Options, name: str) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, TriedRows, TriedRows]:
+def load_data(
+    args: Options, tokenizer: TokenizerWrapper, given: Rows | None = None
+) -> tuple[TriedRows, TriedRows, TriedRows]:
     """The train, valid and test sets; those that are not used are empty. Every row is tokenized once.
 
     Raises:
@@ -95,7 +110,7 @@ def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, Tr
             refuses; it names file and line.
     """
     tried = []
-    for name, found in load_sets(args, tokenizer).items():
+    for name, found in load_sets(args, tokenizer, given).items():
         used = args.test if name == "test" else args.train
         tried.append(TriedRows(found.rows if used else [], found.where))
     unshared = sum(rows.unshared for rows in tried)
@@ -107,13 +122,14 @@ def load_data(args: Options, tokenizer: TokenizerWrapper) -> tuple[TriedRows, Tr
     return tuple(tried)
 
 
-def load_sets(args: Options, tokenizer: TokenizerWrapper) -> dict[str, DataSet]:
+def load_sets(args: Options, tokenizer: TokenizerWrapper, given: Rows | None = None) -> dict[str, DataSet]:
     """The train, valid and test sets, no row of which has been tokenized yet.
 
     Raises:
         InputError: for data that cannot be loaded, and for a set that is used and has fewer rows than a batch.
     """
-    sets = _described_sets(args, tokenizer) if getattr(args, "hf_dataset", None) else _sets(args, tokenizer)
+    described = given is None and getattr(args, "hf_dataset", None)
+    sets = _described_sets(args, tokenizer) if described else _sets(args, tokenizer, given)
     for name, found in sets.items():
         used = args.test if name == "test" else args.train
         if used and 0 < len(found) < args.batch_size:
@@ -137,8 +153,10 @@ def _described_sets(args, tokenizer):
     return {name: DataSet(rows, partial("hf_dataset: {} row {}".format, name)) for name, rows in found}
 
 
-def _sets(args, tokenizer):
-    if is_local(args):
+def _sets(args, tokenizer, given):
+    if given is not None:
+        placed = _sets_of_given(args, given)
+    elif is_local(args):
         placed = {name: _read_set(args, name) if file_of(args, name) else ([], None) for name in SETS}
     else:
         placed = _sets_of_hub(args)
@@ -179,6 +197,11 @@ def _read_set(args, name):
     path = file_of(args, name)
     where = f"--data {args.data}:" + ("" if path == Path(args.data) else f" {path.name}")
     return _converted(args, [(f"{where} {place}", row) for place, row in read_file(path, where)])
+
+
+def _sets_of_given(args, given):
+    named = {name: [(f"data: {name}[{i}]", row) for i, row in enumerate(given.get(name, ()))] for name in SETS}
+    return {name: _converted(args, rows) for name, rows in named.items()}
 
 
 def _sets_of_hub(args):

@@ -12,7 +12,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from ember_mlx.finetune.data import DataSet, load_sets
 from ember_mlx.finetune.mlx_lm_internals import PAD_TO
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.packing import first_fit, refuse_too_few
+from ember_mlx.finetune.packing import packs_of
 from ember_mlx.finetune.rows import tokenized as tokens_of
 from ember_mlx.shared.errors import InputError
 
@@ -95,11 +95,10 @@ def _packed_batch(found: DataSet, args: Options) -> LongestBatch:
     capacity = args.max_seq_length
     cut = [min(length, capacity) for length in lengths]
     if len(lengths) == len(sizes):
-        packs = first_fit(cut, capacity, args.seed)
+        packs = packs_of(cut, capacity, args.batch_size, args.seed)
         fullest, number = max(sum(cut[i] for i in pack) for pack in packs), len(packs)
-        refuse_too_few(args, len(sizes), number)
     else:
-        fullest, number = capacity, round(sum(cut) * sum(sizes) / characters / capacity)
+        fullest, number = capacity, -(-sum(cut) * sum(sizes) // (characters * capacity))
     width = _padded(fullest, capacity)
     return LongestBatch(width, max(lengths), max(lengths) > capacity, len(lengths), len(sizes), number)
 

@@ -5,7 +5,8 @@ is also saved and stopped between two steps, starts from any position, and lets 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +34,7 @@ from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.replacing import replaced
 from ember_mlx.token_tables import TokenTable
 
 __all__ = ["Report", "Training"]
@@ -100,10 +102,10 @@ class Training:
         mx.reset_peak_memory()
         with self.signals, self.saving.telling_what_is_left():
             if self.batches.step < args.iters:
-                if args.grad_checkpoint and not args.stream:
-                    grad_checkpoint(self.model.layers[0])
-                step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
-                self._loop(step, loss, CacheDataset(valid_set))
+                checkpointing = args.grad_checkpoint and not args.stream
+                with _checkpointed(self.model.layers[0]) if checkpointing else nullcontext():
+                    step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
+                    self._loop(step, loss, CacheDataset(valid_set))
             peak_memory = self.workers.all_max(mx.get_peak_memory())
             with self.workers.one_outcome():
                 self.nonfinite.refuse_nothing()
@@ -231,6 +233,15 @@ class Training:
         if number:
             self._save_checkpoint()
             raise self.saving.interrupted(number, self.batches.position)
+
+
+@contextmanager
+def _checkpointed(layer: nn.Module) -> Iterator[None]:
+    """mlx-lm changes the class of the layers, for all models of the process; here until the training ends."""
+    kind = type(layer)
+    with replaced(kind, "__call__", kind.__call__):
+        grad_checkpoint(layer)
+        yield
 
 
 class Report:

@@ -158,6 +158,12 @@ HELP: Help = {
         ),
     },
     "memory": {
+        "auto_savings": (
+            None,
+            "Where a run is planned not to fit, switch on --grad-checkpoint, --chunked-loss or --stream, and say so. "
+            "What costs the least time comes first, and what you give stays. Not with several workers, nor with "
+            "--train-tables none.",
+        ),
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "stream": (
             None,
@@ -212,8 +218,8 @@ HELP: Help = {
         "val_batches": ("N", "Batches of a validation; -1 for all."),
         "sample_prompts": (
             "FILE",
-            "Answer these prompts at each validation: a .txt with one a line, or a .jsonl with a prompt or messages a "
-            "line. The answers are printed and logged, and change nothing of the run. Default: none.",
+            "Answer these prompts at each validation: a .txt with one a line, or a .jsonl with a prompt, messages or "
+            "text a line. The answers are printed and logged, and change nothing of the run. Default: none.",
         ),
         "sample_tokens": ("N", "Tokens of such an answer, at most."),
         "log_jsonl": (

@@ -34,11 +34,13 @@ __all__ = [
     "check",
     "check_lora_parameters",
     "command_to_resume",
+    "complete",
     "defaults",
     "flag",
     "parse",
     "parse_command",
     "parse_given",
+    "typed",
 ]
 
 SWITCH = {"action": "store_true"}
@@ -81,7 +83,8 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sample_prompts": (None, {"type": str}),
     "sample_tokens": (64, {"type": int}),
     "packing": (False, SWITCH),
-    "chunked_loss": (False, SWITCH),
+    "auto_savings": (True, ON_OR_OFF),
+    "chunked_loss": (False, ON_OR_OFF),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
     "overwrite": (False, SWITCH),
@@ -176,7 +179,8 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
 
 def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
     """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
-    return _complete(build_parser(), arguments, data_required)
+    parser = build_parser()
+    return complete(parser, vars(parser.parse_args(arguments)), data_required)
 
 
 def parse_command(
@@ -193,8 +197,8 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    complete, given = _complete(parser, arguments, data_required)
-    options = vars(complete)
+    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required)
+    options = vars(made)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
         argparse.Namespace(given=given, **{name: options[name] for name in own}),
@@ -202,8 +206,17 @@ def parse_command(
     )
 
 
-def _complete(parser, arguments, data_required):
-    options = vars(parser.parse_args(arguments))
+def complete(
+    parser: argparse.ArgumentParser, options: dict[str, Any], data_required: bool
+) -> tuple[Options, frozenset[str]]:
+    """The checked options of what was given by name, with None for what was not: then ``config``, then the defaults.
+
+    Returns:
+        The options, and the names of those that were given, in ``config`` too.
+
+    Raises:
+        InputError: as :func:`parse` does.
+    """
     if options["config"]:
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
@@ -215,17 +228,17 @@ def _complete(parser, arguments, data_required):
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
     if options["iters"] is not None and options["epochs"] is not None:
-        given = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
-        raise InputError(f"{given}: each says how long to train; give one, as a flag or in the YAML file")
+        both = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{both}: each says how long to train; give one, as a flag or in the YAML file")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
     for key, value in defaults().items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
-    complete = Options(**options)
-    check(complete)
-    return run_length.settled(complete), given
+    args = Options(**options)
+    check(args)
+    return run_length.settled(args), given
 
 
 def check(args: Options) -> None:
@@ -333,12 +346,16 @@ def _read_config(path, parser):
         if near and near != [key]:
             rprint(f"Warning: {where}: {key} is not an option; did you mean {near[0]}?")
         if key in actions and value is not None:
-            config[key] = _typed(f"{where}: {key}: {value}", value, actions[key])
+            config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
     return config
 
 
-def _typed(where, value, action):
-    """The value as the command line would have read it."""
+def typed(where: str, value: Any, action: argparse.Action) -> Any:
+    """The value as the command line would have read it.
+
+    Raises:
+        InputError: for one that it would refuse; ``where`` names it.
+    """
     if action.nargs == "?" and isinstance(value, bool):
         return action.const if value else None
     if action.nargs == 0:
@@ -353,11 +370,11 @@ def _typed(where, value, action):
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        typed = action.type(str(value) if action.type in (_size, _limit) else value)
-    except (argparse.ArgumentTypeError, TypeError, ValueError):
-        typed = None
-    changed = action.type is int and typed != value
-    if typed is None or changed or isinstance(value, bool):
+        read = action.type(str(value) if action.type in (_size, _limit) else value)
+    except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
+        read = None
+    changed = action.type is int and read != value
+    if read is None or changed or isinstance(value, bool):
         kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
         raise InputError(f"{where} must be {kind}")
-    return typed
+    return read

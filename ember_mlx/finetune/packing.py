@@ -6,20 +6,32 @@ import numpy as np
 
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import TriedRows, spans_of
-from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming.marks import marks_of_pack
 
-__all__ = ["PackedRows", "first_fit", "packed", "refuse_too_few"]
+__all__ = ["PackedRows", "first_fit", "packed", "packs_of"]
 
 
-def first_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[tuple[int, ...]]:
-    """The numbers of the rows in each pack: rows in random order, each in the first pack that has room for it.
+def packs_of(lengths: Sequence[int], capacity: int, batch_size: int, seed: int) -> list[tuple[int, ...]]:
+    """The numbers of the rows in each pack, by first fit. Those of most rows are split until all fill batches.
+
+    mlx-lm's batches leave out what fills none, the same in every epoch; of packs that could be most of the rows.
 
     Args:
         lengths: Tokens of each row, at most ``capacity``.
         capacity: Tokens of a pack.
-        seed: Of the order.
+        batch_size: Packs of a batch.
+        seed: Of the order in which rows are packed.
     """
+    packs = first_fit(lengths, capacity, seed)
+    while len(packs) % batch_size and len(packs) < len(lengths):
+        most = max(range(len(packs)), key=lambda i: len(packs[i]))
+        pack = packs.pop(most)
+        packs += [pack[::2], pack[1::2]]
+    return packs
+
+
+def first_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[tuple[int, ...]]:
+    """The numbers of the rows in each pack: rows in random order, each in the first pack that has room for it."""
     packs, room, full = [], np.full(len(lengths), capacity), 0
     least = min(lengths)
     for i in np.random.RandomState(seed).permutation(len(lengths)).tolist():
@@ -36,16 +48,16 @@ def first_fit(lengths: Sequence[int], capacity: int, seed: int) -> list[tuple[in
 class PackedRows:
     """The packs of a training set, of mlx-lm's kind: ``process`` makes the tokens and the marks of one.
 
-    Rows longer than ``max_seq_length`` are cut. ``fullness`` is the part of all packs that rows fill.
+    Rows longer than ``--max-seq-length`` are cut. ``fullness`` is the part of so long packs that rows fill.
     """
 
-    def __init__(self, rows: TriedRows, max_seq_length: int, seed: int):
+    def __init__(self, rows: TriedRows, args: Options):
         self.rows = rows
-        self.max_seq_length = max_seq_length
+        self.max_seq_length = args.max_seq_length
         self.checksum, self.token_checksum = rows.checksum, rows.token_checksum
-        lengths = [min(length, max_seq_length) for length in rows.lengths]
-        self.packs = first_fit(lengths, max_seq_length, seed)
-        self.fullness = sum(lengths) / (len(self.packs) * max_seq_length)
+        lengths = [min(length, args.max_seq_length) for length in rows.lengths]
+        self.packs = packs_of(lengths, args.max_seq_length, args.batch_size, args.seed)
+        self.fullness = sum(lengths) / (len(self.packs) * args.max_seq_length)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -65,22 +77,5 @@ class PackedRows:
 
 
 def packed(args: Options, rows: TriedRows) -> TriedRows | PackedRows:
-    """The training set, packed if ``--packing`` says so.
-
-    Raises:
-        InputError: where that leaves fewer packs than a batch has.
-    """
-    if not (args.packing and args.train):
-        return rows
-    found = PackedRows(rows, args.max_seq_length, args.seed)
-    refuse_too_few(args, len(rows), len(found))
-    return found
-
-
-def refuse_too_few(args: Options, rows: int, packs: int) -> None:
-    """Raises InputError where there are fewer packs than a batch has."""
-    if packs < args.batch_size:
-        raise InputError(
-            f"--packing: {rows} rows make {packs} packs of --max-seq-length {args.max_seq_length}, fewer than "
-            f"--batch-size {args.batch_size}: use --batch-size {packs}, or a shorter --max-seq-length"
-        )
+    """The training set, packed if ``--packing`` says so."""
+    return PackedRows(rows, args) if args.packing and args.train else rows

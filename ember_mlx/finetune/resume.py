@@ -44,6 +44,7 @@ FREE = {
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
     *("streaming_notes", "peer_timeout", "keep_best", "patience"),
     "dequantize_tables",  # obsolete
+    "auto_savings",  # what it switches on is compared itself
     "on_nonfinite",  # up to a step that is not finite both are one
 }
 # Of these, what decides at which steps the workers of one run meet.

@@ -140,9 +140,9 @@ class ChatRows:
         if marked is not None:
             return marked
         write = partial(self._templated, row, tokenize=False)
-        text, spans, whole = answers_in_text(write, turns, opening_of(write, turns))
+        text, answers, whole = answers_in_text(write, turns, opening_of(write, turns))
         self.unshared += not whole
-        return answers_in_tokens(self.tokenizer, text, tokens, spans)
+        return answers_in_tokens(self.tokenizer, text, tokens, answers)
 
     def _turns(self, row):
         if isinstance(self.rows, ChatDataset):

@@ -24,6 +24,7 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.disk import what_is_kept
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
+from ember_mlx.finetune.given import Given, Outcome
 from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
@@ -31,7 +32,6 @@ from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.position import set_numpy_random
-from ember_mlx.finetune.quantized_layers import quantized_in_words
 from ember_mlx.finetune.resume import (
     CONTENTS,
     made_of,
@@ -54,7 +54,7 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
-__all__ = ["check_adapter_folder", "choose_loss", "run", "train_model"]
+__all__ = ["check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
 
 
 def run(
@@ -86,17 +86,28 @@ def run(
         PeerLost: when another worker is gone; one that stands still ends the process, with exit code 75.
         Interrupted: (a ``KeyboardInterrupt``) for these, once the run is saved; ``--resume`` goes on.
     """
+    return run_with(Given(), args, [training_callback] if training_callback else [], watchers, make_step).result
+
+
+def run_with(
+    given: Given,
+    args: Options,
+    callbacks: Sequence[TrainingCallback] = (),
+    watchers: Sequence[Watcher] = (),
+    make_step: Callable | None = None,
+) -> Outcome:
+    """What :func:`run` does, with a model or rows that are in memory; it raises the same."""
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
     with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
-        return _run_together(args, training_callback, watchers, make_step, workers, deadline)
+        return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
 
 
-def _run_together(args, training_callback, watchers, make_step, workers, deadline):
+def _run_together(given, args, callbacks, watchers, make_step, workers, deadline):
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
-        check_data_folder(args)
+        check_data_folder(args, given.rows)
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.batch_size % workers.size:
@@ -105,7 +116,7 @@ def _run_together(args, training_callback, watchers, make_step, workers, deadlin
         with workers.one_outcome():
             if args.train and workers.leads:
                 _check_what_is_written(args, lock)
-        return _run(args, training_callback, lock, watchers, make_step, workers, deadline)
+        return _run(given, args, callbacks, lock, watchers, make_step, workers, deadline)
 
 
 def _check_what_is_written(args, lock):
@@ -117,26 +128,21 @@ def _check_what_is_written(args, lock):
     lock.take(make=False)
 
 
-def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
+def _run(given, args, callbacks, lock, watchers, make_step, workers, deadline):
     np.random.seed(args.seed)
     with workers.one_outcome():
-        rprint("Loading pretrained model")
-        trust = {"trust_remote_code": args.trust_remote_code}
-        bits = args.quantize if args.train else _quantize_of_adapter(args)
-        model, tokenizer, config = adapters.load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
-        if bits:
-            rprint(quantized_in_words(model))
+        model, tokenizer, config = given.load(args)
         if args.train:
             tokenizer, added_tokens = add_asked_tokens(args, model, tokenizer, config)
         elif args.adapter_path != "":
             tokenizer = adapters.add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
         rprint("Loading datasets")
-        train_set, valid_set, test_set = load_data(args, tokenizer)
+        train_set, valid_set, test_set = load_data(args, tokenizer, given.rows)
         train_set = packed(args, train_set)
         if args.train:
             args = settled(args, batches_an_epoch(args, len(train_set)))
         services = _reporting_callbacks(args) if workers.leads else None  # they record the options
-        callbacks = [callback for callback in (services, training_callback) if callback]
+        callbacks = [*([services] if services else []), *callbacks]
         if args.train:
             choices = choose(args, shapes_of(model), added_tokens)
             samples = _samples(args, tokenizer, valid_set, workers, deadline)
@@ -150,12 +156,7 @@ def _run(args, training_callback, lock, watchers, make_step, workers, deadline):
     if args.test:
         rprint("Testing")
         _test(args, model, test_set, deadline.passed)
-    return result
-
-
-def _quantize_of_adapter(args):
-    """The bits of the run that is tested: its adapter knows."""
-    return adapters.read_config(Path(args.adapter_path)).get("quantize") if args.adapter_path else args.quantize
+    return Outcome(result, model, tokenizer)
 
 
 def train_model(

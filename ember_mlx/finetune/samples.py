@@ -1,5 +1,6 @@
 """``--sample-prompts``: the model's greedy answers at each validation, by which nothing of the run changes."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ember_mlx.token_tables import TokenTable
 __all__ = ["Prompt", "Samples", "read_prompts"]
 
 FORMATS = (".txt", ".jsonl")
+KEYS = ("prompt", "messages", "text")  # the first that a row has
 MOST_PROMPTS = 100
 MOST_BYTES = 10**7
 SHOWN = 100  # characters of a line on the terminal
@@ -31,10 +33,17 @@ SHOWN = 100  # characters of a line on the terminal
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: its place for errors, a text or the turns of a chat, and what shows it."""
+    """What is asked.
+
+    Args:
+        where (str): Its place, for errors.
+        asked (str or list): A text, or the turns of a chat.
+        goes_on (bool): The text has no chat template around it: the answer goes on where it ends.
+    """
 
     where: str
     asked: str | list[dict[str, Any]]
+    goes_on: bool = False
 
     @property
     def text(self) -> str:
@@ -45,7 +54,7 @@ class Prompt:
         return content if isinstance(content, str) else json.dumps(content)
 
     def tokens(self, tokenizer: TokenizerWrapper) -> list[int]:
-        """The tokens that ``ember-mlx generate`` gives the model: with the chat template, if it has one.
+        """The tokens that ``ember-mlx generate`` gives the model: with the chat template, if it has one and should.
 
         Raises:
             InputError: for a chat without a template, and for what the template or the tokenizer refuses.
@@ -54,7 +63,7 @@ class Prompt:
         if turns is self.asked and not tokenizer.has_chat_template:
             raise InputError(f"{self.where}: messages need a chat template, which the model lacks: use prompts")
         try:
-            if not tokenizer.has_chat_template:
+            if self.goes_on or not tokenizer.has_chat_template:
                 return tokenizer.encode(self.asked)
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             return tokenizer.encode(text, add_special_tokens=False)
@@ -65,9 +74,10 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file: of a .txt one a line, of a .jsonl each line's "prompt" or "messages".
+    """The prompts of a file: of a .txt one a line, of a .jsonl each line's "prompt", "messages" or "text".
 
-    The last turn of a chat is left out where the assistant says it: it is what the model is asked for.
+    The last turn of a chat is left out where the assistant says it: it is what the model is asked for. A "text" goes on
+    without a chat template, as rows of text are learned.
 
     Raises:
         InputError: for a file that cannot be read or holds anything else, with the line; for none, and for too many.
@@ -78,33 +88,36 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     try:
         if path.is_file() and path.stat().st_size > MOST_BYTES:
             raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; give a few prompts")
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=None).readlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    read = _of_json if path.suffix.lower() == ".jsonl" else str.strip
-    places = [(f"{where} line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    read = _of_json if path.suffix.lower() == ".jsonl" else Prompt
+    places = [(f"{where} line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not 0 < len(places) <= MOST_PROMPTS:
         few = f"give 1 to {MOST_PROMPTS}, since each validation answers them all"
         raise InputError(f"{where}: has {len(places) or 'no'} prompts; {few}")
-    return [Prompt(place, read(line) if read is str.strip else read(line, place)) for place, line in places]
+    return [read(*placed) for placed in places]
 
 
-def _of_json(line, where):
+def _of_json(where, line):
     try:
         row = json.loads(line)
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: is not JSON ({error}); {REMEDY}") from error
-    asked = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-    if isinstance(asked, str) and asked.strip():
-        return asked
-    if not isinstance(asked, list) or not asked:
-        raise InputError(f'{where}: must hold {{"prompt": "..."}} or {{"messages": [...]}}; {REMEDY}')
+    key = next((key for key in KEYS if isinstance(row, dict) and key in row), None)
+    asked = row[key] if key else None
+    if key != "messages" and isinstance(asked, str) and asked.strip():
+        return Prompt(where, asked, goes_on=key == "text")
+    if key != "messages" or not isinstance(asked, list) or not asked:
+        raise InputError(
+            f'{where}: must hold {{"prompt": "..."}}, {{"messages": [...]}} or {{"text": "..."}}; {REMEDY}'
+        )
     if fault := fault_of({"messages": asked}, ("messages",), "messages"):
         raise InputError(f"{where} {fault}: {REMEDY}")
     turns = asked[:-1] if asked[-1]["role"] == "assistant" else asked
     if not turns:
         raise InputError(f"{where}: has an answer and no question; {REMEDY}")
-    return turns
+    return Prompt(where, turns)
 
 
 class Samples(Watcher):

@@ -6,7 +6,7 @@ from typing import Any
 from ember_mlx.finetune.mlx_lm_internals import YamlError, load_yaml
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["MOST_VALUES", "read_yaml"]
+__all__ = ["MOST_VALUES", "check_values", "read_yaml"]
 
 MOST_VALUES = 10_000  # aliases written out: a file of a few lines can stand for billions
 MOST_BYTES = 10**6
@@ -40,12 +40,12 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise InputError(f"{where}: must hold `option: value` lines, as mlx_lm.lora takes them")
-    _check(config, where)
+    check_values(config, where)
     return config
 
 
-def _check(config, where):
-    """Walk all values without recursion, aliases written out."""
+def check_values(config: Any, where: str) -> None:
+    """Raises InputError for values that JSON cannot hold. They are walked without recursion, aliases written out."""
     left = [(where, config, 0)]
     count = 0
     while left:

@@ -1,4 +1,4 @@
-"""What memory this machine has, and a warning for a run that will not fit."""
+"""What memory this machine has for a run."""
 
 import math
 
@@ -7,37 +7,12 @@ import mlx.core as mx
 from ember_mlx.finetune.memory_limit import NO_LIMIT, machine_limit
 from ember_mlx.finetune.mlx_lm_internals import parse_size
 from ember_mlx.finetune.options import Options
-from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
-from ember_mlx.planner.plan import plan
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.units import in_units
 
-__all__ = ["backend", "limited", "memory", "warning"]
+__all__ = ["backend", "limited", "memory"]
 
 GPU_SHARE_OF_A_MAC = 0.75  # about what macOS lets the GPU use, unless told otherwise
 LEAST_MEMORY = 10**6  # bytes: `--memory 16` is 16GB without its unit
-
-
-def warning(options: Options) -> str | None:
-    """One line for ``train`` to print before it begins, if the run is planned to take more memory than it has."""
-    try:
-        here = backend()
-        available, source = limited(options, *memory(None, here))
-        inputs = read_inputs(options)
-        if plan(inputs.model, inputs.run, here).peak <= available:
-            return None  # however long the rows are: they need not be read, which may take seconds
-        inputs = with_rows_of_data(options, inputs)
-        peak = plan(inputs.model, inputs.run, here).peak
-    except InputError:
-        return None  # train itself says what is wrong, or it is no model that can be planned
-    if peak <= available:
-        return None
-    run = inputs.run
-    return (
-        f"Warning: with batches of {run.batch_size} x {max(run.length, run.evaluation_length)} tokens this run is "
-        f"predicted to take {in_units(peak)}, and {source} {in_units(available)}: `ember-mlx plan` with the "
-        "same flags names what to change"
-    )
 
 
 def backend() -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import mlx_lm
+import pytest
 
 from ember_mlx import load
 
@@ -40,7 +41,8 @@ def test_a_sixth_of_the_demo_does_what_it_says_in_a_third_of_its_time(tmp_path):
     # What it kept is an ordinary model, data set and adapter.
     model, _ = load(keep / "model", adapter_path=keep / "Ember")
     assert "lora_a" in model.layers[0].mlp.up_proj
-    mlx_lm.load(str(keep / "model"), adapter_path=str(keep / "AdamW"))
+    with pytest.raises(ValueError, match="Use ember-mlx generate"):
+        mlx_lm.load(str(keep / "model"), adapter_path=str(keep / "AdamW"))
     rows = (keep / "data" / "train.jsonl").read_text().splitlines()
     assert all(json.loads(row).keys() == {"prompt", "completion"} for row in rows)
 

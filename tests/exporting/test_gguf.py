@@ -12,13 +12,13 @@ from tiny_models import write_data
 from tiny_sentencepiece import SPARE_ROWS, write_model
 
 from ember_mlx import InputError
-from ember_mlx.commands import export
+from ember_mlx.commands import export, fuse
 from ember_mlx.exporting import gguf
 from ember_mlx.exporting.inputs import load_fused
 from ember_mlx.finetune import options
 from ember_mlx.finetune.run import run
 
-TEXT = "the man and them. 3 manthem and étude"
+TEXT = "the man and them. 3mand manthem and étude"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_mlx_lms_file_holds_what_was_trained_and_splits_text_alike(model, adapte
     for name, weight in weights.items():
         found = np.array(arrays[gguf._ggml_name(name)].astype(mx.float32))
         if "q_proj" in name or "k_proj" in name:
-            # ggml turns neighbours, Hugging Face the halves of a head of 8: ggml's rows 2 j and 2 j + 1 are j, 4 + j.
+            # ggml turns neighbours, Hugging Face the halves of a head of 8: j and 4 + j come to stand together.
             heads = weight.reshape(-1, 8, 32)
             weight = np.stack([heads[:, j // 2 + 4 * (j % 2)] for j in range(8)], axis=1).reshape(weight.shape)
         assert np.array_equal(found, weight.astype(np.float16).astype(np.float32)), name
@@ -178,6 +178,13 @@ def test_other_types_biases_and_tokenizers_are_not_mlx_lms(folders, tmp_path, mo
             gguf.choose_converter(fused, None, outtype)
 
 
+def test_a_tokenizer_that_llama_cpp_splits_otherwise_is_said_to_be_so(model, monkeypatch):
+    fused = load_fused(str(model), None)
+    merges = gguf._merges(fused)
+    monkeypatch.setattr(gguf, "_merges", lambda _: merges[1:])
+    assert "some words will be split in other places" in gguf.choose_converter(fused, None, "f16").words
+
+
 def test_added_words_are_said_to_lose_their_spaces(model):
     fused = load_fused(str(model), None)
     fused.tokenizer._tokenizer.add_tokens(["zebra"])
@@ -204,3 +211,14 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_loaded(arguments
     with pytest.raises(InputError, match=message):
         export.main(arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_fuse_writes_the_same_file(model, adapter, tmp_path, capsys):
+    paths = ["--adapter-path", str(adapter), "--export-gguf", "--save-path"]
+    fuse.main(["--model", str(model), *paths, str(tmp_path / "fused")])
+    assert "Warning" not in capsys.readouterr().out
+    export.main(words(model, tmp_path / "out", "--adapter-path", adapter))
+    files = (tmp_path / "fused" / "ggml-model-f16.gguf", tmp_path / "out" / "model-f16.gguf")
+    (ours, kinds), (theirs, others) = (mx.load(str(file), return_metadata=True) for file in files)
+    assert all(mx.array_equal(array, theirs[name]) for name, array in ours.items())
+    assert mx.array_equal(kinds[gguf.KINDS], others[gguf.KINDS])

@@ -90,7 +90,7 @@ def test_a_model_with_norms_of_queries_and_keys(trained, tmp_path):
 
 
 def test_of_a_quantized_model_the_base_must_be_named(folders, trained, tmp_path, capsys):
-    words = trained("--dequantize-tables", base="quantized")
+    words = trained(base="quantized")
     with pytest.raises(InputError, match="name the model that it was made from as --base-model"):
         export.main(words)
     assert not (tmp_path / "peft").exists()

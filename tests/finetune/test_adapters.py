@@ -51,7 +51,6 @@ def test_a_fused_folder_gives_the_same_logits_in_stock_mlx_lm(parse, folders, tm
 def test_a_quantized_model_with_trained_tables_is_loaded_and_fused(parse, folders, tmp_path, monkeypatch):
     run(parse("--table-learning-rate", 1e-2, model="quantized"))
     adapter = tmp_path / "adapters"
-    mlx_lm.load(str(folders["quantized"]), adapter_path=str(adapter))  # the LoRA part, on the quantized tables
     model, _, config = load(folders["quantized"], adapter_path=adapter, return_config=True)
     assert type(model.model.embed_tokens) is nn.Embedding
     assert type(model.lm_head) is nn.Linear
@@ -78,9 +77,8 @@ def test_a_quantized_model_with_trained_tables_is_loaded_and_fused(parse, folder
 def test_tables_alone_are_saved_loaded_and_fused(parse, folders, tmp_path, monkeypatch):
     run(parse("--num-layers", 0, "--table-learning-rate", 1e-2))
     adapter = tmp_path / "adapters"
-    assert mx.load(str(adapter / "adapters.safetensors")) == {}
+    assert mx.load(str(adapter / "adapters.safetensors")).keys() == {adapters.REFUSAL}
     model, _ = load(folders["untied"], adapter_path=adapter)
-    mlx_lm.load(str(folders["untied"]), adapter_path=str(adapter))
     fuse(monkeypatch, "--model", folders["untied"], "--adapter-path", adapter, "--save-path", tmp_path / "fused")
     stock, _ = mlx_lm.load(str(tmp_path / "fused"))
     assert mx.array_equal(stock(IDS), model(IDS))
@@ -131,7 +129,7 @@ def test_fuse_replaces_nothing_without_overwrite(parse, folders, tmp_path, monke
     [
         ("lora", "tied", "lm_head.weight is not among the parameters to load"),
         ("lora", "deeper", r"model.layers.2.* \(and 13 more\) is not in adapters.safetensors"),
-        ("full", "tied", "lm_head.weight: not an adapter parameter in the model"),
+        ("full", "tied", "lm_head.weight is not among the parameters to load"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused_by_the_tensor(parse, folders, tmp_path, kind, base, message):

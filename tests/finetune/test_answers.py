@@ -70,6 +70,15 @@ MISTRAL = (
     "{{ m.content + '[/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + '</s>' }}{% endif %}"
     "{% endfor %}"
 )
+# As gpt-oss's: an answer may have several parts, each with a header, and is closed otherwise where it is the last.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
+    "{{ '<|return|>' if loop.last else '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 LAST_ALONE_IS_CLOSED = (
     "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if loop.last %}</s>{% else %}{{ '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -88,6 +97,7 @@ def hf():
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     own.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>", "<|eos|>", "<|eot|>", "</s>", "<s>", "<think>", "</think>"]
+    special += ["<|start|>", "<|end|>", "<|return|>", "<|message|>"]
     texts = ["assistant\nuser: a\n\n é. b[/INST] hello. é", '<tool_call>\n{"name": "f"}\n</tool_call>'] * 3
     trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     own.train_from_iterator(texts, trainer)
@@ -159,6 +169,14 @@ THOUGHT = [
             ["é. b<|eot|>", '\n{"name": "f", "parameters": {"x": 1}}<|eot|>', "hello.<|eot|>"],
         ),
         (MISTRAL, [turn("system", "s"), *TALK], [" é. b</s>", " hello.</s>"]),
+        (
+            HARMONY,
+            [turn("user", "<|start|>assistant"), turn("assistant", "a"), TALK[2], TALK[3] | {"thinking": "b"}],
+            [
+                "<|channel|>final<|message|>a",
+                "<|channel|>analysis<|message|>b<|end|><|start|>assistant<|channel|>final<|message|> hello. <|return|>",
+            ],
+        ),
         (LAST_ALONE_IS_CLOSED, TALK, ["é. b", " hello. </s>"]),
         (MARKED, TALK, ["é. b</s>", " hello. </s>"]),
     ],

@@ -18,7 +18,7 @@ from ember_mlx.commands import plan as plan_command
 from ember_mlx.finetune.batches import Rows, batches_of
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import load_data
-from ember_mlx.finetune.packing import PackedRows, first_fit
+from ember_mlx.finetune.packing import PackedRows, first_fit, packs_of
 from ember_mlx.finetune.run import run
 from ember_mlx.streaming import StreamedStep
 from ember_mlx.streaming.marks import marks_of, marks_of_pack
@@ -51,12 +51,23 @@ def test_first_fit_packs_every_row_once_and_leaves_no_room_that_a_later_row_woul
     assert packs == first_fit(lengths, capacity, 3) != first_fit(lengths, capacity, 4)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 7, 12])
+@pytest.mark.parametrize("capacity", [10, 40, 1000])
+def test_every_row_is_in_a_batch_as_far_as_rows_can_be_apart(capacity, batch_size):
+    lengths = [3, 9, 4, 10, 1, 7, 7, 2, 2, 5, 6, 8]
+    packs = packs_of(lengths, capacity, batch_size, 0)
+    assert sorted(i for pack in packs for i in pack) == list(range(12))
+    assert all(pack and sum(lengths[i] for i in pack) <= capacity for pack in packs)
+    assert len(packs) % batch_size == 0 or len(packs) == 12
+    assert 0 <= len(packs) - len(first_fit(lengths, capacity, 0)) < batch_size
+
+
 def rows_of(seed=0):
     rng = np.random.default_rng(seed)
     return [(rng.integers(1, 150, length).tolist(), [(start, length)]) for length, start in LENGTHS]
 
 
-def packs_of(rows, packs, width):
+def batch_of(rows, packs, width):
     """One batch of packs, padded; or with a row a pack, of rows."""
     tokens, marks = np.zeros((len(packs), width), np.int32), np.zeros((len(packs), width), np.uint32)
     for i, pack in enumerate(packs):
@@ -93,7 +104,7 @@ def test_loss_and_gradients_of_packs_are_those_of_their_rows(name, how):
     if how == "checkpointed":
         grad_checkpoint(model.layers[0])
     try:
-        (value, found), gradients = nn.value_and_grad(model, loss)(model, *packs_of(rows, PACKS, 21))
+        (value, found), gradients = nn.value_and_grad(model, loss)(model, *batch_of(rows, PACKS, 21))
         gradients = dict(tree_flatten(gradients))
     finally:
         type(model.layers[0]).__call__ = own
@@ -110,7 +121,7 @@ def test_a_streamed_step_takes_packs(name):
     spy = Spy()
     step = StreamedStep(model, spy)
     for _ in range(2):
-        result = step.accumulated([packs_of(rows, PACKS, 21)])
+        result = step.accumulated([batch_of(rows, PACKS, 21)])
         assert result.tokens == count
         assert result.loss == pytest.approx(expected, abs=1e-5)
         error, where = worst_difference(spy.gradients(reference), reference)
@@ -152,7 +163,7 @@ def test_the_batches_of_a_run_have_all_rows_cut_to_the_length(parse, folders):
 
     args = parse("--packing", "--max-seq-length", 24, "--batch-size", 1, "--mask-prompt")
     rows = load_data(args, load_tokenizer(folders["untied"]))[0]
-    packs = PackedRows(rows, 24, args.seed)
+    packs = PackedRows(rows, args)
     found = []
     for tokens, marks in batches_of(args, Rows(packs), 24):
         tokens, marks = np.array(tokens)[0], np.array(marks)[0]
@@ -178,18 +189,6 @@ def test_a_run_learns_from_packs_and_resumes_bit_for_bit(parse, tmp_path, how):
         if (tmp_path / "whole" / name).exists():
             one, two = (mx.load(str(tmp_path / folder / name)) for folder in ("whole", "broken"))
             assert all(mx.array_equal(one[key], two[key]) for key in one)
-
-
-def test_too_few_packs_are_refused_by_all_commands(parse, folders, monkeypatch):
-    few = ["--packing", "--max-seq-length", 2000]
-    message = "--packing: 12 rows make 1 packs of --max-seq-length 2000, fewer than --batch-size 2: use --batch-size 1"
-    words = [*few, "--model", folders["untied"], "--data", folders["data"], "--batch-size", 2]
-    for command in (
-        lambda: run(parse(*few)),
-        *(lambda c=c: c.main(list(map(str, words))) for c in (data_command, plan_command)),
-    ):
-        with pytest.raises(InputError, match=message):
-            command()
 
 
 def test_data_and_plan_say_how_many_packs_there_are(folders, capsys):

@@ -17,7 +17,7 @@ from tiny_models import write_model
 from ember_mlx import InputError, load
 from ember_mlx.finetune import loop as loop_module
 from ember_mlx.finetune import run as run_module
-from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.adapters import ADAPTERS, REFUSAL, load_base
 from ember_mlx.finetune.run import run
 
 IDS = mx.array([[4, 60, 70, 80, 90]])
@@ -25,6 +25,45 @@ IDS = mx.array([[4, 60, 70, 80, 90]])
 
 def arrays(folder, name="adapters.safetensors"):
     return mx.load(str(folder / name))
+
+
+def without_refusal(folder):
+    """The adapter as it was saved once, which still loads here."""
+    weights, metadata = mx.load(str(folder / ADAPTERS), return_metadata=True)
+    del weights[REFUSAL]
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / ADAPTERS), weights, metadata)
+
+
+@pytest.mark.parametrize("words", [[], ["--fine-tune-type", "dora"], ["--num-layers", 0], ["--train-tables", "head"]])
+def test_stock_mlx_lm_refuses_an_adapter_with_tables_and_names_what_loads_it(parse, folders, tmp_path, words):
+    run(parse(*words, "--save-every", 1))
+    folder = tmp_path / "adapters"
+    for file in ("adapters.safetensors", "0000001_adapters.safetensors"):
+        (folder / file).replace(folder / "adapters.safetensors")
+        with pytest.raises(ValueError, match=r"token tables, which mlx-lm would leave out\. Use ember-mlx generate"):
+            mlx_lm.load(str(folders["untied"]), adapter_path=str(folder))
+
+
+def test_an_adapter_without_tables_loads_in_stock_mlx_lm(parse, folders, tmp_path):
+    run(parse("--train-tables", "none"))
+    stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(tmp_path / "adapters"))
+    ours, _ = load(folders["untied"], adapter_path=tmp_path / "adapters")
+    assert mx.array_equal(stock(IDS), ours(IDS))
+
+
+def test_an_adapter_of_stock_mlx_lm_begins_a_run_here_and_ours_one_there(parse, tmp_path):
+    lora.run(parse("--num-layers", 2, adapter="theirs"))
+    stay = ["--learning-rate", 0, "--table-learning-rate", 0, "--num-layers", 2]
+    run(parse(*stay, "--resume-adapter-file", tmp_path / "theirs" / ADAPTERS, adapter="ours"))
+    theirs, ours = arrays(tmp_path / "theirs"), arrays(tmp_path / "ours")
+    assert ours.keys() - theirs.keys() == {REFUSAL}
+    assert all(mx.array_equal(array, ours[name]) for name, array in theirs.items())
+    # mlx_lm.lora takes the matrices of any file, and of ours nothing else.
+    lora.run(parse(*stay, "--resume-adapter-file", tmp_path / "ours" / ADAPTERS, adapter="back"))
+    back = arrays(tmp_path / "back")
+    assert back.keys() == theirs.keys()
+    assert all(mx.array_equal(array, back[name]) for name, array in theirs.items())
 
 
 def names_in(folder):
@@ -67,12 +106,15 @@ def test_tables_that_train_lower_the_loss_more_than_frozen_ones(parse):
     assert trained.loss_after < frozen.loss_after - 0.2
 
 
-def test_a_lora_adapter_loads_in_stock_mlx_lm_and_its_tables_lie_beside(parse, folders, tmp_path):
+def test_the_tables_lie_beside_a_lora_adapter_and_without_the_refusal_stock_mlx_lm_would_leave_them_out(
+    parse, folders, tmp_path
+):
     result = run(parse())
     folder = tmp_path / "adapters"
     assert names_in(folder) == ["adapter_config.json", "adapters.safetensors", "token_tables.safetensors"]
     assert [path.name for path in result.files] == names_in(folder)
     assert set(arrays(folder, "token_tables.safetensors")) == {"model.embed_tokens.weight", "lm_head.weight"}
+    without_refusal(folder)
     stock, _ = mlx_lm.load(str(folders["untied"]), adapter_path=str(folder))
     ours, _ = load(folders["untied"], adapter_path=folder)
     differing = [

@@ -176,7 +176,7 @@ def test_a_longer_run_whose_share_means_another_warm_up_is_refused_by_name(in_ep
     run(in_epochs("--epochs", 1, "--warmup", 0.34))
     with pytest.raises(InputError, match="--warmup was 2 and is now 4"):
         run(in_epochs("--epochs", 2, "--warmup", 0.34, "--resume"))
-    run(in_epochs("--epochs", 2, "--warmup", 2, "--resume"))
+    run(in_epochs("--epochs", 2, "--warmup", 2, "--resume", "--sample-tokens", 3))  # which reach no weight
 
 
 @pytest.mark.parametrize(
@@ -189,11 +189,29 @@ def test_a_longer_run_whose_share_means_another_warm_up_is_refused_by_name(in_ep
             "1 step of 4 rows: 1 pass over 5 rows (1 batch; the longest row fills no batch)",
         ),
         ({"iters": 8, "grad_accumulation_steps": 4}, 12, "8 steps of 2 rows, 2 updates: 1.3 passes over 12 rows"),
+        (
+            {"iters": 9, "packing": True},
+            7,
+            "9 steps of 2 packs: 3 passes over 7 packs (3 batches; the longest pack fills",
+        ),
         ({"iters": 1}, 100_000, "1 step of 2 rows: 2e-05 passes over 100,000 rows (50,000 batches)"),
     ],
 )
 def test_the_line_of_passes(parse, options, rows, line):
     assert passes(parse() | options, rows).startswith(line)
+
+
+def test_epochs_of_packs_are_passes_over_the_packs_in_training_and_in_plan(in_epochs, folders, capsys):
+    flags = ["--packing", "--max-seq-length", 64, "--epochs", 1]
+    run(in_epochs(*flags, "--keep-checkpoints", 0))
+    line = re.search(r"(\d+) steps of 2 packs: 1 pass over (\d+) packs \((\d+) batches", capsys.readouterr().out)
+    steps, packs, batches = map(int, line.groups())
+    assert (steps, batches) == (packs // 2, packs // 2)
+    assert packs < 12
+    plan.main(
+        ["--model", str(folders["untied"]), "--data", str(folders["data"]), "--batch-size", "2", *map(str, flags)]
+    )
+    assert f"--epochs 1 is {line.group()}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_plan_takes_the_same_flags_and_says_the_steps(folders, capsys):

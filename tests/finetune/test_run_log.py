@@ -57,6 +57,10 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
         ([json.dumps(start(0)), "[1]"], "line 2: is not of such a log"),
         ([json.dumps(start(0)), '{"event": []}'], "line 2: is not of such a log"),
         ([json.dumps(start(0)), '{"event": "train", "step": 1}'], "line 2 must hold event, step, train_loss"),
+        (
+            [json.dumps(start(0)), '{"event": "samples", "step": 1, "samples": [{"prompt": "a"}]}'],
+            "line 2: samples",
+        ),
         ([json.dumps(start(0)), json.dumps(train(1, "low"))], "line 2: train_loss is of type str, not int or float"),
         ([json.dumps(start(0)), json.dumps(train(1, float("nan")))], "line 2: is not JSON (NaN is no number)"),
         ([json.dumps(start(0)), json.dumps(validation(1)).replace("1.0", "1e999")], "line 2: has a number that cannot"),

@@ -1,6 +1,7 @@
 """The log that a run writes: complete, once, also over a resumption and on a full disk."""
 
 import json
+import math
 import resource
 import signal
 
@@ -27,6 +28,8 @@ def test_a_run_tells_everything_and_a_resumed_one_the_same(parse, tmp_path):
     assert [row["step"] for row in whole.validation] == [0, 2, 5, 8]
     assert whole.validation[0]["validation_loss"] == result.loss_before
     assert [row["validation_loss"] for row in whole.end] == [result.loss_after]
+    for row, perplexity in ((whole.validation[0], result.perplexity_before), (whole.end[0], result.perplexity_after)):
+        assert row["perplexity"] == perplexity == pytest.approx(math.exp(row["validation_loss"]))
     for row in whole.train:
         assert all(row[name] > 0 for name in run_log.TRAIN)
         assert row["table_learning_rate"] == pytest.approx(1e-4)

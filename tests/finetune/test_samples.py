@@ -42,10 +42,10 @@ def ends_alike(folder, *names):
 @pytest.mark.parametrize(
     ("words", "model"),
     [
-        (["--grad-accumulation-steps", 2], "tied"),
+        (["--grad-accumulation-steps", 2, "--packing", "--max-seq-length", 64], "tied"),
         (["--fine-tune-type", "full", "--grad-checkpoint"], "untied"),
         (["--fine-tune-type", "full", "--stream"], "untied"),
-        (["--dequantize-tables"], "quantized"),
+        ([], "quantized"),
     ],
     ids=["lora", "full", "streamed", "quantized"],
 )
@@ -90,8 +90,6 @@ def test_a_resumed_run_answers_as_one_that_never_stopped(parse, prompts, tmp_pat
     ends_alike(tmp_path, "whole", "adapters")
     assert resumed.samples == whole.samples[2:]
     assert run_log.read(tmp_path / "run.jsonl").samples == run_log.read(tmp_path / "whole.jsonl").samples
-    # What is asked reaches no weight: it may change.
-    run(parse("--iters", 6, *common[2:6], "--resume"))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +100,9 @@ def test_a_resumed_run_answers_as_one_that_never_stopped(parse, prompts, tmp_pat
         ("p.txt", "\n \n", "p.txt: has no prompts; give 1 to 100"),
         ("p.txt", "a\n" * 101, "p.txt: has 101 prompts; give 1 to 100, since each validation answers them all"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "p.jsonl line 2: is not JSON ("),
-        ("p.jsonl", '{"text": "a"}', 'p.jsonl line 1: must hold {"prompt": "..."} or {"messages": [...]}; fix'),
+        ("p.jsonl", '{"texts": "a"}', 'must hold {"prompt": "..."}, {"messages": [...]} or {"text": "..."}; fix'),
+        ("p.jsonl", '{"prompt": [{"role": "user", "content": "a"}]}', "p.jsonl line 1: must hold"),
+        ("p.jsonl", '{"messages": "a"}', "p.jsonl line 1: must hold"),
         ("p.jsonl", "3", "p.jsonl line 1: must hold"),
         ("p.jsonl", '{"prompt": ""}', "p.jsonl line 1: must hold"),
         ("p.jsonl", '{"prompt": 3}', "p.jsonl line 1: must hold"),
@@ -129,13 +129,18 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         read_prompts(tmp_path / "latin.txt")
 
 
-def test_rows_of_a_data_set_are_asked_without_their_answers(tmp_path):
+def test_rows_of_a_data_set_are_asked_without_their_answers(folders, tmp_path):
+    _, tokenizer, _ = load_base(str(folders["untied"]))
     path = tmp_path / "valid.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"prompt": "q", "completion": "w"}, {"messages": turns}]
-    path.write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)))
-    assert [prompt.asked for prompt in read_prompts(path)] == ["q", turns[:1]]
-    assert [prompt.text for prompt in read_prompts(path)] == ["q", "a"]
+    rows = [{"prompt": "q", "completion": "w"}, {"messages": turns}, {"text": "once\u2028"}]
+    path.write_text("\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    prompts = read_prompts(path)
+    assert [prompt.asked for prompt in prompts] == ["q", turns[:1], "once\u2028"]
+    assert [prompt.text for prompt in prompts] == ["q", "a", "once\u2028"]
+    # What is learned as text goes on as it stands.
+    assert prompts[2].tokens(tokenizer) == tokenizer.encode("once\u2028")
+    assert prompts[0].tokens(tokenizer) == tokenizer.encode("<user>q</s><assistant>")
 
 
 def test_prompts_are_tried_before_the_first_step(parse, prompts, folders, tmp_path):

@@ -1,0 +1,63 @@
+"""The options of ``train`` as a call in Python gives them: by name, with values of Python's own."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ember_mlx.finetune.options import Options, build_parser, complete, defaults, typed
+from ember_mlx.finetune.yaml_reading import check_values
+from ember_mlx.shared.command_line import actions_of
+from ember_mlx.shared.errors import InputError, did_you_mean
+
+__all__ = ["NAMES", "naming_keywords", "options_of"]
+
+NAMES = frozenset(defaults()) | {"hf_dataset"}
+"""Every name that an option may have."""
+
+FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*)")
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """The options that a command line with the same values gives; None is for what is not given.
+
+    Args:
+        given: By name, in the types that a YAML file has; a path may be a ``Path``. They are copied.
+
+    Raises:
+        InputError: for a name that is no option, and for a value that the command line refuses.
+    """
+    parser = build_parser()
+    actions = {action.dest: action for action in actions_of(parser)}
+    values = vars(parser.parse_args([]))
+    for name, value in given.items():
+        if name not in NAMES:
+            hint = did_you_mean(name, NAMES) or "; `ember-mlx train --help` lists them, with - for _"
+            raise InputError(f"{name}: is no option of train{hint}")
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if value is not None and name in actions:
+            value = typed(f"{name}: {value!r}", value, actions[name])
+        else:
+            check_values(value, name)
+        values[name] = copy.deepcopy(value)
+    return complete(parser, values, data_required=True)[0]
+
+
+@contextmanager
+def naming_keywords() -> Iterator[None]:
+    """Within ``with``, an InputError names keywords where the command line's names flags."""
+    switches = {action.dest: action.nargs == 0 for action in actions_of(build_parser()) if action.dest in NAMES}
+
+    def as_keyword(found):
+        name = found[2].replace("-", "_")
+        if name not in switches:
+            return found[0]
+        return f"{name}={not found[1]}" if switches[name] else name
+
+    try:
+        yield
+    except InputError as error:
+        raise InputError(FLAG.sub(as_keyword, str(error))) from error.__cause__
