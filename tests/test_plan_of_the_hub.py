@@ -107,15 +107,14 @@ def test_without_the_hub_one_line_says_what_is_missing(hub, folders, capsys, mon
     ("words", "length", "said"),
     [
         ([], 512, "rows of 512 tokens: no --data is given; --data or --max-seq-length plans for other rows"),
-        (["--max-seq-length", 2048], 2047, "as if every row filled --max-seq-length 2048: no --data is given"),
+        (["--config"], 2047, "as if every row filled --max-seq-length 2048: no --data is given"),
         (["--max-seq-length", 65], 64, "as if every row filled --max-seq-length 65"),
     ],
 )
-@pytest.mark.parametrize("in_yaml", [False, True])
-def test_rows_have_512_tokens_unless_told(folders, capsys, tmp_path, words, length, said, in_yaml):
-    if in_yaml and words:
-        (tmp_path / "run.yaml").write_text(f"max_seq_length: {words[1]}\n")
+def test_rows_have_512_tokens_unless_told(folders, capsys, tmp_path, words, length, said):
+    if "--config" in words:
         words = ["--config", tmp_path / "run.yaml"]
+        words[1].write_text("max_seq_length: 2048\n")
     found = planned(capsys, "--model", folders["untied"], *words)
     assert found["length"] == length
     assert found["supposed"][0].startswith(said)

@@ -1,12 +1,11 @@
 """``ember-mlx fuse``: merge an adapter, its token tables too, into an ordinary model folder."""
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import create_model_card, dequantize_model, save, upload_to_hub
+from mlx_lm.utils import dequantize_model, save, upload_to_hub
 
 from ember_mlx.exporting import gguf
 from ember_mlx.exporting.inputs import Fused, source_folder
@@ -21,6 +20,7 @@ from ember_mlx.finetune.merging import (
     quantize_tables,
     table_settings,
 )
+from ember_mlx.finetune.model_card import model_card
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
     safe_reading.check_finite(
         dict(tree_flatten(model.parameters())), f"model {args.model} with {adapter}", "use an adapter of finite numbers"
     )
-    _write(folder, model, tokenizer, config, args)
+    _write(folder, model, tokenizer, config, args, adapter_config)
     print(_summary(folder, size_before, _size(model), merged, tables, kept_of_tables))
     if args.upload_repo is not None:
         try:
@@ -167,7 +167,7 @@ def _refuse_gguf(model, config, args):
         raise InputError("--export-gguf: the model is quantized, which mlx-lm does not convert; add --dequantize")
 
 
-def _write(folder, model, tokenizer, config, args):
+def _write(folder, model, tokenizer, config, args, adapter_config):
     safe_writing.check_space("--save-path", folder, _size(model) * (2 if args.export_gguf else 1))
     fused = Fused(model, tokenizer, config, source_folder(args.model))
     reason = gguf.not_by_mlx_lm(fused) if args.export_gguf else None
@@ -179,9 +179,7 @@ def _write(folder, model, tokenizer, config, args):
     try:
         with safe_writing.new_folder(folder, _is_foreign) as partial:
             save(partial, fused.source, model, tokenizer, config, donate_model=False)
-            if not Path(args.model).exists():
-                with suppress(Exception):  # the hub may be out of reach; the card of before then stays
-                    create_model_card(partial, args.model)
+            (partial / "README.md").write_text(model_card(args.model, folder.name, adapter_config), encoding="utf-8")
             for path in partial.glob("*.safetensors"):
                 safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
             if args.export_gguf:

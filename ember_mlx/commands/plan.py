@@ -3,6 +3,8 @@
 import json
 
 from ember_mlx.finetune import options
+from ember_mlx.finetune.best import keeps_best
+from ember_mlx.finetune.disk import disk_use, what_is_kept
 from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
 from ember_mlx.planner.report import Report
@@ -53,10 +55,18 @@ def main(arguments: list[str]) -> None:
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
         recommendations=recommendations(model, run, backend, planned),
+        disk=_disk(args, inputs, planned),
         memory=memory,
         memory_source=source,
     )
     print(json.dumps(report.to_json(), indent=1) if own.json else report.to_text())
+
+
+def _disk(args, inputs, planned):
+    """As ``train`` reckons it, where validation rows exist."""
+    tables = bool(inputs.run.tables)
+    kept = what_is_kept(args, tables, keeps_best(args, tables, args.valid_fraction != 0))
+    return disk_use(args | {"iters": inputs.iters}, planned.trainable, planned.optimizer_state, kept)
 
 
 def _parser():

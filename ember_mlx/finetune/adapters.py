@@ -130,14 +130,12 @@ class Saver:
     def save(self, steps_done: int, numbered: bool) -> list[str]:
         """Save what is trained so far, under a number too, as mlx-lm does, if asked for; the names written.
 
-        The numbered save is the same file under a second name.
-
         Raises:
             OSError: for whatever the disk has against it; the files that were there are as they were.
         """
         files, metadata = self._arrays()
         if numbered and self.keep != 0:
-            files |= {f"{steps_done:07d}_{name}": name for name in files}
+            files |= {f"{steps_done:07d}_{name}": arrays for name, arrays in files.items()}
         names = list(files)
         if not self.saved:
             files[CONFIG] = self.config
@@ -169,6 +167,14 @@ class Saver:
                     safe_writing.link(self.folder / name, best / name)
                 else:
                     safe_writing.write_arrays(best / name, arrays, metadata)
+
+    def save_config(self, more: dict[str, Any]) -> None:
+        """Put ``more`` into the config of what is saved.
+
+        Raises:
+            OSError: for whatever the disk has against it; the config that was there is as it was.
+        """
+        safe_writing.replace_together(self.folder, {CONFIG: _as_config(self.options | more)}, {})
 
     def _arrays(self):
         """The arrays of each file, and the metadata that makes them one save."""
@@ -204,11 +210,7 @@ def is_run_path(folder: Path, path: Path) -> bool:
         return False
     first = path.relative_to(folder).parts[:1]
     # Some disks take A and a for one name.
-    return (
-        not first
-        or first[0].lower().startswith((".", "checkpoints", BEST))
-        or bool(RUN_FILE.fullmatch(first[0].lower()))
-    )
+    return not first or first[0].lower().startswith((".", "checkpoints")) or bool(RUN_FILE.fullmatch(first[0].lower()))
 
 
 def add_tokens_of(

@@ -18,7 +18,7 @@ from ember_mlx.shared.errors import InputError
 
 __all__ = ["Best", "BestAdapter", "Validations", "batches_id", "keeps_best", "read_best"]
 
-CUT_BY = ("batch_size", "val_batches", "max_seq_length", "mask_prompt")
+CUT_BY = ("batch_size", "val_batches", "max_seq_length", "mask_prompt", "packing")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run takes on the disk, from its sizes and options alone, so that ``plan`` and ``train`` tell the same."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,10 @@ def what_is_kept(args: Any, tables: bool, best: bool) -> Kept:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes that a run leaves, by kind, and the most that it takes at any moment. Where ``best/`` is counted, it is a
-    copy of its own: when the last step is the best, it is the adapter's files, and takes nothing."""
+    """Bytes of arrays that a run leaves, by kind, and the most that it takes at any moment.
+
+    At most: when the last step is the best, ``best/`` is the adapter's files, and takes nothing.
+    """
 
     adapter: int
     numbered: int
@@ -58,9 +61,7 @@ class DiskUse:
 
 
 def disk_use(args: Any, weights: int, state: int, kept: Kept) -> DiskUse:
-    """What a run from its first step to its last takes.
-
-    A numbered save and the adapter of the same step are one file, and so are ``best/`` and the last adapter.
+    """What a run takes from its first step to its last. Peaks are in one of its last two saves, or before the last.
 
     Args:
         args: Its options: ``iters``, ``save_every`` and ``steps_per_eval``.
@@ -68,27 +69,28 @@ def disk_use(args: Any, weights: int, state: int, kept: Kept) -> DiskUse:
         kept: What it keeps.
     """
     checkpoint = weights + state
-    earlier = (args.iters - 1) // args.save_every  # saves before the last
-    numbers = args.iters // args.save_every
-    validations = (args.iters - 1) // args.steps_per_eval + (args.iters > 1)  # that may be the best, before the end
-    numbered = numbers if kept.numbered is None else min(numbers, kept.numbered)
-    numbered_before = min(numbered, earlier)
+    saves = math.ceil(args.iters / args.save_every)
+    validations = (args.iters - 1) // args.steps_per_eval + (args.iters > 1)  # whose loss may be the lowest so far
+    bests = min(validations, 2) if kept.best else 0  # the one of before, and the new one
 
-    before = max(numbered_before, min(earlier, 1)) * weights  # the adapter and the numbered saves before the last save
-    old = min(kept.checkpoints, earlier) * checkpoint
-    best = weights if kept.best and validations else 0
-    saved_best = weights * min(validations, 2) if kept.best else 0
-    new_checkpoint = checkpoint if kept.checkpoints else 0
-    checkpoints = min(kept.checkpoints, earlier + 1) * checkpoint
-    linked = numbered > 0 and args.iters % args.save_every == 0
+    def numbered(save):
+        written = min(save, args.iters // args.save_every)
+        return written if kept.numbered is None else min(written, kept.numbered)
+
+    def left_by(save):  # checkpoints apart
+        return (min(save, 1) + numbered(save) + min(bests, 1)) * weights
+
+    def in_save(save):
+        old, now = (min(kept.checkpoints, each) * checkpoint for each in (save - 1, save))
+        new_checkpoint = checkpoint if kept.checkpoints else 0
+        is_numbered = kept.numbered != 0 and save * args.save_every <= args.iters
+        return left_by(save - 1) + max(old + new_checkpoint, now + (1 + is_numbered) * weights)
+
+    before_last = left_by(saves - 1) + min(kept.checkpoints, saves - 1) * checkpoint
     return DiskUse(
         adapter=weights,
-        numbered=(numbered - linked) * weights,
-        best=best,
-        checkpoints=checkpoints,
-        peak=max(
-            before + old + saved_best,  # while the last best/ but one is still there
-            before + old + best + new_checkpoint,
-            before + checkpoints + best + weights,  # while the adapter before is still there
-        ),
+        numbered=numbered(saves) * weights,
+        best=min(bests, 1) * weights,
+        checkpoints=min(kept.checkpoints, saves) * checkpoint,
+        peak=max(in_save(saves), in_save(max(saves - 1, 1)), before_last + max(bests - 1, 0) * weights),
     )

@@ -39,6 +39,7 @@ from ember_mlx.finetune.resume import (
     refuse_changes,
     restore,
     share_position,
+    versions,
     weights_checksum,
 )
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
@@ -219,6 +220,9 @@ def train_model(
         samples=samples.taken if samples else [],
         best=saving.best and saving.best.found,
     )
+    if workers.leads:
+        rows = [len(train_set), len(valid_set)]
+        saving.record(result.to_json() | {"steps": training.steps_done, "rows": rows, "versions": versions()})
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
         training.nonfinite.report()

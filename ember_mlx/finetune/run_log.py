@@ -4,7 +4,7 @@
   ran with. A run that was resumed appends another such line, with the steps of its checkpoint: what the lines before
   it tell of later steps is told again, and counts no more.
 - ``{"event": "validation", "step": 0, "validation_loss": 2.1, "perplexity": 8.17}``, after so many steps: nats a token,
-  and e to that power. mlx-lm draws other batches each time.
+  and e to that power. Where tables train, all are of the same batches; mlx-lm draws others.
 - ``{"event": "samples", "step": 0, "samples": [{"prompt": "...", "answer": "..."}]}``: the answers to
   ``--sample-prompts`` at that validation.
 - ``{"event": "train", "step": 10, ...}`` every ``--steps-per-report``, and after the last step: see ``TRAIN``.

@@ -79,14 +79,8 @@ def link(path: Path, new: Path) -> None:
             shutil.copyfileobj(file, copy)
 
 
-def replace_together(
-    folder: Path,
-    files: dict[str, dict[str, mx.array] | bytes | str],
-    metadata: dict[str, str],
-) -> None:
+def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes], metadata: dict[str, str]) -> None:
     """Write files by name into ``folder``, in the place of those that are there, once all of them are on the disk.
-
-    Of a file that is the same as an earlier one, the content is the name of that.
 
     A kill while they are put in their places, one by one, leaves some of the files of before: ``metadata``, which all
     with arrays get, is for telling that.
@@ -99,9 +93,7 @@ def replace_together(
     try:
         for partial, content in zip(partials, files.values(), strict=True):
             partial.unlink(missing_ok=True)
-            if isinstance(content, str):
-                link(folder / f"{PARTIAL}{content}", partial)
-            elif isinstance(content, bytes):
+            if isinstance(content, bytes):
                 write_bytes(partial, content)
             else:
                 write_arrays(partial, content, metadata)

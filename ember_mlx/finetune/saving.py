@@ -14,6 +14,7 @@ from mlx_lm.cli_ui import make_console, rprint
 from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.best import Best, BestAdapter
 from ember_mlx.finetune.disk import DiskUse, Kept, disk_use
+from ember_mlx.finetune.model_card import RESULT
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position
 from ember_mlx.finetune.resume import as_json, versions
@@ -81,6 +82,11 @@ class Saving:
         if self.adapter.replaced and self.best.is_lower(now, untrained) and not self.save(now.step, position):
             return
         _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved))
+
+    def record(self, result: dict) -> None:
+        """Put what came of the run into the config of the adapter, for its model card."""
+        if self.adapter.saved:
+            self._tried("what came of the run", self.adapter.save_config, {RESULT: result})
 
     def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""

@@ -1,5 +1,6 @@
 """What a run reports: what trains before it, and what came of it after."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,12 @@ class Result:
     def perplexity_after(self) -> float:
         """e^loss_after."""
         return perplexity(self.loss_after)
+
+    def to_json(self) -> dict[str, str | float | None]:
+        """The losses; JSON has no NaN and no infinity, which are None in it."""
+        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        finite = {name: loss if loss is not None and math.isfinite(loss) else None for name, loss in losses.items()}
+        return {"loss_name": self.loss_name} | finite
 
     @property
     def table_state_bytes(self) -> int:

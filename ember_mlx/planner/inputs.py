@@ -44,6 +44,7 @@ class Inputs:
         config_path (Path): Of the config.json; the tokenizer lies beside it.
         tokenizer (TokenizerWrapper, optional): The one that knows the new tokens, if there are any.
         assumptions (list[str]): Lines on what was assumed.
+        iters (int): The steps of the run; of ``--epochs``, if the rows are known.
     """
 
     model: Architecture
@@ -51,6 +52,7 @@ class Inputs:
     config_path: Path
     tokenizer: TokenizerWrapper | None
     assumptions: list[str]
+    iters: int
 
 
 def read_inputs(args: options.Options) -> Inputs:
@@ -74,7 +76,7 @@ def read_inputs(args: options.Options) -> Inputs:
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
         model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
-    return Inputs(model, run_of(args, model), path, tokenizer, assumptions)
+    return Inputs(model, run_of(args, model), path, tokenizer, assumptions, args.iters)
 
 
 def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool = False) -> Inputs:
@@ -107,7 +109,7 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
         run = replace(run, evaluation_length=batches[name].width - 1)
         taken = f"{run.batch_size} x {run.evaluation_length} tokens"
         lines.append(f"{EVALUATIONS[name]} takes {taken}: {_why_so_long(args, name, batches[name])}")
-    return replace(inputs, run=run, assumptions=[*inputs.assumptions, *lines])
+    return replace(inputs, run=run, iters=args.iters, assumptions=[*inputs.assumptions, *lines])
 
 
 def _tokenizer_of_rows(args, inputs):

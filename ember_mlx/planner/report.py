@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ember_mlx.finetune.disk import DiskUse
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.plan import Plan
@@ -35,6 +36,7 @@ class Report:
         alternatives (dict[str, Plan]): Other optimizers on the tables, by the flags that ask for them.
         changes (list[tuple[str, Plan]]): What would make it fit.
         recommendations (list[Recommendation]): What saves memory and changes no result.
+        disk (DiskUse): What it takes on the disk.
         memory (int): Bytes that this run may take.
         memory_source (str): Whose they are, as the subject and verb of a sentence: "this machine has".
     """
@@ -48,6 +50,7 @@ class Report:
     alternatives: dict[str, Plan]
     changes: list[tuple[str, Plan]]
     recommendations: list[Recommendation]
+    disk: DiskUse
     memory: int
     memory_source: str
 
@@ -81,6 +84,7 @@ class Report:
                 text_table(("with the token tables by", "all optimizer state", "peak"), others, right=(1, 2)),
                 "",
                 *self._verdict(),
+                f"Disk: at most {self.disk}.",
                 *self._recommended(),
                 *(f"Note: {note}." for note in self._notes()),
             ]
@@ -100,6 +104,7 @@ class Report:
             "planned": _plan_as_json(self.planned),
             "alternatives": {flags: _plan_as_json(other) for flags, other in self.alternatives.items()},
             "changes": [{"flags": flags, "peak": after.peak} for flags, after in self.changes],
+            "disk": vars(self.disk) | {"final": self.disk.final},
             "stream": self.run.stream,
             "keep_inputs": self.run.keep_inputs,
             "recommendations": [vars(each) for each in self.recommendations],

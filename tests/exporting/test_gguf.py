@@ -3,6 +3,7 @@
 import json
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -222,3 +223,11 @@ def test_fuse_writes_the_same_file(model, adapter, tmp_path, capsys):
     (ours, kinds), (theirs, others) = (mx.load(str(file), return_metadata=True) for file in files)
     assert all(mx.array_equal(array, theirs[name]) for name, array in ours.items())
     assert mx.array_equal(kinds[gguf.KINDS], others[gguf.KINDS])
+
+
+def test_a_full_disk_is_said_before_anything_is_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    for form in ("gguf", "ollama"):
+        with pytest.raises(InputError, match="are to be written, and 1.00 kB are free there"):
+            export.main(["--format", form, *words(model, tmp_path / "out", "--no-adapter")[2:]])
+    assert not list(tmp_path.iterdir())

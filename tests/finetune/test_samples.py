@@ -111,17 +111,17 @@ def test_a_resumed_run_answers_as_one_that_never_stopped(parse, prompts, tmp_pat
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: has an answer and no question"),
     ],
 )
-def test_prompts_that_cannot_be_are_refused_by_line(parse, tmp_path, folders, name, text, message):
+def test_prompts_that_cannot_be_are_refused_by_line(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)) as refused:
         read_prompts(path)
     assert "\n" not in str(refused.value)
-    with pytest.raises(InputError, match=re.escape(message)):
-        plan.main(["--model", str(folders["untied"]), "--sample-prompts", str(path)])
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused_by_plan_too(folders, tmp_path):
+    with pytest.raises(InputError, match=r"--sample-prompts .*none.txt: cannot be read \(No such file"):
+        plan.main(["--model", str(folders["untied"]), "--sample-prompts", str(tmp_path / "none.txt")])
     with pytest.raises(InputError, match=r"--sample-prompts .*none.txt: cannot be read \(No such file"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
