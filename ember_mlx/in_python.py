@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.cli_ui import make_console, rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -22,6 +23,7 @@ from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.planner.savings import with_savings
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.replacing import replaced
 
 __all__ = ["Result", "train"]
 
@@ -99,6 +101,8 @@ def train(
         SystemExit, PeerLost: with several workers, as :func:`ember_mlx.finetune.run.run` says.
     """
     with ExitStack() as stack:
+        # In a notebook rich makes an output of each line, which cannot be redirected, and asks for ipywidgets.
+        stack.enter_context(replaced(make_console(), "is_jupyter", False))
         if quiet:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(naming_keywords())
