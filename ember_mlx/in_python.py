@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.cli_ui import make_console, rprint
+from mlx_lm.cli_ui import make_console
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -21,8 +21,7 @@ from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.finetune.workers import Workers
-from ember_mlx.planner.savings import savings
+from ember_mlx.planner.savings import with_savings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
@@ -108,16 +107,11 @@ def train(
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(naming_keywords())
         given, named = _given(model, data)
-        args, names = options_of({"train": True} | options | named)
+        args, asked = options_of({"train": True} | options | named)
         if not args.train:
             raise InputError("train: False would not train; leave it out, or use `ember-mlx train --test`")
         stack.enter_context(_random_states_kept())
-        # As the command does: several workers must take the same step, whatever the memory of each.
-        alone = Workers.join().size == 1
-        switched_on, lines = savings(args if alone else args | {"auto_savings": False}, names)
-        for line in lines:
-            rprint(line)
-        args |= switched_on
+        args = with_savings(args, asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)
     trained.eval()

@@ -172,9 +172,8 @@ def test_every_option_is_a_keyword_and_given_its_default_nothing_changes():
 
 def test_what_was_given_can_change_without_changing_the_options():
     lora = {"rank": 4, "scale": 1.0, "dropout": 0.0}
-    made, given = options_of({"data": "x", "lora_parameters": lora})
+    made = options_of({"data": "x", "lora_parameters": lora})[0]
     lora["rank"] = 0
-    assert given == {"data", "lora_parameters"}
     assert made.lora_parameters["rank"] == 4
 
 

@@ -21,7 +21,7 @@ FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*)")
 
 
 def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
-    """The options that a command line with the same values gives, and the names of those given; None is for not given.
+    """The options that a command line with the same values gives, and the names of those given; None is not given.
 
     Args:
         given: By name, in the types that a YAML file has; a path may be a ``Path``. They are copied.
