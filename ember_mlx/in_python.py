@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.cli_ui import rprint
+from mlx_lm.cli_ui import make_console
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -21,8 +21,9 @@ from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.planner import machine
+from ember_mlx.planner.savings import with_savings
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.replacing import replaced
 
 __all__ = ["Result", "train"]
 
@@ -100,16 +101,17 @@ def train(
         SystemExit, PeerLost: with several workers, as :func:`ember_mlx.finetune.run.run` says.
     """
     with ExitStack() as stack:
+        # In a notebook rich makes an output of each line, which cannot be redirected, and asks for ipywidgets.
+        stack.enter_context(replaced(make_console(), "is_jupyter", False))
         if quiet:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(naming_keywords())
         given, named = _given(model, data)
-        args = options_of({"train": True} | options | named)
+        args, asked = options_of({"train": True} | options | named)
         if not args.train:
             raise InputError("train: False would not train; leave it out, or use `ember-mlx train --test`")
         stack.enter_context(_random_states_kept())
-        if warning := machine.warning(args):
-            rprint(warning)
+        args = with_savings(args, asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)
     trained.eval()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+import ember_mlx
 from ember_mlx import InputError
 from ember_mlx.commands import train
 from ember_mlx.finetune import options
@@ -129,3 +130,14 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
     assert {name: saved[name] for name in SAVINGS} == {CHECKPOINT: False, CHUNKED: False, STREAM: True}
     train.main([*words, "--iters", "2", "--resume"])
     assert "Resuming after step 1" in capsys.readouterr().out
+
+
+def test_the_call_in_python_does_the_same(folders, tmp_path, no_memory, capsys):
+    rows = [{"text": f"number {i}"} for i in range(4)]
+    short = {"iters": 1, "batch_size": 2, "max_seq_length": 33, "valid_fraction": 0, "memory_limit": "none"}
+    result = ember_mlx.train(folders["untied"], rows, adapter_path=tmp_path / "adapters", stream=False, **short)
+    assert not result.options.stream
+    assert result.options.chunked_loss
+    said = capsys.readouterr().out
+    assert "Planned as if every row filled --max-seq-length 33: " in said
+    assert "Switched on: --chunked-loss" in said

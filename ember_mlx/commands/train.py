@@ -3,15 +3,13 @@
 import shlex
 import sys
 
-from mlx_lm.cli_ui import rprint
-
 from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporting_lost_peers
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
-from ember_mlx.planner.savings import savings
+from ember_mlx.planner.savings import with_savings
 
 __all__ = ["main"]
 
@@ -21,13 +19,7 @@ def main(arguments: list[str]) -> None:
     workers = Workers.join()
     try:
         args, given = _parse_together(arguments, workers)
-        if args.train and workers.leads:
-            # Several workers must take the same step, whatever the memory of each.
-            switched_on, lines = savings(args if workers.size == 1 else args | {"auto_savings": False}, given)
-            for line in lines:
-                rprint(line)
-            args |= switched_on
-        run(args)
+        run(with_savings(args, given) if args.train else args)
     except PeerLost as lost:
         leave(lost)
     except Interrupted as stopped:

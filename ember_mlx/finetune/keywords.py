@@ -20,8 +20,8 @@ NAMES = frozenset(defaults()) | {"hf_dataset"}
 FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*)")
 
 
-def options_of(given: Mapping[str, Any]) -> Options:
-    """The options that a command line with the same values gives; None is for what is not given.
+def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
+    """The options that a command line with the same values gives, and the names of those given; None is not given.
 
     Args:
         given: By name, in the types that a YAML file has; a path may be a ``Path``. They are copied.
@@ -43,7 +43,7 @@ def options_of(given: Mapping[str, Any]) -> Options:
         else:
             check_values(value, name)
         values[name] = copy.deepcopy(value)
-    return complete(parser, values, data_required=True)[0]
+    return complete(parser, values, data_required=True)
 
 
 @contextmanager

@@ -3,8 +3,11 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
+from mlx_lm.cli_ui import rprint
+
 from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.options import Options, flag
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.planner import machine
 from ember_mlx.planner.architecture import Architecture, read_architecture
 from ember_mlx.planner.graph import Run
@@ -15,7 +18,7 @@ from ember_mlx.planner.streaming_advice import operations
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import in_units
 
-__all__ = ["Saving", "cheapest_savings", "savings"]
+__all__ = ["Saving", "cheapest_savings", "savings", "with_savings"]
 
 # Beside it, each has a flag of its own against it, but --grad-checkpoint, which is mlx-lm's.
 AGAINST = {"grad_checkpoint": "--no-auto-savings", "chunked_loss": "--no-chunked-loss", "stream": "--no-stream"}
@@ -35,6 +38,20 @@ class Saving:
     before: int
     peak: int
     time: float
+
+
+def with_savings(options: Options, given: Collection[str]) -> Options:
+    """The options of a run that trains, with what :func:`savings` switches on; it is said here.
+
+    Several workers must take the same step, whatever the memory of each: of them, the first only warns.
+    """
+    workers = Workers.join()
+    if not workers.leads:
+        return options
+    switched_on, lines = savings(options if workers.size == 1 else options | {"auto_savings": False}, given)
+    for line in lines:
+        rprint(line)
+    return options | switched_on
 
 
 def savings(options: Options, given: Collection[str]) -> tuple[dict[str, bool], list[str]]:
@@ -103,12 +120,14 @@ def _savings(options, given):
     inputs = read_inputs(options)
     if plan(inputs.model, inputs.run, backend).peak <= available:
         return {}, []  # however long the rows are: they need not be read, which may take seconds
-    inputs = with_rows_of_data(options, inputs)
+    longest, inputs = inputs, with_rows_of_data(options, inputs)
     peak = plan(inputs.model, inputs.run, backend).peak
     allowed = _allowed(options, given, inputs.model)
     found = cheapest_savings(inputs.model, inputs.run, backend, peak, available, allowed)
     has = f"{source} {in_units(available)}"
     lines = [_in_words(saving, has) for saving in found]
+    if lines and inputs.run == longest.run:
+        lines.insert(0, f"Planned {inputs.assumptions[-1]}")  # or the data has such rows
     peak = found[-1].peak if found else peak
     if peak > available:
         tokens = f"{inputs.run.batch_size} x {max(inputs.run.length, inputs.run.evaluation_length)}"

@@ -37,7 +37,8 @@ def text_table(
     for number, row in enumerate(rows):
         table.add_row(*map(Text, row), end_section=total and number == len(rows) - 2)
     out = StringIO()
-    Console(file=out, width=_width(), color_system=None, highlight=False).print(table)
+    # In a notebook rich would show the table there, and write nothing.
+    Console(file=out, width=_width(), color_system=None, highlight=False, force_jupyter=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
