@@ -127,7 +127,7 @@ def test_a_run_ends_in_one_line_and_every_file_is_whole(parse, tmp_path, monkeyp
         run(parse(*words))
     before = contents(adapter)
     args = parse(*words)
-    monkeypatch.setattr("ember_mlx.finetune.options.parse", lambda *_, **__: args)
+    monkeypatch.setattr("ember_mlx.finetune.options.parse_given", lambda *_, **__: (args, frozenset()))
     with files_of_at_most(limit):
         code, errors = command_line(monkeypatch, capsys, "train")
     assert (code, len(errors)) == (2, 1)
