@@ -25,7 +25,7 @@ from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
 
-__all__ = ["main"]
+__all__ = ["FILES_OF_A_MODEL", "main"]
 
 HELP = {
     "what to fuse": {

@@ -1,1 +1,3 @@
 """What was trained, in the forms of other programs: peft, GGUF, Ollama."""
+
+__all__ = []

@@ -17,7 +17,7 @@ from ember_mlx.finetune import adapters, safe_reading, safe_writing
 from ember_mlx.finetune.merging import QUANTIZATION, merge_adapters
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Fused", "export_folder", "load_fused", "source_folder", "write_fused"]
+__all__ = ["SENTENCEPIECE", "Fused", "export_folder", "load_fused", "source_folder", "write_fused"]
 
 SENTENCEPIECE = "tokenizer.model"  # which mlx-lm does not copy, and llama.cpp reads before tokenizer.json
 

@@ -156,5 +156,5 @@ def _summary(config, added, quantized):
     if added:
         words += f", and the tokenizer with {added} more tokens"
     if quantized:
-        words += "; they were trained on quantized layers, and on those of the base model they give a little else"
+        words += "; they were trained on quantized layers: on those of the base model the answers differ a little"
     return words

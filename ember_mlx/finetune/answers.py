@@ -18,7 +18,7 @@ from ember_mlx.finetune.mlx_lm_internals import marked_tokens
 __all__ = ["Answer", "Spans", "answers_by_marker", "answers_in_text", "answers_in_tokens", "has_answer", "opening_of"]
 
 Spans = list[tuple[int, int]]
-"""The first and the one after the last, of characters or of tokens, of each answer."""
+"""The first and the one after the last of the tokens of each answer."""
 Turns = list[dict[str, Any]]
 MOST_ADDED = 64  # characters that a template without an opening adds before an answer
 STAND_IN = "qzAnswerzq"  # letters alone, which templates leave as they are

@@ -39,7 +39,7 @@ def fault_of(
         row (dict): It has the keys.
         keys (tuple): Of what it is trained on: the text, the prompt and the completion, or the messages.
         messages (str, optional): The key of messages in this data set.
-        mask_prompt (bool): Whether only the last message is learned.
+        mask_prompt (bool): Whether answers alone are learned.
     """
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):

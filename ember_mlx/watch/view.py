@@ -42,16 +42,18 @@ def thinned(points: list[tuple[int, float]], most: int = MOST_POINTS) -> list[tu
     if len(points) <= most:
         return points
     stretches = (most - 1) // 2
-    kept = {len(points) - 1}
+    kept, values = {len(points) - 1}, [value for _, value in points]
     for i in range(stretches):
         stretch = range(i * len(points) // stretches, (i + 1) * len(points) // stretches)
-        kept |= {min(stretch, key=lambda at: points[at][1]), max(stretch, key=lambda at: points[at][1])}
+        kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     return [points[at] for at in sorted(kept)]
 
 
 def _view_run(run, name):
-    curves = {key: _points(run, event, field) for key, _, _, _, event, field in PANELS}
-    curves = {key: [point for point in points if "ratio" not in key or point[1] > 0] for key, points in curves.items()}
+    rows = {}
+    for (event, _), row in sorted(run.rows.items(), key=lambda item: item[0][1]):
+        rows.setdefault(event, []).append(row)
+    curves = {key: _points(rows.get(event, ()), field) for key, _, _, _, event, field in PANELS}
     steps = [step for _, step in run.rows]
     iters = run.options.get("iters")
     return {
@@ -64,7 +66,7 @@ def _view_run(run, name):
         "iters": iters if is_number(iters) else None,
         "latest": {key: points[-1][1] for key, points in curves.items() if points},
         "curves": {key: thinned(points) for key, points in curves.items()},
-        "end": _points(run, "end", "validation_loss")[-1:],
+        "end": _points(rows.get("end", ()), "validation_loss")[-1:],
         "samples": _samples(run),
         "options": {key.replace("_", "-"): _words(value) for key, value in run.options.items()},
         "versions": {key: _words(value) for key, value in run.versions.items()},
@@ -73,9 +75,10 @@ def _view_run(run, name):
     }
 
 
-def _points(run, event, field):
-    rows = [(step, row.get(field)) for (kind, step), row in run.rows.items() if kind == event]
-    return sorted((step, value) for step, value in rows if is_number(value))
+def _points(rows, field):
+    """Steps and values, without missing ones; a ratio of 0, of a step left out, has no logarithm."""
+    points = [(row["step"], row.get(field)) for row in rows]
+    return [point for point in points if is_number(point[1]) and (point[1] > 0 or "ratio" not in field)]
 
 
 def _samples(run):

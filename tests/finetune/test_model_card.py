@@ -59,15 +59,20 @@ def test_a_fused_model_has_a_card_of_what_the_run_recorded(parse, folders, tmp_p
     assert flags["table_learning_rate"] == 0.01
     assert not flags.keys() & {"model", "data", "adapter_path", "seed", RESULT}
     assert card.text.endswith("## The card of the base model\n\n# The base\n\nWords of the base.\n")
-    assert (
-        str(tmp_path) not in (tmp_path / "mine" / "README.md").read_text()
-    )  # whose machine it was is nobody's business
+    assert str(tmp_path) not in (tmp_path / "mine" / "README.md").read_text()  # the hub need not know the disk
+
+
+def test_the_card_of_the_best_adapter_has_its_loss_alone(folders, parse, tmp_path):
+    result = run(parse("--table-learning-rate", 0.01))
+    text = model_card(str(folders["untied"]), "mine", config_of(tmp_path / "adapters" / "best"))
+    assert f"| validation loss | {result.best.validation_loss:.3f} nats a token, the lowest of the run |" in text
+    assert "before" not in text
 
 
 def test_what_was_not_recorded_is_not_on_the_card(parse, folders, tmp_path):
     lora.run(parse("--num-layers", 1, adapter="stock"))
     text = model_card(str(folders["untied"]), "mine", config_of(tmp_path / "stock"))
-    assert "lora of rank 8 in the last 1 layers" in text
+    assert "lora of rank 8 in the last layer" in text
     assert not any(word in text for word in ("loss", "| rows |", "base_model", "token tables", "license", "None"))
 
 

@@ -68,7 +68,7 @@ def words(folders, tmp_path_factory):
     lengths = {"--iters": 6, "--batch-size": 2, "--max-seq-length": 64, "--save-every": 2, "--steps-per-report": 2}
     paths = {"--model": folders["untied"], "--data": data, "--on-nonfinite": "skip", "--val-batches": 4}
     (data / "prompts.txt").write_text("ppp\n")
-    paths |= {"--sample-prompts": data / "prompts.txt", "--sample-tokens": 3}
+    paths |= {"--sample-prompts": data / "prompts.txt", "--sample-tokens": 3, "--keep-checkpoints": 3}
     return ["--mask-prompt", *(str(word) for pair in (lengths | paths).items() for word in pair)]
 
 
