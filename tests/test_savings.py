@@ -133,11 +133,13 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
 
 
 def test_the_call_in_python_does_the_same(folders, tmp_path, no_memory, capsys):
-    rows = [{"text": f"number {i}"} for i in range(4)]
-    short = {"iters": 1, "batch_size": 2, "max_seq_length": 33, "valid_fraction": 0, "memory_limit": "none"}
-    result = ember_mlx.train(folders["untied"], rows, adapter_path=tmp_path / "adapters", stream=False, **short)
+    short = {"iters": 1, "batch_size": 2, "val_batches": 1, "memory_limit": "none", "adapter_path": tmp_path / "new"}
+    result = ember_mlx.train(folders["untied"], folders["text"], stream=False, **short)
     assert not result.options.stream
-    assert result.options.chunked_loss
-    said = capsys.readouterr().out
-    assert "Planned as if every row filled --max-seq-length 33: " in said
-    assert "Switched on: --chunked-loss" in said
+    assert result.options.grad_checkpoint or result.options.chunked_loss
+    assert "Switched on: --" in capsys.readouterr().out
+
+
+def test_rows_that_cannot_be_read_are_said_to_be_planned_as_long_as_they_may_be(parse, no_memory):
+    first = savings(parse("--data", "owner/name", "--max-seq-length", 33), ())[1][0]
+    assert first.startswith("Planned as if every row filled --max-seq-length 33: --data owner/name is no folder here")
