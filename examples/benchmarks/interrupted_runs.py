@@ -73,6 +73,7 @@ def train_words(folder: Path, adapter: Path, *more):
     given = {
         **{"--model": folder / "model", "--data": folder / "data", "--config": folder / "config.yaml"},
         **{"--adapter-path": adapter, "--iters": ITERS, "--save-every": SAVE_EVERY, "--batch-size": 2},
+        "--keep-checkpoints": 3,
         **{"--max-seq-length": 16, "--val-batches": 1, "--steps-per-eval": 7, "--steps-per-report": 1},
     }
     return [str(word) for pair in given.items() for word in pair] + [str(word) for word in more]

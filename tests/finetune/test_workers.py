@@ -67,6 +67,7 @@ def words(folders, tmp_path_factory):
         (data / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     lengths = {"--iters": 6, "--batch-size": 2, "--max-seq-length": 64, "--save-every": 2, "--steps-per-report": 2}
     paths = {"--model": folders["untied"], "--data": data, "--on-nonfinite": "skip", "--val-batches": 4}
+    paths["--keep-checkpoints"] = 3  # it goes on from an earlier one, too
     (data / "prompts.txt").write_text("ppp\n")
     paths |= {"--sample-prompts": data / "prompts.txt", "--sample-tokens": 3, "--keep-checkpoints": 3}
     return ["--mask-prompt", *(str(word) for pair in (lengths | paths).items() for word in pair)]
