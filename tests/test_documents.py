@@ -10,6 +10,7 @@ import pytest
 
 from ember_mlx import cli
 from ember_mlx.finetune import options
+from ember_mlx.finetune.keywords import options_of
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ember_mlx", "cuda_ref", "examples", "tests", ".github")
@@ -102,7 +103,9 @@ def test_every_flag_that_a_guide_names_exists(page):
 
 
 def test_the_loop_of_the_readme_runs():
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    whole, loop = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     from tiny_models import tiny_llama
 
-    exec(compile(snippet, "README.md", "exec"), {"model": tiny_llama()})
+    exec(compile(loop, "README.md", "exec"), {"model": tiny_llama()})
+    keywords = re.search(r"ember_mlx.train\(.*?, (.*)\)", whole)[1]
+    options_of(eval(f"dict({keywords})"))
