@@ -173,17 +173,27 @@ def as_words(array: mx.array) -> mx.array:
     return array.reshape(-1).view(WORDS[width])
 
 
-def average_by_dtype(gradients: Any) -> Any:
-    """The mean of a tree of gradients over all workers, as ``mlx.nn.average_gradients`` gives it, to the bit.
+def average_by_dtype(gradients: Any, rows: Mapping[str, mx.array] | None = None) -> Any:
+    """The mean of a tree of gradients over all workers, as ``mlx.nn.average_gradients`` gives it.
 
     That joins small arrays for the network only where all have one dtype; float32 adapters beside 16-bit tables would
-    go one by one. So it is called once a dtype.
+    go one by one. So it is called once a dtype. Of two workers it has the same bits; more add in another order.
+
+    Args:
+        gradients: The tree.
+        rows: Of arrays, by name, the rows that are sent: distinct, and the same on all workers. The others become 0.
     """
-    flat = tree_flatten(gradients)
+    flat, rows = tree_flatten(gradients), rows or {}
+    sent = [(name, array[rows[name]] if name in rows else array) for name, array in flat]
     averaged = {}
     for dtype in sorted({array.dtype for _, array in flat}, key=str):
         names = [name for name, array in flat if array.dtype == dtype]
-        averaged |= zip(names, average_gradients([array for _, array in flat if array.dtype == dtype]), strict=True)
+        averaged |= zip(names, average_gradients([array for _, array in sent if array.dtype == dtype]), strict=True)
+    for name, array in flat:
+        if name in rows:
+            whole = mx.zeros_like(array)
+            whole[rows[name]] = averaged[name]
+            averaged[name] = whole
     return tree_unflatten([(name, averaged[name]) for name, _ in flat])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
@@ -151,6 +152,13 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     ]
     assert left_out[0] == left_out[1]
     assert sum(left_out[0].values()) > 0
+
+
+def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found):
+    assert [each["dense"] for each in found] == [each["trained"] for each in found]
+    tokens = {2 * (width - 1) for width in (33, 64)}  # of a padded batch, and one cut by --max-seq-length
+    saved = {dense - sent for dense, sent in zip(found[0]["dense_sent"], found[0]["sent"], strict=True)}
+    assert saved == {(260 - number) * HIDDEN for number in tokens}
 
 
 def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
