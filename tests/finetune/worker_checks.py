@@ -2,6 +2,7 @@
 
 ``worker_checks.py FOLDER WORDS``, WORDS options of ``train``, writes what it found to FOLDER as JSON; at its end the
 second worker is killed. ``worker_checks.py FOLDER WORDS stands-still``: there it sleeps in its first step instead.
+``worker_checks.py FOLDER WORDS trains``: it only trains.
 """
 
 import json
@@ -132,6 +133,10 @@ def main():
     if sys.argv[-1] == "stands-still":
         command(sys.argv[1], sys.argv[2:-1], 1, 1, lambda: time.sleep(60))
     here = workers.Workers.join(60)
+    if sys.argv[-1] == "trains":
+        folder = Path(sys.argv[1]) / f"host{here.rank}"
+        (folder / "found.json").write_text(json.dumps(trained(folder, sys.argv[2:-1])))
+        return
     found = {
         "rank": here.rank,
         "refusals": [outcome(lambda who=who: refuses(here, who)) for who in (None, 0, 1)],
