@@ -48,13 +48,15 @@ def with_savings(options: Options, given: Collection[str]) -> Options:
     workers = Workers.join()
     if not workers.leads:
         return options
-    switched_on, lines = savings(options if workers.size == 1 else options | {"auto_savings": False}, given)
+    if workers.size > 1:
+        options |= {"auto_savings": False}
+    switched_on, lines = savings(options, given, workers.size)
     for line in lines:
         rprint(line)
     return options | switched_on
 
 
-def savings(options: Options, given: Collection[str]) -> tuple[dict[str, bool], list[str]]:
+def savings(options: Options, given: Collection[str], workers: int = 1) -> tuple[dict[str, bool], list[str]]:
     """What to switch on so that a run fits this machine, and what ``train`` says of it, a line each.
 
     The last line warns of a run that does not fit, whatever is switched on. Nothing is raised: a run that cannot be
@@ -63,9 +65,10 @@ def savings(options: Options, given: Collection[str]) -> tuple[dict[str, bool], 
     Args:
         options: The run's.
         given: The names of the options that the user has given, which stay as they are.
+        workers: How many share each batch.
     """
     try:
-        return _savings(options, given)
+        return _savings(options, given, workers)
     except InputError:
         why = _why_no_plan(options)
     # A fault in a plan is no reason not to train.
@@ -114,10 +117,10 @@ def _sets(model, run, allowed) -> Iterable[tuple[str, ...]]:
         yield ("stream",)
 
 
-def _savings(options, given):
+def _savings(options, given, workers):
     backend = machine.backend()
     available, source = machine.limited(options, *machine.memory(None, backend))
-    inputs = read_inputs(options)
+    inputs = read_inputs(options, workers)
     if plan(inputs.model, inputs.run, backend).peak <= available:
         return {}, []  # however long the rows are: they need not be read, which may take seconds
     longest, inputs = inputs, with_rows_of_data(options, inputs)

@@ -1,4 +1,4 @@
-"""Two workers over MLX's ring, on this machine: they agree, refuse together and train what one does."""
+"""Two workers, or three, over MLX's ring, on this machine: they agree, refuse together and train what one does."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
@@ -133,13 +134,7 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     assert found[0]["trained"] == found[1]["trained"]
     ours, theirs = tmp_path / "alone", found[0]["folder"] / "host0" / "at_once"
     run(options.parse([*words, "--adapter-path", str(ours)]))
-    alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))
-    begun = mx.load(str(folders["untied"] / "model.safetensors"))
-    for name, weight in alone.weights.items():
-        if not name.endswith("lora_a"):  # which begins at random
-            step = weight - begun.get(name, mx.zeros_like(weight))
-            error = mx.linalg.norm((together.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
-            assert error.item() < 1e-5, name
+    alone, together = same_updates(folders, ours, theirs)
     records = alone.position.record, together.position.record
     assert records[0]["trained_tokens"] == records[1]["trained_tokens"]
     for name, losses in records[0]["losses"].items():
@@ -150,6 +145,36 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     ]
     assert left_out[0] == left_out[1]
     assert sum(left_out[0].values()) > 0
+
+
+def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found):
+    assert [each["dense"] for each in found] == [each["trained"] for each in found]
+    tokens = [2 * (width - 1) for width in (33, 64)]  # of a padded batch, and one cut by --max-seq-length
+    saved = sum(found[0]["dense_sent"]) - sum(found[0]["sent"])
+    assert saved == sum((260 - number) * HIDDEN for number in tokens)
+
+
+def same_updates(folders, ours, theirs):
+    """The newest checkpoints of two folders, whose weights have taken the same steps."""
+    alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))
+    begun = mx.load(str(folders["untied"] / "model.safetensors"))
+    for name, weight in alone.weights.items():
+        if not name.endswith("lora_a"):  # which begins at random
+            step = weight - begun.get(name, mx.zeros_like(weight))
+            error = mx.linalg.norm((together.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
+            assert error.item() < 1e-5, name
+    return alone, together
+
+
+def test_three_workers_train_what_one_does(words, folders, tmp_path):
+    words = [*words, "--batch-size", "3", "--iters", "2", "--val-batches", "1", "--sample-tokens", "1"]
+    for rank in range(3):
+        (tmp_path / f"host{rank}").mkdir()
+    ended = finish(start(tmp_path, [[ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "trains"]] * 3))
+    assert [process.returncode for process, *_ in ended] == [0] * 3, ended
+    assert len({(tmp_path / f"host{rank}" / "found.json").read_text() for rank in range(3)}) == 1
+    run(options.parse([*words, "--adapter-path", str(tmp_path / "alone")]))
+    same_updates(folders, tmp_path / "alone", tmp_path / "host0")
 
 
 def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
