@@ -7,8 +7,8 @@ import pytest
 from tiny_models import write_data, write_model
 
 from ember_mlx.commands.plan import main
-from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.options import defaults
 from ember_mlx.planner import advice, alternatives, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data

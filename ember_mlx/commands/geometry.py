@@ -11,8 +11,8 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
-from ember_mlx.finetune.adapters import add_tokens_of, load_base
-from ember_mlx.finetune.run import check_adapter_folder, run
+from ember_mlx.finetune.given import Given
+from ember_mlx.finetune.run import check_adapter_folder, run, run_with
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.geometry import page, pictures, report
@@ -67,10 +67,7 @@ def main(arguments: list[str]) -> None:
     own.out.mkdir(parents=True, exist_ok=True)
     observer = Observer(args, own.out)
     try:
-        result = run(args, watchers=[observer])
-        trust = {"trust_remote_code": args.trust_remote_code}
-        model, tokenizer, config = load_base(args.model, lazy=True, tokenizer_config=trust, **trust)
-        tokenizer = add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
+        result, _, tokenizer = run_with(Given(), args, watchers=[observer])
         found = report.build(observer, result, timed, tokenizer, " ".join(["ember-mlx", "geometry", *arguments]))
     finally:
         observer.close()

@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, hf_repo_to_path, save
 
-from ember_mlx.finetune import adapters, safe_reading, safe_writing
+from ember_mlx.finetune import safe_reading, safe_writing
+from ember_mlx.finetune.adapters import load
 from ember_mlx.finetune.merging import QUANTIZATION, merge_adapters
 from ember_mlx.shared.errors import InputError
 
@@ -53,12 +54,8 @@ def load_fused(model_path: str, adapter: Path | None, **options: Any) -> Fused:
     Raises:
         InputError: for a model or an adapter that does not load, and for a number that is not finite.
     """
-    adapter_config = {} if adapter is None else adapters.read_config(adapter)
-    model, tokenizer, config = adapters.load_base(model_path, quantize=adapter_config.get("quantize"), **options)
-    if adapter is not None:
-        tokenizer = adapters.add_tokens_of(adapter, model, tokenizer, config, adapter_config)
-        adapters.apply_adapter(model, adapter, config, adapter_config)
-        merge_adapters(model, config)
+    model, tokenizer, config = load(model_path, adapter, return_config=True, **options)
+    merge_adapters(model, config)
     model = dequantize_model(model)
     for key in QUANTIZATION:
         config.pop(key, None)

@@ -9,6 +9,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ember_mlx.finetune import adapters
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.data import Rows
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.quantized_layers import quantized_in_words
@@ -43,7 +44,7 @@ class Given:
             return self.loaded
         rprint("Loading pretrained model")
         trust = {"trust_remote_code": args.trust_remote_code}
-        loaded = adapters.load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
+        loaded = load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
         if bits:
             rprint(quantized_in_words(loaded[0]))
         return loaded

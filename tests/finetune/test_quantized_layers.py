@@ -14,7 +14,7 @@ from tiny_models import llama_config, tiny_llama, write_model
 
 from ember_mlx import InputError, load
 from ember_mlx.commands import fuse
-from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.mlx_lm_internals import dequantized
 from ember_mlx.finetune.run import run
 from ember_mlx.planner.inputs import read_inputs
