@@ -167,15 +167,20 @@ def same_updates(folders, ours, theirs):
     return alone, together
 
 
-def test_three_workers_train_what_one_does(words, folders, tmp_path):
+@pytest.fixture(scope="module")
+def three(words, tmp_path_factory):
+    """The folder in which three workers trained, the options, and how they ended when one stood still after that."""
+    folder = tmp_path_factory.mktemp("three")
     words = [*words, "--batch-size", "3", "--iters", "2", "--val-batches", "1", "--sample-tokens", "1"]
-    for rank in range(3):
-        (tmp_path / f"host{rank}").mkdir()
-    ended = finish(start(tmp_path, [[ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "trains"]] * 3))
-    assert [process.returncode for process, *_ in ended] == [0] * 3, ended
-    assert len({(tmp_path / f"host{rank}" / "found.json").read_text() for rank in range(3)}) == 1
+    script = [ROOT / "tests/finetune/worker_checks.py", folder, *words, "stands-still"]
+    return folder, words, finish(start(folder, [script] * 3))
+
+
+def test_three_workers_train_what_one_does(three, folders, tmp_path):
+    folder, words, ended = three
+    assert len({(folder / f"found{rank}.json").read_text() for rank in range(3)}) == 1, ended
     run(options.parse([*words, "--adapter-path", str(tmp_path / "alone")]))
-    same_updates(folders, tmp_path / "alone", tmp_path / "host0")
+    same_updates(folders, tmp_path / "alone", folder / "host0")
 
 
 def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
@@ -205,10 +210,9 @@ def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
     assert found[0]["errors"].splitlines()[-1].startswith("ember-mlx train: error: worker 0: another worker is lost (")
 
 
-def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
-    script = [ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "--peer-timeout", "2", "stands-still"]
-    ended = finish(start(tmp_path, [script] * 2))
-    assert [process.returncode for process, *_ in ended] == [75, 75], ended
+def test_a_worker_that_stands_still_ends_all_after_the_limit(three):
+    *_, ended = three
+    assert [process.returncode for process, *_ in ended] == [75] * 3, ended
     waited = "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)"
     told = [errors for *_, errors in ended]
     assert any(waited in errors for errors in told)
