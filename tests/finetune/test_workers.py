@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from tiny_models import HIDDEN
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.planner import plan
+from ember_mlx.planner.inputs import read_inputs
 from ember_mlx.shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -148,11 +151,15 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     assert sum(left_out[0].values()) > 0
 
 
-def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found):
+def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found, words):
     assert [each["dense"] for each in found] == [each["trained"] for each in found]
-    tokens = [2 * (width - 1) for width in (33, 64)]  # of a padded batch, and one cut by --max-seq-length
+    lengths = (32, 63)  # of a padded batch, and one cut by --max-seq-length
     saved = sum(found[0]["dense_sent"]) - sum(found[0]["sent"])
-    assert saved == sum((260 - number) * HIDDEN for number in tokens)
+    assert saved == sum((260 - 2 * length) * HIDDEN for length in lengths)
+    args = options.parse(words)
+    inputs = read_inputs(args, workers=2)
+    plans = [plan(inputs.model, replace(inputs.run, length=length), "cpu") for length in lengths]
+    assert sum(found[0]["sent"]) * 4 == sum(planned.traffic.payload[4] for planned in plans)
 
 
 def same_updates(folders, ours, theirs):
