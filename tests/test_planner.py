@@ -23,9 +23,9 @@ from ember_mlx.optimizers import AdamMini, FlashAdamW, FlashLion, SinkGD
 from ember_mlx.planner import advice, alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.inputs import find_config
-from ember_mlx.planner.machine import warning
 from ember_mlx.planner.optimizer_state import state_of
 from ember_mlx.planner.step import build_step
+from ember_mlx.planner.savings import savings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.shared.units import in_units
@@ -392,12 +392,13 @@ def test_a_mac_keeps_a_quarter_of_its_memory(tmp_path, capsys):
 
 def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
-    args = options.parse(["--model", str(tmp_path), "--max-seq-length", "64"])
-    assert warning(args) is None
+    args = options.parse(["--model", str(tmp_path), "--max-seq-length", "64", "--no-auto-savings"])
+    assert savings(args, set()) == ({}, [])
     monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (1000, "this machine has"))
-    assert "this machine has 1.000 kB" in warning(args)
+    (said,) = savings(args, set())[1]
+    assert "this machine has 1.000 kB" in said
     (tmp_path / "config.json").unlink()
-    assert warning(args) is None
+    assert savings(args, set()) == ({}, [])
 
 
 def test_the_benchmark_compares_with_what_was_measured(tmp_path):

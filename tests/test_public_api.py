@@ -18,7 +18,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 ENTRY = {"ember_mlx.__main__"}  # it is run, not imported
 # Of one name in the package index and another in Python.
-DISTRIBUTIONS = {"mlx_lm": "mlx-lm"}
+DISTRIBUTIONS = {"mlx_lm": "mlx-lm", "yaml": "pyyaml"}
 
 
 def declared(tree):

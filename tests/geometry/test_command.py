@@ -191,7 +191,6 @@ def test_a_rate_on_a_schedule_that_begins_at_0_and_a_beta2_on_one_are_reported(f
         (["--resume"], "--resume: geometry measures a run from its first step"),
         (["--test"], "--test: geometry measures a run that trains"),
         (["--out", "{file}"], "is a file; give a folder"),
-        (["--model", "{quantized}"], "are quantized, and a quantized table cannot be trained"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_and_nothing_written(folders, tmp_path, monkeypatch, capsys, more, message):
