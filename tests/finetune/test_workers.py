@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from tiny_models import HIDDEN
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.planner import plan
+from ember_mlx.planner.inputs import read_inputs
 from ember_mlx.shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -147,11 +150,15 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     assert sum(left_out[0].values()) > 0
 
 
-def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found):
+def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found, words):
     assert [each["dense"] for each in found] == [each["trained"] for each in found]
-    tokens = [2 * (width - 1) for width in (33, 64)]  # of a padded batch, and one cut by --max-seq-length
+    lengths = (32, 63)  # of a padded batch, and one cut by --max-seq-length
     saved = sum(found[0]["dense_sent"]) - sum(found[0]["sent"])
-    assert saved == sum((260 - number) * HIDDEN for number in tokens)
+    assert saved == sum((260 - 2 * length) * HIDDEN for length in lengths)
+    args = options.parse(words)
+    inputs = read_inputs(args, workers=2)
+    plans = [plan(inputs.model, replace(inputs.run, length=length), "cpu") for length in lengths]
+    assert sum(found[0]["sent"]) * 4 == sum(planned.traffic.payload[4] for planned in plans)
 
 
 def same_updates(folders, ours, theirs):
@@ -166,15 +173,20 @@ def same_updates(folders, ours, theirs):
     return alone, together
 
 
-def test_three_workers_train_what_one_does(words, folders, tmp_path):
+@pytest.fixture(scope="module")
+def three(words, tmp_path_factory):
+    """The folder in which three workers trained, the options, and how they ended when one stood still after that."""
+    folder = tmp_path_factory.mktemp("three")
     words = [*words, "--batch-size", "3", "--iters", "2", "--val-batches", "1", "--sample-tokens", "1"]
-    for rank in range(3):
-        (tmp_path / f"host{rank}").mkdir()
-    ended = finish(start(tmp_path, [[ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "trains"]] * 3))
-    assert [process.returncode for process, *_ in ended] == [0] * 3, ended
-    assert len({(tmp_path / f"host{rank}" / "found.json").read_text() for rank in range(3)}) == 1
+    script = [ROOT / "tests/finetune/worker_checks.py", folder, *words, "stands-still"]
+    return folder, words, finish(start(folder, [script] * 3))
+
+
+def test_three_workers_train_what_one_does(three, folders, tmp_path):
+    folder, words, ended = three
+    assert len({(folder / f"found{rank}.json").read_text() for rank in range(3)}) == 1, ended
     run(options.parse([*words, "--adapter-path", str(tmp_path / "alone")]))
-    same_updates(folders, tmp_path / "alone", tmp_path / "host0")
+    same_updates(folders, tmp_path / "alone", folder / "host0")
 
 
 def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
@@ -204,10 +216,9 @@ def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
     assert found[0]["errors"].splitlines()[-1].startswith("ember-mlx train: error: worker 0: another worker is lost (")
 
 
-def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
-    script = [ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "--peer-timeout", "2", "stands-still"]
-    ended = finish(start(tmp_path, [script] * 2))
-    assert [process.returncode for process, *_ in ended] == [75, 75], ended
+def test_a_worker_that_stands_still_ends_all_after_the_limit(three):
+    *_, ended = three
+    assert [process.returncode for process, *_ in ended] == [75] * 3, ended
     waited = "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)"
     told = [errors for *_, errors in ended]
     assert any(waited in errors for errors in told)

@@ -1,8 +1,8 @@
 """What each of two workers does in test_workers.py.
 
 ``worker_checks.py FOLDER WORDS``, WORDS options of ``train``, writes what it found to FOLDER as JSON; at its end the
-second worker is killed. ``worker_checks.py FOLDER WORDS stands-still``: there it sleeps in its first step instead.
-``worker_checks.py FOLDER WORDS trains``: it only trains.
+second worker is killed. ``worker_checks.py FOLDER WORDS stands-still`` only trains; in the first step of a second run
+the second worker sleeps.
 """
 
 import json
@@ -130,13 +130,12 @@ def send(number):
 
 
 def main():
-    if sys.argv[-1] == "stands-still":
-        command(sys.argv[1], sys.argv[2:-1], 1, 1, lambda: time.sleep(60))
     here = workers.Workers.join(60)
-    if sys.argv[-1] == "trains":
-        folder = Path(sys.argv[1]) / f"host{here.rank}"
-        (folder / "found.json").write_text(json.dumps(trained(folder, sys.argv[2:-1])))
-        return
+    if sys.argv[-1] == "stands-still":
+        folder, words = Path(sys.argv[1]) / f"host{here.rank}", sys.argv[2:-1]
+        checksums = trained(folder, words)
+        (folder.parent / f"found{here.rank}.json").write_text(json.dumps(checksums))
+        command(folder / "stands-still", [*words, "--peer-timeout", "2"], 1, 1, lambda: time.sleep(60))
     found = {
         "rank": here.rank,
         "refusals": [outcome(lambda who=who: refuses(here, who)) for who in (None, 0, 1)],
