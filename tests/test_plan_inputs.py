@@ -184,3 +184,20 @@ def test_train_warns_of_the_rows_that_it_will_have(parse, monkeypatch):
     switched_on, (line,) = savings(args, ())
     assert switched_on == {}
     assert line.startswith("Warning: with batches of 2 x 32 tokens")
+
+
+@pytest.mark.parametrize("words", [[], ["--valid-fraction", "0"], ["--train-tables", "none"]])
+@pytest.mark.parametrize("data", ["data", "train alone", None])
+def test_plan_refuses_keep_best_where_train_would_for_want_of_rows(folders, tmp_path, capsys, data, words):
+    where = []
+    if data == "train alone":
+        where = ["--data", str(shutil.copy(folders["data"] / "train.jsonl", tmp_path / "rows.jsonl"))]
+    elif data:
+        where = ["--data", str(folders[data])]
+    given = ["--model", str(folders["untied"]), *where, "--batch-size", "2", "--keep-best", *words]
+    if data == "train alone" and words:
+        with pytest.raises(InputError, match="--keep-best: there are no validation rows"):
+            main(given)
+    else:
+        main(given)
+        assert "best/" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from ember_mlx.finetune.merging import (
 )
 from ember_mlx.finetune.model_card import model_card
 from ember_mlx.shared.command_line import describe
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["FILES_OF_A_MODEL", "main"]
@@ -112,7 +112,9 @@ def main(arguments: list[str]) -> None:
             upload_to_hub(args.save_path, args.upload_repo)
         # Whatever the hub's client raises.
         except Exception as error:
-            raise InputError(f"--upload-repo {args.upload_repo}: {_reason(error)}; the model is in {folder}") from error
+            raise InputError(
+                f"--upload-repo {args.upload_repo}: {reason_of(error)}; the model is in {folder}"
+            ) from error
 
 
 def _parser():
@@ -190,7 +192,7 @@ def _write(folder, model, tokenizer, config, args, adapter_config):
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
         raise InputError(
-            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is unchanged"
+            f"--save-path {folder}: could not be written ({reason_of(error)}); what was there is unchanged"
         ) from error
 
 
@@ -237,7 +239,3 @@ def _size(model: nn.Module):
 
 def _quantized(model):
     return any(hasattr(module, "bits") for module in model.modules())
-
-
-def _reason(error):
-    return " ".join(str(error).split()) or type(error).__name__

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     """Train and measure; print the verdict and the files of the report."""
     parser = options.build_parser(
         "ember-mlx geometry",
-        usage="ember-mlx geometry --model MODEL --data FOLDER --out FOLDER [options of train]",
+        usage="ember-mlx geometry --model MODEL --data DATA --out FOLDER [options of train]",
         description="Does Ember suit this model and this data? Trains as `ember-mlx train` does, with its options, and "
         "measures the gradients and steps of the token tables. Writes a page (index.html), its pictures and its "
         "numbers (geometry.json).",
@@ -99,6 +99,8 @@ def check(args: options.Options, out: Path) -> None:
         raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 1e-4")
     if Workers.join().size > 1:
         raise InputError("several workers: geometry measures on one machine; start it without mlx.launch")
+    if args.patience is not None:
+        raise InputError(f"--patience {args.patience}: geometry measures all steps of --iters; leave it out")
     if args.epochs is not None:
         raise InputError(
             f"--epochs {args.epochs:g}: geometry must know its steps before its rows; give --iters instead"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from ember_mlx.finetune.adapters import load
 from ember_mlx.shared.command_line import Help, actions_of, describe
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.replacing import replaced
 
 __all__ = ["run_command", "texts"]
@@ -72,5 +72,5 @@ def run_command(name: str, arguments: list[str], description: str, help_texts: H
         raise
     # Such as a prompt cache that does not exist, or a chat template that the tokenizer lacks.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason}") from error

@@ -16,7 +16,7 @@ from mlx_lm.utils import dequantize_model, hf_repo_to_path, save
 from ember_mlx.finetune import safe_reading, safe_writing
 from ember_mlx.finetune.adapters import load
 from ember_mlx.finetune.merging import QUANTIZATION, merge_adapters
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["SENTENCEPIECE", "Fused", "export_folder", "load_fused", "source_folder", "write_fused"]
 
@@ -97,7 +97,7 @@ def export_folder(folder: Path, needed: int, files: tuple[str, ...]) -> Iterator
         raise
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise InputError(
             f"--save-path {folder}: could not be written ({reason}); what was there is unchanged"
         ) from error

@@ -17,7 +17,7 @@ from ember_mlx.planner.inputs import find_config, read_inputs, with_rows_of_data
 from ember_mlx.planner.plan import plan
 from ember_mlx.planner.streaming import streamed_runs
 from ember_mlx.planner.streaming_advice import operations
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.units import in_units
 
 __all__ = ["Saving", "cheapest_savings", "savings", "with_savings"]
@@ -78,7 +78,7 @@ def savings(options: Options, given: Collection[str], workers: int = 1) -> tuple
         why = _why_no_plan(options)
     # A fault in a plan is no reason not to train.
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = f"{type(error).__name__}: {reason_of(error)}"
     return {}, [f"Not planned, so that nothing is switched on to save memory: {why}"] if why else []
 
 
