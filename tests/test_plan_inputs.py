@@ -7,8 +7,8 @@ import pytest
 from tiny_models import write_data, write_model
 
 from ember_mlx.commands.plan import main
-from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.options import defaults
 from ember_mlx.planner import advice, alternatives, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
@@ -184,3 +184,20 @@ def test_train_warns_of_the_rows_that_it_will_have(parse, monkeypatch):
     switched_on, (line,) = savings(args, ())
     assert switched_on == {}
     assert line.startswith("Warning: with batches of 2 x 32 tokens")
+
+
+@pytest.mark.parametrize("words", [[], ["--valid-fraction", "0"], ["--train-tables", "none"]])
+@pytest.mark.parametrize("data", ["data", "train alone", None])
+def test_plan_refuses_keep_best_where_train_would_for_want_of_rows(folders, tmp_path, capsys, data, words):
+    where = []
+    if data == "train alone":
+        where = ["--data", str(shutil.copy(folders["data"] / "train.jsonl", tmp_path / "rows.jsonl"))]
+    elif data:
+        where = ["--data", str(folders[data])]
+    given = ["--model", str(folders["untied"]), *where, "--batch-size", "2", "--keep-best", *words]
+    if data == "train alone" and words:
+        with pytest.raises(InputError, match="--keep-best: there are no validation rows"):
+            main(given)
+    else:
+        main(given)
+        assert "best/" in capsys.readouterr().out

@@ -24,8 +24,8 @@ from ember_mlx.planner import advice, alternatives, plan, read_architecture, run
 from ember_mlx.planner.evaluation import DEVICES, Array, Operation, evaluation_order, peak_memory
 from ember_mlx.planner.inputs import find_config
 from ember_mlx.planner.optimizer_state import state_of
-from ember_mlx.planner.step import build_step
 from ember_mlx.planner.savings import savings
+from ember_mlx.planner.step import build_step
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.shared.units import in_units

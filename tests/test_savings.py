@@ -1,6 +1,7 @@
 """What `train` switches on by itself: only where a run would not fit, in order of time, and never against the user."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -130,6 +131,34 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
     assert {name: saved[name] for name in SAVINGS} == {CHECKPOINT: False, CHUNKED: False, STREAM: True}
     train.main([*words, "--iters", "2", "--resume"])
     assert "Resuming after step 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "resumed"),
+    [
+        ([], ["--memory-limit", "none"], True),
+        (["--memory-limit", "none"], [], True),
+        ([], ["--memory-limit", "none", "--no-stream"], False),
+        ([], ["--memory-limit", "none", "--no-auto-savings"], False),
+    ],
+    ids=["on a larger machine", "on a smaller one", "without one of them", "without all"],
+)
+def test_a_resumed_run_takes_the_steps_that_it_took(folders, tmp_path, monkeypatch, capsys, first, then, resumed):
+    """Without a limit the machine has enough."""
+    monkeypatch.setattr(
+        "ember_mlx.planner.machine.limited",
+        lambda options, *_: (10**12 if options.memory_limit else 1, "this machine has for it"),
+    )
+    paths = {"--model": folders["untied"], "--data": folders["text"], "--adapter-path": tmp_path / "adapters"}
+    words = [str(word) for pair in paths.items() for word in pair] + ["--batch-size", "2"]
+    train.main([*words, *first, "--iters", "1"])
+    switched_on = "Switched on: --stream" in capsys.readouterr().out
+    with nullcontext() if resumed else pytest.raises(InputError, match="is of another run: --stream was true"):
+        train.main([*words, *then, "--iters", "2", "--resume"])
+    said = capsys.readouterr().out
+    assert ("Resuming after step 1" in said) == resumed
+    assert ("--stream, as in the run that is resumed" in said) == (switched_on and resumed)
+    assert "since this run is planned" not in said
 
 
 def test_the_call_in_python_does_the_same(folders, tmp_path, no_memory, capsys):

@@ -11,7 +11,7 @@ from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.data_report import LEARNED, count, rendered
 from ember_mlx.finetune.packing import PackedRows, packed
 from ember_mlx.shared.command_line import describe
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.text_tables import text_table
 
 __all__ = ["main"]
@@ -85,7 +85,7 @@ def _tokenizer(args):
         tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, _settings(args))
     # Whatever a tokenizer, or the hub's client, raises.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise InputError(
             f"--model {args.model}: its tokenizer cannot be loaded ({reason}). Give the folder of a model"
         ) from error

@@ -13,7 +13,8 @@ from mlx_lm.utils import save
 from ember_mlx.demo import MODEL
 from ember_mlx.demo.corpus import finetuning_pairs
 from ember_mlx.finetune import options
-from ember_mlx.finetune.adapters import load, load_base
+from ember_mlx.finetune.adapters import load
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError

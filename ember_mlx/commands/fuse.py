@@ -10,6 +10,7 @@ from mlx_lm.utils import dequantize_model, save, upload_to_hub
 from ember_mlx.exporting import gguf
 from ember_mlx.exporting.inputs import Fused, source_folder
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.merging import (
     QUANTIZATION,
     BaseTable,
@@ -22,7 +23,7 @@ from ember_mlx.finetune.merging import (
 )
 from ember_mlx.finetune.model_card import model_card
 from ember_mlx.shared.command_line import describe
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["FILES_OF_A_MODEL", "main"]
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> None:
     print("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
     adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
-    model, tokenizer, config = adapters.load_base(args.model, quantize=adapter_config.get("quantize"), **trust)
+    model, tokenizer, config = load_base(args.model, quantize=adapter_config.get("quantize"), **trust)
     size_before = _size(model)
     settings = _table_settings(args, model, config, adapter_config)
     tokenizer = adapters.add_tokens_of(adapter, model, tokenizer, config, adapter_config)
@@ -111,7 +112,9 @@ def main(arguments: list[str]) -> None:
             upload_to_hub(args.save_path, args.upload_repo)
         # Whatever the hub's client raises.
         except Exception as error:
-            raise InputError(f"--upload-repo {args.upload_repo}: {_reason(error)}; the model is in {folder}") from error
+            raise InputError(
+                f"--upload-repo {args.upload_repo}: {reason_of(error)}; the model is in {folder}"
+            ) from error
 
 
 def _parser():
@@ -189,7 +192,7 @@ def _write(folder, model, tokenizer, config, args, adapter_config):
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
         raise InputError(
-            f"--save-path {folder}: could not be written ({_reason(error)}); what was there is unchanged"
+            f"--save-path {folder}: could not be written ({reason_of(error)}); what was there is unchanged"
         ) from error
 
 
@@ -236,7 +239,3 @@ def _size(model: nn.Module):
 
 def _quantized(model):
     return any(hasattr(module, "bits") for module in model.modules())
-
-
-def _reason(error):
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,51 +1,35 @@
 """``ember-mlx generate``: mlx_lm.generate, whose ``--adapter-path`` takes token tables too."""
 
-from ember_mlx.commands.of_mlx_lm import run_command
+from ember_mlx.commands.of_mlx_lm import run_command, texts
 
 __all__ = ["main"]
 
 HELP = {
-    "model": {
-        "model": (
-            "MODEL",
-            "A model folder, or a name on the Hugging Face hub. Default: mlx-community/Llama-3.2-3B-Instruct-4bit.",
-        ),
-        "adapter_path": ("FOLDER", "An adapter folder, with token tables or without. Default: the model alone."),
-        "trust_remote_code": (None, "Run code that comes with the model or its tokenizer."),
-        "draft_model": ("MODEL", "A small model with the same tokenizer, to propose tokens. Default: none."),
-        "num_draft_tokens": ("N", "Tokens that it proposes at a time."),
-        "quantize_activations": (None, "Quantize activations as the layer's weights are."),
-    },
+    "model": texts("model", "adapter_path", "trust_remote_code", "draft_model", "num_draft_tokens")
+    | {"quantize_activations": (None, "Quantize activations as the layer's weights are.")},
     "prompt": {
         "prompt": ("TEXT", "What to answer; - reads it from the standard input."),
         "system_prompt": ("TEXT", "A system message before it. Default: none."),
         "prefill_response": ("TEXT", "How the answer begins. Default: as the model likes."),
         "image": ("FILE", "Images for the prompt's placeholders, in their order. Default: none."),
         "ignore_chat_template": (None, "Give the prompt to the model as it is, without the chat template."),
-        "use_default_chat_template": (None, "Use the tokenizer's default chat template."),
         "chat_template_config": ("JSON", "Settings of the chat template, a JSON object. Default: none."),
-    },
+    }
+    | texts("use_default_chat_template"),
     "sampling": {
         "max_tokens": ("N", "Write at most N tokens."),
         "extra_eos_token": ("TOKEN", "More tokens that end the answer. Default: none."),
-        "temp": ("T", "Temperature; 0: always the likeliest token."),
-        "top_p": ("P", "Draw from the likeliest tokens that add up to P; 1: from all."),
-        "min_p": ("P", "Leave out tokens below P times the likeliest; 0: none."),
         "min_tokens_to_keep": ("N", "Keep at least N tokens under --min-p."),
-        "top_k": ("K", "Draw from the K likeliest tokens; 0: from all."),
-        "xtc_probability": ("P", "How often XTC sampling leaves out the likeliest tokens."),
-        "xtc_threshold": ("P", "Which tokens XTC sampling may leave out: those above P."),
         "seed": ("N", "Seed of the sampling. Default: MLX's own."),
-    },
+    }
+    | texts("temp", "top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold"),
     "memory and output": {
         "max_kv_size": ("TOKENS", "Keep at most so many tokens in the key-value cache. Default: all."),
-        "prefill_step_size": ("TOKENS", "Read the prompt in parts of so many tokens; fewer take less memory."),
         "prompt_cache_file": ("FILE", "A key-value cache that mlx_lm.cache_prompt saved. Default: none."),
         "kv_bits": ("BITS", "Quantize the key-value cache. Default: it is not quantized."),
-        "kv_group_size": ("N", "Group size of that quantization."),
-        "quantized_kv_start": ("TOKENS", "Quantize the cache from this token on."),
-        "verbose": ("BOOL", "True reports speed and memory too; False prints the answer alone. Default: True."),
-    },
+    }
+    | texts("kv_group_size", "quantized_kv_start", "prefill_step_size")
+    | {"verbose": ("BOOL", "True reports speed and memory too; False prints the answer alone. Default: True.")},
 }
 EPILOG = """\
 examples:

@@ -11,8 +11,8 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options
-from ember_mlx.finetune.adapters import add_tokens_of, load_base
-from ember_mlx.finetune.run import check_adapter_folder, run
+from ember_mlx.finetune.given import Given
+from ember_mlx.finetune.run import check_adapter_folder, run, run_with
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.geometry import page, pictures, report
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     """Train and measure; print the verdict and the files of the report."""
     parser = options.build_parser(
         "ember-mlx geometry",
-        usage="ember-mlx geometry --model MODEL --data FOLDER --out FOLDER [options of train]",
+        usage="ember-mlx geometry --model MODEL --data DATA --out FOLDER [options of train]",
         description="Does Ember suit this model and this data? Trains as `ember-mlx train` does, with its options, and "
         "measures the gradients and steps of the token tables. Writes a page (index.html), its pictures and its "
         "numbers (geometry.json).",
@@ -67,10 +67,7 @@ def main(arguments: list[str]) -> None:
     own.out.mkdir(parents=True, exist_ok=True)
     observer = Observer(args, own.out)
     try:
-        result = run(args, watchers=[observer])
-        trust = {"trust_remote_code": args.trust_remote_code}
-        model, tokenizer, config = load_base(args.model, lazy=True, tokenizer_config=trust, **trust)
-        tokenizer = add_tokens_of(Path(args.adapter_path), model, tokenizer, config)
+        result, _, tokenizer = run_with(Given(), args, watchers=[observer])
         found = report.build(observer, result, timed, tokenizer, " ".join(["ember-mlx", "geometry", *arguments]))
     finally:
         observer.close()
@@ -102,6 +99,8 @@ def check(args: options.Options, out: Path) -> None:
         raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 1e-4")
     if Workers.join().size > 1:
         raise InputError("several workers: geometry measures on one machine; start it without mlx.launch")
+    if args.patience is not None:
+        raise InputError(f"--patience {args.patience}: geometry measures all steps of --iters; leave it out")
     if args.epochs is not None:
         raise InputError(
             f"--epochs {args.epochs:g}: geometry must know its steps before its rows; give --iters instead"

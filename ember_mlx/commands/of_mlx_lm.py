@@ -7,13 +7,41 @@ from types import SimpleNamespace
 
 from ember_mlx.finetune.adapters import load
 from ember_mlx.shared.command_line import Help, actions_of, describe
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.replacing import replaced
 
-__all__ = ["run_command"]
+__all__ = ["run_command", "texts"]
+
+# Of options that several of these commands have.
+TEXTS = {
+    "model": (
+        "MODEL",
+        "A model folder, or a name on the Hugging Face hub. Default: mlx-community/Llama-3.2-3B-Instruct-4bit.",
+    ),
+    "adapter_path": ("FOLDER", "An adapter folder, with token tables or without. Default: the model alone."),
+    "trust_remote_code": (None, "Run code that comes with the model or its tokenizer."),
+    "draft_model": ("MODEL", "A small model with the same tokenizer, to propose tokens. Default: none."),
+    "num_draft_tokens": ("N", "Tokens that it proposes at a time."),
+    "use_default_chat_template": (None, "Use the tokenizer's default chat template."),
+    "temp": ("T", "Temperature; 0: always the likeliest token."),
+    "top_p": ("P", "Draw from the likeliest tokens that add up to P; 1: from all."),
+    "top_k": ("K", "Draw from the K likeliest tokens; 0: from all."),
+    "min_p": ("P", "Leave out tokens below P times the likeliest; 0: none."),
+    "xtc_probability": ("P", "How often XTC sampling leaves out the likeliest tokens."),
+    "xtc_threshold": ("P", "Which tokens XTC sampling may leave out: those above P."),
+    "prefill_step_size": ("TOKENS", "Read a prompt in parts of so many tokens; fewer take less memory."),
+    "kv_group_size": ("N", "Group size of that quantization."),
+    "quantized_kv_start": ("TOKENS", "Quantize the cache from this token on."),
+    "pipeline": (None, "On several machines, split the model by layers; without, by tensors."),
+}
 
 
-def run_command(name: str, arguments: list[str], description: str, texts: Help, epilog: str) -> None:
+def texts(*names: str) -> dict[str, tuple[str | None, str]]:
+    """The metavars and texts of these options."""
+    return {name: TEXTS[name] for name in names}
+
+
+def run_command(name: str, arguments: list[str], description: str, help_texts: Help, epilog: str) -> None:
     """Run ``mlx_lm.{name}`` with ``arguments``: its code and its options, our ``load`` and our help.
 
     Raises:
@@ -28,7 +56,7 @@ def run_command(name: str, arguments: list[str], description: str, texts: Help, 
             del parser.parse_args
             nothing = {action.dest: None for action in actions_of(parser) if action.default == ""}
             parser.set_defaults(**nothing)
-            return describe(parser, texts).parse_args()
+            return describe(parser, help_texts).parse_args()
 
         parser.parse_args = describe_and_parse
         return parser
@@ -44,5 +72,5 @@ def run_command(name: str, arguments: list[str], description: str, texts: Help, 
         raise
     # Such as a prompt cache that does not exist, or a chat template that the tokenizer lacks.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason}") from error

@@ -5,6 +5,7 @@ import os
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.best import keeps_best
+from ember_mlx.finetune.data import may_validate
 from ember_mlx.finetune.disk import disk_use, what_is_kept
 from ember_mlx.finetune.workers import announced_workers
 from ember_mlx.planner import advice, alternatives, machine, plan
@@ -77,16 +78,16 @@ def main(arguments: list[str]) -> None:
 
 
 def _disk(args, inputs, planned):
-    """As ``train`` reckons it, where validation rows exist."""
+    """As ``train`` reckons it."""
     tables = bool(inputs.run.tables)
-    kept = what_is_kept(args, tables, keeps_best(args, tables, args.valid_fraction != 0))
+    kept = what_is_kept(args, tables, keeps_best(args, tables, may_validate(args)))
     return disk_use(args | {"iters": inputs.iters}, planned.trainable, planned.optimizer_state, kept)
 
 
 def _parser():
     parser = options.build_parser(
         "ember-mlx plan",
-        usage="ember-mlx plan --model MODEL --data FOLDER [--memory SIZE] [--workers N] [options of plan and of train]",
+        usage="ember-mlx plan --model MODEL --data DATA [--memory SIZE] [--workers N] [options of plan and of train]",
         description="Say how much memory `ember-mlx train` with the same flags will take; no weights are needed.\n"
         "--model may be a model's folder, its config.json alone, or a hub name; of that, kilobytes are downloaded.\n"
         "Rows are planned as long as those of --data, if that is here and the model has its tokenizer. Without --data\n"

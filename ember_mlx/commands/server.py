@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from importlib import import_module
 from threading import Event
 
-from ember_mlx.commands.of_mlx_lm import run_command
+from ember_mlx.commands.of_mlx_lm import run_command, texts
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
@@ -13,39 +13,30 @@ __all__ = ["main"]
 
 HELP = {
     "model": {
-        "model": ("MODEL", "A model folder, or a name on the Hugging Face hub. Default: the one that a request names."),
-        "adapter_path": ("FOLDER", "An adapter folder, with token tables or without. Default: the model alone."),
-        "trust_remote_code": (None, "Run code that comes with the model or its tokenizer."),
-        "draft_model": ("MODEL", "A small model with the same tokenizer, to propose tokens. Default: none."),
-        "num_draft_tokens": ("N", "Tokens that it proposes at a time."),
+        "model": ("MODEL", "A model folder, or a name on the Hugging Face hub. Default: the one that a request names.")
+    }
+    | texts("adapter_path", "trust_remote_code", "draft_model", "num_draft_tokens")
+    | {
         "chat_template": ("TEXT", "A chat template of your own. Default: the tokenizer's."),
-        "use_default_chat_template": (None, "Use the tokenizer's default chat template."),
         "chat_template_args": ("JSON", "Settings of the chat template, a JSON object."),
-    },
+    }
+    | texts("use_default_chat_template"),
     "where it listens": {
         "host": ("HOST", "Name or address to listen at."),
         "port": ("PORT", "Port to listen at."),
         "allowed_origins": ("ORIGINS", "Web pages that may ask, by commas; *: any."),
         "log_level": (None, "Least level of the lines in the log."),
     },
-    "sampling, where a request does not say": {
-        "max_tokens": ("N", "Write at most N tokens an answer."),
-        "temp": ("T", "Temperature; 0: always the likeliest token."),
-        "top_p": ("P", "Draw from the likeliest tokens that add up to P; 1: from all."),
-        "top_k": ("K", "Draw from the K likeliest tokens; 0: from all."),
-        "min_p": ("P", "Leave out tokens below P times the likeliest; 0: none."),
-    },
+    "sampling, where a request does not say": {"max_tokens": ("N", "Write at most N tokens an answer.")}
+    | texts("temp", "top_p", "top_k", "min_p"),
     "memory and speed": {
         "decode_concurrency": ("N", "Answer at most N requests together."),
         "prompt_concurrency": ("N", "Read at most N prompts together."),
-        "prefill_step_size": ("TOKENS", "Read a prompt in parts of so many tokens; fewer take less memory."),
         "prompt_cache_size": ("N", "Keep the key-value caches of at most N prompts."),
         "prompt_cache_bytes": ("SIZE", "Keep at most so many bytes of them, such as 2GB. Default: no limit."),
         "kv_bits": ("BITS", "Quantize the key-value cache; requests then go one by one. Default: not quantized."),
-        "kv_group_size": ("N", "Group size of that quantization."),
-        "quantized_kv_start": ("TOKENS", "Quantize the cache from this token on."),
-        "pipeline": (None, "On several machines, split the model by layers; without, by tensors."),
-    },
+    }
+    | texts("kv_group_size", "quantized_kv_start", "prefill_step_size", "pipeline"),
 }
 EPILOG = """\
 A request may name another adapter folder as "adapters", and another model as "model".

@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, hf_repo_to_path, save
 
-from ember_mlx.finetune import adapters, safe_reading, safe_writing
+from ember_mlx.finetune import safe_reading, safe_writing
+from ember_mlx.finetune.adapters import load
 from ember_mlx.finetune.merging import QUANTIZATION, merge_adapters
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["SENTENCEPIECE", "Fused", "export_folder", "load_fused", "source_folder", "write_fused"]
 
@@ -53,12 +54,8 @@ def load_fused(model_path: str, adapter: Path | None, **options: Any) -> Fused:
     Raises:
         InputError: for a model or an adapter that does not load, and for a number that is not finite.
     """
-    adapter_config = {} if adapter is None else adapters.read_config(adapter)
-    model, tokenizer, config = adapters.load_base(model_path, quantize=adapter_config.get("quantize"), **options)
-    if adapter is not None:
-        tokenizer = adapters.add_tokens_of(adapter, model, tokenizer, config, adapter_config)
-        adapters.apply_adapter(model, adapter, config, adapter_config)
-        merge_adapters(model, config)
+    model, tokenizer, config = load(model_path, adapter, return_config=True, **options)
+    merge_adapters(model, config)
     model = dequantize_model(model)
     for key in QUANTIZATION:
         config.pop(key, None)
@@ -100,7 +97,7 @@ def export_folder(folder: Path, needed: int, files: tuple[str, ...]) -> Iterator
         raise
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise InputError(
             f"--save-path {folder}: could not be written ({reason}); what was there is unchanged"
         ) from error

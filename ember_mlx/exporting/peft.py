@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from ember_mlx.exporting.inputs import export_folder, source_folder
 from ember_mlx.finetune import adapters, safe_writing
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.merging import QUANTIZATION
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
@@ -54,7 +55,7 @@ def write_peft(folder: Path, model_path: str, adapter: Path, *, base_model: str 
     where = f"--adapter-path {adapter}"
     if adapter_config.get("fine_tune_type", "lora") == "full":
         raise InputError(f"{where}: every weight was trained, and peft holds adapters; {FUSE}")
-    model, tokenizer, config = adapters.load_base(model_path, **options)
+    model, tokenizer, config = load_base(model_path, **options)
     quantized = any(key in config for key in QUANTIZATION)
     if quantized and base_model is None:
         raise InputError(

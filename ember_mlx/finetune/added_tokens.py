@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from ember_mlx.finetune.choices import ROLES, refuse_frozen_rows
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.trainable import dequantize_to_train
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["NewToken", "add_asked_tokens", "add_tokens", "grow_tokenizer", "read_tokens"]
@@ -88,7 +88,7 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
         special = path.suffix.lower() == ".json"
         tokens = json.loads(text) if special else text.splitlines()
     except (OSError, RecursionError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise InputError(f"{where}: cannot be read ({reason}); give a text of one token a line, or JSON") from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f'{where}: must hold a list of special tokens, such as ["<think>", "</think>"]')
@@ -140,7 +140,7 @@ def grow_tokenizer(
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: {content!r} holds half of a surrogate pair; leave it out") from error
         except Exception as error:  # whatever a tokenizer refuses
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise InputError(f"{where}: the tokenizer refuses {content!r} ({reason}); leave it out") from error
         if not pieces[content]:
             raise InputError(f"{where}: the tokenizer makes nothing of {content!r}; leave it out")
@@ -162,7 +162,7 @@ def grow_tokenizer(
         found = [tokenizer.encode(content, add_special_tokens=False) for content, _ in asked]
     # Whatever a tokenizer of its own kind raises.
     except Exception as error:
-        raise InputError(f"{where}: this model's tokenizer cannot grow: {' '.join(str(error).split())}") from error
+        raise InputError(f"{where}: this model's tokenizer cannot grow: {reason_of(error)}") from error
     spoilt = {}
     for (content, _), number, encoded in zip(asked, ids, found, strict=True):
         if encoded != [number] or number in taken:
@@ -269,7 +269,7 @@ def _refuse_unloadable(model, config, where):
         shapes = [{table.path: table.shape for table in find_token_tables(each)} for each in (made, model)]
     # Whatever a model's constructor checks.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise InputError(f"{where}: this model cannot have more tokens: {type(error).__name__} {reason}") from error
     if shapes[0] != shapes[1]:
         raise InputError(f"{where}: this model cannot have more tokens: its config does not say how many there are")

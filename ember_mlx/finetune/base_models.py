@@ -8,7 +8,7 @@ import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ember_mlx.finetune.quantized_layers import quantize_layers
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["load_base"]
 
@@ -37,7 +37,7 @@ def load_base(
         raise
     # Whatever the hub's client, the model file or the tokenizer raises: the user gave a model that does not load.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         if path.exists():
             raise InputError(f"model {path_or_hf_repo}: mlx-lm cannot load it: {reason}") from error
         raise InputError(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ember_mlx.finetune import adapters, safe_reading, safe_writing
+from ember_mlx.finetune import adapter_saving, adapters, safe_reading, safe_writing
 from ember_mlx.finetune.options import Options
 from ember_mlx.shared.errors import InputError
 
@@ -111,8 +111,9 @@ class Validations:
     def end(self) -> str:
         """Why the run ends, in a line."""
         lowest = "none was finite" if self.lowest is None else f"the lowest is {self.lowest:.3f} after step {self.step}"
+        validations = "1 validation" if self.waited == 1 else f"{self.waited} validations"
         return (
-            f"--patience {self.patience}: {self.waited} validations found no lower loss; {lowest}. --resume with a "
+            f"--patience {self.patience}: {validations} found no lower loss; {lowest}. --resume with a "
             "higher --patience continues"
         )
 
@@ -126,7 +127,7 @@ class BestAdapter:
         steps_done (int): Where that was.
     """
 
-    def __init__(self, adapter: adapters.Saver, resumed: Path | None = None, steps_done: int = 0):
+    def __init__(self, adapter: adapter_saving.Saver, resumed: Path | None = None, steps_done: int = 0):
         self.adapter = adapter
         self.folder = adapter.folder / adapters.BEST
         self.found = self.elsewhere = None
@@ -173,7 +174,7 @@ class BestAdapter:
     def _bring(self):
         """Of the folder from which this one branched off; its files are never changed in place."""
         with safe_writing.swapped_folder(self.folder) as best:
-            for path in adapters.run_files(self.elsewhere):
+            for path in adapter_saving.run_files(self.elsewhere):
                 safe_writing.link(path, best / path.name)
         self.elsewhere = None
 

@@ -49,6 +49,7 @@ __all__ = [
     "adapter_folder_of",
     "find",
     "in_folder",
+    "options_of",
     "read",
 ]
 
@@ -202,9 +203,7 @@ def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = p
         InputError: when there is none; for a damaged one that was asked for, it names the newest good one beside it.
     """
     where = f"--resume: --adapter-path {adapter_folder}" if asked is True else f"--resume {asked}"
-    other = None if asked is True else adapter_folder_of(Path(asked))
-    if other:
-        adapter_folder, asked = other, True
+    adapter_folder, asked = _meant(adapter_folder, asked)
     if asked is not True:
         try:
             return read(Path(asked))
@@ -223,28 +222,22 @@ def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = p
     return good
 
 
+def options_of(adapter_folder: Path, asked: str | bool) -> dict[str, Any]:
+    """The options of what :func:`find` finds, by its index alone: of a damaged one, none or those of an older one."""
+    adapter_folder, asked = _meant(adapter_folder, asked)
+    for path in reversed(in_folder(adapter_folder)) if asked is True else [Path(asked)]:
+        with suppress(InputError):
+            return _read_index(path)["options"]
+    return {}
+
+
 def read(folder: Path) -> Checkpoint:
     """A checkpoint, whose files are those that were written.
 
     Raises:
         InputError: for anything else: missing, damaged, made to do harm, not finite, or of a later release.
     """
-    where = f"checkpoint {folder}"
-    if folder.is_symlink() or not folder.is_dir():
-        raise InputError(f"{where}: this folder does not exist" + (", only a link" if folder.is_symlink() else ""))
-    index = safe_reading.read_json(folder / INDEX, where)
-    safe_reading.check_types(index, {"sha256": str, "content": dict}, f"{where}: {INDEX}")
-    content = index["content"]
-    if index["sha256"] != _checksum(content):
-        raise InputError(f"{where}: {INDEX} is damaged: its checksum is not that of its content")
-    if content.get("format") != FORMAT:
-        raise InputError(f"{where}: is of format {content.get('format')!r}; this release reads format {FORMAT}")
-    with suppress(AttributeError, KeyError, TypeError):  # of a release that counted none
-        content["position"]["record"].setdefault("validations", None)
-    safe_reading.check_types(content, TYPES, f"{where}: {INDEX}")
-    if NAME.fullmatch(folder.name) and _step(folder) != content["position"]["step"]:
-        raise InputError(f"{where}: {INDEX} is that of step {content['position']['step']}")
-    arrays = {}
+    content, where, arrays = _read_index(folder), f"checkpoint {folder}", {}
     for name, described in content["files"].items():
         size = safe_reading.plain_file(folder / name, where).stat().st_size
         if size != described["bytes"] or safe_reading.sha256(folder / name, where) != described["sha256"]:
@@ -260,6 +253,32 @@ def read(folder: Path) -> Checkpoint:
         weights=arrays[WEIGHTS],
         optimizer=arrays[OPTIMIZER],
     )
+
+
+def _meant(adapter_folder, asked):
+    """The adapter folder whose newest good one is asked for, and True; or else the folder of the one asked for."""
+    other = None if asked is True else adapter_folder_of(Path(asked))
+    return (other, True) if other else (adapter_folder, asked)
+
+
+def _read_index(folder):
+    """What the index of a checkpoint holds, as it was written."""
+    where = f"checkpoint {folder}"
+    if folder.is_symlink() or not folder.is_dir():
+        raise InputError(f"{where}: this folder does not exist" + (", only a link" if folder.is_symlink() else ""))
+    index = safe_reading.read_json(folder / INDEX, where)
+    safe_reading.check_types(index, {"sha256": str, "content": dict}, f"{where}: {INDEX}")
+    content = index["content"]
+    if index["sha256"] != _checksum(content):
+        raise InputError(f"{where}: {INDEX} is damaged: its checksum is not that of its content")
+    if content.get("format") != FORMAT:
+        raise InputError(f"{where}: is of format {content.get('format')!r}; this release reads format {FORMAT}")
+    with suppress(AttributeError, KeyError, TypeError):  # of a release that counted none
+        content["position"]["record"].setdefault("validations", None)
+    safe_reading.check_types(content, TYPES, f"{where}: {INDEX}")
+    if NAME.fullmatch(folder.name) and _step(folder) != content["position"]["step"]:
+        raise InputError(f"{where}: {INDEX} is that of step {content['position']['step']}")
+    return content
 
 
 def _put_in_place(partial, path, others):

@@ -17,9 +17,19 @@ from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
 from ember_mlx.finetune.rows import TriedRows, with_masked_prompts
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
-__all__ = ["VALID_FRACTION", "DataSet", "Rows", "check_data_folder", "file_of", "is_local", "load_data", "load_sets"]
+__all__ = [
+    "VALID_FRACTION",
+    "DataSet",
+    "Rows",
+    "check_data_folder",
+    "file_of",
+    "is_local",
+    "load_data",
+    "load_sets",
+    "may_validate",
+]
 
 SETS = ("train", "valid", "test")
 ON_HUB = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
@@ -49,6 +59,11 @@ def is_local(args: Options) -> bool:
         return False
     path = Path(args.data)
     return path.exists() or path.suffix.lower() in FORMATS or not HUB_NAME.fullmatch(args.data)
+
+
+def may_validate(args: Options) -> bool:
+    """Whether a run may have validation rows, as far as that is known before any row is read."""
+    return bool(_valid_fraction(args)) or not is_local(args) or file_of(args, "valid") is not None
 
 
 def check_data_folder(args: Options, given: Rows | None = None) -> None:
@@ -148,7 +163,7 @@ def _described_sets(args, tokenizer):
         sets = [with_masked_prompts(rows, args) for rows in load_dataset(args, tokenizer)]
     # Whatever the hub's client raises: the user gave data that cannot be used.
     except Exception as error:
-        raise InputError(f"hf_dataset: {' '.join(str(error).split())}") from error
+        raise InputError(f"hf_dataset: {reason_of(error)}") from error
     found = zip(SETS, sets, strict=True)
     return {name: DataSet(rows, partial("hf_dataset: {} row {}".format, name)) for name, rows in found}
 
@@ -177,9 +192,7 @@ def _data_set(args: Options, placed: list[PlacedRow], layout: Layout | None, tok
 
 
 def _rows_to_split_off(args, rows):
-    fraction = args.valid_fraction
-    if fraction is None:
-        fraction = 0 if args.train_tables == "none" else VALID_FRACTION
+    fraction = _valid_fraction(args)
     size = round(rows * fraction)
     if fraction and size < args.batch_size <= rows * MOST_OF_FEW:
         size = args.batch_size
@@ -190,6 +203,12 @@ def _rows_to_split_off(args, rows):
     why = f"--valid-fraction {fraction:g}" + (", at least a batch" if size > round(rows * fraction) else "")
     rprint(f"No validation rows exist: {size} of {rows} rows are split off for it, by --seed {args.seed} ({why})")
     return size
+
+
+def _valid_fraction(args):
+    if args.valid_fraction is None:
+        return 0 if args.train_tables == "none" else VALID_FRACTION
+    return args.valid_fraction
 
 
 def _read_set(args, name):
@@ -213,7 +232,7 @@ def _sets_of_hub(args):
         found = {name: next((list(splits[n]) for n in ON_HUB[name] if n in splits), []) for name in SETS}
     # Whatever the hub's client raises: the user gave data that cannot be used.
     except Exception as error:
-        raise InputError(f"--data {args.data}: {' '.join(str(error).split())}") from error
+        raise InputError(f"--data {args.data}: {reason_of(error)}") from error
     return {
         name: _converted(args, [(f"--data {args.data}: {name} row {i}", row) for i, row in enumerate(rows, start=1)])
         for name, rows in found.items()

@@ -9,6 +9,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ember_mlx.finetune import adapters
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.data import Rows
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.quantized_layers import quantized_in_words
@@ -34,7 +35,8 @@ class Given:
         """The model of a run.
 
         Raises:
-            InputError: for ``--quantize`` beside a loaded model, and for one that cannot be loaded.
+            InputError: for ``--quantize`` beside a loaded model or an adapter of other bits, and for a model that
+                cannot be loaded.
         """
         bits = args.quantize if args.train else _bits_of_adapter(args)
         if self.loaded:
@@ -43,7 +45,7 @@ class Given:
             return self.loaded
         rprint("Loading pretrained model")
         trust = {"trust_remote_code": args.trust_remote_code}
-        loaded = adapters.load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
+        loaded = load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
         if bits:
             rprint(quantized_in_words(loaded[0]))
         return loaded
@@ -59,4 +61,10 @@ class Outcome(NamedTuple):
 
 def _bits_of_adapter(args):
     """The bits of the run that is tested: its adapter knows."""
-    return adapters.read_config(Path(args.adapter_path)).get("quantize") if args.adapter_path else args.quantize
+    if not args.adapter_path:
+        return args.quantize
+    bits = adapters.read_config(Path(args.adapter_path)).get("quantize")
+    if args.quantize not in (None, bits):
+        trained = f"on layers of {bits} bits" if bits else "on the model as it is"
+        raise InputError(f"--quantize {args.quantize}: adapter {args.adapter_path} was trained {trained}; leave it out")
+    return bits

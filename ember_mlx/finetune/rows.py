@@ -22,7 +22,7 @@ from ember_mlx.finetune.answers import (
     opening_of,
 )
 from ember_mlx.finetune.options import Options
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["REMEDY", "ChatRows", "TriedRows", "fault_of", "spans_of", "tokenized", "with_masked_prompts"]
 
@@ -197,7 +197,7 @@ def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int | Spans
         return rows.process(row)
     # Whatever a tokenizer or a chat template has against it.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise InputError(f"{where} cannot be tokenized ({reason}): {REMEDY}") from error
 
 

@@ -13,7 +13,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.utils import print_trainable_parameters
 
-from ember_mlx.finetune import adapters, checkpoints, run_log_writer, safe_writing
+from ember_mlx.finetune import adapter_saving, adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
@@ -210,13 +210,14 @@ def train_model(
         training.validated(training.steps_done, loss_after, is_saved=True)
     if log:
         log.end(training.steps_done, loss_after if valid_set else None)
+    saved = adapter_saving.run_files(Path(args.adapter_path)) if workers.leads else []
     result = Result(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=loss_before,
         loss_after=loss_after,
         peak_memory=peak_memory,
         trained=trained,
-        files=[path for path in adapters.run_files(Path(args.adapter_path)) if path.is_file()] if workers.leads else [],
+        files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
         best=saving.best and saving.best.found,
     )
@@ -327,7 +328,7 @@ def check_adapter_folder(args: Options) -> None:
     if _resumes_in_place(args):
         if not saved:
             raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
-    elif (adapters.run_files(folder) or saved) and not args.overwrite:
+    elif (adapter_saving.run_files(folder) or saved) and not args.overwrite:
         raise InputError(
             f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
             f"the first save of this one{', or --resume to continue it' if saved else ''}"

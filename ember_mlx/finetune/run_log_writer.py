@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ember_mlx.finetune import adapters, run_log
+from ember_mlx.finetune import adapter_saving, run_log
 from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import as_json, versions
@@ -106,7 +106,7 @@ def check(args: Options, goes_on: bool) -> None:
     path = Path(args.log_jsonl)
     where = f"--log-jsonl {path}"
     above = existing_parent(path.absolute().parent)
-    if adapters.is_run_path(Path(args.adapter_path), path):
+    if adapter_saving.is_run_path(Path(args.adapter_path), path):
         raise InputError(f"{where}: is a file that the run itself writes there; give another name")
     if path.exists() and not path.is_file():
         raise InputError(f"{where}: is not an ordinary file; give the name of one")

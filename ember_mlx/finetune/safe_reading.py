@@ -10,7 +10,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from ember_mlx.optimizers.guarded import all_finite
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = [
     "JSON_LIMIT",
@@ -34,7 +34,7 @@ def plain_file(path: Path, where: str) -> Path:
         inside = path.resolve().is_relative_to(path.parent.resolve())
         ordinary = stat.S_ISREG(path.stat().st_mode)
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-        raise InputError(f"{where}: file {path.name} cannot be read ({_reason(error)})") from error
+        raise InputError(f"{where}: file {path.name} cannot be read ({reason_of(error)})") from error
     if not inside:
         raise InputError(
             f"{where}: {path.name} is a link to a file elsewhere, which is not followed; copy the folder with the "
@@ -54,7 +54,7 @@ def read_json(path: Path, where: str) -> dict:
     except InputError:
         raise
     except (OSError, RecursionError, ValueError) as error:
-        raise InputError(f"{where}: {path.name} is not JSON that can be read ({_reason(error)})") from error
+        raise InputError(f"{where}: {path.name} is not JSON that can be read ({reason_of(error)})") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: {path.name} holds a {type(value).__name__} where an object belongs")
     return value
@@ -66,7 +66,7 @@ def read_arrays(path: Path, where: str) -> dict[str, mx.array]:
     try:
         return mx.load(str(path), format="safetensors")
     except UNREADABLE as error:
-        raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
+        raise InputError(f"{where}: {path.name} cannot be read ({reason_of(error)})") from error
 
 
 def read_metadata(path: Path, where: str) -> dict[str, str]:
@@ -76,7 +76,7 @@ def read_metadata(path: Path, where: str) -> dict[str, str]:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except UNREADABLE as error:
-        raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
+        raise InputError(f"{where}: {path.name} cannot be read ({reason_of(error)})") from error
 
 
 def sha256(path: Path, where: str) -> str:
@@ -85,7 +85,7 @@ def sha256(path: Path, where: str) -> str:
         with open(plain_file(path, where), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{where}: {path.name} cannot be read ({_reason(error)})") from error
+        raise InputError(f"{where}: {path.name} cannot be read ({reason_of(error)})") from error
 
 
 def check_types(value: Any, expected: Any, where: str) -> None:
@@ -133,7 +133,3 @@ def check_finite(arrays: dict[str, mx.array], where: str, remedy: str) -> None:
 
 def _no_constant(name):
     raise ValueError(f"{name} is no number")
-
-
-def _reason(error):
-    return " ".join(str(error).split()) or type(error).__name__

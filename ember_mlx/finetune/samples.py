@@ -19,7 +19,7 @@ from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import REMEDY, fault_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.token_tables import TokenTable
 
 __all__ = ["Prompt", "Samples", "read_prompts"]
@@ -69,7 +69,7 @@ class Prompt:
             return tokenizer.encode(text, add_special_tokens=False)
         # Whatever a tokenizer or a chat template has against it.
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = reason_of(error)
             raise InputError(f"{self.where}: cannot be tokenized ({reason}): {REMEDY}") from error
 
 

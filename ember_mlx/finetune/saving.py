@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import make_console, rprint
 
-from ember_mlx.finetune import adapters, checkpoints
+from ember_mlx.finetune import adapter_saving, adapters, checkpoints
 from ember_mlx.finetune.best import Best, BestAdapter
 from ember_mlx.finetune.disk import DiskUse, Kept, disk_use
 from ember_mlx.finetune.model_card import RESULT
@@ -58,7 +58,7 @@ class Saving:
         self.with_changes = args.resume_with_changes
         began_with = resumed if in_place else None
         self.began_with = began_with and began_with.name
-        self.adapter = adapters.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
+        self.adapter = adapter_saving.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
         self.best = BestAdapter(self.adapter, _adapter_folder(resumed), steps_done) if kept.best else None
         self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
@@ -199,7 +199,7 @@ def refuse_full_disk(
 
 def _taken(folder):
     """Bytes of the run that a folder holds: this one replaces them all."""
-    found = [*checkpoints.in_folder(folder), *adapters.run_files(folder)]
+    found = [*checkpoints.in_folder(folder), *adapter_saving.run_files(folder)]
     files = [file for path in found for file in (path.glob("*") if path.is_dir() else [path])]
     sizes = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (file.lstat() for file in files)}  # a link once
     return sum(sizes.values())

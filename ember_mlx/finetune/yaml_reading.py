@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ember_mlx.finetune.mlx_lm_internals import YamlError, load_yaml
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["MOST_VALUES", "check_values", "read_yaml"]
 
@@ -37,7 +37,7 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: cannot be read ({error.strerror or error})") from error
     # ValueError: a date that no calendar has, a number of thousands of digits, bytes that are not UTF-8.
     except (YamlError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{where} is not YAML: {reason_of(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{where}: must hold `option: value` lines, as mlx_lm.lora takes them")
     check_values(config, where)

@@ -104,7 +104,7 @@ def record_streams(path: Path) -> None:
     from ember_mlx import Ember, PairedOptimizer, find_token_tables
     from ember_mlx.demo import MODEL
     from ember_mlx.demo.corpus import finetuning_pairs
-    from ember_mlx.finetune.adapters import load_base
+    from ember_mlx.finetune.base_models import load_base
 
     mx.set_default_device(mx.cpu)
     model, tokenizer, _ = load_base(MODEL)

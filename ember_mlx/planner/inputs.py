@@ -19,7 +19,7 @@ from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["Inputs", "find_config", "read_inputs", "with_rows_of_data"]
 
@@ -169,7 +169,7 @@ def _load_tokenizer(config_path, args):
         return load_tokenizer(folder, settings), None
     # Whatever a tokenizer of its own kind raises.
     except Exception as error:
-        return None, f"the tokenizer cannot be loaded ({_reason(error)})"
+        return None, f"the tokenizer cannot be loaded ({reason_of(error)})"
 
 
 def _has_tokenizer(folder):
@@ -216,7 +216,7 @@ def find_config(model: str) -> tuple[dict[str, Any], Path]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--model {model}: {path.name} cannot be read: {_reason(error)}") from error
+        raise InputError(f"--model {model}: {path.name} cannot be read: {reason_of(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"--model {model}: {path.name} holds no names and values; give the config.json of a model")
     return config | _stored_dtype(path.parent), path
@@ -245,7 +245,7 @@ def _from_hub(name):
     # Whatever the hub's client raises: a name that cannot be, no such model, no connection.
     except Exception as error:
         raise InputError(
-            f"--model {name}: no such folder here, and the Hugging Face hub gave no config.json ({_reason(error)}): "
+            f"--model {name}: no such folder here, and the Hugging Face hub gave no config.json ({reason_of(error)}): "
             "give a model's folder or its config.json"
         ) from error
 
@@ -260,7 +260,7 @@ def _fetch_tokenizer(name, folder):
         snapshot_download(name, revision=commit, allow_patterns=TOKENIZER_FILES, etag_timeout=SECONDS_FOR_THE_HUB)
     # As above.
     except Exception as error:
-        return f", and the Hugging Face hub gave none ({_reason(error)})"
+        return f", and the Hugging Face hub gave none ({reason_of(error)})"
     return ""
 
 
@@ -269,7 +269,3 @@ def _ask_hub(name, commit):
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     get_hf_file_metadata(hf_hub_url(name, "config.json", revision=commit), timeout=SECONDS_FOR_THE_HUB)
-
-
-def _reason(error):
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,9 +2,11 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune import checkpoints
 from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.options import Options, flag
 from ember_mlx.finetune.workers import Workers
@@ -15,7 +17,7 @@ from ember_mlx.planner.inputs import find_config, read_inputs, with_rows_of_data
 from ember_mlx.planner.plan import plan
 from ember_mlx.planner.streaming import streamed_runs
 from ember_mlx.planner.streaming_advice import operations
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.units import in_units
 
 __all__ = ["Saving", "cheapest_savings", "savings", "with_savings"]
@@ -43,14 +45,17 @@ class Saving:
 def with_savings(options: Options, given: Collection[str]) -> Options:
     """The options of a run that trains, with what :func:`savings` switches on; it is said here.
 
-    Several workers must take the same step, whatever the memory of each: of them, the first only warns.
+    Several workers must take the same step, whatever the memory of each: of them, the first only warns. A run that is
+    resumed must take the steps that it took: it has what its checkpoint has, whatever the memory of this machine.
     """
     workers = Workers.join()
     if not workers.leads:
         return options
-    if workers.size > 1:
-        options |= {"auto_savings": False}
-    switched_on, lines = savings(options, given, workers.size)
+    if options.auto_savings and options.resume is not None and workers.size == 1:
+        options |= _as_before(options, given)
+    may_switch = workers.size == 1 and options.resume is None
+    asked = options if may_switch else options | {"auto_savings": False}
+    switched_on, lines = savings(asked, given, workers.size)
     for line in lines:
         rprint(line)
     return options | switched_on
@@ -73,7 +78,7 @@ def savings(options: Options, given: Collection[str], workers: int = 1) -> tuple
         why = _why_no_plan(options)
     # A fault in a plan is no reason not to train.
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = f"{type(error).__name__}: {reason_of(error)}"
     return {}, [f"Not planned, so that nothing is switched on to save memory: {why}"] if why else []
 
 
@@ -139,6 +144,15 @@ def _savings(options, given, workers):
             "`ember-mlx plan` with the same flags names what to change"
         )
     return {saving.option: True for saving in found}, lines
+
+
+def _as_before(options, given):
+    """What the checkpoint of ``--resume`` was made with, of what is not given; it is said here."""
+    before = checkpoints.options_of(Path(options.adapter_path), options.resume)
+    found = {name: True for name in sorted(AGAINST) if name not in given and before.get(name) is True}
+    if found:
+        rprint(f"Switched on: {' and '.join(map(flag, found))}, as in the run that is resumed")
+    return found
 
 
 def _allowed(options, given, model):

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["InputError", "did_you_mean"]
+__all__ = ["InputError", "did_you_mean", "reason_of"]
 
 
 class InputError(ValueError):
@@ -23,3 +23,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = {name.lstrip("-"): name for name in known}
     near = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=0.6)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line; the name of its kind, if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -50,7 +50,7 @@ def prepare(folder: Path):
     from mlx_lm.utils import save
 
     from ember_mlx.commands.demo import _write_data
-    from ember_mlx.finetune.adapters import load_base
+    from ember_mlx.finetune.base_models import load_base
 
     _, tokenizer, config = load_base(MODEL)
     config |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "head_dim": 8}

@@ -238,7 +238,7 @@ def saving(folder: Path, runs: int, rng: random.Random, tell):
 
     from ember_mlx.commands.demo import _train_options, _write_data
     from ember_mlx.demo import MODEL
-    from ember_mlx.finetune.adapters import load_base
+    from ember_mlx.finetune.base_models import load_base
 
     del rng
     model, tokenizer, config = load_base(MODEL)

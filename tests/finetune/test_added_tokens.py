@@ -12,8 +12,8 @@ from tokenizers import decoders, normalizers
 
 from ember_mlx import InputError, load
 from ember_mlx.commands import fuse
-from ember_mlx.finetune.adapters import load_base
 from ember_mlx.finetune.added_tokens import add_tokens, read_tokens
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
 
 TOKENS = ["number", "日本語", "is it"]

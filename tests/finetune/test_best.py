@@ -10,7 +10,7 @@ from finetune.breaking import BreakAt, Breaks
 from finetune.test_full_disks import Refusing
 
 from ember_mlx import InputError, load
-from ember_mlx.finetune import adapters, loop, run_log, safe_writing
+from ember_mlx.finetune import adapter_saving, adapters, loop, run_log, safe_writing
 from ember_mlx.finetune import run as run_module
 from ember_mlx.finetune.best import Validations, read_best
 from ember_mlx.finetune.checkpoints import in_folder
@@ -200,7 +200,7 @@ def test_patience_counts_regular_validations_since_the_lowest():
 def test_whichever_write_a_full_disk_refuses_a_whole_best_is_there(train, folders, tmp_path, is_saved):
     train([3.0, 2.0, 2.5, 2.5, 2.5])
     folder, at, refused = tmp_path / "adapters", 0, True
-    saver = adapters.Saver(
+    saver = adapter_saving.Saver(
         folder, load(folders["untied"])[0], SimpleNamespace(fine_tune_type="full", token_tables=[]), True
     )
     saver.save(9, False)

@@ -8,7 +8,7 @@ from tiny_models import tiny_llama, write_model
 
 from ember_mlx import InputError
 from ember_mlx.finetune import options
-from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.trainable import shapes_of

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from ember_mlx import InputError
-from ember_mlx.finetune import adapters
+from ember_mlx.finetune import given
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.run import run
 
@@ -36,14 +36,14 @@ def test_the_second_run_in_a_folder_is_refused_and_a_dead_one_leaves_no_lock(par
 
 
 def test_a_run_that_was_done_in_a_new_folder_while_this_one_loaded_its_model_is_kept(parse, tmp_path, monkeypatch):
-    load_base = adapters.load_base
+    load_base = given.load_base
 
     def load_while_the_other_runs(*arguments, **options):
         monkeypatch.undo()
         run(parse("--seed", 1))
         return load_base(*arguments, **options)
 
-    monkeypatch.setattr(adapters, "load_base", load_while_the_other_runs)
+    monkeypatch.setattr(given, "load_base", load_while_the_other_runs)
     with pytest.raises(InputError, match="already holds another run"):
         run(parse("--seed", 2))
     assert '"seed": 1' in (tmp_path / "adapters" / "adapter_config.json").read_text()

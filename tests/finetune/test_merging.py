@@ -163,7 +163,7 @@ def test_gguf_of_other_architectures_is_refused_and_of_llama_written(parse, fold
     fused(folders["untied"], adapter, "--export-gguf", "--gguf-path", "f.gguf")
     written = tmp_path / "fused" / "f.gguf"
     assert mx.load(str(written))["output.weight"].shape == (260, 32)
-    monkeypatch.setitem(fuse.adapters.load_base.__globals__, "mlx_lm", Renamed(mlx_lm))
+    monkeypatch.setitem(fuse.load_base.__globals__, "mlx_lm", Renamed(mlx_lm))
     with pytest.raises(InputError, match="mlx-lm converts llama, mixtral, mistral, and this model is of type qwen3"):
         fused(folders["untied"], adapter, "--export-gguf")
     assert written.exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from ember_mlx import InputError, cli, load
-from ember_mlx.finetune import adapters
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
 
 FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
@@ -34,7 +34,7 @@ def test_a_damaged_model_folder_is_loaded_or_refused(data, file, folders):
     with a_copy_of(folders["untied"]) as copy:
         (copy / file).write_bytes(changed)
         try:
-            mx.eval(adapters.load_base(copy)[0].parameters())
+            mx.eval(load_base(copy)[0].parameters())
         except InputError as error:
             names(error, copy)
 
@@ -46,7 +46,7 @@ def test_a_config_that_says_something_else_is_loaded_or_refused(key, value, fold
     with a_copy_of(folders["untied"]) as copy:
         (copy / "config.json").write_text(json.dumps(config))
         try:
-            mx.eval(adapters.load_base(copy)[0].parameters())
+            mx.eval(load_base(copy)[0].parameters())
         except InputError as error:
             names(error, copy)
 

@@ -14,7 +14,7 @@ from tiny_models import llama_config, tiny_llama, write_model
 
 from ember_mlx import InputError, load
 from ember_mlx.commands import fuse
-from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.mlx_lm_internals import dequantized
 from ember_mlx.finetune.run import run
 from ember_mlx.planner.inputs import read_inputs
@@ -88,6 +88,8 @@ def test_load_fuse_test_and_resume_quantize_as_the_run_did(parse, folders, wide,
     run(parse("--test", *every))
     tested = float(re.search(r"Test loss (\d+\.\d+)", capsys.readouterr().out)[1])
     assert tested == pytest.approx(result.loss_after, abs=6e-4)  # three places are printed
+    with pytest.raises(InputError, match=r"--quantize 8: adapter .*adapters was trained on layers of 4 bits; leave it"):
+        run(parse("--test", "--quantize", 8, *every))
     with pytest.raises(InputError, match="--quantize was 4 and is now 8"):
         run(parse("--quantize", 8, *rates, *every, "--resume", "--iters", 3))
     (adapter / "adapter_config.json").write_text(

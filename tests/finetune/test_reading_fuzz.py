@@ -18,6 +18,7 @@ from tiny_models import llama_config
 
 from ember_mlx import InputError
 from ember_mlx.finetune import adapters, checkpoints, history, options, resume, safe_reading
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.run import run
@@ -200,7 +201,7 @@ def paths_in(tree, path=()):
 def to_resume(trained_words):
     """Options, model and optimizer as a resumed run has them before it reads its checkpoint."""
     args = options.parse([*trained_words, "--resume", "--iters", "3"])
-    model = adapters.load_base(args.model)[0]
+    model = load_base(args.model)[0]
     choices = choose(args, shapes_of(model))
     make_trainable(model, args, choices)
     return args | choices.as_options(), model, build_optimizer(model, args, choices)

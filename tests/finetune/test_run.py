@@ -17,7 +17,8 @@ from tiny_models import write_model
 from ember_mlx import InputError, load
 from ember_mlx.finetune import loop as loop_module
 from ember_mlx.finetune import run as run_module
-from ember_mlx.finetune.adapters import ADAPTERS, REFUSAL, load_base
+from ember_mlx.finetune.adapters import ADAPTERS, REFUSAL
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
 
 IDS = mx.array([[4, 60, 70, 80, 90]])

@@ -14,7 +14,7 @@ from mlx_lm.models import llama
 from ember_mlx import InputError, load
 from ember_mlx.commands import plan
 from ember_mlx.finetune import checkpoints, run_log
-from ember_mlx.finetune.adapters import load_base
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.workers import Workers

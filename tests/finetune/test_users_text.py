@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ember_mlx import InputError
-from ember_mlx.finetune import adapters, run_log_writer, safe_reading
+from ember_mlx.finetune import adapter_saving, run_log_writer, safe_reading
 from ember_mlx.finetune.added_tokens import grow_tokenizer
+from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.text_tables import text_table
@@ -60,7 +61,7 @@ def test_every_file_of_a_run_is_known_to_be_one(parse, tmp_path):
     folder = tmp_path / "adapters"
     run(parse("--save-every", 1, "--log-jsonl", folder / "run.jsonl"))
     files = {path for path in folder.rglob("*") if path.is_file()}
-    assert {path for path in files if not adapters.is_run_path(folder, path)} == {folder / "run.jsonl"}
+    assert {path for path in files if not adapter_saving.is_run_path(folder, path)} == {folder / "run.jsonl"}
     assert len(files) > 10
 
 
@@ -70,7 +71,7 @@ def test_half_of_a_surrogate_pair_is_no_token(parse, tmp_path, folders, content)
     path.write_text(json.dumps([content]))
     with pytest.raises(InputError, match="half of a surrogate pair; leave it out"):
         run(parse("--add-tokens", path))
-    tokenizer = adapters.load_base(folders["untied"])[1]
+    tokenizer = load_base(folders["untied"])[1]
     with pytest.raises(InputError, match="adapter A: '.*half of a surrogate pair"):
         grow_tokenizer(tokenizer, [(content, True)], "adapter A")
 
@@ -81,7 +82,7 @@ def test_a_config_that_could_not_be_read_again_is_not_written(parse, tmp_path, m
         InputError, match=r"adapter_config.json would have [\d,]+ bytes, and at most 1,000 are read again"
     ):
         run(parse())
-    assert not adapters.run_files(tmp_path / "adapters")
+    assert not adapter_saving.run_files(tmp_path / "adapters")
 
 
 @given(

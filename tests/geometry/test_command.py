@@ -189,6 +189,7 @@ def test_a_rate_on_a_schedule_that_begins_at_0_and_a_beta2_on_one_are_reported(f
         (["--stream"], "--stream: geometry measures whole gradients"),
         (["--table-learning-rate", "0"], "--table-learning-rate 0: no row would move"),
         (["--resume"], "--resume: geometry measures a run from its first step"),
+        (["--patience", "3"], "--patience 3: geometry measures all steps of --iters; leave it out"),
         (["--test"], "--test: geometry measures a run that trains"),
         (["--out", "{file}"], "is a file; give a folder"),
     ],
