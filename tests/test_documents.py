@@ -89,6 +89,8 @@ def test_every_flag_that_a_guide_names_exists(page):
     known |= {
         "--verbose",
         "--theme",
+        "--workers",
+        "--link",
         "--keep",
         "--prompt",
         "--adapter-path",

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_planner import QWEN
+from tiny_models import llama_config
 
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune import options
@@ -12,10 +12,11 @@ from ember_mlx.planner.network import LINKS
 from ember_mlx.shared.errors import InputError
 
 WORDS = ["--max-seq-length", "17", "--batch-size", "4"]
-LARGE = QWEN | {"vocab_size": 100_000, "hidden_size": 256}  # tables of 51 MB: more than a buffer
+CONFIG = llama_config(tied=False, vocabulary=384)
+LARGE = CONFIG | {"vocab_size": 100_000, "hidden_size": 256}  # tables of 51 MB: more than a buffer
 
 
-def planned(*words, workers=2, config=QWEN):
+def planned(*words, workers=2, config=CONFIG):
     model = read_architecture(config, "config.json")
     return plan(model, run_of(options.parse([*WORDS, *words]), model, workers), "cpu")
 
@@ -32,14 +33,14 @@ def test_a_ring_sends_that_part_of_the_gradients(workers, part):
 
 
 def test_an_untied_embedding_sends_a_row_for_each_token_of_the_whole_batch_if_it_has_more():
-    columns = QWEN["hidden_size"]
+    columns = CONFIG["hidden_size"]
     head = planned("--train-tables", "head").traffic.payload
     assert planned().traffic.payload[2] - head[2] == 4 * 16 * columns * 2
-    whole = QWEN["vocab_size"] * columns * 2
+    whole = CONFIG["vocab_size"] * columns * 2
     for words in (["--batch-size", "24"], ["--grad-accumulation-steps", "2"]):
         found = planned(*words).traffic
         assert (found.payload[2] - head[2], found.embedding_rows) == (whole, 0)
-    tied = planned(config=QWEN | {"tie_word_embeddings": True}).traffic
+    tied = planned(config=llama_config(tied=True, vocabulary=384)).traffic
     assert (tied.payload[2], tied.embedding_rows) == (whole, 0)
 
 
@@ -52,15 +53,15 @@ def test_the_averages_of_what_is_joined_take_a_buffer():
 
 
 def test_advice_for_several_hosts_names_no_stream_and_whole_batches():
-    model = read_architecture(QWEN, "config.json")
-    run = run_of(options.parse(WORDS), model, 2)
+    model = read_architecture(CONFIG, "config.json")
+    run = run_of(options.parse([*WORDS, "--max-seq-length", "129"]), model, 2)
     flags = [flags for flags, _ in advice(model, run, "cpu", 1)]
     assert "--batch-size 2" in flags
     assert not any("--stream" in each for each in flags)
 
 
 def test_the_command_tells_of_one_host(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     words = ["--model", str(tmp_path), *WORDS, "--memory", "1GB", "--backend", "cpu", "--workers", "2", "--link", "TB"]
     main(words)
     said = capsys.readouterr().out
@@ -73,7 +74,7 @@ def test_the_command_tells_of_one_host(tmp_path, capsys):
 
 
 def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "hosts").write_text(json.dumps([["a:1"], ["b:1"]]))
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
     for rank, printed in (("0", True), ("1", False)):
@@ -91,6 +92,6 @@ def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, 
     ],
 )
 def test_workers_that_cannot_be_are_one_line(tmp_path, words, message):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(InputError, match=message):
         main(["--model", str(tmp_path), *WORDS, *words])
