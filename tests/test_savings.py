@@ -101,7 +101,7 @@ def test_a_run_that_fits_is_left_alone(parse):
     ],
 )
 def test_a_plan_that_fails_stops_no_run(parse, monkeypatch, error, said):
-    def fails(_):
+    def fails(*_):
         raise error
 
     monkeypatch.setattr("ember_mlx.planner.savings.read_inputs", fails)

@@ -1,16 +1,20 @@
 """``ember-mlx plan``: the flags of ``train``, and what that run will take."""
 
 import json
+import os
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.data import may_validate
 from ember_mlx.finetune.disk import disk_use, what_is_kept
+from ember_mlx.finetune.workers import announced_workers
 from ember_mlx.planner import advice, alternatives, machine, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
+from ember_mlx.planner.network import LINKS
 from ember_mlx.planner.report import Report
 from ember_mlx.planner.streaming_advice import recommendations
 from ember_mlx.shared.command_line import describe
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["main"]
 
@@ -23,11 +27,15 @@ examples:
   ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data --backend metal --memory 16GB
       the same for a Mac with 16 GB
   ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data --grad-checkpoint --chunked-loss --json
-      in bytes, of a run that takes less"""
+      in bytes, of a run that takes less
+  ember-mlx plan --model Qwen/Qwen3-0.6B --data my_data --workers 2 --link TB
+      what each of two Macs takes, and what it sends"""
 HELP = {
     "planning": {
         "memory": ("SIZE", "Plan for a machine with this memory, such as 16GB. Default: this machine's."),
         "backend": (None, "Where it will train. Default: where MLX computes here."),
+        "workers": ("N", "Plan for one of N hosts that share each batch. Default: those of mlx.launch, or 1."),
+        "link": (None, "What connects them: TB is TCP over Thunderbolt 5, RDMA the same without TCP. Default: 10GbE."),
         "json": (None, "Print bytes, as JSON."),
     }
 }
@@ -40,10 +48,15 @@ def main(arguments: list[str]) -> None:
         InputError: for options, new tokens and data that ``train`` would refuse, a config.json that cannot be planned,
             or no memory.
     """
+    if os.environ.get("MLX_RANK", "0") != "0":
+        return  # the plan is the same for all, and the first prints it
     own, args = options.parse_command(_parser(), arguments)
+    workers = announced_workers() if own.workers is None else own.workers
+    if workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1")
     backend = own.backend or machine.backend()
     memory, source = machine.limited(args, *machine.memory(own.memory, backend))
-    inputs = with_rows_of_data(args, read_inputs(args), usual_rows="max_seq_length" not in own.given)
+    inputs = with_rows_of_data(args, read_inputs(args, workers), usual_rows="max_seq_length" not in own.given)
     model, run = inputs.model, inputs.run
     planned = plan(model, run, backend)
     report = Report(
@@ -57,6 +70,7 @@ def main(arguments: list[str]) -> None:
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
         recommendations=recommendations(model, run, backend, planned),
         disk=_disk(args, inputs, planned),
+        link=own.link or "10GbE",
         memory=memory,
         memory_source=source,
     )
@@ -73,7 +87,7 @@ def _disk(args, inputs, planned):
 def _parser():
     parser = options.build_parser(
         "ember-mlx plan",
-        usage="ember-mlx plan --model MODEL --data DATA [--memory SIZE] [--backend BACKEND] [options of train]",
+        usage="ember-mlx plan --model MODEL --data DATA [--memory SIZE] [--workers N] [options of plan and of train]",
         description="Say how much memory `ember-mlx train` with the same flags will take; no weights are needed.\n"
         "--model may be a model's folder, its config.json alone, or a hub name; of that, kilobytes are downloaded.\n"
         "Rows are planned as long as those of --data, if that is here and the model has its tokenizer. Without --data\n"
@@ -82,5 +96,7 @@ def _parser():
     )
     parser.add_argument("--memory")
     parser.add_argument("--backend", choices=["metal", "cuda", "cpu"])
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--link", choices=list(LINKS))
     parser.add_argument("--json", action="store_true")
     return describe(parser, HELP)

@@ -23,7 +23,7 @@ from ember_mlx.finetune.run_length import batches_an_epoch
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.streaming.marks import are_marks, marks_of, marks_that_learn_all
 
-__all__ = ["Rows", "TrainingBatches", "batches_of", "own_part", "shared_loss"]
+__all__ = ["Rows", "TrainingBatches", "batches_of", "own_part", "rows_to_send", "shared_loss"]
 
 
 class Rows(CacheDataset):
@@ -153,16 +153,16 @@ class TrainingBatches:
 
 
 def own_part(batch: tuple[mx.array, mx.array], workers: Workers) -> tuple[mx.array, ...]:
-    """A worker's rows of a batch, and how much its mean loss counts in the mean over all workers.
+    """A worker's rows of a batch, how much its mean loss counts in the mean over all workers, and the tokens of all.
 
     Args:
         batch: Tokens (B, T) and lengths (B, 2) or marks (B, T) of the whole batch, the same on all workers.
         workers: Their number N divides B.
 
     Returns:
-        ``batch`` itself for one worker. Else the same with B / N rows, and the share, float32: N times the
-        part of the batch's learned tokens that are in these rows. It is 0 where there are none, and NaN, as the loss of
-        one machine is, where the whole batch has none.
+        ``batch`` itself for one worker. Else the same with B / N rows; the share, float32: N times the
+        part of the batch's learned tokens that are in these rows; and :func:`rows_to_send`. The share is 0 where there
+        are none, and NaN, as the loss of one machine is, where the whole batch has none.
     """
     if workers.size == 1:
         return batch
@@ -173,7 +173,24 @@ def own_part(batch: tuple[mx.array, mx.array], workers: Workers) -> tuple[mx.arr
         # A mean over no tokens has NaN gradients, which no share of 0 removes; that of any tokens does as well.
         every = mx.broadcast_to(mx.array([1, tokens.shape[1] - 1]), (learned.shape[0], 2))
         learned = marks_that_learn_all(learned) if are_marks(learned) else every
-    return tokens, learned, mx.array(workers.size * own / whole if whole else math.nan)
+    share = mx.array(workers.size * own / whole if whole else math.nan)
+    return tokens, learned, share, mx.array(rows_to_send(np.array(batch[0][:, :-1])))
+
+
+def rows_to_send(inputs: np.ndarray) -> np.ndarray:
+    """The rows of an embedding that have a gradient, and the first others, up to one for each token of the batch.
+
+    So their number depends on the batch's shape alone, and the step is compiled once for each.
+
+    Args:
+        inputs: Token ids (B, T), non-negative integers, that the model looks up.
+
+    Returns:
+        B * T distinct row numbers.
+    """
+    found = np.unique(inputs)
+    others = np.setdiff1d(np.arange(inputs.size), found)[: inputs.size - len(found)]
+    return np.concatenate([found, others.astype(found.dtype)])
 
 
 def shared_loss(loss: Callable) -> Callable:

@@ -26,6 +26,7 @@ from ember_mlx.optimizers.guarded import (
     squares_of,
 )
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["Step", "evaluate_paced"]
 
@@ -41,7 +42,10 @@ class Step:
             out; with ``clip_grad_norm`` the norm that is judged clips, too.
         loss (callable): mlx-lm's kind: ``loss(model, tokens, lengths)`` gives the mean and the number of tokens.
         accumulation (int): How many batches make one update.
-        reduce (callable): Gradients of this machine -> their mean over all.
+        reduce (callable): Gradients of this machine, and the rows of arrays that are enough -> their mean over all.
+
+    Of several workers' batches (:func:`~ember_mlx.finetune.batches.own_part`) an untied embedding sends only the rows
+    that occur, where these are fewer than all and one batch makes an update.
     """
 
     def __init__(
@@ -58,15 +62,19 @@ class Step:
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
+        lookup = _looked_up_by_tokens(model) if accumulation == 1 else {}
+
+        def rows_in(batch):
+            return batch[3].size if len(batch) > 3 else 0
 
         @partial(mx.compile, inputs=held, outputs=held)
         def gradients_of(batch, accumulated, last):
-            (value, tokens), gradients = value_and_grad(model, *batch)
+            (value, tokens), gradients = value_and_grad(model, *batch[:3])
             if accumulated is not None:
                 gradients = tree_map(lambda x, y: x + y, gradients, accumulated)
             if not last:
                 return value, tokens, gradients, None
-            gradients = reduce(gradients)
+            gradients = reduce(gradients, {name: batch[3] for name in lookup if 0 < rows_in(batch) < lookup[name]})
             if accumulation > 1:
                 gradients = tree_map(lambda x: x / accumulation, gradients)
             return value, tokens, gradients, squares_of(gradients) if self._judges else None
@@ -147,6 +155,18 @@ class Step:
 
     def _is_finite(self):
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
+
+
+def _looked_up_by_tokens(model):
+    """The table that trains and whose gradient has only rows of the batch's tokens, with its rows, if there is one.
+
+    A head has gradients in all rows, so a tied table has. Of several embeddings one may be looked up by other numbers.
+    """
+    lookups = [table for table in find_token_tables(model) if table.role != "head"]
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    if len(lookups) != 1 or lookups[0].role == "tied" or lookups[0].path not in trained:
+        return {}
+    return {lookups[0].path: lookups[0].shape[0]}
 
 
 def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], tokens: int) -> list[list[mx.array]]:

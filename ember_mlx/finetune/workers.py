@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["JOIN_SECONDS", "Workers", "as_words", "average_by_dtype"]
+__all__ = ["JOIN_SECONDS", "Workers", "announced_workers", "as_words", "average_by_dtype"]
 
 JOIN_SECONDS = 300
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
@@ -47,7 +47,7 @@ class Workers:
         Raises:
             InputError: where several workers are announced and MLX finds this one alone, or cannot connect.
         """
-        announced = _announced()
+        announced = announced_workers()
         if announced > 1 and not _JOINED:
             rank = os.environ.get("MLX_RANK")
             print(
@@ -173,21 +173,32 @@ def as_words(array: mx.array) -> mx.array:
     return array.reshape(-1).view(WORDS[width])
 
 
-def average_by_dtype(gradients: Any) -> Any:
-    """The mean of a tree of gradients over all workers, as ``mlx.nn.average_gradients`` gives it, to the bit.
+def average_by_dtype(gradients: Any, rows: Mapping[str, mx.array] | None = None) -> Any:
+    """The mean of a tree of gradients over all workers, as ``mlx.nn.average_gradients`` gives it.
 
     That joins small arrays for the network only where all have one dtype; float32 adapters beside 16-bit tables would
-    go one by one. So it is called once a dtype.
+    go one by one. So it is called once a dtype. Of two workers it has the same bits; more add in another order.
+
+    Args:
+        gradients: The tree.
+        rows: Of arrays, by name, the rows that are sent: distinct, and the same on all workers. The others become 0.
     """
-    flat = tree_flatten(gradients)
-    averaged = {}
-    for dtype in sorted({array.dtype for _, array in flat}, key=str):
-        names = [name for name, array in flat if array.dtype == dtype]
-        averaged |= zip(names, average_gradients([array for _, array in flat if array.dtype == dtype]), strict=True)
+    flat, rows = tree_flatten(gradients), rows or {}
+    sent = [(name, array[rows[name]] if name in rows else array) for name, array in flat]
+    groups, averaged = {}, {}
+    for name, array in sent:  # rows apart: an embedding's gradient comes last, and what is joined to it would wait
+        groups.setdefault((str(array.dtype), name in rows), {})[name] = array
+    for _, group in sorted(groups.items()):
+        averaged |= zip(group, average_gradients(list(group.values())), strict=True)
+    for name, array in flat:
+        if name in rows:
+            whole = mx.zeros_like(array)
+            whole[rows[name]] = averaged[name]
+            averaged[name] = whole
     return tree_unflatten([(name, averaged[name]) for name, _ in flat])
 
 
-def _announced():
+def announced_workers() -> int:
     """How many workers the environment promises at least, as ``mlx.launch`` sets it; 1 without it.
 
     Raises:

@@ -16,7 +16,7 @@ class Run:
     """What of a run's options memory depends on.
 
     Args:
-        batch_size, length (int): Rows, and tokens of each that go through the model.
+        batch_size, length (int): Rows of one worker, and tokens of each that go through the model.
         fine_tune_type (str): "lora", "dora" or "full".
         layers (int): How many of the last layers train.
         rank (int): Of LoRA.
@@ -30,6 +30,7 @@ class Run:
         keep_inputs (int): Then: of how many layers one keeps its input.
         norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
         body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
+        workers (int): How many share a batch.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
@@ -52,6 +53,7 @@ class Run:
     keep_inputs: int = 1
     norm_pass: bool = False
     body_rounding: str = "nearest"
+    workers: int = 1
 
 
 class Graph:

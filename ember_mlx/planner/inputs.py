@@ -55,8 +55,12 @@ class Inputs:
     iters: int
 
 
-def read_inputs(args: options.Options) -> Inputs:
+def read_inputs(args: options.Options, workers: int = 1) -> Inputs:
     """Everything but the data.
+
+    Args:
+        args: The run's.
+        workers: How many share each batch.
 
     Raises:
         InputError: for a model, new tokens or prompts that ``train`` would refuse, and a config.json that cannot be
@@ -76,7 +80,7 @@ def read_inputs(args: options.Options) -> Inputs:
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
         model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
-    return Inputs(model, run_of(args, model), path, tokenizer, assumptions, args.iters)
+    return Inputs(model, run_of(args, model, workers), path, tokenizer, assumptions, args.iters)
 
 
 def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool = False) -> Inputs:

@@ -11,8 +11,10 @@ from ember_mlx.finetune.optimizer_names import planned
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
+from ember_mlx.planner.network import Traffic, traffic
 from ember_mlx.planner.step import build_step
 from ember_mlx.planner.streaming import streamed_phases, streamed_runs
+from ember_mlx.shared.errors import InputError
 
 __all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
 
@@ -32,6 +34,7 @@ class Plan:
         peak (int): At that moment, in all.
         is_evaluation (bool): Whether that moment is one of validation.
         phases (dict[str, int]): Of a streamed step, the peak of each phase.
+        traffic (Traffic, optional): What is sent, by one of several workers.
     """
 
     weights: int
@@ -43,6 +46,7 @@ class Plan:
     peak: int
     is_evaluation: bool
     phases: dict[str, int]
+    traffic: Traffic | None
 
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
@@ -67,6 +71,7 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         peak=int(peak.total),
         is_evaluation=peak.total > of_step.total,
         phases={name: int(phase.total) for name, phase in phases.items()},
+        traffic=traffic(step) if run.workers > 1 else None,
     )
 
 
@@ -87,17 +92,27 @@ def _evaluation_peak(model, run, backend):
     return peak_memory([*step.losses, *step.existing], step.existing, DEVICES[backend])
 
 
-def run_of(options: Any, model: Architecture) -> Run:
+def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
     """What of ``ember-mlx train``'s options memory depends on, with rows as long as --max-seq-length allows.
 
+    Args:
+        options: The run's.
+        model: What trains.
+        workers: How many share each batch; the run is that of one.
+
     Raises:
-        InputError: for what ``train`` would refuse too: both ask :func:`ember_mlx.finetune.choices.choose`.
+        InputError: for what ``train`` would refuse too: for most, both ask
+            :func:`ember_mlx.finetune.choices.choose`.
     """
+    if options.batch_size % workers:
+        raise InputError(f"--workers {workers}: must divide --batch-size {options.batch_size}")
     choices = choose(options, model.shapes())
+    if workers > 1 and choices.stream:
+        raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
     lora = choices.lora_parameters or {}
     keys = lora.get("keys")
     return Run(
-        batch_size=options.batch_size,
+        batch_size=options.batch_size // workers,
         length=options.max_seq_length - 1,  # the last token is only predicted
         fine_tune_type=options.fine_tune_type,
         layers=choices.num_layers,
@@ -115,6 +130,7 @@ def run_of(options: Any, model: Architecture) -> Run:
         keep_inputs=options.keep_inputs or 1,
         norm_pass=options.clip_grad_norm is not None,
         body_rounding=choices.body_rounding,
+        workers=workers,
     )
 
 
@@ -166,7 +182,7 @@ def _changes(model, run):
     size = run.batch_size
     while size > 1:
         size //= 2
-        yield f"--batch-size {size}", {"batch_size": size}
+        yield f"--batch-size {size * run.workers}", {"batch_size": size}
     if run.fine_tune_type == "full":
         fewer = f" --num-layers {DEFAULT_LAYERS}" if run.layers > DEFAULT_LAYERS else ""
         yield "--fine-tune-type lora" + fewer, {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}

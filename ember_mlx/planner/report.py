@@ -6,6 +6,7 @@ from typing import Any
 from ember_mlx.finetune.disk import DiskUse
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
+from ember_mlx.planner.network import LINKS
 from ember_mlx.planner.plan import Plan
 from ember_mlx.planner.streaming_advice import Recommendation
 from ember_mlx.shared.text_tables import text_table
@@ -22,6 +23,7 @@ PHASES = {
     "layers": "a layer, backwards, and its step",
     "embedding": "the embedding's step",
 }
+NUMBERS = {2: "16 bits", 4: "float32"}
 ROWS = ("weights", "gradients", "optimizer state", "activations", "logits", "scratch")
 
 
@@ -37,6 +39,7 @@ class Report:
         changes (list[tuple[str, Plan]]): What would make it fit.
         recommendations (list[Recommendation]): What saves memory and changes no result.
         disk (DiskUse): What it takes on the disk.
+        link (str): Of several workers, one of :data:`ember_mlx.planner.network.LINKS`.
         memory (int): Bytes that this run may take.
         memory_source (str): Whose they are, as the subject and verb of a sentence: "this machine has".
     """
@@ -51,6 +54,7 @@ class Report:
     changes: list[tuple[str, Plan]]
     recommendations: list[Recommendation]
     disk: DiskUse
+    link: str
     memory: int
     memory_source: str
 
@@ -60,6 +64,7 @@ class Report:
         layers = f"{model.layers} layers" if model.layers else "its layers left out"
         kinds = "all weights" if run.fine_tune_type == "full" else f"{run.fine_tune_type} in {run.layers} layers"
         kinds = kinds if model.layers else "token tables alone"
+        hosts = f" on each of {run.workers} hosts" if run.workers > 1 else ""
         sizes = []
         for role in ROWS:
             sizes.append((role, in_units(planned.most[role]), in_units(planned.at_peak[role])))
@@ -73,7 +78,7 @@ class Report:
         return "\n".join(
             [
                 f"{self.name}: {model.model_type}, {layers}, {model.vocabulary:,} tokens",
-                f"{kinds}, batches of {run.batch_size} x {run.length} tokens, on {self.backend}",
+                f"{kinds}, batches of {run.batch_size} x {run.length} tokens{hosts}, on {self.backend}",
                 *self.assumptions,
                 "",
                 text_table(("1 GB = 10^9 bytes", "at most", "at the peak"), sizes, right=(1, 2)),
@@ -84,6 +89,7 @@ class Report:
                 text_table(("with the token tables by", "all optimizer state", "peak"), others, right=(1, 2)),
                 "",
                 *self._verdict(),
+                *self._network(),
                 f"Disk: at most {self.disk}.",
                 *self._recommended(),
                 *(f"Note: {note}." for note in self._notes()),
@@ -108,8 +114,31 @@ class Report:
             "stream": self.run.stream,
             "keep_inputs": self.run.keep_inputs,
             "recommendations": [vars(each) for each in self.recommendations],
+            "network": self._network_as_json(),
             "notes": self._notes(),
         }
+
+    def _network(self):
+        """Of several workers, what each sends."""
+        traffic, steps = self.planned.traffic, self.run.micro_batches
+        if traffic is None:
+            return []
+        parts = [f"{in_units(nbytes)} in {NUMBERS[width]}" for width, nbytes in sorted(traffic.payload.items())]
+        rows = f" (at most {traffic.embedding_rows:,} rows of the embedding)" if traffic.embedding_rows else ""
+        what = f"gradients of {' and '.join(parts)}{rows}"
+        every = "step" if steps == 1 else f"{steps} steps"
+        return [
+            f"Network: each of the {traffic.workers} hosts sends {in_units(traffic.sent)} every {every}, {what}: "
+            f"{traffic.seconds(self.link):.2g} s over {self.link}, at {LINKS[self.link] / 1e9:g} GB/s."
+        ]
+
+    def _network_as_json(self):
+        traffic = self.planned.traffic
+        if traffic is None:
+            return None
+        every = {"steps": self.run.micro_batches, "sent": traffic.sent, "seconds": traffic.seconds(self.link)}
+        payload = {NUMBERS[width]: nbytes for width, nbytes in traffic.payload.items()}
+        return {"hosts": traffic.workers, "link": self.link, **every, "payload": payload}
 
     def _phases(self):
         """Of a streamed step, what stands between steps, and the peak of each phase."""

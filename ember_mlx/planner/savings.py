@@ -54,13 +54,14 @@ def with_savings(options: Options, given: Collection[str]) -> Options:
     if options.auto_savings and options.resume is not None and workers.size == 1:
         options |= _as_before(options, given)
     may_switch = workers.size == 1 and options.resume is None
-    switched_on, lines = savings(options if may_switch else options | {"auto_savings": False}, given)
+    asked = options if may_switch else options | {"auto_savings": False}
+    switched_on, lines = savings(asked, given, workers.size)
     for line in lines:
         rprint(line)
     return options | switched_on
 
 
-def savings(options: Options, given: Collection[str]) -> tuple[dict[str, bool], list[str]]:
+def savings(options: Options, given: Collection[str], workers: int = 1) -> tuple[dict[str, bool], list[str]]:
     """What to switch on so that a run fits this machine, and what ``train`` says of it, a line each.
 
     The last line warns of a run that does not fit, whatever is switched on. Nothing is raised: a run that cannot be
@@ -69,9 +70,10 @@ def savings(options: Options, given: Collection[str]) -> tuple[dict[str, bool], 
     Args:
         options: The run's.
         given: The names of the options that the user has given, which stay as they are.
+        workers: How many share each batch.
     """
     try:
-        return _savings(options, given)
+        return _savings(options, given, workers)
     except InputError:
         why = _why_no_plan(options)
     # A fault in a plan is no reason not to train.
@@ -120,10 +122,10 @@ def _sets(model, run, allowed) -> Iterable[tuple[str, ...]]:
         yield ("stream",)
 
 
-def _savings(options, given):
+def _savings(options, given, workers):
     backend = machine.backend()
     available, source = machine.limited(options, *machine.memory(None, backend))
-    inputs = read_inputs(options)
+    inputs = read_inputs(options, workers)
     if plan(inputs.model, inputs.run, backend).peak <= available:
         return {}, []  # however long the rows are: they need not be read, which may take seconds
     longest, inputs = inputs, with_rows_of_data(options, inputs)

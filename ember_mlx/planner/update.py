@@ -5,6 +5,7 @@ The gradients are evaluated in the order of the backward pass, a layer at a time
 
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
+from ember_mlx.planner.network import average
 from ember_mlx.planner.optimizer_state import state_of
 
 __all__ = ["judge", "rounded", "stepped", "update"]
@@ -21,6 +22,7 @@ def judge(graph: Graph) -> None:
         for name, gradient in graph.gradients.items():
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
             graph.gradients[name] = graph.elementwise([gradient, before], role="gradients")
+    average(graph)
     graph.role = "scratch"
     order = [name for name in graph.weights if name in graph.gradients]
     small, sums = {}, []

@@ -337,13 +337,24 @@ class Campaign:
         return told
 
     def case_bytes(self):
-        """What a host sends in 20 steps more, by step: nearly all of it are the tables' gradients."""
+        """What a host sends in 20 steps more, by step: within 10 % of what plan says."""
         sent = []
         for iters in (4, 24):
             before = self.hosts.sent(0)
             assert Run(self.hosts, self.words(iters)).finish()[0] == [0] * self.hosts.count
             sent.append(self.hosts.sent(0) - before)
-        return {"bytes a step": (sent[1] - sent[0]) // 20}
+        step, planned = (sent[1] - sent[0]) // 20, self.planned_bytes()
+        assert abs(step / planned - 1) <= 0.1, f"{step:,} bytes a step, planned {planned:,}"
+        return {"bytes a step": step, "planned": planned}
+
+    def planned_bytes(self):
+        """What plan says that a host sends in a step."""
+        words = self.words()
+        del words[words.index("--adapter-path") : words.index("--adapter-path") + 2]
+        command = [sys.executable, "-m", "ember_mlx", "plan", *words, "--workers", str(self.hosts.count), "--json"]
+        own = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=self.hosts.folders[0], env=own, stdout=subprocess.PIPE, check=True)
+        return json.loads(done.stdout)["network"]["sent"]
 
 
 def cases(campaign):

@@ -1,4 +1,4 @@
-"""Two workers over MLX's ring, on this machine: they agree, refuse together and train what one does."""
+"""Two workers, or three, over MLX's ring, on this machine: they agree, refuse together and train what one does."""
 
 import json
 import os
@@ -6,14 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.planner import plan
+from ember_mlx.planner.inputs import read_inputs
 from ember_mlx.shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -133,13 +137,7 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     assert found[0]["trained"] == found[1]["trained"]
     ours, theirs = tmp_path / "alone", found[0]["folder"] / "host0" / "at_once"
     run(options.parse([*words, "--adapter-path", str(ours)]))
-    alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))
-    begun = mx.load(str(folders["untied"] / "model.safetensors"))
-    for name, weight in alone.weights.items():
-        if not name.endswith("lora_a"):  # which begins at random
-            step = weight - begun.get(name, mx.zeros_like(weight))
-            error = mx.linalg.norm((together.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
-            assert error.item() < 1e-5, name
+    alone, together = same_updates(folders, ours, theirs)
     records = alone.position.record, together.position.record
     assert records[0]["trained_tokens"] == records[1]["trained_tokens"]
     for name, losses in records[0]["losses"].items():
@@ -150,6 +148,45 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     ]
     assert left_out[0] == left_out[1]
     assert sum(left_out[0].values()) > 0
+
+
+def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found, words):
+    assert [each["dense"] for each in found] == [each["trained"] for each in found]
+    lengths = (32, 63)  # of a padded batch, and one cut by --max-seq-length
+    saved = sum(found[0]["dense_sent"]) - sum(found[0]["sent"])
+    assert saved == sum((260 - 2 * length) * HIDDEN for length in lengths)
+    args = options.parse(words)
+    inputs = read_inputs(args, workers=2)
+    plans = [plan(inputs.model, replace(inputs.run, length=length), "cpu") for length in lengths]
+    assert sum(found[0]["sent"]) * 4 == sum(planned.traffic.payload[4] for planned in plans)
+
+
+def same_updates(folders, ours, theirs):
+    """The newest checkpoints of two folders, whose weights have taken the same steps."""
+    alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))
+    begun = mx.load(str(folders["untied"] / "model.safetensors"))
+    for name, weight in alone.weights.items():
+        if not name.endswith("lora_a"):  # which begins at random
+            step = weight - begun.get(name, mx.zeros_like(weight))
+            error = mx.linalg.norm((together.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
+            assert error.item() < 1e-5, name
+    return alone, together
+
+
+@pytest.fixture(scope="module")
+def three(words, tmp_path_factory):
+    """The folder in which three workers trained, the options, and how they ended when one stood still after that."""
+    folder = tmp_path_factory.mktemp("three")
+    words = [*words, "--batch-size", "3", "--iters", "2", "--val-batches", "1", "--sample-tokens", "1"]
+    script = [ROOT / "tests/finetune/worker_checks.py", folder, *words, "stands-still"]
+    return folder, words, finish(start(folder, [script] * 3))
+
+
+def test_three_workers_train_what_one_does(three, folders, tmp_path):
+    folder, words, ended = three
+    assert len({(folder / f"found{rank}.json").read_text() for rank in range(3)}) == 1, ended
+    run(options.parse([*words, "--adapter-path", str(tmp_path / "alone")]))
+    same_updates(folders, tmp_path / "alone", folder / "host0")
 
 
 def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
@@ -179,10 +216,9 @@ def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
     assert found[0]["errors"].splitlines()[-1].startswith("ember-mlx train: error: worker 0: another worker is lost (")
 
 
-def test_a_worker_that_stands_still_ends_all_after_the_limit(words, tmp_path):
-    script = [ROOT / "tests/finetune/worker_checks.py", tmp_path, *words, "--peer-timeout", "2", "stands-still"]
-    ended = finish(start(tmp_path, [script] * 2))
-    assert [process.returncode for process, *_ in ended] == [75, 75], ended
+def test_a_worker_that_stands_still_ends_all_after_the_limit(three):
+    *_, ended = three
+    assert [process.returncode for process, *_ in ended] == [75] * 3, ended
     waited = "waited 2 s for another worker, which is lost or stands still (--peer-timeout 2)"
     told = [errors for *_, errors in ended]
     assert any(waited in errors for errors in told)

@@ -1,7 +1,8 @@
 """What each of two workers does in test_workers.py.
 
 ``worker_checks.py FOLDER WORDS``, WORDS options of ``train``, writes what it found to FOLDER as JSON; at its end the
-second worker is killed. ``worker_checks.py FOLDER WORDS stands-still``: there it sleeps in its first step instead.
+second worker is killed. ``worker_checks.py FOLDER WORDS stands-still`` only trains; in the first step of a second run
+the second worker sleeps.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,12 +18,14 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
 from ember_mlx import cli
-from ember_mlx.finetune import options, workers
+from ember_mlx.finetune import options, step, workers
 from ember_mlx.finetune.batches import TrainingBatches
 from ember_mlx.finetune.resume import weights_checksum
 from ember_mlx.finetune.run import run
+from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.replacing import replaced
 
 
 def outcome(check):
@@ -58,6 +62,20 @@ def same_averages(rank):
     mx.distributed.all_sum = all_sum
     pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
     return [all(name == other and mx.array_equal(a, b).item() for (name, a), (other, b) in pairs), len(calls)]
+
+
+@contextmanager
+def counting_numbers():
+    """A list of how many numbers each step that is compiled within sends."""
+    sent, all_sum = [], mx.distributed.all_sum
+    before = Step.__init__.__defaults__
+
+    def counted(gradients, rows=None):
+        with replaced(mx.distributed, "all_sum", lambda x, **how: sent.append(x.size) or all_sum(x, **how)):
+            return workers.average_by_dtype(gradients, rows)
+
+    with replaced(Step.__init__, "__defaults__", (*before[:-1], counted)):
+        yield sent
 
 
 def arrays_from_leader(here):
@@ -112,9 +130,12 @@ def send(number):
 
 
 def main():
-    if sys.argv[-1] == "stands-still":
-        command(sys.argv[1], sys.argv[2:-1], 1, 1, lambda: time.sleep(60))
     here = workers.Workers.join(60)
+    if sys.argv[-1] == "stands-still":
+        folder, words = Path(sys.argv[1]) / f"host{here.rank}", sys.argv[2:-1]
+        checksums = trained(folder, words)
+        (folder.parent / f"found{here.rank}.json").write_text(json.dumps(checksums))
+        command(folder / "stands-still", [*words, "--peer-timeout", "2"], 1, 1, lambda: time.sleep(60))
     found = {
         "rank": here.rank,
         "refusals": [outcome(lambda who=who: refuses(here, who)) for who in (None, 0, 1)],
@@ -129,7 +150,10 @@ def main():
     }
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     own = folder / f"host{here.rank}"
-    found["trained"] = trained(own / "at_once", words)
+    with counting_numbers() as found["sent"]:
+        found["trained"] = trained(own / "at_once", words)
+    with counting_numbers() as found["dense_sent"], replaced(step, "_looked_up_by_tokens", lambda model: {}):
+        found["dense"] = trained(own / "dense", words)
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])

@@ -1,0 +1,93 @@
+"""Several workers: what the mean of their gradients takes, in memory and on the network.
+
+A worker of N has its N-th part of a batch's rows. Its gradients go out as ``ember_mlx.finetune.workers`` sends them:
+dtype by dtype, joined up to 32 MiB, and of an untied embedding the rows of the whole batch's tokens. A ring sends
+2 (N - 1) / N of that from each worker. What is sent beside it, to meet and to report, is below 1 kB a step.
+"""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+from ember_mlx.planner.evaluation import Array, Operation
+from ember_mlx.planner.graph import Graph
+
+__all__ = ["LINKS", "Traffic", "average", "traffic"]
+
+# Bytes a second, one way. 10GbE: what is left of 1.25e9 by TCP. RDMA over Thunderbolt 5: 5 to 6 GB/s were reported in
+# mlx-lm's pull request 955. TCP over Thunderbolt 5: a guess.
+LINKS = {"10GbE": 1.1e9, "TB": 3e9, "RDMA": 6e9}
+JOINED = 32 * 2**20  # all_reduce_size of mlx.nn.average_gradients
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one worker sends for one update.
+
+    Args:
+        workers (int): In all.
+        payload (dict[int, int]): Bytes of gradients, by the bytes of a number: 4 are float32, 2 are 16-bit.
+        embedding_rows (int): The most rows that an untied embedding sends; 0 where it sends all, or none.
+    """
+
+    workers: int
+    payload: dict[int, int]
+    embedding_rows: int
+
+    @property
+    def sent(self) -> int:
+        """Bytes that leave a worker."""
+        return 2 * (self.workers - 1) * sum(self.payload.values()) // self.workers
+
+    def seconds(self, link: str) -> float:
+        """How long that takes, where nothing else goes over the link; one of :data:`LINKS`."""
+        return self.sent / LINKS[link]
+
+
+def traffic(graph: Graph) -> Traffic:
+    """What the step of that graph sends."""
+    rows, payload = _rows_to_send(graph), Counter()
+    for name, gradient in graph.gradients.items():
+        numbers = rows[name] * graph.shapes[name][1] if name in rows else gradient.numbers
+        payload[int(gradient.width)] += int(numbers * gradient.width)
+    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0))
+
+
+def average(graph: Graph) -> None:
+    """The gradients become the means over all workers: parts of joined buffers, and of an embedding a new array."""
+    if graph.run.workers == 1:
+        return
+    rows, groups = _rows_to_send(graph), {}
+    for name in (name for name in graph.weights if name in graph.gradients):
+        part = graph.gradients[name]
+        if name in rows:
+            part = graph.make([part], rows[name] * graph.shapes[name][1], part.width, role="gradients")
+        buffers = groups.setdefault((part.width, name in rows), [{}])
+        if sum(array.nbytes for array in buffers[-1].values()) >= JOINED:
+            buffers.append({})
+        buffers[-1][name] = part
+    for group in itertools.chain.from_iterable(groups.values()):
+        parts = list(group.values())
+        if len(parts) > 1:
+            parts = [graph.make(parts, sum(part.numbers for part in parts), parts[0].width, role="gradients")]
+        mean = graph.elementwise(parts, role="gradients")
+        for name, part in group.items():
+            graph.gradients[name] = _part_of(mean, part.numbers)
+            if name in rows:
+                sent = graph.gradients[name]
+                graph.gradients[name] = graph.make([sent], graph.weights[name].numbers, mean.width, role="gradients")
+
+
+def _part_of(array, numbers):
+    operation = Operation([array], in_place=False)
+    operation.outputs = [Array(numbers, array.width, array.role, operation, base=array)]
+    return operation.outputs[0]
+
+
+def _rows_to_send(graph):
+    """Of an untied embedding that trains, where the whole batch has fewer tokens than it has rows."""
+    run, rows = graph.run, graph.run.workers * graph.run.batch_size * graph.run.length
+    tables = [table for table in graph.model.tables() if table.role == "embedding" and table.role in run.tables]
+    if run.workers == 1 or run.micro_batches > 1:
+        return {}
+    return {table.name: rows for table in tables if rows < table.rows}

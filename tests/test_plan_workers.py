@@ -1,0 +1,97 @@
+"""`ember-mlx plan` for one of several hosts: its rows, what it sends, and what the buffers of the averages take."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from test_planner import QWEN
+
+from ember_mlx.commands.plan import main
+from ember_mlx.finetune import options
+from ember_mlx.planner import advice, plan, read_architecture, run_of
+from ember_mlx.planner.network import LINKS
+from ember_mlx.shared.errors import InputError
+
+WORDS = ["--max-seq-length", "17", "--batch-size", "4"]
+LARGE = QWEN | {"vocab_size": 100_000, "hidden_size": 256}  # tables of 51 MB: more than a buffer
+
+
+def planned(*words, workers=2, config=QWEN):
+    model = read_architecture(config, "config.json")
+    return plan(model, run_of(options.parse([*WORDS, *words]), model, workers), "cpu")
+
+
+def test_one_host_sends_nothing():
+    assert planned(workers=1).traffic is None
+
+
+@pytest.mark.parametrize(("workers", "part"), [(2, 1), (4, 1.5)])
+def test_a_ring_sends_that_part_of_the_gradients(workers, part):
+    found = planned("--train-tables", "head", workers=workers)
+    assert found.traffic.sent == part * found.gradients
+    assert sum(found.traffic.payload.values()) == found.gradients
+
+
+def test_an_untied_embedding_sends_a_row_for_each_token_of_the_whole_batch_if_it_has_more():
+    columns = QWEN["hidden_size"]
+    head = planned("--train-tables", "head").traffic.payload
+    assert planned().traffic.payload[2] - head[2] == 4 * 16 * columns * 2
+    whole = QWEN["vocab_size"] * columns * 2
+    for words in (["--batch-size", "24"], ["--grad-accumulation-steps", "2"]):
+        found = planned(*words).traffic
+        assert (found.payload[2] - head[2], found.embedding_rows) == (whole, 0)
+    tied = planned(config=QWEN | {"tie_word_embeddings": True}).traffic
+    assert (tied.payload[2], tied.embedding_rows) == (whole, 0)
+
+
+def test_the_averages_of_what_is_joined_take_a_buffer():
+    def most(workers, *words):
+        return planned("--batch-size", "4", *words, workers=workers, config=LARGE).most["gradients"]
+
+    alone = most(1, "--train-tables", "none", "--fine-tune-type", "full")
+    assert alone < most(2, "--train-tables", "none", "--fine-tune-type", "full") <= 2 * alone
+
+
+def test_advice_for_several_hosts_names_no_stream_and_whole_batches():
+    model = read_architecture(QWEN, "config.json")
+    run = run_of(options.parse(WORDS), model, 2)
+    flags = [flags for flags, _ in advice(model, run, "cpu", 1)]
+    assert "--batch-size 2" in flags
+    assert not any("--stream" in each for each in flags)
+
+
+def test_the_command_tells_of_one_host(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    words = ["--model", str(tmp_path), *WORDS, "--memory", "1GB", "--backend", "cpu", "--workers", "2", "--link", "TB"]
+    main(words)
+    said = capsys.readouterr().out
+    assert "batches of 2 x 16 tokens on each of 2 hosts" in said
+    assert "Network: each of the 2 hosts sends " in said
+    main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)["network"]
+    assert found["sent"] == sum(found["payload"].values()) == planned().traffic.sent
+    assert found["seconds"] == found["sent"] / LINKS["TB"]
+
+
+def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    (tmp_path / "hosts").write_text(json.dumps([["a:1"], ["b:1"]]))
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("MLX_RANK", rank)
+        main(["--model", str(tmp_path), *WORDS, "--memory", "1GB"])
+        assert ("on each of 2 hosts" in capsys.readouterr().out) == printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "3"], "--workers 3: must divide --batch-size 4"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "2", "--stream"], "--stream: 2 workers: it does not average their gradients"),
+    ],
+)
+def test_workers_that_cannot_be_are_one_line(tmp_path, words, message):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    with pytest.raises(InputError, match=message):
+        main(["--model", str(tmp_path), *WORDS, *words])
