@@ -1,7 +1,6 @@
 """`ember-mlx plan` for one of several hosts: its rows, what it sends, and what the buffers of the averages take."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from test_planner import QWEN
