@@ -155,7 +155,7 @@ def test_a_copy_is_whole_and_replaces_nothing_unasked(tmp_path, monkeypatch):
         ("zzz", "NAME zzz: is no recipe; the recipes are added-tokens, first-lora,"),
         ("--save-path x.yaml", "NAME is required to copy a recipe"),
         ("first-lora --save-path .", "--save-path .: is a folder"),
-        ("first-lora --save-path no/such/x.yaml", "No such file or directory"),
+        ("first-lora --save-path no/such/x.yaml", "no/such is no folder; give a path in one that exists"),
         ("first-lora --out x", "unrecognized arguments: --out x"),
     ],
 )

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from ember_mlx.commands.fuse import FILES_OF_A_MODEL
 from ember_mlx.exporting.gguf import OUTTYPES, choose_converter, write_gguf
-from ember_mlx.exporting.inputs import load_fused
+from ember_mlx.exporting.inputs import check_save_path, load_fused
 from ember_mlx.exporting.ollama import write_model_for_ollama
 from ember_mlx.exporting.peft import write_peft
-from ember_mlx.finetune import safe_writing
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
 
@@ -64,7 +63,7 @@ def main(arguments: list[str]) -> None:
     _check(args)
     folder, adapter = Path(args.save_path), None if args.no_adapter else Path(args.adapter_path)
     inputs = {"model": args.model, "adapter": adapter}
-    safe_writing.check_new_folder("--save-path", folder, overwrite=args.overwrite, **inputs)
+    check_save_path(folder, overwrite=args.overwrite, **inputs)
     trust = {"trust_remote_code": args.trust_remote_code}
     print("Loading the model")
     if args.format == "peft":

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, save, upload_to_hub
 
 from ember_mlx.exporting import gguf
-from ember_mlx.exporting.inputs import Fused, source_folder
+from ember_mlx.exporting.inputs import Fused, check_save_path, source_folder
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.merging import (
@@ -153,7 +153,7 @@ def _table_settings(args, model, config, adapter_config):
 
 def _check_folder(folder, args):
     inputs = {"model": args.model, "adapter": args.adapter_path}
-    safe_writing.check_new_folder("--save-path", folder, overwrite=args.overwrite, **inputs)
+    check_save_path(folder, overwrite=args.overwrite, **inputs)
     name = args.gguf_path
     if args.export_gguf and (Path(name).name != name or not name.endswith(".gguf")):
         raise InputError(f"--gguf-path {name}: must be a name that ends in .gguf; it is written into --save-path")

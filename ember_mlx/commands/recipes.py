@@ -63,5 +63,7 @@ def _copy(name, save_path, overwrite):
         raise InputError(f"--save-path {path}: is a folder; give the name of a file in it")
     if path.exists() and not overwrite:
         raise InputError(f"--save-path {path}: already exists; give another file, or --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--save-path {path}: {path.parent} is no folder; give a path in one that exists")
     path.write_bytes(RECIPES[name].read_bytes())
     print(f"{path}: its first lines say what it needs; ember-mlx train --config {path} --model MODEL --data DATA")

@@ -14,11 +14,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, hf_repo_to_path, save
 
 from ember_mlx.finetune import safe_reading, safe_writing
-from ember_mlx.finetune.adapters import load
+from ember_mlx.finetune.adapter_saving import is_run_path
+from ember_mlx.finetune.adapters import CONFIG, load
 from ember_mlx.finetune.merging import QUANTIZATION, merge_adapters
 from ember_mlx.shared.errors import InputError, reason_of
 
-__all__ = ["SENTENCEPIECE", "Fused", "export_folder", "load_fused", "source_folder", "write_fused"]
+__all__ = ["SENTENCEPIECE", "Fused", "check_save_path", "export_folder", "load_fused", "source_folder", "write_fused"]
 
 SENTENCEPIECE = "tokenizer.model"  # which mlx-lm does not copy, and llama.cpp reads before tokenizer.json
 
@@ -41,6 +42,33 @@ class Fused:
     def nbytes(self) -> int:
         """Bytes of all parameters."""
         return sum(array.nbytes for array in self.weights.values())
+
+
+def check_save_path(folder: Path, *, overwrite: bool, model: str | Path, adapter: str | Path | None) -> None:
+    """Refuse a ``--save-path`` that is an input itself, a run's, no folder, or has something in it.
+
+    Args:
+        folder: What ``--save-path`` names.
+        overwrite: Whether something may be in it.
+        model, adapter: The inputs, which are not written to.
+
+    Raises:
+        InputError: for such a folder.
+    """
+    where = f"--save-path {folder}"
+    for other, what in ((model, "model"), (adapter, "adapter")):
+        if other is not None and folder.resolve() == Path(other).resolve():
+            raise InputError(f"{where}: is the {what} itself; give another path")
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"{where}: is a link that leads nowhere; give another path")
+    above = next((path for path in folder.absolute().parents if path.exists()), None)
+    if (folder.exists() and not folder.is_dir()) or not above.is_dir():
+        raise InputError(f"{where}: {folder if folder.exists() else above} is a file; give a folder")
+    parent = folder.absolute().parent
+    if (parent / CONFIG).is_file() and is_run_path(parent, folder):
+        raise InputError(f"{where}: is of the run in {parent}, which may replace it; give another path")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace the model in it")
 
 
 def load_fused(model_path: str, adapter: Path | None, **options: Any) -> Fused:

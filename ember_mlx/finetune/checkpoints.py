@@ -33,6 +33,7 @@ from typing import Any
 import mlx.core as mx
 
 from ember_mlx.finetune import safe_reading, safe_writing
+from ember_mlx.finetune.adapters import ADAPTERS
 from ember_mlx.finetune.best import Validations
 from ember_mlx.finetune.position import NUMPY_STATE, Position
 from ember_mlx.shared.errors import InputError
@@ -208,6 +209,10 @@ def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = p
         try:
             return read(Path(asked))
         except InputError as error:
+            weights = Path(asked) / ADAPTERS
+            if weights.is_file():
+                remedy = f"to start from its weights, --resume-adapter-file {weights}"
+                raise InputError(f"--resume {asked}: is an adapter and no checkpoint; {remedy}") from error
             beside = Path(asked).parent
             adapter_folder = beside.parent if beside.name == FOLDER else adapter_folder
             good = _newest_good(adapter_folder, lambda _: None)

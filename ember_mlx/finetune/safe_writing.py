@@ -19,7 +19,6 @@ from ember_mlx.shared.units import format_bytes
 __all__ = [
     "PARTIAL",
     "REMOVED",
-    "check_new_folder",
     "check_space",
     "existing_parent",
     "finish_swapping",
@@ -104,32 +103,6 @@ def replace_together(folder: Path, files: dict[str, dict[str, mx.array] | bytes]
             partial.unlink(missing_ok=True)
         raise
     sync_folder(folder)
-
-
-def check_new_folder(
-    flag: str, folder: Path, *, overwrite: bool, model: str | Path, adapter: str | Path | None
-) -> None:
-    """Refuse a folder that cannot become a model's: it is an input itself, or no folder, or has something in it.
-
-    Args:
-        flag (str): What asked for it, such as "--save-path".
-        overwrite (bool): Whether something may be in it.
-        model, adapter: The inputs, which are not written to.
-
-    Raises:
-        InputError: for such a folder.
-    """
-    where = f"{flag} {folder}"
-    for other, what in ((model, "model"), (adapter, "adapter")):
-        if other is not None and folder.resolve() == Path(other).resolve():
-            raise InputError(f"{where}: is the {what} itself; give another path")
-    if folder.is_symlink() and not folder.exists():
-        raise InputError(f"{where}: is a link that leads nowhere; give another path")
-    above = next((path for path in folder.absolute().parents if path.exists()), None)
-    if (folder.exists() and not folder.is_dir()) or not above.is_dir():
-        raise InputError(f"{where}: {folder if folder.exists() else above} is a file; give a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace the model in it")
 
 
 def check_space(flag: str, folder: Path, needed: int) -> None:

@@ -71,6 +71,8 @@ def test_the_weights_of_the_lowest_loss_are_kept_and_taken(train, parse, folders
     assert not (tmp_path / "short" / "best").exists()
     assert equal(best, tmp_path / "short")
     load(folders["untied"], adapter_path=best)
+    with pytest.raises(InputError, match=r"is an adapter and no checkpoint; .* --resume-adapter-file .*best/adapters"):
+        run(parse("--resume", best, adapter="next"))
     same = [(best / name).samefile(best.parent / name) for name in (adapters.ADAPTERS, adapters.TABLES)]
     assert same == [step == 6] * 2  # on the disk once
     if step == 6:  # the files of best/ and of the adapter are one: neither is changed when the other is replaced

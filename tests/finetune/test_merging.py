@@ -143,6 +143,8 @@ def test_what_is_replaced_is_replaced_whole(parse, four_bits, folders, tmp_path)
         (["--frobnicate"], "unrecognized arguments: --frobnicate; ember-mlx fuse --help lists the options"),
         (["--save-path", "{model}"], "is the model itself"),
         (["--save-path", "{adapter}"], "is the adapter itself"),
+        (["--save-path", "{adapter}/best", "--overwrite"], "best: is of the run in"),
+        (["--save-path", "{adapter}/checkpoints"], "checkpoints: is of the run in"),
         (["--save-path", "{adapter}/adapters.safetensors/new"], "adapters.safetensors is a file; give a folder"),
         (["--adapter-path", "/no/such"], "adapter /no/such: it has no adapter_config.json"),
     ],
