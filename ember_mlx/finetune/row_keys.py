@@ -1,9 +1,11 @@
 """The keys of a data set's rows: which of them are trained on, and the row that mlx-lm takes for it.
 
-mlx-lm knows a prompt and its completion, messages, and text. Alpaca's and ShareGPT's rows become these.
+mlx-lm knows a prompt and its completion, messages, and text. Alpaca's and ShareGPT's rows become these, and so do
+questions with their answers.
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from ember_mlx.shared.errors import InputError
 __all__ = ["Layout", "layout_of", "mlx_lm_row"]
 
 ALPACA = ("instruction", "output")  # and often an input
+QUESTIONS = ("question", "answer")
 SHAREGPT = "conversations"
 ROLES = {
     "system": "system",
@@ -54,7 +57,7 @@ class Layout:
 
 
 def layout_of(args: Options, row: Any, where: str) -> Layout:
-    """The layout of a data set, which its first row decides: mlx-lm's kinds in its order, then Alpaca, then ShareGPT.
+    """The layout of a data set, which its first row decides: mlx-lm's kinds in its order, then Alpaca, questions, ShareGPT.
 
     With ``--mask-prompt``, text comes last.
 
@@ -67,7 +70,7 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
         InputError: for a row that has none of these keys, and for text with ``--mask-prompt``.
     """
     completions, chat = (args.prompt_feature, args.completion_feature), args.chat_feature
-    kinds = [completions, (chat,), ALPACA, (SHAREGPT,)]
+    kinds = [completions, (chat,), ALPACA, QUESTIONS, (SHAREGPT,)]
     kinds.insert(len(kinds) if args.mask_prompt else 2, (args.text_feature,))
     keys = next((kind for kind in kinds if isinstance(row, dict) and row.keys() >= set(kind)), None)
     if keys is None:
@@ -75,8 +78,8 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
         found = f"it has {', '.join(map(str, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         raise InputError(
             f"{where} is of no kind that mlx-lm trains on: it needs the keys {' and '.join(completions)}, or {chat}, "
-            f"or {args.text_feature}, or {' and '.join(ALPACA)}, or {SHAREGPT}; {found}; "
-            f"name its own keys by {flags} or --text-feature"
+            f"or {args.text_feature}, or {' and '.join(ALPACA)}, or {' and '.join(QUESTIONS)}, or {SHAREGPT}; {found}; "
+            f"name its own keys by {flags} or --text-feature{_as_flags(row)}"
         )
     if args.mask_prompt and keys == (args.text_feature,):
         raise InputError(
@@ -84,6 +87,14 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
             f"{' and '.join(completions)}"
         )
     return Layout(keys, keys in ((chat,), (SHAREGPT,)), args.mask_prompt)
+
+
+def _as_flags(row):
+    """The flags to type, where there are two keys that can be no other."""
+    if not isinstance(row, dict) or len(row) != 2:
+        return ""
+    prompt, completion = (shlex.quote(str(key)) for key in row)
+    return f", such as --prompt-feature {prompt} --completion-feature {completion}"
 
 
 def mlx_lm_row(row: Any, layout: Layout, where: str) -> dict[str, Any]:
