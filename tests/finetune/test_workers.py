@@ -73,6 +73,7 @@ def words(folders, tmp_path_factory):
     paths = {"--model": folders["untied"], "--data": data, "--on-nonfinite": "skip", "--val-batches": 4}
     paths["--keep-checkpoints"] = 3  # it goes on from an earlier one, too
     (data / "prompts.txt").write_text("ppp\n")
+    paths |= {"--sample-prompts": data / "prompts.txt", "--sample-tokens": 3}
     return ["--mask-prompt", *(str(word) for pair in (lengths | paths).items() for word in pair)]
 
 
