@@ -101,10 +101,10 @@ def test_a_chat_answers_as_generate_does_and_ends_with_its_input(folders, adapte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("chat --adapter-path /no/such", "adapter /no/such: it has no adapter_config.json"),
+        ("chat --adapter-path /no/such", "adapter /no/such: no such folder"),
         ("chat --model /no/such", "model /no/such: no such folder here"),
         ("chat --max-tokens many", "argument --max-tokens/-m: invalid int value: 'many'"),
-        ("server --port 0 --adapter-path /no/such", "adapter /no/such: it has no adapter_config.json"),
+        ("server --port 0 --adapter-path /no/such", "adapter /no/such: no such folder"),
         ("server --port 0 --model /no/such", "model /no/such: no such folder here"),
         ("server --port {taken}", "--host 127.0.0.1 --port {taken}: cannot listen there (Address already in use)"),
         ("server --port 65536", "--port 65536: must be from 0 to 65535"),

@@ -1,9 +1,12 @@
 """``ember-mlx server``: mlx_lm.server, whose adapters, also those that a request names, take token tables too."""
 
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
+from pathlib import Path
 from threading import Event
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from ember_mlx.commands.of_mlx_lm import run_command, texts
 from ember_mlx.shared.errors import InputError
@@ -94,6 +97,8 @@ def main(arguments: list[str]) -> None:
 
         def run(host, port, provider):
             _check_address(host, port)
+            with suppress(OSError):  # mlx-lm lists it for /v1/models, and fails where it does not exist
+                Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
             stock_run(host, port, provider)
 
         stock_run = module.run

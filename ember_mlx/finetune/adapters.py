@@ -195,6 +195,9 @@ def read_config(folder: Path) -> dict:
     Raises:
         InputError: when there is none, and for what no run writes.
     """
+    if not folder.is_dir():
+        kept = " (best/ is kept once a validation is better than the untrained model)" if folder.name == BEST else ""
+        raise InputError(f"adapter {folder}: no such folder{kept}; give the --adapter-path of a finished run")
     if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: it has no {CONFIG}; give the --adapter-path of a finished run")
     config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")

@@ -84,7 +84,7 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
     if not is_local(args):
         if find_spec("datasets") is None:
             named = getattr(args, "hf_dataset", None)
-            what = "hf_dataset: " if named else f"--data {args.data}: is no folder here, and "
+            what = "hf_dataset: " if named else f"--data {args.data}: is no file or folder here, and "
             raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
     path = Path(args.data)

@@ -57,7 +57,7 @@ class Layout:
 
 
 def layout_of(args: Options, row: Any, where: str) -> Layout:
-    """The layout of a data set, which its first row decides: mlx-lm's kinds in its order, then Alpaca, questions, ShareGPT.
+    """The layout of a data set, which its first row decides: mlx-lm's kinds in its order, then the others.
 
     With ``--mask-prompt``, text comes last.
 

@@ -1,6 +1,7 @@
 """What a run reports: what trains before it, and what came of it after."""
 
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,13 @@ def format_result(result: Result) -> str:
 
 
 def _best(result):
-    if result.best is None or not result.files:
+    if not result.files or result.loss_name != "Validation loss":
         return
-    folder = result.files[0].parent / adapters.BEST
+    if result.best is None:
+        if result.loss_before is not None and not result.loss_after < result.loss_before:
+            yield "No validation loss was lower than before training: best/ is not kept; try a lower --learning-rate"
+        return
+    folder = shlex.quote(str(result.files[0].parent / adapters.BEST))
     loss, step = result.best.validation_loss, result.best.step
     yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {folder}"
 

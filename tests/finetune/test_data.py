@@ -84,7 +84,7 @@ def test_data_sets_of_the_hub_need_the_package_that_loads_them(monkeypatch):
     for name in ("owner/dataset-of-the-hub", "imdb"):
         args = SimpleNamespace(**DEFAULTS, data=name)
         monkeypatch.setattr("ember_mlx.finetune.data.find_spec", lambda package: None)
-        with pytest.raises(InputError, match=f"--data {name}: is no folder here, and.*pip install 'mlx-lm.train.'"):
+        with pytest.raises(InputError, match=f"{name}: is no file or folder here, and.*pip install 'mlx-lm.train.'"):
             check_data_folder(args)
         monkeypatch.setattr("ember_mlx.finetune.data.find_spec", lambda package: package)
         check_data_folder(args)

@@ -19,6 +19,7 @@ CHATS = [[{"role": ROLES[speaker], "content": text} for speaker, text in turns] 
 LAYOUTS = {
     "prompt": [{"prompt": question, "completion": answer} for (_, question), (_, answer) in TURNS],
     "named": [{"q": question, "a": answer} for (_, question), (_, answer) in TURNS],
+    "questions": [{"question": question, "answer": answer} for (_, question), (_, answer) in TURNS],
     "alpaca": [
         {"instruction": question.split("\n\n")[0], "input": question.split("\n\n")[1], "output": answer}
         for (_, question), (_, answer) in TURNS
@@ -121,8 +122,8 @@ BAD = {
     ("csv", "text,text\na,b\n"): "rows.csv: line 1 names a column twice",
     (
         "csv",
-        "question,answer\na,b\n",
-    ): "line 2 is of no kind .* it has question, answer; name its own keys by --prompt-",
+        "to ask,reply\na,b\n",
+    ): "line 2 is of no kind .* it has to ask, reply; .* such as --prompt-feature 'to ask' --completion-feature reply",
     ("csv", "messages\n[{\n"): "rows.csv: line 2 has messages that are not JSON",
     ("txt", "a"): "rows.txt: is no file of rows; use .jsonl, .json, .csv, .parquet, or a folder",
     ("parquet", "a"): "rows.parquet: .*(pip install|is no .parquet file)",
