@@ -331,7 +331,7 @@ def test_ctrl_c_ends_it_and_is_no_error(log):
     command = [sys.executable, "-m", "ember_mlx", "watch", str(log), "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as watch:
-        assert watch.stdout.readline() == f"{log} has no line yet; the page waits for it\n"
+        assert watch.stdout.readline() == f"{log} does not exist yet; the page waits for it\n"
         assert re.fullmatch(r"The page is at http://127\.0\.0\.1:\d+/; Ctrl-C ends it\n", watch.stdout.readline())
         watch.send_signal(signal.SIGINT)
         said, errors = watch.communicate(timeout=20)

@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> None:
         try:
             for run in runs:
                 if run.state == WAITING:
-                    print(f"{run.path} has no line yet; the page waits for it")
+                    what = "has no line yet" if Path(run.path).exists() else "does not exist yet"
+                    print(f"{run.path} {what}; the page waits for it")
             print(f"The page is at {server.url}; Ctrl-C ends it", flush=True)
             if args.open and not webbrowser.open(server.url):
                 print("No browser could be opened; open that address yourself", flush=True)

@@ -194,7 +194,7 @@ def _adds_bos(tokenizer):
 
 def _stops(tokenizer, turns):
     """The tokens that end an answer, and the text after it."""
-    stops = [tokenizer.convert_ids_to_tokens(number) for number in sorted(tokenizer.eos_token_ids)]
+    stops = [tokenizer.decode([number]).strip() for number in sorted(tokenizer.eos_token_ids)]
     if not isinstance(turns, str):
         stops.append(turns.after["assistant"].strip() or turns.before["user"].strip())
     return [stop for stop in dict.fromkeys(stops) if stop and stop.isprintable() and '"' not in stop]

@@ -59,7 +59,8 @@ def model_card(model: str, name: str, adapter_config: dict[str, Any]) -> str:
     ]
     if flags := _flags(adapter_config):
         lines = yaml.safe_dump(flags)
-        parts.append(f"Options that differ from the defaults of `ember-mlx train`:\n\n```yaml\n{lines}```")
+        told = "Options that are not the defaults of `ember-mlx train`, given or decided for this model"
+        parts.append(f"{told}:\n\n```yaml\n{lines}```")
     if base and base.text.strip():
         parts.append(f"## The card of the base model\n\n{base.text.strip()}")
     return "\n\n".join(parts) + "\n"
