@@ -146,7 +146,7 @@ def test_what_is_replaced_is_replaced_whole(parse, four_bits, folders, tmp_path)
         (["--save-path", "{adapter}/best", "--overwrite"], "best: is of the run in"),
         (["--save-path", "{adapter}/checkpoints"], "checkpoints: is of the run in"),
         (["--save-path", "{adapter}/adapters.safetensors/new"], "adapters.safetensors is a file; give a folder"),
-        (["--adapter-path", "/no/such"], "adapter /no/such: it has no adapter_config.json"),
+        (["--adapter-path", "/no/such"], "adapter /no/such: no such folder"),
     ],
 )
 def test_what_cannot_be_fused_is_refused_before_anything_is_written(parse, four_bits, tmp_path, words, message):
