@@ -32,7 +32,7 @@ def test_all_are_there_and_in_the_wheel():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     # hatch takes every file in these folders that git does not ignore
     assert wheel == {"packages": ["ember_mlx", "cuda_ref"]}
-    assert all(path.is_relative_to(ROOT / "ember_mlx") for path in RECIPES.values())
+    assert all(path.is_relative_to(Path(ember_mlx.__file__).parent) for path in RECIPES.values())
 
 
 @each
