@@ -49,15 +49,15 @@ def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
 @contextmanager
 def naming_keywords() -> Iterator[None]:
     """Within ``with``, an InputError names keywords where the command line's names flags."""
-    switches = {action.dest: action.nargs == 0 for action in actions_of(build_parser()) if action.dest in NAMES}
-
-    def as_keyword(found):
-        name = found[2].replace("-", "_")
-        if name not in switches:
-            return found[0]
-        return f"{name}={not found[1]}" if switches[name] else name
-
     try:
         yield
     except InputError as error:
+        switches = {action.dest: action.nargs == 0 for action in actions_of(build_parser()) if action.dest in NAMES}
+
+        def as_keyword(found):
+            name = found[2].replace("-", "_")
+            if name not in switches:
+                return found[0]
+            return f"{name}={not found[1]}" if switches[name] else name
+
         raise InputError(FLAG.sub(as_keyword, str(error))) from error.__cause__
