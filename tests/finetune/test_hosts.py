@@ -25,12 +25,13 @@ def can_make_namespaces():
 def test_a_cut_cable_ends_both_hosts_and_nothing_is_saved_after_it(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import machines
+    import network_hosts
 
     monkeypatch.setattr(machines, "TIMEOUT", 2)
-    monkeypatch.setattr(machines, "TRAIN", machines.TRAIN.replace("sleep(0.1)", "sleep(0.02)"))
+    monkeypatch.setattr(network_hosts, "TRAIN", network_hosts.TRAIN.replace("sleep(0.1)", "sleep(0.02)"))
     with machines.prepared(2) as hosts:
         campaign = machines.Campaign(hosts, 0)
-        run = machines.Run(hosts, campaign.words(1000))  # of steps that never end
+        run = network_hosts.Run(hosts, campaign.words(1000))  # of steps that never end
         run.wait_for_step(12)  # the limit is 20 mean steps, if that is more, and the first is slow
         hosts.link(1, "down")
         campaign.ends_together(run, 75, 60)
