@@ -17,15 +17,17 @@ import mlx.core as mx
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
-from ember_mlx import cli
-from ember_mlx.finetune import options, step, workers
-from ember_mlx.finetune.batches import TrainingBatches
-from ember_mlx.finetune.resume import weights_checksum
-from ember_mlx.finetune.run import run
-from ember_mlx.finetune.step import Step
-from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.shared.replacing import replaced, torch_hidden
+
+with torch_hidden():
+    from ember_mlx import cli
+    from ember_mlx.finetune import options, step, workers
+    from ember_mlx.finetune.batches import TrainingBatches
+    from ember_mlx.finetune.resume import weights_checksum
+    from ember_mlx.finetune.run import run
+    from ember_mlx.finetune.step import Step
+    from ember_mlx.finetune.watchers import Watcher
+    from ember_mlx.shared.errors import InputError
 
 
 def outcome(check):
