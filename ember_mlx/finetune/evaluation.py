@@ -1,6 +1,7 @@
 """The loss on a set: mlx-lm's ``evaluate``, where rows with nothing to learn are left out and named."""
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ from ember_mlx.finetune.history import learned_tokens
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import spans_of
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.shared.replacing import replaced
 
 __all__ = ["evaluate"]
 
@@ -40,21 +42,27 @@ def evaluate(
         value, count = loss(model, tokens, learned)
         return mx.where(count > 0, value, 0), count
 
-    mean = trainer.evaluate(
-        model=model,
-        dataset=rows,
-        batch_size=args.batch_size,
-        num_batches=num_batches,
-        max_seq_length=args.max_seq_length,
-        loss=loss_or_nothing,
-        iterate_batches=batches,
-        clear_cache_threshold=args.clear_cache_threshold,
-        progress_callback=between_batches,
-    )
+    # mlx-lm sums on the CPU's stream, which NCCL does not know; MLX itself chooses one that the backend has.
+    with replaced(mx.distributed, "all_sum", partial(_sum_anywhere, mx.distributed.all_sum)):
+        mean = trainer.evaluate(
+            model=model,
+            dataset=rows,
+            batch_size=args.batch_size,
+            num_batches=num_batches,
+            max_seq_length=args.max_seq_length,
+            loss=loss_or_nothing,
+            iterate_batches=batches,
+            clear_cache_threshold=args.clear_cache_threshold,
+            progress_callback=between_batches,
+        )
     if Workers.join().all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
         rows.empty_rows_named = True
         _name_empty(args, rows)
     return mean
+
+
+def _sum_anywhere(all_sum, array, stream=None):
+    return all_sum(array)
 
 
 def _name_empty(args, rows):
