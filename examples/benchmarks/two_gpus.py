@@ -180,6 +180,29 @@ class Parts:
         assert not self.gpus or least >= TARGET, f"{least:.2f} times: {json.dumps(found)}"
         return found
 
+    # PyTorch
+
+    def part_torch(self):
+        """Ranks agree, refuse together and wait for nobody for ever; streamed steps of two are those of one."""
+        return self.tests("test_ranks.py", within=90)
+
+    def part_fsdp2(self):
+        """Tables and weights on two ranks, by fully_shard and by slices, against one rank and the float64 oracle."""
+        return self.tests("test_sharding.py", "-k", "not 3", within=120)
+
+    def tests(self, name, *words, within):
+        """Tests of cuda_ref, which use the GPUs where there are two."""
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", *words]
+        with open(self.new_folder() / "said", "w+") as said:
+            done = subprocess.run(
+                [*command, ROOT / "tests" / "cuda_ref" / name], env=self.plain(), stdout=said, stderr=said,
+                cwd=ROOT, timeout=self.patience * within, check=False,
+            )  # fmt: skip
+            said.seek(0)
+            told = said.read()
+        assert not done.returncode, told[-3000:]
+        return told.strip().splitlines()[-1]
+
     # What a run leaves behind
 
     def folder_of(self, run):
@@ -207,7 +230,7 @@ def parts_of(parts):
     return {name.removeprefix("part_"): getattr(parts, name) for name in dir(parts) if name.startswith("part_")}
 
 
-ORDER = ["streams", "averages", "equal", "kill", "speed", "signals", "speed_sharded"]
+ORDER = ["streams", "averages", "torch", "speed", "kill", "equal", "signals", "speed_sharded", "fsdp2"]
 
 
 def main():
