@@ -17,7 +17,7 @@ class Processes:
 
     Args:
         words: After ``python``.
-        environments: Of each process, what is added to this one's.
+        environments: Of each process, what is added to this one's, or with None taken from it.
         folder: Made if it is not there.
     """
 
@@ -28,6 +28,7 @@ class Processes:
         for number, own in enumerate(environments):
             with open(self._file(number), "w") as said:
                 environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | own
+                environment = {name: value for name, value in environment.items() if value is not None}
                 command = [sys.executable, *map(str, words)]
                 self.running.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said))
 

@@ -114,15 +114,24 @@ def outcome(check):
     return None
 
 
-def part_streams(here, folder):
-    """Which streams the backend's collectives take; told, not judged."""
-    found = {}
-    for name, stream in (("left to MLX", None), ("mx.cpu", mx.cpu)):
-        try:
-            found[name] = mx.distributed.all_sum(mx.array([1.0]), stream=stream).item()
-        except (RuntimeError, ValueError) as error:
-            found[name] = str(error)[:200]
-    return found
+def compare(ours, theirs, our_losses, their_losses):
+    """How far two runs went apart: of all updates the relative L2, of the losses the most, relative."""
+    squares = [(np.square(ours[name] - theirs[name]).sum(), np.square(theirs[name]).sum()) for name in theirs]
+    pairs = zip(our_losses, their_losses, strict=True)
+    return float(np.sqrt(np.divide(*np.sum(squares, axis=0)))), max(abs(a / b - 1) for a, b in pairs if b == b)
+
+
+def part_streams(here, folder, cpu=""):
+    """The collectives that a run needs, on the stream that MLX chooses or on the CPU's."""
+    stream = mx.cpu if cpu else None
+    ones = mx.ones((1, 3))
+    return {
+        "all_sum": mx.distributed.all_sum(ones, stream=stream).sum().item(),
+        "all_max": mx.distributed.all_max(mx.array(2**40 + here.rank, mx.int64), stream=stream).item() - 2**40,
+        "all_gather": [
+            mx.distributed.all_gather(ones.astype(dtype), stream=stream).shape for dtype in (mx.uint8, mx.uint32)
+        ],
+    }
 
 
 def part_averages(here, folder):
