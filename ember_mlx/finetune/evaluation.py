@@ -1,7 +1,7 @@
 """The loss on a set: mlx-lm's ``evaluate``, where rows with nothing to learn are left out and named."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,15 @@ from ember_mlx.shared.replacing import replaced
 __all__ = ["evaluate"]
 
 
+@contextmanager
+def _streams_left_to_mlx() -> Iterator[None]:
+    """mlx-lm sums on the CPU's stream, which NCCL does not know; MLX itself chooses one that the backend has."""
+    all_sum = mx.distributed.all_sum
+    with replaced(mx.distributed, "all_sum", lambda array, stream=None: all_sum(array)):
+        yield
+
+
+@_streams_left_to_mlx()
 def evaluate(
     args: Options,
     model: nn.Module,
@@ -42,27 +51,21 @@ def evaluate(
         value, count = loss(model, tokens, learned)
         return mx.where(count > 0, value, 0), count
 
-    # mlx-lm sums on the CPU's stream, which NCCL does not know; MLX itself chooses one that the backend has.
-    with replaced(mx.distributed, "all_sum", partial(_sum_anywhere, mx.distributed.all_sum)):
-        mean = trainer.evaluate(
-            model=model,
-            dataset=rows,
-            batch_size=args.batch_size,
-            num_batches=num_batches,
-            max_seq_length=args.max_seq_length,
-            loss=loss_or_nothing,
-            iterate_batches=batches,
-            clear_cache_threshold=args.clear_cache_threshold,
-            progress_callback=between_batches,
-        )
+    mean = trainer.evaluate(
+        model=model,
+        dataset=rows,
+        batch_size=args.batch_size,
+        num_batches=num_batches,
+        max_seq_length=args.max_seq_length,
+        loss=loss_or_nothing,
+        iterate_batches=batches,
+        clear_cache_threshold=args.clear_cache_threshold,
+        progress_callback=between_batches,
+    )
     if Workers.join().all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
         rows.empty_rows_named = True
         _name_empty(args, rows)
     return mean
-
-
-def _sum_anywhere(all_sum, array, stream=None):
-    return all_sum(array)
 
 
 def _name_empty(args, rows):
