@@ -271,8 +271,8 @@ class Report:
     def send(self, step: int, ui: Display) -> None:
         """To the display, the history and the callbacks."""
         workers = Workers.join().size
-        loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)
-        tokens = mx.distributed.all_sum(self.tokens, stream=mx.cpu).item()
+        loss = mx.distributed.all_sum(self.losses).item() / (self.steps * workers)
+        tokens = mx.distributed.all_sum(self.tokens).item()
         self.trained_tokens += tokens
         ui.report_train(step, loss, tokens / self.seconds, self.trained_tokens)
         self.history.on_train_loss_report(
