@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -114,6 +115,23 @@ def test_every_bit_of_the_leaders_arrays_and_texts_arrives(found):
     assert [each["text"] for each in found] == ["é0", "é0"]
 
 
+def test_between_two_steps_the_workers_meet_once(found):
+    """Only a report, every second step, gathers beside it what all have trained."""
+    for each in found:
+        assert {step: each["met"][step] for step in "1234"} == {
+            "1": ["all_max"],
+            "2": ["all_gather", "all_max"],
+            "3": ["all_max"],
+            "4": ["all_gather", "all_max"],
+        }
+
+
+def test_workers_drop_out_each_their_own_and_go_on_with_one_state(found):
+    (left, state), (other, same) = (each["dropped"] for each in found)
+    assert left != other
+    assert state == same
+
+
 @pytest.mark.parametrize("variables", [{"MLX_RANK": "1"}, {"MLX_WORLD_SIZE": "2"}], ids=["rank", "size"])
 def test_a_group_of_one_where_several_were_announced_is_refused(monkeypatch, variables):
     monkeypatch.setattr("ember_mlx.finetune.workers.mx.distributed.init", lambda: Alone())
@@ -197,6 +215,7 @@ def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
 
 def test_one_worker_alone_tells_of_the_run(found):
     assert "Validation loss" in found[0]["output"]
+    assert re.search(r"Peak memory .*, of worker [01];", found[0]["output"])
     assert "answers after 0 steps\n    ppp\n" in found[0]["output"]
     assert not found[1]["output"].strip()
 

@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
@@ -88,7 +89,29 @@ def arrays_from_leader(here):
 
 
 class Remembers(Watcher):
-    """Keeps the model and the optimizer."""
+    """Keeps the model, the optimizer, and the collectives between steps, by step."""
+
+    def __init__(self):
+        self.met, self._calls = {}, []
+
+    def before_step(self, step, batch):
+        self.met[step - 1], self._calls = self._calls, []
+
+    def after_step(self, step, result):
+        self._calls = []
+
+    @contextmanager
+    def counting(self):
+        """Within, collectives are noted."""
+
+        def noting(name, original):
+            return lambda *arguments, **how: self._calls.append(name) or original(*arguments, **how)
+
+        with ExitStack() as stack:
+            for name in ("all_max", "all_sum", "all_gather"):
+                noted = noting(name, getattr(mx.distributed, name))
+                stack.enter_context(replaced(mx.distributed, name, noted))
+            yield
 
     def before_training(self, model, optimizer, tables, rows):
         self.model, self.optimizer = model, optimizer
@@ -98,11 +121,20 @@ class Remembers(Watcher):
         return [weights_checksum(tree) for tree in trees]
 
 
-def trained(folder, words):
+def trained(folder, words, watcher=None):
     """Train, each worker into a folder of its own; the checksums of weights, optimizer and random state."""
-    watcher = Remembers()
-    run(options.parse([*words, "--adapter-path", str(folder)]), watchers=[watcher])
+    watcher = watcher or Remembers()
+    with watcher.counting():
+        run(options.parse([*words, "--adapter-path", str(folder)]), watchers=[watcher])
     return watcher.checksums()
+
+
+def dropped(here):
+    """What dropout leaves of ones on this worker, and the random state that all go on with."""
+    mx.random.seed(7)
+    with here.own_randomness():
+        left = nn.Dropout(0.5)(mx.ones(64)).tolist()
+    return [left, mx.random.state[0].tolist()]
 
 
 def command(folder, words, rank, step, happens):
@@ -147,11 +179,13 @@ def main():
         "averages": same_averages(here.rank),
         "arrays": arrays_from_leader(here),
         "text": here.text_of_leader(f"é{here.rank}"),
+        "dropped": dropped(here),
     }
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     own = folder / f"host{here.rank}"
     with counting_numbers() as found["sent"]:
-        found["trained"] = trained(own / "at_once", words)
+        found["trained"] = trained(own / "at_once", words, watcher := Remembers())
+    found["met"] = watcher.met
     with counting_numbers() as found["dense_sent"], replaced(step, "_looked_up_by_tokens", lambda model: {}):
         found["dense"] = trained(own / "dense", words)
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
