@@ -108,12 +108,12 @@ class Training:
                     step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
                     self._loop(step, loss, CacheDataset(valid_set))
             peaks = [int(peak) for (peak,) in self.workers.all_numbers(mx.get_peak_memory())]
-            with self.workers.one_outcome(self._signal) as meeting:
+            with self.workers.one_outcome():
                 self.nonfinite.refuse_nothing()
                 if not self._save(self.steps_done):
                     failed = f"what was trained could not be saved: {self.saving.failed[-1]}"
                     raise InputError(f"--adapter-path {self.saving.folder}: {failed}")
-        self._stop_for(meeting.largest)  # for the signals that came last, too
+        self._stop_for(self._meet())  # for the signals that came last, too
         self.peak_worker = peaks.index(max(peaks))
         return max(peaks)
 
