@@ -240,7 +240,7 @@ class StreamedStep:
             recording.result = None
             targets.append(batch[:, 1:].reshape(-1))
             weights.append((mask / mask.sum() * share / len(batches)).reshape(-1))
-            tokens = tokens + (mask.sum() if share != 0 else 0)
+            tokens = tokens + (mask.sum() if share > 0 else 0)
         shapes = [array.shape for array in hidden]
         hidden = mx.concatenate([array.reshape(-1, array.shape[-1]) for array in hidden])
         loss, by_hidden = self._head.loss(hidden, mx.concatenate(targets), mx.concatenate(weights))
@@ -256,7 +256,7 @@ class StreamedStep:
             recording.result = None
             mx.eval(value, count)
             values.append(value)
-            tokens += int(mx.array(count).item()) if share != 0 else 0
+            tokens += int(mx.array(count).item()) if share > 0 else 0
         pairs = list(zip(values, shares, strict=True))
         cotangents = [mx.array(share / len(pairs)).astype(value.dtype) for value, share in pairs]
         return sum(value.item() * share for value, share in pairs) / len(pairs), tokens, cotangents

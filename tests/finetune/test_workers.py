@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from finetune.worker_checks import STREAMED, without_compilation
 from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
@@ -167,6 +168,18 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     ]
     assert left_out[0] == left_out[1]
     assert sum(left_out[0].values()) > 0
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_two_workers_stream_what_one_does(found, words, folders, tmp_path, name):
+    """Clipped, accumulated, with uneven rows and a batch that has nothing to learn."""
+    assert found[0][name] == found[1][name]
+    with without_compilation():
+        run(options.parse([*words, *STREAMED[name], "--adapter-path", str(tmp_path / "alone")]))
+    alone, together = same_updates(folders, tmp_path / "alone", found[0]["folder"] / "host0" / name)
+    assert alone.position.record["trained_tokens"] == together.position.record["trained_tokens"]
+    losses = [each.position.record["losses"]["train_loss"] for each in (alone, together)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, nan_ok=True)
 
 
 def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found, words):

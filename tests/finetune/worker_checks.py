@@ -28,6 +28,20 @@ from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
+SHORT = ["--stream", "--iters", "4", "--val-batches", "1", "--sample-tokens", "1"]
+STREAMED = {  # runs by name, and their options; test_workers.py has them too
+    "streamed": [*SHORT, "--grad-accumulation-steps", "2", "--clip-grad-norm", "0.5"],
+    "streamed_full": [*SHORT, "--fine-tune-type", "full"],
+}
+
+
+@contextmanager
+def without_compilation():
+    """A CPU compiles each fused kernel for half a second."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
 
 def outcome(check):
     """None, or in words how ``check()`` ended."""
@@ -188,6 +202,9 @@ def main():
     found["met"] = watcher.met
     with counting_numbers() as found["dense_sent"], replaced(step, "_looked_up_by_tokens", lambda model: {}):
         found["dense"] = trained(own / "dense", words)
+    with without_compilation():
+        for name, more in STREAMED.items():
+            found[name] = trained(own / name, [*words, *more])
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
@@ -196,4 +213,5 @@ def main():
     command(own / "killed", words, 1, 4, send(signal.SIGKILL))
 
 
-main()
+if __name__ == "__main__":
+    main()
