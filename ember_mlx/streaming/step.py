@@ -76,7 +76,8 @@ class StreamedStep:
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
         run_ahead (int, optional): Bytes of new weights that a GPU is handed before the first of them must be done: more
-            take less time and more memory. Default: 1/128 of the weights, at least 33 MB. A CPU is not run ahead.
+            take less time and more memory. Default: 1/128 of the weights, at least 33 MB. A CPU is not run ahead. With
+            several machines, so many bytes of gradients go over the wire together.
         reduce (callable, optional): An array of this machine -> the sum over all machines, as
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
             A head under Ember goes over the wire twice a step, in float32; of an embedding the rows go that any
@@ -123,8 +124,8 @@ class StreamedStep:
                 "backward pass of its own: say clip_norm_pass=True, or clip_layer_norm, which is another rule"
             )
         nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        self._machines = Machines(reduce, bytes_ahead(nbytes))
-        self._pace = Pace(bytes_ahead(nbytes) if run_ahead is None else run_ahead)
+        ahead = bytes_ahead(nbytes) if run_ahead is None else run_ahead
+        self._machines, self._pace = Machines(reduce, ahead), Pace(ahead)
         keep_bytes = {None: bytes_of_kept_logits(nbytes), True: 2**62, False: 0}[keep_logits]
         self._head = self._find_head(keep_bytes, block_rows)
         embeddings = self._find_embeddings()

@@ -28,8 +28,8 @@ def trained(batches, reduce=None, tied=False, clip=None, layer=None, spoilt=None
         model.model.embed_tokens.weight[spoilt] = mx.nan
     tables = Ember(1e-2, weight_decay=0.1)
     optimizer = PairedOptimizer(model, tables=tables, rest=optim.SGD(0.1), clip_grad_norm=clip)
-    step = StreamedStep(model, optimizer, reduce=reduce, clip_norm_pass=clip is not None, clip_layer_norm=layer)
-    step._machines._together = together or step._machines._together
+    clips = {"clip_norm_pass": clip is not None, "clip_layer_norm": layer}
+    step = StreamedStep(model, optimizer, reduce=reduce, run_ahead=together, **clips)
     return dict(tree_flatten(model.parameters())), step.accumulated(batches, shares)
 
 
