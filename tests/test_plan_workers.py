@@ -52,12 +52,12 @@ def test_the_averages_of_what_is_joined_take_a_buffer():
     assert alone < most(2, "--train-tables", "none", "--fine-tune-type", "full") <= 2 * alone
 
 
-def test_advice_for_several_hosts_names_no_stream_and_whole_batches():
+def test_advice_for_several_hosts_names_whole_batches():
     model = read_architecture(CONFIG, "config.json")
     run = run_of(options.parse([*WORDS, "--max-seq-length", "129"]), model, 2)
     flags = [flags for flags, _ in advice(model, run, "cpu", 1)]
+    assert "--stream" in flags
     assert "--batch-size 2" in flags
-    assert not any("--stream" in each for each in flags)
 
 
 def test_the_command_tells_of_one_host(tmp_path, capsys):
@@ -88,7 +88,6 @@ def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, 
     [
         (["--workers", "3"], "--workers 3: must divide --batch-size 4"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--workers", "2", "--stream"], "--stream: 2 workers: it does not average their gradients"),
     ],
 )
 def test_workers_that_cannot_be_are_one_line(tmp_path, words, message):
