@@ -36,8 +36,10 @@ def test_an_untied_embedding_sends_a_row_for_each_token_of_the_whole_batch_if_it
     columns = CONFIG["hidden_size"]
     head = planned("--train-tables", "head").traffic.payload
     assert planned().traffic.payload[2] - head[2] == 4 * 16 * columns * 2
+    accumulated = planned("--grad-accumulation-steps", "3").traffic  # a power of two
+    assert accumulated.payload[2] - head[2] == 256 * columns * 2
     whole = CONFIG["vocab_size"] * columns * 2
-    for words in (["--batch-size", "24"], ["--grad-accumulation-steps", "2"]):
+    for words in (["--batch-size", "24"], ["--grad-accumulation-steps", "5"]):
         found = planned(*words).traffic
         assert (found.payload[2] - head[2], found.embedding_rows) == (whole, 0)
     tied = planned(config=llama_config(tied=True, vocabulary=384)).traffic

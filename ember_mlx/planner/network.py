@@ -107,9 +107,11 @@ def part_of(array: Array, numbers: float) -> Array:
 
 
 def _rows_to_send(graph):
-    """Of an untied embedding that trains, where the whole batch has fewer tokens than it has rows."""
+    """Of an untied embedding that trains, where an update has fewer tokens than it has rows; see ``train``'s step."""
     run, rows = graph.run, graph.run.workers * graph.run.batch_size * graph.run.length
+    if run.micro_batches > 1:
+        rows = 1 << (rows * run.micro_batches - 1).bit_length()
     tables = [table for table in graph.model.tables() if table.role == "embedding" and table.role in run.tables]
-    if run.workers == 1 or run.micro_batches > 1:
+    if run.workers == 1:
         return {}
     return {table.name: rows for table in tables if rows < table.rows}

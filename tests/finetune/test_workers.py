@@ -193,6 +193,14 @@ def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_th
     assert sum(found[0]["sent"]) * 4 == sum(planned.traffic.payload[4] for planned in plans)
 
 
+def test_rows_of_accumulated_batches_are_sent_together_and_get_the_bits_of_the_whole(found):
+    for each in found:
+        (rows, sent), (whole, all_sent) = each["accumulated"]
+        assert rows == whole
+        assert sent < all_sent
+    assert found[0]["accumulated"] == found[1]["accumulated"]
+
+
 def same_updates(folders, ours, theirs):
     """The newest checkpoints of two folders, whose weights have taken the same steps."""
     alone, together = (checkpoints.read(checkpoints.in_folder(folder)[-1]) for folder in (ours, theirs))

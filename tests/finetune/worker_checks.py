@@ -28,10 +28,10 @@ from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
-SHORT = ["--stream", "--iters", "4", "--val-batches", "1", "--sample-tokens", "1"]
+SHORT = ["--iters", "4", "--val-batches", "1", "--sample-tokens", "1"]
 STREAMED = {  # runs by name, and their options; test_workers.py has them too
-    "streamed": [*SHORT, "--grad-accumulation-steps", "2", "--clip-grad-norm", "0.5"],
-    "streamed_full": [*SHORT, "--fine-tune-type", "full"],
+    "streamed": [*SHORT, "--stream", "--grad-accumulation-steps", "2", "--clip-grad-norm", "0.5"],
+    "streamed_full": [*SHORT, "--stream", "--fine-tune-type", "full"],
 }
 
 
@@ -143,6 +143,12 @@ def trained(folder, words, watcher=None):
     return watcher.checksums()
 
 
+def accumulated(folder, words):
+    """The checksums of a run of two batches an update, and how many numbers it sends."""
+    with counting_numbers() as sent:
+        return trained(folder, [*words, *SHORT, "--grad-accumulation-steps", "2"]), sum(sent)
+
+
 def dropped(here):
     """What dropout leaves of ones on this worker, and the random state that all go on with."""
     mx.random.seed(7)
@@ -205,6 +211,9 @@ def main():
     with without_compilation():
         for name, more in STREAMED.items():
             found[name] = trained(own / name, [*words, *more])
+        found["accumulated"] = [accumulated(own / "rows", words)]
+        with replaced(step, "_looked_up_by_tokens", lambda model: {}):
+            found["accumulated"].append(accumulated(own / "all_rows", words))
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
