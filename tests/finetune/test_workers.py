@@ -107,6 +107,31 @@ def test_what_the_workers_do_not_agree_on_is_named(found):
     assert found[1]["agreement"] == [None, "SystemExit: 2", "SystemExit: 2"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    {
+        "--seed": r"the 2 workers do not have the same --seed \(worker 1 against worker 0\)",
+        "--iters": "do not have the same --iters",
+        "--batch-size": "do not have the same --batch-size",
+        "another row": r"do not have the same rows \(--data\)",
+        "other weights": r"do not have the same weights \(--model\)",
+        "another version": "do not have the same version: ember-mlx",
+        "no options": "worker 1: --config .*: no such file",
+        "no data": "worker 1: --data .*: this file does not exist",
+        "a full disk": "--adapter-path .*: 1.00 kB are free there",
+        "a disk that fills": r"--adapter-path .*: what was trained could not be saved: .* \(No space left on device\)",
+        "a folder that is taken": "--adapter-path .*: already holds another run",
+        "a damaged checkpoint": "--resume .*: weights.safetensors is damaged",
+    }.items(),
+)
+def test_what_is_wrong_on_one_worker_ends_all_with_one_line(found, fault, line):
+    """No data, no room, other options: the exit code is 2, and the first worker alone says why."""
+    (code, lines), other = (each["refused"][fault] for each in found)
+    assert (code, other) == (2, [2, []])
+    assert len(lines) == 1
+    assert re.match(f"ember-mlx train: error: .*{line}", lines[0])
+
+
 def test_averages_by_dtype_are_mlxs_own_in_one_call_a_dtype(found):
     assert [each["averages"] for each in found] == [[True, 2]] * 2
 

@@ -5,13 +5,17 @@ second worker is killed. ``worker_checks.py FOLDER WORDS stands-still`` only tra
 the second worker sleeps.
 """
 
+import errno
+import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +23,8 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
 from ember_mlx import cli
-from ember_mlx.finetune import options, step, workers
+from ember_mlx.finetune import options, resume, step, workers
+from ember_mlx.finetune.adapter_saving import Saver
 from ember_mlx.finetune.batches import TrainingBatches
 from ember_mlx.finetune.resume import weights_checksum
 from ember_mlx.finetune.run import run
@@ -157,8 +162,17 @@ def dropped(here):
     return [left, mx.random.state[0].tolist()]
 
 
-def command(folder, words, rank, step, happens):
-    """The exit code of ``ember-mlx train``, in which ``happens()`` on the worker of this rank as it draws ``step``."""
+def command(words):
+    """The exit code of ``ember-mlx train``."""
+    sys.argv[1:] = ["train", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as error:
+        return error.code
+
+
+def disturbed(folder, words, rank, step, happens):
+    """The exit code of a run in which ``happens()`` on the worker of this rank as it draws ``step``."""
     draw = TrainingBatches.draw
 
     def draw_and_suffer(self):
@@ -166,14 +180,58 @@ def command(folder, words, rank, step, happens):
             happens()
         return draw(self)
 
-    TrainingBatches.draw = draw_and_suffer
-    sys.argv[1:] = ["train", *words, "--adapter-path", str(folder)]
-    try:
-        cli.main()
-    except SystemExit as error:
-        return error.code
-    finally:
-        TrainingBatches.draw = draw
+    with replaced(TrainingBatches, "draw", draw_and_suffer):
+        return command([*words, "--adapter-path", folder])
+
+
+def refused(own, words, rank):
+    """By what is wrong on one worker: exit code and lines of errors on this one."""
+    data, model = (Path(words[words.index(name) + 1]) for name in ("--data", "--model"))
+    if rank == 1:
+        shutil.copytree(data, own / "data")
+        with open(own / "data" / "train.jsonl", "a") as rows:
+            rows.write(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+        shutil.copytree(model, own / "model")
+        changed = own / "model" / "model.safetensors"
+        weights = bytearray(changed.read_bytes())
+        weights[-3] ^= 1
+        changed.write_bytes(weights)
+    else:
+        shutil.copytree(own / "at_once", own / "damaged")
+        newest = own / "damaged" / "checkpoints" / "step-0000006" / "weights.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-100])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    found = {}
+    for name, (whose, more, fault) in {
+        "--seed": (1, ["--seed", "2"], None),
+        "--iters": (1, ["--iters", "7"], None),
+        "--batch-size": (1, ["--batch-size", "4"], None),
+        "another row": (1, ["--data", own / "data"], None),
+        "other weights": (1, ["--model", own / "model"], None),
+        "another version": (1, [], replaced(resume, "version", lambda name: "9")),
+        "no options": (1, ["--config", own / "none.yaml"], None),
+        "no data": (1, ["--data", own / "none" / "rows.jsonl"], None),
+        "a full disk": (0, [], replaced(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))),
+        "a disk that fills": (0, [], replaced(Saver, "save", raising(full))),
+        "a folder that is taken": (0, ["--adapter-path", own / "at_once"], None),
+        "a damaged checkpoint": (0, ["--resume", own / "damaged" / "checkpoints" / "step-0000006"], None),
+    }.items():
+        words_here = [*words, "--adapter-path", own / name, *(more if rank == whose else [])]
+        if name == "a damaged checkpoint" and rank != whose:
+            words_here += ["--resume", "elsewhere"]
+        with redirect_stderr(io.StringIO()) as told, fault if fault and rank == whose else nullcontext():
+            code = command(words_here)
+        found[name] = [code, [line for line in told.getvalue().splitlines() if "error" in line or "Traceback" in line]]
+    return found
+
+
+def raising(error):
+    """A function that raises it."""
+
+    def raises(*arguments):
+        raise error
+
+    return raises
 
 
 def send(number):
@@ -187,7 +245,7 @@ def main():
         folder, words = Path(sys.argv[1]) / f"host{here.rank}", sys.argv[2:-1]
         checksums = trained(folder, words)
         (folder.parent / f"found{here.rank}.json").write_text(json.dumps(checksums))
-        command(folder / "stands-still", [*words, "--peer-timeout", "2"], 1, 1, lambda: time.sleep(60))
+        disturbed(folder / "stands-still", [*words, "--peer-timeout", "2"], 1, 1, lambda: time.sleep(60))
     found = {
         "rank": here.rank,
         "refusals": [outcome(lambda who=who: refuses(here, who)) for who in (None, 0, 1)],
@@ -217,9 +275,10 @@ def main():
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
-    found["signalled"] = command(own / "signalled", words, 1, 4, send(signal.SIGTERM))
+    found["refused"] = refused(own, words, here.rank)
+    found["signalled"] = disturbed(own / "signalled", words, 1, 4, send(signal.SIGTERM))
     (folder / f"found{here.rank}.json").write_text(json.dumps(found))
-    command(own / "killed", words, 1, 4, send(signal.SIGKILL))
+    disturbed(own / "killed", words, 1, 4, send(signal.SIGKILL))
 
 
 if __name__ == "__main__":
