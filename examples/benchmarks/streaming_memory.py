@@ -15,7 +15,8 @@ Ways: `streamed`, or `streamed@68`, where a GPU is run at most 68 MB of weights 
 `ordinary-checkpointed`, the step of `train` without and with `--grad-checkpoint`; `mlx-lm` and `mlx-lm-checkpointed`,
 the loop of `mlx_lm.lora` with its AdamW, which tells its own times; `checkpointed`, gradients by one compiled function,
 then the update, array by array. `streamed+checkpointed` is for the time alone: two models in one process take their
-steps in turn, since the times of one way differ by twice from process to process.
+steps in turn, since the times of one way differ by twice from process to process. The ratio is that of the first to the
+last.
 
 The most important rows come first, and each has a time limit. Each is a fresh process; with `--one-process` those of a
 GPU share one, with imports and compiled kernels, as long as nothing is left of the rows before. With `--gpus N` rows
@@ -191,6 +192,14 @@ class Trained:
         return take
 
 
+def layer_class(row):
+    """That of a row's layers, before any model of it is made."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments_class = _get_classes(config_of(row))
+    return type(model_class(arguments_class.from_dict(config_of(row) | TINY)).layers[0])
+
+
 def measure(row, steps, smoke):
     """Peaks, phases and seconds of one row, or the seconds of several ways in turn.
 
@@ -205,7 +214,6 @@ def measure(row, steps, smoke):
     ways = parts_of(row)["way"].split("+")
     if len(ways) > 1:
         return in_turn(row, ways, steps, smoke)
-    one = Trained(row, *ways, smoke)
     steps_taken = []
 
     def note(loss, seconds):
@@ -215,7 +223,8 @@ def measure(row, steps, smoke):
         steps_taken.append((loss, seconds, mx.get_peak_memory(), mx.get_active_memory()))
         mx.reset_peak_memory()
 
-    with unpatched(type(one.model.layers[0])):  # mlx-lm's checkpointing patches the class
+    with unpatched(layer_class(row)):  # mlx-lm's checkpointing patches the class
+        one = Trained(row, *ways, smoke)
         one.take(1 + WARM_UP + steps, note)
         (_, first_seconds, *_), *later = steps_taken
         losses, seconds, peaks, held = zip(*later, strict=True)
@@ -240,15 +249,15 @@ def in_turn(row, ways, steps, smoke):
     """The seconds of several ways, each with a model of its own: they take their steps in turn."""
     trained = []
     for way in ways:
-        one = Trained(row, way, smoke)
-        with unpatched(type(one.model.layers[0])):  # the first trace keeps what it was
+        with unpatched(layer_class(row)):  # checkpointing patches the class, and the first trace keeps it
+            one = Trained(row, way, smoke)
             one.first_seconds = _seconds(one.step)
         trained.append(one)
     rounds = [[_seconds(one.step) for one in trained] for _ in range(WARM_UP + steps)][WARM_UP:]
     medians = [statistics.median(each) for each in zip(*rounds, strict=True)]
     return {
         "seconds": dict(zip(ways, medians, strict=True)),
-        "ratio": round(medians[0] / medians[1], 4),
+        "ratio": round(medians[0] / medians[-1], 4),
         "rounds": [[round(seconds, 5) for seconds in each] for each in rounds],
         "first_seconds": {way: round(one.first_seconds, 3) for way, one in zip(ways, trained, strict=True)},
     }

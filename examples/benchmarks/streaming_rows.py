@@ -48,7 +48,7 @@ ON_A_GPU = [
         "qwen3-0.6b/1x512/flash-adamw",
     )
     for way in WAYS
-] + [f"qwen3-0.6b/{batch}/stateless/streamed+checkpointed" for batch in ("1x512", "4x1024")]
+] + [f"{case}/stateless/streamed+checkpointed" for case in ("qwen3-0.6b/1x512", "qwen3-8b/1x512", "qwen3-0.6b/4x1024")]
 # The table of recipes, the most telling first, so that a run that is cut off has these. Where a GPU takes one row after
 # another, neighbours compile different kernels.
 TABLE_OF_RECIPES = [
