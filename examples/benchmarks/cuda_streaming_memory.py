@@ -2,11 +2,11 @@
 
     python examples/benchmarks/cuda_streaming_memory.py --out examples/benchmarks/results/cuda_streaming_h100.json
 
-Both take Ember on the tables and the same optimizer on the body. Beside them stand PyTorch's fused AdamW on all weights,
-and the same with the model compiled by ``torch.compile``, of which the first step takes a minute. All rows run in one process, the most important first,
-and each is written as soon as it is measured; ``--only '1x512/*'`` takes some of them. The peak is
-``torch.cuda.max_memory_allocated`` of the steps after the second. ``--smoke`` runs every line on the CPU with a tiny
-model; its peaks are null.
+Both take Ember on the tables and the same optimizer on the body. Beside them stand PyTorch's fused AdamW on all
+weights, and the same with the model compiled by ``torch.compile``, of which the first step takes a minute. All rows run
+in one process, the most important first, and each is written as soon as it is measured; ``--only '1x512/*'`` takes some
+of them. The peak is ``torch.cuda.max_memory_allocated`` of the steps after the second. ``--smoke`` runs every line on
+the CPU with a tiny model; its peaks are null.
 """
 
 import argparse
