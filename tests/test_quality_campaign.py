@@ -147,6 +147,29 @@ def test_the_plan_reports_other_seeds_at_the_best_rate_and_ends():
     ]  # fmt: skip
 
 
+def test_a_recipe_has_a_body_rate_of_its_own_and_mlx_lm_one_rate():
+    """Searched for until no neighbour is better; beside AdamW's best, or as far from it as in the setting like it."""
+    settings = {"a": SETTING, "b": dataclasses.replace(SETTING, like="a")}
+    best = {("adamw", "adamw"): (-6, -4), ("sinkgd", "ember"): (-9, -2), (plan.ONE_RATE, plan.ONE_RATE): (-7, -7)}
+    shift, untuned, results, counts = {"a": 0, "b": 2}, [("adamw", "frozen"), ("frozen", "frozen")], {}, {}
+    adamw, *others = best
+    for name, recipes in ((name, recipes) for name in settings for recipes in ([adamw], [*others, *untuned])):
+        phases = [plan.Phase((name,), (), seeds=(1,), recipes=tuple(recipes))]
+        while runs := list(plan.wanted(results, phases, settings)):
+            for run in runs:
+                body, rate = best.get((run.body, run.optimizer), (0, 0))
+                results[run.key()] = abs(run.body_rate - body - shift[name]) + abs(run.rate - rate - shift[name])
+                counts[name, recipes[0]] = counts.get((name, recipes[0]), 0) + 1
+    for name, there in shift.items():
+        for recipe, (body, rate) in best.items():
+            assert plan.tuned_recipe(name, *recipe, results, settings) == (body + there, rate + there)
+            assert plan.Run(name, recipe[1], rate + there, body + there, 1, body=recipe[0]).key() in results
+        assert plan.Run(name, "frozen", 0, -6 + there, 1).key() in results
+        assert plan.Run(name, "frozen", 0, 0, 1, body="frozen").key() in results
+    assert counts["b", others[0]] == (5 + 1) + (3 + 1) + 1 + 1  # no search went astray
+    assert counts["a", others[0]] > counts["b", others[0]]
+
+
 def test_the_tables_compare_seed_by_seed_and_choose_by_the_tuning_seed(tmp_path):
     """adamw-0.99 is better than adamw with the reported seeds, which nobody may know when one of them is chosen."""
     losses = {}
