@@ -31,6 +31,7 @@ class BodyRule:
     guess: int = 0
     rounding: str | None = None  # of bfloat16 weights: "nearest", "stochastic", or "rest" for an int8 rest
     clipped: bool = True  # the norm of its gradient
+    decay: float = 1.0  # times AdamW's weight decay: Lion's is larger, since its rate is smaller (arXiv 2302.06675)
 
 
 class Rounded:
@@ -118,7 +119,7 @@ BODY_RULES = {
     "sinkgd-bf16": BodyRule(_sinkgd, "SinkGD, bf16 weights, nearest", guess=-1, rounding="nearest"),
     "sinkgd-bf16-stochastic": BodyRule(_sinkgd, "SinkGD, bf16 weights, stochastic", guess=-1, rounding="stochastic"),
     "sinkgd-bf16-rest": BodyRule(_sinkgd, "SinkGD, bf16 weights with int8 rest", guess=-1, rounding="rest"),
-    "lion": BodyRule(lambda groups, lr, model: Lion(groups, lr), "Lion", guess=-2),
+    "lion": BodyRule(lambda groups, lr, model: Lion(groups, lr), "Lion", guess=-2, decay=10.0),
     "frozen": BodyRule(None, "nothing trained"),
 }  # fmt: skip
 
@@ -130,6 +131,6 @@ def make_body(name, model, lr, weight_decay):
         return None
     matrices = [p for p in model.body().values() if p.ndim > 1]
     vectors = [p for p in model.body().values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": rule.decay * weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = rule.build([group for group in groups if group["params"]], lr, model)  # LoRA has no vectors
     return Rounded(optimizer, rule.rounding) if rule.rounding else optimizer
