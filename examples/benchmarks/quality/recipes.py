@@ -166,8 +166,8 @@ def draw_differences(results, shown, figure, theme):
 
 def write_tables(results, path):
     parts = [
-        "# Whole recipes\n\nWritten by recipes.py from results/recipes/*.jsonl; do not edit. Loss in nats a token; mean "
-        "± standard deviation over seeds. Differences are paired by seed: mean ± half of the 95 % interval of "
+        "# Whole recipes\n\nWritten by recipes.py from results/recipes/*.jsonl; do not edit. Loss in nats a token; "
+        "mean ± standard deviation over seeds. Differences are paired by seed: mean ± half of the 95 % interval of "
         "Student's t. Negative is better.\n"
     ]
     for setting in results.settings:
