@@ -23,7 +23,7 @@ from ember_mlx.plots.style import save_light_and_dark
 HERE = Path(__file__).parent
 ADAMW, UNTRAINED = (BASELINE, BASELINE), ("frozen", "frozen")
 ORDER = dict.fromkeys(
-    (*plan.RECIPES, *plan.MORE_RECIPES, *plan.FLOOR_RECIPES, (BASELINE, "frozen"), *plan.PRETRAINING_RECIPES)
+    (*plan.RECIPES, *plan.MORE_RECIPES, *plan.FLOOR_RECIPES, (BASELINE, "frozen"), UNTRAINED, *plan.PRETRAINING_RECIPES)
 )
 
 
@@ -66,7 +66,9 @@ class Recipes:
 
 def name_of(recipe):
     body, tables = recipe
-    if body == tables and body in ("adamw-bf16-mlx", "frozen", "lion", "adam-mini"):
+    if recipe == UNTRAINED:
+        return "nothing trained"
+    if body == tables and body in ("adamw-bf16-mlx", "lion", "adam-mini"):
         return f"{BODY_RULES[body].words} on everything"
     return f"{BODY_RULES[body].words} + {TABLE_RULES[tables][2]}"
 
