@@ -221,6 +221,7 @@ def train_model(
         files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
         best=saving.best and saving.best.found,
+        peak_worker=training.peak_worker if workers.size > 1 else None,
     )
     if workers.leads:
         rows = [len(train_set), len(valid_set)]
