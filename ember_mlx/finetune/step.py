@@ -11,8 +11,10 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ember_mlx.finetune.batches import rows_to_send
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 from ember_mlx.finetune.workers import average_by_dtype
 from ember_mlx.optimizers.guarded import (
@@ -48,7 +50,7 @@ class Step:
         reduce (callable): Gradients of this machine, and the rows of arrays that are enough -> their mean over all.
 
     Of several workers' batches (:func:`~ember_mlx.finetune.batches.own_part`) an untied embedding sends only the rows
-    that occur, where these are fewer than all and one batch makes an update.
+    that occur in an update, where these are fewer than all.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Step:
         self.model = model
         self.optimizer = optimizer
         self.accumulated = None
+        self._rows = [] if accumulation > 1 else None  # of an embedding, that the accumulated batches look up
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
-        lookup = _looked_up_by_tokens(model) if accumulation == 1 else {}
+        lookup = _looked_up_by_tokens(model)
 
         def rows_in(batch):
             return batch[3].size if len(batch) > 3 else 0
@@ -94,6 +97,8 @@ class Step:
         self, batch: tuple[mx.array, ...], last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
     ) -> StepResult:
         """Take one batch; update the weights if it is the last that is accumulated."""
+        if self._rows is not None and len(batch) > 3:
+            batch = (*batch[:3], *self._rows_of_all(batch[3], last_of_accumulation))
         loss, tokens, gradients, squares = self._gradients_of(batch, self.accumulated, last_of_accumulation)
         self.accumulated = None
         if not last_of_accumulation:
@@ -125,6 +130,14 @@ class Step:
         evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(self.optimizer.state)))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
+
+    def _rows_of_all(self, rows, last):
+        """For the last of some batches the rows of all, in one array; as many as a power of two, to compile few."""
+        self._rows.append(np.array(rows))
+        if not last:
+            return []
+        every, self._rows = np.concatenate(self._rows), []
+        return [mx.array(rows_to_send(every, 1 << (every.size - 1).bit_length()))]
 
     def _compiled_update(self, measurements):
         """The update as one compiled function. The measures are those of the first call with these names."""
