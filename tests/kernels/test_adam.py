@@ -1,4 +1,4 @@
-"""Adam on weights that are rounded stochastically: the texts of its kernel emulated, and itself where there is a GPU."""
+"""Adam on weights rounded stochastically: the texts of its kernel emulated, and itself where there is a GPU."""
 
 import mlx.core as mx
 import mlx.optimizers as optim
