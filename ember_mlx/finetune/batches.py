@@ -126,15 +126,21 @@ class TrainingBatches:
             batches: How many the validation set has.
             same: Whether losses are to compare.
         """
-        first, now = self.first_evaluation, numpy_random()
-        self.first_evaluation = first or now
-        if not (same and first):
+        if not (same and self.first_evaluation):
+            self.first_evaluation = self.first_evaluation or numpy_random()
             yield
             return
-        set_numpy_random(first)
+        with self.as_first_evaluated():
+            yield
+        np.random.permutation(batches)  # as mlx-lm draws a validation's batches
+
+    @contextmanager
+    def as_first_evaluated(self) -> Iterator[None]:
+        """Within it the batches of the first validation are drawn, if there was one; nothing is drawn outside."""
+        now = numpy_random()
+        set_numpy_random(self.first_evaluation or now)
         yield
         set_numpy_random(now)
-        np.random.permutation(batches)  # as mlx-lm draws a validation's batches
 
     def mark(self, random: dict | None = None) -> None:
         """Call it between two steps. ``random`` is NumPy's state, if not as it is now."""

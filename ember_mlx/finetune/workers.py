@@ -1,7 +1,8 @@
 """The workers of a run: several processes, on one host or many, that ``mlx.launch`` starts and MLX connects.
 
 This is the one place that knows a worker's rank and their number. The engine is ``mx.distributed``; here is what it
-lacks: a limit to every wait, agreement on what is trained, and one outcome of every check on all of them.
+lacks: a limit to every wait, agreement on what is trained, and one outcome of every check on all of them. It chooses
+the stream itself: the CPU's, but the GPU's of NCCL, which knows no other.
 """
 
 import hashlib
@@ -101,7 +102,7 @@ class Workers:
             refused = error
         text = "" if refused is None else str(refused) or type(refused).__name__
         own = mx.array([len(text.encode()), number()], mx.int64)
-        longest, meeting.largest = mx.distributed.all_max(own, stream=mx.cpu).tolist()
+        longest, meeting.largest = mx.distributed.all_max(own).tolist()
         if not longest:
             return
         texts = self._all_texts(text, longest)
@@ -139,7 +140,7 @@ class Workers:
         """The names of the facts that are not those of rank 0, each with the workers that differ."""
         sums = [hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()) for fact in facts.values()]
         own = mx.array([[int.from_bytes(each.digest()[i : i + 4], "big") for i in (0, 4)] for each in sums], mx.uint32)
-        every = mx.distributed.all_gather(own[None], stream=mx.cpu)
+        every = mx.distributed.all_gather(own[None])
         differs = mx.any(every != every[:1], axis=2).T.tolist()
         return [
             f"{name} (worker {', '.join(str(rank) for rank in range(self.size) if row[rank])} against worker 0)"
@@ -150,7 +151,7 @@ class Workers:
     def _all_texts(self, text, longest):
         """The texts of all workers, by rank; ``longest`` of them, in bytes, above 0."""
         padded = mx.array([list(text.encode().ljust(longest, b"\0"))], mx.uint8)
-        every = mx.distributed.all_gather(padded, stream=mx.cpu)
+        every = mx.distributed.all_gather(padded)
         return [bytes(row).rstrip(b"\0").decode() for row in every.tolist()]
 
     def text_of_leader(self, text: str) -> str:
@@ -160,21 +161,21 @@ class Workers:
 
     def array_of_leader(self, array: mx.array) -> mx.array:
         """Rank 0's array, on all, every bit of it: the sum is one of integers, since -0.0 + 0.0 is 0.0."""
-        words = as_words(array)
-        sent = mx.distributed.all_sum(words if self.leads else mx.zeros_like(words), stream=mx.cpu)
+        words = as_words(array, (4, 1))  # NCCL has no integers of two bytes
+        sent = mx.distributed.all_sum(words if self.leads else mx.zeros_like(words))
         mx.eval(sent)  # one after another: all at once would take twice the memory
         return sent.view(array.dtype).reshape(array.shape)
 
     def all_max(self, number: int) -> int:
         """The largest of the workers' numbers, each below 2^63."""
-        return number if self.size == 1 else mx.distributed.all_max(mx.array(number, mx.int64), stream=mx.cpu).item()
+        return number if self.size == 1 else mx.distributed.all_max(mx.array(number, mx.int64)).item()
 
     def all_numbers(self, *numbers: float) -> list[list[float]]:
         """The numbers of all workers, in float64, a row for each rank."""
         if self.size == 1:
             return [list(numbers)]
         words = mx.array(np.array([numbers], np.float64).view(np.uint32))
-        return np.array(mx.distributed.all_gather(words, stream=mx.cpu)).view(np.float64).tolist()
+        return np.array(mx.distributed.all_gather(words)).view(np.float64).tolist()
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
@@ -204,9 +205,9 @@ class Meeting:
 _JOINED = set()
 
 
-def as_words(array: mx.array) -> mx.array:
-    """The bits of an array as a vector of the widest unsigned integers, up to uint32, that fill it."""
-    width = next(size for size in WORDS if array.nbytes % size == 0)
+def as_words(array: mx.array, widths: tuple[int, ...] = tuple(WORDS)) -> mx.array:
+    """The bits of an array as a vector of the first unsigned integers, of ``widths`` in bytes, that fill it."""
+    width = next(width for width in widths if array.nbytes % width == 0)
     return array.reshape(-1).view(WORDS[width])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from finetune.worker_checks import STREAMED, without_compilation
+from finetune.streamed_runs import STREAMED, without_compilation
 from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options

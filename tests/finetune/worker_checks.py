@@ -19,33 +19,22 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+from finetune.streamed_runs import SHORT, STREAMED, without_compilation
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
-from ember_mlx import cli
-from ember_mlx.finetune import options, resume, step, workers
-from ember_mlx.finetune.adapter_saving import Saver
-from ember_mlx.finetune.batches import TrainingBatches
-from ember_mlx.finetune.resume import weights_checksum
-from ember_mlx.finetune.run import run
-from ember_mlx.finetune.step import Step
-from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.shared.replacing import replaced, torch_hidden
 
-SHORT = ["--iters", "4", "--val-batches", "1", "--sample-tokens", "1"]
-STREAMED = {  # runs by name, and their options; test_workers.py has them too
-    "streamed": [*SHORT, "--stream", "--grad-accumulation-steps", "2", "--clip-grad-norm", "0.5"],
-    "streamed_full": [*SHORT, "--stream", "--fine-tune-type", "full"],
-}
-
-
-@contextmanager
-def without_compilation():
-    """A CPU compiles each fused kernel for half a second."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+with torch_hidden():
+    from ember_mlx import cli
+    from ember_mlx.finetune import options, resume, step, workers
+    from ember_mlx.finetune.adapter_saving import Saver
+    from ember_mlx.finetune.batches import TrainingBatches
+    from ember_mlx.finetune.resume import weights_checksum
+    from ember_mlx.finetune.run import run
+    from ember_mlx.finetune.step import Step
+    from ember_mlx.finetune.watchers import Watcher
+    from ember_mlx.shared.errors import InputError
 
 
 def outcome(check):
