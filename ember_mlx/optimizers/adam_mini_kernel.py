@@ -28,13 +28,23 @@ SOURCE = """
 
     float square = v[row];
     if (numbers[6] != 0) {
-        float sum = 0;
-        for (int64_t j = thread_index * GRADIENTS; j < columns; j += threads * GRADIENTS) {
-            float x[GRADIENTS];
-            read_as_float<GRADIENTS>(g + corner + j, 1, columns - j, x);
-            #pragma unroll
-            for (int i = 0; i < GRADIENTS; i++) sum += x[i] * x[i];
+        float squares[GRADIENTS] = {}, sum = 0;
+        if (columns % GRADIENTS == 0 && aligned<GRADIENTS>(g + corner)) {
+            #pragma unroll 4
+            for (int64_t j = thread_index * GRADIENTS; j < columns; j += threads * GRADIENTS) {
+                float x[GRADIENTS];
+                read_together<GRADIENTS>(g + corner + j, x);
+                #pragma unroll
+                for (int i = 0; i < GRADIENTS; i++) squares[i] += x[i] * x[i];
+            }
+        } else {
+            for (int64_t j = thread_index; j < columns; j += threads) {
+                const float x = static_cast<float>(g[corner + j]);
+                squares[0] += x * x;
+            }
         }
+        #pragma unroll
+        for (int i = 0; i < GRADIENTS; i++) sum += squares[i];
         #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
         if (thread_index_in_simdgroup == 0) sums[simdgroup_index_in_threadgroup] = sum;
@@ -46,17 +56,27 @@ SOURCE = """
     if (thread_index == 0) new_v[row] = square;
     const float rate = numbers[0] / (sqrt(square / numbers[4]) + numbers[5]);
 
+    // All reads of a thread are under way before the first is waited for.
+    const bool together = columns % VECTOR == 0 && aligned<VECTOR>(w + corner) && aligned<VECTOR>(g + corner)
+        && aligned<VECTOR>(m + corner);
     for (int64_t start = 0; start < columns; start += threads * VECTOR) {
         const int64_t j = start + thread_index * VECTOR, left = columns - j, at = corner + j;
         float y[VECTOR], x[VECTOR], first[VECTOR], largest = SMALLEST_NORMAL;
-        read_as_float<VECTOR>(w + at, 1, left, y);
-        read_as_float<VECTOR>(g + at, 1, left, x);
-        read_as_float<VECTOR>(m + at, 1, left, first);
+        int codes[VECTOR];
+        if (together && left > 0) {
+            read_together<VECTOR>(w + at, y);
+            read_together<VECTOR>(g + at, x);
+            read_together<VECTOR>(m + at, first);
+        } else {
+            read_one_by_one<VECTOR>(w + at, 1, left, y);
+            read_one_by_one<VECTOR>(g + at, 1, left, x);
+            read_one_by_one<VECTOR>(m + at, 1, left, first);
+        }
         const float scale = INT8 && left > 0 ? m_scales[at / GROUP] : 0.0f;
         #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
-            const float part = first[i] / 127;
-            const float old = INT8 ? scale * part / (2 - fabs(part)) : first[i];
+            const float part = quotient(first[i], 127.0f);
+            const float old = INT8 ? quotient(scale * part, 2 - fabs(part)) : first[i];
             first[i] = old + forget1 * (x[i] - old);
             largest = larger(largest, fabs(first[i]));
             y[i] = kept * y[i] - rate * first[i];
@@ -69,12 +89,16 @@ SOURCE = """
             if (left > 0 && at % GROUP == 0) new_m_scales[at / GROUP] = largest;
             #pragma unroll
             for (int i = 0; i < VECTOR; i++) {
-                const float z = first[i] / largest;
-                first[i] = code_of(127 * (2 * z / (1 + fabs(z))));
+                const float z = quotient(first[i], largest);
+                codes[i] = code_of(127 * (2 * quotient(z, 1 + fabs(z))));
             }
         }
-        write_from_float<VECTOR, W>(new_w + at, left, y);
-        write_from_float<VECTOR, M>(new_m + at, left, first);
+        write_as<VECTOR, W>(new_w + at, left, y);
+        if (INT8) {
+            write_as<VECTOR, M>(new_m + at, left, codes);
+        } else {
+            write_as<VECTOR, M>(new_m + at, left, first);
+        }
     }
 """
 
@@ -162,7 +186,8 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
     and in 8 bits. A GPU may round a sum of products once where plain operations round twice, which moves a few codes.
     """
     numbers = Numbers(*map(mx.array, (1e-2, 0.999)), 0.1, 0.001, mx.array(0.002), 1e-8)
-    for columns, int8 in ((MOST_THREADS * BYTES_AT_ONCE // g_dtype.size + 37, False), (41 * GROUP, True)):
+    odd = MOST_THREADS * BYTES_AT_ONCE // g_dtype.size + 37
+    for columns, int8 in ((odd, False), (41 * GROUP, False), (41 * GROUP, True)):
         shape = (7, columns)
         normal = [mx.random.normal(shape, key=mx.random.key(number)) for number in range(3)]
         scale = 10 ** mx.linspace(-6, 2, shape[0])[:, None]

@@ -33,26 +33,38 @@ SOURCE = """
     const float m_scale = group < groups ? m_scales[group] : 0.0f;
     const float v_scale = ADAMW && group < groups ? v_scales[group] : 0.0f;
 
+    // All reads are under way before the first is waited for.
+    const bool together = left >= VECTOR && aligned<VECTOR>(w + at) && aligned<VECTOR>(g + at)
+        && (!SPLIT || aligned<VECTOR>(rest + at)) && aligned<VECTOR>(m + at) && (!ADAMW || aligned<VECTOR>(v + at));
     float y[VECTOR], x[VECTOR], r[VECTOR], first[VECTOR], second[VECTOR];
-    read_as_float<VECTOR>(w + at, 1, left, y);
-    read_as_float<VECTOR>(g + at, 1, left, x);
-    read_as_float<VECTOR>(m + at, 1, left_of_codes, first);
-    if (SPLIT) read_as_float<VECTOR>(rest + at, 1, left, r);
-    if (ADAMW) read_as_float<VECTOR>(v + at, 1, left_of_codes, second);
+    if (together) {
+        read_together<VECTOR>(w + at, y);
+        read_together<VECTOR>(g + at, x);
+        read_together<VECTOR>(m + at, first);
+        if (SPLIT) read_together<VECTOR>(rest + at, r);
+        if (ADAMW) read_together<VECTOR>(v + at, second);
+    } else {
+        read_one_by_one<VECTOR>(w + at, 1, left, y);
+        read_one_by_one<VECTOR>(g + at, 1, left, x);
+        read_one_by_one<VECTOR>(m + at, 1, left_of_codes, first);
+        if (SPLIT) read_one_by_one<VECTOR>(rest + at, 1, left, r);
+        if (ADAMW) read_one_by_one<VECTOR>(v + at, 1, left_of_codes, second);
+    }
 
     float largest_m = 0, largest_root = 0;
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
         if (SPLIT) y[i] = joined(y[i], r[i]);
-        const float part = first[i] / 127;
-        const float old = m_scale * part / (2 - fabs(part));
+        const float part = quotient(first[i], 127.0f);
+        const float old = quotient(m_scale * part, 2 - fabs(part));
         first[i] = old + (ADAMW ? forget1 : forget2) * (x[i] - old);
         largest_m = larger(largest_m, fabs(first[i]));
         if (ADAMW) {
-            const float root = v_scale * second[i] / 255, old_square = root * root;
+            const float root = quotient(v_scale * second[i], 255.0f), old_square = root * root;
             const float square = old_square + forget2 * (x[i] * x[i] - old_square);
-            y[i] = kept * y[i] - rate * ((first[i] / correction1) / (sqrt(square / correction2) + eps));
-            second[i] = sqrt(square);
+            const float denominator = square_root(quotient(square, correction2)) + eps;
+            y[i] = kept * y[i] - rate * quotient(quotient(first[i], correction1), denominator);
+            second[i] = square_root(square);
             largest_root = larger(largest_root, second[i]);
         } else {
             const float direction = old + forget1 * (x[i] - old);
@@ -73,24 +85,25 @@ SOURCE = """
         new_m_scales[group] = largest_m;
         if (ADAMW) new_v_scales[group] = largest_root;
     }
+    int m_codes[VECTOR], v_codes[VECTOR], rests[VECTOR];
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
-        const float z = first[i] / largest_m;
-        first[i] = code_of(127 * (2 * z / (1 + fabs(z))));
+        const float z = quotient(first[i], largest_m);
+        m_codes[i] = code_of(127 * (2 * quotient(z, 1 + fabs(z))));
         if (ADAMW) {
-            const float code = code_of(255 * (second[i] / largest_root));
-            second[i] = second[i] > 0 && code < 1 ? 1.0f : code;
+            const int code = code_of(255 * quotient(second[i], largest_root));
+            v_codes[i] = second[i] > 0 && code < 1 ? 1 : code;
         }
         if (BFLOAT16) {
             const float low = bfloat16_of(y[i]);
-            if (SPLIT) r[i] = rest_of(y[i], low);
+            if (SPLIT) rests[i] = rest_of(y[i], low);
             y[i] = low;
         }
     }
-    write_together<VECTOR, M>(new_m + at, first);
-    if (ADAMW) write_together<VECTOR, V>(new_v + at, second);
-    write_from_float<VECTOR, W>(new_w + at, left, y);
-    if (SPLIT) write_from_float<VECTOR, M>(new_rest + at, left, r);
+    write_together<VECTOR, M>(new_m + at, m_codes);
+    if (ADAMW) write_together<VECTOR, V>(new_v + at, v_codes);
+    write_as<VECTOR, W>(new_w + at, left, y);
+    if (SPLIT) write_as<VECTOR, M>(new_rest + at, left, rests);
 """
 
 # As in companded.py and split_weights.py, number by number. A NaN is the largest, and its code is 0.
@@ -99,9 +112,8 @@ FUNCTION float larger(float a, float b) {
     return a > b || a != a ? a : b;
 }
 
-FUNCTION float code_of(float value) {
-    const float code = floor(value + 0.5f);
-    return code == code ? code : 0.0f;
+FUNCTION int code_of(float value) {
+    return value == value ? static_cast<int>(floor(value + 0.5f)) : 0;
 }
 
 FUNCTION float bfloat16_of(float value) {
@@ -110,19 +122,20 @@ FUNCTION float bfloat16_of(float value) {
     return float_of((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
-FUNCTION float half_unit(float low) {
+FUNCTION uint32_t bits_of_half_unit(float low) {
     const uint32_t exponent = bits_of(low) & 0x7f800000u, least = 9u << 23;
-    return float_of((exponent > least ? exponent : least) - (8u << 23));
+    return (exponent > least ? exponent : least) - (8u << 23);
 }
 
-FUNCTION float rest_of(float value, float low) {
-    const float part = (value - low) / half_unit(low);
-    const float rest = 127 * (part > 1 ? 1.0f : part < -1 ? -1.0f : part);
-    return rest < 0 ? -code_of(-rest) : code_of(rest);
+FUNCTION int rest_of(float value, float low) {
+    const float of_half_units = float_of((254u << 23) - bits_of_half_unit(low));  // one over it, a power of two
+    const float part = (value - low) * of_half_units;
+    const int rest = code_of(127 * fabs(part > 1 ? 1.0f : part < -1 ? -1.0f : part));
+    return part < 0 ? -rest : rest;
 }
 
 FUNCTION float joined(float low, float rest) {
-    return rest == 0 ? low : low + half_unit(low) * rest / 127;
+    return rest == 0 ? low : low + quotient(float_of(bits_of_half_unit(low)) * rest, 127.0f);
 }
 """
 
