@@ -248,7 +248,7 @@ def copy_bandwidth():
     """Bytes a second that a large copy reads and writes in MLX."""
     import mlx.core as mx
 
-    source = mx.random.bits((2**29,), key=mx.random.key(0))
+    source = mx.random.randint(-(2**30), 2**30, (2**29,), key=mx.random.key(0))
     mx.eval(source)
 
     def take(count):
