@@ -7,13 +7,16 @@ share of the memory floor: what a kernel must read and write, at the bandwidth o
 steps and of means are medians of samples on the host's clock. ``kernel`` is the time of the kernels alone, from CUPTI
 by way of PyTorch's profiler, where it is there: without MLX's own operations and the gaps between them.
 
-MLX takes seconds to compile a kernel, so the checks run first, in ``--processes`` at a time, and leave their kernels in
-MLX's cache on disk. What ``--seconds`` does not allow is left out.
+MLX takes seconds to compile a kernel, so the checks run first, in ``--processes`` at a time, and leave their kernels on
+disk: each process in a folder of its own, since MLX does not write them whole at once. What ``--seconds`` does not allow is left out.
 """
 
 import argparse
 import multiprocessing
+import os
+import shutil
 import statistics
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -148,6 +151,11 @@ def check_step(step, cut, dtype):
     return {"error": error, "flipped": share, "right": bool(error <= 1.02 and share <= 0.02)}
 
 
+def start(folder):
+    """A process of checks: MLX looks for its variable when it compiles its first kernel."""
+    os.environ["MLX_PTX_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
+
+
 def checked(job):
     """What a check says, in a process of its own; nothing that goes wrong there ends this one."""
     try:
@@ -274,7 +282,7 @@ def main():
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--samples", type=int, default=7)
-    parser.add_argument("--processes", type=int, default=8, help="checks at a time")
+    parser.add_argument("--processes", type=int, default=12, help="checks at a time")
     parser.add_argument("--only-package", action="store_true", help="no cuts but those of the package")
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="of the tables of statistics")
     parser.add_argument("--tuned", type=int, nargs="*", default=(576, 1024, 3072), help="widths of all cuts")
@@ -286,8 +294,13 @@ def main():
     cuts = {module: list(named)[: 1 if args.only_package else None] for module, named in CUTS.items()}
     checks = [(step[1], step, cut, dtype) for step in STEPS for cut in cuts[step[1]] for dtype in step[4]]
     checks += [(STATISTICS, cut, dtype) for cut in cuts[STATISTICS] for dtype in ("bfloat16", "float32")]
-    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    folder = tempfile.mkdtemp()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context, initializer=start, initargs=(folder,)) as pool:
         said = dict(zip([repr(job) for job in checks], pool.map(checked, checks), strict=True))
+    for compiled in Path(folder).glob("*/*"):
+        shutil.copy(compiled, folder)
+    os.environ["MLX_PTX_CACHE_DIR"] = folder
     report["checks"] = said
     print(f"{sum(check['right'] for check in said.values())} of {len(said)} checks passed", flush=True)
     for job, check in said.items():
