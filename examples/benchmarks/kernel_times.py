@@ -8,7 +8,8 @@ steps and of means are medians of samples on the host's clock. ``kernel`` is the
 by way of PyTorch's profiler, where it is there: without MLX's own operations and the gaps between them.
 
 MLX takes seconds to compile a kernel, so the checks run first, in ``--processes`` at a time, and leave their kernels on
-disk: each process in a folder of its own, since MLX does not write them whole at once. What ``--seconds`` does not allow is left out.
+disk: each process in a folder of its own, since MLX does not write them whole at once. What ``--seconds`` does not
+allow is left out.
 """
 
 import argparse
