@@ -12,7 +12,7 @@ from functools import cache
 
 import mlx.core as mx
 
-__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel"]
+__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel", "scalars"]
 
 MOST_THREADS = 256  # of a threadgroup
 SIMDGROUP = 32  # threads, on every GPU that MLX runs on
@@ -164,3 +164,8 @@ def kernel(text: Text, backend: str | None = None) -> Callable:
         header=text.header(backend),
         ensure_row_contiguous=False,
     )
+
+
+def scalars(*numbers: float | mx.array) -> list[mx.array]:
+    """Each number as an input of a kernel, float32 of shape (1,): by itself, since to join them takes a kernel each."""
+    return [mx.array(number, mx.float32).reshape(1) for number in numbers]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, scalars
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum
 from ember_mlx.optimizers.flash_kernel import FUNCTIONS, MOST_FLIPPED
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
@@ -23,11 +23,11 @@ SOURCE = """
     constexpr int LANES = GROUP / VECTOR;
     const int thread_index = thread_position_in_threadgroup.x, threads = threads_per_threadgroup.x;
     const int64_t row = threadgroup_position_in_grid.x, columns = w_shape[1], corner = row * columns;
-    const float kept = numbers[1], forget1 = numbers[2], forget2 = numbers[3];
+    const float decay = kept[0], forget = forgotten1[0];
     threadgroup float sums[MOST_SIMDGROUPS];
 
     float square = v[row];
-    if (numbers[6] != 0) {
+    if (ROWS_ARE_BLOCKS) {
         float squares[GRADIENTS] = {}, sum = 0;
         if (columns % GRADIENTS == 0 && aligned<GRADIENTS>(g + corner)) {
             #pragma unroll 4
@@ -51,10 +51,10 @@ SOURCE = """
         threadgroup_barrier(mem_flags::mem_threadgroup);
         sum = 0;
         for (int k = 0; k < threads / SIMDGROUP; k++) sum += sums[k];
-        square = square + forget2 * (sum / columns - square);
+        square = square + forgotten2[0] * (sum / columns - square);
     }
     if (thread_index == 0) new_v[row] = square;
-    const float rate = numbers[0] / (sqrt(square / numbers[4]) + numbers[5]);
+    const float rate = learning_rate[0] / (sqrt(square / correction2[0]) + eps[0]);
 
     // All reads of a thread are under way before the first is waited for.
     const bool together = columns % VECTOR == 0 && aligned<VECTOR>(w + corner) && aligned<VECTOR>(g + corner)
@@ -77,9 +77,9 @@ SOURCE = """
         for (int i = 0; i < VECTOR; i++) {
             const float part = quotient(first[i], 127.0f);
             const float old = INT8 ? quotient(scale * part, 2 - fabs(part)) : first[i];
-            first[i] = old + forget1 * (x[i] - old);
+            first[i] = old + forget * (x[i] - old);
             largest = larger(largest, fabs(first[i]));
-            y[i] = kept * y[i] - rate * first[i];
+            y[i] = decay * y[i] - rate * first[i];
             if (BFLOAT16) y[i] = bfloat16_of(y[i]);
         }
         if (INT8) {
@@ -104,7 +104,7 @@ SOURCE = """
 
 TEXT = Text(
     name="ember_adam_mini_step",
-    inputs=("w", "g", "m", "m_scales", "v", "numbers"),
+    inputs=("w", "g", "m", "m_scales", "v", "learning_rate", "kept", "forgotten1", "forgotten2", "correction2", "eps"),
     outputs=("new_w", "new_m", "new_m_scales", "new_v"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
@@ -146,13 +146,12 @@ def step_rows(
         The new ``w``, ``m``, ``m_scales`` and ``v``.
     """
     scales = mx.zeros(1) if m_scales is None else m_scales
-    flat = mx.stack([mx.array(x, mx.float32) for x in (*numbers, float(rows_are_blocks))])
-    inputs = [mx.contiguous(x) for x in (w, g, m, scales, v)] + [flat]
-    w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales))
+    inputs = [mx.contiguous(x) for x in (w, g, m, scales, v)] + scalars(*numbers)
+    w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales, rows_are_blocks))
     return w, m, None if m_scales is None else scales, v
 
 
-def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array) -> dict[str, Any]:
+def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array, rows_are_blocks: bool) -> dict[str, Any]:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
     rows, columns = w.shape
     int8 = m.dtype == mx.int8
@@ -163,6 +162,7 @@ def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array) -> dict[st
         "G": g.dtype,
         "M": m.dtype,
         "INT8": int(int8),
+        "ROWS_ARE_BLOCKS": int(rows_are_blocks),
         "BFLOAT16": int(w.dtype == mx.bfloat16),
         "GROUP": GROUP,
         "VECTOR": vector,

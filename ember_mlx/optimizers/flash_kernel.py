@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel, scalars
 from ember_mlx.optimizers.companded import GROUP
 from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 from ember_mlx.optimizers.split_weights import join
@@ -17,6 +17,7 @@ from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["FUNCTIONS", "MOST_FLIPPED", "differences", "flash_step"]
 
+NUMBERS = ("learning_rate", "kept", "forgotten1", "forgotten2", "correction1", "correction2", "eps")
 VECTOR = 4  # weights of a thread
 MOST_FLIPPED = 0.02  # codes that a float32 rounding moves to their neighbour
 
@@ -28,8 +29,8 @@ SOURCE = """
     const int64_t threadgroup_index = threadgroup_position_in_grid.x;
     const int64_t at = (threadgroup_index * THREADS + thread_index) * VECTOR, group = at / GROUP;
     const int64_t left = size - at, left_of_codes = groups * GROUP - at;
-    const float rate = numbers[0], kept = numbers[1], forget1 = numbers[2], forget2 = numbers[3];
-    const float correction1 = numbers[4], correction2 = numbers[5], eps = numbers[6];
+    const float rate = learning_rate[0], decay = kept[0], forget1 = forgotten1[0], forget2 = forgotten2[0];
+    const float bias1 = correction1[0], bias2 = correction2[0], least_denominator = eps[0];
     const float m_scale = group < groups ? m_scales[group] : 0.0f;
     const float v_scale = ADAMW && group < groups ? v_scales[group] : 0.0f;
 
@@ -62,13 +63,13 @@ SOURCE = """
         if (ADAMW) {
             const float root = quotient(v_scale * second[i], 255.0f), old_square = root * root;
             const float square = old_square + forget2 * (x[i] * x[i] - old_square);
-            const float denominator = square_root(quotient(square, correction2)) + eps;
-            y[i] = kept * y[i] - rate * quotient(quotient(first[i], correction1), denominator);
+            const float denominator = square_root(quotient(square, bias2)) + least_denominator;
+            y[i] = decay * y[i] - rate * quotient(quotient(first[i], bias1), denominator);
             second[i] = square_root(square);
             largest_root = larger(largest_root, second[i]);
         } else {
             const float direction = old + forget1 * (x[i] - old);
-            y[i] = kept * y[i] - rate * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
+            y[i] = decay * y[i] - rate * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
         }
     }
     #pragma unroll
@@ -141,7 +142,7 @@ FUNCTION float joined(float low, float rest) {
 
 TEXT = Text(
     name="ember_flash_step",
-    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", "numbers"),
+    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", *NUMBERS),
     outputs=("new_w", "new_rest", "new_m", "new_m_scales", "new_v", "new_v_scales"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
@@ -160,8 +161,8 @@ def flash_step(stored: Stored, g: mx.array, numbers: Numbers) -> Stored:
     given = [nothing.astype(mx.int8) if stored.rest is None else stored.rest, g, stored.m, stored.m_scales]
     given += [nothing.astype(mx.uint8), nothing] if stored.v is None else [stored.v, stored.v_scales]
     n = numbers._replace(beta1=1 - numbers.beta1, beta2=1 - numbers.beta2)
-    inputs = [array.reshape(-1) for array in (stored.w, *given)] + [mx.stack([mx.array(x, mx.float32) for x in n])]
-    made = kernel(TEXT)(inputs=inputs, **launch(stored, g))
+    flat = [array.reshape(-1) for array in (stored.w, *given)]
+    made = kernel(TEXT)(inputs=flat + scalars(*n), **launch(stored, g))
     return Stored(*(
         None if old is None else new.reshape(old.shape) for old, new in zip(stored, made, strict=True)
     ))  # fmt: skip
