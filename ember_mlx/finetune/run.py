@@ -45,6 +45,7 @@ from ember_mlx.finetune.resume import (
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
+from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
@@ -111,6 +112,11 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         check_data_folder(args, given.rows)
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
+        if args.train and args.shard_tables and workers.size == 1:
+            raise InputError(
+                "--shard-tables: shares the tables of several workers, and this one is alone: start them with "
+                "mlx.launch, or leave it out"
+            )
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
@@ -180,6 +186,8 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
+        if args.shard_tables:
+            check_modules(model, choices.tables)
         if args.packing:
             check_rows_stay_apart(model, args.max_seq_length - 1)
         kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
@@ -196,18 +204,25 @@ def train_model(
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
+    sharded, how = None, {}
+    if args.shard_tables:
+        sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
+        rprint(f"{sharded}\n")
+        loss, make_step, how = sharded.loss, sharded.step, {"whole": sharded.whole}
     if samples:
         watchers = [*watchers, samples]
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
         if samples:
             samples.listeners.append(log.on_samples)
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline, **how)
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
     if valid_set and training.same_batches:
         training.validated(training.steps_done, loss_after, is_saved=True)
+    if sharded:
+        sharded.make_whole()
     if log:
         log.end(training.steps_done, loss_after if valid_set else None)
     saved = adapter_saving.run_files(Path(args.adapter_path)) if workers.leads else []

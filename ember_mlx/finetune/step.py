@@ -62,7 +62,7 @@ class Step:
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
-        lookup = _looked_up_by_tokens(model) if accumulation == 1 else {}
+        lookup = self._looked_up_by_tokens() if accumulation == 1 else {}
 
         def rows_in(batch):
             return batch[3].size if len(batch) > 3 else 0
@@ -77,7 +77,7 @@ class Step:
             gradients = reduce(gradients, {name: batch[3] for name in lookup if 0 < rows_in(batch) < lookup[name]})
             if accumulation > 1:
                 gradients = tree_map(lambda x: x / accumulation, gradients)
-            return value, tokens, gradients, squares_of(gradients) if self._judges else None
+            return value, tokens, gradients, self._squares_of(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
         self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -152,6 +152,12 @@ class Step:
 
     def _changing(self):
         return {"weights": self.model.trainable_parameters(), "state": self.optimizer.state}
+
+    def _looked_up_by_tokens(self):
+        return _looked_up_by_tokens(self.model)
+
+    def _squares_of(self, gradients):
+        return squares_of(gradients)
 
     def _is_finite(self):
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))
