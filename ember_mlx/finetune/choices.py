@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_LAYERS",
     "GROUP_SIZE",
     "ROLES",
+    "SHARDABLE",
     "STREAMED_BY_DEFAULT",
     "Choices",
     "Shapes",

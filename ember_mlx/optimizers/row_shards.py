@@ -74,7 +74,7 @@ class RowShards:
         """This worker's part (B, ...) of the sum over the workers of arrays (N * B, ...)."""
         if self.scatters:
             return mx.distributed.sum_scatter(every)
-        return self.own_part(mx.distributed.all_sum(every))
+        return mx.contiguous(self.own_part(mx.distributed.all_sum(every)))  # which lets go of the whole
 
     def mean_over_all_rows(self, column_mean: mx.array) -> mx.array:
         """The mean over the rows of all workers, from those of each worker, (D,): one all-reduce of D float32."""

@@ -3,6 +3,9 @@
 A worker of N has its N-th part of a batch's rows. Its gradients go out as ``ember_mlx.finetune.workers`` sends them:
 dtype by dtype, joined up to 32 MiB, and of an untied embedding the rows of the whole batch's tokens. A ring sends
 2 (N - 1) / N of that from each worker. What is sent beside it, to meet and to report, is below 1 kB a step.
+
+Sharded tables send no gradients, but what goes into them and comes out, as ``ember_mlx.finetune.vocabulary_parallel``
+has it. In a ring a worker sends what it gathers to N - 1 others, and twice that for its part of a sum.
 """
 
 import itertools
@@ -10,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ember_mlx.planner.evaluation import Array, Operation
-from ember_mlx.planner.graph import Graph
+from ember_mlx.planner.graph import FLOAT32, Graph
 
 __all__ = ["LINKS", "Traffic", "average", "traffic"]
 
@@ -28,16 +31,18 @@ class Traffic:
         workers (int): In all.
         payload (dict[int, int]): Bytes of gradients, by the bytes of a number: 4 are float32, 2 are 16-bit.
         embedding_rows (int): The most rows that an untied embedding sends; 0 where it sends all, or none.
+        around_tables (int): Bytes that leave a worker for sharded tables.
     """
 
     workers: int
     payload: dict[int, int]
     embedding_rows: int
+    around_tables: int = 0
 
     @property
     def sent(self) -> int:
         """Bytes that leave a worker."""
-        return 2 * (self.workers - 1) * sum(self.payload.values()) // self.workers
+        return 2 * (self.workers - 1) * sum(self.payload.values()) // self.workers + self.around_tables
 
     def seconds(self, link: str) -> float:
         """How long that takes, where nothing else goes over the link; one of :data:`LINKS`."""
@@ -46,19 +51,50 @@ class Traffic:
 
 def traffic(graph: Graph) -> Traffic:
     """What the step of that graph sends."""
-    rows, payload = _rows_to_send(graph), Counter()
+    rows, payload, sharded = _rows_to_send(graph), Counter(), _sharded(graph)
     for name, gradient in graph.gradients.items():
+        if name in sharded:
+            continue
         numbers = rows[name] * graph.shapes[name][1] if name in rows else gradient.numbers
         payload[int(gradient.width)] += int(numbers * gradient.width)
-    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0))
+    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0), _around_tables(graph))
+
+
+def _around_tables(graph):
+    """Bytes that leave a worker in all batches of an update, and in the update."""
+    run, tables = graph.run, _sharded(graph).values()
+    others, tokens, hidden = run.workers - 1, graph.tokens, graph.tokens * graph.model.hidden * graph.width
+    a_batch = an_update = 0
+    for table in tables:
+        if table.role != "head":  # token ids; rows; their gradients
+            a_batch += others * (4 * tokens + (2 + 1) * hidden)
+        if table.role != "embedding":  # targets and the loss's gradient; log-sum-exps and logits; hidden, its gradient
+            a_batch += others * (8 * tokens + 8 * tokens * run.workers + (1 + 2) * hidden)
+        if run.table_optimizer == "ember":  # the columns' means
+            an_update += 2 * others * FLOAT32 * table.columns // run.workers
+    return int(a_batch) * run.micro_batches + an_update
+
+
+def gathered(graph: Graph, own: Array) -> Array:
+    """What all workers have of it."""
+    return graph.make([own], own.numbers * graph.run.workers, own.width)
+
+
+def own_part(graph: Graph, every: Array) -> Array:
+    """A worker's part of what is of all workers."""
+    return graph.make([every], every.numbers // graph.run.workers, every.width)
+
+
+def _sharded(graph):
+    return {table.name: table for table in graph.model.tables(graph.run.tables) if graph.run.is_sharded(table)}
 
 
 def average(graph: Graph) -> None:
     """The gradients become the means over all workers: parts of joined buffers, and of an embedding a new array."""
     if graph.run.workers == 1:
         return
-    rows, groups = _rows_to_send(graph), {}
-    for name in (name for name in graph.weights if name in graph.gradients):
+    rows, groups, sharded = _rows_to_send(graph), {}, _sharded(graph)
+    for name in (name for name in graph.weights if name in graph.gradients and name not in sharded):
         part = graph.gradients[name]
         if name in rows:
             part = graph.make([part], rows[name] * graph.shapes[name][1], part.width, role="gradients")
@@ -88,6 +124,6 @@ def _rows_to_send(graph):
     """Of an untied embedding that trains, where the whole batch has fewer tokens than it has rows."""
     run, rows = graph.run, graph.run.workers * graph.run.batch_size * graph.run.length
     tables = [table for table in graph.model.tables() if table.role == "embedding" and table.role in run.tables]
-    if run.workers == 1 or run.micro_batches > 1:
+    if run.workers == 1 or run.micro_batches > 1 or run.shard_tables:
         return {}
     return {table.name: rows for table in tables if rows < table.rows}
