@@ -114,8 +114,7 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.train and args.shard_tables and workers.size == 1:
             raise InputError(
-                "--shard-tables: shares the tables of several workers, and this one is alone: start them with "
-                "mlx.launch, or leave it out"
+                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
             )
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
@@ -274,7 +273,8 @@ def _set_what_trains(args, choices, model):
     make_trainable(model, args, choices)
     if args.resume_adapter_file is not None and args.resume is None:
         adapters.refuse_other_tokens(Path(args.resume_adapter_file), choices.added_tokens)
-        _load_adapter_file(model, Path(args.resume_adapter_file))
+        rprint(f"Loading fine-tuned weights from {args.resume_adapter_file}")
+        adapters.load_file(model, Path(args.resume_adapter_file))
 
 
 def _begin(args, model, optimizer, of, kept, rows, lock, workers):
@@ -369,20 +369,6 @@ def _reporting_callbacks(args):
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"--report-to {args.report_to}: {error}") from error
-
-
-def _load_adapter_file(model, path):
-    """Trained weights of an earlier run, its tables beside them included."""
-    rprint(f"Loading fine-tuned weights from {path}")
-    if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {adapters.ADAPTERS}")
-    tables = adapters.tables_of(path)
-    for file in (path, tables) if tables else (path,):
-        weights = adapters.read_arrays(file)
-        # What this run does not train, it would not save either.
-        trainable = model.trainable_parameters()
-        remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
-        adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
 def _evaluate_on_first_batches(args, model, loss, valid_set, training):

@@ -60,7 +60,7 @@ class ShardedTables:
             state = optimizer.tables.state[table.path]
             self._places += [(state, name) for name, array in state.items() if _is_by_rows(name, array, table.shape)]
         head = find_head(model) if any(table.role != "embedding" for table in tables) else None
-        before = _try(model, loss, workers)
+        before = _try(model, loss, self.shards)
         self._shard()
         optimizer.tables.row_shards = self.shards
         self.loss = loss
@@ -118,7 +118,7 @@ class ShardedTables:
                 owner.__class__ = nn.Embedding
 
     def _refuse_another_loss(self, model, before):
-        after = _try(model, self.loss, self.workers)
+        after = _try(model, self.loss, self.shards)
         # GPUs multiply float32 with 10 bits unless told not to.
         eps = max(mx.finfo(owner.weight.dtype).eps for owner in self._owners)
         differs = not abs(after - before) <= max(8 * eps, 2.0**-10) * max(abs(before), 1)
@@ -209,8 +209,8 @@ def _gathered(own, shards, keeps):
     return whole
 
 
-def _try(model, loss, workers):
-    """The loss of a few tokens, others on each worker."""
-    tokens = (mx.arange(8) * 37 + 11 * workers.rank).reshape(2, 4) % 64
+def _try(model, loss, shards):
+    """The loss of a few tokens from all over the vocabulary, others on each worker."""
+    tokens = (mx.linspace(0, shards.total_rows - 1, 8).astype(mx.int32) + 3 * shards.rank) % shards.total_rows
     with evaluating(model):
-        return loss(model, tokens, mx.array([[0, 3], [1, 2]]))[0].item()
+        return loss(model, tokens.reshape(2, 4), mx.array([[0, 3], [1, 2]]))[0].item()

@@ -110,7 +110,7 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
     if workers > 1 and choices.stream:
         raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
     if workers == 1 and options.shard_tables:
-        raise InputError("--shard-tables: shares the tables of several workers: add --workers, or leave it out")
+        raise InputError("--shard-tables: needs several workers: add --workers N, or leave it out")
     lora = choices.lora_parameters or {}
     keys = lora.get("keys")
     return Run(

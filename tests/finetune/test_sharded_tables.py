@@ -147,7 +147,7 @@ def test_the_rows_of_all_workers_are_the_table_and_their_keys_its_keys(size, row
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "this one is alone: start them with mlx.launch"),
+        ([], "needs several workers, which mlx.launch starts"),
         (["--train-tables", "none"], "no table trains with --train-tables none"),
         (["--stream"], "--stream steps whole tables"),
         (["--table-optimizer", "adafactor"], "--table-optimizer adafactor needs whole tables"),
