@@ -51,18 +51,19 @@ class ShardedTables:
         loss: Callable,
     ):
         self.workers = workers
+        self._optimizer = optimizer.tables
         self.shards = RowShards.of(workers.rank, workers.size, tables[0].shape[0])
         self.paths = frozenset(table.path for table in tables)
         modules = dict(model.named_modules())
         self._owners = [modules[table.module_path] for table in tables]
         self._places = [*((owner, "weight") for owner in self._owners)]
         for table in tables:
-            state = optimizer.tables.state[table.path]
+            state = self._optimizer.state[table.path]
             self._places += [(state, name) for name, array in state.items() if _is_by_rows(name, array, table.shape)]
         head = find_head(model) if any(table.role != "embedding" for table in tables) else None
         before = _try(model, loss, self.shards)
         self._shard()
-        optimizer.tables.row_shards = self.shards
+        self._optimizer.row_shards = self.shards
         self.loss = loss
         if head:
             self.loss = sharded_loss(Head(model, head.module, head.method, self.shards.rows), self.shards)
@@ -106,6 +107,7 @@ class ShardedTables:
     def make_whole(self) -> None:
         """Model and optimizer are whole again, on all workers."""
         self._gather(everywhere=True)
+        self._optimizer.row_shards = None
 
     def _gather(self, everywhere):
         keeps = everywhere or self.workers.leads

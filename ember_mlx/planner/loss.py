@@ -3,7 +3,7 @@
 from ember_mlx.planner.architecture import Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
-from ember_mlx.planner.network import gathered, own_part
+from ember_mlx.planner.sharding import gathered, own_part
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 
 __all__ = ["chunked_loss", "loss"]

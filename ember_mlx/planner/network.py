@@ -3,9 +3,6 @@
 A worker of N has its N-th part of a batch's rows. Its gradients go out as ``ember_mlx.finetune.workers`` sends them:
 dtype by dtype, joined up to 32 MiB, and of an untied embedding the rows of the whole batch's tokens. A ring sends
 2 (N - 1) / N of that from each worker. What is sent beside it, to meet and to report, is below 1 kB a step.
-
-Sharded tables send no gradients, but what goes into them and comes out, as ``ember_mlx.finetune.vocabulary_parallel``
-has it. In a ring a worker sends what it gathers to N - 1 others, and twice that for its part of a sum.
 """
 
 import itertools
@@ -13,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ember_mlx.planner.evaluation import Array, Operation
-from ember_mlx.planner.graph import FLOAT32, Graph
+from ember_mlx.planner.graph import Graph
+from ember_mlx.planner.sharding import around_tables, sharded_tables
 
 __all__ = ["LINKS", "Traffic", "average", "traffic"]
 
@@ -51,49 +49,20 @@ class Traffic:
 
 def traffic(graph: Graph) -> Traffic:
     """What the step of that graph sends."""
-    rows, payload, sharded = _rows_to_send(graph), Counter(), _sharded(graph)
+    rows, payload, sharded = _rows_to_send(graph), Counter(), sharded_tables(graph)
     for name, gradient in graph.gradients.items():
         if name in sharded:
             continue
         numbers = rows[name] * graph.shapes[name][1] if name in rows else gradient.numbers
         payload[int(gradient.width)] += int(numbers * gradient.width)
-    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0), _around_tables(graph))
-
-
-def _around_tables(graph):
-    """Bytes that leave a worker in all batches of an update, and in the update."""
-    run, tables = graph.run, _sharded(graph).values()
-    others, tokens, hidden = run.workers - 1, graph.tokens, graph.tokens * graph.model.hidden * graph.width
-    a_batch = an_update = 0
-    for table in tables:
-        if table.role != "head":  # token ids; rows; their gradients
-            a_batch += others * (4 * tokens + (2 + 1) * hidden)
-        if table.role != "embedding":  # targets and the loss's gradient; log-sum-exps and logits; hidden, its gradient
-            a_batch += others * (8 * tokens + 8 * tokens * run.workers + (1 + 2) * hidden)
-        if run.table_optimizer == "ember":  # the columns' means
-            an_update += 2 * others * FLOAT32 * table.columns // run.workers
-    return int(a_batch) * run.micro_batches + an_update
-
-
-def gathered(graph: Graph, own: Array) -> Array:
-    """What all workers have of it."""
-    return graph.make([own], own.numbers * graph.run.workers, own.width)
-
-
-def own_part(graph: Graph, every: Array) -> Array:
-    """A worker's part of what is of all workers."""
-    return graph.make([every], every.numbers // graph.run.workers, every.width)
-
-
-def _sharded(graph):
-    return {table.name: table for table in graph.model.tables(graph.run.tables) if graph.run.is_sharded(table)}
+    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0), around_tables(graph))
 
 
 def average(graph: Graph) -> None:
     """The gradients become the means over all workers: parts of joined buffers, and of an embedding a new array."""
     if graph.run.workers == 1:
         return
-    rows, groups, sharded = _rows_to_send(graph), {}, _sharded(graph)
+    rows, groups, sharded = _rows_to_send(graph), {}, sharded_tables(graph)
     for name in (name for name in graph.weights if name in graph.gradients and name not in sharded):
         part = graph.gradients[name]
         if name in rows:

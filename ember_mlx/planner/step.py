@@ -5,7 +5,7 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import Graph, Run
 from ember_mlx.planner.loss import chunked_loss, loss
 from ember_mlx.planner.modules import Backward, attention, heads, joined, linear, norm
-from ember_mlx.planner.network import gathered, own_part
+from ember_mlx.planner.sharding import gathered, own_part
 from ember_mlx.planner.update import judge, update
 
 __all__ = ["build_step", "layer"]
