@@ -6,6 +6,7 @@ workers. Between its steps each worker has its own rows alone, with their gradie
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -139,7 +140,7 @@ class ShardedTables:
 class ShardedStep(Step):
     """The ordinary step. Gradients of the rows here are what they are; the norm is that of all workers' rows."""
 
-    def __init__(self, sharded: ShardedTables, *made_of):
+    def __init__(self, sharded: ShardedTables, *made_of: Any):
         self.sharded = sharded
         super().__init__(*made_of, reduce=self._average_others)
 
