@@ -22,6 +22,7 @@ from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.disk import what_is_kept
+from ember_mlx.finetune.display import colours_on_a_terminal_alone
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.given import Given, Outcome
@@ -31,7 +32,6 @@ from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import packed
-from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import (
     CONTENTS,
     made_of,
@@ -102,7 +102,8 @@ def run_with(
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
-    with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
+    deadline = PeerDeadline(workers, args.peer_timeout)
+    with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
         return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
 
 
@@ -234,6 +235,7 @@ def train_model(
         files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
         best=saving.best and saving.best.found,
+        peak_worker=training.peak_worker if workers.size > 1 else None,
     )
     if workers.leads:
         rows = [len(train_set), len(valid_set)]
@@ -305,7 +307,8 @@ def _losses(args, model, loss, valid_set, training):
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    last = _evaluate_on_first_batches(args, model, loss, valid_set, training)
+    with training.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
+        last = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
     return training.history.losses.get("val_loss", [last])[0], last
 
 
@@ -369,16 +372,6 @@ def _reporting_callbacks(args):
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"--report-to {args.report_to}: {error}") from error
-
-
-def _evaluate_on_first_batches(args, model, loss, valid_set, training):
-    """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
-    random_state = np.random.get_state()
-    if training.batches.first_evaluation:
-        set_numpy_random(training.batches.first_evaluation)
-    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
-    np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
-    return mean
 
 
 def _test(args, model, test_set, between_batches=lambda: None):

@@ -152,6 +152,11 @@ class ShardedStep(Step):
     def _looked_up_by_tokens(self):
         return {}
 
+    def _exchanged(self):
+        """The state of which the update exchanges a part: table after table, in one order on all workers."""
+        states = self.optimizer.tables.state
+        return [[states[path]["c"]] for path in sorted(self.sharded.paths) if "c" in states[path]]
+
     def _squares_of(self, gradients):
         tables, others = self._apart(gradients)
         of_workers = self.sharded.shards.gather(norm_of(squares_of(tree_unflatten(tables)))[None])

@@ -27,15 +27,14 @@ class Streamed:
         args: The run's options.
 
     Raises:
-        InputError: for a model that cannot be differentiated, an optimizer that needs all gradients at once, and
-            several workers.
+        InputError: for a model that cannot be differentiated, and an optimizer that needs all gradients at once.
+
+    Of several workers each gradient becomes the mean over all as soon as it is made.
     """
 
     def __init__(self, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, args: Options):
-        workers = Workers.join().size
-        if workers > 1:
-            raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
         self.args = args
+        self._workers = Workers.join()
         try:
             self.step = StreamedStep(
                 model.train(),
@@ -43,6 +42,7 @@ class Streamed:
                 clip_norm_pass=args.clip_grad_norm is not None,
                 clip_layer_norm=args.clip_layer_norm,
                 keep_inputs=args.keep_inputs or 1,
+                reduce=mx.distributed.all_sum if self._workers.size > 1 else None,
             )
         except InputError as error:
             raise InputError(f"--stream: {error}; --no-stream takes an ordinary step") from error
@@ -75,11 +75,12 @@ class Streamed:
         if not last_of_accumulation:
             return StepResult(mx.array(0.0), mx.array(0), updated=False, nonfinite=False, measurements={}, batches=0)
         batches, self._gathered = self._gathered, []
-        result = self.step.accumulated(batches)
+        shares = [batch[2].item() if len(batch) > 2 else 1.0 for batch in batches]
+        result = self.step.accumulated([batch[:2] for batch in batches], shares)
         left_out = result.nonfinite in NOTHING_CHANGED
         return StepResult(
             mx.array(result.loss),
-            mx.array(result.tokens),
+            mx.array(result.tokens if self._workers.leads else 0),  # they are those of all workers already
             updated=not left_out,
             nonfinite=bool(result.nonfinite),
             measurements={},

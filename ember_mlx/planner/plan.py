@@ -107,8 +107,6 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
     if options.batch_size % workers:
         raise InputError(f"--workers {workers}: must divide --batch-size {options.batch_size}")
     choices = choose(options, model.shapes())
-    if workers > 1 and choices.stream:
-        raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
     if workers == 1 and options.shard_tables:
         raise InputError("--shard-tables: needs several workers: add --workers N, or leave it out")
     lora = choices.lora_parameters or {}

@@ -19,16 +19,10 @@ from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.streaming.sinks import Stepping
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 FULL = ["--fine-tune-type", "full"]
 RATES = ["--learning-rate", 1e-3, "--table-learning-rate", 1e-3]
-
-
-@pytest.fixture(autouse=True)
-def _eager():
-    """A CPU compiles each fused kernel for half a second; the engine's own tests compile."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 class Watch:

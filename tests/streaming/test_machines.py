@@ -21,32 +21,35 @@ def _eager():
     mx.enable_compile()
 
 
-def trained(batches, reduce=None, tied=False, clip=None, layer=None, spoilt=None):
+def trained(batches, reduce=None, tied=False, clip=None, layer=None, spoilt=None, shares=None, together=None):
     """A new model after one step, and what the step came to."""
     model = randomized(tiny_llama(tied=tied, hidden=64)).train()
     if spoilt is not None:
         model.model.embed_tokens.weight[spoilt] = mx.nan
     tables = Ember(1e-2, weight_decay=0.1)
     optimizer = PairedOptimizer(model, tables=tables, rest=optim.SGD(0.1), clip_grad_norm=clip)
-    step = StreamedStep(model, optimizer, reduce=reduce, clip_norm_pass=clip is not None, clip_layer_norm=layer)
-    return dict(tree_flatten(model.parameters())), step.accumulated(batches)
+    clips = {"clip_norm_pass": clip is not None, "clip_layer_norm": layer}
+    step = StreamedStep(model, optimizer, reduce=reduce, run_ahead=together, **clips)
+    return dict(tree_flatten(model.parameters())), step.accumulated(batches, shares)
 
 
-def on_two_machines(**options):
+def on_two_machines(batches=([BATCHES[0]], [BATCHES[1]]), shares=(None, None), **options):
     """Both machines' weights and results.
 
     What a machine says may depend on what it has heard. So each is run until it has heard all of what the other says.
+    What was said of other rows than the two have together is not heard.
     """
     said, found = [[], []], [None, None]
-    for this in (1, 0, 1, 0):
+    for this in (1, 0, 1, 0, 1):
         heard, own = iter(said[1 - this]), []
 
         def total(array, heard=heard, own=own):
             mx.eval(array)
             own.append(array)
-            return array + next(heard, array)
+            other = next(heard, array)
+            return array + (other if other.shape == array.shape else array)
 
-        found[this] = trained([BATCHES[this]], total, **options)
+        found[this] = trained(batches[this], total, shares=shares[this], **options)
         said[this] = own
     return found
 
@@ -60,6 +63,30 @@ def test_two_machines_are_one_with_both_batches(tied, options):
     assert (result.loss, result.tokens) == (pytest.approx(whole.loss, rel=1e-6), whole.tokens)
     for name, array in expected.items():
         assert mx.array_equal(weights[name], others[name]), name
+        assert mx.allclose(weights[name], array, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("together", [1, 2**14])
+def test_micro_batches_of_uneven_rows_count_by_their_tokens(together):
+    """Some gradients go together, or each alone; of two machines each sum has one order."""
+    lengths = mx.array([[0, 8], [1, 3]]), mx.array([[2, 7], [0, 8]])
+    whole = [(SEQUENCES[:2], lengths[0]), (SEQUENCES[1:], lengths[1])]
+    own = [[(rows[i : i + 1], some[i : i + 1]) for rows, some in whole] for i in range(2)]
+    shares = [[2 * 8 / 11, 2 * 6 / 14], [2 * 3 / 11, 2 * 8 / 14]]
+    (weights, result), (others, other) = on_two_machines(own, shares, together=together)
+    expected, of_one = trained(whole)
+    assert result == other
+    assert (result.loss, result.tokens) == (pytest.approx(of_one.loss, rel=1e-6), 25)
+    for name, array in expected.items():
+        assert mx.array_equal(weights[name], others[name]), name
+        assert mx.allclose(weights[name], array, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_machine_without_a_share_changes_nothing():
+    weights, result = trained([BATCHES[0], BATCHES[0]], shares=[2.0, 0.0])
+    expected, alone = trained([BATCHES[0]])
+    assert (result.loss, result.tokens) == (pytest.approx(alone.loss, rel=1e-6), alone.tokens)
+    for name, array in expected.items():
         assert mx.allclose(weights[name], array, rtol=1e-4, atol=1e-6), name
 
 
