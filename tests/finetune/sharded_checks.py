@@ -1,7 +1,7 @@
 """What each of several workers does in test_sharded_tables.py, over whatever backend the environment names.
 
-``sharded_checks.py FOLDER WORDS``: WORDS are options of ``train``. FOLDER has ``alone``, a run of one worker with them.
-What is found is written to FOLDER as JSON.
+``sharded_checks.py FOLDER WORDS``: WORDS are options of ``train``. FOLDER has ``alone``, a run of one worker with them,
+from whose second step these go on, into FOLDER/host0. What is found is written to FOLDER as JSON.
 """
 
 import json
@@ -75,19 +75,14 @@ def rounds_as_the_whole(here, rows):
     return (own == shards.own_rows(whole)).mean().item()
 
 
-def trained(folder, words):
-    run(options.parse([*words, "--shard-tables", "--adapter-path", str(folder)]))
-
-
 def main():
     here = Workers.join(60)
     folder, words = Path(sys.argv[1]), sys.argv[2:]
-    own = folder / f"host{here.rank}"
     found = {"tied": loss_and_gradients(here, True), "untied": loss_and_gradients(here, False)}
     found["rounding"] = [rounds_as_the_whole(here, rows) for rows in (128 * here.size, VOCABULARY)]
-    trained(own / "at_once", words)
     checkpoint = folder / "alone" / "checkpoints" / "step-0000002"
-    trained(own / "resumed", [*words, "--resume", str(checkpoint), "--resume-with-changes"])
+    words = [*words, "--shard-tables", "--resume", str(checkpoint), "--resume-with-changes"]
+    run(options.parse([*words, "--adapter-path", str(folder / f"host{here.rank}")]))
     (folder / f"found{here.rank}.json").write_text(json.dumps(found))
 
 

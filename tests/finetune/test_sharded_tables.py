@@ -22,6 +22,9 @@ from ember_mlx.optimizers.row_shards import RowShards
 from ember_mlx.shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
+NCCL = os.environ.get("EMBER_TEST_BACKEND") == "nccl"
+if NCCL:
+    os.environ["MLX_ENABLE_TF32"] = "0"  # products of 10 bits would be other numbers
 WORKERS = int(os.environ.get("EMBER_TEST_WORKERS", "2"))
 CHECKS = ROOT / "tests/finetune/sharded_checks.py"
 
@@ -29,7 +32,8 @@ CHECKS = ROOT / "tests/finetune/sharded_checks.py"
 def start_on_gpus(command):
     """A worker on each GPU."""
     environment = os.environ | {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(free_ports(1)[0])}
-    environment |= {"MLX_WORLD_SIZE": str(WORKERS), "MLX_ENABLE_TF32": "0"}
+    # Multicast over NVLink may put GPUs that others share out of service.
+    environment |= {"MLX_WORLD_SIZE": str(WORKERS), "NCCL_NVLS_ENABLE": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     return [
         subprocess.Popen(
@@ -48,7 +52,7 @@ def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     model, data = write_model(folder / "model", vocabulary=263), write_data(folder / "data", rows=6 * WORKERS)
     (folder / "prompts.txt").write_text("ppp\n")
-    lengths = {"--iters": 4, "--batch-size": 2 * WORKERS, "--max-seq-length": 32, "--save-every": 2, "--val-batches": 1}
+    lengths = {"--iters": 6, "--batch-size": 2 * WORKERS, "--max-seq-length": 32, "--save-every": 2, "--val-batches": 1}
     lengths |= {"--keep-checkpoints": 3, "--clip-grad-norm": 1, "--sample-tokens": 2, "--steps-per-report": 2}
     paths = {"--model": model, "--data": data, "--sample-prompts": folder / "prompts.txt"}
     return [str(word) for pair in (lengths | paths).items() for word in pair]
@@ -60,8 +64,7 @@ def folder(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     run(options.parse([*words, "--adapter-path", str(folder / "alone")]))
     command = [CHECKS, folder, *words]
-    nccl = os.environ.get("EMBER_TEST_BACKEND") == "nccl"
-    ended = finish(start_on_gpus(command) if nccl else start(folder, [command] * WORKERS))
+    ended = finish(start_on_gpus(command) if NCCL else start(folder, [command] * WORKERS))
     assert [process.returncode for process, *_ in ended] == [0] * WORKERS, ended
     return folder
 
@@ -108,14 +111,13 @@ def newest(folder):
     return checkpoints.read(checkpoints.in_folder(folder)[-1])
 
 
-@pytest.mark.parametrize("name", ["at_once", "resumed"])
-def test_they_train_what_one_does_also_from_its_checkpoint(folder, words, name):
-    same_steps(words, newest(folder / "alone"), newest(folder / "host0" / name))
-    assert not (folder / "host1" / name).exists()
+def test_from_a_checkpoint_of_one_they_train_what_one_does(folder, words):
+    same_steps(words, newest(folder / "alone"), newest(folder / "host0"))
+    assert not (folder / "host1").exists()
 
 
 def test_one_worker_goes_on_from_theirs(folder, words, tmp_path):
-    checkpoint = folder / "host0" / "at_once" / "checkpoints" / "step-0000002"
+    checkpoint = folder / "host0" / "checkpoints" / "step-0000004"
     with pytest.raises(InputError, match=f"1 workers, but {WORKERS} before"):
         run(options.parse([*words, "--resume", str(checkpoint), "--adapter-path", str(tmp_path)]))
     run(options.parse([*words, "--resume", str(checkpoint), "--resume-with-changes", "--adapter-path", str(tmp_path)]))
@@ -124,7 +126,7 @@ def test_one_worker_goes_on_from_theirs(folder, words, tmp_path):
 
 def test_the_tables_that_are_saved_are_whole_and_mlx_lm_takes_them(folder, words):
     model, _ = load(words[words.index("--model") + 1])
-    tables = mx.load(str(folder / "host0" / "at_once" / "token_tables.safetensors"))
+    tables = mx.load(str(folder / "host0" / "token_tables.safetensors"))
     model.load_weights(list(tables.items()), strict=False)  # which checks their shapes
     assert {name: array.shape for name, array in tables.items()} == {
         "lm_head.weight": (263, 32),
