@@ -114,11 +114,11 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.train and args.shard_tables and workers.size == 1:
-            raise InputError(
-                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
-            )
+            raise InputError("--shard-tables: is for several workers; start them with mlx.launch, or leave it out")
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
+        if args.train and args.shard_optimizer:
+            workers.refuse_without_sum_scatter("--shard-optimizer")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
@@ -198,13 +198,14 @@ def train_model(
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+        how = {}
         if make_step is None:
-            args, make_step = _make_step(args, model, optimizer)
+            args, make_step, how = _make_step(args, model, optimizer)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
-    sharded, how = None, {}
+    sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
         rprint(f"{sharded}\n")
@@ -261,12 +262,12 @@ def _samples(args, tokenizer, valid_set, workers, deadline):
 
 
 def _make_step(args, model, optimizer):
-    """What makes the step; a streamed one is made and told of now, and the run's records get its notes."""
+    """What makes the step, and how it saves; a streamed one is made and told of now, and the records get its notes."""
     if not args.stream:
-        return args, Step
+        return args, Step, {}
     streamed = Streamed(model, optimizer, args)
     rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
-    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}
 
 
 def _set_what_trains(args, choices, model):
