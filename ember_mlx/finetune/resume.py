@@ -43,7 +43,8 @@ FREE = {
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
     *("streaming_notes", "peer_timeout", "keep_best", "patience"),
-    *("shard_optimizer", "shard_tables"),  # of which the one is the same to the bit, the other adds in another order
+    "shard_optimizer",  # to the bit
+    "shard_tables",  # as the number of workers, which is named: sums in another order
     "dequantize_tables",  # obsolete
     "auto_savings",  # what it switches on is compared itself
     "on_nonfinite",  # up to a step that is not finite both are one

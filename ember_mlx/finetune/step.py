@@ -127,8 +127,8 @@ class Step:
         if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
-        groups = update_groups(tree_flatten(weights), tree_flatten(self.optimizer.state))
-        evaluate_paced([*self._exchanged(), *groups])
+        state = tree_flatten(self.optimizer.state)
+        evaluate_paced([*self._exchanged(), *update_groups(tree_flatten(weights), state)])
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
 
