@@ -107,27 +107,27 @@ class Step:
             evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         norm = norm_of(squares) if self._judges else None
-        old = dict(tree_flatten(self._changing()))
+        weights = self.model.trainable_parameters()
+        old = dict(tree_flatten({"weights": weights, "state": self.optimizer.state}))
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
-        weights, readings = update(
-            self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
-        )
+        inputs = {each.name: each.inputs for each in measurements}
+        weights, readings = update(weights, gradients, norm, inputs)
         mx.eval(loss, tokens, mx.random.state)
-        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
-        if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
-            evaluate_paced([[each] for each in squares])
-        mx.eval(norm)  # its scratch comes after theirs
+        groups = gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size)
+        if squares:
+            on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch
+            groups += [*([each] for each in squares if on_cpu), [norm]]
+        evaluate_paced(groups)
         # Rates are not judged: options.py and, over a schedule, build_optimizer.py refuse unsafe ones before a run.
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
-        del gradients, weights, norm, squares  # now the new weights alone hold what they are made of
+        del gradients, groups, norm, squares  # now the new weights alone hold what they are made of
         if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
-        weights, state = self.model.trainable_parameters(), self.optimizer.state
-        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(state)))
+        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(self.optimizer.state)))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
 

@@ -34,6 +34,7 @@ class Parts:
 
     def __init__(self, folder, backend):
         self.folder, self.backend, self.number = folder, backend, 0
+        self.alone = {}  # row -> what one GPU does
         self.gpus = backend == "nccl"
         self.patience = 1 if self.gpus else 6  # CPUs may have much else to do
 
@@ -196,7 +197,9 @@ class Parts:
         rows, found = (QWEN if self.gpus else TINY), {}
         for row in rows:
             settings = {"row": row, "steps": 24 if self.gpus else 4}
-            alone = self.found(self.start("speed", 1, **settings), 90)
+            if row not in self.alone:
+                self.alone[row] = self.found(self.start("speed", 1, **settings), 90)
+            alone = self.alone[row]
             both = self.found(self.start("speed", 2, **settings, more=" ".join(flags)), 90)
             found[row] = {"one": alone, "two": both, "times": both["tokens a second"] / alone["tokens a second"]}
             print(f"  {row} {' '.join(flags)}: {found[row]['times']:.2f} times, {found[row]}", flush=True)
