@@ -37,6 +37,7 @@ QWEN = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+SMALL = QWEN | {"num_hidden_layers": 2, "vocab_size": 512}
 FULL = ["--fine-tune-type", "full"]
 LONG = QWEN | {"num_hidden_layers": 24, "vocab_size": 512}
 
@@ -87,21 +88,24 @@ def test_a_streamed_step_is_planned_within_a_tenth(config, words):
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [(QWEN, [*FULL, "--optimizer", "sinkgd"]), (QWEN | {"tie_word_embeddings": True}, ["--optimizer", "adamw"])],
+    [(SMALL, FULL), (SMALL | {"tie_word_embeddings": True}, [])],
     ids=["full", "tied lora"],
 )
-def test_one_of_several_workers_takes_and_sends_what_is_planned(config, words):
+def test_one_of_several_workers_sends_what_is_planned(config, words):
     """The other worker's batch is this one's, so that the two look up the rows of one; the last step is counted."""
     sent = []
-    model, run = run_with(config, "--stream", *words)
+    model, run = run_with(config, "--stream", *words, length=32)
     planned = plan(model, replace(run, workers=2), "cpu")
-    peak = taken(config, words, reduce=lambda array: sent.append(array.nbytes) or array + array)
-    assert max(planned.phases.values()) == pytest.approx(peak, rel=0.1)
-    (_, *of_step), step = sent, len(sent) // 2
-    assert sum(of_step[-step:]) == pytest.approx(sum(planned.traffic.payload.values()), rel=0.02)
+    mx.disable_compile()
+    try:
+        taken(config, words, 32, lambda array: sent.append(array.nbytes) or array + array)
+    finally:
+        mx.enable_compile()
+    (_, *of_steps), step = sent, len(sent) // 2  # the first asks how many there are
+    assert sum(of_steps[-step:]) == pytest.approx(sum(planned.traffic.payload.values()), rel=0.02)
 
 
-def test_a_state_that_is_shared_out_is_planned():
+def test_the_peak_of_one_of_several_workers_is_planned_with_its_part_of_the_state():
     words = [*FULL, "--optimizer", "adamw", "--shard-optimizer"]
     model, run = run_with(QWEN, "--stream", *words)
     planned = plan(model, replace(run, workers=2, shard_optimizer=True), "cpu")
