@@ -131,6 +131,7 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         norm_pass=options.clip_grad_norm is not None,
         body_rounding=choices.body_rounding,
         workers=workers,
+        shard_optimizer=options.shard_optimizer and workers > 1,
         shard_tables=options.shard_tables,
     )
 
