@@ -92,6 +92,7 @@ class Workers:
 def campaign(tmp_path):
     args = argparse.Namespace(data=tmp_path, out=tmp_path / "runs.jsonl", bases=tmp_path, workers=2)
     args.seconds = args.runs = 10**9
+    args.first_guess = 60.0
     return campaigns.Campaign(args, {"a": SETTING}, [plan.Phase(("a",), ("ember", "adamw"))], [], {})
 
 
@@ -166,7 +167,7 @@ def test_a_recipe_has_a_body_rate_of_its_own_and_mlx_lm_one_rate():
             assert plan.Run(name, recipe[1], rate + there, body + there, 1, body=recipe[0]).key() in results
         assert plan.Run(name, "frozen", 0, -6 + there, 1).key() in results
         assert plan.Run(name, "frozen", 0, 0, 1, body="frozen").key() in results
-    assert counts["b", others[0]] == (5 + 1) + (3 + 1) + 1 + 1  # no search went astray
+    assert counts["b", others[0]] == (5 + 1 + 1) + (3 + 1 + 1) + 1 + 1  # no search went astray
     assert counts["a", others[0]] > counts["b", others[0]]
 
 

@@ -37,19 +37,22 @@ class Recipes:
         self.runs = [Run(*key) for key in self.by_run]
         self.settings = [name for name in SETTINGS if any(run.setting == name and run.seed for run in self.runs)]
 
-    def rates(self, setting, recipe):
-        """(of the body, of the tables); None while they are searched for."""
-        return tuned_recipe(setting, *recipe, self.losses)
-
     def reported(self, setting, recipe):
-        """The runs at the best rates, by seed."""
-        rates = self.rates(setting, recipe)
-        same = (setting, *recipe, *(rates or ()))
-        found = {
-            run.seed: self.by_run[run.key()] for run in self.runs
-            if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
-        }  # fmt: skip
+        """The runs by seed at the best rates, or at the best half decades while others have not been run."""
+        for finely in (True, False) if "frozen" not in recipe else (True,):
+            rates = tuned_recipe(setting, *recipe, self.losses, finely=finely)
+            same = (setting, *recipe, *(rates or ()))
+            found = {
+                run.seed: self.by_run[run.key()] for run in self.runs
+                if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
+            }  # fmt: skip
+            if found:
+                break
         return Reported(rates, dict(sorted(found.items())))
+
+    def ended(self, setting, recipe):
+        """Whether the search for its rates has."""
+        return tuned_recipe(setting, *recipe, self.losses) is not None
 
     def tried(self, setting, recipe):
         """{(rate of the body, rate of the tables): loss} of the tuning seed."""
@@ -141,7 +144,7 @@ def tuning_table(results, setting):
         tried = sorted(results.tried(setting, recipe).items(), key=lambda item: item[1])
         if tried:
             words = "; ".join(f"{rate_in_words(b)} {rate_in_words(t)}: {loss:.4f}" for (b, t), loss in tried[:6])
-            ended = "" if results.rates(setting, recipe) else " (search not ended)"
+            ended = "" if results.ended(setting, recipe) else " (search not ended)"
             lines.append(f"| {name_of(recipe)}{ended} | {words} |")
     return "\n".join(lines)
 
