@@ -120,16 +120,16 @@ def losses_table(results, setting):
 def forgetting_table(results, setting):
     """Markdown: what a recipe does to tokens and to texts that the data hardly has; "" of pretraining."""
     untrained = results.reported(setting, UNTRAINED).by_seed.get(1)
-    frozen = results.reported(setting, (BASELINE, "frozen"))
-    if not untrained or not frozen.by_seed:
+    adamw = results.reported(setting, ADAMW)
+    if not untrained or not adamw.by_seed:
         return ""
     lines = [
         "| body, tables | most frequent tenth of the tokens | the other nine | other data sets |",
         "| --- | --- | --- | --- |",
     ]
-    for recipe in (r for r in results.recipes(setting) if r not in (UNTRAINED, (BASELINE, "frozen"))):
+    for recipe in (recipe for recipe in results.recipes(setting) if recipe != UNTRAINED):
         reported = results.reported(setting, recipe)
-        tenths = [in_interval(*paired(reported, frozen, number))
+        tenths = ["" if recipe == ADAMW else in_interval(*paired(reported, adamw, number))
                   for number in (lambda line: line["decile_losses"][0], rarer_loss)]  # fmt: skip
         rises = [forgotten(line, untrained) for line in reported.by_seed.values()]
         spread = f" ± {stdev(rises):.3f}" if len(rises) > 1 else ""
@@ -179,8 +179,8 @@ def write_tables(results, path):
         parts.append(f"## {setting}\n\n{in_words(setting)}.\n\n{losses_table(results, setting)}\n")
         if table := forgetting_table(results, setting):
             parts.append(
-                "Loss minus that of frozen tables beside AdamW, by how frequent tokens are in the training text; then "
-                f"how much the loss on the other data sets rose above that of the untrained model:\n\n{table}\n"
+                "Loss minus AdamW's, by how frequent tokens are in the training text; then how much the loss on the "
+                f"other data sets rose above that of the untrained model:\n\n{table}\n"
             )
         parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
     path.write_text("\n".join(parts))
