@@ -68,7 +68,7 @@ class Step:
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
-        lookup = _looked_up_by_tokens(model)
+        lookup = self._looked_up_by_tokens()
 
         def rows_in(batch):
             return batch[3].size if len(batch) > 3 else 0
@@ -83,7 +83,7 @@ class Step:
             gradients = reduce(gradients, {name: batch[3] for name in lookup if 0 < rows_in(batch) < lookup[name]})
             if accumulation > 1:
                 gradients = tree_map(lambda x: x / accumulation, gradients)
-            return value, tokens, gradients, squares_of(gradients) if self._judges else None
+            return value, tokens, gradients, self._squares_of(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
         self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -107,27 +107,28 @@ class Step:
             evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         norm = norm_of(squares) if self._judges else None
-        old = dict(tree_flatten(self._changing()))
+        weights = self.model.trainable_parameters()
+        old = dict(tree_flatten({"weights": weights, "state": self.optimizer.state}))
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
-        weights, readings = update(
-            self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
-        )
+        inputs = {each.name: each.inputs for each in measurements}
+        weights, readings = update(weights, gradients, norm, inputs)
         mx.eval(loss, tokens, mx.random.state)
-        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
-        if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
-            evaluate_paced([[each] for each in squares])
-        mx.eval(norm)  # its scratch comes after theirs
+        groups = gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size)
+        if squares:
+            on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch
+            groups += [*([each] for each in squares if on_cpu), [norm]]
+        evaluate_paced(groups)
         # Rates are not judged: options.py and, over a schedule, build_optimizer.py refuse unsafe ones before a run.
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
-        del gradients, weights, norm, squares  # now the new weights alone hold what they are made of
+        del gradients, groups, norm, squares  # now the new weights alone hold what they are made of
         if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
-        weights, state = self.model.trainable_parameters(), self.optimizer.state
-        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(state)))
+        state = tree_flatten(self.optimizer.state)
+        evaluate_paced([*self._exchanged(), *update_groups(tree_flatten(weights), state)])
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
 
@@ -168,6 +169,15 @@ class Step:
 
     def _changing(self):
         return {"weights": self.model.trainable_parameters(), "state": self.optimizer.state}
+
+    def _looked_up_by_tokens(self):
+        return _looked_up_by_tokens(self.model)
+
+    def _exchanged(self):
+        return []
+
+    def _squares_of(self, gradients):
+        return squares_of(gradients)
 
     def _is_finite(self):
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))

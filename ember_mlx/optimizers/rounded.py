@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
+from ember_mlx.optimizers import adam_kernel
 from ember_mlx.optimizers.ember import update_table
 from ember_mlx.optimizers.in_float32 import adam_moments
 from ember_mlx.shared.errors import InputError
@@ -82,7 +83,9 @@ class StochasticRounding(Optimizer):
     def init(self, parameters: Mapping[str, Any]) -> None:
         """Make the state of a tree of parameters, and a seed of each 16-bit one."""
         for dtype in {array.dtype for _, array in tree_flatten(parameters)} & set(DROPPED_BITS):
+            moments = mx.bfloat16 if dtype == mx.bfloat16 else mx.float32
             kernels.usable(kernels.weight_rounding, dtype)  # tried now: a first step may be one that MLX traces
+            kernels.usable(adam_kernel, dtype, dtype, moments)
         # In float16 a second moment below 6e-8 is 0, and so is Adam's eps: see in_float32.py.
         float16_as_wide = tree_map(lambda w: w.astype(mx.float32) if w.dtype == mx.float16 else w, parameters)
         self.optimizer.init(float16_as_wide)
@@ -101,17 +104,31 @@ class StochasticRounding(Optimizer):
             return self.optimizer.apply_single(gradient, parameter, state)
         seed, t = state["seed"], self.step.astype(mx.uint32)
         if type(self.optimizer) in (Adam, AdamW):
-            # The moments are computed twice, for the weight of views: what two kernels read, mx.compile makes by one
-            # more, and in float32. So there are three, and that which rounds.
-            w, moments = parameter[None], {name: _wide(state[name][None]) for name in ("m", "v")}
-            new = type(self.optimizer).apply_single(self.optimizer, _wide(gradient[None]), _wide(w), moments)
-            state["m"], state["v"] = adam_moments(gradient, state["m"], state["v"], self.optimizer.betas, mx.float32)
-            return round_step(w, new, seed, t).squeeze(0)
+            arrays = parameter, gradient, state["m"], state["v"]
+            new, state["m"], state["v"] = self._step_adam(*arrays, seed, t)
+            return new
         wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
         new = self.optimizer.apply_single(_wide(gradient), _wide(parameter), wide)
         for name, value in wide.items():
             state[name] = value.astype(state[name].dtype) if name in state else value
         return round_step(parameter, new.astype(mx.float32), seed, t)
+
+    def _step_adam(self, w, g, m, v, seed, t):
+        """New ``w``, ``m`` and ``v``: by a kernel on a GPU."""
+        optimizer = self.optimizer
+        if kernels.usable(adam_kernel, w.dtype, g.dtype, m.dtype):
+            (b1, b2), rate, correction = optimizer.betas, optimizer.learning_rate.astype(mx.float32), 1.0
+            decay = 1 - rate * optimizer.weight_decay if isinstance(optimizer, AdamW) else 1.0
+            if optimizer.bias_correction:
+                rate, correction = rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)
+            how = {"betas": optimizer.betas, "eps": optimizer.eps}
+            rates = {"learning_rate": rate, "decay": decay, "correction": correction}
+            return adam_kernel.step_weight(w, g, m, v, seed, t, **rates, **how)
+        # The moments are computed twice, for the weight of views: what two kernels read, mx.compile makes by one more,
+        # and in float32. So there are three, and what rounds.
+        moments = {"m": _wide(m[None]), "v": _wide(v[None])}
+        new = type(optimizer).apply_single(optimizer, _wide(g[None]), _wide(w[None]), moments)
+        return round_step(w[None], new, seed, t).squeeze(0), *adam_moments(g, m, v, optimizer.betas, mx.float32)
 
     @property
     def state(self) -> dict[str, Any]:
