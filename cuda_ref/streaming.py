@@ -86,7 +86,8 @@ class StreamedBackward:
     ):
         if not isinstance(model, nn.Module) or isinstance(model, nn.parallel.DistributedDataParallel):
             raise InputError(
-                f"StreamedBackward(model={type(model).__name__}): must be a torch.nn.Module on one device, not wrapped"
+                f"StreamedBackward(model={type(model).__name__}): must be a torch.nn.Module on one device, not "
+                "wrapped: of a DistributedDataParallel give its .module, and group="
             )
         self.model, self.optimizer = model, optimizer
         self.refused, self.nonfinite_steps, self.notes = (), 0, []

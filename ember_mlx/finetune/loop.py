@@ -55,6 +55,7 @@ class Training:
         start (Position, optional): Where to resume.
         make_step (callable): Makes the step, as :class:`Step` is made: of model, optimizer, loss and accumulation.
         deadline (PeerDeadline, optional): Hears of every meeting of the workers.
+        whole (callable): See :meth:`~ember_mlx.finetune.streamed.Streamed.whole`.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Training:
         start: Position | None = None,
         make_step: Callable = Step,
         deadline: PeerDeadline | None = None,
+        whole: Callable = lambda needed=True: nullcontext(),
     ):
         self.args = args
         self.model = model
         self.optimizer = optimizer
         self.tables = tables
         self.saving = saving
+        self.whole = whole
         self.time_left = TimeLeft(args)
         self.watchers = [*watchers, self.time_left]
         self.start = start
@@ -180,9 +183,10 @@ class Training:
         batches = batches_id(self.args, self.saving.described["made_of"], self.batches.first_evaluation)
         validations.hear(steps_done, loss, batches, counts)
         if self.saving.best:
-            with self.workers.one_outcome():
+            now = Best(steps_done, loss, batches)
+            is_lower = self.workers.leads and self.saving.best.is_lower(now, validations.untrained)
+            with self.workers.one_outcome(), self.whole(is_lower):
                 if self.workers.leads:
-                    now = Best(steps_done, loss, batches)
                     self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
     def _evaluate(self, step, loss, valid_set, ui):
@@ -219,19 +223,26 @@ class Training:
             )
 
     def _save(self, step):
-        return self.saving.save(step, self.batches.position) if self.workers.leads else True
+        with self.whole():
+            return self.saving.save(step, self.batches.position) if self.workers.leads else True
 
     def _save_checkpoint(self):
-        return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
+        with self.whole():
+            return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
 
     def _refuse_over_memory(self, step):
         """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
+        refused = None
         try:
             refuse_over(self.args.memory_limit)
-        except InputError:
-            if step > 1:
-                self._save_checkpoint()
-            raise
+        except InputError as error:
+            refused = error
+        # All workers save together what is sharded.
+        ends = self.workers.all_max(int(refused is not None)) if self.args.shard_optimizer else refused
+        if ends and step > 1:
+            self._save_checkpoint()
+        if refused:
+            raise refused
 
     def _signal(self):
         return self.signals.number or 0

@@ -114,6 +114,8 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
+        if args.train and args.shard_optimizer:
+            workers.refuse_without_sum_scatter("--shard-optimizer")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
@@ -191,8 +193,9 @@ def train_model(
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+        how = {}
         if make_step is None:
-            args, make_step = _make_step(args, model, optimizer)
+            args, make_step, how = _make_step(args, model, optimizer)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
@@ -203,7 +206,7 @@ def train_model(
         callbacks, watchers = [*callbacks, log], [*watchers, log]
         if samples:
             samples.listeners.append(log.on_samples)
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline, **how)
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
@@ -247,12 +250,12 @@ def _samples(args, tokenizer, valid_set, workers, deadline):
 
 
 def _make_step(args, model, optimizer):
-    """What makes the step; a streamed one is made and told of now, and the run's records get its notes."""
+    """What makes the step, and how it saves; a streamed one is made and told of now, and the records get its notes."""
     if not args.stream:
-        return args, Step
+        return args, Step, {}
     streamed = Streamed(model, optimizer, args)
     rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
-    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}
 
 
 def _set_what_trains(args, choices, model):

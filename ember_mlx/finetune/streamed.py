@@ -1,6 +1,7 @@
 """The streamed step as a run takes it: micro-batches gather for one update, and what it costs is told beforehand."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming import StreamedStep
+from ember_mlx.streaming.shards import Group
 
 __all__ = ["Streamed"]
 
@@ -43,10 +45,25 @@ class Streamed:
                 clip_layer_norm=args.clip_layer_norm,
                 keep_inputs=args.keep_inputs or 1,
                 reduce=mx.distributed.all_sum if self._workers.size > 1 else None,
+                group=_group(self._workers) if args.shard_optimizer else None,
             )
         except InputError as error:
-            raise InputError(f"--stream: {error}; --no-stream takes an ordinary step") from error
+            which, remedy = "--stream", "--no-stream takes an ordinary step"
+            if args.shard_optimizer:
+                which, remedy = "--shard-optimizer", "or leave it out"
+            raise InputError(f"{which}: {error}; {remedy}") from error
         self._gathered = []
+
+    @contextmanager
+    def whole(self, needed: bool = True) -> Iterator[None]:
+        """Within, the first worker has the whole optimizer state, for a checkpoint; all call this together.
+
+        Args:
+            needed: Whether this worker needs it.
+        """
+        needed = self.step.shards is not None and self._workers.all_max(int(needed))
+        with self.step.shards.whole() if needed else nullcontext():
+            yield
 
     @property
     def notes(self) -> list[str]:
@@ -87,3 +104,7 @@ class Streamed:
             unstepped=() if left_out else result.nonfinite,
             batches=len(batches),
         )
+
+
+def _group(workers):
+    return Group(workers.rank, workers.size, mx.distributed.sum_scatter, mx.distributed.all_gather)

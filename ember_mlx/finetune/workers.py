@@ -177,6 +177,18 @@ class Workers:
         words = mx.array(np.array([numbers], np.float64).view(np.uint32))
         return np.array(mx.distributed.all_gather(words)).view(np.float64).tolist()
 
+    def refuse_without_sum_scatter(self, where: str) -> None:
+        """Raises InputError, beginning with ``where``, for a worker alone and a backend that lacks it, as the ring."""
+        if self.size == 1:
+            raise InputError(f"{where}: is for several workers; start them with mlx.launch, or leave it out")
+        try:
+            mx.eval(mx.distributed.sum_scatter(mx.zeros(self.size)))
+        except RuntimeError as error:
+            raise InputError(
+                f"{where}: this backend of MLX has no sum_scatter ({error}); use mlx.launch --backend jaccl or nccl, "
+                "or leave it out"
+            ) from error
+
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
         """Within, each worker draws its own from MLX's random state, as dropout does; after it all have one state.

@@ -14,7 +14,7 @@ import numpy as np
 from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.table import EmberTable
 
-__all__ = ["LookedUpRows", "Machines", "Reduce"]
+__all__ = ["LookedUpRows", "Machines", "Reduce", "buckets"]
 
 Reduce = Callable[[mx.array], mx.array]
 """An array of this machine -> the sum over all, as ``mx.distributed.all_sum``."""
@@ -53,17 +53,8 @@ class Machines:
 
     def means(self, gradients: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
         """The means of gradients by path, some of them at a time; the dict is emptied, last first."""
-        while gradients:
-            some, size = {}, 0
-            while gradients and (not some or self._fits(next(reversed(gradients.values())), some, size)):
-                path, array = gradients.popitem()
-                some[path] = array
-                size += array.nbytes
-            del array
+        for some in buckets(gradients, self._together):
             yield self._mean_together(some)
-
-    def _fits(self, array, some, size):
-        return array.dtype == next(iter(some.values())).dtype and size + array.nbytes <= self._together
 
     def _mean_together(self, some):
         """The means of arrays of one dtype; ``some`` is emptied."""
@@ -127,3 +118,20 @@ class Machines:
         for block, gradient in gradients:
             table.write(block, table.new_rows(block, table.weight[block], gradient()))
         table.flush()
+
+
+def buckets(gradients: dict[str, mx.array], together: float) -> Iterator[dict[str, mx.array]]:
+    """Some of the gradients at a time, of one dtype and at most so many bytes, or one; the dict is emptied, last first.
+
+    Who takes them empties what is given.
+    """
+    while gradients:
+        some, size, dtype = {}, 0, next(reversed(gradients.values())).dtype
+        while gradients:
+            path, array = next(reversed(gradients.items()))
+            if some and (array.dtype != dtype or size + array.nbytes > together):
+                break
+            some[path] = gradients.pop(path)
+            size += array.nbytes
+        del array
+        yield some

@@ -7,6 +7,7 @@ from ember_mlx.streaming.embedding import mean_squares_of_rows, step_looked_up
 from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.machines import LookedUpRows, Machines
 from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.shards import Shards
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.updates import Updates
 from ember_mlx.streaming.weights import Weights
@@ -23,21 +24,31 @@ class Stepping:
         pace: Evaluates.
         machines: Those that train together.
         clip_layer_norm: The most that the norm of one unit's gradients together may be.
+        shards: The weights whose state is shared out among the machines.
     """
 
     keeps_recordings = False
 
     def __init__(
-        self, updates: Updates, weights: Weights, pace: Pace, machines: Machines, clip_layer_norm: float | None = None
+        self,
+        updates: Updates,
+        weights: Weights,
+        pace: Pace,
+        machines: Machines,
+        clip_layer_norm: float | None = None,
+        shards: Shards | None = None,
     ):
         self._updates = updates
         self._weights = weights
         self._pace = pace
         self._machines = machines
         self._clip_layer_norm = clip_layer_norm
+        self._shards = shards
 
     def arrays(self, gradients: dict[str, mx.array]) -> None:
         """Gradients by path; the dict is emptied, last first."""
+        if self._shards:
+            self._shards.step(gradients)
         if self._machines.several and self._clip_layer_norm is None:
             for some in self._machines.means(gradients):
                 self._step(some, None)

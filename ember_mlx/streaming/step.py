@@ -28,6 +28,7 @@ from ember_mlx.streaming.marks import target_mask
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.rows_apart import rows_apart
+from ember_mlx.streaming.shards import Group, Shards
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import find_units, put_back_random_state
@@ -82,6 +83,8 @@ class StreamedStep:
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
             A head under Ember goes over the wire twice a step, in float32; of an embedding the rows go that any
             machine has looked up. All machines give batches of the same shapes.
+        group (Group, optional): Beside ``reduce``: each machine keeps a part of the optimizer's state, but for tables
+            under Ember. See :mod:`ember_mlx.streaming.shards`; not with ``clip_layer_norm``.
 
     ``notes`` are the ways in which this model takes more memory than others, in words. ``on_phase``, if set, is called
     with the name of each phase of a step at its end, when all of it is done: forward, loss, head, layers, embedding.
@@ -109,6 +112,7 @@ class StreamedStep:
         keep_inputs: int = 1,
         run_ahead: int | None = None,
         reduce: Reduce | None = None,
+        group: Group | None = None,
     ):
         self.model = model
         self.notes = []
@@ -130,6 +134,9 @@ class StreamedStep:
         self._head = self._find_head(keep_bytes, block_rows)
         embeddings = self._find_embeddings()
         self._weights = Weights(model)
+        self.shards = Shards(group, self._updates, self._weights, ahead) if group else None
+        if group and clip_layer_norm is not None:
+            raise InputError("clip_layer_norm needs whole gradients, which no machine has where state is shared out")
         self._look_through(embeddings, keep_inputs)
 
     def _look_through(self, embeddings, keep_inputs):
@@ -209,7 +216,9 @@ class StreamedStep:
             if self._head:
                 self._head.scale(scale)
         self._updates.begin()
-        sink = Stepping(self._updates, self._weights, self._pace, self._machines, self._clip_layer_norm)
+        if self.shards:
+            self.shards.cut()
+        sink = Stepping(self._updates, self._weights, self._pace, self._machines, self._clip_layer_norm, self.shards)
         self._backward(recordings, cotangents, sink)
         mx.eval(self._updates.arrays())
         return self._updates.finish()

@@ -1,6 +1,7 @@
 """Processes of this machine that work together, for two_gpus.py and two_macs.py: started, watched, ended in time."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -79,9 +80,12 @@ class Processes:
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody uses, below those that the system gives to others' connections."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as found:
+            if found.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def as_shell(code):

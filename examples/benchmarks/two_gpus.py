@@ -34,6 +34,7 @@ class Parts:
 
     def __init__(self, folder, backend):
         self.folder, self.backend, self.number = folder, backend, 0
+        self.alone = {}  # row -> what one GPU does
         self.gpus = backend == "nccl"
         self.patience = 1 if self.gpus else 6  # CPUs may have much else to do
 
@@ -117,6 +118,24 @@ class Parts:
                 del each["losses"]
         return found
 
+    def part_streamed(self):
+        """--stream: two workers train what one does, to 1e-4 of its updates; also with --shard-optimizer, by NCCL."""
+        import numpy as np
+        from two_workers import SHARED_OUT, STREAMED, compare
+
+        alone = self.start("runs", 1, only=STREAMED)
+        expected, seen = self.found(alone, 60)[STREAMED], {}
+        for name in (STREAMED, SHARED_OUT) if self.gpus else (STREAMED,):
+            pair = self.start("runs", 2, only=name)
+            found = self.found(pair, 60)[name]
+            ours, theirs = (np.load(each.folder / "updates.npz") for each in (pair, alone))
+            error, worst = compare(ours, theirs, found["losses"], expected["losses"])
+            seen[name] = {"update, relative L2": error, "losses, at most": worst, "peak bytes": found["peak bytes"]}
+            assert found["equal"] is True, found
+            assert error <= 1e-4, seen
+            assert worst <= 1e-5, seen
+        return seen | {"peak bytes of one worker": expected["peak bytes"]}
+
     def part_signals(self):
         """Test 8: whoever hears a signal, both stop at one step with one checkpoint; resuming is as if undisturbed."""
         whole = self.start("train", 2)
@@ -178,7 +197,9 @@ class Parts:
         rows, found = (QWEN if self.gpus else TINY), {}
         for row in rows:
             settings = {"row": row, "steps": 24 if self.gpus else 4}
-            alone = self.found(self.start("speed", 1, **settings), 90)
+            if row not in self.alone:
+                self.alone[row] = self.found(self.start("speed", 1, **settings), 90)
+            alone = self.alone[row]
             both = self.found(self.start("speed", 2, **settings, more=" ".join(flags)), 90)
             found[row] = {"one": alone, "two": both, "times": both["tokens a second"] / alone["tokens a second"]}
             print(f"  {row} {' '.join(flags)}: {found[row]['times']:.2f} times, {found[row]}", flush=True)
@@ -236,7 +257,8 @@ def parts_of(parts):
     return {name.removeprefix("part_"): getattr(parts, name) for name in dir(parts) if name.startswith("part_")}
 
 
-ORDER = ["streams", "averages", "torch", "speed", "kill", "equal", "signals", "speed_sharded", "fsdp2", "cpu_stream"]
+ORDER = ["streams", "averages", "torch", "speed", "kill", "equal", "streamed", "signals", "speed_sharded", "fsdp2",
+         "cpu_stream"]  # fmt: skip
 
 
 def main():

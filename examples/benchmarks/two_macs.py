@@ -93,9 +93,12 @@ class Host:
         import numpy as np
         from two_workers import MIXED, compare
 
+        together = self.found(process)
+        if together is None:
+            return _verdict(False), "there are no two to compare with one"
         alone = self.run("alone", "runs", alone=True, only=MIXED)
-        together, single = self.found(process), self.found(alone)
-        if together is None or single is None:
+        single = self.found(alone)
+        if single is None:
             return _verdict(False), self.last_lines(alone)
         updates = [np.load(each.folder / "updates.npz") for each in (process, alone)]
         error, losses = compare(*updates, together[MIXED]["losses"], single[MIXED]["losses"])

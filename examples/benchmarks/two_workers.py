@@ -32,6 +32,8 @@ from ember_mlx.shared.replacing import replaced
 BATCH, ITERS = 4, 20
 MIXED = "lora, --mask-prompt, rows without anything to learn"
 SHARDED = "lora, --shard-tables"
+STREAMED = "full, --stream"
+SHARED_OUT = "full, --stream, --shard-optimizer"
 RUNS = {
     "lora": [],
     "full": ["--fine-tune-type", "full"],
@@ -42,6 +44,8 @@ RUNS = {
     "full, bfloat16, stochastic rounding": ["--model", str(MODEL), "--fine-tune-type", "full",
                                             "--table-rounding", "stochastic"],
     SHARDED: ["--shard-tables"],
+    STREAMED: ["--fine-tune-type", "full", "--stream", "--optimizer", "adamw"],
+    SHARED_OUT: ["--fine-tune-type", "full", "--stream", "--optimizer", "adamw", "--shard-optimizer"],
 }  # fmt: skip
 
 
@@ -154,14 +158,19 @@ def part_runs(here, folder, only=None):
     for name in RUNS:
         if (name == SHARDED and not has_option("--shard-tables")) or only not in (None, name):
             continue
+        if name == SHARED_OUT and only is None:  # no backend of a CPU has it
+            continue
         words = words_of(folder.parent, name, folder / f"adapter{here.rank}" / str(len(found)))
         watcher, start = Remembers(), time.monotonic()
-        run.run(options.parse(words), watcher, [watcher])
+        result = run.run(options.parse(words), watcher, [watcher])
         checksums = watcher.checksums()
+        if name == SHARED_OUT:
+            del checksums["state"]  # each has its own part
         differs = None if name == SHARDED else outcome(lambda sums=checksums: here.agree(sums))
         found[name] = {"equal": differs or True, "seconds": round(time.monotonic() - start, 1)}
         found[name] |= {"losses": watcher.losses, "steps left out": watcher.left_out()}
-        if name == MIXED and here.leads:
+        found[name]["peak bytes"] = result.peak_memory
+        if name in (only, MIXED) and here.leads:
             np.savez(folder / "updates.npz", **watcher.updates())
     return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from finetune.worker_checks import STREAMED, without_compilation
+from finetune.streamed_runs import STREAMED, without_compilation
 from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
@@ -116,6 +116,7 @@ def test_what_the_workers_do_not_agree_on_is_named(found):
         "another row": r"do not have the same rows \(--data\)",
         "other weights": r"do not have the same weights \(--model\)",
         "another version": "do not have the same version: ember-mlx",
+        "no sum_scatter": "--shard-optimizer: this backend of MLX has no sum_scatter",
         "no options": "worker 1: --config .*: no such file",
         "no data": "worker 1: --data .*: this file does not exist",
         "a full disk": "--adapter-path .*: 1.00 kB are free there",
@@ -205,6 +206,20 @@ def test_two_workers_stream_what_one_does(found, words, folders, tmp_path, name)
     assert alone.position.record["trained_tokens"] == together.position.record["trained_tokens"]
     losses = [each.position.record["losses"]["train_loss"] for each in (alone, together)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5, nan_ok=True)
+
+
+def test_two_workers_share_out_the_optimizers_state(found):
+    """Each has a half; weights, checkpoints and what goes on from these are as if each had all, bit for bit."""
+    (ours, resumed), (others, others_resumed) = (each["sharded"] for each in found)
+    weights, state, random = found[0]["streamed_full"]
+    assert [ours[0], ours[2]] == [others[0], others[2]] == [weights, random]
+    assert len({ours[1], others[1], state}) == 3
+    assert (resumed, others_resumed) == (ours, others)
+    folders = [found[0]["folder"] / "host0" / name for name in ("streamed_full", "sharded", "sharded_resumed")]
+    whole, *of_shards = [checkpoints.read(checkpoints.in_folder(folder)[-1]).optimizer for folder in folders]
+    for found_state in of_shards:
+        assert found_state.keys() == whole.keys()
+        assert all(mx.array_equal(found_state[name], array) for name, array in whole.items())
 
 
 def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found, words):

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
+from finetune.streamed_runs import SHORT, STREAMED, without_compilation
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
@@ -34,19 +35,6 @@ with torch_hidden():
     from ember_mlx.finetune.step import Step
     from ember_mlx.finetune.watchers import Watcher
     from ember_mlx.shared.errors import InputError
-SHORT = ["--iters", "4", "--val-batches", "1", "--sample-tokens", "1"]
-STREAMED = {  # runs by name, and their options; test_workers.py has them too
-    "streamed": [*SHORT, "--stream", "--grad-accumulation-steps", "2", "--clip-grad-norm", "0.5"],
-    "streamed_full": [*SHORT, "--stream", "--fine-tune-type", "full"],
-}
-
-
-@contextmanager
-def without_compilation():
-    """A CPU compiles each fused kernel for half a second."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def outcome(check):
@@ -145,8 +133,20 @@ def trained(folder, words, watcher=None):
     """Train, each worker into a folder of its own; the checksums of weights, optimizer and random state."""
     watcher = watcher or Remembers()
     with watcher.counting():
-        run(options.parse([*words, "--adapter-path", str(folder)]), watchers=[watcher])
+        run(options.parse([*map(str, words), "--adapter-path", str(folder)]), watchers=[watcher])
     return watcher.checksums()
+
+
+def own_part_of_sum(here):
+    """What MLX's ring lacks."""
+    return lambda array: mx.split(mx.distributed.all_sum(array), here.size)[here.rank]
+
+
+def sharded(own, words):
+    """The checksums of a run whose optimizer state is shared out, and of one that goes on from its checkpoint."""
+    at_once = trained(own / "sharded", words)
+    checkpoint = own / "sharded" / "checkpoints" / "step-0000002"  # on rank 0 alone
+    return at_once, trained(own / "sharded_resumed", [*words, "--resume", checkpoint])
 
 
 def accumulated(folder, words):
@@ -210,6 +210,7 @@ def refused(own, words, rank):
         "another row": (1, ["--data", own / "data"], None),
         "other weights": (1, ["--model", own / "model"], None),
         "another version": (1, [], replaced(resume, "version", lambda name: "9")),
+        "no sum_scatter": (None, ["--stream", "--shard-optimizer"], None),
         "no options": (1, ["--config", own / "none.yaml"], None),
         "no data": (1, ["--data", own / "none" / "rows.jsonl"], None),
         "a full disk": (0, [], replaced(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))),
@@ -217,7 +218,7 @@ def refused(own, words, rank):
         "a folder that is taken": (0, ["--adapter-path", own / "at_once"], None),
         "a damaged checkpoint": (0, ["--resume", own / "damaged" / "checkpoints" / "step-0000006"], None),
     }.items():
-        words_here = [*words, "--adapter-path", own / name, *(more if rank == whose else [])]
+        words_here = [*words, "--adapter-path", own / name, *(more if whose in (rank, None) else [])]
         if name == "a damaged checkpoint" and rank != whose:
             words_here += ["--resume", "elsewhere"]
         with redirect_stderr(io.StringIO()) as told, fault if fault and rank == whose else nullcontext():
@@ -270,6 +271,8 @@ def main():
     with without_compilation():
         for name, more in STREAMED.items():
             found[name] = trained(own / name, [*words, *more])
+        with replaced(mx.distributed, "sum_scatter", own_part_of_sum(here)):
+            found["sharded"] = sharded(own, [*words, *STREAMED["streamed_full"], "--shard-optimizer"])
         found["accumulated"] = [accumulated(own / "rows", words)]
         with replaced(step, "_looked_up_by_tokens", lambda model: {}):
             found["accumulated"].append(accumulated(own / "all_rows", words))
