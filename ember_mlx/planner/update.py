@@ -7,6 +7,7 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.network import average
 from ember_mlx.planner.optimizer_state import state_of
+from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, joined
 
 __all__ = ["judge", "rounded", "stepped", "update"]
 
@@ -40,12 +41,14 @@ def judge(graph: Graph) -> None:
                 break
         sums.append(graph.make(alike, 1, FLOAT32))
     norm = graph.make(sums, 1, FLOAT32)
-    layers, outside = _by_layer({name: [graph.gradients[name]] for name in order})
+    layers, outside = _by_layer({name: [name] for name in order})
+    layers = _joined(
+        graph, layers, WIDEST_AT_ONCE, lambda names: graph.tokens * max(max(graph.shapes[n]) for n in names)
+    )
     looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
-    head = [array for name, (array,) in outside.items() if name not in looked_up]
+    groups = [[n for n in outside if n not in looked_up], *layers, [n for n in outside if n in looked_up]]
     graph.evaluate(graph.losses, 0)
-    _paced(graph, [head, *layers, [array for name, (array,) in outside.items() if name in looked_up]])
-    graph.evaluate([norm], len(graph.evaluations))
+    _paced(graph, [*([graph.gradients[name] for name in names] for names in groups), [norm]])
 
 
 def update(graph: Graph) -> None:
@@ -58,7 +61,8 @@ def update(graph: Graph) -> None:
         new[name] = [weight, *state]
         graph.results += new[name]
     layers, outside = _by_layer(new)
-    _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
+    groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
+    _paced(graph, _joined(graph, groups, LARGEST_AT_ONCE, lambda group: sum(x.numbers * x.width for x in group)))
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
 
 
@@ -72,6 +76,10 @@ def _by_layer(named):
         else:
             outside[name] = arrays
     return [layers[number] for number in sorted(layers, reverse=True)], outside
+
+
+def _joined(graph, groups, most, size):
+    return groups if graph.backend == "cpu" else joined(groups, most, size)
 
 
 def _paced(graph, groups):
@@ -146,11 +154,7 @@ def _ember(graph, shape, g, w, kept, wide):
 
 
 def _adam(graph, shape, g, w, kept, wide):
-    """Each of the three arrays has a kernel of its own, in which narrow moments are widened and rounded.
-
-    A gradient in float32 is made for both of their kernels.
-    """
-    g = graph.float32(g) if wide == FLOAT32 else g
+    """Each of the three arrays has a kernel of its own, in which narrow ones are widened and rounded."""
     moments = [graph.elementwise([moment, g], width=moment.width) for moment in kept]
     return graph.elementwise([w, *moments]), moments
 
