@@ -20,7 +20,8 @@ __all__ = ["differences", "launch", "rows_then_columns"]
 # Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 64 rows take 2 / 64 of a matrix of 16
 # bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
 ROWS, ROWS_OF_COLUMNS = 16, 64
-THREADS_OF_COLUMNS = MOST_THREADS
+THREADS_OF_ROWS = THREADS_OF_COLUMNS = MOST_THREADS
+PAIR = 2  # rows that a simdgroup takes at once, with what is of a column
 AT_ONCE = 4  # reads of a thread that are under way at a time
 
 FUNCTIONS = """
@@ -56,20 +57,22 @@ SOURCE = """
 
     if (OF_COLUMNS) {
         if (along_rows) {
+            // Every groups-th row, from the last to the first, so that all threadgroups go through the rows together.
             const int64_t j = left_column + thread_index * VECTOR;
             float sums[VECTOR] = {};
             if (together && j < columns) {
                 #pragma unroll AT_ONCE
-                for (int i = 0; i < rows; i++) {
+                for (int64_t row = height - 1 - group % groups; row >= 0; row -= groups) {
                     float x[VECTOR];
-                    read_together<VECTOR>(g + corner + i * row_step + j, x);
-                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
+                    read_together<VECTOR>(g + matrix * g_strides[0] + row * row_step + j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + row], sums);
                 }
             } else {
-                for (int i = 0; i < rows; i++) {
+                for (int64_t row = height - 1 - group % groups; row >= 0; row -= groups) {
+                    const int64_t at = matrix * g_strides[0] + row * row_step + j * column_step;
                     float x[VECTOR];
-                    read_one_by_one<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
-                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
+                    read_one_by_one<VECTOR>(g + at, column_step, columns - j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + row], sums);
                 }
             }
             #pragma unroll
@@ -91,27 +94,39 @@ SOURCE = """
         }
     } else {
         if (along_rows) {
-            for (int i = simdgroup; i < rows; i += simdgroups) {
-                float sum = 0;
+            for (int i = simdgroup * PAIR; i < rows; i += simdgroups * PAIR) {
+                float sums[PAIR] = {};
                 if (together) {
                     #pragma unroll AT_ONCE
                     for (int64_t j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
-                        float x[VECTOR], weight[VECTOR];
+                        float x[PAIR][VECTOR], weight[VECTOR];
                         read_together<VECTOR>(weights + matrix * columns + j, weight);
-                        read_together<VECTOR>(g + corner + i * row_step + j, x);
                         #pragma unroll
-                        for (int v = 0; v < VECTOR; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+                        for (int k = 0; k < PAIR; k++)
+                            read_together<VECTOR>(g + corner + (i + k < rows ? i + k : i) * row_step + j, x[k]);
+                        #pragma unroll
+                        for (int k = 0; k < PAIR; k++) {
+                            #pragma unroll
+                            for (int v = 0; v < VECTOR; v++) sums[k] += (x[k][v] * weight[v]) * (x[k][v] * weight[v]);
+                        }
                     }
                 } else {
                     for (int64_t j = lane; j < columns; j += SIMDGROUP) {
-                        const float x = static_cast<float>(g[corner + i * row_step + j * column_step]);
-                        const float weighted = x * weights[matrix * columns + j];
-                        sum += weighted * weighted;
+                        const float weight = weights[matrix * columns + j];
+                        #pragma unroll
+                        for (int k = 0; k < PAIR; k++) {
+                            const int64_t at = corner + (i + k < rows ? i + k : i) * row_step + j * column_step;
+                            const float weighted = static_cast<float>(g[at]) * weight;
+                            sums[k] += weighted * weighted;
+                        }
                     }
                 }
                 #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                if (lane == 0) row_sums[i][0] = sum;
+                for (int k = 0; k < PAIR; k++) {
+                    #pragma unroll
+                    for (int distance = 16; distance > 0; distance /= 2) sums[k] += simd_shuffle_xor(sums[k], distance);
+                    if (lane == 0 && i + k < rows) row_sums[i + k][0] = sums[k];
+                }
             }
         } else {
             float sums[VECTOR] = {};
@@ -172,7 +187,7 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
     """What the kernel is called with for ``g``: its constants, the size of its grid, and its output."""
     matrices, rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
-    threads, height, tiles = MOST_THREADS, ROWS, 1
+    threads, height, tiles = THREADS_OF_ROWS, ROWS, 1
     if of_columns:
         threads = min(THREADS_OF_COLUMNS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
         height, tiles = ROWS_OF_COLUMNS, -(-columns // (threads * vector))
@@ -183,6 +198,7 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
         "VECTOR": vector,
         "ROWS": height,
         "AT_ONCE": AT_ONCE,
+        "PAIR": PAIR,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }
