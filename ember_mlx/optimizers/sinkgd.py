@@ -21,14 +21,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ember_mlx import kernels
-from ember_mlx.kernels import sinkhorn_update
 from ember_mlx.optimizers import module_roles
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Norms", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
 
-BY_KERNEL = False  # a trial
 # MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
 MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15
 
@@ -111,11 +109,6 @@ def update_matrix(
     w: mx.array, g: mx.array, a: mx.array, b: mx.array, learning_rate: float | mx.array, weight_decay: float | mx.array
 ) -> mx.array:
     """The step itself, in float32, with one rounding at the end to the dtype of ``w``."""
-    if BY_KERNEL and kernels.usable(kernels.sinkhorn, w.dtype):
-        matrices = [x.reshape(-1, *x.shape[-2:]) for x in (w, g)]
-        factors = [x.reshape(-1, x.shape[-1]) for x in (a, b)]
-        new = sinkhorn_update.update_matrices(*matrices, *factors, learning_rate, 1 - learning_rate * weight_decay)
-        return new.reshape(w.shape)
     x = a[..., None] * g.astype(mx.float32) * b[..., None, :]
     return ((1 - learning_rate * weight_decay) * w.astype(mx.float32) - learning_rate * x).astype(w.dtype)
 

@@ -54,7 +54,6 @@ CUTS = {
         "a row": {"PAIR": 1},
         "8 rows": {"ROWS": 8, "THREADS_OF_ROWS": 128},
         "128 rows of columns": {"ROWS_OF_COLUMNS": 128, "THREADS_OF_COLUMNS": 128, "AT_ONCE": 8},
-        "step by a kernel": {"ember_mlx.optimizers.sinkgd.BY_KERNEL": True},
     },
 }
 # Name, kernel, class and options, dtypes.
@@ -71,10 +70,7 @@ class Cut:
     """A context in which a kernel's module has the constants of a cut."""
 
     def __init__(self, module, name):
-        self.patches = [
-            mock.patch(key if key.startswith("ember_mlx.") else f"{module}.{key}", value)
-            for key, value in CUTS[module][name].items()
-        ]
+        self.patches = [mock.patch(f"{module}.{key}", value) for key, value in CUTS[module][name].items()]
 
     def __enter__(self):
         self.stack = ExitStack()
