@@ -1,6 +1,7 @@
 """The loss on a set: mlx-lm's ``evaluate``, where rows with nothing to learn are left out and named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,10 +14,20 @@ from ember_mlx.finetune.history import learned_tokens
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import spans_of
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.shared.replacing import replaced
 
 __all__ = ["evaluate"]
 
 
+@contextmanager
+def _streams_left_to_mlx() -> Iterator[None]:
+    """mlx-lm sums on the CPU's stream, which NCCL does not know; MLX itself chooses one that the backend has."""
+    all_sum = mx.distributed.all_sum
+    with replaced(mx.distributed, "all_sum", lambda array, stream=None: all_sum(array)):
+        yield
+
+
+@_streams_left_to_mlx()
 def evaluate(
     args: Options,
     model: nn.Module,
@@ -29,10 +40,11 @@ def evaluate(
 
     NaN only if no batch has anything to learn. ``between_batches`` is called after each batch; it may raise.
     """
-    empty = []
+    empty, workers = [], Workers.join()
 
     def batches(dataset, batch_size, max_seq_length, comm_group):
-        for batch in batches_of(args, dataset, max_seq_length, comm_group=comm_group):
+        for whole in batches_of(args, dataset, max_seq_length):  # padded alike on all workers
+            batch = tuple(each[workers.rank :: workers.size] for each in whole)
             empty.append(learned_tokens(batch).count(0))
             yield batch
 
@@ -51,7 +63,7 @@ def evaluate(
         clear_cache_threshold=args.clear_cache_threshold,
         progress_callback=between_batches,
     )
-    if Workers.join().all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
+    if workers.all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
         rows.empty_rows_named = True
         _name_empty(args, rows)
     return mean

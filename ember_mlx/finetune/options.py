@@ -87,6 +87,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chunked_loss": (False, ON_OR_OFF),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
+    "shard_optimizer": (False, SWITCH),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),
@@ -100,6 +101,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "memory_limit": (None, {"type": _limit}),
     "peer_timeout": (300, {"type": int}),
     "log_jsonl": (None, {"type": str}),
+    "shard_tables": (False, SWITCH),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
 AT_LEAST = {

@@ -22,6 +22,7 @@ from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.disk import what_is_kept
+from ember_mlx.finetune.display import colours_on_a_terminal_alone
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.given import Given, Outcome
@@ -31,7 +32,6 @@ from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import packed
-from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import (
     CONTENTS,
     made_of,
@@ -45,6 +45,7 @@ from ember_mlx.finetune.resume import (
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
+from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
@@ -101,7 +102,8 @@ def run_with(
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
-    with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
+    deadline = PeerDeadline(workers, args.peer_timeout)
+    with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
         return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
 
 
@@ -111,8 +113,14 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         check_data_folder(args, given.rows)
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
+        if args.train and args.shard_tables and workers.size == 1:
+            raise InputError(
+                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
+            )
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
+        if args.train and args.shard_optimizer:
+            workers.refuse_without_sum_scatter("--shard-optimizer")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
@@ -180,6 +188,8 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
+        if args.shard_tables:
+            check_modules(model, choices.tables)
         if args.packing:
             check_rows_stay_apart(model, args.max_seq_length - 1)
         kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
@@ -190,24 +200,32 @@ def train_model(
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+        how = {}
         if make_step is None:
-            args, make_step = _make_step(args, model, optimizer)
+            args, make_step, how = _make_step(args, model, optimizer)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
+    sharded, how = None, {}
+    if args.shard_tables:
+        sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
+        rprint(f"{sharded}\n")
+        loss, make_step, how = sharded.loss, sharded.step, {"whole": sharded.whole}
     if samples:
         watchers = [*watchers, samples]
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
         if samples:
             samples.listeners.append(log.on_samples)
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline, **how)
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
     if valid_set and training.same_batches:
         training.validated(training.steps_done, loss_after, is_saved=True)
+    if sharded:
+        sharded.make_whole()
     if log:
         log.end(training.steps_done, loss_after if valid_set else None)
     saved = adapter_saving.run_files(Path(args.adapter_path)) if workers.leads else []
@@ -220,6 +238,7 @@ def train_model(
         files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
         best=saving.best and saving.best.found,
+        peak_worker=training.peak_worker if workers.size > 1 else None,
     )
     if workers.leads:
         rows = [len(train_set), len(valid_set)]
@@ -245,12 +264,12 @@ def _samples(args, tokenizer, valid_set, workers, deadline):
 
 
 def _make_step(args, model, optimizer):
-    """What makes the step; a streamed one is made and told of now, and the run's records get its notes."""
+    """What makes the step, and how it saves; a streamed one is made and told of now, and the records get its notes."""
     if not args.stream:
-        return args, Step
+        return args, Step, {}
     streamed = Streamed(model, optimizer, args)
     rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
-    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}
 
 
 def _set_what_trains(args, choices, model):
@@ -259,7 +278,8 @@ def _set_what_trains(args, choices, model):
     make_trainable(model, args, choices)
     if args.resume_adapter_file is not None and args.resume is None:
         adapters.refuse_other_tokens(Path(args.resume_adapter_file), choices.added_tokens)
-        _load_adapter_file(model, Path(args.resume_adapter_file))
+        rprint(f"Loading fine-tuned weights from {args.resume_adapter_file}")
+        adapters.load_file(model, Path(args.resume_adapter_file))
 
 
 def _begin(args, model, optimizer, of, kept, rows, lock, workers):
@@ -290,7 +310,8 @@ def _losses(args, model, loss, valid_set, training):
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    last = _evaluate_on_first_batches(args, model, loss, valid_set, training)
+    with training.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
+        last = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
     return training.history.losses.get("val_loss", [last])[0], last
 
 
@@ -354,30 +375,6 @@ def _reporting_callbacks(args):
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"--report-to {args.report_to}: {error}") from error
-
-
-def _load_adapter_file(model, path):
-    """Trained weights of an earlier run, its tables beside them included."""
-    rprint(f"Loading fine-tuned weights from {path}")
-    if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {adapters.ADAPTERS}")
-    tables = adapters.tables_of(path)
-    for file in (path, tables) if tables else (path,):
-        weights = adapters.read_arrays(file)
-        # What this run does not train, it would not save either.
-        trainable = model.trainable_parameters()
-        remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
-        adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
-
-
-def _evaluate_on_first_batches(args, model, loss, valid_set, training):
-    """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
-    random_state = np.random.get_state()
-    if training.batches.first_evaluation:
-        set_numpy_random(training.batches.first_evaluation)
-    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
-    np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
-    return mean
 
 
 def _test(args, model, test_set, between_batches=lambda: None):
