@@ -1,8 +1,8 @@
 """One pass of Sinkhorn's normalization by factors: norms of the rows, then sums of squares down the columns.
 
 As plain operations a pass needs the squares of the gradient as a float32 matrix. Here it is read twice, by one text. Of
-the rows, weighted by the column factors ``b``, a simdgroup takes one at a time, and ``a`` is made of their norms. Of
-the columns, weighted by the new ``a``, a thread takes ``VECTOR``, down 64 rows. The columns go from the last rows to
+the rows, weighted by the column factors ``b``, a simdgroup takes two at a time, and ``a`` is made of their norms. Of
+the columns, weighted by the new ``a``, a thread takes ``VECTOR``, down 128 rows. The columns go from the last rows to
 the first, since the last are still in the cache. Gradients may lie in memory in any way; transposed ones, whose columns
 lie side by side, are read along their columns. All sums are float32, in an order that the text fixes, without atomics:
 the same input gives the same bits.
@@ -17,12 +17,12 @@ from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGR
 
 __all__ = ["differences", "launch", "rows_then_columns"]
 
-# Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 64 rows take 2 / 64 of a matrix of 16
-# bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
-ROWS, ROWS_OF_COLUMNS = 16, 64
+# Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 128 rows take 2 / 128 of a matrix of
+# 16 bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
+ROWS, ROWS_OF_COLUMNS = 16, 128
 THREADS_OF_ROWS = THREADS_OF_COLUMNS = MOST_THREADS
 PAIR = 2  # rows that a simdgroup takes at once, with what is of a column
-AT_ONCE = 4  # reads of a thread that are under way at a time
+AT_ONCE, AT_ONCE_OF_COLUMNS = 4, 8  # reads of a thread that are under way at a time
 
 FUNCTIONS = """
 template <int N>
@@ -197,7 +197,7 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
         "OF_COLUMNS": int(of_columns),
         "VECTOR": vector,
         "ROWS": height,
-        "AT_ONCE": AT_ONCE,
+        "AT_ONCE": AT_ONCE_OF_COLUMNS if of_columns else AT_ONCE,
         "PAIR": PAIR,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,

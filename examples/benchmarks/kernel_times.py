@@ -53,7 +53,7 @@ CUTS = {
         "package": {},
         "a row": {"PAIR": 1},
         "8 rows": {"ROWS": 8, "THREADS_OF_ROWS": 128},
-        "128 rows of columns": {"ROWS_OF_COLUMNS": 128, "THREADS_OF_COLUMNS": 128, "AT_ONCE": 8},
+        "64 rows of columns": {"ROWS_OF_COLUMNS": 64},
     },
 }
 # Name, kernel, class and options, dtypes.
