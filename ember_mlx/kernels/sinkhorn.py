@@ -30,6 +30,14 @@ FUNCTION void add_squares(thread const float* x, float weight, thread float* sum
     #pragma unroll
     for (int v = 0; v < N; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
 }
+
+template <int N>
+FUNCTION float weighted_squares(thread const float* x, thread const float* weight) {
+    float sum = 0;
+    #pragma unroll
+    for (int v = 0; v < N; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+    return sum;
+}
 """
 
 # The body of the kernel, in Metal's words.
@@ -46,7 +54,7 @@ SOURCE = """
     const int64_t left_column = (tile % tiles) * width, corner = matrix * g_strides[0] + first * row_step;
     const int rows = height - first < ROWS ? height - first : ROWS;
     const bool along_rows = row_step != 1 || column_step == 1;
-    // Decided once: all reads of a few rows are then under way before the first is waited for.
+    // Decided once: several reads are then under way before the first is waited for.
     const bool together = column_step == 1 && columns % VECTOR == 0 && row_step % VECTOR == 0
         && g_strides[0] % VECTOR == 0 && aligned<VECTOR>(g) && aligned<VECTOR>(weights);
     // Of columns that lie side by side in memory, a simdgroup takes so many, with so many lanes each.
@@ -61,11 +69,18 @@ SOURCE = """
             const int64_t j = left_column + thread_index * VECTOR;
             float sums[VECTOR] = {};
             if (together && j < columns) {
-                #pragma unroll AT_ONCE
-                for (int64_t row = height - 1 - group % groups; row >= 0; row -= groups) {
-                    float x[VECTOR];
-                    read_together<VECTOR>(g + matrix * g_strides[0] + row * row_step + j, x);
-                    add_squares<VECTOR>(x, weights[matrix * height + row], sums);
+                for (int64_t last_row = height - 1 - group % groups; last_row >= 0; last_row -= AT_ONCE * groups) {
+                    float x[AT_ONCE][VECTOR] = {};
+                    #pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        const int64_t row = last_row - k * groups;
+                        if (row >= 0) read_together<VECTOR>(g + matrix * g_strides[0] + row * row_step + j, x[k]);
+                    }
+                    #pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        const int64_t row = last_row - k * groups;
+                        add_squares<VECTOR>(x[k], row >= 0 ? weights[matrix * height + row] : 0.0f, sums);
+                    }
                 }
             } else {
                 for (int64_t row = height - 1 - group % groups; row >= 0; row -= groups) {
@@ -97,17 +112,25 @@ SOURCE = """
             for (int i = simdgroup * PAIR; i < rows; i += simdgroups * PAIR) {
                 float sums[PAIR] = {};
                 if (together) {
-                    #pragma unroll AT_ONCE
-                    for (int64_t j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
-                        float x[PAIR][VECTOR], weight[VECTOR];
-                        read_together<VECTOR>(weights + matrix * columns + j, weight);
+                    for (int64_t start = 0; start < columns; start += AT_ONCE * SIMDGROUP * VECTOR) {
+                        float x[AT_ONCE][PAIR][VECTOR] = {};
                         #pragma unroll
-                        for (int k = 0; k < PAIR; k++)
-                            read_together<VECTOR>(g + corner + (i + k < rows ? i + k : i) * row_step + j, x[k]);
-                        #pragma unroll
-                        for (int k = 0; k < PAIR; k++) {
+                        for (int k = 0; k < AT_ONCE; k++) {
+                            const int64_t j = start + (k * SIMDGROUP + lane) * VECTOR;
                             #pragma unroll
-                            for (int v = 0; v < VECTOR; v++) sums[k] += (x[k][v] * weight[v]) * (x[k][v] * weight[v]);
+                            for (int l = 0; l < PAIR; l++) {
+                                const int64_t at = corner + (i + l < rows ? i + l : i) * row_step + j;
+                                if (j < columns) read_together<VECTOR>(g + at, x[k][l]);
+                            }
+                        }
+                        simdgroup_barrier(mem_flags::mem_none);  // no read is put off until after it
+                        #pragma unroll
+                        for (int k = 0; k < AT_ONCE; k++) {
+                            const int64_t j = start + (k * SIMDGROUP + lane) * VECTOR;
+                            float weight[VECTOR] = {};
+                            if (j < columns) read_together<VECTOR>(weights + matrix * columns + j, weight);
+                            #pragma unroll
+                            for (int l = 0; l < PAIR; l++) sums[l] += weighted_squares<VECTOR>(x[k][l], weight);
                         }
                     }
                 } else {
