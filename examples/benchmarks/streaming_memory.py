@@ -12,7 +12,7 @@ bfloat16; Ember on the tables), `adam-mini`, `flash-adamw`, `lora` (adapters in 
 Ways: `streamed`, or `streamed@68`, where a GPU is run at most 68 MB of weights ahead; `checkpointed`, gradients by one
 compiled function with mlx-lm's `--grad-checkpoint`, then the update, array by array; `own_step`, the ordinary one of
 `train`, checkpointed too. `streamed+checkpointed` is for the time alone: two models in one process take their steps in
-turn, since the times of one way differ by twice from process to process.
+turn, since the times of one way differ by twice from process to process. The ratio is that of the first to the last.
 
 Each row is a fresh process with a time limit; the most important come first. Where kernels are compiled at the first
 step, run the rows twice, or say `--one-process`. Peaks are those of whole steps; the peaks of the phases are of one
@@ -129,6 +129,14 @@ class Trained:
         return lambda: step(self.batch).loss.item()
 
 
+def layer_class(row):
+    """That of a row's layers, before any model of it is made."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments_class = _get_classes(config_of(row))
+    return type(model_class(arguments_class.from_dict(config_of(row) | TINY)).layers[0])
+
+
 def measure(row, steps, smoke):
     """Peaks, phases and seconds of one row, or the seconds of several ways in turn.
 
@@ -142,8 +150,8 @@ def measure(row, steps, smoke):
         raise RuntimeError(f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process")
     ways, trained = parts_of(row)["way"].split("+"), []
     for way in ways:
-        one = Trained(row, way, smoke)
-        with unpatched(type(one.model.layers[0])):  # checkpointing patches the class, and the first trace keeps it
+        with unpatched(layer_class(row)):  # checkpointing patches the class, and the first trace keeps it
+            one = Trained(row, way, smoke)
             one.first_seconds = _seconds(one.step)
         trained.append(one)
     mx.clear_cache()
@@ -152,7 +160,7 @@ def measure(row, steps, smoke):
         medians = [statistics.median(each) for each in zip(*rounds, strict=True)]
         return {
             "seconds": dict(zip(ways, medians, strict=True)),
-            "ratio": round(medians[0] / medians[1], 4),
+            "ratio": round(medians[0] / medians[-1], 4),
             "rounds": [[round(seconds, 5) for seconds in each] for each in rounds],
             "first_seconds": {way: round(one.first_seconds, 3) for way, one in zip(ways, trained, strict=True)},
         }

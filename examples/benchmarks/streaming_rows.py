@@ -44,7 +44,7 @@ ON_A_GPU = [
         "qwen3-0.6b/1x512/flash-adamw",
     )
     for way in WAYS
-] + [f"qwen3-0.6b/{batch}/stateless/streamed+checkpointed" for batch in ("1x512", "4x1024")]
+] + [f"{case}/stateless/streamed+checkpointed" for case in ("qwen3-0.6b/1x512", "qwen3-8b/1x512", "qwen3-0.6b/4x1024")]
 ON_A_CPU = [  # bfloat16 products are slow there
     "mini-qwen3/1x128/stateless/streamed",
     "mini-qwen3/1x128/adamw/streamed",
