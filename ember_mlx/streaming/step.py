@@ -177,7 +177,7 @@ class StreamedStep:
         Args:
             batches (list): What the loss takes after the model, of each: ``(batch, lengths)``.
         """
-        refuse_a_trace(self.model)
+        refuse_a_trace(self._weights)
         recordings = [self._forward(self._run_of(batch)) for batch in batches]
         self._phase("forward")
         key = mx.random.state[0]
