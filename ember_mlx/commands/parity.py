@@ -80,10 +80,17 @@ def main(arguments: list[str]) -> int:
     recordings = recorded.read_results()
     start = time.perf_counter()
     dtypes, progress = args.dtype or suite.DTYPES, _progress()
-    comparisons = list(processes.run(here, cases, dtypes, recordings, progress)) if "Ember" in names else []
-    others = [entry for entry in body.OPTIMIZERS if entry.name in names]
-    comparisons += body.run(
-        here, args.stream or body.STREAMS, dtypes, others, max(args.steps or [body.STEPS]), progress
+    comparisons = list(
+        processes.run(
+            here,
+            cases if "Ember" in names else [],
+            dtypes,
+            recordings,
+            progress,
+            optimizers=[name for name in names if name != "Ember"],
+            streams=args.stream or body.STREAMS,
+            steps=max(args.steps or [body.STEPS]),
+        )
     )
     seconds = time.perf_counter() - start
     if not comparisons:

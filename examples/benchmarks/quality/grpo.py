@@ -11,9 +11,10 @@ trained, with the settings of the package: a KL penalty of 0.1 against the model
 0.95, top-k 20. What is measured is the reward on prompts that were not trained on.
 
 ``adamw-everywhere`` is AdamW at one learning rate, as the package has it. ``adamw`` and ``ember`` are AdamW on the body
-at that best rate and AdamW or Ember on the tables at a rate of their own. All rates are tuned by half decades, by the
-mean of two seeds, until the best has a worse one on either side (of the tables, five rates at least); the reported runs
-have other seeds. A run that is in ``--out`` is not done again.
+at that best rate and AdamW or Ember on the tables at a rate of their own. ``sinkgd`` is SinkGD, which has no state, on
+the body at a rate of its own, and Ember on the tables at its best rate. All rates are tuned by half decades, by the
+mean of two seeds, until the best has a worse one on either side (of the tables and of SinkGD, five rates at least). The
+reported runs have other seeds. A run that is in ``--out`` is not done again.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import mlx.optimizers as optim
 import numpy as np
 from plan import best_rate
 
-from ember_mlx import Ember, PairedOptimizer
+from ember_mlx import Ember, PairedOptimizer, SinkGD
 
 STEPS, PROMPTS, GROUP, LENGTH = 20, 8, 4, 16  # of a run; a step's prompts, completions of each, their tokens
 EVALUATION_SAMPLES = 12  # of every held-out prompt
@@ -41,11 +42,12 @@ B_WORDS = frozenset(
      "bow", "box", "boy", "bread", "brother", "brown", "bug", "bunny", "bus", "butterfly")
 )  # fmt: skip
 # name -> the learning rate to try first, as a power of sqrt(10); the first is tuned first and gives the body's
-OPTIMIZERS = {"adamw-everywhere": -5, "adamw": -5, "ember": -5}
+OPTIMIZERS = {"adamw-everywhere": -5, "adamw": -5, "ember": -5, "sinkgd": -5}
 WORDS = {
     "adamw-everywhere": "AdamW on everything, one rate",
     "adamw": "AdamW, tables at their own rate",
     "ember": "AdamW, Ember on the tables",
+    "sinkgd": "SinkGD, Ember on the tables",
 }
 
 
@@ -96,26 +98,30 @@ def read(path):
 def wanted(lines, model):
     """Runs that are not in ``lines`` and can be done now: the search for the rates, then the other seeds."""
     rewards = {tuple(line["run"].values()): line["reward"] for line in lines}
-    names = ("model", "optimizer", "rate", "body_rate", "seed")
     tuning, reported, best = [], [], {}
     for optimizer, guess in OPTIMIZERS.items():
-        body = best.get("adamw-everywhere")
+        other = best.get("ember" if optimizer == "sinkgd" else "adamw-everywhere")
 
-        def runs(rate, seeds, optimizer=optimizer, body=body):
-            return [(model, optimizer, rate, body, seed) for seed in seeds]
+        def runs(rate, seeds, optimizer=optimizer, other=other):
+            return [(model, optimizer, rate, other, seed) for seed in seeds]
 
         rates = {run[2] for run in rewards if run in runs(run[2], TUNING_SEEDS)}
         found = {rate: [rewards[run] for run in runs(rate, TUNING_SEEDS) if run in rewards] for rate in rates}
         losses = {rate: -mean(values) for rate, values in found.items() if len(values) == len(TUNING_SEEDS)}
         best[optimizer], missing = best_rate(losses, guess, finely=False)
-        if body is not None and best[optimizer] is not None:  # rewards are noisy: five rates at least
+        if other is not None and best[optimizer] is not None:  # rewards are noisy: five rates at least
             missing = [rate for rate in range(guess - 2, guess + 3) if rate not in losses]
             best[optimizer] = None if missing else best[optimizer]
         if best[optimizer] is None:
             tuning += [run for rate in missing for run in runs(rate, TUNING_SEEDS)]
             break
         reported += runs(best[optimizer], REPORTED_SEEDS)
-    return [dict(zip(names, run, strict=True)) for run in (*tuning, *reported) if run not in rewards]
+    return [dict(zip(_names(run[1]), run, strict=True)) for run in (*tuning, *reported) if run not in rewards]
+
+
+def _names(optimizer):
+    """What the numbers of a run are: "rate" is the one that is tuned."""
+    return "model", "optimizer", "rate", "table_rate" if optimizer == "sinkgd" else "body_rate", "seed"
 
 
 def optimizer_of(model, run):
@@ -124,6 +130,9 @@ def optimizer_of(model, run):
 
     if run["optimizer"] == "adamw-everywhere":
         return adamw(run["rate"])
+    if run["optimizer"] == "sinkgd":
+        body = SinkGD(10 ** (run["rate"] / 2), weight_decay=0.0)
+        return PairedOptimizer(model, tables=Ember(10 ** (run["table_rate"] / 2)), rest=body)
     tables = Ember(10 ** (run["rate"] / 2)) if run["optimizer"] == "ember" else adamw(run["rate"])
     return PairedOptimizer(model, tables=tables, rest=adamw(run["body_rate"]))
 
