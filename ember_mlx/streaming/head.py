@@ -189,7 +189,8 @@ class StreamedHead:
     def _forward_of(self, hidden, parameters, largest, total, by_hidden):
         raw = self._raw(hidden, parameters)
         logits = self._after(raw)
-        now = mx.maximum(largest, logits.max(-1))
+        # Of 16-bit logits the largest is the same, and a copy of them all in float32 is never there.
+        now = mx.maximum(largest, (raw if self.head.is_last else logits).max(-1))
         shrink = mx.exp(largest - now)
         e = mx.exp(logits - now[:, None])
         _, (part,) = mx.vjp(lambda h: [self._after(self._raw(h, parameters))], [hidden], [e])
