@@ -129,7 +129,7 @@ class StreamedHead:
             of_ids = self.table.new_rows(ids, self.table.weight[ids], gradient)
             mx.eval(of_ids)
             del gradient, added
-        let_go = 0
+        let_go = 0 if self._kept else self._pace.ahead  # to make logits again takes more than rows that wait
         for number, block in enumerate(self.blocks):
             logits = self._logits(number)
             if self._kept:

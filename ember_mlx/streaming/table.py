@@ -85,7 +85,7 @@ class EmberTable:
         self._pace.in_turn(new)
         self._written.append((rows, new))
         self._bytes += new.nbytes
-        if self._bytes >= self._pace.ahead // 2 + room:
+        if self._bytes >= self._pace.ahead // 4 + room:
             self.flush()
 
     def flush(self) -> None:
