@@ -16,7 +16,7 @@ try:
     import triton
     import triton.language as tl
 
-    _running_mean = triton_kernels._update_second_moment  # Triton finds it among the globals of its file
+    _running_mean = triton_kernels._running_mean  # Triton finds it among the globals of its file
 except ImportError:  # a Mac, or a CPU build of PyTorch
     triton = None
 

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from cuda_ref.optimizers import Ember
-from cuda_ref.optimizers.checks import check_keys, name_of
+from cuda_ref.optimizers.checks import check_keys, loss_of, name_of
 from cuda_ref.token_tables import LOOKED_FOR, find_token_tables
 from ember_mlx.shared.errors import InputError
 
@@ -121,10 +121,7 @@ class PairedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both optimizers; returns what ``closure`` returns, which is called once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         if stale := self._stale():
             warnings.warn(
                 f"PairedOptimizer.step: {stale}. Make the optimizer after adapters, new tokens and fully_shard",

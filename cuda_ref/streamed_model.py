@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["CutLayers", "head_input", "makes_the_logits"]
+__all__ = ["CutLayers", "head_input", "layers_of", "makes_the_logits"]
 
 
 def head_input(head: nn.Module, model: nn.Module, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -47,6 +47,12 @@ def makes_the_logits(head: nn.Linear, model: nn.Module) -> bool:
     return len(given) == 1 and given[0].shape == logits.shape and torch.equal(given[0], logits)
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The list of layers that holds most of the model's numbers; an empty one where there is none."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=nn.ModuleList())
+
+
 class CutLayers:
     """The layers of a model for one step by several micro-batches.
 
@@ -59,10 +65,9 @@ class CutLayers:
     """
 
     def __init__(self, model: nn.Module):
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-        if not lists:
+        self._layers = layers_of(model)
+        if not len(self._layers):
             raise _error(f"{type(model).__name__} has no nn.ModuleList of layers")
-        self._layers = max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
         self._runs, self._cuts = [], []
 
     @contextmanager

@@ -20,15 +20,18 @@ from cuda_ref.optimizers import Ember
 from cuda_ref.optimizers.checks import as_number
 from cuda_ref.optimizers.ember import bias_correction, denominator_factors, update_rows, update_second_moment
 from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS, bit_keys
+from ember_mlx.shared.errors import InputError
 
 __all__ = [
     "HeadPass",
     "add_up_rows",
     "bias_gradient",
+    "fault_of",
     "forward_head",
     "head_mean_squares",
     "make_state",
     "mean_squares_of_rows",
+    "no_rows",
     "second_moments",
     "step_head",
     "step_rows",
@@ -42,7 +45,7 @@ LEAST_ROWS, BLOCKS, MOST_LOGITS = 128, 24, 2**24  # of a block of the head; floa
 
 @dataclass
 class HeadPass:
-    """What the first pass over a head leaves for the others: N tokens that count, their mean is the loss.
+    """What the first pass over a head leaves for the others: of N tokens that count, this rank's part of the loss.
 
     Attributes:
         loss: (), float32.
@@ -51,6 +54,8 @@ class HeadPass:
         log_sum_exp: (N,), float32.
         kept (list): The logits of each block, (N, n), or empty: they are made again.
         blocks (list of slice): Of the rows.
+        count (int): How many tokens of all ranks the loss is the mean of; of one rank alone that is N.
+        summed (callable, optional): Of several ranks: an array of this one -> the sum over all.
     """
 
     loss: Tensor
@@ -60,6 +65,12 @@ class HeadPass:
     log_sum_exp: Tensor
     kept: list
     blocks: list
+    count: int
+    summed: Callable[[Tensor], Tensor] | None = None
+
+    def over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of what each rank gives."""
+        return x if self.summed is None else self.summed(x)
 
 
 @torch.no_grad()
@@ -70,6 +81,8 @@ def forward_head(
     targets: Tensor,
     keep: bool = False,
     block_rows: int | None = None,
+    count: int | None = None,
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> HeadPass:
     """Pass 1: the mean cross entropy of ``hidden @ weight.T + bias`` and its gradient by ``hidden``.
 
@@ -80,9 +93,11 @@ def forward_head(
         targets (Tensor): (N,) token ids.
         keep (bool): Keep the logits for the other passes.
         block_rows (int, optional): Of a block. Default: by the sizes.
+        count, summed: Of several ranks, see :class:`HeadPass`.
     """
     n, vocabulary = len(targets), len(weight)
-    rows = block_rows or max(LEAST_ROWS, min(MOST_LOGITS // n, vocabulary // BLOCKS))
+    count = n if count is None else count
+    rows = block_rows or max(LEAST_ROWS, min(MOST_LOGITS // count, vocabulary // BLOCKS))
     blocks = [slice(i, min(i + rows, vocabulary)) for i in range(0, vocabulary, rows)]
     largest = torch.full((n,), -torch.inf, device=hidden.device)
     total, chosen = torch.zeros(n, device=hidden.device), torch.zeros(n, device=hidden.device)
@@ -101,8 +116,24 @@ def forward_head(
         chosen += torch.where(here, logits.gather(1, places[:, None])[:, 0], 0.0)
         largest = now
     log_sum_exp = largest + torch.log(total)
-    by_hidden = by_hidden.div_(total[:, None]).sub_(weight[targets]).div_(n).to(hidden.dtype)
-    return HeadPass((log_sum_exp - chosen).mean(), by_hidden, hidden, targets, log_sum_exp, kept, blocks)
+    by_hidden = by_hidden.div_(total[:, None]).sub_(weight[targets]).div_(count).to(hidden.dtype)
+    loss = (log_sum_exp - chosen).sum() / count
+    return HeadPass(loss, by_hidden, hidden, targets, log_sum_exp, kept, blocks, count, summed)
+
+
+def fault_of(weight: Tensor, hidden: Tensor, targets: Tensor) -> InputError | None:
+    """What of ``forward_head``'s arguments cannot be used, if anything."""
+    if hidden.dtype != weight.dtype:
+        return InputError(
+            f"StreamedBackward: hidden states in {hidden.dtype} and a head in {weight.dtype}: convert the model "
+            "to one dtype"
+        )
+    if len(targets) and not bool(((targets >= 0) & (targets < len(weight))).all()):
+        return InputError(
+            f"StreamedBackward(labels=...): must be token ids from 0 to {len(weight) - 1}, or -100 for a token that "
+            "does not count"
+        )
+    return None
 
 
 @torch.no_grad()
@@ -115,7 +146,7 @@ def head_mean_squares(
         looked_up (tuple, optional): Of a tied table, ids (U,) and their embeddings' gradient, (U, D) float32.
     """
     hidden = head.hidden.to(torch.float32)
-    quadratic = len(hidden) <= hidden.shape[1] // 2
+    quadratic = head.summed is None and len(hidden) <= hidden.shape[1] // 2
     row_means, columns = [], 0
     with _exact_float32():
         gram = hidden @ hidden.T / hidden.shape[1] if quadratic else None
@@ -125,7 +156,7 @@ def head_mean_squares(
                 row_means.append(((gram @ d) * d).sum(dim=0))
                 columns = columns + d @ d.T
             else:
-                squares = torch.square(d.T @ hidden)
+                squares = torch.square(head.over_ranks(d.T @ hidden))
                 row_means.append(squares.mean(dim=1))
                 columns = columns + squares.sum(dim=0)
         column_sum = ((columns @ hidden) * hidden).sum(dim=0) if quadratic else columns
@@ -148,7 +179,7 @@ def step_head(weight: Tensor, bias: Tensor | None, head: HeadPass, rule: Rule, l
         d = _by_logits(weight, bias, head, number, block)
         if head.kept:
             head.kept[number] = None
-        weight[block] = rule(block, weight[block], d.to(weight.dtype).T @ head.hidden)
+        weight[block] = rule(block, weight[block], head.over_ranks(d.to(weight.dtype).T @ head.hidden))
     if looked_up is not None:
         weight[ids] = of_ids
 
@@ -157,7 +188,7 @@ def step_head(weight: Tensor, bias: Tensor | None, head: HeadPass, rule: Rule, l
 def bias_gradient(weight: Tensor, bias: Tensor, head: HeadPass) -> Tensor:
     """Of the head's bias, (V,)."""
     parts = [_by_logits(weight, bias, head, number, block).sum(dim=0) for number, block in enumerate(head.blocks)]
-    return torch.cat(parts).to(bias.dtype)
+    return head.over_ranks(torch.cat(parts)).to(bias.dtype)
 
 
 def add_up_rows(calls: list[tuple[Tensor, Tensor]], padding_idx: int | None = None) -> tuple[Tensor, Tensor]:
@@ -168,6 +199,12 @@ def add_up_rows(calls: list[tuple[Tensor, Tensor]], padding_idx: int | None = No
         gradients = gradients * (ids != padding_idx)[:, None]
     ids, place = torch.unique(ids, return_inverse=True)
     return ids, torch.zeros(len(ids), gradients.shape[1], device=ids.device).index_add_(0, place, gradients)
+
+
+def no_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and rows, as of ``add_up_rows``, of a table in which nothing was looked up."""
+    ids = torch.empty(0, dtype=torch.int64, device=weight.device)
+    return ids, torch.empty(0, weight.shape[1], device=weight.device)
 
 
 def mean_squares_of_rows(ids: Tensor, rows: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -248,7 +285,7 @@ def _by_logits(weight, bias, head, number, block):
     d = torch.exp(logits.to(torch.float32) - head.log_sum_exp[:, None])
     places, here = _places(head.targets, block)
     d.scatter_add_(1, places[:, None], -here.to(torch.float32)[:, None])
-    return d.div_(len(head.targets))
+    return d.div_(head.count)
 
 
 def _gradient_of_rows(weight, bias, head, ids):
@@ -256,7 +293,7 @@ def _gradient_of_rows(weight, bias, head, ids):
     logits = _logits(weight, bias, head.hidden, ids).to(torch.float32)
     d = torch.exp(logits - head.log_sum_exp[:, None]) - (head.targets[:, None] == ids).to(torch.float32)
     with _exact_float32():
-        return d.div_(len(head.targets)).T @ head.hidden.to(torch.float32)
+        return head.over_ranks(d.div_(head.count).T @ head.hidden.to(torch.float32))
 
 
 @contextmanager

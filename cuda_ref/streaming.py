@@ -17,6 +17,7 @@ from cuda_ref import streamed_tables
 from cuda_ref.optimizers import Ember
 from cuda_ref.streamed_model import CutLayers, head_input, makes_the_logits
 from cuda_ref.streamed_optimizer import alone, check_parameter, sides_of
+from cuda_ref.streamed_ranks import Ranks, Units
 from cuda_ref.token_tables import find_token_tables
 from ember_mlx.shared.errors import InputError
 
@@ -48,6 +49,8 @@ class StreamedBackward:
             Default: the next token's cross entropy, of which neither is.
         keep_logits (bool, optional): Keep the logits between the passes over the head. Default: by their size.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
+        group (ProcessGroup, optional): Of several ranks, each with its own rows of a batch. It is then one step with
+            all rows: gradients are summed unit by unit before each update. All start with rank 0's weights.
 
     Attributes:
         refused (tuple of str): What was not finite in the last call: ``"loss"``, and nothing has changed, or the
@@ -79,10 +82,12 @@ class StreamedBackward:
         *,
         keep_logits: bool | None = None,
         block_rows: int | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
     ):
         if not isinstance(model, nn.Module) or isinstance(model, nn.parallel.DistributedDataParallel):
             raise InputError(
-                f"StreamedBackward(model={type(model).__name__}): must be a torch.nn.Module on one device, not wrapped"
+                f"StreamedBackward(model={type(model).__name__}): must be a torch.nn.Module on one device, not "
+                "wrapped: of a DistributedDataParallel give its .module, and group="
             )
         self.model, self.optimizer = model, optimizer
         self.refused, self.nonfinite_steps, self.notes = (), 0, []
@@ -94,6 +99,11 @@ class StreamedBackward:
         self._head = None if loss else self._find_head()
         self._embeddings = [] if loss else self._find_embeddings()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._device = next(model.parameters(), torch.empty(0)).device
+        self._ranks = Ranks(group)
+        self._ranks.share_model(model)
+        by_rows = {id(x) for x in (*(m.weight for m in self._embeddings), *(self._head or nn.Identity()).parameters())}
+        self._units = Units(self._ranks, model, [p for p in self._names if id(p) not in by_rows])
         self._keep_bytes = {None: weights // SHARE_OF_LOGITS, True: 2**62, False: 0}[keep_logits]
 
     def __call__(self, *batch: Any, **inputs: Any) -> Tensor:
@@ -122,7 +132,8 @@ class StreamedBackward:
         for side in {id(side): side for side, _ in self._side_of.values() if isinstance(side, Ember)}.values():
             streamed_tables.make_state(side)
         refused = []
-        with self._gradients_freed(), layers.cut() if layers else self._each_stepped_in_backward(refused):
+        self._units.begin(lambda p: self._step_parameter(p, refused))
+        with self._gradients_freed(), layers.cut() if layers else self._each_stepped_in_backward():
             loss = (self._cut_step if self._head else self._whole_step)(refused, batches, layers)
         self.refused = tuple(refused)
         self.nonfinite_steps += bool(refused)
@@ -132,7 +143,8 @@ class StreamedBackward:
     def _whole_step(self, refused, batches, layers):
         losses = []
         with self._look_ups() as looked_up:
-            for (batch, inputs), share in self._shares(batches):
+            shares = self._shares(batches)
+            for (batch, inputs), share in shares or ():
                 loss = self._loss(self.model, *batch, **inputs) * share
                 losses.append(loss.detach())
                 if not bool(torch.isfinite(loss)):
@@ -140,22 +152,29 @@ class StreamedBackward:
                 if layers:
                     layers.end_run()
                     loss.backward()  # as far as the last layer, before the logits of the next
-        if not losses or not bool(torch.isfinite(losses[-1])):
+        if shares is None:
             refused.append("loss")
-            return losses[-1] if losses else torch.tensor(torch.nan)
+            return torch.tensor(torch.nan)
+        value = self._ranks.sum(torch.stack(losses).sum() if losses else torch.zeros((), device=self._device))
+        if not bool(torch.isfinite(value)):
+            refused.append("loss")
+            return value
         if layers:
-            self._go_on_backwards(layers, refused)
-        else:
+            self._go_on_backwards(layers)
+        elif losses:
             loss.backward()
+        self._units.finish()
         self._step_embeddings(looked_up, refused)
-        return torch.stack(losses).sum()
+        return value
 
     def _shares(self, batches):
-        """Pairs of a micro-batch and the part of the loss that it is."""
-        if len(batches) == 1 or self._loss is not next_token_loss:
-            return [(batch, 1 / len(batches)) for batch in batches]
-        counts = [int((_tokens(*batch, **inputs)[1][:, 1:] != IGNORED).sum()) for batch, inputs in batches]
-        return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True) if count]
+        """Pairs of a micro-batch and the part of the loss that it is; None where no token of any rank counts."""
+        counts = [1] * len(batches)
+        if self._loss is next_token_loss:
+            counts = [int((_tokens(*batch, **inputs)[1][:, 1:] != IGNORED).sum()) for batch, inputs in batches]
+        total = self._ranks.count(sum(counts), None, self._device)
+        pairs = zip(batches, counts, strict=True)
+        return [(batch, count / total) for batch, count in pairs if count] if total else None
 
     def _cut_step(self, refused, batches, layers):
         module, weight, bias = self._head, self._head.weight, self._head.bias
@@ -170,13 +189,15 @@ class StreamedBackward:
         counts = [of_one != IGNORED for of_one in targets]
         used = [h.detach()[:, :-1].flatten(0, 1)[count] for h, count in zip(outputs, counts, strict=True)]
         used, targets = torch.cat(used), torch.cat(targets)[torch.cat(counts)]
-        self._check_tail(used, targets)
-        if not len(targets):
+        count = self._ranks.count(len(targets), streamed_tables.fault_of(weight, used, targets), used.device)
+        if not count:
             refused.append("loss")
             return torch.full((), torch.nan, device=used.device)
         trains = weight in self._names or bias in self._names
         keep = trains and used.shape[0] * len(weight) * used.element_size() <= self._keep_bytes
-        head = streamed_tables.forward_head(weight, bias, used, targets, keep, self._block_rows)
+        summed = self._ranks.sum if self._ranks.several else None
+        head = streamed_tables.forward_head(weight, bias, used, targets, keep, self._block_rows, count, summed)
+        head.loss = self._ranks.sum(head.loss)
         if not bool(torch.isfinite(head.loss)):
             refused.append("loss")
             return head.loss
@@ -192,20 +213,21 @@ class StreamedBackward:
                 _differentiate(outputs.pop(0), counts.pop(0), cotangents[0])
                 cotangents = cotangents[1:]
             if layers:
-                self._go_on_backwards(layers, refused)
+                self._go_on_backwards(layers)
+        self._units.finish()
         self._step_embeddings(looked_up, refused, head if tied else None)
         if of_bias is not None:
             bias.grad = of_bias
             self._step_parameter(bias, refused)
         return head.loss
 
-    def _go_on_backwards(self, layers, refused):
+    def _go_on_backwards(self, layers):
         """Through the cut layers; then step what is in none of them."""
 
         def step(parameters):
             for p in parameters:
                 if p in self._names and p.grad is not None:
-                    self._step_parameter(p, refused)
+                    self._units.arrived(p)
 
         layers.backward(step)
         step(self._names)
@@ -213,10 +235,8 @@ class StreamedBackward:
     # Weights of the body
 
     @contextmanager
-    def _each_stepped_in_backward(self, refused):
-        handles = [
-            p.register_post_accumulate_grad_hook(lambda p: self._step_parameter(p, refused)) for p in self._names
-        ]
+    def _each_stepped_in_backward(self):
+        handles = [p.register_post_accumulate_grad_hook(self._units.arrived) for p in self._names]
         try:
             yield
         finally:
@@ -257,10 +277,11 @@ class StreamedBackward:
         for module, calls in looked_up.items():
             weight = module.weight
             calls = [(ids, leaf.grad) for ids, leaf in calls if leaf.grad is not None]
-            rows = streamed_tables.add_up_rows(calls, module.padding_idx) if calls else None
+            rows = streamed_tables.add_up_rows(calls, module.padding_idx) if calls else streamed_tables.no_rows(weight)
+            rows = self._ranks.all_rows(*rows)
             if head is not None and weight is self._head.weight:
                 self._step_head(head, rows, refused)
-            elif rows is not None:
+            elif len(rows[0]):
                 means = streamed_tables.mean_squares_of_rows(*rows, len(weight))
                 rule = streamed_tables.second_moments(*self._ember_of(weight), *means)
                 if rule is None:
@@ -345,19 +366,6 @@ class StreamedBackward:
                     "call optimizer.zero_grad() before, no loss.backward(), and accumulate() for micro-batches"
                 )
 
-    def _check_tail(self, hidden, targets):
-        weight = self._head.weight
-        if hidden.dtype != weight.dtype:
-            raise InputError(
-                f"StreamedBackward: hidden states in {hidden.dtype} and a head in {weight.dtype}: convert the model "
-                "to one dtype"
-            )
-        if len(targets) and not bool(((targets >= 0) & (targets < len(weight))).all()):
-            raise InputError(
-                f"StreamedBackward(labels=...): must be token ids from 0 to {len(weight) - 1}, or {IGNORED} for a "
-                "token that does not count"
-            )
-
 
 def _is_plain(module):
     return type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
@@ -377,4 +385,4 @@ def _differentiate(hidden, counts, cotangent):
 
 def _only_loss(head):
     """Without what the other passes needed."""
-    return streamed_tables.HeadPass(head.loss, *[None] * 4, [], [])
+    return streamed_tables.HeadPass(head.loss, *[None] * 4, [], [], head.count)

@@ -21,7 +21,7 @@ if triton_kernels.available():
     # Triton finds what a kernel calls among the globals of its file.
     _load, _rows_of = triton_kernels._load, triton_kernels._rows_of
     _row_means_and_column_sums = triton_kernels._row_means_and_column_sums
-    _running_mean = triton_kernels._update_second_moment
+    _running_mean = triton_kernels._running_mean
 
 __all__ = ["adam_mini_step", "sage_step", "sinkgd_step"]
 

@@ -113,7 +113,7 @@ if triton is not None:
             tl.store(column_sums + program * columns + j, tl.sum(squares, 0), mask=j < columns)
         mean = tl.sum(sums, 1) / columns
         moment = tl.load(r + i, mask=inside, other=0)
-        tl.store(r + i, _update_second_moment(moment, mean, beta2, forget, BETA2_IS_TENSOR), mask=inside)
+        tl.store(r + i, _running_mean(moment, mean, beta2, forget, BETA2_IS_TENSOR), mask=inside)
         if row_mean is not None:
             tl.store(row_mean + i, mean, mask=inside)
 
@@ -128,18 +128,18 @@ if triton is not None:
             i = first + tl.arange(0, ROWS).to(tl.int64)
             sums += _load(column_sums, i, columns, j, 1, i < programs, columns)
         moment = tl.load(c + j, mask=j < columns, other=0)
-        moment = _update_second_moment(moment, tl.sum(sums, 0) / rows, beta2, forget, BETA2_IS_TENSOR)
+        moment = _running_mean(moment, tl.sum(sums, 0) / rows, beta2, forget, BETA2_IS_TENSOR)
         tl.store(c + j, moment, mask=j < columns)
 
     @triton.jit
-    def _update_second_moment(moment, mean_square, beta2, forget, BETA2_IS_TENSOR: tl.constexpr):
+    def _running_mean(moment, x, beta2, forget, BETA2_IS_TENSOR: tl.constexpr):
         """As ``update_second_moment`` of ``cuda_ref.optimizers.ember``; ``forget`` is 1 - beta2 of a plain number."""
         if BETA2_IS_TENSOR:
             beta2 = tl.load(beta2)
             forget = 1 - beta2
         beta2, forget = tl.cast(beta2, tl.float32), tl.cast(forget, tl.float32)  # torch.compile passes 64 bits
-        as_written = beta2 * moment + forget * mean_square
-        return tl.where(beta2 < 0.5, as_written, moment + forget * (mean_square - moment))
+        as_written = beta2 * moment + forget * x
+        return tl.where(beta2 < 0.5, as_written, moment + forget * (x - moment))
 
     @triton.jit
     def _update_table(

@@ -3,11 +3,12 @@
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import version
 
 from ember_mlx.shared.errors import InputError, did_you_mean
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.shared.replacing import replaced, torch_hidden
 
 USAGE = """\
 ember-mlx: fine-tune language models with mlx-lm, token tables included, with the Ember optimizer
@@ -78,7 +79,9 @@ def _run(command, arguments):
     try:
         # In one line, too: where in the library it arose is nothing to the user of a command.
         with replaced(warnings, "formatwarning", lambda text, *_: f"ember-mlx {command}: warning: {text}\n"):
-            exit_code = import_module(f"ember_mlx.commands.{command}").main(arguments)
+            with nullcontext() if command == "parity" else torch_hidden():
+                module = import_module(f"ember_mlx.commands.{command}")
+            exit_code = module.main(arguments)
         if exit_code:
             sys.exit(exit_code)
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full

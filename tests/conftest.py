@@ -18,6 +18,20 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
+@pytest.fixture(scope="module")
+def eager():
+    """For modules whose subject is not the compiled step: on a CPU, g++ builds each fused kernel for about a second.
+
+    Runs compare with mlx-lm's, resume and leave out steps compiled, as tests/finetune/test_run.py, test_resume.py and
+    test_nonfinite.py have them.
+    """
+    import mlx.core as mx
+
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Model folders by name and a data folder; nothing may write into them."""

@@ -11,10 +11,10 @@ import ember_mlx
 from ember_mlx import cli
 
 
-def command(*arguments, module="ember_mlx"):
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
-    )
+def command(*arguments, module="ember_mlx", **environment):
+    words = [sys.executable, "-m", module, *map(str, arguments)]
+    variables = os.environ | environment
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120, check=False)
 
 
 def short_run(folders, adapter, model="untied"):
@@ -49,7 +49,10 @@ def test_train_generate_and_fuse_as_a_person_would(folders, trained, tmp_path):
 def test_help_and_version_need_no_model():
     assert command("--version").stdout.strip() == version("ember-mlx")
     assert "ember-mlx train" in command("--help").stdout
-    options = command("train", "--help").stdout
+    helped = command("train", "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert "transformers" in helped.stderr
+    assert "torch._C" not in helped.stderr  # which transformers imports where it finds it
+    options = helped.stdout
     assert "--train-tables" in options
     assert "--lora-parameters" not in options
     assert "--grad-checkpoint" in options

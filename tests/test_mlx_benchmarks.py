@@ -46,13 +46,17 @@ def test_the_training_step_is_one_and_goes_on_where_it_was_cut_off(tmp_path):
 def test_the_streamed_step_is_measured_phase_by_phase(tmp_path):
     out = tmp_path / "streaming.json"
     rows = [f"qwen3-0.6b/1x512/stateless/{way}" for way in ("streamed", "checkpointed", "streamed+checkpointed")]
-    run("streaming_memory.py", "--out", out, "--smoke", "--steps", 1, "--rows", *rows)
+    rows.append("qwen3-0.6b/1x512/adamw-everywhere/mlx-lm")
+    run("streaming_memory.py", "--out", out, "--smoke", "--one-process", "--steps", 1, "--rows", *rows)
     found = json.loads(out.read_text())["rows"]
-    streamed, checkpointed, in_turn = (found[row] for row in rows)
+    streamed, checkpointed, in_turn, mlx_lm = (found[row] for row in rows)
     assert in_turn["ratio"] == pytest.approx(in_turn["rounds"][0][0] / in_turn["rounds"][0][1], rel=1e-2)
     assert list(streamed["phases"]) == ["forward", "loss", "head", "layers", "embedding"]
     assert streamed["peak_memory"] < checkpointed["peak_memory"] / 2
     assert abs(streamed["losses"][0] - checkpointed["losses"][0]) < 0.05
+    # Between two steps of mlx-lm's there are weights and both moments, and of ours weights alone.
+    assert mlx_lm["held"] > 2.9 * mlx_lm["bytes"]["weights"] > 2 * streamed["held"]
+    assert mlx_lm["losses"][-1] < mlx_lm["losses"][0]
 
 
 def test_rows_in_one_process_leave_nothing_to_the_next(monkeypatch):

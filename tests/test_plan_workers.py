@@ -36,8 +36,10 @@ def test_an_untied_embedding_sends_a_row_for_each_token_of_the_whole_batch_if_it
     columns = CONFIG["hidden_size"]
     head = planned("--train-tables", "head").traffic.payload
     assert planned().traffic.payload[2] - head[2] == 4 * 16 * columns * 2
+    accumulated = planned("--grad-accumulation-steps", "3").traffic  # a power of two
+    assert accumulated.payload[2] - head[2] == 256 * columns * 2
     whole = CONFIG["vocab_size"] * columns * 2
-    for words in (["--batch-size", "24"], ["--grad-accumulation-steps", "2"]):
+    for words in (["--batch-size", "24"], ["--grad-accumulation-steps", "5"]):
         found = planned(*words).traffic
         assert (found.payload[2] - head[2], found.embedding_rows) == (whole, 0)
     tied = planned(config=llama_config(tied=True, vocabulary=384)).traffic
@@ -52,12 +54,12 @@ def test_the_averages_of_what_is_joined_take_a_buffer():
     assert alone < most(2, "--train-tables", "none", "--fine-tune-type", "full") <= 2 * alone
 
 
-def test_advice_for_several_hosts_names_no_stream_and_whole_batches():
+def test_advice_for_several_hosts_names_whole_batches():
     model = read_architecture(CONFIG, "config.json")
     run = run_of(options.parse([*WORDS, "--max-seq-length", "129"]), model, 2)
     flags = [flags for flags, _ in advice(model, run, "cpu", 1)]
+    assert "--stream" in flags
     assert "--batch-size 2" in flags
-    assert not any("--stream" in each for each in flags)
 
 
 def test_the_command_tells_of_one_host(tmp_path, capsys):
@@ -88,7 +90,6 @@ def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, 
     [
         (["--workers", "3"], "--workers 3: must divide --batch-size 4"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--workers", "2", "--stream"], "--stream: 2 workers: it does not average their gradients"),
     ],
 )
 def test_workers_that_cannot_be_are_one_line(tmp_path, words, message):

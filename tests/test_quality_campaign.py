@@ -7,7 +7,7 @@ import multiprocessing
 import threading
 
 import pytest
-from quality_benchmark import FOLDER, SETTING, campaigns, draw, plan, reported
+from quality_benchmark import FOLDER, SETTING, campaigns, draw, plan, recipes, reported
 
 
 def search(loss, **how):
@@ -147,6 +147,29 @@ def test_the_plan_reports_other_seeds_at_the_best_rate_and_ends():
     ]  # fmt: skip
 
 
+def test_a_recipe_has_a_body_rate_of_its_own_and_mlx_lm_one_rate():
+    """Searched for until no neighbour is better; beside AdamW's best, or as far from it as in the setting like it."""
+    settings = {"a": SETTING, "b": dataclasses.replace(SETTING, like="a")}
+    best = {("adamw", "adamw"): (-6, -4), ("sinkgd", "ember"): (-9, -2), (plan.ONE_RATE, plan.ONE_RATE): (-7, -7)}
+    shift, untuned, results, counts = {"a": 0, "b": 2}, [("adamw", "frozen"), ("frozen", "frozen")], {}, {}
+    adamw, *others = best
+    for name, chosen in ((name, chosen) for name in settings for chosen in ([adamw], [*others, *untuned])):
+        phases = [plan.Phase((name,), (), seeds=(1,), recipes=tuple(chosen))]
+        while runs := list(plan.wanted(results, phases, settings)):
+            for run in runs:
+                body, rate = best.get((run.body, run.optimizer), (0, 0))
+                results[run.key()] = abs(run.body_rate - body - shift[name]) + abs(run.rate - rate - shift[name])
+                counts[name, chosen[0]] = counts.get((name, chosen[0]), 0) + 1
+    for name, there in shift.items():
+        for recipe, (body, rate) in best.items():
+            assert plan.tuned_recipe(name, *recipe, results, settings) == (body + there, rate + there)
+            assert plan.Run(name, recipe[1], rate + there, body + there, 1, body=recipe[0]).key() in results
+        assert plan.Run(name, "frozen", 0, -6 + there, 1).key() in results
+        assert plan.Run(name, "frozen", 0, 0, 1, body="frozen").key() in results
+    assert counts["b", others[0]] == (5 + 1) + (3 + 1) + 1 + 1  # no search went astray
+    assert counts["a", others[0]] > counts["b", others[0]]
+
+
 def test_the_tables_compare_seed_by_seed_and_choose_by_the_tuning_seed(tmp_path):
     """adamw-0.99 is better than adamw with the reported seeds, which nobody may know when one of them is chosen."""
     losses = {}
@@ -167,6 +190,34 @@ def test_the_tables_compare_seed_by_seed_and_choose_by_the_tuning_seed(tmp_path)
     assert results.best_of("untied-4k", plan.ADAMW) == "adamw"
     draw.write_tables(results, tmp_path / "tables.md")
     assert "-0.0220 ± 0.0025 (ember minus adamw)" in (tmp_path / "tables.md").read_text()
+
+
+def test_recipes_are_compared_seed_by_seed_and_what_they_forget_with_the_untrained_model(tmp_path):
+    """Seeds of earlier campaigns, whose losses are 0 here, do not count; their tuning runs do."""
+    name, losses, earlier, lines = "smollm2-wikisql", {}, [], []
+    frozen = ("adamw", "frozen")
+    above = {("adamw", "adamw"): 0.2, ("sinkgd", "ember"): 0.1, frozen: 0.3, ("frozen", "frozen"): 1.0}
+    fields = {"gpu": "x", "torch": "x", "seconds": 60, "commit": "x", "decile_counts": [9, 1, *[0] * 8]}
+    while runs := list(plan.wanted(losses, [plan.Phase((name,), (), recipes=tuple(above))])):
+        for run in (run for run in runs if run.key() not in losses):
+            loss = above[run.body, run.optimizer] + 0.1 * abs(run.rate + 8) + 0.1 * abs(run.body_rate + 7)
+            loss += run.seed - (0.001 * run.seed if run.body == "sinkgd" else 0)
+            if run.optimizer == "frozen":
+                loss = above[run.body, run.optimizer] + run.seed
+            losses[run.key()] = loss
+            line = {"run": dataclasses.asdict(run), "valid_loss": loss, **fields,
+                    "decile_losses": [loss, 2 * loss, *[0.0] * 8],
+                    "other_losses": {"smollm2_rasbt": 2 + above[run.body, run.optimizer]}}  # fmt: skip
+            (lines if run.seed else earlier).append(line)
+            if run.seed and run.body == "adamw":
+                earlier.append(line | {"valid_loss": 0.0})
+    results = recipes.Recipes(earlier, lines)
+    recipes.write_tables(results, tmp_path / "recipes.md")
+    text = (tmp_path / "recipes.md").read_text()
+    half = 4.303 * 0.001 / 3**0.5
+    assert f"| SinkGD + Ember | 2.0980 ± 0.9990 | 3 | -0.1020 ± {half:.4f} | 0.00032 0.0001 |" in text
+    assert f"| SinkGD + Ember | -0.2020 ± {half:.4f} | -0.4040 ± {2 * half:.4f} | -0.900 ± 0.000 |" in text
+    assert "| nothing trained | 3.0000 ± 1.0000 | 3 | +0.8000 ± 0.0000 |" in text
 
 
 @pytest.fixture

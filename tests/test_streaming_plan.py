@@ -46,7 +46,7 @@ def run_with(config, *words, length=128):
     return model, run_of(options.parse(words), model)
 
 
-def taken(config, words, length=128):
+def taken(config, words, length=128, reduce=None):
     """The peak of the second step of a model made here."""
     args = options.parse(["--stream", *words])
     model_class, arguments_class = _get_classes(config)
@@ -56,7 +56,7 @@ def taken(config, words, length=128):
     optimizer = build_optimizer(model.train(), args, choices)
     batch = mx.random.randint(0, config["vocab_size"], (1, length + 1))
     mx.eval(model.parameters(), optimizer.state, batch)
-    step = StreamedStep(model, optimizer, keep_inputs=args.keep_inputs or 1)
+    step = StreamedStep(model, optimizer, keep_inputs=args.keep_inputs or 1, reduce=reduce)
     step(batch)
     gc.collect()
     own = sum(array.nbytes for _, array in tree_flatten((model.parameters(), optimizer.state)))
@@ -82,6 +82,22 @@ def test_a_streamed_step_is_planned_within_a_tenth(config, words):
     model, run = run_with(config, "--stream", *words)
     predicted = max(plan(model, run, "cpu").phases.values())
     assert predicted == pytest.approx(taken(config, words), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(QWEN, [*FULL, "--optimizer", "sinkgd"]), (QWEN | {"tie_word_embeddings": True}, ["--optimizer", "adamw"])],
+    ids=["full", "tied lora"],
+)
+def test_one_of_several_workers_takes_and_sends_what_is_planned(config, words):
+    """The other worker's batch is this one's, so that the two look up the rows of one; the last step is counted."""
+    sent = []
+    model, run = run_with(config, "--stream", *words)
+    planned = plan(model, replace(run, workers=2), "cpu")
+    peak = taken(config, words, reduce=lambda array: sent.append(array.nbytes) or array + array)
+    assert max(planned.phases.values()) == pytest.approx(peak, rel=0.1)
+    (_, *of_step), step = sent, len(sent) // 2
+    assert sum(of_step[-step:]) == pytest.approx(sum(planned.traffic.payload.values()), rel=0.02)
 
 
 def test_the_phases_are_those_of_a_step():

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from cuda_ref import sharded_weights, sharding, triton_kernels
-from cuda_ref.optimizers.checks import DTYPES, check_keys, fault_of, name_of
+from cuda_ref.optimizers.checks import DTYPES, by_triton, check_implementation, check_keys, fault_of, loss_of, name_of
 from cuda_ref.optimizers.ember import bias_correction, update_second_moment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
@@ -61,10 +61,7 @@ class BodyOptimizer(Optimizer):
         decay_vectors: bool,
         implementation: str,
     ):
-        if implementation not in ("auto", "eager", "triton"):
-            raise self._error(f"(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
-        if implementation == "triton" and not triton_kernels.available():
-            raise self._error("(implementation='triton'): Triton is not installed; 'auto' does without it")
+        check_implementation(type(self).__name__, implementation)
         self.decay_vectors = decay_vectors
         self.implementation = implementation
         self._shards = {}  # of the weights that are sharded
@@ -83,10 +80,7 @@ class BodyOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on every weight that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._init_group()
         for group in self.param_groups:
             for w in group["params"]:
@@ -151,9 +145,7 @@ class BodyOptimizer(Optimizer):
 
     def by_triton(self, w: torch.Tensor) -> bool:
         """Whether the kernels take this weight."""
-        if self.implementation == "auto":
-            return w.is_cuda and triton_kernels.available(w.device)
-        return self.implementation == "triton"
+        return by_triton(self.implementation, w)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; all state keeps its dtype, also that of weights of 16 bits."""

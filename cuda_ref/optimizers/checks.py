@@ -24,13 +24,16 @@ __all__ = [
     "OPTIONS",
     "SCHEDULE",
     "as_number",
+    "by_triton",
     "check_gradient",
     "check_group",
+    "check_implementation",
     "check_keys",
     "check_schedule",
     "check_state",
     "check_state_dict",
     "fault_of",
+    "loss_of",
     "name_of",
     "warning_of",
     "with_schedule",
@@ -40,6 +43,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of tables and of grad
 OPTIONS = ("lr", "beta2", "eps", "weight_decay")
 SCHEDULE = "a schedule"  # what a state_dict says of one: a function is nothing to save
 FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32")
+
+
+def check_implementation(optimizer: str, implementation: str) -> None:
+    """Refuse what is no implementation, or cannot be found; ``optimizer`` is the name for the error."""
+    if implementation not in ("auto", "eager", "triton"):
+        raise InputError(f"{optimizer}(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
+    if implementation == "triton" and not triton_kernels.available():
+        raise InputError(f"{optimizer}(implementation='triton'): Triton is not installed; 'auto' does without it")
+
+
+def by_triton(implementation: str, w: torch.Tensor) -> bool:
+    """Whether the kernels take this weight."""
+    if implementation == "auto":
+        return w.is_cuda and triton_kernels.available(w.device)
+    return implementation == "triton"
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure of a step returns, run with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def check_group(group: Mapping[str, Any], implementation: str, row_shard_group: Any) -> None:

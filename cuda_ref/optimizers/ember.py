@@ -23,20 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from cuda_ref import sharding, triton_kernels
-from cuda_ref.optimizers.checks import (
-    OPTIONS,
-    SCHEDULE,
-    as_number,
-    check_gradient,
-    check_group,
-    check_schedule,
-    check_state,
-    check_state_dict,
-    fault_of,
-    name_of,
-    warning_of,
-    with_schedule,
-)
+from cuda_ref.optimizers import checks
 from cuda_ref.optimizers.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -255,10 +242,7 @@ class Ember(Optimizer):
         row_shard_group: "torch.distributed.ProcessGroup | None" = None,
     ):
         check_rounding(rounding, seed)
-        if implementation not in ("auto", "eager", "triton"):
-            raise InputError(f"Ember(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
-        if implementation == "triton" and not triton_kernels.available():
-            raise InputError("Ember(implementation='triton'): Triton is not installed; 'auto' does without it")
+        checks.check_implementation("Ember", implementation)
         self.row_clip = check_row_limit("row_clip", row_clip)
         self.row_floor = check_row_limit("row_floor", row_floor)
         self.rounding = rounding
@@ -276,7 +260,7 @@ class Ember(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            fault = fault_of(self._check_group, group) or fault_of(check_schedule, group)
+            fault = checks.fault_of(self._check_group, group) or checks.fault_of(checks.check_schedule, group)
             if self.row_shard_group is not None:
                 found = sharding.shards_of_slices(group["params"], self.row_shard_group, fault)
                 self._shards.update(zip(group["params"], found, strict=True))
@@ -285,17 +269,14 @@ class Ember(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        if not self._warned and (found := warning_of(group, self.rounding)):
+        if not self._warned and (found := checks.warning_of(group, self.rounding)):
             self._warned = True
             warn(found)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step on every table that has a gradient; returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = checks.loss_of(closure)
         self._init_group()
         for group in self.param_groups:
             for w in group["params"]:
@@ -326,17 +307,18 @@ class Ember(Optimizer):
         facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
         facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
         tables = [
-            (name, w, self.state.get(w), {o: group[o] for o in OPTIONS}) for name, w, group in self._named_tables()
+            (name, w, self.state.get(w), {o: group[o] for o in checks.OPTIONS})
+            for name, w, group in self._named_tables()
         ]
-        sharding.agree_on_step(self._shards, facts, tables, fault_of(self._check_step))
+        sharding.agree_on_step(self._shards, facts, tables, checks.fault_of(self._check_step))
         self._agreed = True
 
     def _check_step(self):
         for group in self.param_groups:
             self._check_group(group)
             for number, w in enumerate(group["params"]):
-                check_gradient(w)
-                check_state(name_of(group, number), w, self.state.get(w))
+                checks.check_gradient(w)
+                checks.check_state(checks.name_of(group, number), w, self.state.get(w))
 
     def _step_table(self, w, group):
         state = self.state[w]
@@ -344,14 +326,11 @@ class Ember(Optimizer):
         options = {"learning_rate": group["lr"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
         options |= {"beta2": group["beta2"], "row_clip": self.row_clip, "row_floor": self.row_floor}
         if callable(group["beta2"]):
-            options["beta2"] = as_number("beta2", group["beta2"](state["step"]), state["step"].device)
+            options["beta2"] = checks.as_number("beta2", group["beta2"](state["step"]), state["step"].device)
             options["q"] = state["q"].copy_(update_second_moment(state["q"], 1.0, options["beta2"]))
         if self.rounding == "stochastic":
             options["seed"] = state["seed"]
-        use_triton = self.implementation == "triton" or (
-            self.implementation == "auto" and w.is_cuda and triton_kernels.available(w.device)
-        )
-        step = triton_kernels.ember_step if use_triton else ember_step
+        step = triton_kernels.ember_step if checks.by_triton(self.implementation, w) else ember_step
         (w, g, r), shards = sharding.parts_here((w, w.grad, state["r"]), self._shards.get(w))
         new = *step(w, g, r, state["c"], t, **options, shards=shards), t
         for before, after in zip((w, r, state["c"], state["step"]), new, strict=True):
@@ -362,7 +341,7 @@ class Ember(Optimizer):
         """As PyTorch's, with a word in the place of a schedule."""
         saved = super().state_dict()
         for group in saved["param_groups"]:
-            group["beta2"] = SCHEDULE if callable(group["beta2"]) else group["beta2"]
+            group["beta2"] = checks.SCHEDULE if callable(group["beta2"]) else group["beta2"]
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -372,9 +351,11 @@ class Ember(Optimizer):
         saved = {}
 
         def check(_, state_dict):  # what the user's own hooks have made of it
-            saved.update(check_state_dict(state_dict, self.param_groups, self._shards, self._check_group))
+            saved.update(checks.check_state_dict(state_dict, self.param_groups, self._shards, self._check_group))
             groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
-            return state_dict | {"param_groups": [with_schedule(saved_group, group) for saved_group, group in groups]}
+            return state_dict | {
+                "param_groups": [checks.with_schedule(saved_group, group) for saved_group, group in groups]
+            }
 
         def keep_float32(_):  # PyTorch has cast the state to the dtype of its parameter
             for w, state in saved.items():
@@ -404,7 +385,7 @@ class Ember(Optimizer):
     def _named_tables(self):
         for number, group in enumerate(self.param_groups):
             for position, w in enumerate(group["params"]):
-                yield f"{name_of(group, position)} (group {number})", w, group
+                yield f"{checks.name_of(group, position)} (group {number})", w, group
 
     def _check_group(self, group):
-        check_group(group, self.implementation, self.row_shard_group)
+        checks.check_group(group, self.implementation, self.row_shard_group)

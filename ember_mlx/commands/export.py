@@ -84,7 +84,6 @@ def _parser():
         prog="ember-mlx export",
         description="Write what was trained in the forms of Hugging Face's peft, llama.cpp and Ollama.",
         epilog=EPILOG,
-        allow_abbrev=False,
     )
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--model", default="mlx_model")

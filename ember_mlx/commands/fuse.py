@@ -122,7 +122,6 @@ def _parser():
         prog="ember-mlx fuse",
         description="Merge an adapter, its token tables too, into an ordinary model folder.",
         epilog=EPILOG,
-        allow_abbrev=False,
     )
     parser.add_argument("--model", default="mlx_model")
     parser.add_argument("--adapter-path", default="adapters")

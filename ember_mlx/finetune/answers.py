@@ -15,7 +15,16 @@ from mlx_lm.utils import common_prefix_len
 
 from ember_mlx.finetune.mlx_lm_internals import marked_tokens
 
-__all__ = ["Answer", "Spans", "answers_by_marker", "answers_in_text", "answers_in_tokens", "has_answer", "opening_of"]
+__all__ = [
+    "Answer",
+    "Spans",
+    "answers_by_marker",
+    "answers_in_text",
+    "answers_in_tokens",
+    "has_answer",
+    "has_empty_answer",
+    "opening_of",
+]
 
 Spans = list[tuple[int, int]]
 """The first and the one after the last of the tokens of each answer."""
@@ -28,6 +37,15 @@ MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def has_answer(turns: Turns) -> bool:
     """Whether a turn is the assistant's."""
     return any(_is_answer(turn) for turn in turns)
+
+
+def has_empty_answer(turns: Turns) -> bool:
+    """Whether a turn is the assistant's and says nothing: no text, no reasoning, no call of a tool."""
+    return any(_is_answer(turn) and not any(_says(turn[name]) for name in turn.keys() - {"role"}) for turn in turns)
+
+
+def _says(value):
+    return value.strip() if isinstance(value, str) else value
 
 
 def opening_of(write: Callable[..., str], turns: Turns) -> str:

@@ -126,15 +126,21 @@ class TrainingBatches:
             batches: How many the validation set has.
             same: Whether losses are to compare.
         """
-        first, now = self.first_evaluation, numpy_random()
-        self.first_evaluation = first or now
-        if not (same and first):
+        if not (same and self.first_evaluation):
+            self.first_evaluation = self.first_evaluation or numpy_random()
             yield
             return
-        set_numpy_random(first)
+        with self.as_first_evaluated():
+            yield
+        np.random.permutation(batches)  # as mlx-lm draws a validation's batches
+
+    @contextmanager
+    def as_first_evaluated(self) -> Iterator[None]:
+        """Within it the batches of the first validation are drawn, if there was one; nothing is drawn outside."""
+        now = numpy_random()
+        set_numpy_random(self.first_evaluation or now)
         yield
         set_numpy_random(now)
-        np.random.permutation(batches)  # as mlx-lm draws a validation's batches
 
     def mark(self, random: dict | None = None) -> None:
         """Call it between two steps. ``random`` is NumPy's state, if not as it is now."""
@@ -177,19 +183,20 @@ def own_part(batch: tuple[mx.array, mx.array], workers: Workers) -> tuple[mx.arr
     return tokens, learned, share, mx.array(rows_to_send(np.array(batch[0][:, :-1])))
 
 
-def rows_to_send(inputs: np.ndarray) -> np.ndarray:
-    """The rows of an embedding that have a gradient, and the first others, up to one for each token of the batch.
-
-    So their number depends on the batch's shape alone, and the step is compiled once for each.
+def rows_to_send(inputs: np.ndarray, number: int | None = None) -> np.ndarray:
+    """The rows of an embedding that have a gradient, and the first others, up to ``number``.
 
     Args:
-        inputs: Token ids (B, T), non-negative integers, that the model looks up.
+        inputs: Token ids, non-negative integers, that the model looks up.
+        number: At least as many as distinct ids; default: one for each of ``inputs``. So it depends on the batch's
+            shape alone, and the step is compiled once for each.
 
     Returns:
-        B * T distinct row numbers.
+        Distinct row numbers.
     """
+    number = inputs.size if number is None else number
     found = np.unique(inputs)
-    others = np.setdiff1d(np.arange(inputs.size), found)[: inputs.size - len(found)]
+    others = np.setdiff1d(np.arange(number), found)[: number - len(found)]
     return np.concatenate([found, others.astype(found.dtype)])
 
 

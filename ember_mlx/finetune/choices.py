@@ -173,6 +173,8 @@ def _streams(options, with_tables):
         if getattr(options, name) is not None:
             shown = f"--{name.replace('_', '-')} {getattr(options, name)}"
             raise InputError(f"{shown}: is for a run that streams; add --stream, or {instead}")
+    if options.shard_optimizer:
+        raise InputError("--shard-optimizer: is for a run that streams; add --stream, or leave it out")
     return False
 
 

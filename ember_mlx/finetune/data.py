@@ -134,6 +134,12 @@ def load_data(
             f"--mask-prompt: in {unshared} of {sum(map(len, tried))} rows the chat template begins an answer otherwise "
             "than after a prompt (an empty think block?); what row and prompt share is masked"
         )
+    for rows in tried:
+        if rows.empty_answers:
+            rprint(
+                f"Warning: {rows.where(rows.empty_answers[0])} has an empty answer, {len(rows.empty_answers)} of "
+                f"{len(rows)} rows in all: the model learns to say nothing there. Fix or remove them"
+            )
     return tuple(tried)
 
 

@@ -1,14 +1,24 @@
 """mlx-lm's display of a run, with the time that is left and the perplexity of each validation at the ends of lines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from mlx_lm.cli_ui import TrainUI
+from mlx_lm.cli_ui import TrainUI, make_console
 from rich.console import Console
 
 from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.time_left import in_words
+from ember_mlx.shared.replacing import replaced
 
-__all__ = ["Display"]
+__all__ = ["Display", "colours_on_a_terminal_alone"]
+
+
+@contextmanager
+def colours_on_a_terminal_alone() -> Iterator[None]:
+    """mlx-lm's console writes colours into files and pipes too; within this, to a terminal alone."""
+    console = make_console()
+    with replaced(console, "_color_system", console._color_system if console.is_terminal else None):
+        yield
 
 
 class Display(TrainUI):

@@ -1,6 +1,7 @@
 """The loss on a set: mlx-lm's ``evaluate``, where rows with nothing to learn are left out and named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,10 +14,20 @@ from ember_mlx.finetune.history import learned_tokens
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import spans_of
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.shared.replacing import replaced
 
 __all__ = ["evaluate"]
 
 
+@contextmanager
+def _streams_left_to_mlx() -> Iterator[None]:
+    """mlx-lm sums on the CPU's stream, which NCCL does not know; MLX itself chooses one that the backend has."""
+    all_sum = mx.distributed.all_sum
+    with replaced(mx.distributed, "all_sum", lambda array, stream=None: all_sum(array)):
+        yield
+
+
+@_streams_left_to_mlx()
 def evaluate(
     args: Options,
     model: nn.Module,

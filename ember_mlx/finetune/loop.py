@@ -44,7 +44,8 @@ class Training:
     """The steps of one run.
 
     With several workers all stop at the same step, and the first one saves. After :meth:`train`, ``history`` has the
-    losses, ``batches`` the position in the data, and ``nonfinite`` the number of steps that were left out.
+    losses, ``batches`` the position in the data, ``nonfinite`` the number of steps that were left out, and
+    ``peak_worker`` the rank that had the peak.
 
     Args:
         args, model, optimizer, tables: The run's.
@@ -54,6 +55,7 @@ class Training:
         start (Position, optional): Where to resume.
         make_step (callable): Makes the step, as :class:`Step` is made: of model, optimizer, loss and accumulation.
         deadline (PeerDeadline, optional): Hears of every meeting of the workers.
+        whole (callable): See :meth:`~ember_mlx.finetune.streamed.Streamed.whole`.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Training:
         start: Position | None = None,
         make_step: Callable = Step,
         deadline: PeerDeadline | None = None,
+        whole: Callable = lambda needed=True: nullcontext(),
     ):
         self.args = args
         self.model = model
         self.optimizer = optimizer
         self.tables = tables
         self.saving = saving
+        self.whole = whole
         self.time_left = TimeLeft(args)
         self.watchers = [*watchers, self.time_left]
         self.start = start
@@ -106,14 +110,15 @@ class Training:
                 with _checkpointed(self.model.layers[0]) if checkpointing else nullcontext():
                     step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
                     self._loop(step, loss, CacheDataset(valid_set))
-            peak_memory = self.workers.all_max(mx.get_peak_memory())
+            peaks = [int(peak) for (peak,) in self.workers.all_numbers(mx.get_peak_memory())]
             with self.workers.one_outcome():
                 self.nonfinite.refuse_nothing()
                 if not self._save(self.steps_done):
                     failed = f"what was trained could not be saved: {self.saving.failed[-1]}"
                     raise InputError(f"--adapter-path {self.saving.folder}: {failed}")
-        self._stop_if_asked()  # for the signals that came last, too
-        return peak_memory
+        self._stop_for(self._meet())  # for the signals that came last, too
+        self.peak_worker = peaks.index(max(peaks))
+        return max(peaks)
 
     def _loop(self, take_step, loss, valid_set):
         args, batches = self.args, self.batches
@@ -123,8 +128,9 @@ class Training:
             for _ in range(batches.step):
                 ui.advance()
             self.model.train()
+            signal = self._meet()
             for step in range(first, args.iters + 1):
-                self._stop_if_asked()
+                self._stop_for(signal)
                 batch = batches.draw()
 
                 if len(valid_set) and (step in (1, args.iters) or step % args.steps_per_eval == 0):
@@ -138,9 +144,10 @@ class Training:
 
                 start = time.perf_counter()
                 asked = [watcher.before_step(step, batch[:2]) for watcher in self.watchers]
-                result = take_step(
-                    batch, step % args.grad_accumulation_steps == 0, [each for each in asked if each is not None]
-                )
+                with self.workers.own_randomness():
+                    result = take_step(
+                        batch, step % args.grad_accumulation_steps == 0, [each for each in asked if each is not None]
+                    )
                 report.add(result, start)
                 for watcher in self.watchers:
                     watcher.after_step(step, result)
@@ -151,12 +158,14 @@ class Training:
                 report.due |= step % args.steps_per_report == 0 or step == args.iters
                 if report.due and report.steps:
                     report.send(step, ui)
-                with self.workers.one_outcome():
+                with self.workers.one_outcome(self._signal) as meeting:  # the one between two steps
                     self.nonfinite(step, result)
                     batches.mark(before_extra_evaluation)
                     self._refuse_over_memory(step)
                     if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
                         self._save(step)
+                self.deadline.passed()
+                signal = meeting.largest
         if self.steps_done < args.iters:
             rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
         self._report_dropped()
@@ -174,9 +183,10 @@ class Training:
         batches = batches_id(self.args, self.saving.described["made_of"], self.batches.first_evaluation)
         validations.hear(steps_done, loss, batches, counts)
         if self.saving.best:
-            with self.workers.one_outcome():
+            now = Best(steps_done, loss, batches)
+            is_lower = self.workers.leads and self.saving.best.is_lower(now, validations.untrained)
+            with self.workers.one_outcome(), self.whole(is_lower):
                 if self.workers.leads:
-                    now = Best(steps_done, loss, batches)
                     self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
     def _evaluate(self, step, loss, valid_set, ui):
@@ -189,7 +199,7 @@ class Training:
 
             def between_batches():
                 advance()
-                self._stop_if_asked()
+                self._stop_for(self._meet())
 
             with self.batches.evaluation(whole, self.same_batches):
                 value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
@@ -213,23 +223,37 @@ class Training:
             )
 
     def _save(self, step):
-        return self.saving.save(step, self.batches.position) if self.workers.leads else True
+        with self.whole():
+            return self.saving.save(step, self.batches.position) if self.workers.leads else True
 
     def _save_checkpoint(self):
-        return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
+        with self.whole():
+            return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
 
     def _refuse_over_memory(self, step):
         """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
+        refused = None
         try:
             refuse_over(self.args.memory_limit)
-        except InputError:
-            if step > 1:
-                self._save_checkpoint()
-            raise
+        except InputError as error:
+            refused = error
+        # All workers save together what is sharded.
+        ends = self.workers.all_max(int(refused is not None)) if self.args.shard_optimizer else refused
+        if ends and step > 1:
+            self._save_checkpoint()
+        if refused:
+            raise refused
 
-    def _stop_if_asked(self):
-        number = self.workers.all_max(self.signals.number or 0)
+    def _signal(self):
+        return self.signals.number or 0
+
+    def _meet(self):
+        """The signal that any worker has heard, or 0."""
+        number = self.workers.all_max(self._signal())
         self.deadline.passed()
+        return number
+
+    def _stop_for(self, number):
         if number:
             self._save_checkpoint()
             raise self.saving.interrupted(number, self.batches.position)
@@ -270,9 +294,9 @@ class Report:
 
     def send(self, step: int, ui: Display) -> None:
         """To the display, the history and the callbacks."""
-        workers = Workers.join().size
-        loss = mx.distributed.all_sum(self.losses, stream=mx.cpu).item() / (self.steps * workers)
-        tokens = mx.distributed.all_sum(self.tokens, stream=mx.cpu).item()
+        own = self.losses.item(), self.tokens.item(), mx.get_peak_memory()
+        losses, counts, peaks = zip(*Workers.join().all_numbers(*own), strict=True)
+        loss, tokens = sum(losses) / (self.steps * len(losses)), int(sum(counts))
         self.trained_tokens += tokens
         ui.report_train(step, loss, tokens / self.seconds, self.trained_tokens)
         self.history.on_train_loss_report(
@@ -283,7 +307,7 @@ class Report:
                 "iterations_per_second": self.args.steps_per_report / self.seconds,
                 "tokens_per_second": tokens / self.seconds,
                 "trained_tokens": self.trained_tokens,
-                "peak_memory": mx.get_peak_memory() / 1e9,
+                "peak_memory": max(peaks) / 1e9,
             }
         )
         self._begin()

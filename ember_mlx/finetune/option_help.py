@@ -175,6 +175,11 @@ HELP: Help = {
             "With --stream: keep the input of every K-th layer and make the others again. Saves memory with long "
             "sequences, and takes a forward pass more. Default: 1, all are kept.",
         ),
+        "shard_optimizer": (
+            None,
+            "With --stream and several workers: each keeps a part of the optimizer's state of all but the tables. For "
+            "adamw, adam, lion and sgd, over JACCL or NCCL.",
+        ),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
         "memory_limit": (
             "SIZE",

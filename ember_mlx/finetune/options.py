@@ -87,6 +87,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chunked_loss": (False, ON_OR_OFF),
     "stream": (None, ON_OR_OFF),
     "keep_inputs": (None, {"type": int}),
+    "shard_optimizer": (False, SWITCH),
     "overwrite": (False, SWITCH),
     "resume": (None, {"type": str, "nargs": "?", "const": True}),
     "resume_with_changes": (False, SWITCH),

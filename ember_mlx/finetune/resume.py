@@ -43,6 +43,7 @@ FREE = {
     *("clear_cache_threshold", "trust_remote_code", "token_tables", "log_jsonl", "add_tokens", "memory_limit"),
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
     *("streaming_notes", "peer_timeout", "keep_best", "patience"),
+    "shard_optimizer",  # to the bit
     "dequantize_tables",  # obsolete
     "auto_savings",  # what it switches on is compared itself
     "on_nonfinite",  # up to a step that is not finite both are one
@@ -50,7 +51,7 @@ FREE = {
 # Of these, what decides at which steps the workers of one run meet.
 SHARED = {
     *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
-    *("keep_best", "patience"),
+    *("keep_best", "patience", "shard_optimizer"),
 }
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice

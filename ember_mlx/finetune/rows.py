@@ -19,6 +19,7 @@ from ember_mlx.finetune.answers import (
     answers_in_text,
     answers_in_tokens,
     has_answer,
+    has_empty_answer,
     opening_of,
 )
 from ember_mlx.finetune.options import Options
@@ -116,6 +117,10 @@ class ChatRows:
             return fault
         return fault_of(row, (self.rows.prompt_key, self.rows.completion_key))
 
+    def has_empty_answer(self, row: dict[str, Any]) -> bool:
+        """Whether an answer of a row says nothing."""
+        return has_empty_answer(self._whole(row))
+
     def process(self, row: dict[str, Any]) -> tuple[list[int], int | Spans]:
         """The tokens of a row, and what is learned of them: a number of tokens at the start is not, or spans are.
 
@@ -144,14 +149,17 @@ class ChatRows:
         self.unshared += not whole
         return answers_in_tokens(self.tokenizer, text, tokens, answers)
 
-    def _turns(self, row):
+    def _whole(self, row):
         if isinstance(self.rows, ChatDataset):
-            turns = row[self.rows.chat_key]
-        else:
-            turns = [
-                {"role": "user", "content": row[self.rows.prompt_key]},
-                {"role": "assistant", "content": row[self.rows.completion_key]},
-            ]
+            return row[self.rows.chat_key]
+        return [
+            {"role": "user", "content": row[self.rows.prompt_key]},
+            {"role": "assistant", "content": row[self.rows.completion_key]},
+        ]
+
+    def _turns(self, row):
+        """What the template gets: with a text in the place of null, where the template would write "None"."""
+        turns = self._whole(row)
         others = [turn["content"] for turn in turns if not isinstance(turn.get("content", ""), str)]
         if not others:
             return turns
@@ -187,7 +195,7 @@ def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int | Spans
         InputError: for a row of another type, or that the tokenizer or the chat template refuses or makes nothing of.
     """
     row = rows[index]
-    part = rows._data[row["_dataset"]] if isinstance(rows, ConcatenatedDataset) else rows
+    part = _part_of(rows, row)
     if isinstance(part, ChatRows):
         if fault := part.fault_of(row):
             raise InputError(f"{where} {fault}: {REMEDY}")
@@ -199,6 +207,11 @@ def tokenized(rows: Any, index: int, where: str) -> tuple[list[int], int | Spans
     except Exception as error:
         reason = reason_of(error)
         raise InputError(f"{where} cannot be tokenized ({reason}): {REMEDY}") from error
+
+
+def _part_of(rows, row):
+    """The data set that a row is of."""
+    return rows._data[row["_dataset"]] if isinstance(rows, ConcatenatedDataset) else rows
 
 
 def spans_of(tokens: list[int], learned: int | Spans, max_seq_length: int) -> Spans:
@@ -221,7 +234,8 @@ class TriedRows:
 
     ``lengths`` are the tokens of each row, before it is cut. ``checksum`` is the SHA-256 of the rows and
     ``token_checksum`` that of their tokens and masks, in hexadecimal. ``unshared`` is the number of rows whose prompt,
-    which ``--mask-prompt`` masks, is no prefix of the row.
+    which ``--mask-prompt`` masks, is no prefix of the row. ``empty_answers`` are the numbers of rows in which an answer
+    says nothing.
 
     Args:
         rows: A data set of mlx-lm's kind; an empty list where there is none.
@@ -234,12 +248,15 @@ class TriedRows:
     def __init__(self, rows: Any, where: Callable[[int], str]):
         self.rows, self.where = rows, where
         content, learned = hashlib.sha256(), hashlib.sha256()
-        self.lengths = []
+        self.lengths, self.empty_answers = [], []
         for i in range(len(rows)):
             tokens, spans = tokenized(rows, i, where(i))
             if not tokens:
                 raise InputError(f"{where(i)}: the tokenizer makes nothing of it: {REMEDY}")
             self.lengths.append(len(tokens))
+            part = _part_of(rows, rows[i])
+            if isinstance(part, ChatRows) and part.has_empty_answer(rows[i]):
+                self.empty_answers.append(i)
             learned.update(json.dumps([tokens, spans]).encode())
             content.update(json.dumps(rows[i], sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
         self.checksum, self.token_checksum = content.hexdigest(), learned.hexdigest()

@@ -22,6 +22,7 @@ from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.disk import what_is_kept
+from ember_mlx.finetune.display import colours_on_a_terminal_alone
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.given import Given, Outcome
@@ -31,7 +32,6 @@ from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import packed
-from ember_mlx.finetune.position import set_numpy_random
 from ember_mlx.finetune.resume import (
     CONTENTS,
     made_of,
@@ -101,7 +101,8 @@ def run_with(
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
     workers = Workers.join()
-    with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout) as deadline:
+    deadline = PeerDeadline(workers, args.peer_timeout)
+    with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
         return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
 
 
@@ -113,6 +114,8 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
+        if args.train and args.shard_optimizer:
+            workers.refuse_without_sum_scatter("--shard-optimizer")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
@@ -190,8 +193,9 @@ def train_model(
         loss = choose_loss(args, model)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+        how = {}
         if make_step is None:
-            args, make_step = _make_step(args, model, optimizer)
+            args, make_step, how = _make_step(args, model, optimizer)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
@@ -202,7 +206,7 @@ def train_model(
         callbacks, watchers = [*callbacks, log], [*watchers, log]
         if samples:
             samples.listeners.append(log.on_samples)
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline)
+    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline, **how)
     peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
@@ -220,6 +224,7 @@ def train_model(
         files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
         best=saving.best and saving.best.found,
+        peak_worker=training.peak_worker if workers.size > 1 else None,
     )
     if workers.leads:
         rows = [len(train_set), len(valid_set)]
@@ -245,12 +250,12 @@ def _samples(args, tokenizer, valid_set, workers, deadline):
 
 
 def _make_step(args, model, optimizer):
-    """What makes the step; a streamed one is made and told of now, and the run's records get its notes."""
+    """What makes the step, and how it saves; a streamed one is made and told of now, and the records get its notes."""
     if not args.stream:
-        return args, Step
+        return args, Step, {}
     streamed = Streamed(model, optimizer, args)
     rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
-    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}
 
 
 def _set_what_trains(args, choices, model):
@@ -290,7 +295,8 @@ def _losses(args, model, loss, valid_set, training):
     if not valid_set:
         first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
         return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    last = _evaluate_on_first_batches(args, model, loss, valid_set, training)
+    with training.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
+        last = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
     return training.history.losses.get("val_loss", [last])[0], last
 
 
@@ -368,16 +374,6 @@ def _load_adapter_file(model, path):
         trainable = model.trainable_parameters()
         remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
         adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
-
-
-def _evaluate_on_first_batches(args, model, loss, valid_set, training):
-    """The loss after the last step, on the batches of the first validation: mlx-lm draws others each time."""
-    random_state = np.random.get_state()
-    if training.batches.first_evaluation:
-        set_numpy_random(training.batches.first_evaluation)
-    mean = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
-    np.random.set_state(random_state)  # a test that follows draws what mlx-lm would
-    return mean
 
 
 def _test(args, model, test_set, between_batches=lambda: None):

@@ -63,7 +63,7 @@ class RunLogWriter(TrainingCallback, Watcher):
             train_info["iteration"],
             **{name: train_info[name] for name in same},
             table_learning_rate=train_info.get("table_learning_rate"),
-            peak_memory=mx.get_peak_memory(),
+            peak_memory=round(train_info["peak_memory"] * 1e9),
             update_ratio_tables=ratios["tables"],
             update_ratio_body=ratios["body"],
         )

@@ -11,8 +11,10 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ember_mlx.finetune.batches import rows_to_send
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 from ember_mlx.finetune.workers import average_by_dtype
 from ember_mlx.optimizers.guarded import (
@@ -31,6 +33,9 @@ from ember_mlx.token_tables import find_token_tables
 __all__ = ["Step", "evaluate_paced"]
 
 LAYER = re.compile(r"\.(\d+)\.")
+# What a GPU is handed between two waits, each of which takes the host as long as many operations:
+LARGEST_AT_ONCE = 2**28  # bytes of new weights and state
+WIDEST_AT_ONCE = 2**23  # elements: tokens times the widest activation of each layer
 
 
 class Step:
@@ -45,7 +50,7 @@ class Step:
         reduce (callable): Gradients of this machine, and the rows of arrays that are enough -> their mean over all.
 
     Of several workers' batches (:func:`~ember_mlx.finetune.batches.own_part`) an untied embedding sends only the rows
-    that occur, where these are fewer than all and one batch makes an update.
+    that occur in an update, where these are fewer than all.
     """
 
     def __init__(
@@ -59,10 +64,11 @@ class Step:
         self.model = model
         self.optimizer = optimizer
         self.accumulated = None
+        self._rows = [] if accumulation > 1 else None  # of an embedding, that the accumulated batches look up
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
-        lookup = _looked_up_by_tokens(model) if accumulation == 1 else {}
+        lookup = _looked_up_by_tokens(model)
 
         def rows_in(batch):
             return batch[3].size if len(batch) > 3 else 0
@@ -91,6 +97,8 @@ class Step:
         self, batch: tuple[mx.array, ...], last_of_accumulation: bool = True, measurements: Iterable[Measurement] = ()
     ) -> StepResult:
         """Take one batch; update the weights if it is the last that is accumulated."""
+        if self._rows is not None and len(batch) > 3:
+            batch = (*batch[:3], *self._rows_of_all(batch[3], last_of_accumulation))
         loss, tokens, gradients, squares = self._gradients_of(batch, self.accumulated, last_of_accumulation)
         self.accumulated = None
         if not last_of_accumulation:
@@ -99,29 +107,37 @@ class Step:
             evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         norm = norm_of(squares) if self._judges else None
-        old = dict(tree_flatten(self._changing()))
+        weights = self.model.trainable_parameters()
+        old = dict(tree_flatten({"weights": weights, "state": self.optimizer.state}))
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
-        weights, readings = update(
-            self.model.trainable_parameters(), gradients, norm, {each.name: each.inputs for each in measurements}
-        )
+        inputs = {each.name: each.inputs for each in measurements}
+        weights, readings = update(weights, gradients, norm, inputs)
         mx.eval(loss, tokens, mx.random.state)
-        evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
-        if squares and mx.default_device().type == mx.DeviceType.cpu:  # where each of them needs scratch
-            evaluate_paced([[each] for each in squares])
-        mx.eval(norm)  # its scratch comes after theirs
+        groups = gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size)
+        if squares:
+            on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch
+            groups += [*([each] for each in squares if on_cpu), [norm]]
+        evaluate_paced(groups)
         # Rates are not judged: options.py and, over a schedule, build_optimizer.py refuse unsafe ones before a run.
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
-        del gradients, weights, norm, squares  # now the new weights alone hold what they are made of
+        del gradients, groups, norm, squares  # now the new weights alone hold what they are made of
         if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
-        weights, state = self.model.trainable_parameters(), self.optimizer.state
-        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(state)))
+        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(self.optimizer.state)))
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
+
+    def _rows_of_all(self, rows, last):
+        """For the last of some batches the rows of all, in one array; as many as a power of two, to compile few."""
+        self._rows.append(np.array(rows))
+        if not last:
+            return []
+        every, self._rows = np.concatenate(self._rows), []
+        return [mx.array(rows_to_send(every, 1 << (every.size - 1).bit_length()))]
 
     def _compiled_update(self, measurements):
         """The update as one compiled function. The measures are those of the first call with these names."""
@@ -179,6 +195,7 @@ def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], to
     head = [array for path, array in outside if path not in lookups]
     embeddings = [array for path, array in outside if path in lookups]
     width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
+    layers = joined(layers, WIDEST_AT_ONCE, lambda group: tokens * max(max(array.shape, default=1) for array in group))
     return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
@@ -194,7 +211,23 @@ def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx
         if name not in owners:
             owner = next((path for path in owners if f".{path}." in name), None)
             (rest if owner is None else owners[owner]).append(array)
-    return [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
+    groups = [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
+    return joined(groups, LARGEST_AT_ONCE, lambda group: sum(array.nbytes for array in group))
+
+
+def joined(groups: list[list[mx.array]], most: int, size: Callable[[list[mx.array]], int]) -> list[list[mx.array]]:
+    """Neighbours as one group, as long as their sizes come to at most ``most``; a CPU gains nothing by it."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return groups
+    together, total = [], most
+    for group in filter(None, groups):
+        total += size(group)
+        if total <= most:
+            together[-1] += group
+        else:
+            together.append(list(group))
+            total = size(group)
+    return together
 
 
 def _by_layer(named):

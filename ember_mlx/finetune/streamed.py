@@ -1,6 +1,7 @@
 """The streamed step as a run takes it: micro-batches gather for one update, and what it costs is told beforehand."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming import StreamedStep
+from ember_mlx.streaming.shards import Group
 
 __all__ = ["Streamed"]
 
@@ -27,15 +29,14 @@ class Streamed:
         args: The run's options.
 
     Raises:
-        InputError: for a model that cannot be differentiated, an optimizer that needs all gradients at once, and
-            several workers.
+        InputError: for a model that cannot be differentiated, and an optimizer that needs all gradients at once.
+
+    Of several workers each gradient becomes the mean over all as soon as it is made.
     """
 
     def __init__(self, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, args: Options):
-        workers = Workers.join().size
-        if workers > 1:
-            raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
         self.args = args
+        self._workers = Workers.join()
         try:
             self.step = StreamedStep(
                 model.train(),
@@ -43,10 +44,26 @@ class Streamed:
                 clip_norm_pass=args.clip_grad_norm is not None,
                 clip_layer_norm=args.clip_layer_norm,
                 keep_inputs=args.keep_inputs or 1,
+                reduce=mx.distributed.all_sum if self._workers.size > 1 else None,
+                group=_group(self._workers) if args.shard_optimizer else None,
             )
         except InputError as error:
-            raise InputError(f"--stream: {error}; --no-stream takes an ordinary step") from error
+            which, remedy = "--stream", "--no-stream takes an ordinary step"
+            if args.shard_optimizer:
+                which, remedy = "--shard-optimizer", "or leave it out"
+            raise InputError(f"{which}: {error}; {remedy}") from error
         self._gathered = []
+
+    @contextmanager
+    def whole(self, needed: bool = True) -> Iterator[None]:
+        """Within, the first worker has the whole optimizer state, for a checkpoint; all call this together.
+
+        Args:
+            needed: Whether this worker needs it.
+        """
+        needed = self.step.shards is not None and self._workers.all_max(int(needed))
+        with self.step.shards.whole() if needed else nullcontext():
+            yield
 
     @property
     def notes(self) -> list[str]:
@@ -75,14 +92,19 @@ class Streamed:
         if not last_of_accumulation:
             return StepResult(mx.array(0.0), mx.array(0), updated=False, nonfinite=False, measurements={}, batches=0)
         batches, self._gathered = self._gathered, []
-        result = self.step.accumulated(batches)
+        shares = [batch[2].item() if len(batch) > 2 else 1.0 for batch in batches]
+        result = self.step.accumulated([batch[:2] for batch in batches], shares)
         left_out = result.nonfinite in NOTHING_CHANGED
         return StepResult(
             mx.array(result.loss),
-            mx.array(result.tokens),
+            mx.array(result.tokens if self._workers.leads else 0),  # they are those of all workers already
             updated=not left_out,
             nonfinite=bool(result.nonfinite),
             measurements={},
             unstepped=() if left_out else result.nonfinite,
             batches=len(batches),
         )
+
+
+def _group(workers):
+    return Group(workers.rank, workers.size, mx.distributed.sum_scatter, mx.distributed.all_gather)

@@ -54,7 +54,7 @@ class Result:
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
     the training; ``loss_before`` is None where these are one. ``samples`` has the answers to ``--sample-prompts``:
     ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
-    ``best`` is what ``best/`` holds, if it is kept.
+    ``best`` is what ``best/`` holds, if it is kept. ``peak_worker`` is the one of several workers that had the peak.
     """
 
     loss_name: str
@@ -65,6 +65,7 @@ class Result:
     files: list[Path]
     samples: list[dict[str, Any]] = field(default_factory=list)
     best: Best | None = None
+    peak_worker: int | None = None
 
     @property
     def perplexity_before(self) -> float | None:
@@ -134,10 +135,11 @@ def format_table(lines: list[Trained]) -> str:
 def format_result(result: Result) -> str:
     """Losses, memory and the files of a run, in lines."""
     total = _total(result.trained)
+    whose = "" if result.peak_worker is None else f", of worker {result.peak_worker}"
     lines = [
         f"{_losses(result)}.",
-        f"Peak memory {format_bytes(result.peak_memory)}; optimizer state {format_bytes(total.state_bytes)}, where "
-        f"Adam would keep {format_bytes(total.adam_bytes)}.",
+        f"Peak memory {format_bytes(result.peak_memory)}{whose}; optimizer state "
+        f"{format_bytes(total.state_bytes)}, where Adam would keep {format_bytes(total.adam_bytes)}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
         *_best(result),
     ]

@@ -1,7 +1,8 @@
 """The workers of a run: several processes, on one host or many, that ``mlx.launch`` starts and MLX connects.
 
 This is the one place that knows a worker's rank and their number. The engine is ``mx.distributed``; here is what it
-lacks: a limit to every wait, agreement on what is trained, and one outcome of every check on all of them.
+lacks: a limit to every wait, agreement on what is trained, and one outcome of every check on all of them. It chooses
+the stream itself: the CPU's, but the GPU's of NCCL, which knows no other.
 """
 
 import hashlib
@@ -9,19 +10,20 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["JOIN_SECONDS", "Workers", "announced_workers", "as_words", "average_by_dtype"]
+__all__ = ["JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
 
 JOIN_SECONDS = 300
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
@@ -77,30 +79,38 @@ class Workers:
         return self.rank == 0
 
     @contextmanager
-    def one_outcome(self) -> Iterator[None]:
+    def one_outcome(self, number: Callable[[], int] = lambda: 0) -> Iterator["Meeting"]:
         """What is refused within on one worker is refused on all; one of these must not be inside another.
+
+        It is one all_max, and a second collective for the text of a refusal.
+
+        Args:
+            number: Asked at the end for a number below 2^63; the largest of all workers' is then ``Meeting.largest``.
 
         Raises:
             InputError: on rank 0, with the refusing worker in front if it was another.
             SystemExit: with 2 on all other workers, which print nothing.
         """
+        meeting, refused = Meeting(), None
         if self.size == 1:
-            yield
+            yield meeting
+            meeting.largest = number()
             return
-        refused = None
         try:
-            yield
+            yield meeting
         except (InputError, OSError, SystemExit) as error:
             refused = error
         text = "" if refused is None else str(refused) or type(refused).__name__
-        texts = self._all_texts(text)
+        own = mx.array([len(text.encode()), number()], mx.int64)
+        longest, meeting.largest = mx.distributed.all_max(own).tolist()
+        if not longest:
+            return
+        texts = self._all_texts(text, longest)
         if isinstance(refused, SystemExit):  # argparse has printed its own line
             raise refused
-        first = next((rank for rank, text in enumerate(texts) if text), None)
-        if first is None:
-            return
         if self.leads and refused:
             raise refused
+        first = next(rank for rank, text in enumerate(texts) if text)
         self._refuse(f"worker {first}: {texts[first]}")
 
     def agree(self, facts: Mapping[str, Any]) -> None:
@@ -130,7 +140,7 @@ class Workers:
         """The names of the facts that are not those of rank 0, each with the workers that differ."""
         sums = [hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()) for fact in facts.values()]
         own = mx.array([[int.from_bytes(each.digest()[i : i + 4], "big") for i in (0, 4)] for each in sums], mx.uint32)
-        every = mx.distributed.all_gather(own[None], stream=mx.cpu)
+        every = mx.distributed.all_gather(own[None])
         differs = mx.any(every != every[:1], axis=2).T.tolist()
         return [
             f"{name} (worker {', '.join(str(rank) for rank in range(self.size) if row[rank])} against worker 0)"
@@ -138,38 +148,78 @@ class Workers:
             if any(row)
         ]
 
-    def _all_texts(self, text):
-        """The texts of all workers, by rank."""
-        own = text.encode()
-        longest = self.all_max(len(own))
-        if not longest:
-            return [""] * self.size
-        padded = mx.array([list(own.ljust(longest, b"\0"))], mx.uint8)
-        every = mx.distributed.all_gather(padded, stream=mx.cpu)
+    def _all_texts(self, text, longest):
+        """The texts of all workers, by rank; ``longest`` of them, in bytes, above 0."""
+        padded = mx.array([list(text.encode().ljust(longest, b"\0"))], mx.uint8)
+        every = mx.distributed.all_gather(padded)
         return [bytes(row).rstrip(b"\0").decode() for row in every.tolist()]
 
     def text_of_leader(self, text: str) -> str:
         """Rank 0's text, on all."""
-        return self._all_texts(text)[0]
+        longest = self.all_max(len(text.encode()))
+        return self._all_texts(text, longest)[0] if longest else ""
 
     def array_of_leader(self, array: mx.array) -> mx.array:
         """Rank 0's array, on all, every bit of it: the sum is one of integers, since -0.0 + 0.0 is 0.0."""
-        words = as_words(array)
-        sent = mx.distributed.all_sum(words if self.leads else mx.zeros_like(words), stream=mx.cpu)
+        words = as_words(array, (4, 1))  # NCCL has no integers of two bytes
+        sent = mx.distributed.all_sum(words if self.leads else mx.zeros_like(words))
         mx.eval(sent)  # one after another: all at once would take twice the memory
         return sent.view(array.dtype).reshape(array.shape)
 
     def all_max(self, number: int) -> int:
         """The largest of the workers' numbers, each below 2^63."""
-        return number if self.size == 1 else mx.distributed.all_max(mx.array(number, mx.int64), stream=mx.cpu).item()
+        return number if self.size == 1 else mx.distributed.all_max(mx.array(number, mx.int64)).item()
+
+    def all_numbers(self, *numbers: float) -> list[list[float]]:
+        """The numbers of all workers, in float64, a row for each rank."""
+        if self.size == 1:
+            return [list(numbers)]
+        words = mx.array(np.array([numbers], np.float64).view(np.uint32))
+        return np.array(mx.distributed.all_gather(words)).view(np.float64).tolist()
+
+    def refuse_without_sum_scatter(self, where: str) -> None:
+        """Raises InputError, beginning with ``where``, for a worker alone and a backend that lacks it, as the ring."""
+        if self.size == 1:
+            raise InputError(f"{where}: is for several workers; start them with mlx.launch, or leave it out")
+        try:
+            mx.eval(mx.distributed.sum_scatter(mx.zeros(self.size)))
+        except RuntimeError as error:
+            raise InputError(
+                f"{where}: this backend of MLX has no sum_scatter ({error}); use mlx.launch --backend jaccl or nccl, "
+                "or leave it out"
+            ) from error
+
+    @contextmanager
+    def own_randomness(self) -> Iterator[None]:
+        """Within, each worker draws its own from MLX's random state, as dropout does; after it all have one state.
+
+        Keys are split as ``mx.random.split`` does: one for each worker, and one to go on with.
+        """
+        if self.size == 1:
+            yield
+            return
+        keys = mx.random.split(mx.random.state[0], self.size + 1).tolist()
+        own, after = (high << 32 | low for high, low in (keys[self.rank], keys[self.size]))
+        mx.random.seed(own)  # the state itself cannot be assigned to; a seed is its two halves
+        try:
+            yield
+        finally:
+            mx.random.seed(after)
+
+
+@dataclass
+class Meeting:
+    """What the workers told each other at the end of :meth:`Workers.one_outcome`."""
+
+    largest: int = 0
 
 
 _JOINED = set()
 
 
-def as_words(array: mx.array) -> mx.array:
-    """The bits of an array as a vector of the widest unsigned integers, up to uint32, that fill it."""
-    width = next(size for size in WORDS if array.nbytes % size == 0)
+def as_words(array: mx.array, widths: tuple[int, ...] = tuple(WORDS)) -> mx.array:
+    """The bits of an array as a vector of the first unsigned integers, of ``widths`` in bytes, that fill it."""
+    width = next(width for width in widths if array.nbytes % width == 0)
     return array.reshape(-1).view(WORDS[width])
 
 

@@ -5,13 +5,14 @@ there: `const device T* g`, or `constant` for fewer than 8 elements, `g_shape`, 
 and Metal's attributes. A header turns these words into CUDA's.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
-__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel"]
+__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel", "scalars"]
 
 MOST_THREADS = 256  # of a threadgroup
 SIMDGROUP = 32  # threads, on every GPU that MLX runs on
@@ -23,6 +24,8 @@ METAL = """
 #define FUNCTION inline
 #define bits_of(value) as_type<uint32_t>(value)
 #define float_of(bits) as_type<float>(bits)
+#define quotient(a, b) ((a) / (b))
+#define square_root(value) sqrt(value)
 
 template <int N, typename Pointer>
 inline bool aligned(Pointer) {
@@ -35,8 +38,8 @@ inline void read_together(Pointer from, thread float* x) {
     for (int v = 0; v < N; v++) x[v] = static_cast<float>(from[v]);
 }
 
-template <int N, typename T, typename Pointer>
-inline void write_together(Pointer to, thread const float* x) {
+template <int N, typename T, typename Pointer, typename X>
+inline void write_together(Pointer to, thread const X* x) {
     #pragma unroll
     for (int v = 0; v < N; v++) to[v] = static_cast<T>(x[v]);
 }
@@ -57,6 +60,27 @@ CUDA = """
 #define threadgroup_barrier(memory) __syncthreads()
 #define simd_shuffle_xor(value, distance) __shfl_xor_sync(0xffffffffu, value, distance)
 
+// To 2 units in the last place, in two instructions where exact ones take ten, and 0 for what is below 2^-126.
+__device__ inline float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+    return result;
+#else
+    return a / b;
+#endif
+}
+
+__device__ inline float square_root(float value) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+#else
+    return sqrt(value);
+#endif
+}
+
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Together {
     T values[N];
@@ -74,8 +98,8 @@ __device__ inline void read_together(const T* from, float* x) {
     for (int v = 0; v < N; v++) x[v] = static_cast<float>(together.values[v]);
 }
 
-template <int N, typename T, typename Pointer>
-__device__ inline void write_together(Pointer to, const float* x) {
+template <int N, typename T, typename Pointer, typename X>
+__device__ inline void write_together(Pointer to, const X* x) {
     Together<T, N> together;
     #pragma unroll
     for (int v = 0; v < N; v++) together.values[v] = static_cast<T>(x[v]);
@@ -86,15 +110,21 @@ __device__ inline void write_together(Pointer to, const float* x) {
 BOTH = """
 // N neighbours, or as many as are left, and zeros.
 template <int N, typename Pointer>
-FUNCTION void read_as_float(Pointer from, int64_t step, int64_t left, thread float* x) {
-    if (step == 1 && left >= N && aligned<N>(from)) return read_together<N>(from, x);
+FUNCTION void read_one_by_one(Pointer from, int64_t step, int64_t left, thread float* x) {
     #pragma unroll
     for (int v = 0; v < N; v++) x[v] = v < left ? static_cast<float>(from[v * step]) : 0.0f;
 }
 
+// The same, at once if that can be. Several such reads wait for one another: where it matters, decide once for all.
+template <int N, typename Pointer>
+FUNCTION void read_as_float(Pointer from, int64_t step, int64_t left, thread float* x) {
+    if (step == 1 && left >= N && aligned<N>(from)) return read_together<N>(from, x);
+    read_one_by_one<N>(from, step, left, x);
+}
+
 // N neighbours, or as many as are left, each of which T holds exactly.
-template <int N, typename T, typename Pointer>
-FUNCTION void write_from_float(Pointer to, int64_t left, thread const float* x) {
+template <int N, typename T, typename Pointer, typename X>
+FUNCTION void write_as(Pointer to, int64_t left, thread const X* x) {
     if (left >= N && aligned<N>(to)) return write_together<N, T>(to, x);
     #pragma unroll
     for (int v = 0; v < N; v++)
@@ -120,13 +150,22 @@ class Text:
 
 @cache
 def kernel(text: Text, backend: str | None = None) -> Callable:
-    """MLX's callable of ``text``; nothing is compiled yet. It copies no input, however it lies in memory."""
+    """MLX's callable of ``text``; nothing is compiled yet. It copies no input, however it lies in memory.
+
+    MLX's CUDA backend keeps compiled kernels on disk, by their name alone: a changed text needs another name.
+    """
     backend = backend or ("metal" if mx.metal.is_available() else "cuda")
+    digest = hashlib.sha256((text.header(backend) + text.source).encode()).hexdigest()[:12]
     return {"metal": mx.fast.metal_kernel, "cuda": mx.fast.cuda_kernel}[backend](
-        name=text.name,
+        name=f"{text.name}_{digest}",
         input_names=list(text.inputs),
         output_names=list(text.outputs),
         source=text.source,
         header=text.header(backend),
         ensure_row_contiguous=False,
     )
+
+
+def scalars(*numbers: float | mx.array) -> list[mx.array]:
+    """Each number as an input of a kernel, float32 of shape (1,): by itself, since to join them takes a kernel each."""
+    return [mx.array(number, mx.float32).reshape(1) for number in numbers]

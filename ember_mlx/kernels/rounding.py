@@ -13,7 +13,7 @@ side. Such a tile is read along the rows and turned in threadgroup memory.
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, scalars
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -152,7 +152,7 @@ def update_table(
         g (array): Its gradient, in float32, bfloat16 or float16.
         keys (tuple): What ``bit_keys`` gives.
     """
-    numbers = [mx.array(x, mx.float32).reshape(1) for x in (learning_rate, 1 - learning_rate * weight_decay, eps)]
+    numbers = scalars(learning_rate, 1 - learning_rate * weight_decay, eps)
     (new_w,) = kernel(TEXT)(inputs=[w, g, a, b, *keys, *numbers], **launch(w, g))
     return new_w
 

@@ -20,6 +20,16 @@ __all__ = ["differences", "launch", "rows_then_columns"]
 # Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 64 rows take 2 / 64 of a matrix of 16
 # bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
 ROWS, ROWS_OF_COLUMNS = 16, 64
+THREADS_OF_COLUMNS = MOST_THREADS
+AT_ONCE = 4  # reads of a thread that are under way at a time
+
+FUNCTIONS = """
+template <int N>
+FUNCTION void add_squares(thread const float* x, float weight, thread float* sums) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
+}
+"""
 
 # The body of the kernel, in Metal's words.
 SOURCE = """
@@ -35,6 +45,9 @@ SOURCE = """
     const int64_t left_column = (tile % tiles) * width, corner = matrix * g_strides[0] + first * row_step;
     const int rows = height - first < ROWS ? height - first : ROWS;
     const bool along_rows = row_step != 1 || column_step == 1;
+    // Decided once: all reads of a few rows are then under way before the first is waited for.
+    const bool together = column_step == 1 && columns % VECTOR == 0 && row_step % VECTOR == 0
+        && g_strides[0] % VECTOR == 0 && aligned<VECTOR>(g) && aligned<VECTOR>(weights);
     // Of columns that lie side by side in memory, a simdgroup takes so many, with so many lanes each.
     constexpr int CHUNKS = ROWS / VECTOR, SIDE_BY_SIDE = SIMDGROUP / CHUNKS;
     const int down = lane % CHUNKS * VECTOR;
@@ -45,13 +58,19 @@ SOURCE = """
         if (along_rows) {
             const int64_t j = left_column + thread_index * VECTOR;
             float sums[VECTOR] = {};
-            #pragma unroll 4
-            for (int i = 0; i < rows; i++) {
-                const float weight = weights[matrix * height + first + i];
-                float x[VECTOR];
-                read_as_float<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
-                #pragma unroll
-                for (int v = 0; v < VECTOR; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
+            if (together && j < columns) {
+                #pragma unroll AT_ONCE
+                for (int i = 0; i < rows; i++) {
+                    float x[VECTOR];
+                    read_together<VECTOR>(g + corner + i * row_step + j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
+                }
+            } else {
+                for (int i = 0; i < rows; i++) {
+                    float x[VECTOR];
+                    read_one_by_one<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
+                }
             }
             #pragma unroll
             for (int v = 0; v < VECTOR; v++)
@@ -74,13 +93,21 @@ SOURCE = """
         if (along_rows) {
             for (int i = simdgroup; i < rows; i += simdgroups) {
                 float sum = 0;
-                #pragma unroll 4
-                for (int64_t j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
-                    float x[VECTOR], weight[VECTOR];
-                    read_as_float<VECTOR>(weights + matrix * columns + j, 1, columns - j, weight);
-                    read_as_float<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
-                    #pragma unroll
-                    for (int v = 0; v < VECTOR; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+                if (together) {
+                    #pragma unroll AT_ONCE
+                    for (int64_t j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
+                        float x[VECTOR], weight[VECTOR];
+                        read_together<VECTOR>(weights + matrix * columns + j, weight);
+                        read_together<VECTOR>(g + corner + i * row_step + j, x);
+                        #pragma unroll
+                        for (int v = 0; v < VECTOR; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+                    }
+                } else {
+                    for (int64_t j = lane; j < columns; j += SIMDGROUP) {
+                        const float x = static_cast<float>(g[corner + i * row_step + j * column_step]);
+                        const float weighted = x * weights[matrix * columns + j];
+                        sum += weighted * weighted;
+                    }
                 }
                 #pragma unroll
                 for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
@@ -120,6 +147,7 @@ TEXT = Text(
     inputs=("g", "weights", "before", "eps"),
     outputs=("sums_of_lines",),
     source=SOURCE,
+    functions=FUNCTIONS,
 )
 
 
@@ -146,7 +174,7 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
     vector = BYTES_AT_ONCE // g.itemsize
     threads, height, tiles = MOST_THREADS, ROWS, 1
     if of_columns:
-        threads = min(MOST_THREADS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
+        threads = min(THREADS_OF_COLUMNS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
         height, tiles = ROWS_OF_COLUMNS, -(-columns // (threads * vector))
     groups = matrices * -(-rows // height)
     constants = {
@@ -154,6 +182,7 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
         "OF_COLUMNS": int(of_columns),
         "VECTOR": vector,
         "ROWS": height,
+        "AT_ONCE": AT_ONCE,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }
@@ -169,20 +198,21 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
 def differences(dtype: mx.Dtype) -> str | None:
     """Where the kernel differs from plain operations on two awkward matrices of that dtype, in words, or None.
 
-    They have more than one threadgroup of rows, more columns than its threads take at once, and odd sizes, and lie in
-    memory as most gradients do, and then transposed.
+    They have more than one threadgroup of rows, more columns than its threads take at once, and odd sizes; or else can
+    be read several elements at once. They lie in memory as most gradients do, and then transposed.
     """
-    shape = (2, ROWS_OF_COLUMNS + 3, MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37)
-    g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[1])[:, None]
-    g = g.astype(dtype)
-    a, b = (mx.broadcast_to(mx.linspace(0.5, 3, length), (2, length)) for length in shape[1:])
-    for way, matrices in {"": g, "transposed ": mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2)}.items():
-        norms = mx.sqrt(mx.square(g.astype(mx.float32) * b[:, None]).sum(axis=2))
-        factors = a * math.sqrt(shape[2]) / (a * norms + 0.5)
-        sums = mx.square(g.astype(mx.float32) * factors[..., None]).sum(axis=1)
-        found = rows_then_columns(matrices, a, b, 0.5)
-        for name, actual, expected in zip(("row factors", "column sums"), found, (factors, sums), strict=True):
-            error = (mx.abs(actual - expected) / expected).max().item()
-            if not error < 1e-5:  # a NaN is not
-                return f"The {name} of {way}{dtype} matrices of {shape} are off by {error:.1e}"
+    for columns in (MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37, 80):
+        shape = (2, ROWS_OF_COLUMNS + 3, columns)
+        g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[1])[:, None]
+        g = g.astype(dtype)
+        a, b = (mx.broadcast_to(mx.linspace(0.5, 3, length), (2, length)) for length in shape[1:])
+        for way, matrices in {"": g, "transposed ": mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2)}.items():
+            norms = mx.sqrt(mx.square(g.astype(mx.float32) * b[:, None]).sum(axis=2))
+            factors = a * math.sqrt(shape[2]) / (a * norms + 0.5)
+            sums = mx.square(g.astype(mx.float32) * factors[..., None]).sum(axis=1)
+            found = rows_then_columns(matrices, a, b, 0.5)
+            for name, actual, expected in zip(("row factors", "column sums"), found, (factors, sums), strict=True):
+                error = (mx.abs(actual - expected) / expected).max().item()
+                if not error < 1e-5:  # a NaN is not
+                    return f"The {name} of {way}{dtype} matrices of {shape} are off by {error:.1e}"
     return None

@@ -16,7 +16,64 @@ from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGR
 
 __all__ = ["ROWS", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
 
+AT_ONCE = 8  # rows whose sums are shuffled together: a power of two, up to 32
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
+
+FUNCTIONS = """
+template <int VECTOR, int MAGNITUDES>
+FUNCTION float add_squares(thread const float* x, thread float* sums) {
+    float sum = 0;
+    #pragma unroll
+    for (int v = 0; v < VECTOR; v++) {
+        const float square = MAGNITUDES ? fabs(x[v]) : x[v] * x[v];
+        sums[v] += square;
+        sum += square;
+    }
+    return sum;
+}
+
+// All reads are under way before the first is waited for.
+template <int N, int VECTOR, int MAGNITUDES, typename Pointer>
+FUNCTION void sum_together(
+    Pointer g, int64_t row_step, int rows, int64_t columns, thread float* sums, thread float* of_rows
+) {
+    float x[N][VECTOR];
+    #pragma unroll
+    for (int i = 0; i < N; i++) {
+        #pragma unroll
+        for (int v = 0; v < VECTOR; v++) x[i][v] = 0;
+        if (i < rows && columns > 0) read_together<VECTOR>(g + i * row_step, x[i]);
+    }
+    #pragma unroll
+    for (int i = 0; i < N; i++) of_rows[i] = add_squares<VECTOR, MAGNITUDES>(x[i], sums);
+}
+
+template <int VECTOR, int MAGNITUDES, typename Pointer>
+FUNCTION void sum_one_by_one(Pointer g, int64_t step, int64_t columns, thread float* sums, thread float* of_row) {
+    float x[VECTOR];
+    read_as_float<VECTOR>(g, step, columns, x);
+    of_row[0] = add_squares<VECTOR, MAGNITUDES>(x, sums);
+}
+
+// Sums N numbers of each lane over the simdgroup: sums[0] becomes that of the number returned, where that is not -1.
+// Lanes keep one half of their numbers each time, and send the other half: 9 shuffles for 8 numbers, not 40.
+template <int N>
+FUNCTION int sum_over_lanes(thread float* sums, int lane) {
+    #pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+        const int distance = 32 * half / N;
+        const bool upper = (lane & distance) != 0;
+        #pragma unroll
+        for (int k = 0; k < half; k++) {
+            const float sent = upper ? sums[k] : sums[k + half], kept = upper ? sums[k + half] : sums[k];
+            sums[k] = kept + simd_shuffle_xor(sent, distance);
+        }
+    }
+    #pragma unroll
+    for (int distance = 16 / N; distance > 0; distance /= 2) sums[0] += simd_shuffle_xor(sums[0], distance);
+    return lane % (32 / N) == 0 ? lane / (32 / N) : -1;
+}
+"""
 
 # The body of the kernel, in Metal's words.
 SOURCE = """
@@ -30,21 +87,25 @@ SOURCE = """
     threadgroup float row_sums[ROWS][MOST_SIMDGROUPS];
 
     if (row_step != 1 || column_step == 1) {
+        const bool together = column_step == 1 && columns % VECTOR == 0 && row_step % VECTOR == 0 && aligned<VECTOR>(g);
         for (int64_t start = 0; start < columns; start += threads * VECTOR) {
             const int64_t j = start + thread_index * VECTOR;
             float sums[VECTOR] = {};
-            for (int i = 0; i < rows; i++) {
-                float x[VECTOR], sum = 0;
-                read_as_float<VECTOR>(g + (first + i) * row_step + j * column_step, column_step, columns - j, x);
-                #pragma unroll
-                for (int v = 0; v < VECTOR; v++) {
-                    const float square = MAGNITUDES ? fabs(x[v]) : x[v] * x[v];
-                    sums[v] += square;
-                    sum += square;
+            for (int i = 0; i < rows; i += together ? AT_ONCE : 1) {
+                const int64_t at = (first + i) * row_step + j * column_step;
+                float of_rows[AT_ONCE];
+                int of_lane;
+                if (together) {
+                    sum_together<AT_ONCE, VECTOR, MAGNITUDES>(g + at, row_step, rows - i, columns - j, sums, of_rows);
+                    of_lane = sum_over_lanes<AT_ONCE>(of_rows, lane);
+                } else {
+                    sum_one_by_one<VECTOR, MAGNITUDES>(g + at, column_step, columns - j, sums, of_rows);
+                    of_lane = sum_over_lanes<1>(of_rows, lane);
                 }
-                #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                if (lane == 0) row_sums[i][simdgroup] = start == 0 ? sum : row_sums[i][simdgroup] + sum;
+                if (of_lane >= 0 && i + of_lane < rows) {
+                    const float sum = of_rows[0];
+                    row_sums[i + of_lane][simdgroup] = start == 0 ? sum : row_sums[i + of_lane][simdgroup] + sum;
+                }
             }
             #pragma unroll
             for (int v = 0; v < VECTOR; v++)
@@ -55,14 +116,9 @@ SOURCE = """
         const int i = lane * DOWN;
         float sums[DOWN] = {};
         for (int64_t j = simdgroup; j < columns; j += simdgroups) {
-            float x[DOWN], sum = 0;
+            float x[DOWN];
             read_as_float<DOWN>(g + first + i + j * column_step, 1, rows - i, x);
-            #pragma unroll
-            for (int v = 0; v < DOWN; v++) {
-                const float square = MAGNITUDES ? fabs(x[v]) : x[v] * x[v];
-                sums[v] += square;
-                sum += square;
-            }
+            float sum = add_squares<DOWN, MAGNITUDES>(x, sums);
             #pragma unroll
             for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
             if (lane == 0) column_sums[group * columns + j] = sum;
@@ -78,7 +134,13 @@ SOURCE = """
     }
 """
 
-TEXT = Text(name="ember_statistics", inputs=("g",), outputs=("row_means", "column_sums"), source=SOURCE)
+TEXT = Text(
+    name="ember_statistics",
+    inputs=("g",),
+    outputs=("row_means", "column_sums"),
+    source=SOURCE,
+    functions=FUNCTIONS,
+)
 
 
 def mean_squares(g: mx.array) -> tuple[mx.array, mx.array]:
@@ -111,6 +173,7 @@ def launch(g: mx.array, magnitudes: bool = False) -> dict:
         "T": g.dtype,  # not in the text, but MLX's CUDA backend keeps compiled kernels by their name and these alone
         "VECTOR": vector,
         "ROWS": ROWS,
+        "AT_ONCE": AT_ONCE,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
         "MAGNITUDES": int(magnitudes),
@@ -127,22 +190,29 @@ def launch(g: mx.array, magnitudes: bool = False) -> dict:
 def differences(dtype: mx.Dtype) -> str | None:
     """Where the kernel differs from plain operations on an awkward table of that dtype, in words, or None.
 
-    The table has more than one threadgroup of rows, more columns than its threads take at once, and odd sizes: rows
-    start at any address, and the last rows and columns are incomplete. It lies in memory as most gradients do, and then
-    as that of an untied LM head.
+    One table has more than one threadgroup of rows, more columns than its threads take at once, and odd sizes: rows
+    start at any address, and the last rows and columns are incomplete. The other can be read several elements at once.
+    Each lies in memory as most gradients do, and then as that of an untied LM head.
     """
-    shape = (ROWS + 3, MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37)
-    g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[0])[:, None]
-    g = (g * mx.linspace(1, 3, shape[1])).astype(dtype)
-    exact = g.astype(mx.float32)
-    for way, table in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
-        for of, means, values in (
-            ("", mean_squares, mx.square(exact)),
-            (" of magnitudes", mean_magnitudes, mx.abs(exact)),
-        ):
-            for axis, (name, mean) in enumerate(zip(("row", "column"), means(table), strict=True)):
-                expected = values.mean(axis=1 - axis)
-                error = (mx.abs(mean - expected) / expected).max().item()
-                if not error < 1e-5:  # a NaN is not
-                    return f"The {name} means{of} of a {way}{dtype} table of {shape} are off by {error:.1e}"
+    for columns in (MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37, 80):
+        shape = (ROWS + 3, columns)
+        g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[0])[:, None]
+        g = (g * mx.linspace(1, 3, shape[1])).astype(dtype)
+        for way, table in {"": g, "transposed ": mx.contiguous(g.T).T}.items():
+            if wrong := _difference(table, g.astype(mx.float32)):
+                return f"The {wrong} of a {way}{dtype} table of {shape}"
+    return None
+
+
+def _difference(table, exact):
+    """In words, or None."""
+    for of, means, values in (
+        ("", mean_squares, mx.square(exact)),
+        (" of magnitudes", mean_magnitudes, mx.abs(exact)),
+    ):
+        for axis, (name, mean) in enumerate(zip(("row", "column"), means(table), strict=True)):
+            expected = values.mean(axis=1 - axis)
+            error = (mx.abs(mean - expected) / expected).max().item()
+            if not error < 1e-5:  # a NaN is not
+                return f"{name} means{of} are off by {error:.1e},"
     return None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, scalars
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum
 from ember_mlx.optimizers.flash_kernel import FUNCTIONS, MOST_FLIPPED
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
@@ -23,43 +23,63 @@ SOURCE = """
     constexpr int LANES = GROUP / VECTOR;
     const int thread_index = thread_position_in_threadgroup.x, threads = threads_per_threadgroup.x;
     const int64_t row = threadgroup_position_in_grid.x, columns = w_shape[1], corner = row * columns;
-    const float kept = numbers[1], forget1 = numbers[2], forget2 = numbers[3];
+    const float decay = kept[0], forget = forgotten1[0];
     threadgroup float sums[MOST_SIMDGROUPS];
 
     float square = v[row];
-    if (numbers[6] != 0) {
-        float sum = 0;
-        for (int64_t j = thread_index * GRADIENTS; j < columns; j += threads * GRADIENTS) {
-            float x[GRADIENTS];
-            read_as_float<GRADIENTS>(g + corner + j, 1, columns - j, x);
-            #pragma unroll
-            for (int i = 0; i < GRADIENTS; i++) sum += x[i] * x[i];
+    if (ROWS_ARE_BLOCKS) {
+        float squares[GRADIENTS] = {}, sum = 0;
+        if (columns % GRADIENTS == 0 && aligned<GRADIENTS>(g + corner)) {
+            #pragma unroll 4
+            for (int64_t j = thread_index * GRADIENTS; j < columns; j += threads * GRADIENTS) {
+                float x[GRADIENTS];
+                read_together<GRADIENTS>(g + corner + j, x);
+                #pragma unroll
+                for (int i = 0; i < GRADIENTS; i++) squares[i] += x[i] * x[i];
+            }
+        } else {
+            for (int64_t j = thread_index; j < columns; j += threads) {
+                const float x = static_cast<float>(g[corner + j]);
+                squares[0] += x * x;
+            }
         }
+        #pragma unroll
+        for (int i = 0; i < GRADIENTS; i++) sum += squares[i];
         #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
         if (thread_index_in_simdgroup == 0) sums[simdgroup_index_in_threadgroup] = sum;
         threadgroup_barrier(mem_flags::mem_threadgroup);
         sum = 0;
         for (int k = 0; k < threads / SIMDGROUP; k++) sum += sums[k];
-        square = square + forget2 * (sum / columns - square);
+        square = square + forgotten2[0] * (sum / columns - square);
     }
     if (thread_index == 0) new_v[row] = square;
-    const float rate = numbers[0] / (sqrt(square / numbers[4]) + numbers[5]);
+    const float rate = learning_rate[0] / (sqrt(square / correction2[0]) + eps[0]);
 
+    // All reads of a thread are under way before the first is waited for.
+    const bool together = columns % VECTOR == 0 && aligned<VECTOR>(w + corner) && aligned<VECTOR>(g + corner)
+        && aligned<VECTOR>(m + corner);
     for (int64_t start = 0; start < columns; start += threads * VECTOR) {
         const int64_t j = start + thread_index * VECTOR, left = columns - j, at = corner + j;
         float y[VECTOR], x[VECTOR], first[VECTOR], largest = SMALLEST_NORMAL;
-        read_as_float<VECTOR>(w + at, 1, left, y);
-        read_as_float<VECTOR>(g + at, 1, left, x);
-        read_as_float<VECTOR>(m + at, 1, left, first);
+        int codes[VECTOR];
+        if (together && left > 0) {
+            read_together<VECTOR>(w + at, y);
+            read_together<VECTOR>(g + at, x);
+            read_together<VECTOR>(m + at, first);
+        } else {
+            read_one_by_one<VECTOR>(w + at, 1, left, y);
+            read_one_by_one<VECTOR>(g + at, 1, left, x);
+            read_one_by_one<VECTOR>(m + at, 1, left, first);
+        }
         const float scale = INT8 && left > 0 ? m_scales[at / GROUP] : 0.0f;
         #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
-            const float part = first[i] / 127;
-            const float old = INT8 ? scale * part / (2 - fabs(part)) : first[i];
-            first[i] = old + forget1 * (x[i] - old);
+            const float part = quotient(first[i], 127.0f);
+            const float old = INT8 ? quotient(scale * part, 2 - fabs(part)) : first[i];
+            first[i] = old + forget * (x[i] - old);
             largest = larger(largest, fabs(first[i]));
-            y[i] = kept * y[i] - rate * first[i];
+            y[i] = decay * y[i] - rate * first[i];
             if (BFLOAT16) y[i] = bfloat16_of(y[i]);
         }
         if (INT8) {
@@ -69,18 +89,22 @@ SOURCE = """
             if (left > 0 && at % GROUP == 0) new_m_scales[at / GROUP] = largest;
             #pragma unroll
             for (int i = 0; i < VECTOR; i++) {
-                const float z = first[i] / largest;
-                first[i] = code_of(127 * (2 * z / (1 + fabs(z))));
+                const float z = quotient(first[i], largest);
+                codes[i] = code_of(127 * (2 * quotient(z, 1 + fabs(z))));
             }
         }
-        write_from_float<VECTOR, W>(new_w + at, left, y);
-        write_from_float<VECTOR, M>(new_m + at, left, first);
+        write_as<VECTOR, W>(new_w + at, left, y);
+        if (INT8) {
+            write_as<VECTOR, M>(new_m + at, left, codes);
+        } else {
+            write_as<VECTOR, M>(new_m + at, left, first);
+        }
     }
 """
 
 TEXT = Text(
     name="ember_adam_mini_step",
-    inputs=("w", "g", "m", "m_scales", "v", "numbers"),
+    inputs=("w", "g", "m", "m_scales", "v", "learning_rate", "kept", "forgotten1", "forgotten2", "correction2", "eps"),
     outputs=("new_w", "new_m", "new_m_scales", "new_v"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
@@ -122,13 +146,12 @@ def step_rows(
         The new ``w``, ``m``, ``m_scales`` and ``v``.
     """
     scales = mx.zeros(1) if m_scales is None else m_scales
-    flat = mx.stack([mx.array(x, mx.float32) for x in (*numbers, float(rows_are_blocks))])
-    inputs = [mx.contiguous(x) for x in (w, g, m, scales, v)] + [flat]
-    w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales))
+    inputs = [mx.contiguous(x) for x in (w, g, m, scales, v)] + scalars(*numbers)
+    w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales, rows_are_blocks))
     return w, m, None if m_scales is None else scales, v
 
 
-def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array) -> dict[str, Any]:
+def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array, rows_are_blocks: bool) -> dict[str, Any]:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
     rows, columns = w.shape
     int8 = m.dtype == mx.int8
@@ -139,6 +162,7 @@ def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array) -> dict[st
         "G": g.dtype,
         "M": m.dtype,
         "INT8": int(int8),
+        "ROWS_ARE_BLOCKS": int(rows_are_blocks),
         "BFLOAT16": int(w.dtype == mx.bfloat16),
         "GROUP": GROUP,
         "VECTOR": vector,
@@ -162,7 +186,8 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
     and in 8 bits. A GPU may round a sum of products once where plain operations round twice, which moves a few codes.
     """
     numbers = Numbers(*map(mx.array, (1e-2, 0.999)), 0.1, 0.001, mx.array(0.002), 1e-8)
-    for columns, int8 in ((MOST_THREADS * BYTES_AT_ONCE // g_dtype.size + 37, False), (41 * GROUP, True)):
+    odd = MOST_THREADS * BYTES_AT_ONCE // g_dtype.size + 37
+    for columns, int8 in ((odd, False), (41 * GROUP, False), (41 * GROUP, True)):
         shape = (7, columns)
         normal = [mx.random.normal(shape, key=mx.random.key(number)) for number in range(3)]
         scale = 10 ** mx.linspace(-6, 2, shape[0])[:, None]

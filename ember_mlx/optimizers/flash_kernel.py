@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel, scalars
 from ember_mlx.optimizers.companded import GROUP
 from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 from ember_mlx.optimizers.split_weights import join
@@ -17,6 +17,7 @@ from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["FUNCTIONS", "MOST_FLIPPED", "differences", "flash_step"]
 
+NUMBERS = ("learning_rate", "kept", "forgotten1", "forgotten2", "correction1", "correction2", "eps")
 VECTOR = 4  # weights of a thread
 MOST_FLIPPED = 0.02  # codes that a float32 rounding moves to their neighbour
 
@@ -28,35 +29,47 @@ SOURCE = """
     const int64_t threadgroup_index = threadgroup_position_in_grid.x;
     const int64_t at = (threadgroup_index * THREADS + thread_index) * VECTOR, group = at / GROUP;
     const int64_t left = size - at, left_of_codes = groups * GROUP - at;
-    const float rate = numbers[0], kept = numbers[1], forget1 = numbers[2], forget2 = numbers[3];
-    const float correction1 = numbers[4], correction2 = numbers[5], eps = numbers[6];
+    const float rate = learning_rate[0], decay = kept[0], forget1 = forgotten1[0], forget2 = forgotten2[0];
+    const float bias1 = correction1[0], bias2 = correction2[0], least_denominator = eps[0];
     const float m_scale = group < groups ? m_scales[group] : 0.0f;
     const float v_scale = ADAMW && group < groups ? v_scales[group] : 0.0f;
 
+    // All reads are under way before the first is waited for.
+    const bool together = left >= VECTOR && aligned<VECTOR>(w + at) && aligned<VECTOR>(g + at)
+        && (!SPLIT || aligned<VECTOR>(rest + at)) && aligned<VECTOR>(m + at) && (!ADAMW || aligned<VECTOR>(v + at));
     float y[VECTOR], x[VECTOR], r[VECTOR], first[VECTOR], second[VECTOR];
-    read_as_float<VECTOR>(w + at, 1, left, y);
-    read_as_float<VECTOR>(g + at, 1, left, x);
-    read_as_float<VECTOR>(m + at, 1, left_of_codes, first);
-    if (SPLIT) read_as_float<VECTOR>(rest + at, 1, left, r);
-    if (ADAMW) read_as_float<VECTOR>(v + at, 1, left_of_codes, second);
+    if (together) {
+        read_together<VECTOR>(w + at, y);
+        read_together<VECTOR>(g + at, x);
+        read_together<VECTOR>(m + at, first);
+        if (SPLIT) read_together<VECTOR>(rest + at, r);
+        if (ADAMW) read_together<VECTOR>(v + at, second);
+    } else {
+        read_one_by_one<VECTOR>(w + at, 1, left, y);
+        read_one_by_one<VECTOR>(g + at, 1, left, x);
+        read_one_by_one<VECTOR>(m + at, 1, left_of_codes, first);
+        if (SPLIT) read_one_by_one<VECTOR>(rest + at, 1, left, r);
+        if (ADAMW) read_one_by_one<VECTOR>(v + at, 1, left_of_codes, second);
+    }
 
     float largest_m = 0, largest_root = 0;
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
         if (SPLIT) y[i] = joined(y[i], r[i]);
-        const float part = first[i] / 127;
-        const float old = m_scale * part / (2 - fabs(part));
+        const float part = quotient(first[i], 127.0f);
+        const float old = quotient(m_scale * part, 2 - fabs(part));
         first[i] = old + (ADAMW ? forget1 : forget2) * (x[i] - old);
         largest_m = larger(largest_m, fabs(first[i]));
         if (ADAMW) {
-            const float root = v_scale * second[i] / 255, old_square = root * root;
+            const float root = quotient(v_scale * second[i], 255.0f), old_square = root * root;
             const float square = old_square + forget2 * (x[i] * x[i] - old_square);
-            y[i] = kept * y[i] - rate * ((first[i] / correction1) / (sqrt(square / correction2) + eps));
-            second[i] = sqrt(square);
+            const float denominator = square_root(quotient(square, bias2)) + least_denominator;
+            y[i] = decay * y[i] - rate * quotient(quotient(first[i], bias1), denominator);
+            second[i] = square_root(square);
             largest_root = larger(largest_root, second[i]);
         } else {
             const float direction = old + forget1 * (x[i] - old);
-            y[i] = kept * y[i] - rate * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
+            y[i] = decay * y[i] - rate * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
         }
     }
     #pragma unroll
@@ -73,24 +86,25 @@ SOURCE = """
         new_m_scales[group] = largest_m;
         if (ADAMW) new_v_scales[group] = largest_root;
     }
+    int m_codes[VECTOR], v_codes[VECTOR], rests[VECTOR];
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
-        const float z = first[i] / largest_m;
-        first[i] = code_of(127 * (2 * z / (1 + fabs(z))));
+        const float z = quotient(first[i], largest_m);
+        m_codes[i] = code_of(127 * (2 * quotient(z, 1 + fabs(z))));
         if (ADAMW) {
-            const float code = code_of(255 * (second[i] / largest_root));
-            second[i] = second[i] > 0 && code < 1 ? 1.0f : code;
+            const int code = code_of(255 * quotient(second[i], largest_root));
+            v_codes[i] = second[i] > 0 && code < 1 ? 1 : code;
         }
         if (BFLOAT16) {
             const float low = bfloat16_of(y[i]);
-            if (SPLIT) r[i] = rest_of(y[i], low);
+            if (SPLIT) rests[i] = rest_of(y[i], low);
             y[i] = low;
         }
     }
-    write_together<VECTOR, M>(new_m + at, first);
-    if (ADAMW) write_together<VECTOR, V>(new_v + at, second);
-    write_from_float<VECTOR, W>(new_w + at, left, y);
-    if (SPLIT) write_from_float<VECTOR, M>(new_rest + at, left, r);
+    write_together<VECTOR, M>(new_m + at, m_codes);
+    if (ADAMW) write_together<VECTOR, V>(new_v + at, v_codes);
+    write_as<VECTOR, W>(new_w + at, left, y);
+    if (SPLIT) write_as<VECTOR, M>(new_rest + at, left, rests);
 """
 
 # As in companded.py and split_weights.py, number by number. A NaN is the largest, and its code is 0.
@@ -99,9 +113,8 @@ FUNCTION float larger(float a, float b) {
     return a > b || a != a ? a : b;
 }
 
-FUNCTION float code_of(float value) {
-    const float code = floor(value + 0.5f);
-    return code == code ? code : 0.0f;
+FUNCTION int code_of(float value) {
+    return value == value ? static_cast<int>(floor(value + 0.5f)) : 0;
 }
 
 FUNCTION float bfloat16_of(float value) {
@@ -110,25 +123,26 @@ FUNCTION float bfloat16_of(float value) {
     return float_of((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
 }
 
-FUNCTION float half_unit(float low) {
+FUNCTION uint32_t bits_of_half_unit(float low) {
     const uint32_t exponent = bits_of(low) & 0x7f800000u, least = 9u << 23;
-    return float_of((exponent > least ? exponent : least) - (8u << 23));
+    return (exponent > least ? exponent : least) - (8u << 23);
 }
 
-FUNCTION float rest_of(float value, float low) {
-    const float part = (value - low) / half_unit(low);
-    const float rest = 127 * (part > 1 ? 1.0f : part < -1 ? -1.0f : part);
-    return rest < 0 ? -code_of(-rest) : code_of(rest);
+FUNCTION int rest_of(float value, float low) {
+    const float of_half_units = float_of((254u << 23) - bits_of_half_unit(low));  // one over it, a power of two
+    const float part = (value - low) * of_half_units;
+    const int rest = code_of(127 * fabs(part > 1 ? 1.0f : part < -1 ? -1.0f : part));
+    return part < 0 ? -rest : rest;
 }
 
 FUNCTION float joined(float low, float rest) {
-    return rest == 0 ? low : low + half_unit(low) * rest / 127;
+    return rest == 0 ? low : low + quotient(float_of(bits_of_half_unit(low)) * rest, 127.0f);
 }
 """
 
 TEXT = Text(
     name="ember_flash_step",
-    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", "numbers"),
+    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", *NUMBERS),
     outputs=("new_w", "new_rest", "new_m", "new_m_scales", "new_v", "new_v_scales"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
@@ -147,8 +161,8 @@ def flash_step(stored: Stored, g: mx.array, numbers: Numbers) -> Stored:
     given = [nothing.astype(mx.int8) if stored.rest is None else stored.rest, g, stored.m, stored.m_scales]
     given += [nothing.astype(mx.uint8), nothing] if stored.v is None else [stored.v, stored.v_scales]
     n = numbers._replace(beta1=1 - numbers.beta1, beta2=1 - numbers.beta2)
-    inputs = [array.reshape(-1) for array in (stored.w, *given)] + [mx.stack([mx.array(x, mx.float32) for x in n])]
-    made = kernel(TEXT)(inputs=inputs, **launch(stored, g))
+    flat = [array.reshape(-1) for array in (stored.w, *given)]
+    made = kernel(TEXT)(inputs=flat + scalars(*n), **launch(stored, g))
     return Stored(*(
         None if old is None else new.reshape(old.shape) for old, new in zip(stored, made, strict=True)
     ))  # fmt: skip

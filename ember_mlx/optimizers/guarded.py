@@ -46,6 +46,7 @@ SAFE_NORM = 1e18  # its square is 1e36, of 3e38 in float32
 SAFE_RATE = 1e10
 COUNT = "nonfinite_steps"
 SMALL = 2**16  # elements
+LEAST_OF_KERNEL = 64
 SCRATCH = 2**17  # elements
 NEIGHBOURS = 16  # arrays: about those of one layer's adapters
 
@@ -74,8 +75,8 @@ def global_norm(gradients: Tree) -> mx.array:
     """The L2 norm over all arrays of a tree, float32 whatever their dtypes.
 
     Within 1e-6, or 2e-5 over a million rows on the CPU, for elements from about 1e-18 to 1e16; infinite well above. It
-    is not finite if any element is not. The GPU kernel takes several large gradients at once, reads each once and makes
-    nothing of its size; small neighbours are added up first, as in :func:`all_finite`.
+    is not finite if any element is not. The GPU kernel takes several gradients at once, reads each once and makes
+    nothing of its size; elsewhere small neighbours are added up first, as in :func:`all_finite`.
     """
     return norm_of(squares_of(gradients))
 
@@ -87,15 +88,13 @@ def squares_of(gradients: Tree) -> list[mx.array]:
     """
     small, for_kernel, sums = {}, {}, []
     for place, (_, gradient) in enumerate(tree_flatten(gradients)):
-        if gradient.size < SMALL:
+        if gradient.size >= LEAST_OF_KERNEL and kernels.usable(kernels.norms, gradient.dtype):
+            for_kernel.setdefault(gradient.dtype, []).append(gradient.reshape(-1, gradient.shape[-1]))
+        elif gradient.size < SMALL:
             squares = mx.square(gradient.astype(mx.float32))
             small.setdefault((place // NEIGHBOURS, gradient.shape), []).append(squares)
-            continue
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        if kernels.usable(kernels.norms, rows.dtype):
-            for_kernel.setdefault(rows.dtype, []).append(rows)
         else:
-            sums.append(_squares_of_rows(rows))
+            sums.append(_squares_of_rows(gradient.reshape(-1, gradient.shape[-1])))
     for arrays in for_kernel.values():
         sums += [kernels.norms.sums_of_squares(arrays[i : i + ARRAYS]) for i in range(0, len(arrays), ARRAYS)]
     for alike in small.values():

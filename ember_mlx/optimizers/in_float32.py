@@ -17,7 +17,7 @@ In float16 Adam's eps of 1e-8 is 0, and a second moment below 6e-8 too: its firs
 import mlx.core as mx
 from mlx.optimizers import Adam, AdamW, MultiOptimizer, Optimizer
 
-__all__ = ["adam_step", "in_float32", "in_place", "kernel_of_its_own", "stock_in_float32"]
+__all__ = ["adam_moments", "adam_step", "in_float32", "in_place", "kernel_of_its_own", "stock_in_float32"]
 
 
 def stock_in_float32(optimizer: Optimizer) -> None:
@@ -48,7 +48,7 @@ def in_float32(optimizer: Optimizer, but: mx.Dtype | None = None) -> Optimizer:
         if but is not None and parameter.dtype == but:
             return apply_single(gradient, parameter, state)
         if widens_itself:
-            return apply_single(_wide(gradient), _wide(parameter), state).astype(parameter.dtype)
+            return apply_single(gradient, _wide(parameter), state).astype(parameter.dtype)
         wide = {name: _wide(array) for name, array in state.items()}
         new = apply_single(_wide(gradient), _wide(parameter), wide)
         for name, array in wide.items():
@@ -75,7 +75,7 @@ def in_place(optimizer: Optimizer) -> Optimizer:
             state["m"],
             state["v"],
             optimizer.step,
-            learning_rate=optimizer.learning_rate.astype(gradient.dtype),
+            learning_rate=optimizer.learning_rate.astype(parameter.dtype),
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=getattr(optimizer, "weight_decay", None),
@@ -103,23 +103,35 @@ def adam_step(
     """MLX's Adam or, with a ``weight_decay``, AdamW, operation by operation; new ``w``, ``m`` and ``v``, of one shape.
 
     Args:
-        w, g (array): A parameter and its gradient.
-        m, v (array): First and second moment. In a dtype narrower than that of ``g``, the step is made of them as they
+        w, g (array): A parameter and its gradient. All is computed in the dtype of ``w``.
+        m, v (array): First and second moment. In a dtype narrower than that of ``w``, the step is made of them as they
             are kept, rounded: so no wide copy of them exists.
         t (array): The number of this step, from 1.
         learning_rate (array), betas, eps, weight_decay, bias_correction: As in ``mlx.optimizers``.
     """
-    b1, b2 = betas
+    dtype = w.dtype
     if weight_decay is not None:
         w = w * (1 - learning_rate * weight_decay)
-    new_m = kernel_of_its_own((b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype))
-    new_v = kernel_of_its_own((b2 * v.astype(g.dtype) + (1 - b2) * mx.square(g)).astype(v.dtype))
-    m, v = new_m.astype(g.dtype), new_v.astype(g.dtype)
+    new_m, new_v = map(kernel_of_its_own, adam_moments(g, m, v, betas, dtype))
+    m, v = new_m.astype(dtype), new_v.astype(dtype)
     if not bias_correction:
         return w - learning_rate * m / (mx.sqrt(v) + eps), new_m, new_v
-    c1 = (learning_rate / (1 - b1**t)).astype(g.dtype)
-    c2 = mx.rsqrt(1 - b2**t).astype(g.dtype)
+    c1 = (learning_rate / (1 - betas[0] ** t)).astype(dtype)
+    c2 = mx.rsqrt(1 - betas[1] ** t).astype(dtype)
     return w - c1 * m / (mx.sqrt(v) * c2 + eps), new_m, new_v
+
+
+def adam_moments(
+    g: mx.array, m: mx.array, v: mx.array, betas: tuple[float, float], dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """Adam's new moments, each in its own dtype, computed in ``dtype`` of a gradient of any.
+
+    The second is made of a view: what two kernels read, ``mx.compile`` widens by a kernel, and into a copy, of its own.
+    """
+    b1, b2 = betas
+    g_of_m, g_of_v = g.astype(dtype), kernel_of_its_own(g).astype(dtype)
+    new_m = (b1 * m.astype(dtype) + (1 - b1) * g_of_m).astype(m.dtype)
+    return new_m, (b2 * v.astype(dtype) + (1 - b2) * mx.square(g_of_v)).astype(v.dtype)
 
 
 def _wide(array):

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx.optimizers import MultiOptimizer, Optimizer
+from mlx.optimizers import Adam, AdamW, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
+from ember_mlx.optimizers import adam_kernel
 from ember_mlx.optimizers.ember import update_table
+from ember_mlx.optimizers.in_float32 import adam_moments
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["StochasticRounding", "as_rows", "round_step"]
 
 
-def round_step(w: mx.array, new: mx.array, keys: tuple[mx.array, mx.array]) -> mx.array:
+def round_step(w: mx.array, new: mx.array, seed: mx.array, t: mx.array) -> mx.array:
     """A 16-bit array stepped to ``w - (w - new)``, computed in float32 and rounded stochastically.
 
     The difference is what the step is, and what the kernel for tables takes as a gradient.
@@ -29,14 +31,17 @@ def round_step(w: mx.array, new: mx.array, keys: tuple[mx.array, mx.array]) -> m
     Args:
         w: The old values, bfloat16 or float16, of any shape.
         new: The new ones, of the same shape, float32.
-        keys: What ``bit_keys`` gives for the rows and columns of :func:`as_rows`.
+        seed, t: Of ``w`` and of this step, uint32: they key the random bits, by rows and columns of :func:`as_rows`.
 
     Returns:
         The new values, in the shape and dtype of ``w``.
     """
     step = w.astype(mx.float32) - new
     rows, columns = as_rows(w.shape)
-    ones = mx.ones((rows,)), mx.ones((columns,))
+    if kernels.usable(kernels.weight_rounding, w.dtype):
+        values = (w.astype(mx.float32) - step).reshape(rows, columns)
+        return kernels.weight_rounding.round_weights(values, seed, t, w.dtype).reshape(w.shape)
+    keys, ones = bit_keys(seed, t, rows, columns), (mx.ones((rows,)), mx.ones((columns,)))
     w_rows, step = w.reshape(rows, columns), step.reshape(rows, columns)
     return update_table(w_rows, step, *ones, 1.0, 0.0, 0.0, keys).reshape(w.shape)
 
@@ -78,7 +83,9 @@ class StochasticRounding(Optimizer):
     def init(self, parameters: Mapping[str, Any]) -> None:
         """Make the state of a tree of parameters, and a seed of each 16-bit one."""
         for dtype in {array.dtype for _, array in tree_flatten(parameters)} & set(DROPPED_BITS):
-            kernels.usable(kernels.rounding, dtype, mx.float32)  # tried now: a first step may be one that MLX traces
+            moments = mx.bfloat16 if dtype == mx.bfloat16 else mx.float32
+            kernels.usable(kernels.weight_rounding, dtype)  # tried now: a first step may be one that MLX traces
+            kernels.usable(adam_kernel, dtype, dtype, moments)
         # In float16 a second moment below 6e-8 is 0, and so is Adam's eps: see in_float32.py.
         float16_as_wide = tree_map(lambda w: w.astype(mx.float32) if w.dtype == mx.float16 else w, parameters)
         self.optimizer.init(float16_as_wide)
@@ -95,12 +102,33 @@ class StochasticRounding(Optimizer):
         """The parameter after one step, in its own shape and dtype; ``state`` is stepped in place."""
         if parameter.dtype not in DROPPED_BITS:
             return self.optimizer.apply_single(gradient, parameter, state)
+        seed, t = state["seed"], self.step.astype(mx.uint32)
+        if type(self.optimizer) in (Adam, AdamW):
+            arrays = parameter, gradient, state["m"], state["v"]
+            new, state["m"], state["v"] = self._step_adam(*arrays, seed, t)
+            return new
         wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
         new = self.optimizer.apply_single(_wide(gradient), _wide(parameter), wide)
         for name, value in wide.items():
             state[name] = value.astype(state[name].dtype) if name in state else value
-        keys = bit_keys(state["seed"], self.step, *as_rows(parameter.shape))
-        return round_step(parameter, new.astype(mx.float32), keys)
+        return round_step(parameter, new.astype(mx.float32), seed, t)
+
+    def _step_adam(self, w, g, m, v, seed, t):
+        """New ``w``, ``m`` and ``v``: by a kernel on a GPU."""
+        optimizer = self.optimizer
+        if kernels.usable(adam_kernel, w.dtype, g.dtype, m.dtype):
+            (b1, b2), rate, correction = optimizer.betas, optimizer.learning_rate.astype(mx.float32), 1.0
+            decay = 1 - rate * optimizer.weight_decay if isinstance(optimizer, AdamW) else 1.0
+            if optimizer.bias_correction:
+                rate, correction = rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)
+            how = {"betas": optimizer.betas, "eps": optimizer.eps}
+            rates = {"learning_rate": rate, "decay": decay, "correction": correction}
+            return adam_kernel.step_weight(w, g, m, v, seed, t, **rates, **how)
+        # The moments are computed twice, for the weight of views: what two kernels read, mx.compile makes by one more,
+        # and in float32. So there are three, and what rounds.
+        moments = {"m": _wide(m[None]), "v": _wide(v[None])}
+        new = type(optimizer).apply_single(optimizer, _wide(g[None]), _wide(w[None]), moments)
+        return round_step(w[None], new, seed, t).squeeze(0), *adam_moments(g, m, v, optimizer.betas, mx.float32)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 A worker of N has its N-th part of a batch's rows. Its gradients go out as ``ember_mlx.finetune.workers`` sends them:
 dtype by dtype, joined up to 32 MiB, and of an untied embedding the rows of the whole batch's tokens. A ring sends
 2 (N - 1) / N of that from each worker. What is sent beside it, to meet and to report, is below 1 kB a step.
+
+A streamed step (ember_mlx.streaming.machines) sends a head under Ember twice in float32, and of an embedding the rows
+that any worker looked up, and which these are. A pass for the norm sends all once more.
 """
 
 import itertools
@@ -10,9 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ember_mlx.planner.evaluation import Array, Operation
-from ember_mlx.planner.graph import Graph
+from ember_mlx.planner.graph import FLOAT32, Graph
 
-__all__ = ["LINKS", "Traffic", "average", "traffic"]
+__all__ = ["LINKS", "Traffic", "average", "part_of", "traffic"]
 
 # Bytes a second, one way. 10GbE: what is left of 1.25e9 by TCP. RDMA over Thunderbolt 5: 5 to 6 GB/s were reported in
 # mlx-lm's pull request 955. TCP over Thunderbolt 5: a guess.
@@ -46,11 +49,29 @@ class Traffic:
 
 def traffic(graph: Graph) -> Traffic:
     """What the step of that graph sends."""
+    if graph.run.stream:
+        return _streamed_traffic(graph)
     rows, payload = _rows_to_send(graph), Counter()
     for name, gradient in graph.gradients.items():
         numbers = rows[name] * graph.shapes[name][1] if name in rows else gradient.numbers
         payload[int(gradient.width)] += int(numbers * gradient.width)
     return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0))
+
+
+def _streamed_traffic(graph):
+    run, payload, sent_rows = graph.run, Counter(), 0
+    passes = 2 if run.norm_pass else 1
+    tables = {table.name: table for table in graph.model.tables(run.tables) if run.table_optimizer == "ember"}
+    for name, gradient in graph.gradients.items():
+        table = tables.get(name)
+        if table is None:
+            payload[int(gradient.width)] += int(passes * gradient.nbytes)
+        elif table.role == "embedding":
+            sent_rows = min(run.workers * run.micro_batches * run.batch_size * run.length, table.rows)
+            payload[FLOAT32] += passes * (sent_rows * table.columns + table.rows) * FLOAT32
+        else:
+            payload[FLOAT32] += (passes + 1) * table.rows * table.columns * FLOAT32
+    return Traffic(run.workers, dict(payload), sent_rows)
 
 
 def average(graph: Graph) -> None:
@@ -72,22 +93,25 @@ def average(graph: Graph) -> None:
             parts = [graph.make(parts, sum(part.numbers for part in parts), parts[0].width, role="gradients")]
         mean = graph.elementwise(parts, role="gradients")
         for name, part in group.items():
-            graph.gradients[name] = _part_of(mean, part.numbers)
+            graph.gradients[name] = part_of(mean, part.numbers)
             if name in rows:
                 sent = graph.gradients[name]
                 graph.gradients[name] = graph.make([sent], graph.weights[name].numbers, mean.width, role="gradients")
 
 
-def _part_of(array, numbers):
+def part_of(array: Array, numbers: float) -> Array:
+    """A view of so many numbers of an array."""
     operation = Operation([array], in_place=False)
     operation.outputs = [Array(numbers, array.width, array.role, operation, base=array)]
     return operation.outputs[0]
 
 
 def _rows_to_send(graph):
-    """Of an untied embedding that trains, where the whole batch has fewer tokens than it has rows."""
+    """Of an untied embedding that trains, where an update has fewer tokens than it has rows; see ``train``'s step."""
     run, rows = graph.run, graph.run.workers * graph.run.batch_size * graph.run.length
+    if run.micro_batches > 1:
+        rows = 1 << (rows * run.micro_batches - 1).bit_length()
     tables = [table for table in graph.model.tables() if table.role == "embedding" and table.role in run.tables]
-    if run.workers == 1 or run.micro_batches > 1:
+    if run.workers == 1:
         return {}
     return {table.name: rows for table in tables if rows < table.rows}

@@ -107,8 +107,6 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
     if options.batch_size % workers:
         raise InputError(f"--workers {workers}: must divide --batch-size {options.batch_size}")
     choices = choose(options, model.shapes())
-    if workers > 1 and choices.stream:
-        raise InputError(f"--stream: {workers} workers: it does not average their gradients; use --no-stream")
     lora = choices.lora_parameters or {}
     keys = lora.get("keys")
     return Run(

@@ -5,6 +5,7 @@ from collections import Counter
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, Array, Peak, peak_memory
 from ember_mlx.planner.graph import Graph, Run
+from ember_mlx.planner.network import part_of
 from ember_mlx.planner.update import stepped
 from ember_mlx.shared.sizes_in_memory import bytes_ahead
 
@@ -23,7 +24,8 @@ class Phase:
         self.graph = Graph(model, run, backend)
         self.inputs = 0  # kept ones that the graph has not taken
         self._always = always
-        self._ahead = 0 if backend == "cpu" else bytes_ahead(always["weights"])
+        self._together = bytes_ahead(always["weights"])
+        self._ahead = 0 if backend == "cpu" else self._together
         self._done = self._before = 0  # numbers of evaluations
         self._unfinished = []
 
@@ -50,6 +52,44 @@ class Phase:
 
     def step(self, names: list[str], tables: bool = False) -> None:
         """Step these weights, whose gradients are taken from the graph, in this order, a few bytes ahead."""
+        if self.graph.run.workers > 1:
+            for some in self._buckets(names):
+                self._average(some)
+                self._step(some, tables)
+        else:
+            self._step(names, tables)
+        self.graph.gradients.clear()
+
+    def mean(self, gradient: Array) -> Array:
+        """The mean over all workers of what is evaluated first, as the sum is."""
+        if self.graph.run.workers == 1:
+            return gradient
+        self.one_behind(gradient)
+        total = self.graph.make([gradient], gradient.numbers, gradient.width, role="gradients")
+        self.one_behind(total)
+        return total
+
+    def _buckets(self, names):
+        some, nbytes = [], 0
+        for name in names:
+            more = self.graph.gradients[name].nbytes
+            if some and nbytes + more > self._together:
+                yield some
+                some, nbytes = [], 0
+            some.append(name)
+            nbytes += more
+        if some:
+            yield some
+
+    def _average(self, names):
+        parts = [self.graph.gradients[name] for name in names]
+        if len(parts) > 1:
+            parts = [self.graph.make(parts, sum(part.numbers for part in parts), parts[0].width, role="gradients")]
+        mean = self.mean(parts[0])
+        for name in names:
+            self.graph.gradients[name] = part_of(mean, self.graph.gradients[name].numbers)
+
+    def _step(self, names, tables):
         graph, group = self.graph, []
         before, graph.role = graph.role, "scratch"
         for name in names:
@@ -65,7 +105,6 @@ class Phase:
                 group = self._start(group)
         self._start(group)
         graph.role = before
-        graph.gradients.clear()
 
     def peak(self) -> Peak:
         """The worst moment."""

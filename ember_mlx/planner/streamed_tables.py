@@ -94,12 +94,15 @@ class Head:
             graph.results += [hidden, *parts]
             return
         columns = self._statistics(phase, hidden, kept, w)
-        if looked_up is not None:
+        several = graph.run.workers > 1
+        if looked_up is not None and not several:
             looked_up = graph.elementwise([looked_up, self._rows_gradient(graph, hidden, w, looked_up)])
             phase.one_behind(columns, looked_up)
         for i, words in enumerate(self.blocks):
-            d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=graph.width)
-            gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, role="gradients")
+            width = FLOAT32 if several else graph.width
+            d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=width)
+            gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
+            gradient = phase.mean(gradient)
             phase.in_turn(new_rows(graph, gradient, self._part(w, words)))
             phase.finish()
         graph.results += [hidden]
@@ -107,7 +110,7 @@ class Head:
     def _statistics(self, phase, hidden, kept, w):
         graph, n, features = phase.graph, self.tokens, self.table.columns
         wide = graph.float32(hidden)
-        quadratic = n <= features // 2
+        quadratic = n <= features // 2 and graph.run.workers == 1
         gram = graph.product([wide], n * n, features, FLOAT32) if quadratic else wide
         columns = graph.make([], n * n if quadratic else features, FLOAT32)
         for i, words in enumerate(self.blocks):
@@ -117,7 +120,7 @@ class Head:
                 of_rows = graph.elementwise([graph.product([gram, d], d.numbers, n, FLOAT32), d])
                 columns = graph.elementwise([columns, graph.product([d], n * n, words, FLOAT32)])
             else:
-                of_rows = graph.elementwise([graph.product([d, wide], words * features, n, FLOAT32)])
+                of_rows = graph.elementwise([phase.mean(graph.product([d, wide], words * features, n, FLOAT32))])
                 columns = graph.elementwise([columns, graph.make([of_rows], features, FLOAT32)])
             of_rows = graph.make([of_rows, logits], words, FLOAT32)  # the caller holds the logits until then
             phase.in_turn(columns, of_rows)
@@ -158,6 +161,9 @@ def step_looked_up(phase: Phase, table: Table) -> Array:
     phase.one_behind(rows)
     if table.role == "tied":
         return rows
+    if run.workers > 1:
+        own = graph.make([rows], min(run.workers * numbers, table.rows * table.columns), FLOAT32)
+        rows = phase.mean(own)
     w = graph.weight(table.name, (table.rows, table.columns), False)
     squares = graph.elementwise([rows], role="scratch")
     phase.one_behind(graph.make([squares], table.rows, FLOAT32))

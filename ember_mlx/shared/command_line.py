@@ -56,7 +56,10 @@ def describe(
 
 
 def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The same parser, which raises InputError where argparse would print its usage and exit."""
+    """The same parser, which raises InputError where argparse would print its usage and exit.
+
+    It takes no abbreviations: one that is unique today would mean another flag, or none, tomorrow.
+    """
 
     def error(message):
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -67,7 +70,7 @@ def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
             message += next(filter(None, (did_you_mean(word, flags) for word in words)), "")
         raise InputError(f"{message}; {parser.prog} --help lists the options")
 
-    parser.error = error
+    parser.error, parser.allow_abbrev = error, False
     return parser
 
 

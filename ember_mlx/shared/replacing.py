@@ -1,10 +1,11 @@
-"""Another value in a module, for a while."""
+"""Another value in a module, for a while; or a module that cannot be found."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["replaced"]
+__all__ = ["replaced", "torch_hidden"]
 
 
 @contextmanager
@@ -16,3 +17,19 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
+
+
+@contextmanager
+def torch_hidden() -> Iterator[None]:
+    """For the imports of a process without PyTorch: transformers, which mlx-lm imports, would take it along.
+
+    That is two seconds, and nothing of it is used. A PyTorch that is already imported stays.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # so that it is not found
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]

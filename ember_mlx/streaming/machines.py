@@ -1,21 +1,25 @@
 """Several machines: every gradient is the mean over them before it is used, and no table's gradient is whole either.
 
-A sum of squares is not that of a sum, so a table's rows go over the wire block by block, in float32, twice: once for
-the second moments, once for the step.
+Small gradients of one dtype go over the wire together. Of an embedding the rows go that any machine has looked up. A
+sum of squares is not that of a sum, so a head's rows go twice, block by block, in float32: once for the second moments,
+once for the step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 
 from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.table import EmberTable
 
-__all__ = ["Machines", "Reduce"]
+__all__ = ["LookedUpRows", "Machines", "Reduce", "buckets"]
 
 Reduce = Callable[[mx.array], mx.array]
 """An array of this machine -> the sum over all, as ``mx.distributed.all_sum``."""
-BLOCK_ROWS = 4096  # of an embedding
+LookedUpRows = tuple[mx.array, mx.array]
+"""Ids (U,), each once, and the gradient of their rows, (U, D) float32."""
 
 
 class Machines:
@@ -23,33 +27,72 @@ class Machines:
 
     Args:
         reduce: It is asked once for the sum of ones, which says how many there are; None is this machine alone.
+        together: Bytes of gradients that go over the wire at a time, or one array that has more.
     """
 
-    def __init__(self, reduce: Reduce | None):
-        self.sum = reduce or (lambda array: array)
+    def __init__(self, reduce: Reduce | None, together: float = 2**25):
         self.several = reduce is not None
-        self.count = self.sum(mx.array(1.0)).item()
+        self._reduce = reduce
+        self._together = together
+
+    @cached_property
+    def count(self) -> float:
+        """How many there are."""
+        return self.sum(mx.array(1.0)).item()
+
+    def sum(self, array: mx.array) -> mx.array:
+        """Over the machines, in an evaluation of its own: what a GPU has in flight must not wait for a network."""
+        mx.eval(array)
+        total = self._reduce(array)
+        mx.eval(total)
+        return total
 
     def mean(self, array: mx.array) -> mx.array:
         """Over the machines, in the array's dtype."""
-        return (self.sum(array) / self.count).astype(array.dtype) if self.several else array
+        return (self.sum(array) / self.count).astype(array.dtype)
 
-    def row_gradients(
-        self, table: EmberTable, head: StreamedHead | None, looked_up: tuple[mx.array, mx.array] | None
-    ) -> list[tuple[slice, Callable[[], mx.array]]]:
-        """A table's gradient, block by block: the rows, and a function that makes it, (n, D) float32.
+    def means(self, gradients: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
+        """The means of gradients by path, some of them at a time; the dict is emptied, last first."""
+        for some in buckets(gradients, self._together):
+            yield self._mean_together(some)
+
+    def _mean_together(self, some):
+        """The means of arrays of one dtype; ``some`` is emptied."""
+        shapes = {path: array.shape for path, array in some.items()}
+        ends = np.cumsum([array.size for array in some.values()])[:-1].tolist()
+        joined = mx.concatenate([array.reshape(-1) for array in some.values()])
+        some.clear()
+        parts = mx.split(self.mean(joined), ends) if ends else [self.mean(joined)]
+        return {path: part.reshape(shape) for (path, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    def looked_up(self, rows: LookedUpRows, vocabulary: int) -> LookedUpRows:
+        """The rows that any machine has looked up, and the means of their gradients.
 
         Args:
-            table: The table.
-            head: Where it is a head.
-            looked_up: Ids (U,) and the gradient of their embeddings, (U, D) float32.
+            rows: Of this machine.
+            vocabulary: Rows of the table.
         """
-        rows, features = table.shape
-        blocks = head.blocks if head else [slice(i, min(i + BLOCK_ROWS, rows)) for i in range(0, rows, BLOCK_ROWS)]
+        ids, gradients = rows
+        seen = self.sum(mx.zeros((vocabulary,), mx.int32).at[ids].add(1))
+        union = np.flatnonzero(np.array(seen))
+        places = mx.array(np.searchsorted(union, np.array(ids)))
+        own = mx.zeros((union.size, gradients.shape[1])).at[places].add(gradients)
+        some = max(int(self._together // (own.itemsize * own.shape[1])), 1)
+        parts = [self.mean(own[first : first + some]) for first in range(0, union.size, some)]
+        return mx.array(union), mx.concatenate(parts)
+
+    def row_gradients(
+        self, head: StreamedHead, looked_up: LookedUpRows | None
+    ) -> list[tuple[slice, Callable[[], mx.array]]]:
+        """A head's gradient, block by block: the rows, and a function that makes it, (n, D) float32.
+
+        Args:
+            head: Has the table, which may be tied.
+            looked_up: Where it is tied, the rows that this machine has looked up.
+        """
 
         def gradient_of(number):
-            block = blocks[number]
-            of_block = head.block_gradient(number) if head else mx.zeros((block.stop - block.start, features))
+            block, of_block = head.blocks[number], head.block_gradient(number)
             if looked_up is not None:
                 ids, added = looked_up
                 inside = mx.logical_and(ids >= block.start, ids < block.stop)
@@ -57,7 +100,7 @@ class Machines:
                 of_block = of_block.at[places].add(mx.where(inside[:, None], added, 0))
             return self.mean(of_block)
 
-        return [(block, lambda number=number: gradient_of(number)) for number, block in enumerate(blocks)]
+        return [(block, lambda number=number: gradient_of(number)) for number, block in enumerate(head.blocks)]
 
     def statistics(self, gradients: list, pace: Callable) -> tuple[mx.array, mx.array]:
         """Means of squares over columns (V,) and rows (D,), float32, from ``row_gradients``."""
@@ -75,3 +118,20 @@ class Machines:
         for block, gradient in gradients:
             table.write(block, table.new_rows(block, table.weight[block], gradient()))
         table.flush()
+
+
+def buckets(gradients: dict[str, mx.array], together: float) -> Iterator[dict[str, mx.array]]:
+    """Some of the gradients at a time, of one dtype and at most so many bytes, or one; the dict is emptied, last first.
+
+    Who takes them empties what is given.
+    """
+    while gradients:
+        some, size, dtype = {}, 0, next(reversed(gradients.values())).dtype
+        while gradients:
+            path, array = next(reversed(gradients.items()))
+            if some and (array.dtype != dtype or size + array.nbytes > together):
+                break
+            some[path] = gradients.pop(path)
+            size += array.nbytes
+        del array
+        yield some

@@ -5,16 +5,14 @@ import mlx.core as mx
 from ember_mlx.optimizers.guarded import global_norm
 from ember_mlx.streaming.embedding import mean_squares_of_rows, step_looked_up
 from ember_mlx.streaming.head import StreamedHead
-from ember_mlx.streaming.machines import Machines
+from ember_mlx.streaming.machines import LookedUpRows, Machines
 from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.shards import Shards
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.updates import Updates
 from ember_mlx.streaming.weights import Weights
 
-__all__ = ["GlobalNorm", "LookedUpRows", "Stepping"]
-
-LookedUpRows = tuple[mx.array, mx.array]
-"""Ids (U,), each once, and the gradient of their rows, (U, D) float32."""
+__all__ = ["GlobalNorm", "Stepping"]
 
 
 class Stepping:
@@ -26,26 +24,44 @@ class Stepping:
         pace: Evaluates.
         machines: Those that train together.
         clip_layer_norm: The most that the norm of one unit's gradients together may be.
+        shards: The weights whose state is shared out among the machines.
     """
 
     keeps_recordings = False
 
     def __init__(
-        self, updates: Updates, weights: Weights, pace: Pace, machines: Machines, clip_layer_norm: float | None = None
+        self,
+        updates: Updates,
+        weights: Weights,
+        pace: Pace,
+        machines: Machines,
+        clip_layer_norm: float | None = None,
+        shards: Shards | None = None,
     ):
         self._updates = updates
         self._weights = weights
         self._pace = pace
         self._machines = machines
         self._clip_layer_norm = clip_layer_norm
+        self._shards = shards
 
     def arrays(self, gradients: dict[str, mx.array]) -> None:
         """Gradients by path; the dict is emptied, last first."""
-        for path in gradients:
-            gradients[path] = self._machines.mean(gradients[path])
+        if self._shards:
+            self._shards.step(gradients)
+        if self._machines.several and self._clip_layer_norm is None:
+            for some in self._machines.means(gradients):
+                self._step(some, None)
+            return
+        if self._machines.several:  # the norm is that of all means
+            for some in list(self._machines.means(gradients)):
+                gradients |= some
         scale = None
         if self._clip_layer_norm is not None and gradients:
             scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0)
+        self._step(gradients, scale)
+
+    def _step(self, gradients, scale):
         stepped = self._updates({path: self._weights[path] for path in gradients}, gradients, scale)
         gradients.clear()
         # The module lets go of the old weights before the new ones are made: they may take their place.
@@ -59,14 +75,16 @@ class Stepping:
 
     def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
         """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
-        if self._machines.several:
-            gradients = self._machines.row_gradients(table, head, looked_up)
+        if self._machines.several and head:
+            gradients = self._machines.row_gradients(head, looked_up)
             table.take(*self._machines.statistics(gradients, self._pace.one_behind))
             self._machines.step(table, gradients)
         elif head:
             table.take(*head.statistics(looked_up))
             head.step(looked_up)
         elif looked_up is not None:
+            if self._machines.several:
+                looked_up = self._machines.looked_up(looked_up, table.shape[0])
             table.take(*mean_squares_of_rows(*looked_up, table.shape[0]))
             step_looked_up(table, *looked_up)
 
@@ -88,18 +106,23 @@ class GlobalNorm:
 
     def arrays(self, gradients: dict[str, mx.array]) -> None:
         """Gradients by path; the dict is emptied, last first."""
+        if self._machines.several:
+            for some in self._machines.means(gradients):
+                self._add(mx.square(global_norm(some)))
         while gradients:
             _, gradient = gradients.popitem()
-            self._add(mx.square(global_norm([self._machines.mean(gradient)])))
+            self._add(mx.square(global_norm([gradient])))
 
     def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
         """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
-        if self._machines.several:
-            gradients = self._machines.row_gradients(table, head, looked_up)
+        if self._machines.several and head:
+            gradients = self._machines.row_gradients(head, looked_up)
             row_mean, _ = self._machines.statistics(gradients, self._pace.one_behind)
         elif head:
             row_mean, _ = head.statistics(looked_up)
         elif looked_up is not None:
+            if self._machines.several:
+                looked_up = self._machines.looked_up(looked_up, table.shape[0])
             row_mean = mx.square(looked_up[1]).mean(1)
         else:
             return

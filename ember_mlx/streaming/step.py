@@ -5,7 +5,7 @@ time, outside any trace; its cotangent is evaluated, then weight after weight it
 Of the head and the embedding, rows are stepped in blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ from ember_mlx.streaming.marks import target_mask
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.rows_apart import rows_apart
+from ember_mlx.streaming.shards import Group, Shards
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import find_units, put_back_random_state
@@ -77,10 +78,14 @@ class StreamedStep:
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
         run_ahead (int, optional): Bytes of new weights and state that a GPU is handed before the first of them must be
             done: more take less time and more memory. Default: 1/64 of the weights, at least 33 MB; twice as much where
-            a whole layer fits into that. A CPU is not run ahead.
+            a whole layer fits into that. A CPU is not run ahead. With several machines, gradients of
+            about so many bytes go over the wire together.
         reduce (callable, optional): An array of this machine -> the sum over all machines, as
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
-            Tables under Ember go over the wire twice a step, in float32.
+            A head under Ember goes over the wire twice a step, in float32; of an embedding the rows go that any
+            machine has looked up. All machines give batches of the same shapes.
+        group (Group, optional): Beside ``reduce``: each machine keeps a part of the optimizer's state, but for tables
+            under Ember. See :mod:`ember_mlx.streaming.shards`; not with ``clip_layer_norm``.
 
     ``notes`` are the ways in which this model takes more memory than others, in words. ``on_phase``, if set, is called
     with the name of each phase of a step at its end, when all of it is done: forward, loss, head, layers, embedding.
@@ -108,6 +113,7 @@ class StreamedStep:
         keep_inputs: int = 1,
         run_ahead: int | None = None,
         reduce: Reduce | None = None,
+        group: Group | None = None,
     ):
         self.model = model
         self.notes = []
@@ -122,16 +128,21 @@ class StreamedStep:
                 f"StreamedStep(optimizer with clip_grad_norm={self._updates.clip_grad_norm}): the global norm needs a "
                 "backward pass of its own: say clip_norm_pass=True, or clip_layer_norm, which is another rule"
             )
-        self._machines = Machines(reduce)
         self._weights = Weights(model)
         key = mx.random.state[0]
         units = find_units(model, lambda: model(some_tokens()))
         put_back_random_state(key)
         nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        together = bytes_ahead(nbytes) if run_ahead is None else run_ahead
+        self._machines = Machines(reduce, together)
         self._pace = Pace(bytes_ahead(nbytes, self._largest(units)) if run_ahead is None else run_ahead)
         keep_bytes = {None: bytes_of_kept_logits(nbytes), True: 2**62, False: 0}[keep_logits]
         self._head = self._find_head(keep_bytes, block_rows)
-        self._look_through(units, self._find_embeddings(), keep_inputs)
+        embeddings = self._find_embeddings()
+        self.shards = Shards(group, self._updates, self._weights, together) if group else None
+        if group and clip_layer_norm is not None:
+            raise InputError("clip_layer_norm needs whole gradients, which no machine has where state is shared out")
+        self._look_through(units, embeddings, keep_inputs)
 
     def _largest(self, units):
         """Bytes of the weights and the state that a step of one unit makes new, at most."""
@@ -171,25 +182,28 @@ class StreamedStep:
         result = self.accumulated([(batch, lengths)])
         return result.loss, result.tokens
 
-    def accumulated(self, batches: list[tuple]) -> StepResult:
+    def accumulated(self, batches: list[tuple], shares: Sequence[float] | None = None) -> StepResult:
         """One step on several micro-batches: the mean of their gradients, layer by layer, without accumulators.
 
         Args:
             batches (list): What the loss takes after the model, of each: ``(batch, lengths)``.
+            shares (list, optional): How much the loss of each counts in the mean over the machines; default: 1. With 0
+                its tokens are not counted.
         """
+        shares = [1.0] * len(batches) if shares is None else shares
         refuse_a_trace(self._weights)
         recordings = [self._forward(self._run_of(batch)) for batch in batches]
         self._phase("forward")
         key = mx.random.state[0]
         try:
             if self._head:
-                value, tokens, cotangents = self._loss_by_head(recordings, batches)
+                value, tokens, cotangents = self._loss_by_head(recordings, batches, shares)
             else:
-                value, tokens, cotangents = self._loss_as_a_whole(recordings)
+                value, tokens, cotangents = self._loss_as_a_whole(recordings, shares)
             self._phase("loss")
             if self._machines.several:
-                value = self._machines.mean(mx.array(value)).item()
-                tokens = int(self._machines.sum(mx.array(tokens)).item())
+                value, tokens = self._machines.sum(mx.array([value, tokens], mx.float32)).tolist()
+                value, tokens = value / self._machines.count, int(tokens)
             return StepResult(value, tokens, tuple(self._step(recordings, value, cotangents)))
         finally:
             put_back_random_state(key)
@@ -215,7 +229,9 @@ class StreamedStep:
             if self._head:
                 self._head.scale(scale)
         self._updates.begin()
-        sink = Stepping(self._updates, self._weights, self._pace, self._machines, self._clip_layer_norm)
+        if self.shards:
+            self.shards.cut()
+        sink = Stepping(self._updates, self._weights, self._pace, self._machines, self._clip_layer_norm, self.shards)
         self._backward(recordings, cotangents, sink)
         mx.eval(self._updates.arrays())
         return self._updates.finish()
@@ -238,34 +254,35 @@ class StreamedStep:
 
         return run
 
-    def _loss_by_head(self, recordings, batches):
+    def _loss_by_head(self, recordings, batches, shares):
         """The loss, its tokens, and its gradient by the hidden states of each micro-batch."""
         hidden, targets, weights, tokens = [], [], [], 0
-        for recording, (batch, learned) in zip(recordings, batches, strict=True):
+        for recording, (batch, learned), share in zip(recordings, batches, shares, strict=True):
             mask = target_mask(batch, learned)
             hidden.append(mx.stop_gradient(recording.result))
             recording.result = None
             targets.append(batch[:, 1:].reshape(-1))
-            weights.append((mask / mask.sum() / len(batches)).reshape(-1))
-            tokens = tokens + mask.sum()
+            weights.append((mask / mask.sum() * share / len(batches)).reshape(-1))
+            tokens = tokens + (mask.sum() if share > 0 else 0)
         shapes = [array.shape for array in hidden]
         hidden = mx.concatenate([array.reshape(-1, array.shape[-1]) for array in hidden])
         loss, by_hidden = self._head.loss(hidden, mx.concatenate(targets), mx.concatenate(weights))
         ends = [sum(shape[0] * shape[1] for shape in shapes[: i + 1]) for i in range(len(shapes) - 1)]
         parts = mx.split(by_hidden, ends) if ends else [by_hidden]
         cotangents = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return loss.item(), int(tokens.item()), cotangents
+        return loss.item(), int(mx.array(tokens).item()), cotangents
 
-    def _loss_as_a_whole(self, recordings):
+    def _loss_as_a_whole(self, recordings, shares):
         values, tokens = [], 0
-        for recording in recordings:
+        for recording, share in zip(recordings, shares, strict=True):
             value, count = recording.result if isinstance(recording.result, tuple) else (recording.result, 0)
             recording.result = None
             mx.eval(value, count)
             values.append(value)
-            tokens += int(mx.array(count).item())
-        cotangents = [mx.array(1 / len(values)).astype(value.dtype) for value in values]
-        return sum(value.item() for value in values) / len(values), tokens, cotangents
+            tokens += int(mx.array(count).item()) if share > 0 else 0
+        pairs = list(zip(values, shares, strict=True))
+        cotangents = [mx.array(share / len(pairs)).astype(value.dtype) for value, share in pairs]
+        return sum(value.item() * share for value, share in pairs) / len(pairs), tokens, cotangents
 
     # What is where
 

@@ -80,7 +80,11 @@ class Updates:
             self._shared[id(leaf)] = {name: value for name, value in leaf.state.items() if isinstance(value, mx.array)}
 
     def __call__(
-        self, weights: dict[str, mx.array], gradients: dict[str, mx.array], scale: mx.array | None = None
+        self,
+        weights: dict[str, mx.array],
+        gradients: dict[str, mx.array],
+        scale: mx.array | None = None,
+        sums: dict[str, mx.array] | None = None,
     ) -> dict[str, tuple[mx.array, list[mx.array]]]:
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
@@ -89,6 +93,7 @@ class Updates:
         Args:
             weights, gradients (dict): By path, of the same paths.
             scale (array, optional): What the gradients are multiplied by.
+            sums (dict, optional): Of the whole gradients, which are then judged, where these are parts.
         """
         by_leaf, results = {}, {}
         for path in gradients:
@@ -100,7 +105,8 @@ class Updates:
                 (gradients[path], weights[path], {name: state[name] for name in state if name not in unread})
                 for path, state in zip(paths, states, strict=True)
             ]
-            applied = self._functions[leaf](triples, self._shared[leaf], scale)
+            totals = None if sums is None else [sums[path] for path in paths]
+            applied = self._functions[leaf](triples, self._shared[leaf], scale, totals)
             for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
                 state.update(new)
                 self.note(path, finite)
@@ -134,20 +140,21 @@ class Updates:
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
 
 
-def _applied(leaf, triples, shared, scale):
+def _applied(leaf, triples, shared, scale, totals=None):
     """The updates of some arrays as a function of all that they read; layers of equal shapes share what is compiled."""
     own = {name: leaf.state[name] for name in shared}
     leaf.state.update(shared)
     try:
-        return [_applied_to_one(leaf, *triple, scale) for triple in triples]
+        totals = totals or [None] * len(triples)
+        return [_applied_to_one(leaf, *triple, scale, total) for triple, total in zip(triples, totals, strict=True)]
     finally:
         leaf.state.update(own)
 
 
-def _applied_to_one(leaf, gradient, weight, state, scale):
+def _applied_to_one(leaf, gradient, weight, state, scale, total):
     if scale is not None:
         gradient = (gradient * scale).astype(gradient.dtype)
-    finite = _is_safe(gradient)
+    finite = _is_safe(gradient if total is None else total)
     new = dict(state)
     updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
     if weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor):  # there finite gradients may overflow

@@ -4,11 +4,11 @@
     python examples/benchmarks/mlx_training_memory.py --draw FOLDER RESULT.json...
 
 A row is model/tying/type/batch x tokens/optimizer of the tables, then /chunked with `--chunked-loss` and /checkpoint
-with `--grad-checkpoint`, and /unguarded without the guard against NaN and infinity: `--list` names those of the usual
-grid, the most telling first; any other that is named in full runs too. The weights are bfloat16, the body is trained by
-AdamW, LoRA stands in all layers. Each row is a fresh process; its peak is that of all its steps, its time the median
-after the warm-up. The JSON file is written after each row, and rows that it has already are not run again. On a CPU say
-`--smoke`: tiny shapes.
+with `--grad-checkpoint`, /nearest with `--body-rounding nearest`, and /unguarded without the guard against NaN and
+infinity: `--list` names those of the usual grid, the most telling first; any other that is named in full runs too. The
+weights are bfloat16, the body is trained by AdamW, LoRA stands in all layers. Each row is a fresh process; its peak is
+that of all its steps, its time the median after the warm-up. The JSON file is written after each row, and rows that it
+has already are not run again. On a CPU say `--smoke`: tiny shapes.
 
 Where time is short, say `--one-process`: all rows share imports and compiled kernels, and a row is only measured if
 nothing is left of those before. `--fast` is for memory alone (two steps, no times). `--jobs 4` runs rows side by side:
@@ -24,13 +24,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
+from row_workers import LEFT_OVER
 from training_memory_pictures import draw
 from training_memory_rows import ROW, asked_rows, config_of, read_report, words_of
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 2
-LEFT_OVER = 2**20  # bytes of earlier rows that do no harm
 
 
 class Prepared:

@@ -10,9 +10,10 @@ QWEN3_8B = MODELS["qwen3-0.6b"] | {
     "intermediate_size": 12288,
     "num_attention_heads": 32,
 }
+QWEN3_1_7B = MODELS["qwen3-0.6b"] | {"hidden_size": 2048, "intermediate_size": 6144}
 # An 8B model scaled down by 16 in width, so that a CPU sees what share of it each part has.
 TALL_QWEN3 = MORE_MODELS["mini-qwen3"] | {"num_hidden_layers": 36, "vocab_size": 9496}
-SHAPES = MODELS | MORE_MODELS | {"qwen3-8b": QWEN3_8B, "tall-qwen3": TALL_QWEN3}
+SHAPES = MODELS | MORE_MODELS | {"qwen3-1.7b": QWEN3_1_7B, "qwen3-8b": QWEN3_8B, "tall-qwen3": TALL_QWEN3}
 TINY = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 RECIPES = {
@@ -21,15 +22,18 @@ RECIPES = {
     "adam-mini": ["--fine-tune-type", "full", "--optimizer", "adam-mini"],
     "adam-mini-int8": ["--fine-tune-type", "full", "--optimizer", "adam-mini"],
     "flash-adamw": ["--fine-tune-type", "full", "--optimizer", "flash-adamw"],
+    "adamw-everywhere": ["--fine-tune-type", "full", "--optimizer", "adamw", "--table-optimizer", "adamw"],
     "lora": ["--fine-tune-type", "lora", "--optimizer", "adamw"],
+    "lora-adamw": ["--fine-tune-type", "lora", "--optimizer", "adamw", "--table-optimizer", "adamw"],
     "adamw-tables": ["--fine-tune-type", "full", "--optimizer", "sinkgd", "--table-optimizer", "adamw"],
 }
 OPTIMIZER_CONFIG = {"adam-mini-int8": {"adam-mini": {"momentum": "int8"}}}
+ADAMW_ALONE = ("adamw-everywhere", "lora-adamw")  # what mlx-lm can do by itself
 WAYS = ("streamed", "checkpointed")
-WAY = r"(?:streamed(?:@[1-9]\d*)?|checkpointed|own_step)"
+WAY = r"(?:streamed(?:@[1-9]\d*)?|checkpointed|ordinary|ordinary-checkpointed)"
 ROW = re.compile(
     rf"(?P<model>{'|'.join(map(re.escape, SHAPES))})(?P<tied>/tied)?/(?P<batch_size>[1-9]\d*)x(?P<length>[1-9]\d*)/"
-    rf"(?P<recipe>{'|'.join(RECIPES)})/(?P<way>{WAY}(?:\+{WAY})*)(?:/keep(?P<keep_inputs>[1-9]\d*))?"
+    rf"(?P<recipe>{'|'.join(RECIPES)})/(?P<way>mlx-lm(?:-checkpointed)?|{WAY}(?:\+{WAY})*)(?:/keep(?P<keep_inputs>[1-9]\d*))?"
     r"(?P<float32>/float32)?"
 )
 ON_A_GPU = [
@@ -45,6 +49,85 @@ ON_A_GPU = [
     )
     for way in WAYS
 ] + [f"{case}/stateless/streamed+checkpointed" for case in ("qwen3-0.6b/1x512", "qwen3-8b/1x512", "qwen3-0.6b/4x1024")]
+# The table of recipes, the most telling first, so that a run that is cut off has these. Where a GPU takes one row after
+# another, neighbours compile different kernels.
+TABLE_OF_RECIPES = [
+    "qwen3-0.6b/1x512/adamw-everywhere/mlx-lm",
+    "qwen3-0.6b/1x512/adamw/streamed",
+    "qwen3-0.6b/1x512/stateless/streamed",
+    "qwen3-0.6b/1x512/adam-mini-int8/streamed",
+    "qwen3-0.6b/1x512/adamw-everywhere/ordinary",
+    "qwen3-0.6b/1x512/flash-adamw/streamed",
+    "qwen3-0.6b/1x512/stateless/ordinary",
+    "qwen3-0.6b/1x512/lora-adamw/mlx-lm",
+    "qwen3-8b/1x512/stateless/streamed",
+    "qwen3-0.6b/1x512/adamw/ordinary",
+    "qwen3-0.6b/1x512/adam-mini-int8/ordinary",
+    "qwen3-0.6b/1x512/flash-adamw/ordinary",
+    "qwen3-8b/1x512/adam-mini-int8/streamed",
+    "qwen3-0.6b/1x512/lora/streamed",
+    "qwen3-0.6b/1x512/lora/ordinary",
+    "qwen3-0.6b/1x512/lora-adamw/ordinary",
+    "qwen3-8b/1x512/stateless/ordinary-checkpointed",
+    "llama-3.2-1b/tied/1x512/adamw-everywhere/mlx-lm",
+    "llama-3.2-1b/tied/1x512/stateless/streamed",
+    "qwen3-1.7b/tied/1x512/adamw-everywhere/mlx-lm",
+    "qwen3-1.7b/tied/1x512/stateless/streamed",
+    "qwen3-8b/1x512/lora/streamed",
+    "qwen3-8b/1x512/adamw/streamed",
+    "qwen3-8b/1x512/flash-adamw/streamed",
+    "qwen3-0.6b/1x512/stateless/ordinary-checkpointed",
+    "qwen3-8b/1x512/lora-adamw/mlx-lm",
+    "qwen3-8b/1x512/adamw-everywhere/mlx-lm",
+    "qwen3-0.6b/4x1024/stateless/streamed",
+    "qwen3-0.6b/4x1024/stateless/ordinary-checkpointed",
+    "qwen3-0.6b/4x1024/adamw-everywhere/mlx-lm",
+    "qwen3-0.6b/4x1024/adamw-everywhere/mlx-lm-checkpointed",
+    "qwen3-0.6b/1x4096/stateless/streamed",
+    "qwen3-0.6b/1x4096/stateless/ordinary-checkpointed",
+    "qwen3-0.6b/1x4096/adamw-everywhere/mlx-lm-checkpointed",
+    "llama-3.2-1b/tied/1x512/adam-mini-int8/streamed",
+    "qwen3-1.7b/tied/1x512/adam-mini-int8/streamed",
+    "llama-3.2-1b/tied/1x512/adamw-everywhere/ordinary",
+    "qwen3-1.7b/tied/1x512/adamw-everywhere/ordinary",
+    "llama-3.2-1b/tied/1x512/flash-adamw/streamed",
+    "qwen3-1.7b/tied/1x512/flash-adamw/streamed",
+    "llama-3.2-1b/tied/1x512/adamw/streamed",
+    "qwen3-1.7b/tied/1x512/adamw/streamed",
+    "llama-3.2-1b/tied/1x512/stateless/ordinary",
+    "qwen3-1.7b/tied/1x512/stateless/ordinary",
+    "qwen3-8b/1x512/adamw/ordinary-checkpointed",
+    "qwen3-8b/1x512/flash-adamw/ordinary-checkpointed",
+    "qwen3-8b/1x512/adam-mini-int8/ordinary-checkpointed",
+    "qwen3-8b/1x512/lora/ordinary-checkpointed",
+    "qwen3-8b/4x1024/stateless/streamed",
+    "qwen3-8b/1x4096/stateless/streamed",
+    "qwen3-0.6b/4x1024/adam-mini-int8/streamed",
+    "qwen3-0.6b/4x1024/adamw/streamed",
+    "qwen3-0.6b/4x1024/flash-adamw/streamed",
+    "qwen3-0.6b/1x4096/adam-mini-int8/streamed",
+    "qwen3-0.6b/4x1024/lora/streamed",
+    "qwen3-0.6b/4x1024/lora-adamw/mlx-lm",
+    "llama-3.2-1b/tied/1x512/lora/streamed",
+    "llama-3.2-1b/tied/1x512/lora-adamw/mlx-lm",
+    "qwen3-1.7b/tied/1x512/lora/streamed",
+    "qwen3-1.7b/tied/1x512/lora-adamw/mlx-lm",
+    "qwen3-0.6b/tied/1x512/stateless/streamed",
+    "qwen3-0.6b/tied/1x512/adamw-everywhere/mlx-lm",
+    "qwen3-0.6b/tied/1x512/adamw-everywhere/ordinary",
+    "qwen3-0.6b/tied/1x512/adam-mini-int8/streamed",
+    "qwen3-0.6b/tied/1x512/stateless/ordinary",
+    "llama-3.2-1b/tied/4x1024/stateless/streamed",
+    "qwen3-1.7b/tied/4x1024/stateless/streamed",
+    "llama-3.2-1b/tied/4x1024/adamw-everywhere/mlx-lm-checkpointed",
+    "qwen3-1.7b/tied/4x1024/adamw-everywhere/mlx-lm-checkpointed",
+    "llama-3.2-1b/tied/1x512/adam-mini-int8/ordinary",
+    "qwen3-1.7b/tied/1x512/adam-mini-int8/ordinary",
+    "llama-3.2-1b/tied/1x512/flash-adamw/ordinary",
+    "qwen3-1.7b/tied/1x512/flash-adamw/ordinary",
+    "llama-3.2-1b/1x512/stateless/streamed",
+    "qwen3-1.7b/1x512/stateless/streamed",
+]
 ON_A_CPU = [  # bfloat16 products are slow there
     "mini-qwen3/1x128/stateless/streamed",
     "mini-qwen3/1x128/adamw/streamed",
@@ -97,6 +180,8 @@ def optimizer_config_of(row: str) -> dict:
 def streaming_words_of(row: str) -> list[str]:
     """Those that say how it is stepped."""
     of = parts_of(row)
-    if of["way"] == "checkpointed":
+    if of["way"] in ("ordinary", "mlx-lm"):
+        return []
+    if of["way"].endswith("checkpointed"):
         return ["--grad-checkpoint"]
     return ["--stream", "--keep-inputs", str(of["keep_inputs"])]

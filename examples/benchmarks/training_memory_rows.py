@@ -100,7 +100,7 @@ FIRST = ["qwen3-0.6b/untied/*/1x512/*", "qwen3-0.6b/untied/*/4x1024/*", "*/tied/
 ROW = re.compile(
     rf"(?P<model>{'|'.join(map(re.escape, MODELS | MORE_MODELS))})/(?P<tying>untied|tied)/(?P<type>lora|full)/"
     rf"(?P<batch_size>[1-9]\d*)x(?P<length>[1-9]\d*)/(?P<tables>{'|'.join(TABLES)})(?P<chunked>/chunked)?"
-    r"(?P<checkpoint>/checkpoint)?(?P<unguarded>/unguarded)?"
+    r"(?P<checkpoint>/checkpoint)?(?P<nearest>/nearest)?(?P<unguarded>/unguarded)?"
 )
 
 
@@ -139,6 +139,7 @@ def words_of(row):
     of = ROW.fullmatch(row).groupdict()
     words = ["--optimizer", "adamw", "--fine-tune-type", of["type"], "--num-layers", "-1"]
     words += ["--train-tables", "none"] if of["tables"] == "frozen" else ["--table-optimizer", of["tables"]]
+    words += ["--body-rounding", "nearest"] * bool(of["nearest"])
     return words + ["--chunked-loss"] * bool(of["chunked"]) + ["--grad-checkpoint"] * bool(of["checkpoint"])
 
 

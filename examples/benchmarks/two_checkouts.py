@@ -2,11 +2,13 @@
 
     git worktree add /tmp/before b40a75c
     python examples/benchmarks/two_checkouts.py --before /tmp/before --after . --out RESULT.json \
-        --rows qwen3-0.6b/untied/lora/1x512/ember
+        --rows qwen3-0.6b/untied/lora/1x512/ember --variants nearest unguarded
 
 A row is one of `mlx_training_memory.py`. Each checkout measures it with its own copy of that script, in a process of
-its own; the two take their steps alternately, since the speed of a host changes from minute to minute. Times are
-medians after the warm-up, peaks the highest after the first step. On a CPU say `--smoke`.
+its own; they take their steps in turn, since the speed of a host changes from minute to minute. Times are medians after
+the warm-up, peaks the highest after the first step; `times` is the median of each round's ratio. Variants are of the
+second checkout, in further processes: `nearest` rounds the body to nearest, `unguarded` has no guard against NaN,
+`plainest` is both, and `layer-by-layer` waits at each layer. On a CPU say `--smoke`.
 """
 
 import argparse
@@ -19,6 +21,13 @@ from pathlib import Path
 from benchmarking import at_least_one, in_fresh_process, machine, write
 
 WARM_UP = 3
+LAYER_BY_LAYER = "import ember_mlx.finetune.step as step; step.LARGEST_AT_ONCE = step.WIDEST_AT_ONCE = 0"
+VARIANTS = {  # the end of the row's name, and what is run beforehand
+    "nearest": ("/nearest", ""),
+    "unguarded": ("/unguarded", ""),
+    "plainest": ("/nearest/unguarded", ""),
+    "layer-by-layer": ("", LAYER_BY_LAYER),
+}
 # Run in a checkout: wherever a step begins, tell how long the last took and its peak, then wait for leave to go on.
 TAKING_TURNS = """
 import json, sys, time
@@ -39,19 +48,23 @@ def next_step():
     began = time.perf_counter()
 
 mx.reset_peak_memory = next_step
+exec(sys.argv[3])
 mlx_training_memory.measure(sys.argv[1], 0, 10**6, sys.argv[2] == "smoke")
 """
 
 
 class Checkout:
-    """A process that measures ``row`` in that checkout, a step at a time."""
+    """A process that measures ``row`` in that checkout, a step at a time; ``first`` is run in it before."""
 
-    def __init__(self, folder: Path, row: str, smoke: bool):
+    def __init__(self, folder: Path, row: str, smoke: bool, first: str = ""):
         self.folder = folder
-        words = [sys.executable, "-c", TAKING_TURNS, row, "smoke" if smoke else "whole"]
+        words = [sys.executable, "-c", TAKING_TURNS, row, "smoke" if smoke else "whole", first]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen(words, cwd=folder, **pipes)
         self.steps = []
+
+    def begin(self):
+        """Wait until its first step can be taken."""
         self._hear()
 
     def step(self):
@@ -62,7 +75,7 @@ class Checkout:
     def _hear(self):
         told = self.process.stdout.readline()
         if not told:
-            raise SystemExit(f"{self.folder}: the process that measures {self.process.args[-2]} ended")
+            raise SystemExit(f"{self.folder}: the process that measures {self.process.args[3]} ended")
         return json.loads(told)
 
     def result(self):
@@ -83,6 +96,7 @@ def main():
     parser.add_argument("--before", type=Path, required=True, help="a checkout")
     parser.add_argument("--after", type=Path, required=True, help="another")
     parser.add_argument("--rows", nargs="+", required=True, metavar="ROW")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="of the second checkout, too")
     parser.add_argument("--steps", type=at_least_one, default=15)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to try this script where there is no GPU")
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -90,14 +104,25 @@ def main():
     report = {"machine": in_fresh_process(machine) | {"steps": args.steps, "smoke": args.smoke}, "rows": {}}
     for row in args.rows:
         checkouts = {name: Checkout(getattr(args, name), row, args.smoke) for name in ("before", "after")}
+        for name in args.variants:
+            end, first = VARIANTS[name]
+            checkouts[name] = Checkout(args.after, row + end, args.smoke, first)
+        for checkout in checkouts.values():
+            checkout.begin()
         for _ in range(WARM_UP + args.steps):
             for checkout in checkouts.values():
                 checkout.step()
         of = report["rows"][row] = {name: checkout.result() for name, checkout in checkouts.items()}
+        for result in of.values():
+            ratios = map(float.__truediv__, result["all_seconds"], of["before"]["all_seconds"])
+            result["times"] = round(statistics.median(list(ratios)[WARM_UP:]), 4)
         write(args.out, report)
-        for what, unit in (("peak_memory", 1e9), ("seconds", 1e-3)):
-            before, after = (of[name][what] / unit for name in ("before", "after"))
-            print(f"{row:48} {what:12} {before:9.3f} -> {after:9.3f}  x {after / before:.3f}", flush=True)
+        for name, result in of.items():
+            peak, seconds = (result[what] / of["before"][what] for what in ("peak_memory", "seconds"))
+            print(
+                f"{row:40} {name:15} {result['peak_memory'] / 1e9:8.3f} GB, x {peak:.3f}   "
+                f"{result['seconds'] * 1e3:8.1f} ms, x {seconds:.3f}, in turn x {result['times']:.3f}", flush=True
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

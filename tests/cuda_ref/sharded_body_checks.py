@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from sharded_checks import main
-from sharded_table import CUDA, DEVICE, FOLDER, IMPLEMENTATIONS, RANK, RANKS, raises
+from sharded_table import CUDA, DEVICE, FOLDER, IMPLEMENTATIONS, RANK, RANKS, raises, run_checks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -219,4 +218,4 @@ def check_ranks_that_disagree_and_other_placements_are_refused():
 
 
 if __name__ == "__main__":
-    main({name: check for name, check in globals().items() if name.startswith("check_")})
+    run_checks({name: check for name, check in globals().items() if name.startswith("check_")})

@@ -5,15 +5,9 @@ through NCCL where every rank can have a GPU, otherwise on the CPU through gloo.
 """
 
 import copy
-import datetime
 import itertools
-import json
-import os
-import time
-import traceback
 import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +29,7 @@ from sharded_table import (
     on_all_ranks,
     raises,
     random_values,
+    run_checks,
     state_of,
     train,
 )
@@ -59,7 +54,7 @@ def check_against_the_oracle_and_one_process():
     for (way, shape, dtype, options), implementation in itertools.product(cases, IMPLEMENTATIONS):
         if implementation == "triton" and not CUDA and (way, shape) != ("fsdp2", (4, 6)):
             continue  # Triton's interpreter is slow, and to bfloat16 it cuts bits off where the GPU rounds
-        steps = 3 if implementation == "triton" and not CUDA else 10
+        steps = 3 if implementation == "triton" and not CUDA else 5
         table = Table(random_values(shape, getattr(torch, dtype)), way)
         alone = Table(table.whole(table.weight), "whole")
         optimizer = table.ember(implementation=implementation, **options)
@@ -386,34 +381,5 @@ def check_a_pair_with_every_option_goes_through_a_checkpoint():
         assert torch.equal(w.full_tensor(), same.full_tensor())
 
 
-def main(checks):
-    """Run the checks, name -> function, one after the other, and leave what they found."""
-    torch.set_num_threads(1)
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-    dist.init_process_group(
-        "nccl" if CUDA else "gloo",
-        init_method=f"file://{FOLDER}/store",
-        rank=RANK,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=30),
-    )
-    results = {"device": torch.cuda.get_device_name() if CUDA else "CPU", "implementations": IMPLEMENTATIONS}
-    for name, check in checks.items():
-        try:
-            begin = time.perf_counter()
-            numbers = check() or {}
-            results[name] = {"seconds": time.perf_counter() - begin, "numbers": numbers}
-        except BaseException:
-            # The others may wait for this rank: what comes after would not mean anything.
-            results[name] = {"traceback": traceback.format_exc()}
-            break
-        finally:
-            Path(FOLDER, f"rank{RANK}.json").write_text(json.dumps(results))
-    if "traceback" in results[name]:
-        os._exit(1)  # without waiting for the communicators
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main({name: check for name, check in globals().items() if name.startswith("check_")})
+    run_checks({name: check for name, check in globals().items() if name.startswith("check_")})

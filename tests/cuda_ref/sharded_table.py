@@ -1,7 +1,11 @@
-"""A table on several ranks, sharded in one of the ways that Ember takes, and what the checks of it share."""
+"""A table on several ranks, sharded in one of the ways that Ember takes; and how checks of it are run."""
 
+import datetime
+import json
 import os
 import re
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +93,32 @@ def raises(text, call, *arguments, **keywords):
 
 def equal(left, right):
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(left, right, strict=True))
+
+
+def run_checks(checks):
+    """Run the checks, name -> function, one after the other, and leave what they found."""
+    torch.set_num_threads(1)
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group(
+        "nccl" if CUDA else "gloo",
+        init_method=f"file://{FOLDER}/store",
+        rank=RANK,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    results = {"device": torch.cuda.get_device_name() if CUDA else "CPU", "implementations": IMPLEMENTATIONS}
+    for name, check in checks.items():
+        try:
+            begin = time.perf_counter()
+            numbers = check() or {}
+            results[name] = {"seconds": time.perf_counter() - begin, "numbers": numbers}
+        except BaseException:
+            # The others may wait for this rank: what comes after would not mean anything.
+            results[name] = {"traceback": traceback.format_exc()}
+            break
+        finally:
+            Path(FOLDER, f"rank{RANK}.json").write_text(json.dumps(results))
+    if "traceback" in results[name]:
+        os._exit(1)  # without waiting for the communicators
+    dist.destroy_process_group()

@@ -14,6 +14,8 @@ optim = pytest.importorskip("mlx.optimizers")
 llama, qwen3 = (pytest.importorskip(f"mlx_lm.models.{name}") for name in ("llama", "qwen3"))
 ember_mlx, streaming, utils = (pytest.importorskip(name) for name in ("ember_mlx", "ember_mlx.streaming", "mlx.utils"))
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 V, D, STEPS = 190, 32, 20
 SHAPES = {"vocab_size": V, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
           "num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,

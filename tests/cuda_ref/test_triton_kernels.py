@@ -5,12 +5,20 @@ import pytest
 import torch
 from torch_tables import SHAPE, as_float64, bits, parameter, random_table
 
-from cuda_ref import Ember, triton_kernels
+from cuda_ref import Ember, flash_triton, triton_body, triton_kernels
 from ember_mlx.parity.gradient_streams import gradient_stream
 
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 pytestmark = pytest.mark.skipif(not triton_kernels.available(TRITON_DEVICE), reason="Triton is not installed")
+
+
+@pytest.mark.parametrize("module", [triton_kernels, triton_body, flash_triton])
+def test_a_kernel_has_one_name_everywhere(module):
+    """torch.compile writes out a kernel, and what it calls, under the names of their definitions."""
+    names = {name: value.fn.__name__ for name, value in vars(module).items() if callable(getattr(value, "run", None))}
+    assert names
+    assert all(name == of_the_definition for name, of_the_definition in names.items())
 
 
 @pytest.mark.parametrize("rows", [1, 96, 97, 193])

@@ -19,6 +19,8 @@ from ember_mlx.exporting.inputs import load_fused
 from ember_mlx.finetune import options
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 TEXT = "the man and them. 3mand manthem and étude"
 
 

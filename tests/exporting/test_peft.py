@@ -15,6 +15,8 @@ from ember_mlx.exporting import peft as exporting
 from ember_mlx.finetune.options import parse
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 IDS = [[4, 60, 70, 80, 90]]
 
 

@@ -15,6 +15,8 @@ from ember_mlx import InputError, cli, load
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 IDS = mx.array([[4, 60, 70, 80, 90]])
 
 

@@ -16,6 +16,8 @@ from ember_mlx.finetune.added_tokens import add_tokens, read_tokens
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 TOKENS = ["number", "日本語", "is it"]
 TEXT = "the number is it 日本語!"
 

@@ -17,6 +17,8 @@ from ember_mlx.finetune.checkpoints import in_folder
 from ember_mlx.finetune.disk import Kept, disk_use, what_is_kept
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 EVERY_2 = ["--table-learning-rate", 1e-2, "--steps-per-eval", 2, "--save-every", 2]
 STEPS = (0, 1, 3, 5, 6)  # after which a run of 6 steps validates then, the last time when it has ended
 

@@ -69,6 +69,41 @@ def test_what_is_learned_is_marked(show):
     assert "⟦" not in show("--show", 0)
 
 
+ASKED = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("row", "is_empty"),
+    [
+        ({"prompt": "q", "completion": "a"}, False),
+        ({"prompt": "q", "completion": ""}, True),
+        ({"prompt": "q", "completion": " \n"}, True),
+        ({"prompt": "", "completion": "a"}, False),
+        *(
+            (
+                {"messages": [ASKED, {"role": "assistant"} | turn, ASKED, {"role": "assistant", "content": "a"}]},
+                is_empty,
+            )
+            for turn, is_empty in (
+                ({"content": ""}, True),
+                ({"content": "a"}, False),
+                ({"content": "", "reasoning_content": "a"}, False),
+                ({"content": "", "tool_calls": [{"name": "f"}]}, False),
+                ({"content": "", "tool_calls": []}, True),
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("mask", [[], ["--mask-prompt"]])
+def test_empty_answers_are_warned_of_by_the_name_of_the_first(show, path, row, is_empty, mask):
+    full = {"messages": [ASKED, {"role": "assistant", "content": "a"}]} if "messages" in row else ROWS[0]
+    path.write_text("".join(json.dumps(each) + "\n" for each in (full, row, row)))
+    shown = show("--valid-fraction", 0, *mask)
+    warning = f"Warning: --data {path}: line 2 has an empty answer, 2 of 3 rows in all"
+    assert (warning in shown) == is_empty
+    assert ("empty answer" in shown) == is_empty
+
+
 def test_what_cannot_be_is_refused(show, folders, tmp_path):
     with pytest.raises(InputError, match="--show -1: must be at least 0"):
         show("--show", -1)

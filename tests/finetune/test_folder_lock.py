@@ -14,6 +14,8 @@ from ember_mlx.finetune import given
 from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 def test_the_second_run_in_a_folder_is_refused_and_a_dead_one_leaves_no_lock(parse, tmp_path):
     folder = tmp_path / "adapters"

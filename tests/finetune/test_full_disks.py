@@ -20,6 +20,8 @@ from ember_mlx.commands import fuse as command
 from ember_mlx.finetune import adapters, checkpoints, safe_writing
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @contextmanager
 def files_of_at_most(nbytes):

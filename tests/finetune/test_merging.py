@@ -21,6 +21,8 @@ from ember_mlx.finetune.merging import merge_adapters
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.units import format_bytes
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 IDS = mx.array([[4, 60, 70, 80, 90]])
 LAYERS = {
     "lora": (LoRALinear, lambda: nn.Linear(64, 32)),

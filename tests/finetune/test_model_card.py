@@ -13,6 +13,8 @@ from ember_mlx.commands import fuse
 from ember_mlx.finetune.model_card import RESULT, model_card
 from ember_mlx.finetune.run import run
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 BASE_CARD = """---
 license: mit
 language: [de, eo]

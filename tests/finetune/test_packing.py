@@ -25,15 +25,9 @@ from ember_mlx.streaming.marks import marks_of, marks_of_pack
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 LENGTHS = [(9, 4), (5, 1), (2, 1), (7, 3), (12, 6)]  # tokens, and the first that is learned
-
-
-@pytest.fixture(autouse=True)
-def _eager():
-    """A CPU compiles each fused kernel for half a second."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.mark.parametrize("capacity", [7, 20, 64])

@@ -20,6 +20,8 @@ from ember_mlx.finetune.run import run
 from ember_mlx.planner.inputs import read_inputs
 from ember_mlx.shared.units import format_bytes
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 TABLES = ("model.embed_tokens", "lm_head")
 IDS = mx.array([[4, 60, 70, 80, 90]])
 

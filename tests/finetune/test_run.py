@@ -94,7 +94,10 @@ def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, 
     assert ours.keys() == reference.keys()
     assert all(mx.array_equal(array, reference[name]) for name, array in ours.items())
     # The test draws its batches from the random state that the training left.
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Test loss")]
+    out = capsys.readouterr().out
+    ours, theirs = out[: out.rindex("Loading pretrained model")], out[out.rindex("Loading pretrained model") :]
+    assert ("\x1b" in ours, "\x1b" in theirs) == (False, True)  # mlx-lm colours what is no terminal
+    said = [line for line in out.splitlines() if line.startswith("Test loss")]
     assert len(said) == 2
     assert said[0] == said[1]
 

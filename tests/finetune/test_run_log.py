@@ -7,6 +7,8 @@ import pytest
 from ember_mlx import InputError
 from ember_mlx.finetune import run_log
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 def start(step, **options):
     return {"event": "start", "step": step, "format": 1, "options": options, "versions": {"mlx": "1"}}

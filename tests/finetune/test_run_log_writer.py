@@ -13,6 +13,8 @@ from ember_mlx.finetune import run_log
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.run_log_writer import RunLogWriter
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 def without_times(rows):
     return [{key: x for key, x in row.items() if key not in ("tokens_per_second", "peak_memory")} for row in rows]

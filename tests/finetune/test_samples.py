@@ -19,6 +19,8 @@ from ember_mlx.finetune.run import run
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.workers import Workers
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.fixture
 def prompts(tmp_path):

@@ -16,6 +16,8 @@ from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
 from ember_mlx.finetune.stop_signals import SIGNALS, Interrupted, StopSignals
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 class Sends:
     """A training callback that sends the process a signal at an iteration."""

@@ -19,16 +19,10 @@ from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.streaming.sinks import Stepping
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 FULL = ["--fine-tune-type", "full"]
 RATES = ["--learning-rate", 1e-3, "--table-learning-rate", 1e-3]
-
-
-@pytest.fixture(autouse=True)
-def _eager():
-    """A CPU compiles each fused kernel for half a second; the engine's own tests compile."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 class Watch:
@@ -303,6 +297,8 @@ def test_the_run_says_that_it_streams_and_records_it(parse, tmp_path, capsys):
     ("words", "said"),
     [
         (["--keep-inputs", 2], "--keep-inputs 2: is for a run that streams; add --stream, or use --grad-checkpoint"),
+        (["--shard-optimizer"], "--shard-optimizer: is for a run that streams; add --stream, or leave it out"),
+        (["--stream", "--shard-optimizer"], "--shard-optimizer: is for several workers; start them with mlx.launch"),
         (["--clip-layer-norm", 1], "--clip-layer-norm 1.0: is for a run that streams; add --stream, or use --clip"),
         (["--stream", "--keep-inputs", 0], "--keep-inputs 0: must be a whole number of at least 1"),
         (["--stream", "--clip-layer-norm", 0], "--clip-layer-norm 0.0: must be a finite number above 0"),

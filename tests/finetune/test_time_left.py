@@ -3,8 +3,9 @@
 import math
 
 import pytest
+from mlx_lm.cli_ui import make_console
 
-from ember_mlx.finetune.display import Display
+from ember_mlx.finetune.display import Display, colours_on_a_terminal_alone
 from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.time_left import TimeLeft, in_words
 
@@ -69,6 +70,14 @@ def test_perplexity_is_finite_or_infinite_and_never_an_error():
     assert perplexity(math.log(20)) == pytest.approx(20)
     assert perplexity(1e4) == perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+@pytest.mark.parametrize("on_a_terminal", [False, True])
+def test_colours_are_for_a_terminal(capsys, monkeypatch, on_a_terminal):
+    monkeypatch.setattr(make_console(), "_force_terminal", on_a_terminal)
+    with colours_on_a_terminal_alone():
+        Display(20, 0, {}.get).report_val(1, 2.0, 0.5)
+    assert ("\x1b" in capsys.readouterr().out) == on_a_terminal
 
 
 def test_the_display_ends_its_lines_with_time_and_perplexity(capsys):

@@ -14,6 +14,8 @@ from ember_mlx.finetune.folder_lock import FolderLock
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.text_tables import text_table
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 
 @pytest.mark.parametrize(
     "name",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from finetune.streamed_runs import STREAMED, without_compilation
 from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
@@ -105,6 +107,32 @@ def test_what_the_workers_do_not_agree_on_is_named(found):
     assert found[1]["agreement"] == [None, "SystemExit: 2", "SystemExit: 2"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    {
+        "--seed": r"the 2 workers do not have the same --seed \(worker 1 against worker 0\)",
+        "--iters": "do not have the same --iters",
+        "--batch-size": "do not have the same --batch-size",
+        "another row": r"do not have the same rows \(--data\)",
+        "other weights": r"do not have the same weights \(--model\)",
+        "another version": "do not have the same version: ember-mlx",
+        "no sum_scatter": "--shard-optimizer: this backend of MLX has no sum_scatter",
+        "no options": "worker 1: --config .*: no such file",
+        "no data": "worker 1: --data .*: this file does not exist",
+        "a full disk": "--adapter-path .*: 1.00 kB are free there",
+        "a disk that fills": r"--adapter-path .*: what was trained could not be saved: .* \(No space left on device\)",
+        "a folder that is taken": "--adapter-path .*: already holds another run",
+        "a damaged checkpoint": "--resume .*: weights.safetensors is damaged",
+    }.items(),
+)
+def test_what_is_wrong_on_one_worker_ends_all_with_one_line(found, fault, line):
+    """No data, no room, other options: the exit code is 2, and the first worker alone says why."""
+    (code, lines), other = (each["refused"][fault] for each in found)
+    assert (code, other) == (2, [2, []])
+    assert len(lines) == 1
+    assert re.match(f"ember-mlx train: error: .*{line}", lines[0])
+
+
 def test_averages_by_dtype_are_mlxs_own_in_one_call_a_dtype(found):
     assert [each["averages"] for each in found] == [[True, 2]] * 2
 
@@ -112,6 +140,23 @@ def test_averages_by_dtype_are_mlxs_own_in_one_call_a_dtype(found):
 def test_every_bit_of_the_leaders_arrays_and_texts_arrives(found):
     assert [each["arrays"] for each in found] == [True, True]
     assert [each["text"] for each in found] == ["é0", "é0"]
+
+
+def test_between_two_steps_the_workers_meet_once(found):
+    """Only a report, every second step, gathers beside it what all have trained."""
+    for each in found:
+        assert {step: each["met"][step] for step in "1234"} == {
+            "1": ["all_max"],
+            "2": ["all_gather", "all_max"],
+            "3": ["all_max"],
+            "4": ["all_gather", "all_max"],
+        }
+
+
+def test_workers_drop_out_each_their_own_and_go_on_with_one_state(found):
+    (left, state), (other, same) = (each["dropped"] for each in found)
+    assert left != other
+    assert state == same
 
 
 @pytest.mark.parametrize("variables", [{"MLX_RANK": "1"}, {"MLX_WORLD_SIZE": "2"}], ids=["rank", "size"])
@@ -151,6 +196,32 @@ def test_two_workers_train_what_one_does(found, words, folders, tmp_path):
     assert sum(left_out[0].values()) > 0
 
 
+@pytest.mark.parametrize("name", STREAMED)
+def test_two_workers_stream_what_one_does(found, words, folders, tmp_path, name):
+    """Clipped, accumulated, with uneven rows and a batch that has nothing to learn."""
+    assert found[0][name] == found[1][name]
+    with without_compilation():
+        run(options.parse([*words, *STREAMED[name], "--adapter-path", str(tmp_path / "alone")]))
+    alone, together = same_updates(folders, tmp_path / "alone", found[0]["folder"] / "host0" / name)
+    assert alone.position.record["trained_tokens"] == together.position.record["trained_tokens"]
+    losses = [each.position.record["losses"]["train_loss"] for each in (alone, together)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, nan_ok=True)
+
+
+def test_two_workers_share_out_the_optimizers_state(found):
+    """Each has a half; weights, checkpoints and what goes on from these are as if each had all, bit for bit."""
+    (ours, resumed), (others, others_resumed) = (each["sharded"] for each in found)
+    weights, state, random = found[0]["streamed_full"]
+    assert [ours[0], ours[2]] == [others[0], others[2]] == [weights, random]
+    assert len({ours[1], others[1], state}) == 3
+    assert (resumed, others_resumed) == (ours, others)
+    folders = [found[0]["folder"] / "host0" / name for name in ("streamed_full", "sharded", "sharded_resumed")]
+    whole, *of_shards = [checkpoints.read(checkpoints.in_folder(folder)[-1]).optimizer for folder in folders]
+    for found_state in of_shards:
+        assert found_state.keys() == whole.keys()
+        assert all(mx.array_equal(found_state[name], array) for name, array in whole.items())
+
+
 def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_the_whole(found, words):
     assert [each["dense"] for each in found] == [each["trained"] for each in found]
     lengths = (32, 63)  # of a padded batch, and one cut by --max-seq-length
@@ -160,6 +231,14 @@ def test_an_untied_embedding_sends_the_rows_of_the_batch_and_gets_the_bits_of_th
     inputs = read_inputs(args, workers=2)
     plans = [plan(inputs.model, replace(inputs.run, length=length), "cpu") for length in lengths]
     assert sum(found[0]["sent"]) * 4 == sum(planned.traffic.payload[4] for planned in plans)
+
+
+def test_rows_of_accumulated_batches_are_sent_together_and_get_the_bits_of_the_whole(found):
+    for each in found:
+        (rows, sent), (whole, all_sent) = each["accumulated"]
+        assert rows == whole
+        assert sent < all_sent
+    assert found[0]["accumulated"] == found[1]["accumulated"]
 
 
 def same_updates(folders, ours, theirs):
@@ -197,6 +276,7 @@ def test_resuming_needs_the_checkpoint_on_rank_0_alone(found):
 
 def test_one_worker_alone_tells_of_the_run(found):
     assert "Validation loss" in found[0]["output"]
+    assert re.search(r"Peak memory .*, of worker [01];", found[0]["output"])
     assert "answers after 0 steps\n    ppp\n" in found[0]["output"]
     assert not found[1]["output"].strip()
 

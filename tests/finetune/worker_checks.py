@@ -5,27 +5,36 @@ second worker is killed. ``worker_checks.py FOLDER WORDS stands-still`` only tra
 the second worker sleeps.
 """
 
+import errno
+import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
+from finetune.streamed_runs import SHORT, STREAMED, without_compilation
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
 
-from ember_mlx import cli
-from ember_mlx.finetune import options, step, workers
-from ember_mlx.finetune.batches import TrainingBatches
-from ember_mlx.finetune.resume import weights_checksum
-from ember_mlx.finetune.run import run
-from ember_mlx.finetune.step import Step
-from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.shared.replacing import replaced, torch_hidden
+
+with torch_hidden():
+    from ember_mlx import cli
+    from ember_mlx.finetune import options, resume, step, workers
+    from ember_mlx.finetune.adapter_saving import Saver
+    from ember_mlx.finetune.batches import TrainingBatches
+    from ember_mlx.finetune.resume import weights_checksum
+    from ember_mlx.finetune.run import run
+    from ember_mlx.finetune.step import Step
+    from ember_mlx.finetune.watchers import Watcher
+    from ember_mlx.shared.errors import InputError
 
 
 def outcome(check):
@@ -88,7 +97,29 @@ def arrays_from_leader(here):
 
 
 class Remembers(Watcher):
-    """Keeps the model and the optimizer."""
+    """Keeps the model, the optimizer, and the collectives between steps, by step."""
+
+    def __init__(self):
+        self.met, self._calls = {}, []
+
+    def before_step(self, step, batch):
+        self.met[step - 1], self._calls = self._calls, []
+
+    def after_step(self, step, result):
+        self._calls = []
+
+    @contextmanager
+    def counting(self):
+        """Within, collectives are noted."""
+
+        def noting(name, original):
+            return lambda *arguments, **how: self._calls.append(name) or original(*arguments, **how)
+
+        with ExitStack() as stack:
+            for name in ("all_max", "all_sum", "all_gather"):
+                noted = noting(name, getattr(mx.distributed, name))
+                stack.enter_context(replaced(mx.distributed, name, noted))
+            yield
 
     def before_training(self, model, optimizer, tables, rows):
         self.model, self.optimizer = model, optimizer
@@ -98,15 +129,51 @@ class Remembers(Watcher):
         return [weights_checksum(tree) for tree in trees]
 
 
-def trained(folder, words):
+def trained(folder, words, watcher=None):
     """Train, each worker into a folder of its own; the checksums of weights, optimizer and random state."""
-    watcher = Remembers()
-    run(options.parse([*words, "--adapter-path", str(folder)]), watchers=[watcher])
+    watcher = watcher or Remembers()
+    with watcher.counting():
+        run(options.parse([*map(str, words), "--adapter-path", str(folder)]), watchers=[watcher])
     return watcher.checksums()
 
 
-def command(folder, words, rank, step, happens):
-    """The exit code of ``ember-mlx train``, in which ``happens()`` on the worker of this rank as it draws ``step``."""
+def own_part_of_sum(here):
+    """What MLX's ring lacks."""
+    return lambda array: mx.split(mx.distributed.all_sum(array), here.size)[here.rank]
+
+
+def sharded(own, words):
+    """The checksums of a run whose optimizer state is shared out, and of one that goes on from its checkpoint."""
+    at_once = trained(own / "sharded", words)
+    checkpoint = own / "sharded" / "checkpoints" / "step-0000002"  # on rank 0 alone
+    return at_once, trained(own / "sharded_resumed", [*words, "--resume", checkpoint])
+
+
+def accumulated(folder, words):
+    """The checksums of a run of two batches an update, and how many numbers it sends."""
+    with counting_numbers() as sent:
+        return trained(folder, [*words, *SHORT, "--grad-accumulation-steps", "2"]), sum(sent)
+
+
+def dropped(here):
+    """What dropout leaves of ones on this worker, and the random state that all go on with."""
+    mx.random.seed(7)
+    with here.own_randomness():
+        left = nn.Dropout(0.5)(mx.ones(64)).tolist()
+    return [left, mx.random.state[0].tolist()]
+
+
+def command(words):
+    """The exit code of ``ember-mlx train``."""
+    sys.argv[1:] = ["train", *map(str, words)]
+    try:
+        cli.main()
+    except SystemExit as error:
+        return error.code
+
+
+def disturbed(folder, words, rank, step, happens):
+    """The exit code of a run in which ``happens()`` on the worker of this rank as it draws ``step``."""
     draw = TrainingBatches.draw
 
     def draw_and_suffer(self):
@@ -114,14 +181,59 @@ def command(folder, words, rank, step, happens):
             happens()
         return draw(self)
 
-    TrainingBatches.draw = draw_and_suffer
-    sys.argv[1:] = ["train", *words, "--adapter-path", str(folder)]
-    try:
-        cli.main()
-    except SystemExit as error:
-        return error.code
-    finally:
-        TrainingBatches.draw = draw
+    with replaced(TrainingBatches, "draw", draw_and_suffer):
+        return command([*words, "--adapter-path", folder])
+
+
+def refused(own, words, rank):
+    """By what is wrong on one worker: exit code and lines of errors on this one."""
+    data, model = (Path(words[words.index(name) + 1]) for name in ("--data", "--model"))
+    if rank == 1:
+        shutil.copytree(data, own / "data")
+        with open(own / "data" / "train.jsonl", "a") as rows:
+            rows.write(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+        shutil.copytree(model, own / "model")
+        changed = own / "model" / "model.safetensors"
+        weights = bytearray(changed.read_bytes())
+        weights[-3] ^= 1
+        changed.write_bytes(weights)
+    else:
+        shutil.copytree(own / "at_once", own / "damaged")
+        newest = own / "damaged" / "checkpoints" / "step-0000006" / "weights.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-100])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    found = {}
+    for name, (whose, more, fault) in {
+        "--seed": (1, ["--seed", "2"], None),
+        "--iters": (1, ["--iters", "7"], None),
+        "--batch-size": (1, ["--batch-size", "4"], None),
+        "another row": (1, ["--data", own / "data"], None),
+        "other weights": (1, ["--model", own / "model"], None),
+        "another version": (1, [], replaced(resume, "version", lambda name: "9")),
+        "no sum_scatter": (None, ["--stream", "--shard-optimizer"], None),
+        "no options": (1, ["--config", own / "none.yaml"], None),
+        "no data": (1, ["--data", own / "none" / "rows.jsonl"], None),
+        "a full disk": (0, [], replaced(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))),
+        "a disk that fills": (0, [], replaced(Saver, "save", raising(full))),
+        "a folder that is taken": (0, ["--adapter-path", own / "at_once"], None),
+        "a damaged checkpoint": (0, ["--resume", own / "damaged" / "checkpoints" / "step-0000006"], None),
+    }.items():
+        words_here = [*words, "--adapter-path", own / name, *(more if whose in (rank, None) else [])]
+        if name == "a damaged checkpoint" and rank != whose:
+            words_here += ["--resume", "elsewhere"]
+        with redirect_stderr(io.StringIO()) as told, fault if fault and rank == whose else nullcontext():
+            code = command(words_here)
+        found[name] = [code, [line for line in told.getvalue().splitlines() if "error" in line or "Traceback" in line]]
+    return found
+
+
+def raising(error):
+    """A function that raises it."""
+
+    def raises(*arguments):
+        raise error
+
+    return raises
 
 
 def send(number):
@@ -135,7 +247,7 @@ def main():
         folder, words = Path(sys.argv[1]) / f"host{here.rank}", sys.argv[2:-1]
         checksums = trained(folder, words)
         (folder.parent / f"found{here.rank}.json").write_text(json.dumps(checksums))
-        command(folder / "stands-still", [*words, "--peer-timeout", "2"], 1, 1, lambda: time.sleep(60))
+        disturbed(folder / "stands-still", [*words, "--peer-timeout", "2"], 1, 1, lambda: time.sleep(60))
     found = {
         "rank": here.rank,
         "refusals": [outcome(lambda who=who: refuses(here, who)) for who in (None, 0, 1)],
@@ -147,19 +259,31 @@ def main():
         "averages": same_averages(here.rank),
         "arrays": arrays_from_leader(here),
         "text": here.text_of_leader(f"é{here.rank}"),
+        "dropped": dropped(here),
     }
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     own = folder / f"host{here.rank}"
     with counting_numbers() as found["sent"]:
-        found["trained"] = trained(own / "at_once", words)
+        found["trained"] = trained(own / "at_once", words, watcher := Remembers())
+    found["met"] = watcher.met
     with counting_numbers() as found["dense_sent"], replaced(step, "_looked_up_by_tokens", lambda model: {}):
         found["dense"] = trained(own / "dense", words)
+    with without_compilation():
+        for name, more in STREAMED.items():
+            found[name] = trained(own / name, [*words, *more])
+        with replaced(mx.distributed, "sum_scatter", own_part_of_sum(here)):
+            found["sharded"] = sharded(own, [*words, *STREAMED["streamed_full"], "--shard-optimizer"])
+        found["accumulated"] = [accumulated(own / "rows", words)]
+        with replaced(step, "_looked_up_by_tokens", lambda model: {}):
+            found["accumulated"].append(accumulated(own / "all_rows", words))
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
-    found["signalled"] = command(own / "signalled", words, 1, 4, send(signal.SIGTERM))
+    found["refused"] = refused(own, words, here.rank)
+    found["signalled"] = disturbed(own / "signalled", words, 1, 4, send(signal.SIGTERM))
     (folder / f"found{here.rank}.json").write_text(json.dumps(found))
-    command(own / "killed", words, 1, 4, send(signal.SIGKILL))
+    disturbed(own / "killed", words, 1, 4, send(signal.SIGKILL))
 
 
-main()
+if __name__ == "__main__":
+    main()

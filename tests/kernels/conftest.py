@@ -24,8 +24,8 @@ def emulated(make_emulated):
 def make_emulated(tmp_path_factory):
     """A kernel without a GPU: emulated("metal" or "cuda", checks, plant=(old, new), module=statistics, **options).
 
-    The options are those of ``EmulatedKernel``. ``plant`` puts a fault where the source of the kernel's module, or else
-    the header, has the old text first.
+    The options are those of ``EmulatedKernel``. ``plant`` puts a fault where the source of the kernel's module, its
+    functions, or else the header, has the old text first.
     """
     if shutil.which("g++") is None or platform.system() != "Linux":
         pytest.skip("the emulation needs g++ on Linux; a Mac runs the kernel on its GPU")
@@ -34,8 +34,9 @@ def make_emulated(tmp_path_factory):
     def make(language, checks, plant=None, module=statistics, **options):
         kernel = module.TEXT
         with pytest.MonkeyPatch.context() as patch:
-            if plant and plant[0] in kernel.source:
-                kernel = replace(kernel, source=kernel.source.replace(*plant, 1))
+            if plant and plant[0] in kernel.source + kernel.functions:
+                place = "source" if plant[0] in kernel.source else "functions"
+                kernel = replace(kernel, **{place: getattr(kernel, place).replace(*plant, 1)})
             elif plant:
                 names = {"metal": "METAL", "cuda": "CUDA"}[language], "BOTH"
                 name = next(name for name in names if plant[0] in getattr(metal_and_cuda, name))

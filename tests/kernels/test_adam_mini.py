@@ -92,7 +92,7 @@ FAULTS = {
     "the old scale": ("new_m_scales[at / GROUP] = largest", "new_m_scales[at / GROUP] = scale"),
     "the first simdgroup's sum": ("k < threads / SIMDGROUP", "k < 1"),
     "truncated weights": ("+ 0x7fffu + ((bits >> 16) & 1u)", ""),
-    "no decay": ("kept * y[i]", "y[i]"),
+    "no decay": ("decay * y[i]", "y[i]"),
 }
 
 

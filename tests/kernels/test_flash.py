@@ -94,7 +94,7 @@ FAULTS = {
     "codes begin at another thread": ("m + at", "m + at + VECTOR"),
     "half a group": ("distance = LANES / 2", "distance = LANES / 4"),
     "the old scale": ("new_m_scales[group] = largest_m", "new_m_scales[group] = m_scale"),
-    "a positive second moment at code 0": ("second[i] > 0 && code < 1 ? 1.0f : code", "code"),
+    "a positive second moment at code 0": ("second[i] > 0 && code < 1 ? 1 : code", "code"),
     "truncated weights": ("+ 0x7fffu + ((bits >> 16) & 1u)", ""),
     "the rest left out": ("if (SPLIT) y[i] = joined(y[i], r[i]);", ""),
 }

@@ -75,7 +75,8 @@ def test_ember_follows_the_oracle_for_10_steps(stream, dtype):
     assert_within_bounds(follow(stream, dtype, SHAPE, steps=10))
 
 
-@pytest.mark.parametrize("stream", STREAMS)
+# Of each kind one: the others are these, larger, smaller or rounded, and have 10 steps above.
+@pytest.mark.parametrize("stream", ["random", "constant", "one rare row", "row silent then loud"])
 def test_ember_follows_the_oracle_for_1000_steps(stream):
     assert_within_bounds(follow(stream, "float32", SHAPE, steps=SILENT_STEPS + 10))
 

@@ -15,7 +15,7 @@ from ember_mlx.finetune.step import Step
 from ember_mlx.optimizers import SAGE, AdamMini, FlashAdamW, FlashLion, SinkGD, SplitWeights
 from ember_mlx.streaming import StreamedStep
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is rounded away")
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:.*is rounded away")]
 
 RATE, STEPS = 1e-3, 2
 BATCH = mx.random.randint(0, 170, (2, 7), key=mx.random.key(3)), mx.array([[0, 6], [1, 5]])
@@ -30,14 +30,6 @@ PAIRS = {
     "FlashLion bf16+int8": (Ember, lambda model: FlashLion(RATE, weights="bf16+int8")),
     "SplitWeights": (lambda rate: SplitWeights(Ember(rate)), lambda model: SplitWeights(AdamMini(RATE, model=model))),
 }
-
-
-@pytest.fixture(autouse=True)
-def _eager():
-    """A CPU compiles each fused kernel for half a second; test_contract.py compiles each optimizer."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture(params=PAIRS)

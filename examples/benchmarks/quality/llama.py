@@ -51,7 +51,7 @@ class Attention(nn.Module):
     def __init__(self, shape, linear):
         super().__init__()
         self.heads, self.groups = shape.heads, shape.key_value_heads or shape.heads
-        size = shape.width // shape.heads
+        self.head_dim = size = shape.width // shape.heads  # AdamMini asks for it
         self.q_proj = linear(shape.width, self.heads * size, bias=False)
         self.k_proj = linear(shape.width, self.groups * size, bias=False)
         self.v_proj = linear(shape.width, self.groups * size, bias=False)

@@ -6,21 +6,27 @@ gets the same treatment: half decades around a first guess until the best has a 
 if that is not far behind AdamW, the quarter decade beside it that promises more; then the best rate with other seeds. A
 seed is the weights to start from and the order of the data, the same for all optimizers, so that their runs can be
 compared in pairs. A first guess says only where a search begins.
+
+A recipe is a body's optimizer with a tables'. Its two rates are searched for together, as AdamW's are above, by half
+decades, and so each recipe has its own rate of the body.
 """
 
 import math
 from dataclasses import asdict, dataclass, replace
 
+from body_rules import BODY_RULES
 from llama import Shape
 from table_rules import TABLE_RULES
 
 __all__ = [
-    "ADAMW", "BASELINE", "EMBER", "PHASES", "SETTINGS", "TUNING_SEED", "Phase", "Run", "Setting", "best_rate",
-    "tuned_rates", "wanted",
+    "ADAMW", "BASELINE", "EMBER", "ONE_RATE", "PHASES", "SETTINGS", "TUNING_SEED", "Phase", "Run", "Setting",
+    "best_rate", "tuned_rates", "tuned_recipe", "wanted",
 ]  # fmt: skip
 
 TUNING_SEED = 0
+BASELINE = "adamw"  # tunes the body
 MOST_RATES = 12  # an optimizer that is best when it does next to nothing would go on for ever
+ONE_RATE = "adamw-bf16-mlx"  # this rule on the tables has the body's rate
 FAR_BEHIND = 0.1  # nats behind AdamW, where a quarter decade of the rate decides nothing any more
 
 
@@ -40,6 +46,7 @@ class Setting:
     tables_guess: int = 0  # half decades from the first guesses of TABLE_RULES, which are for pretraining
     like: str | None = None  # the setting whose best rates are the first guesses here, once they are known
     constant: bool = False  # the learning rate, from the first step on, instead of warm-up and cosine
+    others: tuple[str, ...] = ()  # more data whose validation loss is measured at the end: what was forgotten
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Run:
     seed: int
     head_rate: float | None = None  # where it differs
     probe: bool = False  # also measure the steps of rows by the time since they were last seen
+    body: str = BASELINE  # its optimizer
 
     def key(self):
-        return tuple(asdict(self).values())
+        values = tuple(asdict(self).values())
+        return values[:-1] if self.body == BASELINE else values
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Phase:
     apart: bool = False  # also Ember and AdamW on one table each
     bodies: bool = False  # also the body's rate half a decade up and down, with the tuning seed: does the order hold?
     probes: tuple[str, ...] = ()  # optimizers that are run once more, with the probe
+    recipes: tuple[tuple[str, str], ...] = ()  # optimizers of body and tables
 
 
 def _pretraining(tied, batch, like=None):
@@ -75,11 +85,15 @@ def _pretraining(tied, batch, like=None):
     return Setting(shape, "text", batch=batch, length=256, steps=2000, warmup=100, body_guess=-6, like=like)
 
 
+DATA = ("wikisql", "rasbt", "shakespeare")
+
+
 def _finetuning(data, steps, shape, start, like=None):
     # weight decay 0: a short run from good weights
+    others = tuple(f"smollm2_{other}" for other in DATA if start == "smollm2" and not data.endswith(other))
     return Setting(
         shape, data, 8, 256, steps, warmup=steps // 10, body_guess=-7, start=start, weight_decay=0.0, tables_guess=-2,
-        like=like,
+        like=like, others=others,
     )  # fmt: skip
 
 
@@ -107,11 +121,20 @@ SETTINGS = {
         )
         for data, steps in (("wikisql", 100), ("rasbt", 50), ("shakespeare", 400))
     },
+    # 71 M weights, 38 M of them in the body
+    "llama-16k": Setting(
+        Shape(32768, 512, 12, 8, 1408, tied=False),
+        "text",
+        batch=64,
+        length=256,
+        steps=500,
+        warmup=50,
+        body_guess=-6,
+    ),
     "own-wikisql": _finetuning("wikisql", 100, OWN_SHAPE, "untied-16k"),
     "own-shakespeare": _finetuning("shakespeare", 400, OWN_SHAPE, "untied-16k", like="own-wikisql"),
     "own-rasbt": _finetuning("rasbt", 50, OWN_SHAPE, "untied-16k", like="own-wikisql"),
 }
-BASELINE = "adamw"  # tunes the body
 # The rules of one family are one optimizer with other settings; its best is the one with the best tuning run.
 ADAMW = ("adamw", "adamw-0.99", "adamw-0.95")
 EMBER = ("ember", "ember-growing", "ember-0.99", "ember-clip3", "ember-0.95")
@@ -126,11 +149,30 @@ VARIANTS = ("ember-growing", "ember-clip3", "ember-0.99", "adamw-0.95", "ember-0
 REST = (
     "adamw-0.99", "ember-tableclip", "ember-growing-clip3", "ember-0.99-clip3", "adamw-decay", "ember-decay", *IN_BF16,
 )  # fmt: skip
+# Body and tables. Those that issue 20 asks for, the most important first.
+RECIPES = (
+    ("adamw", "adamw"), ("adamw", "ember"), ("adamw-bf16-mlx", "adamw-bf16-mlx"), ("sinkgd", "ember"),
+    ("sinkgd-bf16-rest", "ember-bf16-stochastic"), ("sinkgd", "sage"), ("flash", "ember-bf16-stochastic"),
+    ("adam-mini", "ember"), ("adam-mini-int8", "ember"), ("adamw-bf16", "ember-bf16-stochastic"),
+    ("adamw-bf16-stochastic", "ember-bf16-stochastic"), ("adamw-bf16-rest", "ember-bf16-stochastic"),
+)  # fmt: skip
+MORE_RECIPES = (
+    ("sinkgd-bf16", "ember-bf16-stochastic"), ("sinkgd", "columns"), ("adamw", "sage"), ("sinkgd", "adamw"),
+    ("adam-mini", "adamw"), ("flash", "flash-bf16"), ("sinkgd-bf16-stochastic", "ember-bf16-stochastic"),
+)  # fmt: skip
+FLOOR_RECIPES = tuple(
+    ("adamw", rule) for rule in ("ember-floor3", "columns", "ember-floor10", "ember-floor30", "ember-floor100")
+)
+PRETRAINING_RECIPES = (
+    ("adamw", "adamw"), ("adamw", "ember-growing"), ("sinkgd", "sage"), ("sinkgd", "adamw"), ("lion", "lion"),
+    ("adam-mini", "adam-mini"), ("sinkgd", "ember-growing"), ("adamw", "ember"),
+)  # fmt: skip
 FLOORS = ("ember-floor3", "ember-floor10", "ember-floor1")
 PROBES = ("ember", "adamw", "adafactor", "ember-clip3")
 SMALL, BIG = ("untied-4k", "tied-4k"), ("untied-16k", "tied-16k")
 LARGE = tuple(name for name, setting in SETTINGS.items() if setting.start == "smollm2" and not setting.constant)
 CONSTANT = tuple(name for name, setting in SETTINGS.items() if setting.constant)
+WHOLE = ("smollm2-wikisql", "smollm2-rasbt", "smollm2-shakespeare")  # all weights train
 OWN = ("own-wikisql", "own-shakespeare", "own-rasbt")
 
 
@@ -140,6 +182,18 @@ def _one_by_one(settings, optimizers, **how):
 
 
 PHASES = {
+    "recipes": [  # "frozen": what there was, and what the tables have to win
+        Phase(WHOLE, (), seeds=(1,), recipes=(("frozen", "frozen"),)),
+        *_one_by_one(WHOLE[:2], (), recipes=RECIPES), Phase(WHOLE, (), recipes=((BASELINE, "frozen"),)),
+        Phase(WHOLE[2:], (), recipes=RECIPES[:8]), *_one_by_one(WHOLE[:2], (), recipes=FLOOR_RECIPES),
+        Phase(WHOLE[2:], (), recipes=RECIPES[8:]),
+    ],
+    "pretraining": [
+        Phase(("llama-16k",), (), recipes=recipes) for recipes in (PRETRAINING_RECIPES[:6], PRETRAINING_RECIPES[6:])
+    ],
+    "more-recipes": [
+        *_one_by_one(WHOLE[2:], (), recipes=FLOOR_RECIPES), *_one_by_one(WHOLE, (), recipes=MORE_RECIPES),
+    ],
     "core": [*_one_by_one(SMALL, MAIN), *_one_by_one(SMALL, VARIANTS[:3])],
     "smollm2": [  # "frozen": how much there is to win
         *_one_by_one(LARGE, (*MAIN, "frozen")), *_one_by_one(LARGE, ("ember-growing", *IN_BF16[:2])),
@@ -215,7 +269,12 @@ def wanted(results, phases, settings=SETTINGS):
     tuning = _tuning(results)
     for phase in phases:
         reported = []
-        for name in phase.settings:
+        for name, recipe in ((name, recipe) for name in phase.settings for recipe in phase.recipes):
+            rates, missing = _recipe_rates(name, *recipe, tuning, settings)
+            yield from missing
+            if rates is not None:
+                reported += [Run(name, recipe[1], rates[1], rates[0], seed, body=recipe[0]) for seed in phase.seeds]
+        for name in phase.settings if phase.optimizers else ():
             body, missing = _body_rate(name, tuning, settings)
             yield from missing
             rates = {}
@@ -254,13 +313,52 @@ def _apart(name, body, tuning, seeds, settings):
             yield Run(name, f"{BASELINE} | ember", adamw, body, seed, head_rate=ember)
 
 
+def tuned_recipe(name, body, tables, results, settings=SETTINGS):
+    """The best rates (body, tables) of a recipe, in half decades; None for what is not known yet."""
+    return _recipe_rates(name, body, tables, _tuning(results), settings)[0]
+
+
 def _tuning(results):
-    """(setting, optimizer) -> {(rate of the body, rate of the tables): loss} of the tuning runs."""
+    """(setting, optimizer of the tables, if the body's is not the baseline: that) -> {(rate of the body, rate of the
+    tables): loss} of the tuning runs."""
     losses = {}
     for run, loss in ((Run(*key), loss) for key, loss in results.items()):
         if run.seed == TUNING_SEED and not run.probe:
-            losses.setdefault((run.setting, run.optimizer), {})[run.body_rate, run.rate] = loss
+            losses.setdefault(_of(run.setting, run.body, run.optimizer), {})[run.body_rate, run.rate] = loss
     return losses
+
+
+def _of(name, body, tables):
+    return (name, tables) if body == BASELINE else (name, tables, body)
+
+
+def _recipe_rates(name, body, tables, tuning, settings):
+    """The best pair of rates of a recipe, and the runs to do next. One optimizer in all has one rate, as mlx-lm's."""
+    if tables == "frozen":  # beside a frozen body too: the model as it was
+        adamw, missing = _recipe_rates(name, BASELINE, BASELINE, tuning, settings) if body == BASELINE else ((0, 0), [])
+        return adamw and (adamw[0], 0), missing
+    losses = tuning.get(_of(name, body, tables), {})
+    losses = {pair: loss for pair, loss in losses.items() if pair[1] == int(pair[1])}
+    guess = _recipe_guess(name, body, tables, tuning, settings) if not losses else (0, 0)
+    if tables == ONE_RATE:
+        best, missing = best_point({pair[:1]: loss for pair, loss in losses.items()}, guess[:1])
+        best, missing = best and best * 2, [point * 2 for point in missing]
+    else:
+        best, missing = best_point(losses, guess)
+    return best, [Run(name, tables, rate, of_body, TUNING_SEED, body=body) for of_body, rate in missing]
+
+
+def _recipe_guess(name, body, tables, tuning, settings):
+    """Where a recipe's search begins: as far from AdamW's best as in the setting like it, or as the rules guess."""
+    best = _recipe_rates(name, BASELINE, BASELINE, tuning, settings)[0] if (body, tables) != (BASELINE,) * 2 else None
+    like = settings[name].like
+    if like and best:
+        there = [_recipe_rates(like, *recipe, tuning, settings)[0] for recipe in ((body, tables), (BASELINE,) * 2)]
+        if None not in there:
+            return tuple(here + ours - theirs for here, ours, theirs in zip(best, *there, strict=True))
+    of_body = (best[0] if best else settings[name].body_guess) + BODY_RULES[body].guess
+    found = _tuned_rates(name, tables, tuning, settings)[1]
+    return of_body, _first_guess(name, tables, tuning, settings) if found is None else round(found)
 
 
 def _body_rate(name, tuning, settings):

@@ -44,6 +44,7 @@ class Results:
         for key, line in self.by_run.items():
             run = Run(*key)
             same = (run.setting, run.optimizer, run.body_rate, run.probe) == (setting, optimizer, body, False)
+            same = same and run.body == BASELINE
             if same and run.seed != TUNING_SEED and ("|" in optimizer or run.rate == rate):
                 by_seed[run.seed] = line
         return Reported(
@@ -72,6 +73,7 @@ class Results:
     def _tuning_runs(self, setting, optimizer):
         """(loss, run), the best first."""
         runs = ((loss, Run(*key)) for key, loss in self.losses.items() if key[:2] == (setting, optimizer))
+        runs = ((loss, run) for loss, run in runs if run.body == BASELINE)
         return sorted(
             ((loss, run) for loss, run in runs if run.seed == TUNING_SEED and not run.probe),
             key=lambda pair: (pair[0], pair[1].rate),
@@ -84,7 +86,9 @@ class Results:
         return min(tuned)[1] if tuned else None
 
     def probe(self, setting, optimizer):
-        found = [line["probe"] for key, line in self.by_run.items() if key[:2] == (setting, optimizer) and key[-1]]
+        runs = ((Run(*key), line) for key, line in self.by_run.items())
+        found = [line["probe"] for run, line in runs if (run.setting, run.optimizer) == (setting, optimizer)
+                 and run.probe and run.body == BASELINE]  # fmt: skip
         return found[-1] if found else None
 
 

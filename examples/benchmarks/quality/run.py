@@ -29,7 +29,8 @@ from statistics import median
 
 import numpy as np
 import torch
-from plan import BASELINE, PHASES, SETTINGS, Phase, Run, tuned_rates, wanted
+from body_rules import BODY_RULES
+from plan import BASELINE, ONE_RATE, PHASES, SETTINGS, TUNING_SEED, Phase, Run, tuned_rates, wanted
 from table_rules import TABLE_RULES
 from training import Trainer
 
@@ -49,7 +50,10 @@ def main():
     if args.smollm2:
         convert_smollm2(args.smollm2, args.bases / "smollm2.pt")
     end_last_line(args.out)
-    results = read_results([args.out, *sorted(args.results.glob("*.jsonl"))])
+    earlier = read_results(sorted(args.results.glob("*.jsonl")))
+    if args.again:
+        earlier = [line for line in earlier if line["run"]["seed"] == TUNING_SEED]
+    results = [*read_results([args.out]), *earlier]
     facts = {**machine_facts(), "commit": args.commit or git_commit()}
     campaign = Campaign(args, settings, phases, results, facts)
     campaign.run()
@@ -63,6 +67,7 @@ def parse():
     parser.add_argument("data", type=Path, help="the folder that make_text.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are added to this file")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of results of earlier campaigns")
+    parser.add_argument("--again", action="store_true", help="of --results only the tuning runs count")
     parser.add_argument("--bases", type=Path, default=Path("/tmp/quality_bases"), help="weights to fine-tune")
     parser.add_argument(
         "--smollm2", type=Path, help="folder with SmolLM2-135M's model.safetensors; without, its settings wait for "
@@ -90,7 +95,7 @@ class Campaign:
         self.seconds = {}  # setting -> durations seen in this campaign
         self.begun, self.given = set(), 0
         self.finished = self.failed = 0
-        self.failures = Counter()  # (setting, optimizer) -> how many in a row
+        self.failures = Counter()  # (setting, body, optimizer) -> how many in a row
         self.start = time.monotonic()
 
     def run(self):
@@ -136,7 +141,7 @@ class Campaign:
         candidates += [(run, keep) for run, keep in self.bases() if keep not in [keep for _, keep in in_progress]]
         for run, keep in candidates:
             start = self.settings[run.setting].start
-            hopeless = self.failures[run.setting, run.optimizer] >= MOST_FAILURES
+            hopeless = self.failures[run.setting, run.body, run.optimizer] >= MOST_FAILURES
             if (run.key(), keep) in self.begun or hopeless or (start and not self.path_of(start).exists()):
                 continue
             if median(self.seconds.get(run.setting, [FIRST_GUESS])) < left:
@@ -159,15 +164,15 @@ class Campaign:
 
     def note(self, task, result):
         run, keep = task
-        label = f"{run.setting} {run.optimizer} {run.rate} (body {run.body_rate}) seed {run.seed}"
+        label = f"{run.setting} {run.optimizer} {run.rate} (body {run.body} {run.body_rate}) seed {run.seed}"
         if "error" in result:
             self.failed += 1
-            self.failures[run.setting, run.optimizer] += 1
+            self.failures[run.setting, run.body, run.optimizer] += 1
             self.begun.discard((run.key(), keep))
             print(f"FAILED {label}: {result['error']}", file=sys.stderr, flush=True)
             return
         self.finished += 1
-        self.failures[run.setting, run.optimizer] = 0
+        self.failures[run.setting, run.body, run.optimizer] = 0
         times = self.seconds.setdefault(run.setting, [])
         times.append(result["seconds"])
         del times[: len(times) > 3]  # the first ones compile
@@ -266,11 +271,14 @@ def smoke_plan():
         sizes |= {"tied": name == "tied-4k", "lora_layers": min(1, full.shape.lora_layers), "rope_base": 10_000.0}
         settings[name] = dataclasses.replace(
             full, shape=dataclasses.replace(full.shape, **sizes), batch=2, length=16, steps=40, warmup=4,
-            start="untied-4k" if full.start else None, like=full.like if full.like in names else None,
+            others=("text",) if full.start else (), start="untied-4k" if full.start else None,
+            like=full.like if full.like in names else None,
         )  # fmt: skip
+    recipes = [(body, body if body in (ONE_RATE, "frozen") else "ember") for body in BODY_RULES]
     phases = [
         Phase(("untied-4k", "tied-4k"), ("ember", "adamw", "frozen"), apart=True, probes=("ember",)),
         Phase(("own-wikisql",), tuple(TABLE_RULES), seeds=(1,)),
+        Phase(("own-wikisql",), (), seeds=(1,), recipes=tuple(recipes)),
         Phase(("smollm2-wikisql-lora",), ("ember", "adamw", "ember-bf16", "frozen"), seeds=(1,)),
     ]
     return settings, phases

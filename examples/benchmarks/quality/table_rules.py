@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch.optim import AdamW, Optimizer
 
-from cuda_ref import Ember
+from cuda_ref import SAGE, AdamMini, Ember, FlashAdamW
 
-__all__ = ["SGD", "TABLE_RULES", "FactoredRule", "make"]
+__all__ = ["SGD", "TABLE_RULES", "FactoredRule", "Lion", "MLXAdamW", "make"]
 
 
 def factored_update(g, r, c, t, statistics="both", beta2=0.999, clip=None, eps=1e-8):
@@ -88,6 +88,50 @@ class SGD(Optimizer):
                 w.sub_(group["lr"] * buffer)
 
 
+class Lion(Optimizer):
+    """Lion (arXiv 2302.06675) in float32; no library at hand has it for a rate that is a tensor in a CUDA graph."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for w in group["params"]:
+                m = self.state[w].setdefault("m", torch.zeros_like(w))
+                direction = torch.lerp(w.grad, m, beta1).sign()
+                w.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * direction)
+                m.lerp_(w.grad, 1 - beta2)
+
+
+class MLXAdamW(Optimizer):
+    """``mlx.optimizers.AdamW`` on a bfloat16 model, as mlx-lm makes it: no bias correction, every result bfloat16.
+
+    Python's numbers become bfloat16 too, and 0.999 becomes 1: the second moment forgets nothing. The weights may be
+    float32 tensors that hold bfloat16 numbers. Weight decay is left out: 1 - lr * 0.01 is 1 in bfloat16.
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(params, {"lr": lr})
+        device = self.param_groups[0]["params"][0].device
+        numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
+        self.numbers = [torch.tensor(number, dtype=torch.bfloat16, device=device) for number in numbers]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        keep1, add1, keep2, add2, eps = self.numbers
+        for group in self.param_groups:
+            rate = group["lr"].to(torch.bfloat16)
+            for w in group["params"]:
+                state, g = self.state[w], w.grad.to(torch.bfloat16)
+                if not state:
+                    state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
+                m, v = keep1 * state["m"] + add1 * g, keep2 * state["v"] + add2 * g.square()
+                state["m"].copy_(m), state["v"].copy_(v)
+                w.copy_(w.to(torch.bfloat16) - rate * m / (v.sqrt() + eps))
+
+
 def _adamw(tables, lr, betas=(0.9, 0.999), weight_decay=0.0):
     return AdamW(tables, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, capturable=lr.is_cuda)
 
@@ -118,6 +162,8 @@ TABLE_RULES = {
     "ember-floor1": (partial(Ember, row_floor=1.0), -5, "Ember, row_floor 1"),
     "ember-floor3": (partial(Ember, row_floor=3.0), -4, "Ember, row_floor 3"),
     "ember-floor10": (partial(Ember, row_floor=10.0), -3, "Ember, row_floor 10"),
+    "ember-floor30": (partial(Ember, row_floor=30.0), -2, "Ember, row_floor 30"),
+    "ember-floor100": (partial(Ember, row_floor=100.0), -1, "Ember, row_floor 100"),
     "ember-0.99-clip3": (partial(Ember, beta2=0.99, row_clip=3.0), -5, "Ember, beta2 0.99, row_clip 3"),
     "ember-growing": (partial(Ember, beta2=growing_beta2), -5, "Ember, beta2 1 - t^-0.8"),
     "ember-growing-clip3": (
@@ -130,6 +176,11 @@ TABLE_RULES = {
     "ember-bf16": (Ember, -5, "Ember, tables in bf16, nearest"),
     "ember-bf16-stochastic": (partial(Ember, rounding="stochastic"), -5, "Ember, tables in bf16, stochastic"),
     "adamw-bf16": (_adamw, -4, "AdamW, tables in bf16, nearest"),
+    "adamw-bf16-mlx": (MLXAdamW, -4, "mlx-lm's AdamW, tables in bf16"),
+    "adam-mini": (partial(AdamMini, betas=(0.9, 0.999)), -4, "Adam-mini"),
+    "flash-bf16": (partial(FlashAdamW, weights="bf16+int8"), -4, "FlashAdamW, tables in bf16 with int8 rest"),
+    "sage": (partial(SAGE, weight_decay=0.0), -5, "SAGE"),
+    "lion": (Lion, -6, "Lion"),
 }
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch._dynamo
+from body_rules import BODY_RULES, make_body, restart
 from llama import Llama, mean_loss
 from plan import Setting
 from table_rules import make
-from torch.optim import AdamW
 
 __all__ = ["Tokens", "Trainer"]
 
-BODY_BETAS = (0.9, 0.95)
 LARGEST_NORM = 1.0  # of the body's gradient; the tables' is left alone
 AGES = 12  # bins of the probe: 1, 2-3, 4-7, ... steps since a row was last seen, and never before
 WINDOW = 20  # steps whose mean loss is one number in the results
@@ -71,6 +70,8 @@ class Trainer:
             torch.cuda.synchronize()
         trained = time.perf_counter()
         valid = self._validate(setting, model, tokens)
+        others = {name: self._validate(setting, model, self._tokens_of(name, setting))["valid_loss"]
+                  for name in setting.others}  # fmt: skip
         if keep:
             torch.save(model.state_dict(), keep.with_suffix(".part"))
             keep.with_suffix(".part").rename(keep)
@@ -78,6 +79,7 @@ class Trainer:
         windows = losses[: len(losses) // WINDOW * WINDOW].view(-1, WINDOW).mean(1)
         return {
             **valid,
+            "other_losses": others,
             "losses": [round(loss, 4) for loss in windows.tolist()],
             "probe": probe,
             "seconds": round(time.perf_counter() - start, 2),
@@ -93,8 +95,6 @@ class Trainer:
                 for layer in self._models[key].model.layers:
                     layer.compile(dynamic=False)
         model = self._models[key]
-        if setting.data not in self._tokens:
-            self._tokens[setting.data] = Tokens.read(self.data, setting.data, key.vocabulary, self.device)
         in_bf16 = "-bf16" in run.optimizer
         for table in model.tables.values():
             table.data = table.data.to(torch.bfloat16 if in_bf16 else torch.float32)
@@ -105,7 +105,12 @@ class Trainer:
                 path = self.bases / f"{setting.start}.pt"
                 self._starts[setting.start] = torch.load(path, map_location=self.device, weights_only=True)
             model.load(self._starts[setting.start], run.seed)
-        return model, self._tokens[setting.data]
+        return model, self._tokens_of(setting.data, setting)
+
+    def _tokens_of(self, name, setting):
+        if name not in self._tokens:
+            self._tokens[name] = Tokens.read(self.data, name, setting.shape.vocabulary, self.device)
+        return self._tokens[name]
 
     def _steps(self, run, setting, model, tokens):
         device, shape = self.device, (setting.steps, setting.batch)
@@ -132,7 +137,8 @@ class Trainer:
                 head = list(model.tables.values())[-1]
                 loss = self.compiled_loss(model(inputs), head, targets)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(body, LARGEST_NORM, foreach=True)
+            if BODY_RULES[run.body].clipped:
+                torch.nn.utils.clip_grad_norm_(body, LARGEST_NORM, foreach=True)
             for probe in probes.values():
                 probe.before()
             for optimizer in optimizers:
@@ -154,11 +160,7 @@ class Trainer:
         names = [name.strip() for name in run.optimizer.split("|")]
         peaks = [run.body_rate, run.rate, run.rate if run.head_rate is None else run.head_rate]
         rates = [(10 ** (peak / 2), torch.zeros((), device=self.device)) for peak in peaks]
-        matrices = [p for p in model.body().values() if p.ndim > 1]
-        vectors = [p for p in model.body().values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": setting.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]  # LoRA has no vectors
-        optimizers = [AdamW(groups, lr=rates[0][1], betas=BODY_BETAS, fused=True, capturable=self.on_gpu)]
+        optimizers = [make_body(run.body, model, rates[0][1], setting.weight_decay)]
         for table, name, (_, rate) in zip(model.tables.values(), [names[0], names[-1]], rates[1:], strict=False):
             optimizers.append(make(name, [table], rate))
         return rates, [optimizer for optimizer in optimizers if optimizer is not None]
@@ -191,10 +193,8 @@ class Trainer:
                 p.copy_(weight)
             for counter, value in zip(counters, before, strict=True):
                 counter.copy_(value)
-            for optimizer in optimizers:  # every state of every rule here begins at zero, but for Ember's own seed
-                for state in optimizer.state.values():
-                    for value in (value for name, value in state.items() if name != "seed"):
-                        value.zero_()
+            for optimizer in optimizers:
+                restart(optimizer)
         return graph.replay
 
     @torch.no_grad()

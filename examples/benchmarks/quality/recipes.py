@@ -1,0 +1,211 @@
+"""Tables and a picture of whole recipes, a body's optimizer with the tables', from the lines of results/recipes.
+
+    python examples/benchmarks/quality/recipes.py
+
+The tuning runs of results/*.jsonl count too; the reported seeds are those of results/recipes alone, of one kind of GPU.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+import plan
+from body_rules import BODY_RULES
+from draw import in_interval, in_words, rate_in_words
+from plan import BASELINE, SETTINGS, TUNING_SEED, Run, tuned_recipe
+from reported import Reported, against
+from run import loss_of, read_results
+from table_rules import TABLE_RULES
+
+from ember_mlx.plots.style import save_light_and_dark
+
+HERE = Path(__file__).parent
+ADAMW, UNTRAINED = (BASELINE, BASELINE), ("frozen", "frozen")
+ORDER = dict.fromkeys(
+    (*plan.RECIPES, *plan.MORE_RECIPES, *plan.FLOOR_RECIPES, (BASELINE, "frozen"), UNTRAINED, *plan.PRETRAINING_RECIPES)
+)
+
+
+class Recipes:
+    """All lines, by recipe: (optimizer of the body, optimizer of the tables)."""
+
+    def __init__(self, tuning, lines):
+        lines = [*(line for line in tuning if line["run"]["seed"] == TUNING_SEED), *lines]
+        self.by_run = {Run(**line["run"]).key(): line for line in lines}
+        self.losses = {key: loss_of(line) for key, line in self.by_run.items()}
+        self.runs = [Run(*key) for key in self.by_run]
+        self.settings = [name for name in SETTINGS if any(run.setting == name and run.seed for run in self.runs)]
+
+    def rates(self, setting, recipe):
+        """(of the body, of the tables); None while they are searched for."""
+        return tuned_recipe(setting, *recipe, self.losses)
+
+    def reported(self, setting, recipe):
+        """The runs at the best rates, by seed."""
+        rates = self.rates(setting, recipe)
+        same = (setting, *recipe, *(rates or ()))
+        found = {
+            run.seed: self.by_run[run.key()] for run in self.runs
+            if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
+        }  # fmt: skip
+        return Reported(rates, dict(sorted(found.items())))
+
+    def tried(self, setting, recipe):
+        """{(rate of the body, rate of the tables): loss} of the tuning seed."""
+        return {
+            (run.body_rate, run.rate): self.losses[run.key()] for run in self.runs
+            if (run.setting, run.body, run.optimizer, run.seed, run.probe) == (setting, *recipe, TUNING_SEED, False)
+        }  # fmt: skip
+
+    def recipes(self, setting):
+        """Those that are reported, the best first."""
+        found = [recipe for recipe in ORDER if self.reported(setting, recipe).by_seed]
+        return sorted(found, key=lambda recipe: mean(self.reported(setting, recipe).losses()))
+
+
+def name_of(recipe):
+    body, tables = recipe
+    if recipe == UNTRAINED:
+        return "nothing trained"
+    if body == tables and body in ("adamw-bf16-mlx", "lion", "adam-mini"):
+        return f"{BODY_RULES[body].words} on everything"
+    return f"{BODY_RULES[body].words} + {TABLE_RULES[tables][2]}"
+
+
+def rarer_loss(line):
+    """Mean loss of the tokens outside the most frequent tenth of the vocabulary."""
+    pairs = list(zip(line["decile_losses"], line["decile_counts"], strict=True))[1:]
+    return sum(loss * count for loss, count in pairs) / sum(count for _, count in pairs)
+
+
+def paired(ours, theirs, number_of):
+    """As ``against``, of any number of a line."""
+    return against(*(
+        Reported(None, {seed: {"valid_loss": number_of(line)} for seed, line in runs.by_seed.items()})
+        for runs in (ours, theirs)
+    ))  # fmt: skip
+
+
+def forgotten(line, untrained):
+    """How much the loss on the other data sets rose, on average."""
+    others = line.get("other_losses") or {}
+    rises = [loss - untrained["other_losses"][name] for name, loss in others.items()]
+    return mean(rises) if rises else math.nan
+
+
+def losses_table(results, setting):
+    """Markdown: a row a recipe."""
+    baseline = results.reported(setting, ADAMW)
+    lines = [
+        "| body, tables | validation loss | runs | minus AdamW | rates of body, tables | tried |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe in results.recipes(setting):
+        reported = results.reported(setting, recipe)
+        losses = reported.losses()
+        spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
+        interval = "" if recipe == ADAMW else in_interval(*against(reported, baseline))
+        rates = " ".join(rate_in_words(rate) for rate in reported.rate) if recipe != UNTRAINED else ""
+        lines.append(
+            f"| {name_of(recipe)} | {mean(losses):.4f}{spread} | {len(losses)} | {interval} | {rates} "
+            f"| {len(results.tried(setting, recipe))} |"
+        )
+    return "\n".join(lines)
+
+
+def forgetting_table(results, setting):
+    """Markdown: what a recipe does to tokens and to texts that the data hardly has; "" of pretraining."""
+    untrained = results.reported(setting, UNTRAINED).by_seed.get(1)
+    frozen = results.reported(setting, (BASELINE, "frozen"))
+    if not untrained or not frozen.by_seed:
+        return ""
+    lines = [
+        "| body, tables | most frequent tenth of the tokens | the other nine | other data sets |",
+        "| --- | --- | --- | --- |",
+    ]
+    for recipe in (r for r in results.recipes(setting) if r not in (UNTRAINED, (BASELINE, "frozen"))):
+        reported = results.reported(setting, recipe)
+        tenths = [in_interval(*paired(reported, frozen, number))
+                  for number in (lambda line: line["decile_losses"][0], rarer_loss)]  # fmt: skip
+        rises = [forgotten(line, untrained) for line in reported.by_seed.values()]
+        spread = f" ± {stdev(rises):.3f}" if len(rises) > 1 else ""
+        lines.append(f"| {name_of(recipe)} | {' | '.join(tenths)} | {mean(rises):+.3f}{spread} |")
+    return "\n".join(lines)
+
+
+def tuning_table(results, setting):
+    """Markdown: every pair of rates that was tried with the tuning seed, the best first."""
+    lines = ["| body, tables | loss by rates of body, tables |", "| --- | --- |"]
+    for recipe in ORDER:
+        tried = sorted(results.tried(setting, recipe).items(), key=lambda item: item[1])
+        if tried:
+            words = "; ".join(f"{rate_in_words(b)} {rate_in_words(t)}: {loss:.4f}" for (b, t), loss in tried[:6])
+            ended = "" if results.rates(setting, recipe) else " (search not ended)"
+            lines.append(f"| {name_of(recipe)}{ended} | {words} |")
+    return "\n".join(lines)
+
+
+def draw_differences(results, shown, figure, theme):
+    """A panel a setting: each recipe's distance to AdamW."""
+    shared = sorted({r for s in shown for r in results.recipes(s)} - {UNTRAINED, ADAMW, (BASELINE, "frozen")},
+                    key=list(ORDER).index)  # fmt: skip
+    many_axes = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    for axes, setting in zip(many_axes, shown, strict=True):
+        baseline = results.reported(setting, ADAMW)
+        for y, recipe in enumerate(shared):
+            difference, half, count = against(results.reported(setting, recipe), baseline)
+            if count and math.isfinite(difference):
+                axes.errorbar([difference], [y], xerr=[0 if math.isnan(half) else half], marker="o", capsize=3,
+                              color=theme.lines[0], linestyle="none", markevery=1)  # fmt: skip
+        axes.axvline(0, color=theme.text, linewidth=1, linestyle="-", marker="")
+        axes.set_title(SETTINGS[setting].data.removeprefix("smollm2_"))
+        axes.set_yticks(range(len(shared)), [name_of(recipe) for recipe in shared])
+        axes.set_ylim(len(shared) - 0.5, -0.5)
+        axes.grid(False, axis="y")
+    figure.supxlabel("validation loss minus AdamW's, all float32: left is better (95 % interval)", fontsize=11)
+
+
+def write_tables(results, path):
+    parts = [
+        "# Whole recipes\n\nWritten by recipes.py from results/recipes/*.jsonl; do not edit. Loss in nats a token; "
+        "mean ± standard deviation over seeds. Differences are paired by seed: mean ± half of the 95 % interval of "
+        "Student's t. Negative is better.\n"
+    ]
+    for setting in results.settings:
+        parts.append(f"## {setting}\n\n{in_words(setting)}.\n\n{losses_table(results, setting)}\n")
+        if table := forgetting_table(results, setting):
+            parts.append(
+                "Loss minus that of frozen tables beside AdamW, by how frequent tokens are in the training text; then "
+                f"how much the loss on the other data sets rose above that of the untrained model:\n\n{table}\n"
+            )
+        parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
+    path.write_text("\n".join(parts))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for recipes.md and pictures/")
+    args = parser.parse_args()
+    lines = read_results(sorted((args.results / "recipes").glob("*.jsonl")))
+    if not lines:
+        raise SystemExit(f"{args.results / 'recipes'}: no results in *.jsonl; run.py --phases recipes makes them")
+    results = Recipes(read_results(sorted(args.results.glob("*.jsonl"))), lines)
+    (args.out / "pictures").mkdir(parents=True, exist_ok=True)
+    write_tables(results, args.out / "recipes.md")
+    for name, chosen in (("recipes", True), ("pretraining_recipes", False)):
+        compared = [s for s in results.settings if results.reported(s, ADAMW).by_seed]
+        shown = [s for s in compared if bool(SETTINGS[s].start) == chosen]
+        if shown:
+            rows = len({recipe for s in shown for recipe in results.recipes(s)})
+            save_light_and_dark(
+                args.out / "pictures" / f"{name}.png",
+                lambda figure, theme, shown=shown: draw_differences(results, shown, figure, theme),
+                5 + 3 * len(shown), 1.2 + 0.32 * rows,
+            )  # fmt: skip
+    print(f"This is {args.out / 'recipes.md'}; the pictures are in {args.out / 'pictures'}")
+
+
+if __name__ == "__main__":
+    main()

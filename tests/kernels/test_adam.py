@@ -1,0 +1,68 @@
+"""Adam on weights rounded stochastically: the texts of its kernel emulated, and itself where there is a GPU."""
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+
+from ember_mlx import kernels
+from ember_mlx.optimizers import adam_kernel
+from ember_mlx.optimizers.rounded import StochasticRounding
+
+ON_GPU = mx.default_device().type == mx.DeviceType.gpu
+SHAPES = [
+    (3,),
+    (9, 5),
+    (2, 3, 8),
+    (1, 1100),
+]  # fewer than a thread's, rows that end within it, more than a threadgroup's
+
+
+def drawn(dtype, number):
+    return {
+        str(shape): mx.random.normal(shape, key=mx.random.key(number + sum(shape))).astype(dtype) for shape in SHAPES
+    }
+
+
+def steps_of(make, dtype):
+    optimizer, w = StochasticRounding(make()), drawn(dtype, 0)
+    for number in (1, 2):
+        w = optimizer.apply_gradients(drawn(dtype, number), w)
+    return {name: (w[name], optimizer.state[name]["m"], optimizer.state[name]["v"]) for name in w}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "language", "make"),
+    [
+        (mx.bfloat16, "metal", lambda: optim.AdamW(1e-2, betas=[0.8, 0.95], weight_decay=0.1)),
+        (mx.float16, "cuda", lambda: optim.Adam(1e-2, bias_correction=True)),
+    ],
+    ids=["AdamW", "Adam, corrected"],
+)
+def test_the_texts_step_as_plain_operations_do(make_emulated, monkeypatch, dtype, language, make):
+    with mx.stream(mx.cpu):
+        plain = steps_of(make, dtype)
+        kernel = make_emulated(language, "memory", module=adam_kernel)
+        monkeypatch.setattr(adam_kernel, "kernel", lambda text: kernel)
+        monkeypatch.setattr(kernels, "usable", lambda module, *dtypes: module is adam_kernel)
+        for name, arrays in steps_of(make, dtype).items():
+            for found, expected in zip(arrays, plain[name], strict=True):
+                assert found.dtype == expected.dtype
+                assert mx.array_equal(found, expected), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("i < left; i++", "i < VECTOR; i++", "heap-buffer-overflow"),
+        ("static_cast<uint32_t>(++row)", "static_cast<uint32_t>(row)", "values of weight"),
+        ("square[i] = bfloat16_of(square[i]);", "square[i] += 0.01f;", "values of v"),
+    ],
+)
+def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with, old, new, says):
+    assert says in found_with(adam_kernel, old, new, (mx.bfloat16,) * 3)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "moments"), [(mx.bfloat16, mx.bfloat16), (mx.float16, mx.float32)], ids=str)
+def test_on_a_gpu_it_steps_as_plain_operations_do(dtype, moments):
+    assert adam_kernel.differences(dtype, dtype, moments) is None
