@@ -114,9 +114,7 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.train and args.shard_tables and workers.size == 1:
-            raise InputError(
-                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
-            )
+            raise InputError("--shard-tables: is for several workers; start them with mlx.launch, or leave it out")
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
         if args.train and args.shard_optimizer:
@@ -207,7 +205,7 @@ def train_model(
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
-    sharded, how = None, {}
+    sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
         rprint(f"{sharded}\n")

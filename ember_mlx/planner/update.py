@@ -94,13 +94,23 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     """The new weight and its new state."""
     run, w, shape = graph.run, graph.weights[name], graph.shapes[name]
     optimizer = run.table_optimizer if is_table else run.optimizer
+    gradient, whole = graph.gradients[name], w
+    sharded = run.shard_optimizer and optimizer != "ember" and shape[0] % run.workers == 0
+    if sharded:
+        shape = (shape[0] // run.workers, *shape[1:])
+        w, gradient = (
+            Array(array.numbers / run.workers, array.width, array.role, array.made_by, base=array)
+            for array in (w, gradient)
+        )
     kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
-    new, state = RULES.get(optimizer, _elementwise)(graph, shape, graph.gradients[name], w, kept, wide)
+    new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
     if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
         new.width = FLOAT32  # the step, which a kernel rounds into a new weight
         new = rounded(graph, w, new, shape[0])
+    if sharded:
+        new = graph.make([new], whole.numbers, whole.width)  # the rows of all
     new.role = "weights"
     for array in state:
         array.role = "optimizer state"
