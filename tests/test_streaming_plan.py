@@ -39,6 +39,7 @@ QWEN = {
 }
 SMALL = QWEN | {"num_hidden_layers": 2, "vocab_size": 512}
 FULL = ["--fine-tune-type", "full"]
+ORDINARY = [*FULL, "--no-stream"]
 LONG = QWEN | {"num_hidden_layers": 24, "vocab_size": 512}
 
 
@@ -135,7 +136,7 @@ def test_accumulation_keeps_the_inputs_of_all_batches():
 
 def test_streaming_is_recommended_where_it_pays_and_never_where_it_cannot_be():
     for config in (QWEN, LONG):
-        model, run = run_with(config, *FULL)
+        model, run = run_with(config, *ORDINARY)
         planned = plan(model, run, "cuda")
         first, *_ = recommendations(model, run, "cuda", planned)
         assert first.flags == "--stream"
@@ -158,7 +159,7 @@ def test_inputs_are_let_go_of_where_sequences_are_long():
 
 
 def test_a_run_that_does_not_fit_is_told_to_stream():
-    model, run = run_with(LONG, *FULL, length=512)
+    model, run = run_with(LONG, *ORDINARY, length=512)
     flags = [flags for flags, _ in advice(model, run, "cuda", 1)]
     assert "--stream" in flags
     streams = [flags for flags, _ in advice(model, replace(run, stream=True), "cuda", 1)]
@@ -167,7 +168,7 @@ def test_a_run_that_does_not_fit_is_told_to_stream():
 
 def test_operations_are_counted():
     """Of a model without attention's own products: 6 a weight, of which 2 are in the forward pass."""
-    model, run = run_with(QWEN, *FULL)
+    model, run = run_with(QWEN, *ORDINARY)
     body = 4 * sum(linear.inputs * linear.outputs for linear in model.linears(0)) + 4 * 128 * 4 * 32
     head = 4096 * 128
     assert operations(model, run) == 3 * body + 3 * head
@@ -180,7 +181,7 @@ def test_operations_are_counted():
 def test_the_command_prints_the_phases(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
     words = ["--model", str(tmp_path), "--max-seq-length", "129", "--memory", "1GB", "--backend", "cuda", *FULL]
-    main(words)
+    main([*words, "--no-stream"])
     said = capsys.readouterr().out
     assert "Recommended: --stream" in said
     assert "phase by phase" not in said
@@ -188,7 +189,7 @@ def test_the_command_prints_the_phases(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "between steps: weights and state" in said
     assert "a layer, backwards" in said
-    main([*words, "--stream", "--json"])
+    main([*words, "--json"])  # the default
     report = json.loads(capsys.readouterr().out)
     assert report["stream"]
     assert max(report["planned"]["phases"].values()) <= report["planned"]["peak"]

@@ -27,6 +27,7 @@ class Run:
         micro_batches (int): Batches of one update.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
+        stream_as_usual (bool): Whether that was left to the defaults.
         keep_inputs (int): Then: of how many layers one keeps its input.
         norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
         body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
@@ -58,6 +59,7 @@ class Run:
     workers: int = 1
     shard_optimizer: bool = False
     shard_tables: bool = False
+    stream_as_usual: bool = False
 
     def rows_here(self, table: Table) -> int:
         """How many rows of a table one worker keeps, at most."""

@@ -181,7 +181,7 @@ def streaming_words_of(row: str) -> list[str]:
     """Those that say how it is stepped."""
     of = parts_of(row)
     if of["way"] in ("ordinary", "mlx-lm"):
-        return []
+        return ["--no-stream"]
     if of["way"].endswith("checkpointed"):
-        return ["--grad-checkpoint"]
+        return ["--grad-checkpoint", "--no-stream"]
     return ["--stream", "--keep-inputs", str(of["keep_inputs"])]
