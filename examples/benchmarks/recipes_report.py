@@ -83,20 +83,17 @@ def _draw(bars, colours, machine):
 
     figure, panel = plt.subplots(figsize=(9, 0.9 + 0.42 * len(bars)), layout="constrained")
     labels, shades = zip(*((label, colours[colour]) for label, colour in map(WAYS.get, bars)), strict=True)
-    held = [result["held"] / 1e9 for result in bars.values()]
-    above = [result["peak_memory"] / 1e9 - kept for result, kept in zip(bars.values(), held, strict=True)]
+    held, peaks = ([result[name] / 1e9 for result in bars.values()] for name in ("held", "peak_memory"))
     panel.barh(labels, held, color=shades)
-    panel.bar_label(panel.barh(labels, above, left=held, color=shades, alpha=0.45), fmt=_gigabytes, padding=4)
+    above = [peak - kept for peak, kept in zip(peaks, held, strict=True)]
+    light = panel.barh(labels, above, left=held, color=shades, alpha=0.45)
+    panel.bar_label(light, [f"{peak:.2f} GB" for peak in peaks], padding=4)
     panel.invert_yaxis()
     panel.margins(x=0.12)
     panel.set_xticks([])
     panel.set_xlabel(f"dark: held between steps; with the light part: peak. {machine}", fontsize=9, loc="right")
     figure.suptitle("Memory of training all weights of Qwen3-0.6B, untied, bfloat16, 1 x 512 tokens")
     return figure
-
-
-def _gigabytes(value):
-    return f"{value:.2f} GB"
 
 
 if __name__ == "__main__":
