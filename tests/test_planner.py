@@ -115,13 +115,13 @@ def test_the_state_of_the_optimizers_for_the_body_is_in_the_table(name, optimize
         assert sorted((array.size, array.itemsize) for array in arrays) == sorted(kept)
 
 
-def test_a_table_under_adamw_is_stepped_in_place_beside_its_gradient_in_float32():
-    """Of two 16-bit tables one after the other: all there was, and 4 bytes for each number of one."""
+def test_a_table_under_adamw_is_stepped_in_place_without_a_copy_of_its_gradient():
+    """All there was, and less than a float32 number for each of one table's: blocks of squares, for the norm."""
     big = QWEN | {"vocab_size": 200_000, "num_hidden_layers": 1}
     found = planned(big, "--table-optimizer", "adamw", "--batch-size", "1")
     table = 200_000 * QWEN["hidden_size"]
     fixed = found.weights + found.optimizer_state + found.gradients
-    assert found.peak == pytest.approx(fixed + 4 * table, rel=0.01)
+    assert fixed < found.peak < fixed + 3 * table
 
 
 @pytest.mark.parametrize(
