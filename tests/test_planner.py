@@ -133,7 +133,7 @@ def test_a_streamed_step_takes_little_more_than_its_weights(shape, measured):
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "head_dim": hidden // 4}
     config = QWEN | sizes | {"intermediate_size": 3 * hidden, "torch_dtype": "float32"}
     model = read_architecture(config, "config.json")
-    words = ["--fine-tune-type", "full", "--num-layers", "-1", "--optimizer", "sgd", "--batch-size", "1"]
+    words = ["--fine-tune-type", "full", "--no-stream", "--num-layers", "-1", "--optimizer", "sgd", "--batch-size", "1"]
     run = run_of(options.parse([*words, "--max-seq-length", str(tokens + 1)]), model)
     found = plan(model, replace(run, stream=True), "cpu")
     assert (found.peak - found.optimizer_state) / found.weights == pytest.approx(measured, rel=0.1)
@@ -166,7 +166,7 @@ def test_stochastic_rounding_writes_a_new_table_where_the_nearest_is_written_in_
 def test_what_should_save_memory_does():
     long = {**QWEN, "vocab_size": 4096, "num_hidden_layers": 8}
     model = read_architecture(long, "config.json")
-    words = ["--fine-tune-type", "full", "--optimizer", "adamw", "--max-seq-length", "129"]
+    words = ["--fine-tune-type", "full", "--no-stream", "--optimizer", "adamw", "--max-seq-length", "129"]
     run = run_of(options.parse(words), model)
     peaks = {
         "as it is": plan(model, run, "cuda").peak,
