@@ -5,8 +5,8 @@
 Each part starts fresh processes, one for each GPU, has a time limit of its own, and is written down when it ends; one
 that fails does not end the others. What must hold stands in each part. `--backend ring` does the same on CPUs with tiny
 shapes, PyTorch by gloo: to try this script. The exit code is 1 if a part does not hold. The parts of most interest
-come first; `--seconds 180` starts none after that. MLX compiles kernels when they are first used: MLX_PTX_CACHE_DIR keeps
-them for the next run, and the part warm compiles those of the tiny model before what has a limit to its waits.
+come first; `--seconds 180` starts none after that. MLX compiles kernels when they are first used, and keeps them in
+MLX_PTX_CACHE_DIR: the part warm has those of the tiny model compiled before others have limits to their waits.
 """
 
 import argparse
@@ -275,8 +275,8 @@ def parts_of(parts):
     return {name.removeprefix("part_"): getattr(parts, name) for name in dir(parts) if name.startswith("part_")}
 
 
-ORDER = ["warm", "equal", "kill", "signals", "speed", "speed_sharded", "fsdp2", "streams", "averages", "streamed", "torch",
-         "cpu_stream"]  # fmt: skip
+ORDER = ["warm", "equal", "kill", "signals", "speed", "speed_sharded", "fsdp2", "streams", "averages", "streamed",
+         "torch", "cpu_stream"]  # fmt: skip
 
 
 def main():
