@@ -12,6 +12,7 @@ MLX_PTX_CACHE_DIR: the part warm has those of the tiny model compiled before oth
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -183,17 +184,19 @@ class Parts:
         """Test 9: when one is killed the other exits with 75, in one line, and nothing is saved after that."""
         run = self.start("train", 2, seconds="0.2", more=f"--peer-timeout {PEER_TIMEOUT}")
         try:
-            run.wait_for("step 6", self.patience * 60)
+            run.wait_for("step 10", self.patience * 60)
             run.running[1].kill()
             files = self.files(run)
-            codes, seconds = run.finish(PEER_TIMEOUT + 15)
+            codes, seconds = run.finish(PEER_TIMEOUT + 60)
         finally:
             run.end()
         told = run.errors(0)
         assert codes[0] == 75, f"exit code {codes[0]}: {run.said()[-800:]}"
         assert len(told) == 1, told
         assert self.files(run) == files, "files were written after that"
-        assert seconds[0] <= PEER_TIMEOUT + 5, f"{seconds[0]} s"
+        limit = re.search(r"waited (\d+) s", told[0])  # 20 mean steps, where a slow first step makes that more
+        limit = int(limit[1]) if limit else PEER_TIMEOUT
+        assert seconds[0] <= limit + 5, f"{seconds[0]} s: {told[0]}"
         newest = self.folder_of(run) / f"step-{self.checkpoints(run)[-1]:07}"
         subprocess.run([sys.executable, "-c", READ, newest], env=self.plain(), check=True, timeout=self.patience * 60)
         return {"exit code": 75, "seconds": seconds[0], "line": told[0], "newest checkpoint, which reads": newest.name}
