@@ -90,9 +90,34 @@ def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, 
     [
         (["--workers", "3"], "--workers 3: must divide --batch-size 4"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "1", "--shard-tables"], "--shard-tables: needs several workers: add --workers N"),
     ],
 )
 def test_workers_that_cannot_be_are_one_line(tmp_path, words, message):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(InputError, match=message):
         main(["--model", str(tmp_path), *WORDS, *words])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_tables_send_what_goes_through_them_and_take_their_rows(tied):
+    config = llama_config(tied=tied, vocabulary=383)  # which two do not divide
+    whole, found = planned(config=config), planned("--shard-tables", config=config)
+    tokens, columns = 2 * 16, config["hidden_size"]
+    hidden = tokens * columns * 2
+    ids, losses, means = 2 * 4 * tokens, 4 * tokens + 2 * 4 * 2 * tokens, (1 if tied else 2) * columns * 4
+    assert found.traffic.around_tables == 6 * hidden + ids + losses + means
+    assert found.traffic.payload == {4: whole.traffic.payload[4]}  # the adapters' gradients
+    assert found.traffic.sent == whole.traffic.payload[4] + found.traffic.around_tables
+    gone = (1 if tied else 2) * 191 * columns
+    assert whole.weights - found.weights == whole.gradients - found.gradients == gone * 2
+    assert whole.optimizer_state - found.optimizer_state == (1 if tied else 2) * 191 * 4
+
+
+def test_sharded_tables_save_memory_where_tables_are_large():
+    assert planned("--shard-tables", config=LARGE).peak < planned("--chunked-loss", config=LARGE).peak
+
+
+def test_a_frozen_table_is_not_sharded():
+    head, whole = planned("--train-tables", "head", "--shard-tables"), planned("--train-tables", "head")
+    assert whole.weights - head.weights == CONFIG["vocab_size"] // 2 * CONFIG["hidden_size"] * 2

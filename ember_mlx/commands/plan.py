@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.best import keeps_best
@@ -78,7 +79,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _disk(args, inputs, planned):
-    """As ``train`` reckons it."""
+    """As ``train`` reckons it: sharded tables are saved whole."""
+    if inputs.run.shard_tables:
+        planned = plan(inputs.model, replace(inputs.run, shard_tables=False), "cpu")
     tables = bool(inputs.run.tables)
     kept = what_is_kept(args, tables, keeps_best(args, tables, may_validate(args)))
     return disk_use(args | {"iters": inputs.iters}, planned.trainable, planned.optimizer_state, kept)

@@ -37,6 +37,7 @@ __all__ = [
     "add_tokens_of",
     "apply_adapter",
     "load",
+    "load_file",
     "load_weights",
     "read_arrays",
     "read_config",
@@ -174,6 +175,22 @@ def tables_of(path: Path) -> Path | None:
     if safe_reading.read_metadata(tables, where).get(SAVE_ID) != save_id:
         raise _mixed(path.parent, path.name, tables.name)
     return tables
+
+
+def load_file(model: nn.Module, path: Path) -> None:
+    """Put the trained weights of an earlier run, of ``--resume-adapter-file``, into a model that is ready to train.
+
+    Raises:
+        InputError: for a file that is not there or cannot be read, and for weights that do not train here.
+    """
+    if not path.is_file():
+        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {ADAPTERS}")
+    tables = tables_of(path)
+    for file in (path, tables) if tables else (path,):
+        # What this run does not train, it would not save either.
+        trainable = model.trainable_parameters()
+        remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
+        load_weights(model, read_arrays(file), trainable, f"--resume-adapter-file {file}", remedy)
 
 
 def load_weights(model: nn.Module, weights: dict, parameters: dict, where: str, remedy: str) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_LAYERS",
     "GROUP_SIZE",
     "ROLES",
+    "SHARDABLE",
     "STREAMED_BY_DEFAULT",
     "Choices",
     "Shapes",
@@ -39,6 +40,8 @@ ROLES = {
 """The roles of token tables that each value of ``--train-tables`` means."""
 STREAMED_BY_DEFAULT = frozenset({"full"})
 """The fine-tune types that stream, with tables, unless told otherwise; without tables a run is mlx-lm's, to the bit."""
+SHARDABLE = ("ember", "adamw", "sgd")
+"""The optimizers whose step of a row needs none of the other rows, or, as Ember's, only their column means."""
 LORA_KEYS = ("rank", "scale", "dropout")
 
 
@@ -125,6 +128,8 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
             "--fine-tune-type lora, or a model that is not quantized"
         )
     tables = _tables(options, shapes)
+    if options.shard_tables:
+        _check_sharding(options, tables)
     num_layers = _number_of_layers(options, shapes.layers, bool(tables))
     nothing_left = num_layers == 0 and (shapes.layers is not None or options.num_layers == 0)
     if nothing_left and not tables:
@@ -224,6 +229,22 @@ def _tables(options, shapes):
         reason = f"the head is the embedding, {tied.path}" if tied else f"the model has {found}"
         raise InputError(f"--train-tables {asked}: {reason}; use --train-tables {'embedding' if tied else 'auto'}")
     return chosen
+
+
+def _check_sharding(options, tables):
+    without = "leave --shard-tables out"
+    if not tables:
+        raise InputError(f"--shard-tables: no table trains with --train-tables none: {without}")
+    if options.stream:
+        raise InputError("--shard-tables: --stream steps whole tables: leave out one of the two")
+    if options.table_optimizer not in SHARDABLE:
+        raise InputError(
+            f"--shard-tables: --table-optimizer {options.table_optimizer} needs whole tables: use one of "
+            f"{', '.join(SHARDABLE)}, or {without}"
+        )
+    if len({table.shape[0] for table in tables}) > 1:
+        rows = " and ".join(f"{table.path} {table.shape[0]:,}" for table in tables)
+        raise InputError(f"--shard-tables: all tables must have as many rows, but {rows}: {without}, or train one")
 
 
 def _number_of_layers(options, layers, with_tables):

@@ -13,17 +13,15 @@ import mlx.nn as nn
 
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
-from ember_mlx.streaming.head_module import check_after, evaluating, find_head
+from ember_mlx.streaming.head_module import Head, check_after, evaluating, find_head
 from ember_mlx.streaming.marks import target_mask
 from ember_mlx.streaming.rows_apart import rows_apart
 
-__all__ = ["chunked_loss"]
-
-REMEDY = "train without --chunked-loss"
+__all__ = ["backward_in_slices", "chunked_loss", "forward_in_slices", "loss_of"]
 
 
 def chunked_loss(
-    model: nn.Module, logits_at_once: int = CHUNKED_LOGITS
+    model: nn.Module, logits_at_once: int = CHUNKED_LOGITS, flag: str = "--chunked-loss"
 ) -> Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """The same loss as ``mlx_lm.tuner.trainer.default_loss``, for mlx-lm's ``train`` and ``evaluate``, in less memory.
 
@@ -34,6 +32,7 @@ def chunked_loss(
         model (Module): A model of mlx-lm's whose head is a module: a linear, plain, quantized or with an adapter, or
             the embedding when it is tied. The head may train or be frozen.
         logits_at_once (int): How many logits there may be at a time.
+        flag (str): What asks for it, for errors.
 
     Returns:
         ``loss(model, batch, learned)``, for this model. ``batch`` is (B, T) token ids and ``learned`` (B, 2) the first
@@ -47,8 +46,18 @@ def chunked_loss(
     try:
         head = find_head(model)
     except InputError as error:
-        raise InputError(f"--chunked-loss: {error}; {REMEDY}") from None
-    _check(head)
+        raise InputError(f"{flag}: {error}; train without {flag}") from None
+    _check(head, flag)
+    return loss_of(head, lambda hidden, targets: _cross_entropy(head, hidden, targets, logits_at_once))
+
+
+def loss_of(head: Head, cross_entropy: Callable[[mx.array, mx.array], mx.array]) -> Callable:
+    """The loss that :func:`chunked_loss` returns, from the cross entropy of each token.
+
+    Args:
+        head: Of the model.
+        cross_entropy: From the head's input (B, T, D) and the targets (B, T) to (B, T) float32.
+    """
 
     def loss(model, batch, learned):
         if model is not head.model:
@@ -58,7 +67,7 @@ def chunked_loss(
         ntoks = mask.sum()
         with rows_apart(model, learned):
             hidden = head.hidden(inputs)
-        ce = _cross_entropy(head, hidden, targets, logits_at_once) * mask
+        ce = cross_entropy(hidden, targets) * mask
         return ce.sum() / ntoks, ntoks
 
     return loss
@@ -68,53 +77,82 @@ def _cross_entropy(head, hidden, targets, logits_at_once):
     """Of each token, (B, T) float32, from the head's input (B, T, D) and the targets (B, T)."""
     width = max(logits_at_once // targets.size // 128, 1) * 128  # whole tiles of a matrix product
     slices = [(first, min(first + width, head.vocabulary)) for first in range(0, head.vocabulary, width)]
-    # For all slices at once: mx.compile builds another kernel for each number that stands in it.
-    place = targets - mx.arange(0, head.vocabulary, width)[:, None, None]
-    inside = (place >= 0) & (place < width)
-    place = mx.where(inside, place, 0)[..., None]
 
     @mx.custom_function
     def ce_and_log_sum_exp(hidden, weights):
-        log_sum_exps, chosen = [], mx.zeros(targets.shape)
-        for i, (first, last) in enumerate(slices):
-            logits = head.logits(hidden, head.rows(weights, first, last), first, last)
-            log_sum_exps.append(mx.logsumexp(logits, axis=-1))
-            chosen = mx.where(inside[i], mx.take_along_axis(logits, place[i], axis=-1).squeeze(-1), chosen)
-            hidden = mx.depends(hidden, [log_sum_exps[-1], chosen])  # one slice after another
-        log_sum_exp = mx.logsumexp(mx.stack(log_sum_exps), axis=0)
+        log_sum_exp, chosen = forward_in_slices(head, hidden, weights, targets, slices)
         return log_sum_exp - chosen, log_sum_exp
 
     @ce_and_log_sum_exp.vjp
     def gradients(primals, cotangents, outputs):
-        hidden, weights = primals
-        cotangent, log_sum_exp = cotangents[0][..., None], outputs[1][..., None]
-
-        def stand_in(hidden, rows, first, last):
-            """By a logit it has the gradient of the cross entropy: softmax minus one-hot."""
-            logits = head.logits(hidden, rows, first, last)
-            one_hot = mx.arange(first, last) == targets[..., None]
-            return (cotangent * (mx.exp(logits - log_sum_exp) - mx.where(one_hot, logits, 0))).sum()
-
-        d_hidden, d_rows = mx.zeros(hidden.shape), []
-        for first, last in slices:
-            rows = head.rows(weights, first, last)
-            of_hidden, of_rows = mx.grad(stand_in, argnums=(0, 1))(hidden, rows, first, last)
-            d_hidden = d_hidden + of_hidden
-            d_rows.append(of_rows)
-            hidden = mx.depends(hidden, [d_hidden, *of_rows])
-        d_weights = [head.joined(w, parts) for w, parts in zip(weights, zip(*d_rows, strict=True), strict=True)]
-        return d_hidden.astype(hidden.dtype), d_weights
+        d_hidden, d_weights = backward_in_slices(head, *primals, targets, slices, cotangents[0], outputs[1])
+        return d_hidden.astype(primals[0].dtype), d_weights
 
     return ce_and_log_sum_exp(hidden, head.weights())[0]
 
 
-def _check(head):
+def forward_in_slices(
+    head: Head, hidden: mx.array, weights: list[mx.array], targets: mx.array, slices: list[tuple[int, int]]
+) -> tuple[mx.array, mx.array]:
+    """Each token's log-sum-exp over the head's words, and the logit of its target; (B, T) float32 both.
+
+    Args:
+        head: Its words are V.
+        hidden, weights: What goes into it, (B, T, D), and its weights that train.
+        targets: (B, T) word numbers. One below 0 or from V on is no word of this head: its logit is 0.
+        slices: The first and the one after the last word of each, in order.
+    """
+    # For all slices at once: mx.compile builds another kernel for each number that stands in it.
+    firsts, widths = (mx.array(each)[:, None, None] for each in zip(*((a, b - a) for a, b in slices), strict=True))
+    place = targets - firsts
+    inside = (place >= 0) & (place < widths)
+    place = mx.where(inside, place, 0)[..., None]
+    log_sum_exps, chosen = [], mx.zeros(targets.shape)
+    for i, (first, last) in enumerate(slices):
+        logits = head.logits(hidden, head.rows(weights, first, last), first, last)
+        log_sum_exps.append(mx.logsumexp(logits, axis=-1))
+        chosen = mx.where(inside[i], mx.take_along_axis(logits, place[i], axis=-1).squeeze(-1), chosen)
+        hidden = mx.depends(hidden, [log_sum_exps[-1], chosen])  # one slice after another
+    return mx.logsumexp(mx.stack(log_sum_exps), axis=0), chosen
+
+
+def backward_in_slices(
+    head: Head,
+    hidden: mx.array,
+    weights: list[mx.array],
+    targets: mx.array,
+    slices: list[tuple[int, int]],
+    cotangent: mx.array,
+    log_sum_exp: mx.array,
+) -> tuple[mx.array, list[mx.array]]:
+    """Gradients of :func:`forward_in_slices`'s cross entropy, times ``cotangent`` (B, T), by ``hidden`` and weights.
+
+    ``log_sum_exp``, (B, T), may be over more words than this head's. That by ``hidden`` is float32.
+    """
+    cotangent, log_sum_exp = cotangent[..., None], log_sum_exp[..., None]
+
+    def stand_in(hidden, rows, first, last):
+        """By a logit it has the gradient of the cross entropy: softmax minus one-hot."""
+        logits = head.logits(hidden, rows, first, last)
+        one_hot = mx.arange(first, last) == targets[..., None]
+        return (cotangent * (mx.exp(logits - log_sum_exp) - mx.where(one_hot, logits, 0))).sum()
+
+    d_hidden, d_rows = mx.zeros(hidden.shape), []
+    for first, last in slices:
+        rows = head.rows(weights, first, last)
+        of_hidden, of_rows = mx.grad(stand_in, argnums=(0, 1))(hidden, rows, first, last)
+        d_hidden = d_hidden + of_hidden
+        d_rows.append(of_rows)
+        hidden = mx.depends(hidden, [d_hidden, *of_rows])
+    return d_hidden, [head.joined(w, parts) for w, parts in zip(weights, zip(*d_rows, strict=True), strict=True)]
+
+
+def _check(head, flag):
     """Refuse a model for which the slices would give another loss or other gradients than the whole."""
-    where = f"--chunked-loss: {type(head.model).__module__}"
     try:
         check_after(head)
     except InputError as error:
-        raise InputError(f"--chunked-loss: {error}; {REMEDY}") from None
+        raise InputError(f"{flag}: {error}; train without {flag}") from None
     tokens = mx.linspace(0, head.vocabulary - 1, 8).astype(mx.int32).reshape(2, 4)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with evaluating(head.model):
@@ -124,4 +162,7 @@ def _check(head):
     # GPUs multiply float32 with 10 bits unless told not to.
     error = max(8 * mx.finfo(logits.dtype).eps, 2.0**-10) * mx.maximum(mx.abs(logits).max(), 1)
     if not mx.all(mx.abs(found - expected) <= error):
-        raise InputError(f"{where}: slice by slice, its loss is not what it is as a whole; {REMEDY}")
+        raise InputError(
+            f"{flag}: {type(head.model).__module__}: slice by slice, its loss is not what it is as a whole; train "
+            f"without {flag}"
+        )

@@ -40,10 +40,11 @@ def evaluate(
 
     NaN only if no batch has anything to learn. ``between_batches`` is called after each batch; it may raise.
     """
-    empty = []
+    empty, workers = [], Workers.join()
 
     def batches(dataset, batch_size, max_seq_length, comm_group):
-        for batch in batches_of(args, dataset, max_seq_length, comm_group=comm_group):
+        for whole in batches_of(args, dataset, max_seq_length):  # padded alike on all workers
+            batch = tuple(each[workers.rank :: workers.size] for each in whole)
             empty.append(learned_tokens(batch).count(0))
             yield batch
 
@@ -62,7 +63,7 @@ def evaluate(
         clear_cache_threshold=args.clear_cache_threshold,
         progress_callback=between_batches,
     )
-    if Workers.join().all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
+    if workers.all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
         rows.empty_rows_named = True
         _name_empty(args, rows)
     return mean

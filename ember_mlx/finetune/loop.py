@@ -55,7 +55,7 @@ class Training:
         start (Position, optional): Where to resume.
         make_step (callable): Makes the step, as :class:`Step` is made: of model, optimizer, loss and accumulation.
         deadline (PeerDeadline, optional): Hears of every meeting of the workers.
-        whole (callable): See :meth:`~ember_mlx.finetune.streamed.Streamed.whole`.
+        whole (callable): See :meth:`~ember_mlx.finetune.streamed.Streamed.whole`, and that of ``ShardedTables``.
     """
 
     def __init__(
@@ -207,8 +207,9 @@ class Training:
         seconds = time.perf_counter() - start
         ui.report_val(step, value, seconds)
         self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
-        for watcher in self.watchers:
-            watcher.after_validation(step, value)
+        with self.whole(self.args.sample_prompts is not None):
+            for watcher in self.watchers:
+                watcher.after_validation(step, value)
         if self.same_batches:
             self.validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
 
@@ -238,7 +239,8 @@ class Training:
         except InputError as error:
             refused = error
         # All workers save together what is sharded.
-        ends = self.workers.all_max(int(refused is not None)) if self.args.shard_optimizer else refused
+        sharded = self.args.shard_optimizer or self.args.shard_tables
+        ends = self.workers.all_max(int(refused is not None)) if sharded else refused
         if ends and step > 1:
             self._save_checkpoint()
         if refused:

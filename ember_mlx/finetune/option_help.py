@@ -204,6 +204,11 @@ HELP: Help = {
             "Keep the weights of the lowest validation loss in best/, an adapter of its own. Default: on where tables "
             "train and validation rows exist.",
         ),
+        "shard_tables": (
+            None,
+            "With several workers: each keeps a part of the rows of the token tables, with their gradients, and sends "
+            "activations instead. Far less is sent, and less memory taken.",
+        ),
         "peer_timeout": (
             "SECONDS",
             "With several workers: end the run when no step ends for SECONDS, since another worker is lost. Slow steps "

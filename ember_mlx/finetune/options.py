@@ -101,6 +101,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "memory_limit": (None, {"type": _limit}),
     "peer_timeout": (300, {"type": int}),
     "log_jsonl": (None, {"type": str}),
+    "shard_tables": (False, SWITCH),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
 AT_LEAST = {

@@ -44,6 +44,7 @@ FREE = {
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "valid_fraction"),  # as "data"
     *("streaming_notes", "peer_timeout", "keep_best", "patience"),
     "shard_optimizer",  # to the bit
+    "shard_tables",  # as the number of workers, which is named: sums in another order
     "dequantize_tables",  # obsolete
     "auto_savings",  # what it switches on is compared itself
     "on_nonfinite",  # up to a step that is not finite both are one
@@ -51,7 +52,7 @@ FREE = {
 # Of these, what decides at which steps the workers of one run meet.
 SHARED = {
     *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
-    *("keep_best", "patience", "shard_optimizer"),
+    *("keep_best", "patience", "shard_optimizer", "shard_tables"),
 }
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
@@ -213,7 +214,8 @@ def restore(
         raise InputError(f"{where}: cannot be resumed from ({error}); use another checkpoint") from error
     model.load_weights(list(checkpoint.weights.items()), strict=False)
     fill(optimizer.state, saved)
-    same_batches = own_made_of == checkpoint.made_of and args.batch_size == checkpoint.options.get("batch_size")
+    of = [made_of | {"workers": 1} for made_of in (own_made_of, checkpoint.made_of)]  # all draw the whole batch
+    same_batches = of[0] == of[1] and args.batch_size == checkpoint.options.get("batch_size")
     if not same_batches:
         return replace(position, drawn=0, epoch_random=numpy_random(), first_evaluation=None)
     if position.drawn >= batches_an_epoch:

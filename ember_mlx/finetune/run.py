@@ -45,6 +45,7 @@ from ember_mlx.finetune.resume import (
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
+from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
 from ember_mlx.finetune.streamed import as_it_began, step_of
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
@@ -111,6 +112,10 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         check_data_folder(args, given.rows)
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
+        if args.train and args.shard_tables and workers.size == 1:
+            raise InputError(
+                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
+            )
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
         if args.train and args.shard_optimizer:
@@ -183,6 +188,8 @@ def train_model(
         workers.agree({shown: of[name]})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
+        if args.shard_tables:
+            check_modules(model, choices.tables)
         if args.packing:
             check_rows_stay_apart(model, args.max_seq_length - 1)
         kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
@@ -201,6 +208,11 @@ def train_model(
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
+    sharded = None
+    if args.shard_tables:
+        sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
+        rprint(f"{sharded}\n")
+        loss, make_step, how = sharded.loss, sharded.step, {"whole": sharded.whole}
     if samples:
         watchers = [*watchers, samples]
     if log:
@@ -213,6 +225,8 @@ def train_model(
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
     if valid_set and training.same_batches:
         training.validated(training.steps_done, loss_after, is_saved=True)
+    if sharded:
+        sharded.make_whole()
     if log:
         log.end(training.steps_done, loss_after if valid_set else None)
     saved = adapter_saving.run_files(Path(args.adapter_path)) if workers.leads else []
@@ -256,7 +270,8 @@ def _set_what_trains(args, choices, model):
     make_trainable(model, args, choices)
     if args.resume_adapter_file is not None and args.resume is None:
         adapters.refuse_other_tokens(Path(args.resume_adapter_file), choices.added_tokens)
-        _load_adapter_file(model, Path(args.resume_adapter_file))
+        rprint(f"Loading fine-tuned weights from {args.resume_adapter_file}")
+        adapters.load_file(model, Path(args.resume_adapter_file))
 
 
 def _begin(args, model, optimizer, of, kept, rows, lock, workers):
@@ -352,20 +367,6 @@ def _reporting_callbacks(args):
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"--report-to {args.report_to}: {error}") from error
-
-
-def _load_adapter_file(model, path):
-    """Trained weights of an earlier run, its tables beside them included."""
-    rprint(f"Loading fine-tuned weights from {path}")
-    if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {adapters.ADAPTERS}")
-    tables = adapters.tables_of(path)
-    for file in (path, tables) if tables else (path,):
-        weights = adapters.read_arrays(file)
-        # What this run does not train, it would not save either.
-        trainable = model.trainable_parameters()
-        remedy = "use the --fine-tune-type, --train-tables and --num-layers of the run that wrote it"
-        adapters.load_weights(model, weights, trainable, f"--resume-adapter-file {file}", remedy)
 
 
 def _test(args, model, test_set, between_batches=lambda: None):

@@ -68,7 +68,7 @@ class Step:
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
-        lookup = _looked_up_by_tokens(model)
+        lookup = self._looked_up_by_tokens()
 
         def rows_in(batch):
             return batch[3].size if len(batch) > 3 else 0
@@ -83,7 +83,7 @@ class Step:
             gradients = reduce(gradients, {name: batch[3] for name in lookup if 0 < rows_in(batch) < lookup[name]})
             if accumulation > 1:
                 gradients = tree_map(lambda x: x / accumulation, gradients)
-            return value, tokens, gradients, squares_of(gradients) if self._judges else None
+            return value, tokens, gradients, self._squares_of(gradients) if self._judges else None
 
         self._gradients_of = gradients_of
         self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
@@ -127,7 +127,8 @@ class Step:
         if self.optimizer.guard.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
-        evaluate_paced(update_groups(tree_flatten(weights), tree_flatten(self.optimizer.state)))
+        state = tree_flatten(self.optimizer.state)
+        evaluate_paced([*self._exchanged(), *update_groups(tree_flatten(weights), state)])
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
 
@@ -168,6 +169,15 @@ class Step:
 
     def _changing(self):
         return {"weights": self.model.trainable_parameters(), "state": self.optimizer.state}
+
+    def _looked_up_by_tokens(self):
+        return _looked_up_by_tokens(self.model)
+
+    def _exchanged(self):
+        return []
+
+    def _squares_of(self, gradients):
+        return squares_of(gradients)
 
     def _is_finite(self):
         return all(all_finite([array]).item() for _, array in tree_flatten(self.model.trainable_parameters()))

@@ -29,10 +29,14 @@ def table_seed(seed: int, number: int) -> mx.array:
     return mix(mx.array(seed, mx.uint32) ^ mix(mx.array(number + 1, mx.uint32)))
 
 
-def bit_keys(seed: mx.array, t: mx.array, rows: int, columns: int) -> tuple[mx.array, mx.array]:
-    """What :func:`random_bits` takes for step ``t``: uint32 of the rows, (V,), and of the columns, (D,)."""
+def bit_keys(seed: mx.array, t: mx.array, rows: int, columns: int, first_row: int = 0) -> tuple[mx.array, mx.array]:
+    """What :func:`random_bits` takes for step ``t``: uint32 of the rows, (V,), and of the columns, (D,).
+
+    Of a part of a table, ``first_row`` is the number in the table of its first row.
+    """
     step_key = mix(seed ^ mix(t.astype(mx.uint32)))
-    return mix(step_key ^ mx.arange(rows, dtype=mx.uint32)), mix(mx.arange(columns, dtype=mx.uint32))
+    numbers = mx.arange(first_row, first_row + rows, dtype=mx.uint32)
+    return mix(step_key ^ numbers), mix(mx.arange(columns, dtype=mx.uint32))
 
 
 def random_bits(row_keys: mx.array, column_keys: mx.array) -> mx.array:

@@ -30,6 +30,7 @@ from ember_mlx.kernels.stochastic_rounding import (
     table_seed,
 )
 from ember_mlx.optimizers.checks import FINITE, as_number, check_number, check_parameters, check_state, warning_of
+from ember_mlx.optimizers.row_shards import RowShards
 from ember_mlx.shared.ember_options import (
     BETA2_RANGE,
     STEPS_TO_LOOK_AT,
@@ -80,6 +81,7 @@ def ember_step(
     row_clip: float | None = None,
     row_floor: float | None = None,
     seed: mx.array | None = None,  # (), uint32
+    shards: RowShards | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """One step of Ember on one table. All arithmetic is float32, whatever the dtypes of ``w`` and ``g``.
 
@@ -89,16 +91,20 @@ def ember_step(
         row_clip: The most learning rates that a row's step may have as its root mean square.
         row_floor: How large a row's gradients must be, over the table's, for whole steps.
         seed: Of the table, for stochastic rounding. Without it: to nearest.
+        shards: Of a table whose rows lie on several workers; ``w``, ``g`` and ``r`` are this worker's.
 
     Returns:
         The new ``w`` in its own dtype, and the new ``r`` and ``c``.
     """
     row_mean, column_mean = mean_squares(g)
+    if shards is not None:
+        column_mean = shards.mean_over_all_rows(column_mean)
     r = update_second_moment(r, row_mean, beta2)
     c = update_second_moment(c, column_mean, beta2)
     q = bias_correction(t, beta2) if q is None else q
     a, b = denominator_factors(r, c, q, row_mean, row_clip, row_floor)
-    keys = bit_keys(seed, t, *w.shape) if seed is not None and w.dtype in DROPPED_BITS else None
+    first_row = 0 if shards is None else shards.first_row
+    keys = bit_keys(seed, t, *w.shape, first_row) if seed is not None and w.dtype in DROPPED_BITS else None
     return update_table(w, g, a, b, learning_rate, eps, weight_decay, keys), r, c
 
 
@@ -223,6 +229,9 @@ class Ember(Optimizer):
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
     ``mx.compile``, call ``init``: state that first appears in the first step is compiled for anew in the second.
 
+    Where several workers share the rows, ``row_shards``, an attribute, says which are here. Set it before the first
+    step, with the rows here alone in the parameters and in each ``r``.
+
     A schedule of ``beta2`` keeps its value and the bias correction, one minus the product of all values, in the state,
     and stochastic rounding a ``seed`` of each table, made from that above and its place among the tables. Where
     ``rounding="nearest"`` would leave most elements of a table as they are in a step, one warning says so.
@@ -253,6 +262,7 @@ class Ember(Optimizer):
         self.row_floor = check_row_limit("row_floor", row_floor)
         self.rounding = rounding
         self.seed = seed
+        self.row_shards: RowShards | None = None
         self._warned = False
         self._schedule("learning_rate", learning_rate)
         self._schedule("weight_decay", weight_decay)
@@ -342,6 +352,7 @@ class Ember(Optimizer):
             row_clip=self.row_clip,
             row_floor=self.row_floor,
             seed=state["seed"] if self.rounding == "stochastic" else None,
+            shards=self.row_shards,
         )
         return parameter
 

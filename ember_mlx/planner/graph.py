@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ember_mlx.planner.architecture import Architecture
+from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array, Operation
 
 __all__ = ["FLOAT32", "Graph", "Run"]
@@ -32,6 +32,7 @@ class Run:
         norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
         body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
         workers (int): How many share a batch.
+        shard_tables (bool): Whether they share the rows of the tables that train, too.
         tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
@@ -56,6 +57,15 @@ class Run:
     body_rounding: str = "nearest"
     workers: int = 1
     stream_as_usual: bool = False
+    shard_tables: bool = False
+
+    def rows_here(self, table: Table) -> int:
+        """How many rows of a table one worker keeps, at most."""
+        return -(-table.rows // self.workers) if self.is_sharded(table) else table.rows
+
+    def is_sharded(self, table: Table) -> bool:
+        """Whether the workers share its rows."""
+        return self.shard_tables and table.role in self.tables
 
 
 class Graph:

@@ -3,6 +3,7 @@
 from ember_mlx.planner.architecture import Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
+from ember_mlx.planner.sharding import gathered, own_part
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 
 __all__ = ["chunked_loss", "loss"]
@@ -30,10 +31,15 @@ def loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -> Array:
 
 
 def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -> Array:
-    """The same, of a slice of the vocabulary at a time; see ember_mlx.finetune.chunked_loss."""
-    n = graph.tokens
-    words = min(max(CHUNKED_LOGITS // n // 128, 1) * 128, head.rows)
-    slices = [min(words, head.rows - first) for first in range(0, head.rows, words)]
+    """The same, of a slice of the vocabulary at a time; see ember_mlx.finetune.chunked_loss.
+
+    Of a sharded head, of all workers' tokens and the rows here; see ember_mlx.finetune.vocabulary_parallel.
+    """
+    sharded, rows = graph.run.is_sharded(head), graph.run.rows_here(head)
+    n = graph.tokens * (graph.run.workers if sharded else 1)
+    h = gathered(graph, h) if sharded else h
+    words = min(max(CHUNKED_LOGITS // n // 128, 1) * 128, rows)
+    slices = [min(words, rows - first) for first in range(0, rows, words)]
     graph.role = "logits"
     hidden, chosen, sums = h, graph.make([], n, FLOAT32), []
 
@@ -60,4 +66,5 @@ def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -
         hidden = graph.view(hidden, after=[d_h, *parts[-1:]])
     if trained:
         graph.add_gradient(head.name, graph.make(parts, w.numbers))
-    return graph.elementwise([d_h], width=graph.width)
+    d_h = graph.elementwise([d_h], width=graph.width)
+    return own_part(graph, graph.make([d_h], d_h.numbers)) if sharded else d_h

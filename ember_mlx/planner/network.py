@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ember_mlx.planner.evaluation import Array, Operation
 from ember_mlx.planner.graph import FLOAT32, Graph
+from ember_mlx.planner.sharding import around_tables, sharded_tables
 
 __all__ = ["LINKS", "Traffic", "average", "part_of", "traffic"]
 
@@ -31,16 +32,18 @@ class Traffic:
         workers (int): In all.
         payload (dict[int, int]): Bytes of gradients, by the bytes of a number: 4 are float32, 2 are 16-bit.
         embedding_rows (int): The most rows that an untied embedding sends; 0 where it sends all, or none.
+        around_tables (int): Bytes that leave a worker for sharded tables.
     """
 
     workers: int
     payload: dict[int, int]
     embedding_rows: int
+    around_tables: int = 0
 
     @property
     def sent(self) -> int:
         """Bytes that leave a worker."""
-        return 2 * (self.workers - 1) * sum(self.payload.values()) // self.workers
+        return 2 * (self.workers - 1) * sum(self.payload.values()) // self.workers + self.around_tables
 
     def seconds(self, link: str) -> float:
         """How long that takes, where nothing else goes over the link; one of :data:`LINKS`."""
@@ -51,11 +54,13 @@ def traffic(graph: Graph) -> Traffic:
     """What the step of that graph sends."""
     if graph.run.stream:
         return _streamed_traffic(graph)
-    rows, payload = _rows_to_send(graph), Counter()
+    rows, payload, sharded = _rows_to_send(graph), Counter(), sharded_tables(graph)
     for name, gradient in graph.gradients.items():
+        if name in sharded:
+            continue
         numbers = rows[name] * graph.shapes[name][1] if name in rows else gradient.numbers
         payload[int(gradient.width)] += int(numbers * gradient.width)
-    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0))
+    return Traffic(graph.run.workers, dict(payload), next(iter(rows.values()), 0), around_tables(graph))
 
 
 def _streamed_traffic(graph):
@@ -78,8 +83,8 @@ def average(graph: Graph) -> None:
     """The gradients become the means over all workers: parts of joined buffers, and of an embedding a new array."""
     if graph.run.workers == 1:
         return
-    rows, groups = _rows_to_send(graph), {}
-    for name in (name for name in graph.weights if name in graph.gradients):
+    rows, groups, sharded = _rows_to_send(graph), {}, sharded_tables(graph)
+    for name in (name for name in graph.weights if name in graph.gradients and name not in sharded):
         part = graph.gradients[name]
         if name in rows:
             part = graph.make([part], rows[name] * graph.shapes[name][1], part.width, role="gradients")
@@ -112,6 +117,6 @@ def _rows_to_send(graph):
     if run.micro_batches > 1:
         rows = 1 << (rows * run.micro_batches - 1).bit_length()
     tables = [table for table in graph.model.tables() if table.role == "embedding" and table.role in run.tables]
-    if run.workers == 1:
+    if run.workers == 1 or run.shard_tables:
         return {}
     return {table.name: rows for table in tables if rows < table.rows}

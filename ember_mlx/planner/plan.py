@@ -6,7 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, choose, streams_by_default
+from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, SHARDABLE, choose, streams_by_default
 from ember_mlx.finetune.optimizer_names import planned
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
@@ -107,6 +107,8 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
     if options.batch_size % workers:
         raise InputError(f"--workers {workers}: must divide --batch-size {options.batch_size}")
     choices = choose(options, model.shapes(), workers=workers)
+    if workers == 1 and options.shard_tables:
+        raise InputError("--shard-tables: needs several workers: add --workers N, or leave it out")
     lora = choices.lora_parameters or {}
     keys = lora.get("keys")
     return Run(
@@ -130,6 +132,7 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         body_rounding=choices.body_rounding,
         workers=workers,
         stream_as_usual=options.stream is None,
+        shard_tables=options.shard_tables,
     )
 
 
@@ -148,7 +151,7 @@ def alternatives(run: Run) -> dict[str, Run]:
     By the flags that ask for it. Where the run freezes the tables, all of them train beside it, dequantized.
     """
     thawed, flag = (run, "") if run.tables else (changed(run, tables=ROLES["auto"]), "--train-tables auto ")
-    names = ("ember", "adamw", "adafactor")
+    names = [name for name in ("ember", "adamw", "adafactor") if name in SHARDABLE or not run.shard_tables]
     kinds = {f"{flag}--table-optimizer {name}": replace(thawed, table_optimizer=name) for name in names}
     return kinds if run.tables_must_train else kinds | {"--train-tables none": changed(run, tables=())}
 

@@ -125,7 +125,10 @@ class Report:
             return []
         parts = [f"{in_units(nbytes)} in {NUMBERS[width]}" for width, nbytes in sorted(traffic.payload.items())]
         rows = f" (at most {traffic.embedding_rows:,} rows of the embedding)" if traffic.embedding_rows else ""
-        what = f"gradients of {' and '.join(parts)}{rows}"
+        what = f"gradients of {' and '.join(parts)}{rows}" if parts else ""
+        if traffic.around_tables:
+            around = f"{in_units(traffic.around_tables)} around the sharded tables"
+            what = f"{around} and {what}" if what else around
         every = "step" if steps == 1 else f"{steps} steps"
         return [
             f"Network: each of the {traffic.workers} hosts sends {in_units(traffic.sent)} every {every}, {what}: "
@@ -138,7 +141,8 @@ class Report:
             return None
         every = {"steps": self.run.micro_batches, "sent": traffic.sent, "seconds": traffic.seconds(self.link)}
         payload = {NUMBERS[width]: nbytes for width, nbytes in traffic.payload.items()}
-        return {"hosts": traffic.workers, "link": self.link, **every, "payload": payload}
+        around = {"around_tables": traffic.around_tables}
+        return {"hosts": traffic.workers, "link": self.link, **every, "payload": payload, **around}
 
     def _phases(self):
         """Of a streamed step, what stands between steps, and the peak of each phase."""

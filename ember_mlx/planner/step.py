@@ -5,6 +5,7 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import Graph, Run
 from ember_mlx.planner.loss import chunked_loss, loss
 from ember_mlx.planner.modules import Backward, attention, heads, joined, linear, norm
+from ember_mlx.planner.sharding import gathered, own_part
 from ember_mlx.planner.update import judge, update
 
 __all__ = ["build_step", "layer"]
@@ -19,7 +20,7 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     head = of_role.get("tied") or of_role["head"]
     trained = {table.name for table in tables.values() if table.role in run.tables}
     w_embedding = _table(graph, embedding, embedding.name in trained)
-    x = graph.make([w_embedding], graph.tokens * model.hidden)
+    x = _looked_up(graph, embedding, w_embedding)
     first_trained = 0 if embedding.name in trained else max(model.layers - run.layers, 0)
     backs = []
     for i in range(model.layers):
@@ -28,13 +29,15 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     full = run.fine_tune_type == "full"
     h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
     w_head = _table(graph, head, head.name in trained)
-    compute = chunked_loss if run.chunked_loss else loss
+    compute = chunked_loss if run.chunked_loss or run.is_sharded(head) else loss
     d_h = compute(graph, h, head, w_head, head.name in trained)
     graph.role = "scratch"
     d_x = back_norm(d_h)
     for i in reversed(range(first_trained, model.layers)):
         d_x = backs[i](d_x, i > first_trained or embedding.name in trained)
     if embedding.name in trained:
+        if run.is_sharded(embedding):
+            d_x = graph.elementwise([gathered(graph, d_x)])
         zeros = graph.make([], w_embedding.numbers, role="gradients")
         graph.add_gradient(embedding.name, graph.make([zeros, d_x], w_embedding.numbers, in_place=True))
     judge(graph)
@@ -43,7 +46,15 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
 
 
 def _table(graph, table, trained):
-    return graph.weight(table.name, (table.rows, table.columns), trained, nbytes=table.nbytes)
+    return graph.weight(table.name, (graph.run.rows_here(table), table.columns), trained, nbytes=table.nbytes)
+
+
+def _looked_up(graph, table, w):
+    numbers = graph.tokens * table.columns
+    if not graph.run.is_sharded(table):
+        return graph.make([w], numbers)
+    of_all = graph.elementwise([graph.make([w], numbers * graph.run.workers)])
+    return own_part(graph, graph.make([of_all], of_all.numbers))
 
 
 def _checkpointed(graph, x, i):

@@ -32,7 +32,7 @@ class Campaign:
 
     def __init__(self, hosts, seed):
         self.hosts, self.random, self.number = hosts, random.Random(seed), 0
-        self.expected = {}
+        self.expected, self.more = {}, []
 
     def words(self, iters=16, *more):
         """A run into a new folder on each host."""
@@ -41,7 +41,7 @@ class Campaign:
         rows = 4 // self.hosts.count * self.hosts.count  # there are four to validate on
         given |= {"--batch-size": rows, "--max-seq-length": 32, "--save-every": 4, "--steps-per-report": 1}
         given |= {"--val-batches": 1, "--steps-per-eval": 1000, "--peer-timeout": TIMEOUT}
-        return [str(word) for pair in given.items() for word in pair] + list(more)
+        return [str(word) for pair in given.items() for word in pair] + self.more + list(more)
 
     def adapter(self, rank=0):
         return self.hosts.folders[rank] / f"adapters{self.number}"
@@ -194,24 +194,62 @@ class Campaign:
         return told
 
     def case_bytes(self):
-        """What a host sends in 20 steps more, by step: within 10 % of what plan says."""
-        sent = []
-        for iters in (4, 24):
-            before = self.hosts.sent(0)
-            assert Run(self.hosts, self.words(iters)).finish()[0] == [0] * self.hosts.count
-            sent.append(self.hosts.sent(0) - before)
-        step, planned = (sent[1] - sent[0]) // 20, self.planned_bytes()
+        """What a host sends in 8 steps, by step: within 10 % of what plan says."""
+        return self.bytes_a_step()
+
+    def case_sharded_bytes(self):
+        """The same with 32,000 words and 256 tokens, with whole tables and --shard-tables: at most a tenth of them."""
+        told = {}
+        for name in ("untied", "tied"):
+            for folder in self.hosts.folders:
+                wide_model(folder, name)
+            words = ["--model", name, "--batch-size", "4", "--max-seq-length", "65"]
+            whole, sharded = (self.bytes_a_step(*words, *more) for more in ([], ["--shard-tables"]))
+            part = sharded["bytes a step"] / whole["bytes a step"]
+            told[name] = {"whole tables": whole, "sharded": sharded, "part": round(part, 4)}
+            assert part <= 0.1, told
+        return told
+
+    def case_sharded(self):
+        """With --shard-tables: resumed, killed and cut as without, and resumed bit for bit."""
+        self.expected, before = {}, self.expected
+        self.more = ["--shard-tables"]
+        try:
+            found = {name: getattr(self, f"case_{name}")() for name in ("equal", "cut")}
+            return found | {"kill": self.case_kill(2)}
+        finally:
+            self.expected, self.more = before, []
+
+    def bytes_a_step(self, *more):
+        """What a host sends, and what plan says; within 10 %."""
+        run = Run(self.hosts, self.words(12, "--save-every", "1000", *more))
+        assert run.finish()[0] == [0] * self.hosts.count, run.said(0)[-500:]
+        sent = run.sent_by_steps(0)
+        step, planned = (sent[10] - sent[2]) // 8, self.planned_bytes(*more)
         assert abs(step / planned - 1) <= 0.1, f"{step:,} bytes a step, planned {planned:,}"
         return {"bytes a step": step, "planned": planned}
 
-    def planned_bytes(self):
+    def planned_bytes(self, *more):
         """What plan says that a host sends in a step."""
-        words = self.words()
+        words = self.words(16, *more)
         del words[words.index("--adapter-path") : words.index("--adapter-path") + 2]
         command = [sys.executable, "-m", "ember_mlx", "plan", *words, "--workers", str(self.hosts.count), "--json"]
         own = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=self.hosts.folders[0], env=own, stdout=subprocess.PIPE, check=True)
         return json.loads(done.stdout)["network"]["sent"]
+
+
+def wide_model(folder, name):
+    """A model beside that of the other cases, with 32,000 words; their tokenizer uses the first of them."""
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.models import llama
+    from mlx_lm.utils import save
+
+    _, tokenizer, config = load(str(folder / "model"), return_config=True)
+    config |= {"vocab_size": 32_000, "tie_word_embeddings": name == "tied"}
+    mx.random.seed(0)
+    save(folder / name, folder / "model", llama.Model(llama.ModelArgs.from_dict(config)), tokenizer, config)
 
 
 def cases(campaign):

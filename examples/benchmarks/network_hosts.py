@@ -29,6 +29,8 @@ taken = []
 def paused(*arguments, **keywords):
     time.sleep(0.1)
     taken.append(take(*arguments, **keywords))
+    sent = next((line.split()[9] for line in open("/proc/net/dev") if "wire:" in line), None)
+    print("sent", sent, file=sys.stderr)
     print("step", len(taken), file=sys.stderr, flush=True)
     return taken[-1]
 run.train_model, step.Step.__call__ = train_model, paused
@@ -88,12 +90,6 @@ class Hosts:
                                capture_output=True, text=True, check=True).stdout for name in self.names]  # fmt: skip
         return sum(int(count) for text in told for count in re.findall(r"dropped (\d+)", text))
 
-    def sent(self, rank):
-        """Bytes that have left a host."""
-        shown = subprocess.run(["ip", "-n", self.names[rank], "-s", "-j", "link", "show", "wire"],
-                               capture_output=True, text=True, check=True)  # fmt: skip
-        return json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"]
-
 
 class Run:
     """One run on all hosts, started; ``words`` may differ from host to host."""
@@ -123,6 +119,10 @@ class Run:
             if time.monotonic() > end or self.processes[0].poll() is not None:
                 raise AssertionError(f"step {step} was never reached: {self.said(0)[-500:]}")
             time.sleep(0.02)
+
+    def sent_by_steps(self, rank):
+        """Bytes that had left a host after each step."""
+        return [int(sent) for sent in re.findall(r"^sent (\d+)$", self.said(rank), re.MULTILINE)]
 
     def signal(self, rank, number):
         self.processes[rank].send_signal(number)  # "ip netns exec" becomes the command
