@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from quality_benchmark import SETTING, TINY, body_rules, llama, plan, table_rules, training
+from quality_benchmark import SETTING, TINY, body_rules, llama, plan, table_rules, tasks, training
 
-from cuda_ref import Ember, FlashAdamW, SplitWeights
+from cuda_ref import Ember, FlashAdamW, SinkGD, SplitWeights
 
 
 def test_the_model_is_the_llama_of_hugging_face():
@@ -102,6 +102,22 @@ def test_rounded_weights_with_a_rest_are_those_of_the_library(gradients, name):
     torch.testing.assert_close(ours, theirs.detach().float(), rtol=0, atol=0)
 
 
+def test_sinkgd_by_shape_is_sinkgd(gradients):
+    """Two matrices of one shape, one of another, and a vector."""
+    models = []
+    for build in (SinkGD, body_rules.SinkGDByShape):
+        weights = [torch.nn.Parameter(torch.linspace(-1, 1, g.numel()).view(g.shape).clone())
+                   for g in (gradients[0], gradients[0], gradients[0].T, gradients[0][0])]  # fmt: skip
+        optimizer = build(weights, lr=torch.tensor(0.01), weight_decay=0.1)
+        for g in gradients:
+            for w, of_w in zip(weights, (g, g.flip(0), g.T, g[0]), strict=True):
+                w.grad = of_w.clone()
+            optimizer.step()
+        assert all(torch.equal(w.grad, of_w) for w, of_w in zip(weights, (g, g.flip(0), g.T, g[0]), strict=True))
+        models.append([w.detach() for w in weights])
+    torch.testing.assert_close(*models, rtol=1e-5, atol=1e-6)
+
+
 def write_tokens(folder):
     random = np.random.default_rng(0)
     for part, count in (("train", 4000), ("valid", 500)):
@@ -178,7 +194,7 @@ def test_lora_is_that_of_mlx_lm():
 
     defaults = CONFIG_DEFAULTS["lora_parameters"]
     assert (defaults["rank"], defaults["scale"], defaults["dropout"]) == (llama.LORA_RANK, llama.LORA_SCALE, 0)
-    assert plan.SMOLLM2_LORA.lora_layers == CONFIG_DEFAULTS["num_layers"]
+    assert tasks.SMOLLM2_LORA.lora_layers == CONFIG_DEFAULTS["num_layers"]
     ours = llama.LoRALinear(6, 5)
     torch.nn.init.normal_(ours.lora_a), torch.nn.init.normal_(ours.lora_b)
     theirs = LoRALinear(6, 5, r=defaults["rank"], scale=defaults["scale"])

@@ -113,9 +113,7 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.train and args.shard_tables and workers.size == 1:
-            raise InputError(
-                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
-            )
+            raise InputError("--shard-tables: is for several workers; start them with mlx.launch, or leave it out")
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
         if args.train and args.shard_optimizer:

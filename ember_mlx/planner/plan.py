@@ -108,7 +108,7 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         raise InputError(f"--workers {workers}: must divide --batch-size {options.batch_size}")
     choices = choose(options, model.shapes(), workers=workers)
     if workers == 1 and options.shard_tables:
-        raise InputError("--shard-tables: needs several workers: add --workers N, or leave it out")
+        raise InputError("--shard-tables: is for several workers; add --workers N, or leave it out")
     lora = choices.lora_parameters or {}
     keys = lora.get("keys")
     return Run(
@@ -131,8 +131,9 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         norm_pass=options.clip_grad_norm is not None,
         body_rounding=choices.body_rounding,
         workers=workers,
-        stream_as_usual=options.stream is None,
+        shard_optimizer=options.shard_optimizer and workers > 1,
         shard_tables=options.shard_tables,
+        stream_as_usual=options.stream is None,
     )
 
 

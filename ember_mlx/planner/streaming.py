@@ -39,6 +39,8 @@ def streamed_runs(model: Architecture, run: Run) -> list[tuple[str, Run]]:
 
     None of what ``train --stream`` would refuse, or would do with the logits and the head's gradient as a whole.
     """
+    if run.shard_tables:
+        return []
     runs = [("", run)]
     if not run.stream:
         # Only the flash optimizers split weights one array at a time.

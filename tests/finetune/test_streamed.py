@@ -297,7 +297,6 @@ def test_the_run_says_that_it_streams_and_records_it(parse, tmp_path, capsys):
     ("words", "said"),
     [
         (["--keep-inputs", 2], "--keep-inputs 2: is for a run that streams; add --stream, or use --grad-checkpoint"),
-        (["--shard-optimizer"], "--shard-optimizer: is for a run that streams; add --stream, or leave it out"),
         (["--stream", "--shard-optimizer"], "--shard-optimizer: is for several workers; start them with mlx.launch"),
         (["--clip-layer-norm", 1], "--clip-layer-norm 1.0: is for a run that streams; add --stream, or use --clip"),
         (["--stream", "--keep-inputs", 0], "--keep-inputs 0: must be a whole number of at least 1"),

@@ -14,10 +14,11 @@ from table_rules import Lion, MLXAdamW
 from torch.optim import AdamW
 
 from cuda_ref import AdamMini, FlashAdamW, SinkGD
+from cuda_ref.optimizers.sinkgd import sinkgd_step
 from cuda_ref.optimizers.split_weights import join, split
 from cuda_ref.optimizers.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
 
-__all__ = ["BODY_BETAS", "BODY_RULES", "BodyRule", "Rounded", "make_body", "restart"]
+__all__ = ["BODY_BETAS", "BODY_RULES", "BodyRule", "Rounded", "SinkGDByShape", "make_body", "restart"]
 
 BODY_BETAS = (0.9, 0.95)
 
@@ -38,45 +39,74 @@ class Rounded:
     """An optimizer whose weights are bfloat16: float32 inside a step, rounded at its end in one of three ways.
 
     With "rest" a weight is bfloat16 between steps and has an int8 rest, as in ``cuda_ref.SplitWeights``, which no CUDA
-    graph can hold. "stochastic" takes the random bits of Ember's stochastic rounding.
+    graph can hold. "stochastic" takes the bits of Ember's stochastic rounding, as if all weights were one row.
     """
 
     def __init__(self, optimizer, rounding, seed=0):
         self.optimizer, self.rounding = optimizer, rounding
         self.weights = [w for group in optimizer.param_groups for w in group["params"]]
-        device = self.weights[0].device
-        self.t = torch.zeros((), device=device)
-        self.seeds = [table_seed(seed, number).to(device) for number in range(len(self.weights))]
-        self.rests = [torch.zeros_like(w, dtype=torch.int8) for w in self.weights if rounding == "rest"]
-        with torch.no_grad():
-            for w in self.weights:
-                w.copy_(w.to(torch.bfloat16))
+        flat = self._flat(self.weights)
+        self.t = torch.zeros((), device=flat.device)
+        self.seed = table_seed(seed, 0).to(flat.device)
+        self.rest = torch.zeros_like(flat, dtype=torch.int8) if rounding == "rest" else None
+        self._write(self.weights, flat.to(torch.bfloat16))
 
     @torch.no_grad()
     def step(self):
-        for w in self.weights:
-            w.grad.copy_(w.grad.to(torch.bfloat16))
-        for w, rest in zip(self.weights, self.rests, strict=False):
-            w.copy_(join(w.to(torch.bfloat16), rest))
+        gradients = [w.grad for w in self.weights]
+        self._write(gradients, self._flat(gradients).to(torch.bfloat16))
+        if self.rounding == "rest":
+            self._write(self.weights, join(self._flat(self.weights).to(torch.bfloat16), self.rest))
         self.optimizer.step()
         self.t += 1
+        flat = self._flat(self.weights)
         if self.rounding == "rest":
-            for w, rest in zip(self.weights, self.rests, strict=True):
-                low, new = split(w)
-                w.copy_(low), rest.copy_(new)
-            return
-        for w, seed in zip(self.weights, self.seeds, strict=True):
-            w.copy_(w.to(torch.bfloat16) if self.rounding == "nearest" else self._by_chance(w, seed))
+            low, rest = split(flat)
+            self.rest.copy_(rest)
+        elif self.rounding == "stochastic":
+            random = random_bits(*bit_keys(self.seed, self.t, 1, len(flat)))
+            low = round_stochastically(flat, random[0], torch.bfloat16)
+        else:
+            low = flat.to(torch.bfloat16)
+        self._write(self.weights, low)
 
-    def _by_chance(self, w, seed):
-        rows = w if w.ndim == 2 else w[None]
-        random = random_bits(*bit_keys(seed, self.t, *rows.shape))
-        return round_stochastically(rows, random, torch.bfloat16).view(w.shape)
+    @staticmethod
+    def _flat(tensors):
+        """All of them in one: some dozens of operations a step instead of thousands."""
+        return torch.cat([x.detach().flatten() for x in tensors])
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(tensors, flat):
+        parts = flat.float().split([x.numel() for x in tensors])
+        torch._foreach_copy_(tensors, [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
 
     def restart(self):
-        for state in (self.t, *self.rests):
-            state.zero_()
+        self.t.zero_()
+        if self.rest is not None:
+            self.rest.zero_()
         restart(self.optimizer)
+
+
+class SinkGDByShape(SinkGD):
+    """SinkGD on all matrices of one shape at once: dozens of kernels a step instead of thousands, for CUDA graphs."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        stacks, gradients = {}, {}
+        for group in self.param_groups:
+            for w in (w for w in group["params"] if w.ndim > 1):
+                stacks.setdefault((w.shape, group["lr"], group["eps"], group["weight_decay"]), []).append(w)
+        for (_, lr, eps, decay), weights in stacks.items():
+            gradients |= {w: w.grad for w in weights}
+            g = torch.stack([w.grad for w in weights])
+            new = sinkgd_step(torch.stack([w.detach() for w in weights]), g, lr, self.passes, eps, decay)
+            torch._foreach_copy_(weights, list(new.unbind()))
+            for w in weights:
+                w.grad = None
+        super().step()  # the vectors
+        for w, g in gradients.items():
+            w.grad = g
 
 
 def restart(optimizer):
@@ -102,7 +132,7 @@ def _flash(groups, lr, model):
 
 
 def _sinkgd(groups, lr, model):
-    return SinkGD(groups, lr=lr, betas=BODY_BETAS)
+    return SinkGDByShape(groups, lr=lr, betas=BODY_BETAS)
 
 
 BODY_RULES = {

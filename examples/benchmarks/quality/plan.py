@@ -8,15 +8,15 @@ seed is the weights to start from and the order of the data, the same for all op
 compared in pairs. A first guess says only where a search begins.
 
 A recipe is a body's optimizer with a tables'. Its two rates are searched for together, as AdamW's are above, by half
-decades, and so each recipe has its own rate of the body.
+decades, and then a quarter decade of the body's. So each recipe has its own rate of the body.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from body_rules import BODY_RULES
-from llama import Shape
 from table_rules import TABLE_RULES
+from tasks import SETTINGS, Setting
 
 __all__ = [
     "ADAMW", "BASELINE", "EMBER", "ONE_RATE", "PHASES", "SETTINGS", "TUNING_SEED", "Phase", "Run", "Setting",
@@ -31,32 +31,13 @@ FAR_BEHIND = 0.1  # nats behind AdamW, where a quarter decade of the rate decide
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One task. ``start`` is None for fresh weights, or what is fine-tuned: the name of a setting or of a folder."""
-
-    shape: Shape
-    data: str  # NAME_train.u16 and NAME_valid.u16 in the data folder
-    batch: int  # sequences a step
-    length: int  # tokens a sequence
-    steps: int
-    warmup: int
-    body_guess: int  # the body's learning rate to try first, as a power of sqrt(10)
-    start: str | None = None
-    weight_decay: float = 0.1
-    tables_guess: int = 0  # half decades from the first guesses of TABLE_RULES, which are for pretraining
-    like: str | None = None  # the setting whose best rates are the first guesses here, once they are known
-    constant: bool = False  # the learning rate, from the first step on, instead of warm-up and cosine
-    others: tuple[str, ...] = ()  # more data whose validation loss is measured at the end: what was forgotten
-
-
-@dataclass(frozen=True)
 class Run:
     """One training. Learning rates are powers of sqrt(10): -4 is 0.01, -5 is 0.0032, -4.5 between them."""
 
     setting: str
     optimizer: str  # of the tables, or "A | B": A on the embedding, B on the head
     rate: float  # of the tables; of the embedding
-    body_rate: int
+    body_rate: float
     seed: int
     head_rate: float | None = None  # where it differs
     probe: bool = False  # also measure the steps of rows by the time since they were last seen
@@ -80,61 +61,6 @@ class Phase:
     recipes: tuple[tuple[str, str], ...] = ()  # optimizers of body and tables
 
 
-def _pretraining(tied, batch, like=None):
-    shape = Shape(vocabulary=32768, width=384, layers=6, heads=6, hidden=1024, tied=tied)
-    return Setting(shape, "text", batch=batch, length=256, steps=2000, warmup=100, body_guess=-6, like=like)
-
-
-DATA = ("wikisql", "rasbt", "shakespeare")
-
-
-def _finetuning(data, steps, shape, start, like=None):
-    # weight decay 0: a short run from good weights
-    others = tuple(f"smollm2_{other}" for other in DATA if start == "smollm2" and not data.endswith(other))
-    return Setting(
-        shape, data, 8, 256, steps, warmup=steps // 10, body_guess=-7, start=start, weight_decay=0.0, tables_guess=-2,
-        like=like, others=others,
-    )  # fmt: skip
-
-
-OWN_SHAPE = _pretraining(tied=False, batch=64).shape
-SMOLLM2 = Shape(49152, 576, 30, 9, 1536, tied=True, key_value_heads=3, rope_base=100_000.0)
-SMOLLM2_LORA = replace(SMOLLM2, lora_layers=16)  # as many as mlx_lm.lora has by default
-SETTINGS = {
-    "untied-4k": _pretraining(tied=False, batch=16),
-    "tied-4k": _pretraining(tied=True, batch=16, like="untied-4k"),
-    "untied-16k": _pretraining(tied=False, batch=64, like="untied-4k"),
-    "tied-16k": _pretraining(tied=True, batch=64, like="tied-4k"),
-    "smollm2-wikisql": _finetuning("smollm2_wikisql", 100, SMOLLM2, "smollm2"),
-    "smollm2-wikisql-lora": _finetuning("smollm2_wikisql", 100, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql"),
-    "smollm2-rasbt": _finetuning("smollm2_rasbt", 50, SMOLLM2, "smollm2", like="smollm2-wikisql"),
-    "smollm2-rasbt-lora": _finetuning("smollm2_rasbt", 50, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql-lora"),
-    "smollm2-shakespeare": _finetuning("smollm2_shakespeare", 400, SMOLLM2, "smollm2", like="smollm2-wikisql"),
-    "smollm2-shakespeare-lora": _finetuning(
-        "smollm2_shakespeare", 400, SMOLLM2_LORA, "smollm2", like="smollm2-wikisql-lora"
-    ),
-    **{
-        f"smollm2-{data}-lora-constant": replace(
-            _finetuning(f"smollm2_{data}", steps, SMOLLM2_LORA, "smollm2", like=f"smollm2-{data}-lora"),
-            warmup=0,
-            constant=True,
-        )
-        for data, steps in (("wikisql", 100), ("rasbt", 50), ("shakespeare", 400))
-    },
-    # 71 M weights, 38 M of them in the body
-    "llama-16k": Setting(
-        Shape(32768, 512, 12, 8, 1408, tied=False),
-        "text",
-        batch=64,
-        length=256,
-        steps=500,
-        warmup=50,
-        body_guess=-6,
-    ),
-    "own-wikisql": _finetuning("wikisql", 100, OWN_SHAPE, "untied-16k"),
-    "own-shakespeare": _finetuning("shakespeare", 400, OWN_SHAPE, "untied-16k", like="own-wikisql"),
-    "own-rasbt": _finetuning("rasbt", 50, OWN_SHAPE, "untied-16k", like="own-wikisql"),
-}
 # The rules of one family are one optimizer with other settings; its best is the one with the best tuning run.
 ADAMW = ("adamw", "adamw-0.99", "adamw-0.95")
 EMBER = ("ember", "ember-growing", "ember-0.99", "ember-clip3", "ember-0.95")
@@ -151,9 +77,9 @@ REST = (
 )  # fmt: skip
 # Body and tables. Those that issue 20 asks for, the most important first.
 RECIPES = (
-    ("adamw", "adamw"), ("adamw", "ember"), ("adamw-bf16-mlx", "adamw-bf16-mlx"), ("sinkgd", "ember"),
-    ("sinkgd-bf16-rest", "ember-bf16-stochastic"), ("sinkgd", "sage"), ("flash", "ember-bf16-stochastic"),
-    ("adam-mini", "ember"), ("adam-mini-int8", "ember"), ("adamw-bf16", "ember-bf16-stochastic"),
+    ("adamw", "adamw"), ("adamw", "ember"), (ONE_RATE, ONE_RATE), ("sinkgd", "ember"),
+    ("flash", "ember-bf16-stochastic"), ("adam-mini-int8", "ember"), ("sinkgd-bf16-rest", "ember-bf16-stochastic"),
+    ("sinkgd", "sage"), ("adam-mini", "ember"), ("adamw-bf16", "ember-bf16-stochastic"),
     ("adamw-bf16-stochastic", "ember-bf16-stochastic"), ("adamw-bf16-rest", "ember-bf16-stochastic"),
 )  # fmt: skip
 MORE_RECIPES = (
@@ -184,9 +110,9 @@ def _one_by_one(settings, optimizers, **how):
 PHASES = {
     "recipes": [  # "frozen": what there was, and what the tables have to win
         Phase(WHOLE, (), seeds=(1,), recipes=(("frozen", "frozen"),)),
-        *_one_by_one(WHOLE[:2], (), recipes=RECIPES), Phase(WHOLE, (), recipes=((BASELINE, "frozen"),)),
-        Phase(WHOLE[2:], (), recipes=RECIPES[:8]), *_one_by_one(WHOLE[:2], (), recipes=FLOOR_RECIPES),
-        Phase(WHOLE[2:], (), recipes=RECIPES[8:]),
+        Phase(WHOLE[1:2], (), recipes=RECIPES[:6]), *_one_by_one(WHOLE[1::-1], (), recipes=RECIPES),
+        Phase(WHOLE[:2], (), recipes=((BASELINE, "frozen"),)), Phase(WHOLE[2:], (), recipes=RECIPES[:6]),
+        *_one_by_one(WHOLE[:2], (), recipes=FLOOR_RECIPES), Phase(WHOLE[2:], (), recipes=RECIPES),
     ],
     "pretraining": [
         Phase(("llama-16k",), (), recipes=recipes) for recipes in (PRETRAINING_RECIPES[:6], PRETRAINING_RECIPES[6:])
@@ -313,9 +239,10 @@ def _apart(name, body, tuning, seeds, settings):
             yield Run(name, f"{BASELINE} | ember", adamw, body, seed, head_rate=ember)
 
 
-def tuned_recipe(name, body, tables, results, settings=SETTINGS):
-    """The best rates (body, tables) of a recipe, in half decades; None for what is not known yet."""
-    return _recipe_rates(name, body, tables, _tuning(results), settings)[0]
+def tuned_recipe(name, body, tables, results, settings=SETTINGS, finely=True):
+    """The best rates (body, tables) of a recipe, or of its half decades alone; None for what is not known yet."""
+    search = _recipe_rates if finely else _recipe_half_decades
+    return search(name, body, tables, _tuning(results), settings)[0]
 
 
 def _tuning(results):
@@ -333,27 +260,43 @@ def _of(name, body, tables):
 
 
 def _recipe_rates(name, body, tables, tuning, settings):
-    """The best pair of rates of a recipe, and the runs to do next. One optimizer in all has one rate, as mlx-lm's."""
+    """The best pair of rates of a recipe, and the runs to do next.
+
+    When the best half decades are known, the body's quarter decade towards the better neighbour is tried too.
+    """
     if tables == "frozen":  # beside a frozen body too: the model as it was
         adamw, missing = _recipe_rates(name, BASELINE, BASELINE, tuning, settings) if body == BASELINE else ((0, 0), [])
         return adamw and (adamw[0], 0), missing
-    losses = tuning.get(_of(name, body, tables), {})
-    losses = {pair: loss for pair, loss in losses.items() if pair[1] == int(pair[1])}
+    losses, step = tuning.get(_of(name, body, tables), {}), (0.5, 0.5 if tables == ONE_RATE else 0)
+    best, missing = _recipe_half_decades(name, body, tables, tuning, settings)
+    if best:
+        quarters = [tuple(rate + side * part for rate, part in zip(best, step, strict=True)) for side in (-1, 1)]
+        beside = [
+            losses.get(tuple(2 * q - b for q, b in zip(quarter, best, strict=True)), math.inf) for quarter in quarters
+        ]
+        quarter = quarters[beside[1] < beside[0]]
+        missing = [] if quarter in losses else [quarter]
+        best = None if missing else min((best, quarter), key=losses.get)
+    return best, [Run(name, tables, rate, of_body, TUNING_SEED, body=body) for of_body, rate in missing]
+
+
+def _recipe_half_decades(name, body, tables, tuning, settings):
+    """The best pair of half decades, and the pairs to try next; one optimizer in all has one rate, as mlx-lm's."""
+    losses = _half_decades(tuning.get(_of(name, body, tables), {}))
     guess = _recipe_guess(name, body, tables, tuning, settings) if not losses else (0, 0)
     if tables == ONE_RATE:
         best, missing = best_point({pair[:1]: loss for pair, loss in losses.items()}, guess[:1])
-        best, missing = best and best * 2, [point * 2 for point in missing]
-    else:
-        best, missing = best_point(losses, guess)
-    return best, [Run(name, tables, rate, of_body, TUNING_SEED, body=body) for of_body, rate in missing]
+        return best and best * 2, [point * 2 for point in missing]
+    return best_point(losses, guess)
 
 
 def _recipe_guess(name, body, tables, tuning, settings):
     """Where a recipe's search begins: as far from AdamW's best as in the setting like it, or as the rules guess."""
-    best = _recipe_rates(name, BASELINE, BASELINE, tuning, settings)[0] if (body, tables) != (BASELINE,) * 2 else None
-    like = settings[name].like
+    adamw, like, best = (BASELINE,) * 2, settings[name].like, None
+    if (body, tables) != adamw:
+        best = _recipe_half_decades(name, *adamw, tuning, settings)[0]
     if like and best:
-        there = [_recipe_rates(like, *recipe, tuning, settings)[0] for recipe in ((body, tables), (BASELINE,) * 2)]
+        there = [_recipe_half_decades(like, *recipe, tuning, settings)[0] for recipe in ((body, tables), adamw)]
         if None not in there:
             return tuple(here + ours - theirs for here, ours, theirs in zip(best, *there, strict=True))
     of_body = (best[0] if best else settings[name].body_guess) + BODY_RULES[body].guess
@@ -367,13 +310,13 @@ def _body_rate(name, tuning, settings):
     found = _body_rate(like, tuning, settings)[0] if like else None
     body_guess = settings[name].body_guess if found is None else found
     guess = body_guess, _first_guess(name, BASELINE, tuning, settings)
-    best, missing = best_point(_half_decades(name, tuning), guess)
+    best, missing = best_point(_half_decades(tuning.get((name, BASELINE), {})), guess)
     return best and best[0], [Run(name, BASELINE, rate, body, TUNING_SEED) for body, rate in missing]
 
 
-def _half_decades(name, tuning):
-    """AdamW's tuning runs without the quarter decades, which come later and must not move the body's rate."""
-    return {pair: loss for pair, loss in tuning.get((name, BASELINE), {}).items() if pair[1] == int(pair[1])}
+def _half_decades(losses):
+    """Without the quarter decades, which come later and must not move where the search stands."""
+    return {pair: loss for pair, loss in losses.items() if all(rate == int(rate) for rate in pair)}
 
 
 def _table_rate(name, optimizer, body, tuning, settings):
@@ -381,7 +324,8 @@ def _table_rate(name, optimizer, body, tuning, settings):
         return 0, []
     losses = {rate: loss for (b, rate), loss in tuning.get((name, optimizer), {}).items() if b == body}
     guess = 0 if losses else _first_guess(name, optimizer, tuning, settings)
-    close = min(losses.values(), default=0) <= min(_half_decades(name, tuning).values(), default=0) + FAR_BEHIND
+    adamw = _half_decades(tuning.get((name, BASELINE), {}))
+    close = min(losses.values(), default=0) <= min(adamw.values(), default=0) + FAR_BEHIND
     best, missing = best_rate(losses, guess, finely=close)
     return best, [Run(name, optimizer, rate, body, TUNING_SEED) for rate in missing]
 

@@ -37,19 +37,22 @@ class Recipes:
         self.runs = [Run(*key) for key in self.by_run]
         self.settings = [name for name in SETTINGS if any(run.setting == name and run.seed for run in self.runs)]
 
-    def rates(self, setting, recipe):
-        """(of the body, of the tables); None while they are searched for."""
-        return tuned_recipe(setting, *recipe, self.losses)
-
     def reported(self, setting, recipe):
-        """The runs at the best rates, by seed."""
-        rates = self.rates(setting, recipe)
-        same = (setting, *recipe, *(rates or ()))
-        found = {
-            run.seed: self.by_run[run.key()] for run in self.runs
-            if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
-        }  # fmt: skip
+        """The runs by seed at the best rates, or at the best half decades while others have not been run."""
+        for finely in (True, False) if "frozen" not in recipe else (True,):
+            rates = tuned_recipe(setting, *recipe, self.losses, finely=finely)
+            same = (setting, *recipe, *(rates or ()))
+            found = {
+                run.seed: self.by_run[run.key()] for run in self.runs
+                if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
+            }  # fmt: skip
+            if found:
+                break
         return Reported(rates, dict(sorted(found.items())))
+
+    def ended(self, setting, recipe):
+        """Whether the search for its rates has."""
+        return tuned_recipe(setting, *recipe, self.losses) is not None
 
     def tried(self, setting, recipe):
         """{(rate of the body, rate of the tables): loss} of the tuning seed."""
@@ -117,16 +120,16 @@ def losses_table(results, setting):
 def forgetting_table(results, setting):
     """Markdown: what a recipe does to tokens and to texts that the data hardly has; "" of pretraining."""
     untrained = results.reported(setting, UNTRAINED).by_seed.get(1)
-    frozen = results.reported(setting, (BASELINE, "frozen"))
-    if not untrained or not frozen.by_seed:
+    adamw = results.reported(setting, ADAMW)
+    if not untrained or not adamw.by_seed:
         return ""
     lines = [
         "| body, tables | most frequent tenth of the tokens | the other nine | other data sets |",
         "| --- | --- | --- | --- |",
     ]
-    for recipe in (r for r in results.recipes(setting) if r not in (UNTRAINED, (BASELINE, "frozen"))):
+    for recipe in (recipe for recipe in results.recipes(setting) if recipe != UNTRAINED):
         reported = results.reported(setting, recipe)
-        tenths = [in_interval(*paired(reported, frozen, number))
+        tenths = ["" if recipe == ADAMW else in_interval(*paired(reported, adamw, number))
                   for number in (lambda line: line["decile_losses"][0], rarer_loss)]  # fmt: skip
         rises = [forgotten(line, untrained) for line in reported.by_seed.values()]
         spread = f" ± {stdev(rises):.3f}" if len(rises) > 1 else ""
@@ -141,7 +144,7 @@ def tuning_table(results, setting):
         tried = sorted(results.tried(setting, recipe).items(), key=lambda item: item[1])
         if tried:
             words = "; ".join(f"{rate_in_words(b)} {rate_in_words(t)}: {loss:.4f}" for (b, t), loss in tried[:6])
-            ended = "" if results.rates(setting, recipe) else " (search not ended)"
+            ended = "" if results.ended(setting, recipe) else " (search not ended)"
             lines.append(f"| {name_of(recipe)}{ended} | {words} |")
     return "\n".join(lines)
 
@@ -176,8 +179,8 @@ def write_tables(results, path):
         parts.append(f"## {setting}\n\n{in_words(setting)}.\n\n{losses_table(results, setting)}\n")
         if table := forgetting_table(results, setting):
             parts.append(
-                "Loss minus that of frozen tables beside AdamW, by how frequent tokens are in the training text; then "
-                f"how much the loss on the other data sets rose above that of the untrained model:\n\n{table}\n"
+                "Loss minus AdamW's, by how frequent tokens are in the training text; then how much the loss on the "
+                f"other data sets rose above that of the untrained model:\n\n{table}\n"
             )
         parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
     path.write_text("\n".join(parts))

@@ -36,7 +36,6 @@ from training import Trainer
 
 HERE = Path(__file__).parent
 MOST_FAILURES = 3  # of an optimizer in a setting, in a row: more would fail too, and every one costs a new worker
-FIRST_GUESS = 60.0  # seconds a run of a setting takes that none has been timed of, compilation included
 
 
 def main():
@@ -77,6 +76,9 @@ def parse():
         "--phases", nargs="+", choices=PHASES, default=list(PHASES), help="in the order of importance; default: all"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="no run is begun that would not end by then")
+    parser.add_argument(
+        "--first-guess", type=float, default=60.0, help="seconds of a run, in a setting of which none has been timed"
+    )
     parser.add_argument("--workers", type=int, default=torch.cuda.device_count() or 1, help="default: one a GPU")
     parser.add_argument("--runs", type=int, default=10**9, help="at most this many")
     parser.add_argument("--commit", help="of the code, for the results, where git cannot tell")
@@ -144,7 +146,7 @@ class Campaign:
             hopeless = self.failures[run.setting, run.body, run.optimizer] >= MOST_FAILURES
             if (run.key(), keep) in self.begun or hopeless or (start and not self.path_of(start).exists()):
                 continue
-            if median(self.seconds.get(run.setting, [FIRST_GUESS])) < left:
+            if median(self.seconds.get(run.setting, [self.args.first_guess])) < left:
                 self.begun.add((run.key(), keep))
                 self.given += 1
                 return run, keep
