@@ -296,9 +296,15 @@ def test_the_run_says_that_it_streams_and_records_it(parse, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--keep-inputs", 2], "--keep-inputs 2: is for a run that streams; add --stream, or use --grad-checkpoint"),
+        (
+            ["--no-stream", "--keep-inputs", 2],
+            "--keep-inputs 2: is for a run that streams; add --stream, or use --grad-checkpoint",
+        ),
         (["--stream", "--shard-optimizer"], "--shard-optimizer: is for several workers; start them with mlx.launch"),
-        (["--clip-layer-norm", 1], "--clip-layer-norm 1.0: is for a run that streams; add --stream, or use --clip"),
+        (
+            ["--no-stream", "--clip-layer-norm", 1],
+            "--clip-layer-norm 1.0: is for a run that streams; add --stream, or use --clip",
+        ),
         (["--stream", "--keep-inputs", 0], "--keep-inputs 0: must be a whole number of at least 1"),
         (["--stream", "--clip-layer-norm", 0], "--clip-layer-norm 0.0: must be a finite number above 0"),
         (["--stream", "--clip-grad-norm", "nan"], "--clip-grad-norm nan: must be a finite number above 0"),
