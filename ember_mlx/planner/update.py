@@ -108,10 +108,14 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
-    new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
-    if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
-        new.width = FLOAT32  # the step, which a kernel rounds into a new weight
-        new = rounded(graph, w, new, shape[0])
+    rounds = run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32
+    if rounds and optimizer in ("adam", "adamw") and graph.backend != "cpu":  # one kernel, and new memory for all three
+        new, *state = graph.several([w, gradient, *kept], [(array.numbers, array.width) for array in (w, *kept)])
+    else:
+        new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
+        if rounds:
+            new.width = FLOAT32  # the step, which a kernel rounds into a new weight
+            new = rounded(graph, w, new, shape[0])
     if sharded:
         new = graph.make([new], whole.numbers, whole.width)  # the rows of all
     new.role = "weights"
