@@ -90,7 +90,8 @@ def test_under_mlx_launch_the_first_worker_alone_tells_of_one(tmp_path, capsys, 
     [
         (["--workers", "3"], "--workers 3: must divide --batch-size 4"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--workers", "1", "--shard-tables"], "--shard-tables: needs several workers: add --workers N"),
+        (["--workers", "2", "--shard-optimizer"], "--shard-optimizer: is for a run that streams; add --stream"),
+        (["--workers", "1", "--shard-tables"], "--shard-tables: is for several workers; add --workers N"),
     ],
 )
 def test_workers_that_cannot_be_are_one_line(tmp_path, words, message):

@@ -115,13 +115,13 @@ def test_the_state_of_the_optimizers_for_the_body_is_in_the_table(name, optimize
         assert sorted((array.size, array.itemsize) for array in arrays) == sorted(kept)
 
 
-def test_a_table_under_adamw_is_stepped_in_place_beside_its_gradient_in_float32():
-    """Of two 16-bit tables one after the other: all there was, and 4 bytes for each number of one."""
+def test_a_table_under_adamw_is_stepped_in_place_without_a_copy_of_its_gradient():
+    """All there was, and less than a float32 number for each of one table's: blocks of squares, for the norm."""
     big = QWEN | {"vocab_size": 200_000, "num_hidden_layers": 1}
     found = planned(big, "--table-optimizer", "adamw", "--batch-size", "1")
     table = 200_000 * QWEN["hidden_size"]
     fixed = found.weights + found.optimizer_state + found.gradients
-    assert found.peak == pytest.approx(fixed + 4 * table, rel=0.01)
+    assert fixed < found.peak < fixed + 3 * table
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_streamed_step_takes_little_more_than_its_weights(shape, measured):
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "head_dim": hidden // 4}
     config = QWEN | sizes | {"intermediate_size": 3 * hidden, "torch_dtype": "float32"}
     model = read_architecture(config, "config.json")
-    words = ["--fine-tune-type", "full", "--num-layers", "-1", "--optimizer", "sgd", "--batch-size", "1"]
+    words = ["--fine-tune-type", "full", "--no-stream", "--num-layers", "-1", "--optimizer", "sgd", "--batch-size", "1"]
     run = run_of(options.parse([*words, "--max-seq-length", str(tokens + 1)]), model)
     found = plan(model, replace(run, stream=True), "cpu")
     assert (found.peak - found.optimizer_state) / found.weights == pytest.approx(measured, rel=0.1)
@@ -166,7 +166,7 @@ def test_stochastic_rounding_writes_a_new_table_where_the_nearest_is_written_in_
 def test_what_should_save_memory_does():
     long = {**QWEN, "vocab_size": 4096, "num_hidden_layers": 8}
     model = read_architecture(long, "config.json")
-    words = ["--fine-tune-type", "full", "--optimizer", "adamw", "--max-seq-length", "129"]
+    words = ["--fine-tune-type", "full", "--no-stream", "--optimizer", "adamw", "--max-seq-length", "129"]
     run = run_of(options.parse(words), model)
     peaks = {
         "as it is": plan(model, run, "cuda").peak,

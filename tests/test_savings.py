@@ -25,7 +25,7 @@ QWEN = {
 }
 MODEL = read_architecture(QWEN, "config.json")
 CHECKPOINT, CHUNKED, STREAM = SAVINGS = ("grad_checkpoint", "chunked_loss", "stream")
-ADAMW = ["--fine-tune-type", "full", "--optimizer", "adamw", "--batch-size", "1"]
+ADAMW = ["--fine-tune-type", "full", "--no-stream", "--optimizer", "adamw", "--batch-size", "1"]
 
 
 def peak_of(run, names=()):

@@ -24,6 +24,7 @@ __all__ = [
     "choose",
     "refuse_frozen_rows",
     "rounding",
+    "streams_by_default",
 ]
 
 DEFAULT_LAYERS = 16  # of LoRA, as mlx_lm.lora has it
@@ -37,8 +38,8 @@ ROLES = {
     "none": (),
 }
 """The roles of token tables that each value of ``--train-tables`` means."""
-STREAMED_BY_DEFAULT: frozenset[str] = frozenset()
-"""The fine-tune types that stream unless told otherwise; {"full"} makes ``full`` with tables one of them."""
+STREAMED_BY_DEFAULT = frozenset({"full"})
+"""The fine-tune types that stream, with tables, unless told otherwise; without tables a run is mlx-lm's, to the bit."""
 SHARDABLE = ("ember", "adamw", "sgd")
 """The optimizers whose step of a row needs none of the other rows, or, as Ember's, only their column means."""
 LORA_KEYS = ("rank", "scale", "dropout")
@@ -80,6 +81,7 @@ class Choices:
             not: the run is stock mlx-lm's, to the bit. For float16, whose numbers end at 65504, it does always.
         body_rounding: "nearest" or "stochastic", of 16-bit weights that are no table.
         stream: Whether every weight is stepped inside the backward pass.
+        not_streamed: Why a run that would stream by default does not, in words; None for all others.
         added_tokens: Content, special and id of each new token; None without ``--add-tokens``.
     """
 
@@ -91,6 +93,7 @@ class Choices:
     body_in_float32: bool
     body_rounding: str
     stream: bool
+    not_streamed: str | None = None
     added_tokens: list[dict[str, Any]] | None = None
 
     def as_options(self) -> dict[str, Any]:
@@ -106,13 +109,14 @@ class Choices:
         }
 
 
-def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | None = None) -> Choices:
+def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | None = None, workers: int = 1) -> Choices:
     """Decide what trains.
 
     Args:
         options: The run's, from :func:`ember_mlx.finetune.options.parse`.
         shapes: The model's, with the rows of new tokens.
         added_tokens: What ``--add-tokens`` has added.
+        workers: How many train together.
 
     Raises:
         InputError: for options that ask this model for what it does not have, or for nothing at all.
@@ -130,6 +134,10 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
     nothing_left = num_layers == 0 and (shapes.layers is not None or options.num_layers == 0)
     if nothing_left and not tables:
         raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
+    clipped = options.clip_grad_norm is not None
+    not_streamed = None
+    if options.stream is None and streams_by_default(options.fine_tune_type, bool(tables)):
+        not_streamed = _reason_not_to_stream(workers, clipped)
     if not full:
         _check_lora(options.lora_parameters, tables, num_layers, shapes)
     return Choices(
@@ -140,7 +148,8 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
         table_rounding=rounding(options, [table.dtype for table in tables]),
         body_in_float32=bool(tables),
         body_rounding=_body_rounding(options, shapes, bool(tables)),
-        stream=_streams(options, bool(tables)),
+        stream=_streams(options, streams_by_default(options.fine_tune_type, bool(tables), workers, clipped)),
+        not_streamed=not_streamed,
         added_tokens=added_tokens,
     )
 
@@ -168,11 +177,29 @@ def _body_rounding(options, shapes, with_tables):
     return options.body_rounding
 
 
-def _streams(options, with_tables):
-    streams = options.stream
-    if streams is None:
-        streams = options.fine_tune_type in STREAMED_BY_DEFAULT and with_tables
-    if streams:
+def streams_by_default(fine_tune_type: str, with_tables: bool, workers: int = 1, clipped: bool = False) -> bool:
+    """Whether a run streams without being told to.
+
+    Args:
+        fine_tune_type: As ``--fine-tune-type``.
+        with_tables: Whether a token table trains.
+        workers: How many train together.
+        clipped: Whether gradients are clipped by their global norm.
+    """
+    may = _reason_not_to_stream(workers, clipped) is None
+    return fine_tune_type in STREAMED_BY_DEFAULT and with_tables and may
+
+
+def _reason_not_to_stream(workers, clipped):
+    if workers > 1:
+        return f"{workers} workers: a streamed step sends the gradient of a head twice; --stream does, in less memory"
+    if clipped:
+        return "--clip-grad-norm: a streamed step would go backwards twice; --stream does, in less memory"
+    return None
+
+
+def _streams(options, by_default):
+    if by_default if options.stream is None else options.stream:
         return True
     for name, instead in {"clip_layer_norm": "use --clip-grad-norm", "keep_inputs": "use --grad-checkpoint"}.items():
         if getattr(options, name) is not None:

@@ -168,7 +168,8 @@ HELP: Help = {
         "stream": (
             None,
             "Step every weight inside the backward pass: a run then takes little more memory than the weights and the "
-            "optimizer's state. With lora it does so for the tables and the loss. Default: off.",
+            "optimizer's state. With lora it does so for the tables and the loss. Default: on for full with tables, "
+            "but with several workers, with --clip-grad-norm, and where it cannot be, which train says.",
         ),
         "keep_inputs": (
             "K",

@@ -46,8 +46,7 @@ from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
-from ember_mlx.finetune.step import Step
-from ember_mlx.finetune.streamed import Streamed
+from ember_mlx.finetune.streamed import as_it_began, step_of
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
@@ -70,9 +69,9 @@ def run(
     Nothing is written before all that can be checked has been. ``training_callback`` hears of every report, beside
     the services of ``--report-to`` (mlx-lm's own ``run`` drops it).
 
-    ``watchers`` look on while it trains. ``make_step(model, optimizer, loss, accumulation)`` makes the step that is
-    taken, one with the call of :class:`~ember_mlx.finetune.step.Step`; default: that, or with ``--stream``
-    :class:`~ember_mlx.finetune.streamed.Streamed`.
+    ``watchers`` look on while it trains. They may measure gradients: with any, only ``--stream`` streams.
+    ``make_step(model, optimizer, loss, accumulation)`` makes the step that is taken, one with the call of
+    :class:`~ember_mlx.finetune.step.Step`; default: that, or :class:`~ember_mlx.finetune.streamed.Streamed`.
 
     While it trains in the main thread, SIGINT, SIGTERM, SIGHUP and a pipe that has lost its reader end it between two
     steps, with a checkpoint; whatever else ends it leaves the checkpoints of before.
@@ -114,9 +113,7 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
         if args.train and args.sample_prompts is not None and workers.leads:
             read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
         if args.train and args.shard_tables and workers.size == 1:
-            raise InputError(
-                "--shard-tables: needs several workers, which mlx.launch starts; here is one: leave it out"
-            )
+            raise InputError("--shard-tables: is for several workers; start them with mlx.launch, or leave it out")
         if args.batch_size % workers.size:
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
         if args.train and args.shard_optimizer:
@@ -153,7 +150,8 @@ def _run(given, args, callbacks, lock, watchers, make_step, workers, deadline):
         services = _reporting_callbacks(args) if workers.leads else None  # they record the options
         callbacks = [*([services] if services else []), *callbacks]
         if args.train:
-            choices = choose(args, shapes_of(model), added_tokens)
+            args = as_it_began(args, measured=bool(watchers) or make_step is not None)
+            choices = choose(args, shapes_of(model), added_tokens, workers.size)
             samples = _samples(args, tokenizer, valid_set, workers, deadline)
         elif args.adapter_path != "":
             adapters.apply_adapter(model, Path(args.adapter_path), config)
@@ -195,19 +193,20 @@ def train_model(
         kept = what_is_kept(args, bool(choices.tables), keeps_best(args, bool(choices.tables), bool(len(valid_set))))
         optimizer = build_optimizer(model, args, choices)
         trained = what_trains(model, optimizer, args, choices)
+        asked_to_stream = args.stream
         args = args | choices.as_options()  # what the records of the run say of it
         tables = list(choices.tables)
-        loss = choose_loss(args, model)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
         how = {}
         if make_step is None:
-            args, make_step, how = _make_step(args, model, optimizer)
+            args, make_step, how = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)
+        loss = choose_loss(args, model)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
     start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
-    sharded, how = None, {}
+    sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
         rprint(f"{sharded}\n")
@@ -261,15 +260,6 @@ def _samples(args, tokenizer, valid_set, workers, deadline):
             "exist: add a valid.jsonl, or --valid-fraction"
         )
     return Samples(args, tokenizer, workers, deadline)
-
-
-def _make_step(args, model, optimizer):
-    """What makes the step, and how it saves; a streamed one is made and told of now, and the records get its notes."""
-    if not args.stream:
-        return args, Step, {}
-    streamed = Streamed(model, optimizer, args)
-    rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
-    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}
 
 
 def _set_what_trains(args, choices, model):

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 JSON_LIMIT = 10**7  # bytes
+AT_ONCE = 2**16  # elements
 UNREADABLE = (SafetensorError, OSError, RuntimeError, ValueError, TypeError, OverflowError)
 
 
@@ -124,9 +125,16 @@ def check_arrays(arrays: dict[str, mx.array], expected: dict[str, mx.array], whe
 
 
 def check_finite(arrays: dict[str, mx.array], where: str, remedy: str) -> None:
-    """Refuse, by name, an array with a number that is not finite; they are looked at one at a time."""
-    for name, array in arrays.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not all_finite([array]).item():
+    """Refuse, by name, an array with a number that is not finite.
+
+    Small ones, of which adapters have hundreds, are looked at all at once, and large ones one at a time, for memory.
+    """
+    floating = {name: array for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.floating)}
+    small = {name for name, array in floating.items() if array.size < AT_ONCE}
+    if small and all_finite([floating[name] for name in small]).item():
+        floating = {name: array for name, array in floating.items() if name not in small}
+    for name, array in floating.items():
+        if not all_finite([array]).item():
             count = array.size - mx.isfinite(array).sum().item()
             raise InputError(f"{where}: {name} has {count} of {array.size} numbers that are not finite; {remedy}")
 

@@ -28,14 +28,12 @@ from ember_mlx.optimizers.guarded import (
     squares_of,
 )
 from ember_mlx.optimizers.paired import PairedOptimizer
+from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, joined
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["Step", "evaluate_paced"]
 
 LAYER = re.compile(r"\.(\d+)\.")
-# What a GPU is handed between two waits, each of which takes the host as long as many operations:
-LARGEST_AT_ONCE = 2**28  # bytes of new weights and state
-WIDEST_AT_ONCE = 2**23  # elements: tokens times the widest activation of each layer
 
 
 class Step:
@@ -205,7 +203,7 @@ def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], to
     head = [array for path, array in outside if path not in lookups]
     embeddings = [array for path, array in outside if path in lookups]
     width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
-    layers = joined(layers, WIDEST_AT_ONCE, lambda group: tokens * max(max(array.shape, default=1) for array in group))
+    layers = _joined(layers, WIDEST_AT_ONCE, lambda group: tokens * max(max(array.shape, default=1) for array in group))
     return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
@@ -222,22 +220,12 @@ def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx
             owner = next((path for path in owners if f".{path}." in name), None)
             (rest if owner is None else owners[owner]).append(array)
     groups = [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
-    return joined(groups, LARGEST_AT_ONCE, lambda group: sum(array.nbytes for array in group))
+    return _joined(groups, LARGEST_AT_ONCE, lambda group: sum(array.nbytes for array in group))
 
 
-def joined(groups: list[list[mx.array]], most: int, size: Callable[[list[mx.array]], int]) -> list[list[mx.array]]:
-    """Neighbours as one group, as long as their sizes come to at most ``most``; a CPU gains nothing by it."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        return groups
-    together, total = [], most
-    for group in filter(None, groups):
-        total += size(group)
-        if total <= most:
-            together[-1] += group
-        else:
-            together.append(list(group))
-            total = size(group)
-    return together
+def _joined(groups, most, size):
+    """Neighbours together on a GPU; a CPU gains nothing by it."""
+    return groups if mx.default_device().type == mx.DeviceType.cpu else joined(groups, most, size)
 
 
 def _by_layer(named):

@@ -1,12 +1,17 @@
 """The streamed step as a run takes it: micro-batches gather for one update, and what it costs is told beforehand."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.cli_ui import rprint
 
+from ember_mlx.finetune import checkpoints
 from ember_mlx.finetune.options import Options, flag
+from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.watchers import Measurement, StepResult
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.guarded import GuardedOptimizer
@@ -15,7 +20,7 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming import StreamedStep
 from ember_mlx.streaming.shards import Group
 
-__all__ = ["Streamed"]
+__all__ = ["Streamed", "as_it_began", "step_of"]
 
 NOTHING_CHANGED = (("loss",), ("gradient norm",))  # what StreamedStep calls a step that was left out as a whole
 
@@ -108,3 +113,51 @@ class Streamed:
 
 def _group(workers):
     return Group(workers.rank, workers.size, mx.distributed.sum_scatter, mx.distributed.all_gather)
+
+
+def as_it_began(args: Options, measured: bool) -> Options:
+    """The options, with ``stream`` off where it is not given, and a checkpoint to resume did not stream.
+
+    Args:
+        args: The run's options.
+        measured: Whether somebody may measure gradients: then it streams only if that is asked for.
+    """
+    if args.stream is not None:
+        return args
+    if args.resume is not None:
+        streamed = checkpoints.options_of(Path(args.adapter_path), args.resume).get("stream")
+        return args if streamed else args | {"stream": False}
+    return args | {"stream": False} if measured else args
+
+
+def step_of(
+    args: Options,
+    model: nn.Module,
+    optimizer: GuardedOptimizer | PairedOptimizer,
+    asked: bool | None,
+    not_streamed: str | None,
+) -> tuple[Options, Callable, dict[str, Any]]:
+    """The run's options, with what is special about streaming it; what makes the step; and how the run saves.
+
+    Args:
+        args: The run's options, with the choices.
+        model, optimizer: What trains, and by what.
+        asked: ``--stream`` as it was given. What streams by default and cannot takes an ordinary step, and says why.
+        not_streamed: Why it was decided not to stream, in words.
+
+    Raises:
+        InputError: for ``--stream`` where it cannot be.
+    """
+    if not_streamed:
+        rprint(f"Not streamed: {not_streamed}\n")
+    if not args.stream:
+        return args, Step, {}
+    try:
+        streamed = Streamed(model, optimizer, args)
+    except InputError as error:
+        if asked:
+            raise
+        rprint(f"Not streamed: {str(error).removeprefix('--stream: ')}\n")
+        return args | {"stream": False}, Step, {}
+    rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}

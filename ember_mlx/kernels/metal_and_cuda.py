@@ -58,6 +58,7 @@ CUDA = """
 #define threadgroup __shared__
 #define thread
 #define threadgroup_barrier(memory) __syncthreads()
+#define simdgroup_barrier(memory) __syncwarp()
 #define simd_shuffle_xor(value, distance) __shfl_xor_sync(0xffffffffu, value, distance)
 
 // To 2 units in the last place, in two instructions where exact ones take ten, and 0 for what is below 2^-126.

@@ -22,7 +22,7 @@ from ember_mlx.kernels.stochastic_rounding import (
     table_seed,
 )
 
-__all__ = ["COLUMNS", "TEXT", "TILE_BYTES", "differences", "launch", "update_table"]
+__all__ = ["COLUMNS", "FUNCTIONS", "TEXT", "TILE_BYTES", "differences", "launch", "update_table"]
 
 COLUMNS = 128  # of a tile
 TILE_BYTES = 128  # of a tile's column: what lies side by side in a transposed gradient

@@ -1,8 +1,8 @@
 """One pass of Sinkhorn's normalization by factors: norms of the rows, then sums of squares down the columns.
 
 As plain operations a pass needs the squares of the gradient as a float32 matrix. Here it is read twice, by one text. Of
-the rows, weighted by the column factors ``b``, a simdgroup takes one at a time, and ``a`` is made of their norms. Of
-the columns, weighted by the new ``a``, a thread takes ``VECTOR``, down 64 rows. The columns go from the last rows to
+the rows, weighted by the column factors ``b``, a simdgroup takes two at a time, and ``a`` is made of their norms. Of
+the columns, weighted by the new ``a``, a thread takes ``VECTOR``, down 128 rows. The columns go from the last rows to
 the first, since the last are still in the cache. Gradients may lie in memory in any way; transposed ones, whose columns
 lie side by side, are read along their columns. All sums are float32, in an order that the text fixes, without atomics:
 the same input gives the same bits.
@@ -17,17 +17,26 @@ from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGR
 
 __all__ = ["differences", "launch", "rows_then_columns"]
 
-# Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 64 rows take 2 / 64 of a matrix of 16
-# bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
-ROWS, ROWS_OF_COLUMNS = 16, 64
-THREADS_OF_COLUMNS = MOST_THREADS
-AT_ONCE = 4  # reads of a thread that are under way at a time
+# Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 128 rows take 2 / 128 of a matrix of
+# 16 bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
+ROWS, ROWS_OF_COLUMNS = 16, 128
+THREADS_OF_ROWS = THREADS_OF_COLUMNS = MOST_THREADS
+PAIR = 2  # rows that a simdgroup takes at once, with what is of a column
+AT_ONCE, AT_ONCE_OF_COLUMNS = 4, 8  # reads of a thread that are under way at a time
 
 FUNCTIONS = """
 template <int N>
 FUNCTION void add_squares(thread const float* x, float weight, thread float* sums) {
     #pragma unroll
     for (int v = 0; v < N; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
+}
+
+template <int N>
+FUNCTION float weighted_squares(thread const float* x, thread const float* weight) {
+    float sum = 0;
+    #pragma unroll
+    for (int v = 0; v < N; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+    return sum;
 }
 """
 
@@ -45,7 +54,7 @@ SOURCE = """
     const int64_t left_column = (tile % tiles) * width, corner = matrix * g_strides[0] + first * row_step;
     const int rows = height - first < ROWS ? height - first : ROWS;
     const bool along_rows = row_step != 1 || column_step == 1;
-    // Decided once: all reads of a few rows are then under way before the first is waited for.
+    // Decided once: several reads are then under way before the first is waited for.
     const bool together = column_step == 1 && columns % VECTOR == 0 && row_step % VECTOR == 0
         && g_strides[0] % VECTOR == 0 && aligned<VECTOR>(g) && aligned<VECTOR>(weights);
     // Of columns that lie side by side in memory, a simdgroup takes so many, with so many lanes each.
@@ -56,20 +65,29 @@ SOURCE = """
 
     if (OF_COLUMNS) {
         if (along_rows) {
+            // Every groups-th row, from the last to the first, so that all threadgroups go through the rows together.
             const int64_t j = left_column + thread_index * VECTOR;
             float sums[VECTOR] = {};
             if (together && j < columns) {
-                #pragma unroll AT_ONCE
-                for (int i = 0; i < rows; i++) {
-                    float x[VECTOR];
-                    read_together<VECTOR>(g + corner + i * row_step + j, x);
-                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
+                for (int64_t last_row = height - 1 - group % groups; last_row >= 0; last_row -= AT_ONCE * groups) {
+                    float x[AT_ONCE][VECTOR] = {};
+                    #pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        const int64_t row = last_row - k * groups;
+                        if (row >= 0) read_together<VECTOR>(g + matrix * g_strides[0] + row * row_step + j, x[k]);
+                    }
+                    #pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        const int64_t row = last_row - k * groups;
+                        add_squares<VECTOR>(x[k], row >= 0 ? weights[matrix * height + row] : 0.0f, sums);
+                    }
                 }
             } else {
-                for (int i = 0; i < rows; i++) {
+                for (int64_t row = height - 1 - group % groups; row >= 0; row -= groups) {
+                    const int64_t at = matrix * g_strides[0] + row * row_step + j * column_step;
                     float x[VECTOR];
-                    read_one_by_one<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
-                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
+                    read_one_by_one<VECTOR>(g + at, column_step, columns - j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + row], sums);
                 }
             }
             #pragma unroll
@@ -91,27 +109,47 @@ SOURCE = """
         }
     } else {
         if (along_rows) {
-            for (int i = simdgroup; i < rows; i += simdgroups) {
-                float sum = 0;
+            for (int i = simdgroup * PAIR; i < rows; i += simdgroups * PAIR) {
+                float sums[PAIR] = {};
                 if (together) {
-                    #pragma unroll AT_ONCE
-                    for (int64_t j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
-                        float x[VECTOR], weight[VECTOR];
-                        read_together<VECTOR>(weights + matrix * columns + j, weight);
-                        read_together<VECTOR>(g + corner + i * row_step + j, x);
+                    for (int64_t start = 0; start < columns; start += AT_ONCE * SIMDGROUP * VECTOR) {
+                        float x[AT_ONCE][PAIR][VECTOR] = {};
                         #pragma unroll
-                        for (int v = 0; v < VECTOR; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+                        for (int k = 0; k < AT_ONCE; k++) {
+                            const int64_t j = start + (k * SIMDGROUP + lane) * VECTOR;
+                            #pragma unroll
+                            for (int l = 0; l < PAIR; l++) {
+                                const int64_t at = corner + (i + l < rows ? i + l : i) * row_step + j;
+                                if (j < columns) read_together<VECTOR>(g + at, x[k][l]);
+                            }
+                        }
+                        simdgroup_barrier(mem_flags::mem_none);  // no read is put off until after it
+                        #pragma unroll
+                        for (int k = 0; k < AT_ONCE; k++) {
+                            const int64_t j = start + (k * SIMDGROUP + lane) * VECTOR;
+                            float weight[VECTOR] = {};
+                            if (j < columns) read_together<VECTOR>(weights + matrix * columns + j, weight);
+                            #pragma unroll
+                            for (int l = 0; l < PAIR; l++) sums[l] += weighted_squares<VECTOR>(x[k][l], weight);
+                        }
                     }
                 } else {
                     for (int64_t j = lane; j < columns; j += SIMDGROUP) {
-                        const float x = static_cast<float>(g[corner + i * row_step + j * column_step]);
-                        const float weighted = x * weights[matrix * columns + j];
-                        sum += weighted * weighted;
+                        const float weight = weights[matrix * columns + j];
+                        #pragma unroll
+                        for (int k = 0; k < PAIR; k++) {
+                            const int64_t at = corner + (i + k < rows ? i + k : i) * row_step + j * column_step;
+                            const float weighted = static_cast<float>(g[at]) * weight;
+                            sums[k] += weighted * weighted;
+                        }
                     }
                 }
                 #pragma unroll
-                for (int distance = 16; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                if (lane == 0) row_sums[i][0] = sum;
+                for (int k = 0; k < PAIR; k++) {
+                    #pragma unroll
+                    for (int distance = 16; distance > 0; distance /= 2) sums[k] += simd_shuffle_xor(sums[k], distance);
+                    if (lane == 0 && i + k < rows) row_sums[i + k][0] = sums[k];
+                }
             }
         } else {
             float sums[VECTOR] = {};
@@ -172,7 +210,7 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
     """What the kernel is called with for ``g``: its constants, the size of its grid, and its output."""
     matrices, rows, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
-    threads, height, tiles = MOST_THREADS, ROWS, 1
+    threads, height, tiles = THREADS_OF_ROWS, ROWS, 1
     if of_columns:
         threads = min(THREADS_OF_COLUMNS, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
         height, tiles = ROWS_OF_COLUMNS, -(-columns // (threads * vector))
@@ -182,7 +220,8 @@ def launch(g: mx.array, of_columns: bool) -> dict[str, Any]:
         "OF_COLUMNS": int(of_columns),
         "VECTOR": vector,
         "ROWS": height,
-        "AT_ONCE": AT_ONCE,
+        "AT_ONCE": AT_ONCE_OF_COLUMNS if of_columns else AT_ONCE,
+        "PAIR": PAIR,
         "MOST_SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }

@@ -8,7 +8,7 @@ MLX gives the outputs of such a kernel memory of their own: nothing is updated i
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, scalars
 from ember_mlx.kernels.rounding import FUNCTIONS
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
@@ -114,8 +114,8 @@ def step_weight(
     columns = w.shape[-1] if w.ndim else 1
     sizes = mx.array([w.size // columns, columns], mx.uint32)
     numbers = mx.array([betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], mx.float32)
-    scalars = [mx.array(x, mx.float32).reshape(1) for x in (learning_rate, decay, correction)]
-    inputs = [*map(mx.contiguous, (w, g, m, v)), sizes, seed.reshape(1), t.reshape(1), numbers, *scalars]
+    arrays, rates = map(mx.contiguous, (w, g, m, v)), scalars(learning_rate, decay, correction)
+    inputs = [*arrays, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
     return tuple(kernel(TEXT)(inputs=inputs, **launch(w, m)))
 
 

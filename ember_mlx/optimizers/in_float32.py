@@ -14,10 +14,14 @@ float16   float32                               float32
 In float16 Adam's eps of 1e-8 is 0, and a second moment below 6e-8 too: its first step is NaN.
 """
 
+from functools import partial
+
 import mlx.core as mx
 from mlx.optimizers import Adam, AdamW, MultiOptimizer, Optimizer
 
 __all__ = ["adam_moments", "adam_step", "in_float32", "in_place", "kernel_of_its_own", "stock_in_float32"]
+
+TOO_SMALL = 2**19  # elements, whose memory is not worth a launch
 
 
 def stock_in_float32(optimizer: Optimizer) -> None:
@@ -63,12 +67,16 @@ def in_place(optimizer: Optimizer) -> Optimizer:
     """The same optimizer with the same bits; inside ``mx.compile`` Adam and AdamW then reuse the memory of their state.
 
     ``mx.compile`` makes one kernel of all that belongs together, and never reuses the inputs of a kernel with several
-    outputs. So each of the three arrays gets a kernel of its own.
+    outputs. So each of the three arrays gets a kernel of its own; but of a LoRA adapter three launches take longer.
     """
     if type(optimizer) not in (Adam, AdamW):
         return optimizer
 
+    stock = partial(type(optimizer).apply_single, optimizer)
+
     def apply(gradient, parameter, state):
+        if parameter.size <= TOO_SMALL and gradient.dtype == parameter.dtype == state["m"].dtype:
+            return stock(gradient, parameter, state)
         parameter, state["m"], state["v"] = adam_step(
             parameter,
             gradient,

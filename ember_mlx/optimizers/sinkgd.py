@@ -95,7 +95,7 @@ def norms_by_kernel(g: mx.array, eps: float) -> Norms:
     def rows_then_columns(a, b):
         flat = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
         a_new, column_sums = kernels.sinkhorn.rows_then_columns(matrices, *flat, eps)
-        return a_new.reshape(a.shape), mx.sqrt(column_sums).reshape(b.shape)
+        return a_new.reshape(a.shape), mx.sqrt(column_sums.reshape(b.shape))
 
     return rows_then_columns
 

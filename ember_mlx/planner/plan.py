@@ -6,7 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, SHARDABLE, choose
+from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, SHARDABLE, choose, streams_by_default
 from ember_mlx.finetune.optimizer_names import planned
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
@@ -106,9 +106,9 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
     """
     if options.batch_size % workers:
         raise InputError(f"--workers {workers}: must divide --batch-size {options.batch_size}")
-    choices = choose(options, model.shapes())
+    choices = choose(options, model.shapes(), workers=workers)
     if workers == 1 and options.shard_tables:
-        raise InputError("--shard-tables: needs several workers: add --workers N, or leave it out")
+        raise InputError("--shard-tables: is for several workers; add --workers N, or leave it out")
     lora = choices.lora_parameters or {}
     keys = lora.get("keys")
     return Run(
@@ -131,8 +131,19 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         norm_pass=options.clip_grad_norm is not None,
         body_rounding=choices.body_rounding,
         workers=workers,
+        shard_optimizer=options.shard_optimizer and workers > 1,
         shard_tables=options.shard_tables,
+        stream_as_usual=options.stream is None,
     )
+
+
+def changed(run: Run, **changes: Any) -> Run:
+    """The run with other options: whether it streams goes with them, where that was left to the defaults."""
+    run = replace(run, **changes)
+    if not run.stream_as_usual or "stream" in changes:
+        return run
+    usual = streams_by_default(run.fine_tune_type, bool(run.tables), run.workers, run.norm_pass)
+    return replace(run, stream=usual)
 
 
 def alternatives(run: Run) -> dict[str, Run]:
@@ -140,10 +151,10 @@ def alternatives(run: Run) -> dict[str, Run]:
 
     By the flags that ask for it. Where the run freezes the tables, all of them train beside it, dequantized.
     """
-    thawed, flag = (run, "") if run.tables else (replace(run, tables=ROLES["auto"]), "--train-tables auto ")
+    thawed, flag = (run, "") if run.tables else (changed(run, tables=ROLES["auto"]), "--train-tables auto ")
     names = [name for name in ("ember", "adamw", "adafactor") if name in SHARDABLE or not run.shard_tables]
     kinds = {f"{flag}--table-optimizer {name}": replace(thawed, table_optimizer=name) for name in names}
-    return kinds if run.tables_must_train else kinds | {"--train-tables none": replace(run, tables=())}
+    return kinds if run.tables_must_train else kinds | {"--train-tables none": changed(run, tables=())}
 
 
 def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tuple[str, Plan]]:
@@ -153,10 +164,10 @@ def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tup
     it still does not fit, the last plan says so.
     """
     changes, now = [], plan(model, run, backend)
-    for flags, changed in _changes(model, run):
+    for flags, changes_of_it in _changes(model, run):
         if now.peak <= memory:
             break
-        candidate = replace(run, **changed)
+        candidate = changed(run, **changes_of_it)
         after = plan(model, candidate, backend)
         if after.peak < 0.99 * now.peak:
             run, now = candidate, after
@@ -172,7 +183,8 @@ def _changes(model, run):
     if not (run.chunked_loss or run.stream):
         yield "--chunked-loss", {"chunked_loss": True}
     for flags, other in streamed_runs(model, run):
-        yield flags, {"stream": other.stream, "keep_inputs": other.keep_inputs}
+        as_usual = run.stream_as_usual and "--stream" not in flags
+        yield flags, {"stream": other.stream, "keep_inputs": other.keep_inputs, "stream_as_usual": as_usual}
     if run.stochastic_rounding and run.table_optimizer == "ember" and not run.stream:
         yield "--table-rounding nearest", {"stochastic_rounding": False}
     length = max(run.length, run.evaluation_length) + 1
@@ -186,7 +198,10 @@ def _changes(model, run):
         yield f"--batch-size {size * run.workers}", {"batch_size": size}
     if run.fine_tune_type == "full":
         fewer = f" --num-layers {DEFAULT_LAYERS}" if run.layers > DEFAULT_LAYERS else ""
-        yield "--fine-tune-type lora" + fewer, {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
+        of_lora = {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
+        if run.stream and run.stream_as_usual:  # lora does not by itself
+            fewer, of_lora = f"{fewer} --stream", of_lora | {"stream": True, "stream_as_usual": False}
+        yield "--fine-tune-type lora" + fewer, of_lora
     if run.tables and not run.tables_must_train:
         yield "--train-tables none", {"tables": ()}
 

@@ -40,6 +40,11 @@ class Phase:
         self._done = len(self.graph.evaluations) if not self._ahead else max(self._done, self._before)
         self._before = len(self.graph.evaluations)
 
+    def in_turn(self, *arrays: Array) -> None:
+        """Wait for those before; evaluate these."""
+        self._done = max(self._done, self._before)
+        self.one_behind(*arrays)
+
     def finish(self) -> None:
         """Wait for all."""
         self._done = len(self.graph.evaluations)

@@ -19,13 +19,23 @@ class Head:
         trained: Whether it trains, whole or by blocks.
         by_ember: Whether by blocks.
         weights: Bytes of all weights.
+        on_a_gpu: Whether blocks are larger.
     """
 
-    def __init__(self, model: Architecture, run: Run, table: Table, trained: bool, by_ember: bool, weights: float):
+    def __init__(
+        self,
+        model: Architecture,
+        run: Run,
+        table: Table,
+        trained: bool,
+        by_ember: bool,
+        weights: float,
+        on_a_gpu: bool,
+    ):
         self.table, self.trained, self.by_ember = table, trained, by_ember
         self.width = model.width
         self.tokens = n = run.micro_batches * run.batch_size * run.length
-        rows = rows_of_a_block(table.rows, n)
+        rows = rows_of_a_block(table.rows, n, on_a_gpu)
         self.blocks = [min(rows, table.rows - first) for first in range(0, table.rows, rows)]
         self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights)
 
@@ -54,7 +64,7 @@ class Head:
             by_hidden = graph.elementwise([by_hidden, product, raw])  # which the caller holds
             kept = [raw] if self.keeps else []
             graph.results += kept
-            phase.one_behind(by_hidden, total, *kept)
+            phase.in_turn(by_hidden, total, *kept)
         by_target = self._by_targets(graph, hidden, w)
         by_hidden = graph.elementwise([graph.elementwise([by_hidden, total, by_target])], width=graph.width)
         graph.results += [by_hidden, hidden]
@@ -93,7 +103,7 @@ class Head:
             d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=width)
             gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
             gradient = phase.mean(gradient)
-            phase.one_behind(new_rows(graph, gradient, self._part(w, words)))
+            phase.in_turn(new_rows(graph, gradient, self._part(w, words)))
             phase.finish()
         graph.results += [hidden]
 
@@ -113,7 +123,7 @@ class Head:
                 of_rows = graph.elementwise([phase.mean(graph.product([d, wide], words * features, n, FLOAT32))])
                 columns = graph.elementwise([columns, graph.make([of_rows], features, FLOAT32)])
             of_rows = graph.make([of_rows, logits], words, FLOAT32)  # the caller holds the logits until then
-            phase.one_behind(columns, of_rows)
+            phase.in_turn(columns, of_rows)
         graph.results += kept
         return graph.make([columns, wide], features, FLOAT32)
 

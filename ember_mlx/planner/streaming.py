@@ -39,6 +39,8 @@ def streamed_runs(model: Architecture, run: Run) -> list[tuple[str, Run]]:
 
     None of what ``train --stream`` would refuse, or would do with the logits and the head's gradient as a whole.
     """
+    if run.shard_tables:
+        return []
     runs = [("", run)]
     if not run.stream:
         # Only the flash optimizers split weights one array at a time.
@@ -76,7 +78,10 @@ class _Planned:
         trained = [table.name for table in tables.values() if table.name in step.gradients]
         self.looked_up = by_ember and self.embedding.name in trained
         self.whole = [] if by_ember else trained
-        self.of_head = Head(model, run, self.head, self.head.name in trained, by_ember, self.always["weights"])
+        head_trained = self.head.name in trained
+        self.of_head = Head(
+            model, run, self.head, head_trained, by_ember, self.always["weights"], on_a_gpu=backend != "cpu"
+        )
         full = run.fine_tune_type == "full"
         self.lowest = 0 if self.embedding.name in trained else max(model.layers - run.layers, 0)
         self.norm_trained = full and bool(run.tables)

@@ -7,6 +7,7 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.network import average
 from ember_mlx.planner.optimizer_state import state_of
+from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, joined
 
 __all__ = ["judge", "rounded", "stepped", "update"]
 
@@ -40,12 +41,14 @@ def judge(graph: Graph) -> None:
                 break
         sums.append(graph.make(alike, 1, FLOAT32))
     norm = graph.make(sums, 1, FLOAT32)
-    layers, outside = _by_layer({name: [graph.gradients[name]] for name in order})
+    layers, outside = _by_layer({name: [name] for name in order})
+    layers = _joined(
+        graph, layers, WIDEST_AT_ONCE, lambda names: graph.tokens * max(max(graph.shapes[n]) for n in names)
+    )
     looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
-    head = [array for name, (array,) in outside.items() if name not in looked_up]
+    groups = [[n for n in outside if n not in looked_up], *layers, [n for n in outside if n in looked_up]]
     graph.evaluate(graph.losses, 0)
-    _paced(graph, [head, *layers, [array for name, (array,) in outside.items() if name in looked_up]])
-    graph.evaluate([norm], len(graph.evaluations))
+    _paced(graph, [*([graph.gradients[name] for name in names] for names in groups), [norm]])
 
 
 def update(graph: Graph) -> None:
@@ -58,7 +61,8 @@ def update(graph: Graph) -> None:
         new[name] = [weight, *state]
         graph.results += new[name]
     layers, outside = _by_layer(new)
-    _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
+    groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
+    _paced(graph, _joined(graph, groups, LARGEST_AT_ONCE, lambda group: sum(x.numbers * x.width for x in group)))
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
 
 
@@ -74,6 +78,10 @@ def _by_layer(named):
     return [layers[number] for number in sorted(layers, reverse=True)], outside
 
 
+def _joined(graph, groups, most, size):
+    return groups if graph.backend == "cpu" else joined(groups, most, size)
+
+
 def _paced(graph, groups):
     """One after another, once all before is done; a GPU is one ahead within them."""
     first = len(graph.evaluations)
@@ -86,13 +94,23 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     """The new weight and its new state."""
     run, w, shape = graph.run, graph.weights[name], graph.shapes[name]
     optimizer = run.table_optimizer if is_table else run.optimizer
+    gradient, whole = graph.gradients[name], w
+    sharded = run.shard_optimizer and optimizer != "ember" and shape[0] % run.workers == 0
+    if sharded:
+        shape = (shape[0] // run.workers, *shape[1:])
+        w, gradient = (
+            Array(array.numbers / run.workers, array.width, array.role, array.made_by, base=array)
+            for array in (w, gradient)
+        )
     kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
-    new, state = RULES.get(optimizer, _elementwise)(graph, shape, graph.gradients[name], w, kept, wide)
+    new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
     if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
         new.width = FLOAT32  # the step, which a kernel rounds into a new weight
         new = rounded(graph, w, new, shape[0])
+    if sharded:
+        new = graph.make([new], whole.numbers, whole.width)  # the rows of all
     new.role = "weights"
     for array in state:
         array.role = "optimizer state"
@@ -136,11 +154,7 @@ def _ember(graph, shape, g, w, kept, wide):
 
 
 def _adam(graph, shape, g, w, kept, wide):
-    """Each of the three arrays has a kernel of its own, in which narrow moments are widened and rounded.
-
-    A gradient in float32 is made for both of their kernels.
-    """
-    g = graph.float32(g) if wide == FLOAT32 else g
+    """Each of the three arrays has a kernel of its own, in which narrow ones are widened and rounded."""
     moments = [graph.elementwise([moment, g], width=moment.width) for moment in kept]
     return graph.elementwise([w, *moments]), moments
 

@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming.units import is_leaf, put_back_random_state
+from ember_mlx.streaming.weights import Weights
 
 __all__ = ["check_at_least_one", "check_differentiable", "refuse_a_trace", "some_tokens"]
 
@@ -45,16 +45,16 @@ def check_differentiable(model: nn.Module) -> None:
         put_back_random_state(key)
 
 
-def refuse_a_trace(model: nn.Module) -> None:
+def refuse_a_trace(weights: Weights) -> None:
     """Inside a trace MLX keeps the graph of what is evaluated: this would be a plain step, in more memory.
 
     Raises:
         InputError: inside a trace, and for a model with nothing to train.
     """
-    trainable = tree_flatten(model.trainable_parameters())
-    if not trainable:
+    weight = weights.first_trainable()
+    if weight is None:
         raise InputError("StreamedStep: nothing in the model is trainable: unfreeze something")
-    derived = trainable[0][1].reshape(-1)[:1] * 1
+    derived = weight.reshape(-1)[:1] * 1
     try:
         mx.eval(derived)
         inside = not is_leaf(derived)

@@ -64,7 +64,8 @@ class Forward:
 
     def _record(self, run, look_for_sources):
         after_call = lambda recording: self.drop_inputs(recording, len(recording.calls) - 1)  # noqa: E731
-        return record(run, self._layers.units, self._pace.one_behind, look_for_sources, after_call)
+        units, call_unit = self._layers.units, None if look_for_sources else self._layers.call
+        return record(run, units, self._pace.one_behind, look_for_sources, after_call, call_unit)
 
     def _key(self, recording, i):
         call = recording.calls[i]

@@ -47,6 +47,7 @@ class StreamedHead:
         self._pace = pace
         self._keep_bytes = keep_bytes
         self._block_rows = block_rows
+        self._on_a_gpu = pace.ahead > 0
         self._names = [name for name, _ in tree_flatten(head.module.parameters())]
         trained = [name for name, _ in tree_flatten(head.module.trainable_parameters())]
         self.others = [name for name in trained if table is None or f"{path}.{name}" != table.path]
@@ -66,7 +67,7 @@ class StreamedHead:
         """
         n = targets.size
         self._hidden, self._targets, self._weights = hidden, targets, weights
-        rows = self._block_rows or rows_of_a_block(self.head.vocabulary, n)
+        rows = self._block_rows or rows_of_a_block(self.head.vocabulary, n, self._on_a_gpu)
         self.blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
         keeps = bool(self.table or self.others) and n * self.head.vocabulary * hidden.itemsize <= self._keep_bytes
         self._kept = []
@@ -75,7 +76,7 @@ class StreamedHead:
             largest, total, by_hidden, logits = self._forward(hidden, self._rows(block), largest, total, by_hidden)
             if keeps:
                 self._kept.append(logits)
-            self._pace.one_behind(by_hidden, largest, total, *self._kept[-1:])
+            self._pace.in_turn(by_hidden, largest, total, *self._kept[-1:])
         self._log_sum_exp = largest + mx.log(total)
         chosen, by_target = self._at_targets()
         loss = (weights * (self._log_sum_exp - chosen)).sum()
@@ -103,7 +104,7 @@ class StreamedHead:
             of_rows, part = self._quadratic(*arguments, gram) if quadratic else self._squares(*arguments, hidden)
             row_means.append(of_rows)
             columns = columns + part
-            self._pace.one_behind(columns, of_rows)
+            self._pace.in_turn(columns, of_rows)
         row_mean = mx.concatenate(row_means)
         column_sum = ((columns @ hidden) * hidden).sum(0) if quadratic else columns
         if looked_up is not None:
@@ -128,16 +129,18 @@ class StreamedHead:
             of_ids = self.table.new_rows(ids, self.table.weight[ids], gradient)
             mx.eval(of_ids)
             del gradient, added
+        let_go = 0 if self._kept else self._pace.ahead  # to make logits again takes more than rows that wait
         for number, block in enumerate(self.blocks):
             logits = self._logits(number)
             if self._kept:
                 self._kept[number] = None
+                let_go += logits.nbytes
             gradient = self._gradient(
                 logits, self._log_sum_exp, self._targets - block.start, self._weights, self._hidden
             )
             new = self.table.new_rows(block, self.table.weight[block], gradient)
             del gradient, logits
-            self.table.write(block, new)
+            self.table.write(block, new, let_go)
             del new
         if looked_up is not None:
             self.table.write(ids, of_ids)
@@ -186,7 +189,8 @@ class StreamedHead:
     def _forward_of(self, hidden, parameters, largest, total, by_hidden):
         raw = self._raw(hidden, parameters)
         logits = self._after(raw)
-        now = mx.maximum(largest, logits.max(-1))
+        # Of 16-bit logits the largest is the same, and a copy of them all in float32 is never there.
+        now = mx.maximum(largest, (raw if self.head.is_last else logits).max(-1))
         shrink = mx.exp(largest - now)
         e = mx.exp(logits - now[:, None])
         _, (part,) = mx.vjp(lambda h: [self._after(self._raw(h, parameters))], [hidden], [e])

@@ -1,7 +1,9 @@
-"""The gradients of one call of a unit: made again from its inputs, outside any trace, nothing evaluated yet.
+"""One call of a unit, and its gradients: made again from its inputs, outside any trace, nothing evaluated yet.
 
 Units of equal structure share one compiled function, with all their arrays as its arguments.
 """
+
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +32,25 @@ class Layers:
         self._weights = weights
         self._structures = {}
         self._compiled = {}
+        self._calls = {}
+
+    def call(self, call: Call, own_call: partial, arguments: tuple, keywords: dict) -> object:
+        """What a unit makes of its arguments: as it is the first time, then by a compiled function if it can be one."""
+        what, places, _ = self._structure(call.path)
+        key = what, signature(call.spec), self.units[call.path].training
+        if self._calls.get(key):
+            function, out_spec = self._calls[key]
+            return build(out_spec, iter(function([holder[name] for holder, name in places], call.inputs)))
+        result = own_call(*arguments, **keywords)
+        if key not in self._calls:
+            out_spec, _, _ = flatten(result)
+            # A compiled function would draw the same each time, and would not see what an object brings.
+            compiles = key[1] is not None and signature(out_spec) is not None and call.key is mx.random.state[0]
+            function = (
+                mx.compile(_outputs(self.units[call.path], own_call.func, places, call.spec)) if compiles else None
+            )
+            self._calls[key] = compiles and (function, out_spec)
+        return result
 
     def float_outputs(self, call: Call) -> list[int]:
         """Numbers of the outputs that have gradients."""
@@ -43,9 +64,7 @@ class Layers:
             wanted: Numbers of inputs.
             cotangents: One for each of ``float_outputs``.
         """
-        if call.path not in self._structures:
-            self._structures[call.path] = self._structure_of(call.path)
-        what, places, trained = self._structures[call.path]
+        what, places, trained = self._structure(call.path)
         outputs = self.float_outputs(call)
         key = what, signature(call.spec), trained, tuple(wanted), tuple(outputs)
         # A compiled function would draw the same each time, and would not see what an object brings.
@@ -58,12 +77,26 @@ class Layers:
         put_back_random_state(call.key)
         return function([holder[name] for holder, name in places], call.inputs, cotangents)
 
-    def _structure_of(self, path):
+    def _structure(self, path):
         """The structure of a unit, the places of its arrays, and which of them are trained, in the order of names."""
-        what, places = structure(self.units[path])
-        numbers = {(id(holder), key): i for i, (holder, key) in enumerate(places)}
-        trained = [self._weights.places[name] for name in self.names[path]]
-        return what, places, tuple(numbers[id(holder), key] for holder, key in trained)
+        if path not in self._structures:
+            what, places = structure(self.units[path])
+            numbers = {(id(holder), key): i for i, (holder, key) in enumerate(places)}
+            trained = [self._weights.places[name] for name in self.names[path]]
+            self._structures[path] = what, places, tuple(numbers[id(holder), key] for holder, key in trained)
+        return self._structures[path]
+
+
+def _outputs(unit, own_call, places, spec):
+    def outputs(arrays, inputs):
+        before = exchange(places, arrays)
+        try:
+            arguments, keywords = build(spec, iter(inputs))
+            return flatten(own_call(unit, *arguments, **keywords))[1]
+        finally:
+            exchange(places, before)
+
+    return outputs
 
 
 def _gradients(unit, places, trained, spec, wanted, float_outputs):

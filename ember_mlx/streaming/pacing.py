@@ -58,6 +58,16 @@ class Pace:
             mx.eval(self._before)
         self._before = arrays[0]
 
+    def in_turn(self, *arrays: mx.array) -> None:
+        """Wait for those before, then start these: the scratch of one alone is there, while the next is built."""
+        if not self.ahead or not arrays:
+            mx.eval(arrays)
+            return
+        if self._before is not None:
+            mx.eval(self._before)
+        mx.async_eval(arrays)
+        self._before = arrays[0]
+
     def finish(self) -> None:
         """Wait for all, and let go of it: what a table's rows are written into must be held by nobody else."""
         self.start()

@@ -76,9 +76,10 @@ class StreamedStep:
             Default: by their size.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
-        run_ahead (int, optional): Bytes of new weights that a GPU is handed before the first of them must be done: more
-            take less time and more memory. Default: 1/128 of the weights, at least 33 MB. A CPU is not run ahead. With
-            several machines, so many bytes of gradients go over the wire together.
+        run_ahead (int, optional): Bytes of new weights and state that a GPU is handed before the first of them must be
+            done: more take less time and more memory. Default: 1/64 of the weights, at least 33 MB; twice as much where
+            a whole layer fits into that. A CPU is not run ahead. With several machines, gradients of
+            about so many bytes go over the wire together.
         reduce (callable, optional): An array of this machine -> the sum over all machines, as
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
             A head under Ember goes over the wire twice a step, in float32; of an embedding the rows go that any
@@ -127,23 +128,35 @@ class StreamedStep:
                 f"StreamedStep(optimizer with clip_grad_norm={self._updates.clip_grad_norm}): the global norm needs a "
                 "backward pass of its own: say clip_norm_pass=True, or clip_layer_norm, which is another rule"
             )
+        self._weights = Weights(model)
+        key = mx.random.state[0]
+        units = find_units(model, lambda: model(some_tokens()))
+        put_back_random_state(key)
         nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        ahead = bytes_ahead(nbytes) if run_ahead is None else run_ahead
-        self._machines, self._pace = Machines(reduce, ahead), Pace(ahead)
+        together = bytes_ahead(nbytes) if run_ahead is None else run_ahead
+        self._machines = Machines(reduce, together)
+        self._pace = Pace(bytes_ahead(nbytes, self._largest(units)) if run_ahead is None else run_ahead)
         keep_bytes = {None: bytes_of_kept_logits(nbytes), True: 2**62, False: 0}[keep_logits]
         self._head = self._find_head(keep_bytes, block_rows)
         embeddings = self._find_embeddings()
-        self._weights = Weights(model)
-        self.shards = Shards(group, self._updates, self._weights, ahead) if group else None
+        self.shards = Shards(group, self._updates, self._weights, together) if group else None
         if group and clip_layer_norm is not None:
             raise InputError("clip_layer_norm needs whole gradients, which no machine has where state is shared out")
-        self._look_through(embeddings, keep_inputs)
+        self._look_through(units, embeddings, keep_inputs)
 
-    def _look_through(self, embeddings, keep_inputs):
-        """Find the units and what lies between them; plan the backward pass, or let the first step plan it."""
+    def _largest(self, units):
+        """Bytes of the weights and the state that a step of one unit makes new, at most."""
+        of_units = dict.fromkeys(units, 0)
+        for path in self._weights.places:
+            unit = next((unit for unit in units if path.startswith(f"{unit}.")), None)
+            if unit:
+                new = self._weights[path], self._updates.state(path)
+                of_units[unit] += sum(array.nbytes for _, array in tree_flatten(new))
+        return max(of_units.values(), default=0)
+
+    def _look_through(self, units, embeddings, keep_inputs):
+        """Find what lies between the units; plan the backward pass, or let the first step plan it."""
         key = mx.random.state[0]
-        units = find_units(self.model, lambda: self.model(some_tokens()))
-        put_back_random_state(key)
         modules = dict(self.model.named_modules())
         units |= {path: modules[path] for path in embeddings if path not in units}
         of_rows = {table.path for table in embeddings.values()}
@@ -178,7 +191,7 @@ class StreamedStep:
                 its tokens are not counted.
         """
         shares = [1.0] * len(batches) if shares is None else shares
-        refuse_a_trace(self.model)
+        refuse_a_trace(self._weights)
         recordings = [self._forward(self._run_of(batch)) for batch in batches]
         self._phase("forward")
         key = mx.random.state[0]

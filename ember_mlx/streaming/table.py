@@ -75,12 +75,17 @@ class EmberTable:
         new = self._ember.update_block(weight, gradient, a, b, learning_rate, weight_decay, keys)
         return mx.where(finite, new, weight)
 
-    def write(self, rows: slice | mx.array, new: mx.array) -> None:
-        """Put rows into the table, at the latest at :meth:`flush`. The caller holds no view of it any more."""
-        self._pace.one_behind(new)
+    def write(self, rows: slice | mx.array, new: mx.array, room: int = 0) -> None:
+        """Put rows into the table, at the latest at :meth:`flush`. The caller holds no view of it any more.
+
+        Args:
+            rows, new: Which, and what they become.
+            room: Bytes that the caller has let go of meanwhile: so many more may wait.
+        """
+        self._pace.in_turn(new)
         self._written.append((rows, new))
         self._bytes += new.nbytes
-        if self._bytes >= self._pace.ahead:
+        if self._bytes >= self._pace.ahead // 4 + room:
             self.flush()
 
     def flush(self) -> None:

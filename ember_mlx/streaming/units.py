@@ -124,6 +124,7 @@ def record(
     evaluate: Callable,
     look_for_sources: bool,
     after_call: Callable[[Recording], None],
+    call_unit: Callable | None = None,
 ) -> Recording:
     """Run the model as it is and keep what each call of a unit took and gave, evaluated call by call.
 
@@ -134,6 +135,7 @@ def record(
         evaluate: Takes the arrays of a call and has them evaluated.
         look_for_sources: Whether to note which inputs are outputs of earlier calls.
         after_call: Is called with the recording after each call.
+        call_unit: ``call_unit(call, own_call, arguments, keywords)`` makes a unit's result; None, it is called itself.
     """
     recording = Recording(run, mx.random.state[0])
     made, alive = {}, []
@@ -144,7 +146,10 @@ def record(
         call = Call(path, spec, [mx.stop_gradient(leaf) for leaf in leaves], mx.random.state[0])
         if look_for_sources:
             call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
-        result = own_call(*arguments, **keywords)
+        if call_unit is None:
+            result = own_call(*arguments, **keywords)
+        else:
+            result = call_unit(call, own_call, arguments, keywords)
         call.out_spec, outputs, _ = flatten(result)
         of_objects = [flatten(item) for item in objects]
         call.object_specs = [spec for spec, _, _ in of_objects]

@@ -33,6 +33,13 @@ class Weights:
             places[path] = holder, int(last) if isinstance(holder, list) else last
         self.places = MappingProxyType(places)
 
+    def first_trainable(self) -> mx.array | None:
+        """The first that is not frozen now; None if all are."""
+        now = (
+            holder[key] for holder, key in self.places.values() if key not in getattr(holder, "_no_grad", frozenset())
+        )
+        return next(now, None)
+
     def __getitem__(self, path: str) -> mx.array:
         holder, key = self.places[path]
         return holder[key]

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarking import SEED, at_least_one, in_this_process, machine, write
-from mlx_training_memory import Prepared, unpatched
+from mlx_training_memory import prepare, unpatched
 from training_memory_rows import ROW
 
 KINDS = ("off", "stop", "skip", "clip", "mlx-lm")
@@ -35,7 +35,7 @@ def measure(row, rounds, warm_up, smoke):
     import mlx.core as mx
     from mlx_lm.tuner.trainer import grad_checkpoint
 
-    made = Prepared(row, smoke)
+    made = prepare(row, smoke)
     order, seconds, peaks = random.Random(SEED), {kind: [] for kind in KINDS}, {kind: [] for kind in KINDS}
     with unpatched(type(made.model.layers[0])):
         if made.args.grad_checkpoint:

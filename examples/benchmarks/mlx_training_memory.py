@@ -34,47 +34,66 @@ WARM_UP = 2
 
 
 class Prepared:
-    """A model of a row and all that a step of ``ember-mlx train`` takes, set up as that does it.
+    """A model with random weights and all that a step of ``ember-mlx train`` takes, set up as that does it.
 
-    Raises RuntimeError if the process still holds arrays of a row before.
+    Args:
+        config (dict): The model's config.json, with the dtype of its weights.
+        args (Options): Those of the run.
+        batch_size, length (int): Of the batch, whose tokens are random.
     """
 
-    def __init__(self, row, smoke):
+    def __init__(self, config, args, batch_size, length):
         import mlx.core as mx
+        from mlx.utils import tree_flatten
         from mlx_lm.utils import _get_classes
 
-        from ember_mlx.finetune import options
         from ember_mlx.finetune.build_optimizer import build_optimizer
         from ember_mlx.finetune.choices import choose
         from ember_mlx.finetune.run import choose_loss
         from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
-        gc.collect()
-        mx.clear_cache()
-        if mx.get_active_memory() > LEFT_OVER:
-            raise RuntimeError(
-                f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process"
-            )
-        of = ROW.fullmatch(row).groupdict()
-        batch_size, length = int(of["batch_size"]), int(of["length"])
-        length = max(length // 16, 1) if smoke else length
-        self.args = args = options.parse(words_of(row))
-
+        self.args = args
         mx.random.seed(SEED)
-        config = config_of(row) | (TINY if smoke else {})
         model_class, arguments_class = _get_classes(config)
         self.model = model = model_class(arguments_class.from_dict(config))
-        model.set_dtype(mx.bfloat16)
-        mx.eval(model.parameters())
+        model.set_dtype(getattr(mx, config["torch_dtype"]))
+        for _, array in tree_flatten(model.parameters()):
+            mx.eval(array)  # one by one: they are drawn in float32
+        del array
         choices = choose(args, shapes_of(model))
         make_trainable(model, args, choices)
+        model.train()
         self.optimizer = build_optimizer(model, args, choices)
-        self.optimizer.guard.skip_nonfinite = not of["unguarded"]
         self.loss = choose_loss(args, model)
         tokens = mx.random.randint(0, config["vocab_size"], (batch_size, length + 1))
         self.batch = tokens, mx.array([[0, length]] * batch_size)
-        self.logits = batch_size * length * config["vocab_size"] * mx.bfloat16.size
+        self.tokens = batch_size * length
         mx.eval(model.parameters(), self.optimizer.state, self.batch)
+
+
+def refuse_left_over():
+    """Raise RuntimeError if the process still holds arrays of a row before."""
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+    left = mx.get_active_memory()
+    if left > LEFT_OVER:
+        raise RuntimeError(f"{left:,} bytes of earlier rows are left: measure it in a fresh process")
+
+
+def prepare(row, smoke):
+    """What a row is measured with, where nothing of those before is left."""
+    from ember_mlx.finetune import options
+
+    refuse_left_over()
+    of = ROW.fullmatch(row).groupdict()
+    batch_size, length = int(of["batch_size"]), int(of["length"])
+    config = config_of(row) | {"torch_dtype": "bfloat16"} | (TINY if smoke else {})
+    made = Prepared(config, options.parse(words_of(row)), batch_size, max(length // 16, 1) if smoke else length)
+    made.optimizer.guard.skip_nonfinite = not of["unguarded"]
+    made.logits = made.tokens * config["vocab_size"] * 2
+    return made
 
 
 def measure(row, warm_up, steps, smoke):
@@ -85,7 +104,7 @@ def measure(row, warm_up, steps, smoke):
 
     from ember_mlx.finetune.step import Step
 
-    made = Prepared(row, smoke)
+    made = prepare(row, smoke)
     model, optimizer = made.model, made.optimizer
     sizes = {
         "weights": sum(array.nbytes for _, array in tree_flatten(model.parameters())),

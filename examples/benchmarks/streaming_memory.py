@@ -29,7 +29,6 @@ between two steps. The JSON file is written after each row, and rows that it has
 import argparse
 import contextlib
 import fnmatch
-import gc
 import io
 import itertools
 import json
@@ -37,9 +36,9 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarking import SEED, at_least_one, in_fresh_process, machine, write
-from mlx_training_memory import unpatched
-from row_workers import LEFT_OVER, Worker, measured
+from benchmarking import at_least_one, in_fresh_process, machine, write
+from mlx_training_memory import Prepared, refuse_left_over, unpatched
+from row_workers import Worker, measured
 from streaming_rows import (
     ADAMW_ALONE,
     ON_A_CPU,
@@ -56,7 +55,7 @@ from streaming_rows import (
 WARM_UP = 2
 
 
-class Trained:
+class Trained(Prepared):
     """One model with its optimizer, and a step of it.
 
     Args:
@@ -66,48 +65,26 @@ class Trained:
     """
 
     def __init__(self, row, way, smoke):
-        import mlx.core as mx
         import mlx.optimizers as optim
         from mlx.utils import tree_flatten
-        from mlx_lm.utils import _get_classes
 
         from ember_mlx.finetune import options
-        from ember_mlx.finetune.build_optimizer import build_optimizer
-        from ember_mlx.finetune.choices import choose
-        from ember_mlx.finetune.trainable import make_trainable, shapes_of
         from ember_mlx.streaming import StreamedStep
 
         of = parts_of(row)
         length = max(of["length"] // 16, 1) if smoke else of["length"]
         args = options.parse(words_of(row)) | {"optimizer_config": optimizer_config_of(row)}
-        mx.random.seed(SEED)
-        config = config_of(row) | (TINY if smoke else {})
-        model_class, arguments_class = _get_classes(config)
-        self.model = model = model_class(arguments_class.from_dict(config))
-        model.set_dtype(getattr(mx, config["torch_dtype"]))
-        for _, array in tree_flatten(model.parameters()):
-            mx.eval(array)  # one by one: they are drawn in float32
-        del array
-        choices = choose(args, shapes_of(model))
-        make_trainable(model, args, choices)
-        model.train()
-        by_mlx_lm = way.startswith("mlx-lm")
+        super().__init__(config_of(row) | (TINY if smoke else {}), args, of["batch_size"], length)
+        model, by_mlx_lm = self.model, way.startswith("mlx-lm")
         if by_mlx_lm and of["recipe"] in ADAMW_ALONE:
+            self.optimizer = None  # its state goes first
             self.optimizer = optim.AdamW(learning_rate=args.learning_rate)
             self.optimizer.init(model.trainable_parameters())
-        else:
-            self.optimizer = build_optimizer(model, args, choices)
-        self.batch = (
-            mx.random.randint(0, config["vocab_size"], (of["batch_size"], length + 1)),
-            mx.array([[0, length]] * of["batch_size"]),
-        )
-        mx.eval(model.parameters(), self.optimizer.state, self.batch)
         self.bytes = {
             "weights": sum(array.nbytes for _, array in tree_flatten(model.parameters())),
             "optimizer_state": sum(array.nbytes for _, array in tree_flatten(self.optimizer.state)),
         }
         way, _, ahead = way.partition("@")
-        self.tokens = of["batch_size"] * length
         self.streamed = None
         if by_mlx_lm:
             self.take = self._mlx_lm(way.endswith("checkpointed"))
@@ -207,10 +184,7 @@ def measure(row, steps, smoke):
     """
     import mlx.core as mx
 
-    gc.collect()
-    mx.clear_cache()
-    if mx.get_active_memory() > LEFT_OVER:
-        raise RuntimeError(f"{mx.get_active_memory():,} bytes of earlier rows are left: measure it in a fresh process")
+    refuse_left_over()
     ways = parts_of(row)["way"].split("+")
     if len(ways) > 1:
         return in_turn(row, ways, steps, smoke)

@@ -53,27 +53,27 @@ ON_A_GPU = [
 # another, neighbours compile different kernels.
 TABLE_OF_RECIPES = [
     "qwen3-0.6b/1x512/adamw-everywhere/mlx-lm",
-    "qwen3-0.6b/1x512/adamw/streamed",
     "qwen3-0.6b/1x512/stateless/streamed",
-    "qwen3-0.6b/1x512/adam-mini-int8/streamed",
     "qwen3-0.6b/1x512/adamw-everywhere/ordinary",
-    "qwen3-0.6b/1x512/flash-adamw/streamed",
-    "qwen3-0.6b/1x512/stateless/ordinary",
-    "qwen3-0.6b/1x512/lora-adamw/mlx-lm",
+    "qwen3-0.6b/1x512/adamw/streamed",
+    "qwen3-0.6b/1x512/adam-mini-int8/streamed",
     "qwen3-8b/1x512/stateless/streamed",
+    "qwen3-0.6b/1x512/flash-adamw/streamed",
+    "qwen3-0.6b/1x512/lora-adamw/mlx-lm",
+    "qwen3-0.6b/1x512/lora/streamed",
+    "qwen3-1.7b/tied/1x512/adamw-everywhere/mlx-lm",
+    "qwen3-1.7b/tied/1x512/stateless/streamed",
+    "llama-3.2-1b/tied/1x512/adamw-everywhere/mlx-lm",
+    "llama-3.2-1b/tied/1x512/stateless/streamed",
+    "qwen3-8b/1x512/adam-mini-int8/streamed",
+    "qwen3-8b/1x512/lora/streamed",
     "qwen3-0.6b/1x512/adamw/ordinary",
+    "qwen3-0.6b/1x512/stateless/ordinary",
     "qwen3-0.6b/1x512/adam-mini-int8/ordinary",
     "qwen3-0.6b/1x512/flash-adamw/ordinary",
-    "qwen3-8b/1x512/adam-mini-int8/streamed",
-    "qwen3-0.6b/1x512/lora/streamed",
     "qwen3-0.6b/1x512/lora/ordinary",
     "qwen3-0.6b/1x512/lora-adamw/ordinary",
     "qwen3-8b/1x512/stateless/ordinary-checkpointed",
-    "llama-3.2-1b/tied/1x512/adamw-everywhere/mlx-lm",
-    "llama-3.2-1b/tied/1x512/stateless/streamed",
-    "qwen3-1.7b/tied/1x512/adamw-everywhere/mlx-lm",
-    "qwen3-1.7b/tied/1x512/stateless/streamed",
-    "qwen3-8b/1x512/lora/streamed",
     "qwen3-8b/1x512/adamw/streamed",
     "qwen3-8b/1x512/flash-adamw/streamed",
     "qwen3-0.6b/1x512/stateless/ordinary-checkpointed",
@@ -181,7 +181,7 @@ def streaming_words_of(row: str) -> list[str]:
     """Those that say how it is stepped."""
     of = parts_of(row)
     if of["way"] in ("ordinary", "mlx-lm"):
-        return []
+        return ["--no-stream"]
     if of["way"].endswith("checkpointed"):
-        return ["--grad-checkpoint"]
+        return ["--grad-checkpoint", "--no-stream"]
     return ["--stream", "--keep-inputs", str(of["keep_inputs"])]

@@ -3,21 +3,18 @@
     python examples/benchmarks/table_widths.py --out $OUT/table_widths.json
 
 On a CUDA GPU with PyTorch and Triton it times the two large kernels of ``cuda_ref.triton_kernels`` apart, in each of
-several cuts (`STATISTICS`, `UPDATE`), then whole steps with the cuts of the package, float16 with stochastic rounding
-too. With MLX on a GPU it times ``ember_mlx.kernels.statistics`` in several cuts (`MLX_STATISTICS`) as well. Each cut is
-first compared with float64 on fresh random numbers.
+several cuts (`statistics_cuts`, `update_cuts`), then whole steps with the cuts of the package, float16 with stochastic
+rounding too. Each cut is first compared with float64 on fresh random numbers. Those of MLX: ``kernel_times.py``.
 
 Two tables take turns, so that nothing is found in the L2 cache but what the kernel before has left there. The floor of
 a kernel is what it must read and write at the bandwidth of a large copy, measured in the same run. Times are medians
-of CUDA events (of MLX: of samples of several calls). What ``--seconds`` does not allow is left out.
+of CUDA events. What ``--seconds`` does not allow is left out.
 """
 
 import argparse
 import statistics
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import torch
 from benchmarking import SEED, machine, write
@@ -249,80 +246,6 @@ def whole_step(columns, dtype, rows, bandwidth, repeats, device, stochastic=Fals
     return about | {"milliseconds": round(taken, 4), "of_floor": round(floor / taken, 3)}
 
 
-# --- MLX -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def mlx_cut(rows, unroll):
-    """The kernel of ``ember_mlx.kernels.statistics`` with so many rows a threadgroup, so many of them unrolled."""
-    from dataclasses import replace
-
-    from ember_mlx.kernels import statistics as mlx_statistics
-
-    loop = "for (int i = 0; i < rows; i++) {"
-    assert loop in mlx_statistics.SOURCE
-    source = mlx_statistics.SOURCE.replace(loop, f"#pragma unroll {unroll}\n            {loop}", 1)
-    text = replace(mlx_statistics.TEXT, source=source, name=f"ember_statistics_{rows}_{unroll}")
-    with mock.patch.multiple(mlx_statistics, ROWS=rows, TEXT=text):
-        yield mlx_statistics
-
-
-MLX_CUTS = [(128, 1), (128, 4), (128, 8), (64, 4), (64, 8), (32, 8)]
-
-
-def mlx_statistics_rows(columns, dtype, rows, repeats, bandwidth):
-    """Rows of results of MLX's statistics kernel: kernel alone, without the sum over its partial sums, and with it."""
-    import mlx.core as mx
-    import numpy as np
-
-    def make(count, seed):
-        g = mx.random.normal((count, columns), key=mx.random.key(seed)).astype(getattr(mx, dtype))
-        mx.eval(g)
-        return g
-
-    found, tables = [], [make(rows, number) for number in range(2)]
-    checked = make(CHECKED_ROWS, 7)
-    squares = np.square(np.array(checked.astype(mx.float32)).astype(np.float64))
-    for cut_rows, unroll in MLX_CUTS:
-        about = {"kernel": "mlx statistics", "columns": columns, "dtype": dtype, "cut": f"{cut_rows} u{unroll}"}
-        with mlx_cut(cut_rows, unroll) as kernel:
-            means = [np.array(mean).astype(np.float64) for mean in kernel.mean_squares(checked)]
-            error = max(np.max(np.abs(m / squares.mean(axis=a) - 1)) for m, a in zip(means, (1, 0), strict=True))
-            if not error < 1e-5:
-                found.append(about | {"wrong": float(error)})
-                continue
-
-            def sample(calls=10, kernel=kernel):
-                start = time.perf_counter()
-                for number in range(calls):
-                    mx.async_eval(kernel.mean_squares(tables[number % 2]))
-                mx.synchronize()
-                return (time.perf_counter() - start) / calls
-
-            sample(4)
-            seconds = statistics.median(sample() for _ in range(repeats))
-            floor = tables[0].nbytes / bandwidth
-            about |= {"error": float(f"{error:.3g}"), "milliseconds": round(seconds * 1e3, 4)}
-            found.append(about | {"of_floor": round(floor / seconds, 3)})
-    return found
-
-
-def mlx_bandwidth(repeats):
-    """Bytes a second that a large copy reads and writes in MLX."""
-    import mlx.core as mx
-
-    source = mx.zeros(2**29, mx.int32)
-    mx.eval(source)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(10):
-            mx.async_eval(source + 1)
-        mx.synchronize()
-        times.append((time.perf_counter() - start) / 10)
-    return 2 * source.nbytes / statistics.median(times)
-
-
 # --- what is run and shown -----------------------------------------------------------------------------------------
 
 
@@ -348,7 +271,6 @@ def main():
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--no-mlx", action="store_true")
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -373,12 +295,6 @@ def main():
     jobs = [lambda c=c, d=d, s=s: [whole_step(c, d, *common, stochastic=s)] for c, d, s in steps]
     cuts = [lambda c=c, d=d: compare_cuts(c, d, *common) for c in args.tuned for d in (*args.dtypes, "float16")]
     jobs += cuts[: len(args.dtypes)]
-    mlx = None if args.no_mlx else mlx_on_gpu(device)
-    if mlx:
-        speed = mlx_bandwidth(5) if device == "cuda" else 1.0
-        jobs += [
-            lambda c=c, d=d: mlx_statistics_rows(c, d, args.rows, 5, speed) for c in args.widths for d in args.dtypes
-        ]
     jobs += cuts[len(args.dtypes) :]
     for number, job in enumerate(jobs):
         if done(job()):
@@ -386,15 +302,6 @@ def main():
             break
         if device == "cuda":
             torch.cuda.empty_cache()
-
-
-def mlx_on_gpu(device):
-    """Whether MLX is here with a GPU."""
-    try:
-        import mlx.core as mx
-    except ImportError:
-        return False
-    return device == "cuda" and mx.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def config_of(row):
 def words_of(row):
     """The flags of ``ember-mlx train`` that a row stands for."""
     of = ROW.fullmatch(row).groupdict()
-    words = ["--optimizer", "adamw", "--fine-tune-type", of["type"], "--num-layers", "-1"]
+    words = ["--optimizer", "adamw", "--fine-tune-type", of["type"], "--num-layers", "-1", "--no-stream"]
     words += ["--train-tables", "none"] if of["tables"] == "frozen" else ["--table-optimizer", of["tables"]]
     words += ["--body-rounding", "nearest"] * bool(of["nearest"])
     return words + ["--chunked-loss"] * bool(of["chunked"]) + ["--grad-checkpoint"] * bool(of["checkpoint"])

@@ -29,6 +29,7 @@ from ember_mlx.finetune.workers import Workers, average_by_dtype
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
+BEGUN = time.perf_counter()
 BATCH, ITERS = 4, 20
 MIXED = "lora, --mask-prompt, rows without anything to learn"
 SHARDED = "lora, --shard-tables"
@@ -152,14 +153,21 @@ def part_averages(here, folder):
     return {"arrays": len(gradients), "calls": len(calls), "at most": most, "bits of MLX": same}
 
 
-def part_runs(here, folder, only=None):
-    """Test 1: all workers end with the same weights, state and random numbers. For test 2, the updates are kept."""
-    found = {}
-    for name in RUNS:
+def part_runs(here, folder, only=None, seconds="inf"):
+    """Test 1: all workers end with the same weights, state and random numbers. For test 2, the updates are kept.
+
+    No run begins on any worker after so many ``seconds`` of the slowest.
+    """
+    found, begun = {}, time.monotonic()
+    for name in sorted(RUNS, key=[MIXED, SHARDED].__contains__, reverse=True):
         if (name == SHARDED and not has_option("--shard-tables")) or only not in (None, name):
             continue
         if name == SHARED_OUT and only is None:  # no backend of a CPU has it
             continue
+        with here.one_outcome(lambda: int(time.monotonic() - begun)) as meeting:
+            pass
+        if meeting.largest > float(seconds):
+            break
         words = words_of(folder.parent, name, folder / f"adapter{here.rank}" / str(len(found)))
         watcher, start = Remembers(), time.monotonic()
         result = run.run(options.parse(words), watcher, [watcher])
@@ -213,13 +221,18 @@ def part_die(here, folder, rank="1"):
 
 
 class Clock(Watcher):
-    """When each step ended."""
+    """When each step ended, told at once: of a run that is not done in time, that is all there is."""
 
     def before_training(self, *_):
         self.ends = []
+        self._tell("before the first step")
 
     def after_step(self, step, result):
         self.ends.append(time.perf_counter())
+        self._tell(f"step {step}")
+
+    def _tell(self, what):
+        print(f"{what}: {time.perf_counter() - BEGUN:.1f} s", file=sys.stderr, flush=True)
 
 
 def part_speed(here, folder, row="qwen3-0.6b/tied/lora/4x1024/ember", steps="12", more=""):

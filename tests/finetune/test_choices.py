@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model
 from tiny_models import tiny_llama
 
 from ember_mlx import InputError
-from ember_mlx.finetune import choices, options
+from ember_mlx.finetune import options
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, choose
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.run import run
@@ -101,15 +101,15 @@ def test_options_are_never_written_to(parse, tmp_path):
     assert {name: saved[name] for name in rest} == json.loads(json.dumps(rest, default=str))
 
 
-def test_one_constant_makes_full_stream_unless_told_otherwise(monkeypatch):
+def test_full_streams_unless_told_otherwise():
     shapes = shapes_of(tiny_llama())
 
-    def streams(**asked):
-        return choose(DEFAULTS | {"fine_tune_type": "full"} | asked, shapes).stream
+    def streams(workers=1, **asked):
+        return choose(DEFAULTS | {"fine_tune_type": "full"} | asked, shapes, workers=workers).stream
 
-    assert (streams(), streams(stream=True)) == (False, True)
-    monkeypatch.setattr(choices, "STREAMED_BY_DEFAULT", frozenset({"full"}))
     assert streams()
     assert not streams(stream=False)
     assert not streams(train_tables="none")  # mlx-lm's own run, to the bit
     assert not streams(fine_tune_type="lora")
+    assert (streams(clip_grad_norm=1.0), streams(clip_grad_norm=1.0, stream=True)) == (False, True)
+    assert not streams(workers=2)

@@ -107,3 +107,20 @@ def test_types_of_json_are_checked_to_the_leaves():
     ):
         with pytest.raises(InputError, match=message):
             safe_reading.check_types(good | change, expected, "here")
+
+
+@pytest.mark.parametrize("bad", ["first", "large", "last", None])
+@pytest.mark.parametrize("value", [mx.nan, -mx.inf])
+def test_the_array_that_is_not_finite_is_named_and_small_ones_are_looked_at_together(monkeypatch, bad, value):
+    arrays = {f"small {i}": mx.ones((3, i + 1), [mx.float32, mx.bfloat16, mx.float16][i % 3]) for i in range(30)}
+    arrays = {"first": mx.ones(2), "ids": mx.arange(3), "large": mx.zeros((2**8, 2**8)), **arrays, "last": mx.ones(())}
+    looks, all_finite = [], safe_reading.all_finite
+    monkeypatch.setattr(safe_reading, "all_finite", lambda given: looks.append(len(given)) or all_finite(given))
+    if bad is None:
+        safe_reading.check_finite(arrays, "here", "do so")
+        assert looks == [32, 1]
+    else:
+        arrays[bad] = mx.full(arrays[bad].shape, value)
+        count = arrays[bad].size
+        with pytest.raises(InputError, match=rf"here: {bad} has {count} of {count} numbers .* not finite; do so"):
+            safe_reading.check_finite(arrays, "here", "do so")

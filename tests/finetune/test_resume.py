@@ -50,7 +50,7 @@ def test_the_rest_of_a_resumed_run_is_that_of_an_uninterrupted_one_bit_for_bit(
     # Step 8 is in the middle of the second epoch and, with 3 to accumulate, of the third update.
     broken = [*common, "--save-every", 8]
     with pytest.raises(Breaks):
-        run(parse_resumable(*broken, adapter="broken"), BreakAt(11))
+        run(parse_resumable(*broken, adapter="broken"), BreakAt(12))
     assert last_checkpoint(tmp_path / "broken").position.step == (8 if accumulate == 1 else 6)
     resumed = run(parse_resumable(*broken, "--resume", adapter="broken"))
     assert_same(tmp_path / "whole", tmp_path / "broken")

@@ -21,7 +21,7 @@ def without_times(rows):
 
 
 def test_a_run_tells_everything_and_a_resumed_one_the_same(parse, tmp_path):
-    common = ["--iters", 9, "--steps-per-eval", 3, "--save-every", 4, "--fine-tune-type", "full"]
+    common = ["--iters", 9, "--steps-per-eval", 3, "--save-every", 4, "--fine-tune-type", "full", "--no-stream"]
     result = run(parse(*common, "--log-jsonl", tmp_path / "new" / "whole.jsonl", adapter="whole"))
     whole = run_log.read(tmp_path / "new" / "whole.jsonl")
     assert whole.options["iters"] == 9

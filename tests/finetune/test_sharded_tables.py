@@ -149,7 +149,7 @@ def test_the_rows_of_all_workers_are_the_table_and_their_keys_its_keys(size, row
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "needs several workers, which mlx.launch starts"),
+        ([], "is for several workers; start them with mlx.launch"),
         (["--train-tables", "none"], "no table trains with --train-tables none"),
         (["--stream"], "--stream steps whole tables"),
         (["--table-optimizer", "adafactor"], "--table-optimizer adafactor needs whole tables"),

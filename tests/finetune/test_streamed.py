@@ -296,10 +296,15 @@ def test_the_run_says_that_it_streams_and_records_it(parse, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--keep-inputs", 2], "--keep-inputs 2: is for a run that streams; add --stream, or use --grad-checkpoint"),
-        (["--shard-optimizer"], "--shard-optimizer: is for a run that streams; add --stream, or leave it out"),
+        (
+            ["--no-stream", "--keep-inputs", 2],
+            "--keep-inputs 2: is for a run that streams; add --stream, or use --grad-checkpoint",
+        ),
         (["--stream", "--shard-optimizer"], "--shard-optimizer: is for several workers; start them with mlx.launch"),
-        (["--clip-layer-norm", 1], "--clip-layer-norm 1.0: is for a run that streams; add --stream, or use --clip"),
+        (
+            ["--no-stream", "--clip-layer-norm", 1],
+            "--clip-layer-norm 1.0: is for a run that streams; add --stream, or use --clip",
+        ),
         (["--stream", "--keep-inputs", 0], "--keep-inputs 0: must be a whole number of at least 1"),
         (["--stream", "--clip-layer-norm", 0], "--clip-layer-norm 0.0: must be a finite number above 0"),
         (["--stream", "--clip-grad-norm", "nan"], "--clip-grad-norm nan: must be a finite number above 0"),
@@ -330,3 +335,29 @@ def test_a_model_that_cannot_be_differentiated_is_named(parse, tmp_path, monkeyp
     with pytest.raises(InputError, match=r"--stream: .*cannot differentiate mlx_lm.models.llama \(.*--no-stream"):
         run(parse(*FULL, "--stream"))
     assert not (tmp_path / "adapters").exists()
+
+
+def test_full_streams_by_default_and_a_model_that_cannot_says_why_and_takes_an_ordinary_step(
+    parse, monkeypatch, capsys
+):
+    assert run(parse(*FULL, "--iters", 1)) is not None
+    assert "Streamed: every weight" in capsys.readouterr().out
+    run(parse(*FULL, "--iters", 1, "--clip-grad-norm", 1, adapter="clipped"))
+    assert "Not streamed: --clip-grad-norm" in capsys.readouterr().out
+
+    def refuses(model, optimizer, args):
+        raise InputError("--stream: it cannot be")
+
+    monkeypatch.setattr("ember_mlx.finetune.streamed.Streamed", refuses)
+    run(parse(*FULL, "--iters", 1, adapter="ordinary"))
+    assert "Not streamed: it cannot be" in capsys.readouterr().out
+    with pytest.raises(InputError, match="it cannot be"):
+        run(parse(*FULL, "--stream", adapter="refused"))
+
+
+def test_a_run_that_began_without_streaming_goes_on_without(parse, capsys):
+    words = [*FULL, "--save-every", 1]
+    run(parse(*words, "--no-stream", "--iters", 1))
+    capsys.readouterr()
+    run(parse(*words, "--iters", 2, "--resume"))
+    assert "Streamed:" not in capsys.readouterr().out

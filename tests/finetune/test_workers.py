@@ -157,6 +157,8 @@ def test_workers_drop_out_each_their_own_and_go_on_with_one_state(found):
     (left, state), (other, same) = (each["dropped"] for each in found)
     assert left != other
     assert state == same
+    keys = [tuple(key) for each in found for key in each["keys"]]
+    assert len(set(keys)) == len(keys) > 0
 
 
 @pytest.mark.parametrize("variables", [{"MLX_RANK": "1"}, {"MLX_WORLD_SIZE": "2"}], ids=["rank", "size"])

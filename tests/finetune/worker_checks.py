@@ -87,6 +87,15 @@ def counting_numbers():
         yield sent
 
 
+@contextmanager
+def noting_keys():
+    """A list of MLX's random state at the beginning of each step within."""
+    keys, take = [], Step.__call__
+    noting = lambda *arguments, **more: keys.append(mx.random.state[0].tolist()) or take(*arguments, **more)  # noqa: E731
+    with replaced(Step, "__call__", noting):
+        yield keys
+
+
 def arrays_from_leader(here):
     """Whether rank 0's bits arrive: -0.0 and NaN, and sizes of one, two, four and eight bytes."""
     arrays = [mx.array([-0.0, mx.nan, 1.5]), mx.array([-0.0], mx.bfloat16), mx.array(7, mx.uint64), mx.array([True])]
@@ -263,7 +272,7 @@ def main():
     }
     folder, words = Path(sys.argv[1]), sys.argv[2:]
     own = folder / f"host{here.rank}"
-    with counting_numbers() as found["sent"]:
+    with counting_numbers() as found["sent"], noting_keys() as found["keys"]:
         found["trained"] = trained(own / "at_once", words, watcher := Remembers())
     found["met"] = watcher.met
     with counting_numbers() as found["dense_sent"], replaced(step, "_looked_up_by_tokens", lambda model: {}):

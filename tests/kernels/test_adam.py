@@ -55,7 +55,6 @@ def test_the_texts_step_as_plain_operations_do(make_emulated, monkeypatch, dtype
     [
         ("i < left; i++", "i < VECTOR; i++", "heap-buffer-overflow"),
         ("static_cast<uint32_t>(++row)", "static_cast<uint32_t>(row)", "values of weight"),
-        ("square[i] = bfloat16_of(square[i]);", "square[i] += 0.01f;", "values of v"),
     ],
 )
 def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with, old, new, says):

@@ -44,15 +44,9 @@ def test_the_texts_round_as_plain_operations_do(emulated, with_kernel, dtype, la
         assert mx.array_equal(found, expected(x, dtype), equal_nan=True), shape
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("v < left; v++) rounded", "v < VECTOR; v++) rounded", "heap-buffer-overflow"),
-        ("static_cast<uint32_t>(++row)", "static_cast<uint32_t>(row)", "are rounded otherwise"),
-    ],
-)
-def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with, old, new, says):
-    assert says in found_with(weight_rounding, old, new, (mx.bfloat16,))
+def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with):
+    row = "static_cast<uint32_t>(++row)", "static_cast<uint32_t>(row)"
+    assert "are rounded otherwise" in found_with(weight_rounding, *row, (mx.bfloat16,))
 
 
 @pytest.mark.parametrize("rest", [optim.AdamW, optim.Lion])  # of Adam's moments and of others' there are two ways

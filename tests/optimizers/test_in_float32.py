@@ -1,5 +1,7 @@
 """A pair in a loop of one's own: 16-bit weights step as float32 ones do, whatever optimizer of MLX's has them."""
 
+import gc
+
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
@@ -7,6 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tiny_models import tiny_llama
 
 from ember_mlx import Ember, PairedOptimizer
+from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.rounded import StochasticRounding
 
 RATE = 1e-3
@@ -84,3 +87,22 @@ def test_rounded_stochastically_float16_has_the_state_of_float32(name):
     # Stochastically a number goes to one of its two neighbours: less than a unit in the last place away.
     assert new.dtype == mx.float16
     assert mx.all(mx.abs(new.astype(mx.float32) - wide) < 2.0**-10).item()
+
+
+def test_a_narrow_table_under_adamw_is_stepped_without_scratch_of_its_size():
+    table = mx.zeros((4096, 64), mx.bfloat16)
+    optimizer = in_float32(in_place(optim.AdamW(RATE)))
+    optimizer.init({"w": table})
+    held = [optimizer.state]
+    update = mx.compile(lambda g, w: optimizer.apply_gradients(g, w), inputs=held, outputs=held)
+    for _ in range(2):  # compiled in the first
+        gradient = mx.ones((4096, 64), mx.bfloat16)
+        mx.eval(table, gradient, optimizer.state)
+        gc.collect()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        new = update({"w": gradient}, {"w": table})
+        del gradient, table
+        mx.eval(new, optimizer.state)
+        table = new.pop("w")
+    assert mx.get_peak_memory() - before < table.nbytes / 4

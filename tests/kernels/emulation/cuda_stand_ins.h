@@ -46,4 +46,5 @@ inline uint3 size_of_block() { return attributes().threads_per_threadgroup; }
 #define blockDim size_of_block()
 
 inline void __syncthreads() { wait_for_threadgroup(true); }
+inline void __syncwarp() {}  // as of simdgroup_barrier in metal_stand_ins.h
 inline float __shfl_xor_sync(unsigned, float value, int mask) { return exchange(value, mask); }

@@ -27,6 +27,7 @@ using float16_t = half;
 
 namespace metal {
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+inline void simdgroup_barrier(mem_flags) {}  // orders nothing here: threads of a simdgroup share by shuffles alone
 inline void threadgroup_barrier(mem_flags memory) { wait_for_threadgroup(memory == mem_flags::mem_threadgroup); }
 inline float simd_shuffle_xor(float value, uint16_t mask) { return exchange(value, mask); }
 }  // namespace metal
