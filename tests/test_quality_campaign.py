@@ -216,8 +216,8 @@ def test_recipes_are_compared_seed_by_seed_and_what_they_forget_with_the_untrain
     recipes.write_tables(results, tmp_path / "recipes.md")
     text = (tmp_path / "recipes.md").read_text()
     half = 4.303 * 0.001 / 3**0.5
-    assert f"| SinkGD + Ember | 2.0980 ± 0.9990 | 3 | -0.1020 ± {half:.4f} | 0.00032 0.0001 |" in text
-    assert f"| SinkGD + Ember | -0.1020 ± {half:.4f} | -0.2040 ± {2 * half:.4f} | -0.900 ± 0.000 |" in text
+    assert f"| SinkGD; Ember | 2.0980 ± 0.9990 | 3 | -0.1020 ± {half:.4f} | 0.00032 0.0001 |" in text
+    assert f"| SinkGD; Ember | -0.1020 ± {half:.4f} | -0.2040 ± {2 * half:.4f} | -0.900 ± 0.000 |" in text
     assert "| nothing trained | 3.0000 ± 1.0000 | 3 | +0.8000 ± 0.0000 |" in text
 
 

@@ -71,9 +71,9 @@ def name_of(recipe):
     body, tables = recipe
     if recipe == UNTRAINED:
         return "nothing trained"
-    if body == tables and body in ("adamw-bf16-mlx", "lion", "adam-mini"):
-        return f"{BODY_RULES[body].words} on everything"
-    return f"{BODY_RULES[body].words} + {TABLE_RULES[tables][2]}"
+    if body == tables and body in (plan.ONE_RATE, "lion", "adam-mini"):
+        return f"{BODY_RULES[body].words}, on everything"
+    return f"{BODY_RULES[body].words}; {TABLE_RULES[tables][2].replace('tables in bf16,', 'bf16')}"
 
 
 def rarer_loss(line):
@@ -101,7 +101,7 @@ def losses_table(results, setting):
     """Markdown: a row a recipe."""
     baseline = results.reported(setting, ADAMW)
     lines = [
-        "| body, tables | validation loss | runs | minus AdamW | rates of body, tables | tried |",
+        "| body; tables | validation loss | runs | minus AdamW | rates of body, tables | tried |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for recipe in results.recipes(setting):
@@ -124,7 +124,7 @@ def forgetting_table(results, setting):
     if not untrained or not adamw.by_seed:
         return ""
     lines = [
-        "| body, tables | most frequent tenth of the tokens | the other nine | other data sets |",
+        "| body; tables | most frequent tenth of the tokens | the other nine | other data sets |",
         "| --- | --- | --- | --- |",
     ]
     for recipe in (recipe for recipe in results.recipes(setting) if recipe != UNTRAINED):
@@ -139,7 +139,7 @@ def forgetting_table(results, setting):
 
 def tuning_table(results, setting):
     """Markdown: every pair of rates that was tried with the tuning seed, the best first."""
-    lines = ["| body, tables | loss by rates of body, tables |", "| --- | --- |"]
+    lines = ["| body; tables | loss by rates of body, tables |", "| --- | --- |"]
     for recipe in ORDER:
         tried = sorted(results.tried(setting, recipe).items(), key=lambda item: item[1])
         if tried:
