@@ -1,9 +1,10 @@
-"""The table of recipes as Markdown, and the README's picture, from a file of `streaming_memory.py --rows recipes`.
+"""The table of recipes as Markdown, and a picture of it, from a file of `streaming_memory.py --rows recipes`.
 
-    python examples/benchmarks/recipes_report.py examples/benchmarks/results/recipes_h100.json
+    python examples/benchmarks/recipes_report.py examples/benchmarks/results/recipes_cpu.json
+    python examples/benchmarks/recipes_report.py RESULT.json --draw 'qwen3-0.6b, 1 x 512'
 
-Prints a table for each model and batch that was measured. Writes peak_of_a_full_fine_tune_light.svg and _dark.svg
-beside the file: of Qwen3-0.6B, 1 x 512 tokens, what is held between steps, and on top of it what a step takes.
+Prints a table for each model and batch that was measured. With `--draw` it writes memory_of_recipes_light.svg and
+_dark.svg beside the file: of that model and batch, what is held between steps, and on top of it what a step takes.
 """
 
 import argparse
@@ -13,8 +14,7 @@ from streaming_rows import parts_of
 from training_memory_pictures import COLOURS, save, style
 from training_memory_rows import read_report
 
-CASE = "qwen3-0.6b/1x512"
-WAYS = {  # the end of a row's name, its label, the colour
+WAYS = {  # recipe and way, the label, the colour
     "adamw-everywhere/mlx-lm": ("mlx-lm: AdamW", "theirs"),
     "adamw-everywhere/ordinary": ("train --no-stream: AdamW", "theirs"),
     "adamw/ordinary": ("train --no-stream: Ember, AdamW on the rest", "ours"),
@@ -36,63 +36,73 @@ RECIPES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("measured", type=Path, help="the JSON file; the pictures are written beside it")
+    parser.add_argument("measured", type=Path, help="the JSON file")
+    parser.add_argument("--draw", metavar="CASE", help="model and batch, as its table has them; beside the file")
     args = parser.parse_args()
     report = read_report(args.measured)
-    rows = {row: result for row, result in report["rows"].items() if parts_of(row)["recipe"] in RECIPES}
-    print(tables(rows))
-    bars = {end: rows[f"{CASE}/{end}"] for end in WAYS if "peak_memory" in rows.get(f"{CASE}/{end}", {})}
+    cases = cases_of(report["rows"])
+    print("\n\n".join(table(case, rows) for case, rows in cases.items()))
+    if args.draw is None:
+        return
+    bars = {way: cases[args.draw][way] for way in WAYS if way in cases.get(args.draw, {})}
+    bars = {way: result for way, result in bars.items() if "peak_memory" in result}
     if not bars:
-        raise SystemExit(f"{args.measured}: no row of {CASE} to draw")
+        raise SystemExit(f"--draw {args.draw}: no rows to draw; there are {', '.join(cases)}")
     import matplotlib
 
     matplotlib.use("svg")
     machine = f"{report['machine']['device']}, MLX {report['machine']['versions']['mlx']}"
     for mode, colours in COLOURS.items():
         with matplotlib.rc_context(style(colours["text"])):
-            save(_draw(bars, colours, machine), args.measured.parent / f"peak_of_a_full_fine_tune_{mode}.svg")
+            figure = _draw(args.draw, bars, colours, machine)
+            save(figure, args.measured.parent / f"memory_of_recipes_{mode}.svg")
 
 
-def tables(rows: dict[str, dict]) -> str:
-    """A table for each model and batch: peak, held, milliseconds and tokens a second of each recipe and way."""
+def cases_of(rows: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """Model and batch -> recipe and way -> what was measured."""
     cases = {}
     for row, result in rows.items():
         of = parts_of(row)
-        case = f"{of['model']}{' tied' if of['tied'] else ''}, {of['batch_size']} x {of['length']}"
-        cases.setdefault(case, []).append((list(RECIPES).index(of["recipe"]), of["way"], result))
-    lines = []
-    for case, found in cases.items():
-        lines += [
-            f"| {case} | way | peak, GB | held, GB | ms a step | tokens/s |",
-            "| --- | --- " + "| ---: " * 4 + "|",
-        ]
-        for place, way, result in sorted(found, key=lambda one: one[:2]):
-            figures = [result["error"][:60], "", "", ""] if "error" in result else _figures(result)
-            lines.append(f"| {list(RECIPES.values())[place]} | {way} | {' | '.join(figures)} |")
-        lines.append("")
+        if of["recipe"] in RECIPES and "+" not in of["way"]:
+            model = " ".join([of["model"], *(["tied"] if of["tied"] else []), *(["float32"] if of["float32"] else [])])
+            case = cases.setdefault(f"{model}, {of['batch_size']} x {of['length']}", {})
+            case[f"{of['recipe']}/{of['way']}"] = result
+    return cases
+
+
+def table(case: str, rows: dict[str, dict]) -> str:
+    """As Markdown: peak, held, milliseconds and tokens a second of each recipe and way."""
+    lines = [
+        f"| {case} | way | peak, MB | held, MB | ms a step | tokens/s |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in sorted(rows, key=lambda name: (list(RECIPES).index(name.split("/")[0]), name)):
+        recipe, way = name.split("/")
+        figures = [rows[name]["error"][:60], "", "", ""] if "error" in rows[name] else _figures(rows[name])
+        lines.append(f"| {RECIPES[recipe]} | {way} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
 def _figures(result):
-    sizes = [f"{result[name] / 1e9:.2f}" for name in ("peak_memory", "held")]
+    sizes = [f"{result[name] / 1e6:,.0f}" for name in ("peak_memory", "held")]
     return [*sizes, f"{result['seconds'] * 1e3:.0f}", f"{result['tokens_per_second']:,.0f}"]
 
 
-def _draw(bars, colours, machine):
+def _draw(case, bars, colours, machine):
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(9, 0.9 + 0.42 * len(bars)), layout="constrained")
     labels, shades = zip(*((label, colours[colour]) for label, colour in map(WAYS.get, bars)), strict=True)
-    held, peaks = ([result[name] / 1e9 for result in bars.values()] for name in ("held", "peak_memory"))
+    held, peaks = ([result[name] / 1e6 for result in bars.values()] for name in ("held", "peak_memory"))
     panel.barh(labels, held, color=shades)
     above = [peak - kept for peak, kept in zip(peaks, held, strict=True)]
     light = panel.barh(labels, above, left=held, color=shades, alpha=0.45)
-    panel.bar_label(light, [f"{peak:.2f} GB" for peak in peaks], padding=4)
+    panel.bar_label(light, [f"{peak:,.0f} MB" for peak in peaks], padding=4)
     panel.invert_yaxis()
     panel.margins(x=0.12)
     panel.set_xticks([])
     panel.set_xlabel(f"dark: held between steps; with the light part: peak. {machine}", fontsize=9, loc="right")
-    figure.suptitle("Memory of training all weights of Qwen3-0.6B, untied, bfloat16, 1 x 512 tokens")
+    figure.suptitle(f"Memory of training all weights: {case} tokens")
     return figure
 
 

@@ -29,6 +29,7 @@ between two steps. The JSON file is written after each row, and rows that it has
 import argparse
 import contextlib
 import fnmatch
+import gc
 import io
 import itertools
 import json
@@ -77,7 +78,8 @@ class Trained(Prepared):
         super().__init__(config_of(row) | (TINY if smoke else {}), args, of["batch_size"], length)
         model, by_mlx_lm = self.model, way.startswith("mlx-lm")
         if by_mlx_lm and of["recipe"] in ADAMW_ALONE:
-            self.optimizer = None  # its state goes first
+            self.optimizer = None  # its state goes first; it is in a cycle
+            gc.collect()
             self.optimizer = optim.AdamW(learning_rate=args.learning_rate)
             self.optimizer.init(model.trainable_parameters())
         self.bytes = {

@@ -1,0 +1,65 @@
+"""The picture of the README: peak of a full fine-tune, five ways, from JSON files of two benchmarks; as SVG.
+
+    python examples/benchmarks/full_fine_tune_picture.py
+
+It reads `two_checkouts_h100.json` and `streaming_peaks_h100.json` in results/, and writes
+peak_of_a_full_fine_tune_light.svg and _dark.svg beside them. All are of one kind of machine, or it ends.
+"""
+
+import json
+from pathlib import Path
+
+from training_memory_pictures import COLOURS, save, style
+
+RESULTS = Path(__file__).parent / "results"
+ORDINARY, STREAMED = "qwen3-0.6b/untied/full/1x512", "qwen3-0.6b/1x512"
+WAYS = (  # the file, the way to the row in it, the label, the colour
+    ("two_checkouts", (f"{ORDINARY}/ember", "before"), "mlx-lm's loop: Ember, AdamW on the rest", "theirs"),
+    ("two_checkouts", (f"{ORDINARY}/adamw", "after"), "train: AdamW on all weights", "theirs"),
+    ("two_checkouts", (f"{ORDINARY}/ember", "after"), "train: Ember, AdamW on the rest", "ours"),
+    ("streaming_peaks", (f"{STREAMED}/adamw/streamed",), "train --stream: Ember, AdamW on the rest", "ours"),
+    ("streaming_peaks", (f"{STREAMED}/stateless/streamed",), "train --stream: Ember, SinkGD on the rest", "ours"),
+)
+
+
+def main():
+    reports = {name: json.loads((RESULTS / f"{name}_h100.json").read_text()) for name, *_ in WAYS}
+    machines = {(of["machine"]["device"], of["machine"]["versions"]["mlx"]) for of in reports.values()}
+    if len(machines) != 1:
+        raise SystemExit(f"the results are of several machines: {sorted(machines)}")
+    ((device, version),) = machines
+    peaks = [_of(reports[name]["rows"], way)["peak_memory"] / 1e9 for name, way, *_ in WAYS]
+    weights = reports["streaming_peaks"]["rows"][f"{STREAMED}/stateless/streamed"]["bytes"]["weights"] / 1e9
+    import matplotlib
+
+    matplotlib.use("svg")
+    for mode, colours in COLOURS.items():
+        with matplotlib.rc_context(style(colours["text"])):
+            figure = _draw(peaks, weights, colours, f"{device}, MLX {version}")
+            save(figure, RESULTS / f"peak_of_a_full_fine_tune_{mode}.svg")
+
+
+def _of(rows, way):
+    for name in way:
+        rows = rows[name]
+    return rows
+
+
+def _draw(peaks, weights, colours, machine):
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(9, 2.9), layout="constrained")
+    bars = panel.barh([label for *_, label, _ in WAYS], peaks, color=[colours[colour] for *_, colour in WAYS])
+    panel.bar_label(bars, fmt="%.2f GB", padding=4)
+    panel.axvline(weights, color=colours["text"], linestyle="--", linewidth=1)
+    panel.text(weights, len(WAYS) - 0.35, f"weights: {weights:.2f} GB", ha="center", va="top", fontsize=9)
+    panel.invert_yaxis()
+    panel.margins(x=0.12)
+    panel.set_xticks([])
+    panel.set_xlabel(machine, fontsize=9, loc="right")
+    figure.suptitle("Peak memory, all weights of Qwen3-0.6B, untied, bfloat16, 1 x 512 tokens")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
