@@ -1,6 +1,8 @@
 import os
+import shutil
 import signal
 
+import precompiled_header
 import pytest
 import torch
 
@@ -18,9 +20,19 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # workers are started later, and inherit PATH
+        config.mlx_header = precompiled_header.on_the_path()
+
+
+def pytest_unconfigure(config):
+    if getattr(config, "mlx_header", None):
+        shutil.rmtree(config.mlx_header, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def eager():
-    """For modules whose subject is not the compiled step: on a CPU, g++ builds each fused kernel for about a second.
+    """For modules whose subject is not the compiled step: on a CPU, g++ builds each fused kernel, and there are many.
 
     Runs compare with mlx-lm's, resume and leave out steps compiled, as tests/finetune/test_run.py, test_resume.py and
     test_nonfinite.py have them.

@@ -116,12 +116,12 @@ def test_the_state_of_the_optimizers_for_the_body_is_in_the_table(name, optimize
 
 
 def test_a_table_under_adamw_is_stepped_in_place_without_a_copy_of_its_gradient():
-    """All there was, and less than a float32 number for each of one table's: blocks of squares, for the norm."""
+    """A CPU took 215.7 MB: weights, state and gradients, and blocks of squares for the norm."""
     big = QWEN | {"vocab_size": 200_000, "num_hidden_layers": 1}
     found = planned(big, "--table-optimizer", "adamw", "--batch-size", "1")
-    table = 200_000 * QWEN["hidden_size"]
     fixed = found.weights + found.optimizer_state + found.gradients
-    assert fixed < found.peak < fixed + 3 * table
+    assert fixed < found.peak < fixed + 2 * 200_000 * QWEN["hidden_size"]
+    assert found.peak == pytest.approx(215.7e6, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ __all__ = ["differences", "launch", "rows_then_columns"]
 # Rows of a threadgroup: where it sums rows, and where it sums columns. Sums down 128 rows take 2 / 128 of a matrix of
 # 16 bits. Of transposed gradients 16 rows are 32 bytes, the least that a GPU reads.
 ROWS, ROWS_OF_COLUMNS = 16, 128
-THREADS_OF_ROWS = THREADS_OF_COLUMNS = MOST_THREADS
+THREADS_OF_ROWS, THREADS_OF_COLUMNS = MOST_THREADS, 128
 PAIR = 2  # rows that a simdgroup takes at once, with what is of a column
 AT_ONCE, AT_ONCE_OF_COLUMNS = 4, 8  # reads of a thread that are under way at a time
 
@@ -65,29 +65,20 @@ SOURCE = """
 
     if (OF_COLUMNS) {
         if (along_rows) {
-            // Every groups-th row, from the last to the first, so that all threadgroups go through the rows together.
             const int64_t j = left_column + thread_index * VECTOR;
             float sums[VECTOR] = {};
             if (together && j < columns) {
-                for (int64_t last_row = height - 1 - group % groups; last_row >= 0; last_row -= AT_ONCE * groups) {
-                    float x[AT_ONCE][VECTOR] = {};
-                    #pragma unroll
-                    for (int k = 0; k < AT_ONCE; k++) {
-                        const int64_t row = last_row - k * groups;
-                        if (row >= 0) read_together<VECTOR>(g + matrix * g_strides[0] + row * row_step + j, x[k]);
-                    }
-                    #pragma unroll
-                    for (int k = 0; k < AT_ONCE; k++) {
-                        const int64_t row = last_row - k * groups;
-                        add_squares<VECTOR>(x[k], row >= 0 ? weights[matrix * height + row] : 0.0f, sums);
-                    }
+                #pragma unroll AT_ONCE
+                for (int i = 0; i < rows; i++) {
+                    float x[VECTOR];
+                    read_together<VECTOR>(g + corner + i * row_step + j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
                 }
             } else {
-                for (int64_t row = height - 1 - group % groups; row >= 0; row -= groups) {
-                    const int64_t at = matrix * g_strides[0] + row * row_step + j * column_step;
+                for (int i = 0; i < rows; i++) {
                     float x[VECTOR];
-                    read_one_by_one<VECTOR>(g + at, column_step, columns - j, x);
-                    add_squares<VECTOR>(x, weights[matrix * height + row], sums);
+                    read_one_by_one<VECTOR>(g + corner + i * row_step + j * column_step, column_step, columns - j, x);
+                    add_squares<VECTOR>(x, weights[matrix * height + first + i], sums);
                 }
             }
             #pragma unroll

@@ -12,7 +12,8 @@ from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, jo
 __all__ = ["judge", "rounded", "stepped", "update"]
 
 ROWS_PER_BLOCK, ROWS_PER_ROUNDING = 4096, 512  # of ember_mlx.optimizers.ember
-SMALL, NEIGHBOURS = 2**16, 16  # of ember_mlx.optimizers.guarded
+SMALL, NEIGHBOURS, SCRATCH = 2**16, 16, 2**17  # of ember_mlx.optimizers.guarded
+MOST_BLOCKS = 256  # of an array that are planned one by one; the norm of a large one has more, and smaller
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
 
@@ -32,7 +33,9 @@ def judge(graph: Graph) -> None:
         if gradient.numbers < SMALL:
             small.setdefault((place // NEIGHBOURS, gradient.numbers), []).append(gradient)
         else:
-            sums.append(_mean_squares(graph, gradient, graph.shapes[name], columns=False))
+            rows, features = graph.shapes[name][0], gradient.numbers // graph.shapes[name][0]
+            height = max(SCRATCH // features, rows // MOST_BLOCKS, 1)
+            sums.append(_mean_squares(graph, gradient, graph.shapes[name], columns=False, block=height))
     for alike in small.values():
         while True:
             groups = [alike[i : i + ADDED_AT_ONCE] for i in range(0, len(alike), ADDED_AT_ONCE)]
@@ -105,10 +108,14 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
-    new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
-    if run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32:
-        new.width = FLOAT32  # the step, which a kernel rounds into a new weight
-        new = rounded(graph, w, new, shape[0])
+    rounds = run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32
+    if rounds and optimizer in ("adam", "adamw") and graph.backend != "cpu":  # one kernel, and new memory for all three
+        new, *state = graph.several([w, gradient, *kept], [(array.numbers, array.width) for array in (w, *kept)])
+    else:
+        new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
+        if rounds:
+            new.width = FLOAT32  # the step, which a kernel rounds into a new weight
+            new = rounded(graph, w, new, shape[0])
     if sharded:
         new = graph.make([new], whole.numbers, whole.width)  # the rows of all
     new.role = "weights"
@@ -130,15 +137,15 @@ def rounded(graph: Graph, w: Array, step: Array, rows: int) -> Array:
     return graph.make([w, *parts], w.numbers)
 
 
-def _mean_squares(graph, g, shape, columns=True):
+def _mean_squares(graph, g, shape, columns=True, block=ROWS_PER_BLOCK):
     """Row and column means: one kernel on a GPU, blocks of float32 squares elsewhere."""
     rows, features = shape[0], g.numbers // shape[0]
     if graph.backend != "cpu":
         of_rows, sums = graph.several([g], [(rows, FLOAT32), (-(-rows // ROWS_OF_KERNEL) * features, FLOAT32)])
         return graph.make([of_rows, sums] if columns else [of_rows], rows + features * columns, FLOAT32)
     means = []
-    for first in range(0, rows, ROWS_PER_BLOCK):
-        height = min(ROWS_PER_BLOCK, rows - first)
+    for first in range(0, rows, block):
+        height = min(block, rows - first)
         squares = graph.make([g], height * features, FLOAT32)
         means.append(graph.make([squares], height, FLOAT32))
         if columns:

@@ -25,7 +25,7 @@ def observed(args, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_run_that_is_measured_is_the_run_that_is_not(parse, tmp_path, kind):
-    options = ["--fine-tune-type", kind, "--iters", 8, *RATE]
+    options = ["--fine-tune-type", kind, "--no-stream", "--iters", 8, *RATE]
     run(parse(*options, adapter="plain"))
     observer = observed(parse(*options, adapter="measured"), tmp_path)
     observer.close()

@@ -25,8 +25,8 @@ FAULTS = {
         {"memory": "heap-buffer-overflow", "races": "data race|out of bounds"},
     ),
     "columns read past the end": (
-        "columns - j, x",
-        "VECTOR, x",
+        "column_step, columns - j, sums",
+        "column_step, VECTOR, sums",
         {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads"},
     ),
     "an input written": ("const int rows = ", "*(float*)g = 0; const int rows = ", {"races": "read only"}),
@@ -41,8 +41,8 @@ FAULTS = {
         {"races": "more than 32 KB"},
     ),
     "threadgroup memory read before it is written": (
-        "start == 0 ? sum : row_sums[i][simdgroup] + sum",
-        "row_sums[i][simdgroup] + sum",
+        "start == 0 ? sum : row_sums[i + of_lane][simdgroup] + sum",
+        "row_sums[i + of_lane][simdgroup] + sum",
         {"races": "never written.*threadgroup memory"},
     ),
     "no barrier": (BARRIER, "", {"races": "data race.*threadgroup memory|never written"}),
@@ -53,14 +53,26 @@ FAULTS = {
     ),
     "a barrier for some threads only": (BARRIER, f"if (lane != 3) {BARRIER}", {"memory": "deadlock"}),
     "two lanes write the same sum": (
-        "if (lane == 0) row_sums",
-        "if (lane < 2) row_sums",
+        "return lane % (32 / N) == 0",
+        "return lane % (16 / N) == 0",
         {"races": "data race.*threadgroup memory"},
     ),
     "two threadgroups write the same columns": (
         "column_sums[group * columns + j + v]",
         "column_sums[j + v]",
         {"races": "data race.*device memory"},
+    ),
+}
+FAULTS_OF_ROWS_TOGETHER = {
+    "rows read past the end": (
+        "i < rows && columns > 0",
+        "columns > 0",
+        {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads"},
+    ),
+    "columns read past the end": (
+        "i < rows && columns > 0",
+        "i < rows",
+        {"memory": "heap-buffer-overflow", "races": "out of bounds.*reads"},
     ),
 }
 FAULTS_IN_COLUMNS = {
@@ -78,7 +90,9 @@ FAULTS_IN_COLUMNS = {
 
 
 def run(kernel, way="rows"):
-    g = laid(way, mx.array(np.random.RandomState(0).uniform(1, 2, size=SHAPE).astype(np.float32)))
+    shape = (SHAPE[0], SHAPE[1] + 1) if way == "rows together" else SHAPE
+    g = mx.array(np.random.RandomState(0).uniform(1, 2, size=shape).astype(np.float32))
+    g = g if way == "rows together" else laid(way, g)
     outputs = kernel(inputs=[g], **statistics.launch(g))
     return [np.array(output) for output in outputs]
 
@@ -95,6 +109,12 @@ def cases(faults):
 def test_a_planted_fault_is_found(emulated, checks, plant, message):
     with pytest.raises(EmulationError, match=f"(?s){message}"):
         run(emulated("metal", checks, plant))
+
+
+@pytest.mark.parametrize(("checks", "plant", "message"), cases(FAULTS_OF_ROWS_TOGETHER))
+def test_a_planted_fault_is_found_where_rows_are_read_together(emulated, checks, plant, message):
+    with pytest.raises(EmulationError, match=f"(?s){message}"):
+        run(emulated("metal", checks, plant), "rows together")
 
 
 @pytest.mark.parametrize(("checks", "plant", "message"), cases(FAULTS_IN_COLUMNS))
@@ -114,7 +134,8 @@ def test_a_vector_read_from_a_misaligned_address_is_found_in_the_cuda_text(emula
     [
         ("rows", ("from[v * step]", "from[0]")),
         ("rows", ("sums[v] += square", "sums[v] += sum")),
-        ("rows", ("distance = 16", "distance = 8")),
+        ("rows", ("distance = 16 / N", "distance = 8 / N")),
+        ("rows together", ("upper ? sums[k] : sums[k + half]", "sums[k + half]")),
         ("rows", ("sum / columns", "sum / threads")),
         ("columns", ("row_sums[i + v][simdgroup] = sums[v]", "row_sums[i + v][simdgroup] = sums[0]")),
     ],

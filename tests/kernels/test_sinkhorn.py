@@ -35,10 +35,10 @@ def assert_right(inputs, new_a, column_sums):
     expected = a * np.sqrt(columns) / (a * norms + EPS)
     tolerance = (min(columns, 300) + ROWS + 20) * ROUNDING
     assert (np.abs(as_float64(new_a) - expected) <= tolerance * expected).all()
-    sums = ((g * expected[..., None]) ** 2).sum(axis=1)
-    assert column_sums.shape == (count * -(-rows // ROWS), columns)  # which rows are in which is not promised
-    found = as_float64(column_sums).reshape(count, -1, columns).sum(axis=1)
-    assert (np.abs(found - sums) <= 3 * tolerance * sums).all()
+    blocks = np.arange(0, rows, ROWS)
+    sums = np.concatenate([np.add.reduceat((g[e] * expected[e, :, None]) ** 2, blocks, axis=0) for e in range(count)])
+    assert column_sums.shape == sums.shape
+    assert (np.abs(as_float64(column_sums) - sums) <= 3 * tolerance * sums).all()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_silent_row_has_the_factor_0_and_a_nan_stays_in_its_row(pass_of, way):
     new_a, column_sums = pass_of("metal", "memory")(inputs_for(laid(way, g)[None]))
     assert np.flatnonzero(as_float64(new_a[0]) == 0).tolist() == [3]
     assert np.flatnonzero(np.isnan(as_float64(new_a[0]))).tolist() == [7]
-    assert sorted(np.isfinite(as_float64(sums)).all() for sums in column_sums) == [False, True]
+    assert np.isfinite(as_float64(column_sums[1])).all()
 
 
 def test_sinkgd_with_the_kernel_steps_as_with_plain_operations(emulated, monkeypatch):

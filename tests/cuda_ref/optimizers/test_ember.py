@@ -263,12 +263,10 @@ def functions_of(package, file="optimizers/ember.py"):
 
 def test_the_functions_are_those_of_the_mlx_twin_in_the_same_order():
     twin, here = functions_of(ember_mlx), functions_of(cuda_ref)
-    assert here["ember_step"].pop() == "shards"
     assert twin["blocks"].pop() == "block"  # here every table has its own
     assert list(here.items()) == list(twin.items())
     twin = functions_of(ember_mlx, "kernels/stochastic_rounding.py")
     here = functions_of(cuda_ref, "optimizers/stochastic_rounding.py")
-    assert here["bit_keys"].pop() == "first_row"
     del here["shift_right"]  # which MLX has
     assert list(here.items()) == list(twin.items())
 
