@@ -44,6 +44,13 @@ def test_the_factored_rule_is_ember_where_it_should_be(gradients):
     torch.testing.assert_close(ours, steps_of(lambda w: Ember(w, lr=0.01), gradients))
 
 
+def test_ember_with_a_high_row_floor_is_column_statistics_alone_at_the_rate_over_it(gradients):
+    columns = steps_of(lambda w: table_rules.FactoredRule(w, lr=0.01, statistics="columns"), gradients)
+    apart = [steps_of(lambda w, floor=floor: Ember(w, lr=0.01 * floor, row_floor=floor), gradients) - columns
+             for floor in (0.5, 100.0)]  # fmt: skip
+    assert apart[1].abs().max() < 1e-6 < 1e-2 < apart[0].abs().max()
+
+
 def test_adafactor_is_that_of_mlx(gradients):
     mx = pytest.importorskip("mlx.core")
     import mlx.optimizers as optim
