@@ -1,6 +1,8 @@
 """``ember-mlx server``: mlx_lm.server, whose adapters, also those that a request names, take token tables too."""
 
+import os
 import socket
+import sys
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
@@ -105,6 +107,10 @@ def main(arguments: list[str]) -> None:
         for name, ours in (("ModelProvider", Provider), ("ResponseGenerator", Generator), ("run", run)):
             stack.enter_context(replaced(module, name, ours))
         run_command("server", arguments, description, HELP, EPILOG)
+    # Threads of requests may still be in MLX, and Python would abort where it ends beneath them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _check_address(host, port):
