@@ -192,9 +192,9 @@ def streams_by_default(fine_tune_type: str, with_tables: bool, workers: int = 1,
 
 def _reason_not_to_stream(workers, clipped):
     if workers > 1:
-        return f"{workers} workers: a streamed step sends the gradient of a head twice; --stream does, in less memory"
+        return f"{workers} workers: add --stream to do so, in less memory; a head's gradient is then sent twice"
     if clipped:
-        return "--clip-grad-norm: a streamed step would go backwards twice; --stream does, in less memory"
+        return "--clip-grad-norm: add --stream to have both, slower, in less memory"
     return None
 
 
