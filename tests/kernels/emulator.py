@@ -174,7 +174,7 @@ def compiled(text, folder, checks):
     """The path of a program that runs the kernel of ``text``."""
     program = folder / f"kernel{len(list(folder.glob('kernel*.cpp')))}"
     program.with_suffix(".cpp").write_text(text)
-    options = ["-std=c++17", "-O1", "-g", "-w", "-I", EMULATION]
+    options = ["-std=c++17", "-O0", "-g1", "-w", "-I", EMULATION]
     run(["g++", *options, *CHECKS[checks], "-c", program.with_suffix(".cpp"), "-o", program.with_suffix(".o")])
     # Not for races: machine.cpp stands where ThreadSanitizer would be linked in.
     linked = CHECKS[checks] if checks == "memory" else []
