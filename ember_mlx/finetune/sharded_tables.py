@@ -79,10 +79,10 @@ class ShardedTables:
         for container, name in self._places:
             container[name] = self.shards.own_rows(container[name])
             mx.eval(container[name])  # one after another: whole and own rows of all at once would be more
-        self._look_up_here(self._owners)
+        self._look_up_here()
 
-    def _look_up_here(self, owners):
-        for owner in owners:
+    def _look_up_here(self):
+        for owner in self._owners:
             if type(owner) is nn.Embedding:
                 owner.__class__, owner.shards = ShardedEmbedding, self.shards
 
@@ -103,7 +103,7 @@ class ShardedTables:
         finally:
             for (container, name), array in zip(self._places, own, strict=True):
                 container[name] = array
-            self._look_up_here(self._owners)
+            self._look_up_here()
 
     def make_whole(self) -> None:
         """Model and optimizer are whole again, on all workers."""

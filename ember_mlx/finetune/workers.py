@@ -21,6 +21,7 @@ import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ember_mlx.optimizers.row_shards import fault_of_sum_scatter
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
@@ -181,13 +182,11 @@ class Workers:
         """Raises InputError, beginning with ``where``, for a worker alone and a backend that lacks it, as the ring."""
         if self.size == 1:
             raise InputError(f"{where}: is for several workers; start them with mlx.launch, or leave it out")
-        try:
-            mx.eval(mx.distributed.sum_scatter(mx.zeros(self.size)))
-        except RuntimeError as error:
+        if fault := fault_of_sum_scatter(self.size):
             raise InputError(
-                f"{where}: this backend of MLX has no sum_scatter ({error}); use mlx.launch --backend jaccl or nccl, "
+                f"{where}: this backend of MLX has no sum_scatter ({fault}); use mlx.launch --backend jaccl or nccl, "
                 "or leave it out"
-            ) from error
+            ) from fault
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:

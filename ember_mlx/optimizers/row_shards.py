@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-__all__ = ["RowShards"]
+__all__ = ["RowShards", "fault_of_sum_scatter"]
+
+
+def fault_of_sum_scatter(size: int) -> RuntimeError | None:
+    """What MLX's backend says where it has no ``sum_scatter``, as the ring; all ``size`` workers try it together."""
+    try:
+        mx.eval(mx.distributed.sum_scatter(mx.zeros(size)))
+    except RuntimeError as error:
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,7 @@ class RowShards:
     @classmethod
     def of(cls, rank: int, size: int, total_rows: int) -> "RowShards":
         """The rows of this worker. All workers call it together: it tries what the backend can do."""
-        try:
-            mx.eval(mx.distributed.sum_scatter(mx.zeros(size)))
-        except RuntimeError:
-            return cls(rank, size, total_rows)
-        return cls(rank, size, total_rows, scatters=True)
+        return cls(rank, size, total_rows, scatters=fault_of_sum_scatter(size) is None)
 
     def first_row_of(self, rank: int) -> int:
         """The first row of a worker; of ``size``, that is V."""

@@ -5,7 +5,7 @@ The gradients are evaluated in the order of the backward pass, a layer at a time
 
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
-from ember_mlx.planner.network import average
+from ember_mlx.planner.network import average, part_of
 from ember_mlx.planner.optimizer_state import state_of
 from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, joined
 
@@ -101,10 +101,7 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     sharded = run.shard_optimizer and optimizer != "ember" and shape[0] % run.workers == 0
     if sharded:
         shape = (shape[0] // run.workers, *shape[1:])
-        w, gradient = (
-            Array(array.numbers / run.workers, array.width, array.role, array.made_by, base=array)
-            for array in (w, gradient)
-        )
+        w, gradient = (part_of(array, array.numbers / run.workers) for array in (w, gradient))
     kept = [graph.exist(numbers, width, "optimizer state") for numbers, width in state_of(optimizer, shape, w.width)]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
