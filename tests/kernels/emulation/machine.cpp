@@ -169,13 +169,19 @@ struct Touched {
 std::unordered_map<const char*, Touched> device_memory, threadgroup_memory;
 const char *lowest = &_end, *highest = &__data_start;  // of all that was touched in threadgroup memory
 
-void touch_byte(Touched& byte, bool write, long barriers, const std::string& what) {
+std::string said(const char* does, const std::string& what) {  // at a fault alone: there are millions of accesses
+    return "thread " + std::to_string(current->here.thread_position_in_grid.x) + does + what;
+}
+
+void touch_byte(Touched& byte, bool write, long barriers, const char* memory) {
     const long self = current->here.thread_position_in_grid.x;
     const bool written = byte.writer != -1 && byte.writer != self && byte.writer_barriers == barriers;
     const bool read = byte.reader != -1 && (byte.reader != self || byte.by_several) && byte.reader_barriers == barriers;
-    if (written) fail("data race: " + what + " that thread " + std::to_string(byte.writer) + " has written");
-    if (read && write) fail("data race: " + what + " that another thread has read");
-    if (byte.writer == -1 && !write) fail("never written: " + what);
+    const char* does = write ? " writes " : " reads ";
+    if (written)
+        fail("data race: " + said(does, memory) + " that thread " + std::to_string(byte.writer) + " has written");
+    if (read && write) fail("data race: " + said(does, memory) + " that another thread has read");
+    if (byte.writer == -1 && !write) fail("never written: " + said(does, memory));
     if (write) {
         byte.writer = self, byte.writer_barriers = barriers;
     } else {
@@ -186,22 +192,21 @@ void touch_byte(Touched& byte, bool write, long barriers, const std::string& wha
 void touch(const char* address, size_t size, bool write) {
     const char* end = address + size;
     if (address >= current->stack && end <= current->stack + STACK) return;
-    std::string what = "thread " + std::to_string(current->here.thread_position_in_grid.x);
-    what += write ? " writes" : " reads";
     for (const Buffer& buffer : buffers) {
         if (address < buffer.start || end > buffer.start + buffer.size) continue;
-        if (write && !buffer.writable) fail("read only: " + what + " an input");
+        if (write && !buffer.writable) fail("read only: " + said(" writes ", "an input"));
         // No barrier stands between two threadgroups, and none orders device memory here.
         for (; buffer.writable && address < end; address++)
-            touch_byte(device_memory[address], write, 0, what + " device memory");
+            touch_byte(device_memory[address], write, 0, "device memory");
         return;
     }
-    if (address < &__data_start || end > &_end) fail("out of bounds: " + what + " what is in no buffer");
+    if (address < &__data_start || end > &_end)
+        fail("out of bounds: " + said(write ? " writes " : " reads ", "what is in no buffer"));
     lowest = std::min(lowest, address);
     highest = std::max(highest, end);
     if (highest - lowest > MOST_THREADGROUP_MEMORY) fail("more than 32 KB of threadgroup memory");
     for (; address < end; address++)
-        touch_byte(threadgroup_memory[address], write, current->barriers, what + " threadgroup memory");
+        touch_byte(threadgroup_memory[address], write, current->barriers, "threadgroup memory");
 }
 
 }  // namespace
