@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import sys
 
 import precompiled_header
 import pytest
@@ -13,6 +14,13 @@ if not torch.cuda.is_available():
 # Two workers share two cores: threads of torch and OpenMP would mostly wait for each other, here and in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# A hundred processes are started, and modules are compiled once for all of them, also where Docker or a shell says no.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# torch.compile would build and load a library for each instruction set of this CPU, to see whether it can.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # In the background of a script, or under nohup, these are ignored, as they then are in every process started from here.
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

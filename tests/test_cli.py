@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from processes import without_torch
 
 import ember_mlx
 from ember_mlx import cli
@@ -41,7 +42,7 @@ def test_train_generate_and_fuse_as_a_person_would(folders, trained, tmp_path):
     generated = command("generate", *model, *text)
     assert generated.returncode == 0, generated.stderr
     assert command("fuse", *model, "--save-path", fused).returncode == 0
-    stock = command("generate", "--model", fused, *text, module="mlx_lm")
+    stock = command("generate", "--model", fused, *text, module="mlx_lm", **without_torch())
     written = [output.stdout.split("==========")[1] for output in (generated, stock)]
     assert written[0] == written[1]
 

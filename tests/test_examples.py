@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from processes import without_torch
 
 import ember_mlx
 from ember_mlx import find_token_tables
@@ -16,26 +17,22 @@ from ember_mlx import find_token_tables
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-# As a script, but without PyTorch, which transformers would import for two seconds.
-WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-
-
-def run(script, *arguments, options=()):
-    command = [sys.executable, *options, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def run(script, *arguments):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    done = subprocess.run(command, env=without_torch(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_loop_of_ones_own_learns_with_kilobytes_of_state():
-    said = run("01_swap_ember_into_a_training_loop.py", options=["-c", WITHOUT_TORCH])
+    said = run("01_swap_ember_into_a_training_loop.py")
     losses = [float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.5
     assert "Ember keeps 1," in said
 
 
 def test_the_streamed_loop_learns():
-    first, last = run("05_train_every_weight_in_little_memory.py", options=["-c", WITHOUT_TORCH]).splitlines()
+    first, last = run("05_train_every_weight_in_little_memory.py").splitlines()
     assert float(last.split("loss ")[1].split()[0]) < float(first.split("loss ")[1].split()[0]) - 0.5
 
 

@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import without_torch
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
 def run(script, *arguments):
     command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=without_torch(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
+from processes import run_here
 
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune import optimizer_names, options
@@ -360,13 +361,12 @@ def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):
     assert savings(args, set()) == ({}, [])
 
 
-def test_the_benchmark_compares_with_what_was_measured(tmp_path):
+def test_the_benchmark_compares_with_what_was_measured(tmp_path, monkeypatch):
     row = "smollm2-135m/tied/lora/1x512/ember/checkpoint"
     machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
     (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: {"peak_memory": 10**9}}}))
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
-    command = [sys.executable, str(script), "--measured", "measured.json", "--out", "table.md"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    run_here(script, "--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md", monkeypatch=monkeypatch)
     assert f"| {row} | " in (tmp_path / "table.md").read_text()
 
 

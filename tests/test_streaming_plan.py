@@ -2,8 +2,6 @@
 
 import gc
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
+from processes import run_here
 
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune import options
@@ -199,12 +198,11 @@ def test_the_command_prints_the_phases(tmp_path, capsys):
     assert report["recommendations"][0]["saves"] > 0
 
 
-def test_the_benchmark_compares_streamed_steps(tmp_path):
+def test_the_benchmark_compares_streamed_steps(tmp_path, monkeypatch):
     row, phases = "mini-qwen3/tied/1x64/lora/streamed/keep2", ("forward", "loss", "layers", "embedding")
     result = {"peak_memory": 10**8, "phases": {name: {"peak": 10**8} for name in phases}}
     machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
     (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: result}}))
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
-    command = [sys.executable, str(script), "--measured", "measured.json", "--out", "table.md"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    run_here(script, "--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md", monkeypatch=monkeypatch)
     assert f"| {row} | " in (tmp_path / "table.md").read_text()

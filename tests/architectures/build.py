@@ -1,6 +1,7 @@
 """Builds mlx-lm's architectures in miniature and compares what is found in them with what tracing says."""
 
 import importlib
+import inspect
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -48,7 +49,9 @@ def build(name: str, tied: bool) -> nn.Module:
     config = BASE | {"tie_word_embeddings": tied, "weight_tying": tied, "share_input_output_layers": tied} | own
     config = {"text_config": config | {"model_type": text_model_type}} | config | {"model_type": name}
     mx.random.seed(0)
-    return module.Model(module.ModelArgs.from_dict(config))
+    # from_dict asks for the signature once a key, which takes longer than all else here.
+    with mock.patch.object(inspect, "signature", cache(inspect.signature)):
+        return module.Model(module.ModelArgs.from_dict(config))
 
 
 @cache

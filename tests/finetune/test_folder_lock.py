@@ -8,6 +8,7 @@ import sys
 from unittest.mock import Mock
 
 import pytest
+from processes import without_torch
 
 from ember_mlx import InputError
 from ember_mlx.finetune import given
@@ -24,7 +25,8 @@ def test_the_second_run_in_a_folder_is_refused_and_a_dead_one_leaves_no_lock(par
         "import sys, time; from pathlib import Path; from ember_mlx.finetune.folder_lock import FolderLock\n"
         "FolderLock(Path(sys.argv[1])).take(make=True); print('held', flush=True); time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program, folder]
+    process = subprocess.Popen(command, env=without_torch(), stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=f"another run is writing there \\(process {process.pid}\\)"):
         run(parse())

@@ -2,10 +2,10 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+from processes import without_torch
 
 from ember_mlx.finetune import checkpoints
 
@@ -14,13 +14,12 @@ BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 @pytest.fixture(scope="module")
 def interruptions():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        patch.setenv("PYTHONPATH", without_torch()["PYTHONPATH"])  # of the server that its processes are forked from
         import interruptions
 
         yield interruptions
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from finetune.streamed_runs import STREAMED, without_compilation
+from processes import without_torch
 from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
@@ -41,7 +42,7 @@ def start(folder, commands):
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]))
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    common = os.environ | {"MLX_HOSTFILE": str(hosts), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    common = without_torch(MLX_HOSTFILE=str(hosts), PYTHONPATH=paths, OMP_NUM_THREADS="1")
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],

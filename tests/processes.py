@@ -1,0 +1,21 @@
+"""What processes that tests start find in their environment, and scripts that are run without one of their own."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def without_torch(**variables: str) -> dict[str, str]:
+    """This environment and those variables, for a process that needs no PyTorch: it finds none, and starts sooner."""
+    path = [str(HERE / "without_torch"), variables.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
+    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def run_here(script: Path, *arguments: object, monkeypatch) -> None:
+    """Run a script as ``python SCRIPT ARGUMENTS`` would, in this process, which has imported what it imports."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    monkeypatch.syspath_prepend(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
