@@ -14,6 +14,8 @@ from tiny_models import write_data, write_model
 from ember_mlx import cli
 from ember_mlx.finetune import adapters, checkpoints
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 KINDS = ("lora", "dora", "full")
 OPTIMIZERS = ("adam", "adamw", "adafactor", "sgd", "muon")

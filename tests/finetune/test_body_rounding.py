@@ -13,6 +13,8 @@ from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.trainable import shapes_of
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 FULL = "--fine-tune-type full"
 
 

@@ -17,6 +17,8 @@ from ember_mlx.finetune.run import run
 from ember_mlx.finetune.run_length import passes, settled
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-3, 20, 1e-5]}
 
 

@@ -14,6 +14,8 @@ from ember_mlx.finetune.run import run
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Stopwatch
 from ember_mlx.geometry.recorder import NEW, OUTSIDE, TokenHistory, WeightPaths
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 RATE = ["--table-learning-rate", 1e-2, "--steps-per-eval", 100]
 
 
