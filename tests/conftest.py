@@ -6,10 +6,12 @@ import sys
 import precompiled_header
 import pytest
 import torch
+import triton_interpreter
 
 if not torch.cuda.is_available():
     # Triton's interpreter then runs the kernels of cuda_ref; it must be known before anything imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
+    triton_interpreter.look_once()
 
 # Two workers share two cores: threads of torch and OpenMP would mostly wait for each other, here and in subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
