@@ -14,8 +14,13 @@ def without_torch(**variables: str) -> dict[str, str]:
     return os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
-def run_here(script: Path, *arguments: object, monkeypatch) -> None:
-    """Run a script as ``python SCRIPT ARGUMENTS`` would, in this process, which has imported what it imports."""
+def run_here(script: Path, *arguments: object, monkeypatch, capsys) -> str:
+    """What a script prints, run as by ``python SCRIPT ARGUMENTS`` in this process, which has imported what it imports.
+
+    For scripts that measure no memory, and that change nothing for good.
+    """
     monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
     monkeypatch.syspath_prepend(script.parent)
+    capsys.readouterr()
     runpy.run_path(str(script), run_name="__main__")
+    return capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from processes import without_torch
+from processes import run_here, without_torch
 
 import ember_mlx
 from ember_mlx import find_token_tables
@@ -24,15 +24,16 @@ def run(script, *arguments):
     return done.stdout
 
 
-def test_the_loop_of_ones_own_learns_with_kilobytes_of_state():
-    said = run("01_swap_ember_into_a_training_loop.py")
+def test_the_loop_of_ones_own_learns_with_kilobytes_of_state(monkeypatch, capsys):
+    said = run_here(EXAMPLES / "01_swap_ember_into_a_training_loop.py", monkeypatch=monkeypatch, capsys=capsys)
     losses = [float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.5
     assert "Ember keeps 1," in said
 
 
-def test_the_streamed_loop_learns():
-    first, last = run("05_train_every_weight_in_little_memory.py").splitlines()
+def test_the_streamed_loop_learns(monkeypatch, capsys):
+    said = run_here(EXAMPLES / "05_train_every_weight_in_little_memory.py", monkeypatch=monkeypatch, capsys=capsys)
+    first, last = said.splitlines()
     assert float(last.split("loss ")[1].split()[0]) < float(first.split("loss ")[1].split()[0]) - 0.5
 
 

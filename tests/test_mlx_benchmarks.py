@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import without_torch
+from processes import run_here, without_torch
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -99,13 +99,14 @@ def test_what_is_no_result_or_of_another_machine_is_refused_and_stays_as_it_is(t
     assert out.read_bytes() == before
 
 
-def test_the_pictures_are_drawn_from_what_there_is(tmp_path):
+def test_the_pictures_are_drawn_from_what_there_is(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "memory.json"
     machine = {"device": "a GPU", "versions": {"mlx": "1.2.3"}}
     rows = {"qwen3-0.6b/untied/lora/1x512/ember": {"peak_memory": 3_100_000_000}, "of another kind": {"error": "none"}}
     out.write_text(json.dumps({"machine": machine, "rows": rows}))
-    run("mlx_training_memory.py", "--draw", tmp_path / "pictures", out)
+    words = ["--draw", tmp_path / "pictures", out]
+    run_here(BENCHMARKS / "mlx_training_memory.py", *words, monkeypatch=monkeypatch, capsys=capsys)
     names = ("peak_by_optimizer", "peak_of_long_sequences")
     drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert drawn == {f"{name}_{mode}.svg" for name in names for mode in ("light", "dark")}

@@ -361,12 +361,13 @@ def test_train_warns_only_when_it_does_not_fit(tmp_path, monkeypatch):
     assert savings(args, set()) == ({}, [])
 
 
-def test_the_benchmark_compares_with_what_was_measured(tmp_path, monkeypatch):
+def test_the_benchmark_compares_with_what_was_measured(tmp_path, monkeypatch, capsys):
     row = "smollm2-135m/tied/lora/1x512/ember/checkpoint"
     machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
     (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: {"peak_memory": 10**9}}}))
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
-    run_here(script, "--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md", monkeypatch=monkeypatch)
+    words = ["--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md"]
+    run_here(script, *words, monkeypatch=monkeypatch, capsys=capsys)
     assert f"| {row} | " in (tmp_path / "table.md").read_text()
 
 

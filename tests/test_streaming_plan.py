@@ -198,11 +198,12 @@ def test_the_command_prints_the_phases(tmp_path, capsys):
     assert report["recommendations"][0]["saves"] > 0
 
 
-def test_the_benchmark_compares_streamed_steps(tmp_path, monkeypatch):
+def test_the_benchmark_compares_streamed_steps(tmp_path, monkeypatch, capsys):
     row, phases = "mini-qwen3/tied/1x64/lora/streamed/keep2", ("forward", "loss", "layers", "embedding")
     result = {"peak_memory": 10**8, "phases": {name: {"peak": 10**8} for name in phases}}
     machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
     (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: result}}))
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
-    run_here(script, "--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md", monkeypatch=monkeypatch)
+    words = ["--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md"]
+    run_here(script, *words, monkeypatch=monkeypatch, capsys=capsys)
     assert f"| {row} | " in (tmp_path / "table.md").read_text()

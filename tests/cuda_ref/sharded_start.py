@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest  # noqa: F401
+import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
 
 import cuda_ref  # noqa: F401
+
+sys.path.append(str(Path(__file__).parents[1]))
+import triton_interpreter  # noqa: E402
+
+triton_interpreter.look_once()
 
 
 def main(script, *ranks):

@@ -1,26 +1,16 @@
 """The PyTorch examples, each run as it stands."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_here
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(script, *arguments):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # several wait for each other where the machine is shared
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_reference_run_learns_at_two_rates_with_kilobytes_of_state():
-    said = run("03_cuda_reference_run.py", "--steps", 16)
+def test_the_reference_run_learns_at_two_rates_with_kilobytes_of_state(monkeypatch, capsys):
+    said = run_here(EXAMPLES / "03_cuda_reference_run.py", "--steps", 16, monkeypatch=monkeypatch, capsys=capsys)
     steps = re.findall(r"step +\d+  loss (\S+)  learning rate (\S+), of the tables (\S+)", said)
     losses, rates, table_rates = zip(*(map(float, step) for step in steps), strict=True)
     assert losses[-1] < losses[0] - 1

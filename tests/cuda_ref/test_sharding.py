@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_here
 
 TABLES, BODY = (Path(__file__).with_name(f"{name}.py") for name in ("sharded_checks", "sharded_body_checks"))
 START = Path(__file__).with_name("sharded_start.py")
@@ -83,15 +84,20 @@ def look_at(check, ranks, found):
         print(f"  {case}: " + ", ".join(f"{name} {error:.2f}" for name, error in errors.items()) + " of the allowed")
 
 
-@pytest.mark.parametrize("processes", [0, 2], ids=["python", "torchrun"])
-def test_the_example_learns_and_goes_on_from_its_checkpoint(processes):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
+def with_torchrun(processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command, threads = [sys.executable, *launcher, str(EXAMPLE)], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 0, done.stderr
-    losses = [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    return done.stdout
+
+
+@pytest.mark.parametrize("processes", [0, 2], ids=["python", "torchrun"])
+def test_the_example_learns_and_goes_on_from_its_checkpoint(processes, monkeypatch, capsys):
+    said = with_torchrun(processes) if processes else run_here(EXAMPLE, monkeypatch=monkeypatch, capsys=capsys)
+    losses = [float(line.split("loss ")[1]) for line in said.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.5
-    assert "loaded: loss" in done.stdout
-    before, after = (float(line.split("loss ")[1]) for line in done.stdout.splitlines() if "ed: loss" in line)
+    assert "loaded: loss" in said
+    before, after = (float(line.split("loss ")[1]) for line in said.splitlines() if "ed: loss" in line)
     assert before == after
-    assert f"on {processes or 1} rank" in done.stdout
+    assert f"on {processes or 1} rank" in said
