@@ -17,7 +17,7 @@ import torch.distributed.tensor  # noqa: F401
 import cuda_ref  # noqa: F401
 
 sys.path.append(str(Path(__file__).parents[1]))
-import triton_interpreter  # noqa: E402
+import triton_interpreter
 
 triton_interpreter.look_once()
 
