@@ -4,7 +4,9 @@ import signal
 import sys
 
 import precompiled_header
+import processes
 import pytest
+import quick_products
 import torch
 import triton_interpreter
 
@@ -33,11 +35,16 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # workers are started later, and inherit PATH
         config.mlx_header = precompiled_header.on_the_path()
+        config.products = quick_products.library()
+        if config.products:
+            processes.with_quick_products(config.products)
 
 
 def pytest_unconfigure(config):
     if getattr(config, "mlx_header", None):
         shutil.rmtree(config.mlx_header, ignore_errors=True)
+    if getattr(config, "products", None):
+        shutil.rmtree(config.products.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

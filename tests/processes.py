@@ -1,17 +1,30 @@
 """What processes that tests start find in their environment, and scripts that are run without one of their own."""
 
+import ctypes
 import os
 import runpy
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+EVERY_PROCESS = str(Path(__file__).with_name("every_process"))
 
 
-def without_torch(**variables: str) -> dict[str, str]:
-    """This environment and those variables, for a process that needs no PyTorch: it finds none, and starts sooner."""
-    path = [str(HERE / "without_torch"), variables.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
-    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+def python_path(*folders: str | Path) -> str:
+    """PYTHONPATH with these folders, and before them the one whose ``sitecustomize.py`` runs in every process."""
+    return os.pathsep.join([EVERY_PROCESS, *map(str, folders)])
+
+
+def with_quick_products(library: Path) -> None:
+    """In this process, which has not imported MLX, and those it starts."""
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    os.environ["EMBER_TESTS_PRODUCTS"] = str(library)
+    os.environ["PYTHONPATH"] = python_path(*filter(None, [os.environ.get("PYTHONPATH")]))
+
+
+def without_torch(*folders: str | Path, **variables: str) -> dict[str, str]:
+    """The environment of a process that needs no PyTorch, finds none, and starts sooner; folders are for PYTHONPATH."""
+    path = python_path(*folders, *filter(None, [os.environ.get("PYTHONPATH")]))
+    return os.environ | variables | {"PYTHONPATH": path, "EMBER_TESTS_WITHOUT_TORCH": "1"}
 
 
 def run_here(script: Path, *arguments: object, monkeypatch, capsys) -> str:

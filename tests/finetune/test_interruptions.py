@@ -16,7 +16,8 @@ BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 def interruptions():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        patch.setenv("PYTHONPATH", without_torch()["PYTHONPATH"])  # of the server that its processes are forked from
+        for name, value in without_torch().items():  # for the server that its processes are forked from
+            patch.setenv(name, value)
         import interruptions
 
         yield interruptions

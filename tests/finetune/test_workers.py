@@ -1,7 +1,6 @@
 """Two workers, or three, over MLX's ring, on this machine: they agree, refuse together and train what one does."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -41,8 +40,7 @@ def start(folder, commands):
     """A worker for each command, its words after ``python``."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]))
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    common = without_torch(MLX_HOSTFILE=str(hosts), PYTHONPATH=paths, OMP_NUM_THREADS="1")
+    common = without_torch(ROOT, ROOT / "tests", MLX_HOSTFILE=str(hosts), OMP_NUM_THREADS="1")
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
