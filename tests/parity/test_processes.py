@@ -11,16 +11,23 @@ def test_several_processes_find_what_one_does(monkeypatch):
     cases = suite.select(["random", "random, beta2 schedule"], [1, 3])
     dtypes, of_the_body = ["float32", "bfloat16"], {"streams": ["random"], "steps": 2}
     entries = [entry for entry in body.OPTIMIZERS if entry.name in ("SinkGD", "FlashLion")]
+    one_process = list(processes.run(chosen, cases, dtypes, optimizers=["SinkGD", "FlashLion"], **of_the_body))
     expected = [*suite.run(chosen, cases, dtypes), *body.run(chosen, dtypes=dtypes, optimizers=entries, **of_the_body)]
     monkeypatch.setattr(processes, "workers", lambda parts, steps: 2)
-    found = list(processes.run(chosen, cases, dtypes, optimizers=["SinkGD", "FlashLion"], **of_the_body))
+    timings = []
+    found = list(
+        processes.run(chosen, cases, dtypes, optimizers=["SinkGD", "FlashLion"], timed=timings.append, **of_the_body)
+    )
+    assert found == one_process
     assert sorted(found, key=repr) == sorted(expected, key=repr)
+    assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember and two of the body
+    assert all(0 < one.first_steps < one.seconds for one in timings)
 
 
 def test_a_part_whose_process_fails_is_a_comparison_that_failed(monkeypatch):
     chosen, _ = implementations.select(["mlx cpu"])
     monkeypatch.setattr(processes, "workers", lambda parts, steps: 2)
-    monkeypatch.setattr(processes, "_part", ends_its_process)
+    monkeypatch.setattr(processes, "_do", ends_its_process)
     found = list(processes.run(chosen, suite.select(["random"], [1]), ["float32"], optimizers=["SAGE"]))
     assert [one.passed for one in found] == [False, False]
     assert "process" in found[0].error
@@ -32,10 +39,34 @@ def ends_its_process(*arguments):
     os._exit(3)
 
 
+def test_a_job_compiles_once_and_every_case_has_one_job():
+    chosen = [one for one in implementations.implementations() if one.name in ("mlx cpu", "torch compiled cpu")]
+    cases = list(suite.cases())
+    jobs = processes.jobs_of(chosen, cases, ["float32", "bfloat16"], ["SAGE"])
+    for name in ("mlx cpu", "torch compiled cpu"):
+        for dtype in ("float32", "bfloat16"):
+            of_ember = [job for job in jobs if (job.implementation, job.dtype, job.optimizer) == (name, dtype, "Ember")]
+            assert sorted((case for job in of_ember for case in job.cases), key=cases.index) == cases
+            if "compiled" in name:
+                made_for = [{(case.shape, case.rule) for case in job.cases} for job in of_ember]
+                assert all(len(groups) == 1 for groups in made_for)
+                assert len(made_for) == len({(case.shape, case.rule) for case in cases})
+    assert [job.implementation for job in jobs if job.optimizer == "SAGE"] == ["mlx cpu", "mlx cpu"]
+
+
 @pytest.mark.parametrize(
-    ("parts", "steps", "cores", "expected"),
-    [(18, 200_000, 16, 8), (3, 200_000, 16, 3), (18, 200_000, 2, 1), (18, 200_000, None, 1), (18, 100, 16, 1)],
+    ("parts", "steps", "cores", "gib", "expected"),
+    [
+        (180, 200_000, 16, 128, 15),
+        (3, 200_000, 16, 128, 3),
+        (180, 200_000, 10, 16, 4),
+        (180, 200_000, 2, 24, 1),
+        (180, 200_000, None, 128, 1),
+        (180, 100, 16, 128, 1),
+        (180, 200_000, 8, 2, 1),
+    ],
 )
-def test_as_many_processes_as_there_is_work_and_cores_for(monkeypatch, parts, steps, cores, expected):
+def test_as_many_processes_as_there_is_work_and_room_for(monkeypatch, parts, steps, cores, gib, expected):
     monkeypatch.setattr(processes.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(processes, "_memory", lambda: gib * 2**30)
     assert processes.workers(parts, steps) == expected
