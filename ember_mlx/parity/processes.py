@@ -3,7 +3,8 @@
 A whole suite is 37,000 steps an implementation, each of which waits for its results, 18 compilations of one that
 compiles, and some 60 kernels for MLX's CUDA backend: a quarter of an hour of waiting for one core. A job is as small
 as can be without compiling anything twice: Ember in one implementation and dtype, and where PyTorch compiles, which
-does so anew for each shape and option, in one of those; an optimizer of the body in one implementation and dtype.
+does so anew for each shape and option, in one of those; a class of optimizers of the body in one implementation and
+dtype, since its options share kernels, each tried by every process that uses it.
 """
 
 import multiprocessing
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from ember_mlx.parity import body, implementations, suite
 from ember_mlx.parity.implementations import Implementation
@@ -22,6 +23,7 @@ from ember_mlx.parity.suite import Case, Comparison
 
 __all__ = ["Job", "Timing", "jobs_of", "run", "workers"]
 
+EMBER = "Ember"
 GIB_EACH = 4  # of memory: PyTorch, MLX and the host's side of a GPU's driver
 FEW_STEPS = 2_000  # less than that is done before the first process has started
 # Guesses that decide what starts first: seconds of a job's compilations, by implementation, and of a step.
@@ -32,16 +34,16 @@ STEPS_OF_BODY = 300  # of one optimizer in one dtype
 
 @dataclass(frozen=True)
 class Job:
-    """One implementation and dtype, in Ember's ``cases`` or, where there are none, in an ``optimizer`` of the body."""
+    """One implementation and dtype of ``optimizers``, by name: of Ember in ``cases``, or without those of the body."""
 
     implementation: str
     dtype: str
+    optimizers: tuple[str, ...]
     cases: tuple[Case, ...] = ()
-    optimizer: str = "Ember"
 
     @property
     def steps(self) -> int:
-        return sum(case.steps[-1] for case in self.cases) or STEPS_OF_BODY
+        return sum(case.steps[-1] for case in self.cases) or STEPS_OF_BODY * len(self.optimizers)
 
     @property
     def what(self) -> str:
@@ -65,7 +67,7 @@ class Timing:
     """
 
     implementation: str
-    optimizer: str
+    optimizers: str
     dtype: str
     what: str
     start: float
@@ -90,17 +92,20 @@ def _memory():
 def jobs_of(
     chosen: Sequence[Implementation], cases: Sequence[Case], dtypes: Sequence[str], optimizers: Sequence[str]
 ) -> list[Job]:
-    """All jobs, in the order in which :func:`run` yields what they find."""
+    """All jobs, in the order in which :func:`run` yields what they find of each optimizer."""
     jobs = []
     for one in chosen:
         groups: dict[tuple, list[Case]] = {}
         for case in cases:
             groups.setdefault((case.shape, case.rule) if "compiled" in one.name else (), []).append(case)
         of_dtypes = [dtype for dtype in dtypes if dtype in one.dtypes]
-        jobs += [Job(one.name, dtype, tuple(group)) for dtype in of_dtypes for group in groups.values()]
-    for name in optimizers:
+        jobs += [Job(one.name, dtype, (EMBER,), tuple(group)) for dtype in of_dtypes for group in groups.values()]
+    of_class: dict[str, list[str]] = {}
+    for entry in _entries(optimizers):
+        of_class.setdefault(entry.class_name, []).append(entry.name)
+    for names in of_class.values():
         for one in (one for one in chosen if one.make_weights is not None):
-            jobs += [Job(one.name, dtype, optimizer=name) for dtype in dtypes if dtype in one.dtypes]
+            jobs += [Job(one.name, dtype, tuple(names)) for dtype in dtypes if dtype in one.dtypes]
     return jobs
 
 
@@ -125,16 +130,17 @@ def run(
     jobs = jobs_of(chosen, cases, dtypes, optimizers)
     count = workers(len(jobs), sum(job.steps for job in jobs if job.cases))
     settings = list(recordings), tuple(streams), steps, time.time()
-    found: dict[Job, list[Comparison]] = {}
+    found: dict[Job, dict[str, list[Comparison]]] = {}
     for job, result in _in_pool(count, jobs, settings) if count > 1 else _in_turn(chosen, jobs, settings, progress):
         if isinstance(result, Exception):
-            found[job] = [_failed(result, job)]
+            found[job] = {name: [_failed(result, job, name)] for name in job.optimizers}
         else:
             found[job], timing = result
             timed(timing)
         progress(f"{len(found)} of {len(jobs)} jobs done: {_named(job)}")
-    for job in jobs:
-        yield from found[job]
+    for name in (EMBER, *(entry.name for entry in _entries(optimizers))):
+        for job in jobs:
+            yield from found[job].get(name, ())
 
 
 def _in_turn(chosen, jobs, settings, progress):
@@ -183,18 +189,19 @@ class _Work:
         self.expected = lru_cache(len(suite.cases()))(suite.Expected)
 
     def do(self, implementation, job, progress=lambda what: None):
-        """The comparisons of a job, and its `Timing`."""
+        """The comparisons of a job by optimizer, and its `Timing`."""
         first_steps: list[float] = []
         one = [replace(_timed(implementation, first_steps), dtypes=(job.dtype,))]
         start, clock = time.time() - self.began, time.perf_counter()
         if job.cases:
-            found = suite.run(one, job.cases, [job.dtype], self.recordings, progress, self.expected)
+            run = suite.run(one, job.cases, [job.dtype], self.recordings, progress, self.expected)
+            found = {EMBER: list(run)}
         else:
-            entries = [entry for entry in body.OPTIMIZERS if entry.name == job.optimizer]
-            found = body.run(one, self.streams, [job.dtype], entries, self.steps, progress)
-        comparisons = list(found)
+            run_of = partial(body.run, one, self.streams, [job.dtype], steps=self.steps, progress=progress)
+            found = {entry.name: list(run_of(optimizers=[entry])) for entry in _entries(job.optimizers)}
         seconds = start, time.perf_counter() - clock, sum(first_steps)
-        return comparisons, Timing(job.implementation, job.optimizer, job.dtype, job.what, *seconds, os.getpid())
+        names = ", ".join(job.optimizers)
+        return found, Timing(job.implementation, names, job.dtype, job.what, *seconds, os.getpid())
 
 
 def _timed(implementation, first_steps):
@@ -223,14 +230,18 @@ def _timed(implementation, first_steps):
     return replace(implementation, make=timed(implementation.make), make_weights=make_weights)
 
 
+def _entries(optimizers):
+    return [entry for entry in body.OPTIMIZERS if entry.name in optimizers]
+
+
 def _named(job):
-    return " ".join(part for part in (job.implementation, job.optimizer, job.dtype, job.what) if part)
+    return " ".join(part for part in (job.implementation, *job.optimizers, job.dtype, job.what) if part)
 
 
-def _failed(error, job):
+def _failed(error, job, optimizer):
     about = {"implementation": job.implementation, "dtype": job.dtype}
     if job.cases:
         case = job.cases[0]
         return suite.failed(error, case.steps[-1], about | {"stream": case.name, "shape": case.shape})
-    about["implementation"] += f" {job.optimizer}"
+    about["implementation"] += f" {optimizer}"
     return suite.failed(error, body.STEPS, about | {"stream": body.STREAMS[0], "shape": suite.SMALL})

@@ -1,5 +1,7 @@
 """The suite over several processes finds what one process finds."""
 
+from itertools import product
+
 import pytest
 
 from ember_mlx.parity import body, implementations, processes, suite
@@ -10,17 +12,16 @@ def test_several_processes_find_what_one_does(monkeypatch):
     chosen, _ = implementations.select([name for name in here if name in ("mlx cpu", "torch eager cpu")])
     cases = suite.select(["random", "random, beta2 schedule"], [1, 3])
     dtypes, of_the_body = ["float32", "bfloat16"], {"streams": ["random"], "steps": 2}
-    entries = [entry for entry in body.OPTIMIZERS if entry.name in ("SinkGD", "FlashLion")]
-    one_process = list(processes.run(chosen, cases, dtypes, optimizers=["SinkGD", "FlashLion"], **of_the_body))
+    names = ["SinkGD", "SinkGD 2 passes", "FlashLion"]
+    entries = [entry for entry in body.OPTIMIZERS if entry.name in names]
+    one_process = list(processes.run(chosen, cases, dtypes, optimizers=names, **of_the_body))
     expected = [*suite.run(chosen, cases, dtypes), *body.run(chosen, dtypes=dtypes, optimizers=entries, **of_the_body)]
     monkeypatch.setattr(processes, "workers", lambda parts, steps: 2)
     timings = []
-    found = list(
-        processes.run(chosen, cases, dtypes, optimizers=["SinkGD", "FlashLion"], timed=timings.append, **of_the_body)
-    )
+    found = list(processes.run(chosen, cases, dtypes, optimizers=names, timed=timings.append, **of_the_body))
     assert found == one_process
     assert sorted(found, key=repr) == sorted(expected, key=repr)
-    assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember and two of the body
+    assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember, and two classes of the body
     assert all(0 < one.first_steps < one.seconds for one in timings)
 
 
@@ -39,19 +40,19 @@ def ends_its_process(*arguments):
     os._exit(3)
 
 
-def test_a_job_compiles_once_and_every_case_has_one_job():
+def test_nothing_is_compiled_by_two_jobs_and_every_case_is_of_one():
     chosen = [one for one in implementations.implementations() if one.name in ("mlx cpu", "torch compiled cpu")]
-    cases = list(suite.cases())
-    jobs = processes.jobs_of(chosen, cases, ["float32", "bfloat16"], ["SAGE"])
-    for name in ("mlx cpu", "torch compiled cpu"):
-        for dtype in ("float32", "bfloat16"):
-            of_ember = [job for job in jobs if (job.implementation, job.dtype, job.optimizer) == (name, dtype, "Ember")]
-            assert sorted((case for job in of_ember for case in job.cases), key=cases.index) == cases
-            if "compiled" in name:
-                made_for = [{(case.shape, case.rule) for case in job.cases} for job in of_ember]
-                assert all(len(groups) == 1 for groups in made_for)
-                assert len(made_for) == len({(case.shape, case.rule) for case in cases})
-    assert [job.implementation for job in jobs if job.optimizer == "SAGE"] == ["mlx cpu", "mlx cpu"]
+    cases, dtypes = list(suite.cases()), ["float32", "bfloat16"]
+    jobs = processes.jobs_of(chosen, cases, dtypes, ["SinkGD", "SAGE", "SinkGD 2 passes"])
+    for one, dtype in product(chosen, dtypes):
+        of_ember = [job.cases for job in jobs if job.cases and (job.implementation, job.dtype) == (one.name, dtype)]
+        assert sorted((case for of_job in of_ember for case in of_job), key=cases.index) == cases
+        if "compiled" in one.name:
+            compiled = [{(case.shape, case.rule) for case in of_job} for of_job in of_ember]
+            assert sum(map(len, compiled)) == len(compiled) == len(set.union(*compiled))
+    of_body = [(job.implementation, job.dtype, job.optimizers) for job in jobs if not job.cases]
+    classes = ("SinkGD", "SinkGD 2 passes"), ("SAGE",)
+    assert of_body == [("mlx cpu", dtype, names) for names in classes for dtype in dtypes]
 
 
 @pytest.mark.parametrize(
