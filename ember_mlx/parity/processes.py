@@ -26,8 +26,8 @@ __all__ = ["Job", "Timing", "jobs_of", "run", "workers"]
 EMBER = "Ember"
 GIB_EACH = 4  # of memory: PyTorch, MLX and the host's side of a GPU's driver
 FEW_STEPS = 2_000  # less than that is done before the first process has started
-# Guesses that decide what starts first: seconds of a job's compilations, by implementation, and of a step.
-COMPILING = {"mlx cuda": 30, "torch compiled cuda": 15, "torch compiled cpu": 10, "triton": 5}
+# Guesses that decide what starts first: seconds of one optimizer's compilations, by implementation, and of a step.
+COMPILING = {"mlx cuda": 30, "torch compiled cuda": 10, "torch compiled cpu": 5, "triton": 5}
 SECONDS_A_STEP = 0.002
 STEPS_OF_BODY = 300  # of one optimizer in one dtype
 
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def expected_seconds(self) -> float:
-        return COMPILING.get(self.implementation, 0) + SECONDS_A_STEP * self.steps
+        return COMPILING.get(self.implementation, 0) * len(self.optimizers) + SECONDS_A_STEP * self.steps
 
 
 @dataclass(frozen=True)
