@@ -14,7 +14,7 @@ import plan
 from body_rules import BODY_RULES
 from draw import in_interval, in_words, rate_in_words
 from plan import BASELINE, SETTINGS, TUNING_SEED, Run, tuned_recipe
-from reported import Reported, against
+from reported import Reported, against, paired
 from run import loss_of, read_results
 from table_rules import TABLE_RULES
 
@@ -88,14 +88,6 @@ def rarer_loss(line):
     return sum(loss * count for loss, count in pairs) / sum(count for _, count in pairs)
 
 
-def paired(ours, theirs, number_of):
-    """As ``against``, of any number of a line."""
-    return against(*(
-        Reported(None, {seed: {"valid_loss": number_of(line)} for seed, line in runs.by_seed.items()})
-        for runs in (ours, theirs)
-    ))  # fmt: skip
-
-
 def forgotten(line, untrained):
     """How much the loss on the other data sets rose, on average."""
     others = line.get("other_losses") or {}
@@ -115,7 +107,8 @@ def losses_table(results, setting):
         losses = reported.losses()
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
         interval = "" if recipe == ADAMW else in_interval(*against(reported, baseline))
-        rates = " ".join(rate_in_words(rate) for rate in reported.rate) if recipe != UNTRAINED else ""
+        trained = [rate for rate, rule in zip(reported.rate, recipe, strict=True) if rule != "frozen"]
+        rates = " ".join(map(rate_in_words, trained))
         lines.append(
             f"| {name_of(recipe)} | {mean(losses):.4f}{spread} | {len(losses)} | {interval} | {rates} "
             f"| {len(results.tried(setting, recipe))} |"
