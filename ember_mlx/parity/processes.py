@@ -3,8 +3,8 @@
 A whole suite is 37,000 steps an implementation, each of which waits for its results, 18 compilations of one that
 compiles, and some 60 kernels for MLX's CUDA backend: a quarter of an hour of waiting for one core. A job is as small
 as can be without compiling anything twice: Ember in one implementation and dtype, and where PyTorch compiles, which
-does so anew for each shape and option, in one of those; a class of optimizers of the body in one implementation and
-dtype, since its options share kernels, each tried by every process that uses it.
+does so anew for each shape and option, in one of those; optimizers of the body that share kernels in one
+implementation and dtype, since MLX keeps ours on no disk. Ember's statistics are in two jobs: one would take too long.
 """
 
 import multiprocessing
@@ -100,10 +100,10 @@ def jobs_of(
             groups.setdefault((case.shape, case.rule) if "compiled" in one.name else (), []).append(case)
         of_dtypes = [dtype for dtype in dtypes if dtype in one.dtypes]
         jobs += [Job(one.name, dtype, (EMBER,), tuple(group)) for dtype in of_dtypes for group in groups.values()]
-    of_class: dict[str, list[str]] = {}
+    by_kernels: dict[str, list[str]] = {}
     for entry in _entries(optimizers):
-        of_class.setdefault(entry.class_name, []).append(entry.name)
-    for names in of_class.values():
+        by_kernels.setdefault(entry.kernels, []).append(entry.name)
+    for names in by_kernels.values():
         for one in (one for one in chosen if one.make_weights is not None):
             jobs += [Job(one.name, dtype, tuple(names)) for dtype in dtypes if dtype in one.dtypes]
     return jobs
@@ -168,7 +168,7 @@ def _in_pool(count, jobs, settings):
 def _start(folder, *settings):
     """Make this process a worker: one thread for each compiler and framework, of which none is imported yet.
 
-    MLX writes compiled kernels in place, where another process might read half of one: each has a folder of its own.
+    MLX writes those kernels that it keeps in place, and another process might read half of one: each has its folder.
     """
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     os.environ["MLX_PTX_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)

@@ -21,7 +21,7 @@ def test_several_processes_find_what_one_does(monkeypatch):
     found = list(processes.run(chosen, cases, dtypes, optimizers=names, timed=timings.append, **of_the_body))
     assert found == one_process
     assert sorted(found, key=repr) == sorted(expected, key=repr)
-    assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember, and two classes of the body
+    assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember, and two kinds of kernels of the body
     assert all(0 < one.first_steps < one.seconds for one in timings)
 
 
@@ -43,7 +43,7 @@ def ends_its_process(*arguments):
 def test_nothing_is_compiled_by_two_jobs_and_every_case_is_of_one():
     chosen = [one for one in implementations.implementations() if one.name in ("mlx cpu", "torch compiled cpu")]
     cases, dtypes = list(suite.cases()), ["float32", "bfloat16"]
-    jobs = processes.jobs_of(chosen, cases, dtypes, ["SinkGD", "SAGE", "SinkGD 2 passes"])
+    jobs = processes.jobs_of(chosen, cases, dtypes, ["SinkGD", "SAGE", "SinkGD 2 passes", "AdamMini"])
     for one, dtype in product(chosen, dtypes):
         of_ember = [job.cases for job in jobs if job.cases and (job.implementation, job.dtype) == (one.name, dtype)]
         assert sorted((case for of_job in of_ember for case in of_job), key=cases.index) == cases
@@ -51,8 +51,8 @@ def test_nothing_is_compiled_by_two_jobs_and_every_case_is_of_one():
             compiled = [{(case.shape, case.rule) for case in of_job} for of_job in of_ember]
             assert sum(map(len, compiled)) == len(compiled) == len(set.union(*compiled))
     of_body = [(job.implementation, job.dtype, job.optimizers) for job in jobs if not job.cases]
-    classes = ("SinkGD", "SinkGD 2 passes"), ("SAGE",)
-    assert of_body == [("mlx cpu", dtype, names) for names in classes for dtype in dtypes]
+    by_kernels = ("AdamMini", "SAGE"), ("SinkGD", "SinkGD 2 passes")
+    assert of_body == [("mlx cpu", dtype, names) for names in by_kernels for dtype in dtypes]
 
 
 @pytest.mark.parametrize(
