@@ -1,8 +1,8 @@
 """One pass of Sinkhorn's normalization by factors, in one reading of the gradient.
 
-A pass makes row factors ``a`` of the norms of the rows, weighted by the column factors ``b``, and then sums squares down
-the columns, weighted by ``a``. As plain operations it needs the squares of the gradient as a float32 matrix. Here a
-threadgroup takes a band of rows, and its threads lie side by side along whole rows. Each keeps the factors of its
+A pass makes row factors ``a`` of the norms of the rows, weighted by the column factors ``b``, and then sums squares
+down the columns, weighted by ``a``. As plain operations it needs the squares of the gradient as a float32 matrix. Here
+a threadgroup takes a band of rows, and its threads lie side by side along whole rows. Each keeps the factors of its
 columns, their sums and some rows in registers: rows wait there for their norms, and are read once.
 
 Rows that are too wide for that, or that lie in memory in another way, are read twice. So are transposed gradients,
@@ -261,7 +261,7 @@ def launch(g: mx.array) -> dict[str, Any]:
     matrices, height, columns = g.shape
     vector = BYTES_AT_ONCE // g.itemsize
     rows = min(MOST_ROWS, max(LEAST_ROWS, 2 ** int(math.log2(max(1, matrices * height / THREADGROUPS)))))
-    most_threads = MOST_THREADS if mx.metal.is_available() else CUDA_THREADS
+    most_threads = CUDA_THREADS if mx.cuda.is_available() else MOST_THREADS
     neighbours = -(-columns // vector)
     vectors = -(-neighbours // most_threads)
     threads = min(most_threads, -(-neighbours // vectors // STEP_OF_THREADS) * STEP_OF_THREADS)

@@ -40,7 +40,9 @@ FUNCTION int sum_over_lanes(thread float* sums, int lane) {
 }
 """
 
-FUNCTIONS = SUM_OVER_LANES + """
+FUNCTIONS = (
+    SUM_OVER_LANES
+    + """
 template <int VECTOR, int MAGNITUDES>
 FUNCTION float add_squares(thread const float* x, thread float* sums) {
     float sum = 0;
@@ -76,6 +78,7 @@ FUNCTION void sum_one_by_one(Pointer g, int64_t step, int64_t columns, thread fl
     of_row[0] = add_squares<VECTOR, MAGNITUDES>(x, sums);
 }
 """
+)
 
 # The body of the kernel, in Metal's words.
 SOURCE = """

@@ -114,7 +114,12 @@ def test_sinkgd_with_the_kernel_steps_as_with_plain_operations(emulated, monkeyp
 
 
 @pytest.mark.parametrize(
-    "plant", [("* weight[v]) * (x", ") * (x"), ("before * norm + eps", "norm + eps"), ("i < rows; i += THREADS", "i < rows - 1; i += THREADS")]
+    "plant",
+    [
+        ("* weight[v]) * (x", ") * (x"),
+        ("before * norm + eps", "norm + eps"),
+        ("i < rows; i += THREADS", "i < rows - 1; i += THREADS"),
+    ],
 )
 def test_differences_finds_a_fault(emulated, monkeypatch, plant):
     monkeypatch.setattr(sinkhorn, "kernel", lambda text: emulated("cuda", "memory", plant, sinkhorn))
