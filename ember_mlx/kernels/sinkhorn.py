@@ -18,13 +18,14 @@ import mlx.core as mx
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 from ember_mlx.kernels.statistics import SUM_OVER_LANES
 
-__all__ = ["MOST_ROWS", "differences", "launch", "rows_then_columns"]
+__all__ = ["MOST_ROWS", "differences", "launch", "one_pass"]
 
 # Rows of a threadgroup. Sums down 32 rows take 2 / 32 of a matrix of 16 bits. Of transposed gradients 16 rows are 32
 # bytes, the least that a GPU reads.
 LEAST_ROWS, MOST_ROWS = 8, 32
 THREADGROUPS = 128  # that a GPU should have, before bands become larger
 CUDA_THREADS, STEP_OF_THREADS = 512, 128  # at most, and what their number is a multiple of
+COLUMNS_AT_ONCE = 4  # of a thread, where gradients are transposed
 # 512 threads have 128 registers each, and some are for indices.
 REGISTERS, MOST_UNDER_WAY, MOST_AHEAD = 96, 8, 4
 
@@ -50,6 +51,24 @@ FUNCTION float weighted_squares(thread const float* x, thread const float* weigh
     #pragma unroll
     for (int v = 0; v < N; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
     return sum;
+}
+
+// VECTOR rows of N columns, so many apart. Rows lie side by side, and can be read together where that is said.
+template <int N, int VECTOR, typename Pointer>
+FUNCTION void read_columns(
+    Pointer g, int64_t column_step, int apart, int columns, int rows, bool together, thread float* x
+) {
+    if (together) {
+        #pragma unroll
+        for (int k = 0; k < N * VECTOR; k++) x[k] = 0;
+        #pragma unroll
+        for (int k = 0; k < N; k++)
+            if (k * apart < columns) read_together<VECTOR>(g + k * apart * column_step, x + k * VECTOR);
+    } else {
+        #pragma unroll
+        for (int k = 0; k < N; k++)
+            read_one_by_one<VECTOR>(g + k * apart * column_step, 1, k * apart < columns ? rows : 0, x + k * VECTOR);
+    }
 }
 
 FUNCTION float new_factor(float before, float sum_of_squares, float wanted, float eps) {
@@ -145,8 +164,10 @@ SOURCE = """
     } else {
         const bool along_rows = row_step != 1 || column_step == 1;
         // Of columns that lie side by side in memory, a simdgroup takes so many, with so many lanes each.
-        constexpr int CHUNKS = ROWS / VECTOR, SIDE_BY_SIDE = SIMDGROUP / CHUNKS;
-        const int down = lane % CHUNKS * VECTOR;
+        constexpr int CHUNKS = ROWS / VECTOR, SIDE_BY_SIDE = SIMDGROUP / CHUNKS, APART = SIMDGROUPS * SIDE_BY_SIDE;
+        const int down = lane % CHUNKS * VECTOR, first_column = simdgroup * SIDE_BY_SIDE + lane / CHUNKS;
+        const int64_t corner_of_lane = corner + down + first_column * column_step;
+        const bool side_by_side = rows == ROWS && column_step % VECTOR == 0 && aligned<VECTOR>(g + corner);
         if (along_rows) {
             for (int i = simdgroup; i < rows; i += SIMDGROUPS) {
                 float sum = 0;
@@ -171,11 +192,16 @@ SOURCE = """
             }
         } else {
             float sums[VECTOR] = {};
-            for (int start = simdgroup * SIDE_BY_SIDE; start < columns; start += SIMDGROUPS * SIDE_BY_SIDE) {
-                const int j = start + lane / CHUNKS;
-                float x[VECTOR];
-                read_as_float<VECTOR>(g + corner + down + j * column_step, 1, j < columns ? rows - down : 0, x);
-                add_squares<VECTOR>(x, j < columns ? weights[weights_at + j] : 0.0f, sums);
+            for (int start = 0; start < columns; start += COLUMNS_AT_ONCE * APART) {
+                const int left = columns - start - first_column;
+                float x[COLUMNS_AT_ONCE * VECTOR];
+                read_columns<COLUMNS_AT_ONCE, VECTOR>(
+                    g + corner_of_lane + start * column_step, column_step, APART, left, rows - down, side_by_side, x
+                );
+                #pragma unroll
+                for (int k = 0; k < COLUMNS_AT_ONCE; k++)
+                    if (k * APART < left)
+                        add_squares<VECTOR>(x + k * VECTOR, weights[weights_at + columns - left + k * APART], sums);
             }
             #pragma unroll
             for (int v = 0; v < VECTOR; v++) {
@@ -217,14 +243,19 @@ SOURCE = """
             float weight[VECTOR];
             #pragma unroll
             for (int v = 0; v < VECTOR; v++) weight[v] = factors[down + v];
-            for (int start = simdgroup * SIDE_BY_SIDE; start < columns; start += SIMDGROUPS * SIDE_BY_SIDE) {
-                const int j = start + lane / CHUNKS;
-                float x[VECTOR];
-                read_as_float<VECTOR>(g + corner + down + j * column_step, 1, j < columns ? rows - down : 0, x);
-                float sum = weighted_squares<VECTOR>(x, weight);
+            for (int start = 0; start < columns; start += COLUMNS_AT_ONCE * APART) {
+                const int left = columns - start - first_column;
+                float x[COLUMNS_AT_ONCE * VECTOR];
+                read_columns<COLUMNS_AT_ONCE, VECTOR>(
+                    g + corner_of_lane + start * column_step, column_step, APART, left, rows - down, side_by_side, x
+                );
                 #pragma unroll
-                for (int distance = CHUNKS / 2; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
-                if (down == 0 && j < columns) column_sums[sums_at + j] = sum;
+                for (int k = 0; k < COLUMNS_AT_ONCE; k++) {
+                    float sum = weighted_squares<VECTOR>(x + k * VECTOR, weight);
+                    #pragma unroll
+                    for (int distance = CHUNKS / 2; distance > 0; distance /= 2) sum += simd_shuffle_xor(sum, distance);
+                    if (down == 0 && k * APART < left) column_sums[sums_at + columns - left + k * APART] = sum;
+                }
             }
         }
     }
@@ -240,20 +271,51 @@ TEXT = Text(
 )
 
 
-def rows_then_columns(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-    """The next row factors, (E, m), and the sums of squares down the columns of ``g`` times them, (E, n), float32.
+# The sums of all bands, and the column factors that are made of them.
+COLUMNS = Text(
+    name="ember_sinkhorn_columns",
+    inputs=("column_sums", "before", "numbers"),
+    outputs=("new_b",),
+    source="""
+    const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
+    const int bands = column_sums_shape[1], columns = column_sums_shape[2];
+    const uint32_t group = threadgroup_position_in_grid.x, tiles = (columns + SIMDGROUP - 1) / SIMDGROUP;
+    const int64_t matrix = group / tiles, at = matrix * bands * columns;
+    const int j = group % tiles * SIMDGROUP + lane;
+    threadgroup float parts[SIMDGROUPS][SIMDGROUP];
+
+    float sum = 0;
+    if (j < columns) {
+        #pragma unroll 8
+        for (int k = simdgroup; k < bands; k += SIMDGROUPS) sum += column_sums[at + k * columns + j];
+    }
+    parts[simdgroup][lane] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (simdgroup == 0 && j < columns) {
+        #pragma unroll
+        for (int k = 1; k < SIMDGROUPS; k++) sum += parts[k][lane];
+        new_b[matrix * columns + j] = new_factor(before[matrix * columns + j], sum, numbers[0], numbers[1]);
+    }
+""",
+    functions=FUNCTIONS,
+)
+
+
+def one_pass(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """The factors after a pass: ``a`` of the rows of ``g``, (E, m), and of them ``b`` of the columns, (E, n), float32.
 
     Args:
         g (array): (E, m, n), on the GPU that is MLX's default device, in float32, bfloat16 or float16. However it lies
             in memory, it is not copied; fastest are contiguous ones and their transposes.
         a (array): The row factors before, (E, m) float32.
         b (array): The column factors, (E, n) float32.
-        eps (float): Added to the norms of the rows of ``a * g * b``.
+        eps (float): Added to the norms of the rows, and then of the columns, of ``a * g * b``.
     """
-    matrices, _, columns = g.shape
-    inputs = [g, mx.contiguous(b), mx.contiguous(a), mx.array([eps], mx.float32)]
-    new_a, sums = kernel(TEXT)(inputs=inputs, **launch(g))
-    return new_a, sums.reshape(matrices, -1, columns).sum(axis=1)
+    b = mx.contiguous(b)
+    new_a, sums = kernel(TEXT)(inputs=[g, b, mx.contiguous(a), mx.array([eps], mx.float32)], **launch(g))
+    numbers = mx.array([math.sqrt(g.shape[1]), eps], mx.float32)
+    (new_b,) = kernel(COLUMNS)(inputs=[sums, b, numbers], **launch_columns(sums))
+    return new_a, new_b
 
 
 def launch(g: mx.array) -> dict[str, Any]:
@@ -277,7 +339,8 @@ def launch(g: mx.array) -> dict[str, Any]:
         "VECTORS": vectors,
         "ROWS": rows,
         "AHEAD": ahead,
-        "AT_ONCE": under_way // ahead,
+        "AT_ONCE": 2 ** int(math.log2(under_way // ahead)),
+        "COLUMNS_AT_ONCE": COLUMNS_AT_ONCE,
         "SIMDGROUPS": threads // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }
@@ -285,8 +348,20 @@ def launch(g: mx.array) -> dict[str, Any]:
         "template": list(constants.items()),
         "grid": (groups * threads, 1, 1),
         "threadgroup": (threads, 1, 1),
-        "output_shapes": [(matrices, height), (groups, columns)],
+        "output_shapes": [(matrices, height), (matrices, groups // matrices, columns)],
         "output_dtypes": [mx.float32, mx.float32],
+    }
+
+
+def launch_columns(sums: mx.array) -> dict[str, Any]:
+    """What the kernel of column factors is called with for sums of bands, (E, bands, n)."""
+    matrices, _, columns = sums.shape
+    return {
+        "template": [("SIMDGROUPS", MOST_THREADS // SIMDGROUP), ("SIMDGROUP", SIMDGROUP)],
+        "grid": (matrices * -(-columns // SIMDGROUP) * MOST_THREADS, 1, 1),
+        "threadgroup": (MOST_THREADS, 1, 1),
+        "output_shapes": [(matrices, columns)],
+        "output_dtypes": [mx.float32],
     }
 
 
@@ -304,9 +379,10 @@ def differences(dtype: mx.Dtype) -> str | None:
         for way, matrices in {"": g, "transposed ": mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2)}.items():
             norms = mx.sqrt(mx.square(g.astype(mx.float32) * b[:, None]).sum(axis=2))
             factors = a * math.sqrt(shape[2]) / (a * norms + 0.5)
-            sums = mx.square(g.astype(mx.float32) * factors[..., None]).sum(axis=1)
-            found = rows_then_columns(matrices, a, b, 0.5)
-            for name, actual, expected in zip(("row factors", "column sums"), found, (factors, sums), strict=True):
+            norms = mx.sqrt(mx.square(g.astype(mx.float32) * factors[..., None]).sum(axis=1))
+            factors = factors, b * math.sqrt(shape[1]) / (b * norms + 0.5)
+            found = one_pass(matrices, a, b, 0.5)
+            for name, actual, expected in zip(("row factors", "column factors"), found, factors, strict=True):
                 error = (mx.abs(actual - expected) / expected).max().item()
                 if not error < 1e-5:  # a NaN is not
                     return f"The {name} of {way}{dtype} matrices of {shape} are off by {error:.1e}"

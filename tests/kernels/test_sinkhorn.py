@@ -1,6 +1,7 @@
 """The kernel of one pass against float64: its Metal and its CUDA text emulated, and itself where there is a GPU."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +31,7 @@ def inputs_for(matrices):
 def assert_right(inputs, new_a, column_sums):
     """All numbers added are positive: a sum is off by at most one rounding an addition on the longest way, and more."""
     g, a, b, _ = map(as_float64, inputs)
-    count, rows, columns = g.shape
+    count, _, columns = g.shape
     norms = np.linalg.norm(g * b[:, None], axis=2)
     expected = a * np.sqrt(columns) / (a * norms + EPS)
     tolerance = (min(columns, 300) + ROWS + 20) * ROUNDING
@@ -48,6 +49,24 @@ def pass_of(emulated):
         return partial(one_pass, emulated(*language_and_checks, module=sinkhorn, **options))
 
     return make
+
+
+@pytest.fixture
+def kernels_of(emulated, monkeypatch):
+    """Both kernels of a pass are emulated ones, with a fault planted where its text is; returns the calls so far."""
+
+    def put(language, plant=None):
+        calls = []
+
+        def kernel(text):
+            calls.append(text.name)
+            here = plant if plant and plant[0] in text.source + text.functions else None
+            return emulated(language, "memory", here, SimpleNamespace(TEXT=text))
+
+        monkeypatch.setattr(sinkhorn, "kernel", kernel)
+        return calls
+
+    return put
 
 
 def one_pass(kernel, inputs):
@@ -100,15 +119,14 @@ def test_a_silent_row_has_the_factor_0_and_a_nan_stays_in_its_row(pass_of, way):
     assert np.isfinite(as_float64(column_sums[1])).all()
 
 
-def test_sinkgd_with_the_kernel_steps_as_with_plain_operations(emulated, monkeypatch):
+def test_sinkgd_with_the_kernel_steps_as_with_plain_operations(kernels_of, monkeypatch):
     g, w = table((ROWS + 1, 33), mx.bfloat16), table((80, 20), mx.float32).reshape(2, 40, 20)
     gradients, weights = {"w": g, "experts": w}, {"w": mx.zeros(g.shape), "experts": w}
     expected = SinkGD(0.5, passes=3).apply_gradients(gradients, weights)
-    kernel, calls = emulated("metal", "memory", module=sinkhorn), []
-    monkeypatch.setattr(sinkhorn, "kernel", lambda text: calls.append(text) or kernel)
+    calls = kernels_of("metal")
     monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: kernel is sinkhorn)
     stepped = SinkGD(0.5, passes=3).apply_gradients(gradients, weights)
-    assert len(calls) == 6
+    assert len(calls) == 12
     for name in weights:
         np.testing.assert_allclose(np.array(stepped[name]), np.array(expected[name]), rtol=0, atol=1e-5)
 
@@ -118,16 +136,20 @@ def test_sinkgd_with_the_kernel_steps_as_with_plain_operations(emulated, monkeyp
     [
         ("* weight[v]) * (x", ") * (x"),
         ("before * norm + eps", "norm + eps"),
-        ("i < rows; i += THREADS", "i < rows - 1; i += THREADS"),
+        ("int k = 1; k < SIMDGROUPS", "int k = 2; k < SIMDGROUPS"),
+        ("k * apart < columns) read", "k * apart < columns - 1) read"),
+        ("i + of_lane < rows", "i + of_lane < rows - 1"),
+        ("l < rows && has[k]", "has[k] && l + 1 < rows"),
+        ("i < rows; i += THREADS) new_a", "i < rows - 1; i += THREADS) new_a"),
     ],
 )
-def test_differences_finds_a_fault(emulated, monkeypatch, plant):
-    monkeypatch.setattr(sinkhorn, "kernel", lambda text: emulated("cuda", "memory", plant, sinkhorn))
+def test_differences_finds_a_fault(kernels_of, plant):
+    kernels_of("cuda", plant)
     assert "are off by" in sinkhorn.differences(mx.float16)
 
 
-def test_differences_finds_nothing_where_nothing_is_wrong(emulated, monkeypatch):
-    monkeypatch.setattr(sinkhorn, "kernel", partial(lambda run, text: run, emulated("cuda", "memory", module=sinkhorn)))
+def test_differences_finds_nothing_where_nothing_is_wrong(kernels_of):
+    kernels_of("cuda")
     assert sinkhorn.differences(mx.bfloat16) is None
 
 
