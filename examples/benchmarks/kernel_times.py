@@ -82,12 +82,13 @@ def made(class_name, options):
     import mlx.optimizers
 
     from ember_mlx import optimizers
+    from ember_mlx.optimizers.rounded import StochasticRounding
 
     adamw = mlx.optimizers.AdamW(LEARNING_RATE, bias_correction=True)
     if class_name is None:
         return adamw
     if class_name == "StochasticRounding":
-        return optimizers.StochasticRounding(adamw)
+        return StochasticRounding(adamw)
     return getattr(optimizers, class_name)(LEARNING_RATE, **options)
 
 

@@ -92,6 +92,13 @@ def test_a_gradient_may_lie_in_memory_in_any_way(pass_of, way):
     assert_right(inputs, *pass_of("cuda", "memory")(inputs))
 
 
+@pytest.mark.parametrize(("constant", "value"), [("REGISTERS", 0), ("MOST_AHEAD", 2)], ids=str)
+def test_rows_too_wide_for_registers_are_read_twice_and_others_in_any_cut(pass_of, monkeypatch, constant, value):
+    monkeypatch.setattr(sinkhorn, constant, value)
+    inputs = inputs_for(table((ROWS + 5, 40), mx.bfloat16)[None])
+    assert_right(inputs, *pass_of("cuda", "memory")(inputs))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_experts_are_matrices_each(pass_of, transposed):
     experts = mx.stack([table((ROWS + 3, 33), mx.float32) * scale for scale in (1, 0.1, 10)])
