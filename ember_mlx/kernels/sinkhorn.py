@@ -366,13 +366,14 @@ def launch_columns(sums: mx.array) -> dict[str, Any]:
 
 
 def differences(dtype: mx.Dtype) -> str | None:
-    """Where the kernel differs from plain operations on two awkward matrices of that dtype, in words, or None.
+    """Where the kernels differ from plain operations on pairs of awkward matrices of that dtype, in words, or None.
 
     They have more than one threadgroup of rows, more columns than its threads take at once, and odd sizes; or else can
-    be read several elements at once. They lie in memory as most gradients do, and then transposed.
+    be read several elements at once, along rows or columns. They lie in memory as most do, and then transposed.
     """
-    for columns in (MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37, 80):
-        shape = (2, MOST_ROWS + 3, columns)
+    odd = MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37
+    for rows, columns in ((MOST_ROWS + 3, odd), (MOST_ROWS + 3, 80), (MOST_ROWS + 8, 80)):
+        shape = (2, rows, columns)
         g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[1])[:, None]
         g = g.astype(dtype)
         a, b = (mx.broadcast_to(mx.linspace(0.5, 3, length), (2, length)) for length in shape[1:])
