@@ -146,8 +146,6 @@ def test_sinkgd_with_the_kernel_steps_as_with_plain_operations(kernels_of, monke
         ("int k = 1; k < SIMDGROUPS", "int k = 2; k < SIMDGROUPS"),
         ("k * apart < columns) read", "k * apart < columns - 1) read"),
         ("i + of_lane < rows", "i + of_lane < rows - 1"),
-        ("l < rows && has[k]", "has[k] && l + 1 < rows"),
-        ("i < rows; i += THREADS) new_a", "i < rows - 1; i += THREADS) new_a"),
     ],
 )
 def test_differences_finds_a_fault(kernels_of, plant):
