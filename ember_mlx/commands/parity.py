@@ -19,8 +19,8 @@ from ember_mlx.shared.text_tables import text_table
 __all__ = ["format_failures", "format_summary", "format_table", "format_timings", "main"]
 
 DESCRIPTION = """\
-Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch,
-Triton; CPU and GPU) with a float64 oracle, step by step, over named and recorded streams of gradients, in float32,
+Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch, \
+Triton; CPU and GPU) with a float64 oracle, step by step, over named and recorded streams of gradients, in float32, \
 bfloat16 and float16; and with results recorded on a GPU. Exit code 1 when something is not within its tolerance."""
 
 OPTIMIZERS = ("Ember", *(entry.name for entry in body.OPTIMIZERS))
