@@ -94,7 +94,8 @@ class Backward:
                     if cotangent is not None:
                         looked_up[path].add(call.inputs[0], cotangent)
                 else:
-                    gradients = self._through_a_call(recording, i, of_glue, last and len(recordings) == 1)
+                    steps_next = last and len(recordings) == 1
+                    gradients = self._through_a_call(recording, i, of_glue, steps_next, not sink.keeps_recordings)
                     if gradients is not None:
                         _add(waiting.setdefault(path, {}), gradients)
                         if len(recordings) > 1 or not last:
@@ -107,7 +108,7 @@ class Backward:
             if path in waiting and last:
                 sink.arrays(waiting.pop(path))
 
-    def _through_a_call(self, recording, i, of_glue, steps_next):
+    def _through_a_call(self, recording, i, of_glue, steps_next, forgets):
         """Gradients of the unit's weights by path, lazy, or None; the cotangents go on, evaluated first."""
         call = recording.calls[i]
         outputs = self._layers.float_outputs(call)
@@ -122,6 +123,8 @@ class Backward:
         direct, indirect = self._forward.plan(recording, i)
         wanted = [*direct, *indirect]
         of_weights, of_inputs = self._layers.vjp(call, wanted, cotangents)
+        if forgets:
+            call.outputs = None  # they are the inputs of the call above, whose gradients are there
         of_inputs = dict(zip(wanted, of_inputs, strict=True))
         found = {}
         for j, source in direct.items():

@@ -2,9 +2,10 @@
 
 What has been handed to a GPU keeps its memory until it is done. A wait at each weight would leave the GPU idle, no
 wait at all would keep several layers' gradients.
-"""
 
-from collections import deque
+MLX gives memory back on a thread of its own, now and then long after an array is there. So where much is let go of, one
+waits by ``mx.synchronize``, which waits for that thread too.
+"""
 
 import mlx.core as mx
 
@@ -17,7 +18,7 @@ class Pace:
     def __init__(self, ahead: int):
         self.ahead = ahead if mx.default_device().type == mx.DeviceType.gpu else 0
         self._group, self._group_bytes = [], 0
-        self._unfinished, self._bytes = deque(), 0
+        self._bytes = 0  # of what is under way
         self._before = None
 
     def __call__(self, *arrays: mx.array) -> None:
@@ -36,15 +37,12 @@ class Pace:
         return 0 < sum(array.nbytes for array in arrays) <= self.ahead // 2
 
     def start(self) -> None:
-        """Start what is together so far; wait for the oldest until there is room for it."""
+        """Start what is together so far; first wait for what is under way, if there is no room beside it."""
         if not self._group:
             return
-        while self._unfinished and self._bytes + self._group_bytes > self.ahead:
-            array, size = self._unfinished.popleft()
-            self._bytes -= size
-            mx.eval(array)
+        if self._bytes + self._group_bytes > self.ahead:
+            self._wait()
         mx.async_eval(self._group)
-        self._unfinished.append((self._group[-1], self._group_bytes))
         self._bytes += self._group_bytes
         self._group, self._group_bytes = [], 0
 
@@ -64,15 +62,16 @@ class Pace:
             mx.eval(arrays)
             return
         if self._before is not None:
-            mx.eval(self._before)
+            self._wait()
         mx.async_eval(arrays)
         self._before = arrays[0]
 
     def finish(self) -> None:
         """Wait for all, and let go of it: what a table's rows are written into must be held by nobody else."""
         self.start()
-        self._unfinished.clear()
-        self._bytes = 0
-        self._before = None
         if self.ahead:
-            mx.synchronize()
+            self._wait()
+
+    def _wait(self):
+        mx.synchronize()
+        self._bytes, self._before = 0, None
