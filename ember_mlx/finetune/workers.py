@@ -264,7 +264,7 @@ def announced_workers() -> int:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{name}={value}: cannot be read ({error}); mlx.launch sets it for two workers or more; "
-                "for one alone it must not be set"
+                "one alone starts without mlx.launch"
             ) from error
     return max(announced)
 

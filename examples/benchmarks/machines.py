@@ -31,8 +31,8 @@ TIMEOUT = 8  # --peer-timeout
 class Campaign:
     """The cases, each a method that returns what it saw and asserts what must hold."""
 
-    def __init__(self, hosts, seed):
-        self.hosts, self.random, self.number = hosts, random.Random(seed), 0
+    def __init__(self, hosts, seed, times=10):
+        self.hosts, self.random, self.number, self.times = hosts, random.Random(seed), 0, times
         self.expected, self.more = {}, []
 
     def words(self, iters=16, *more):
@@ -93,9 +93,9 @@ class Campaign:
         self.resume([*words, "--resume-with-changes"])
         return "8 + 8 steps are 16, bit for bit, on all hosts"
 
-    def case_kill(self, times=10):
+    def case_kill(self, times=None):
         """SIGKILL of any host at any step: the others exit with 75; --resume ends as if nothing had been."""
-        seconds = []
+        seconds, times = [], times or self.times
         for _ in range(times):
             words, rank = self.words(), self.random.randrange(self.hosts.count)
             run = Run(self.hosts, words)
@@ -127,10 +127,11 @@ class Campaign:
         self.hosts.link(1, "down")
         try:
             seconds = self.ends_together(run, 75, TIMEOUT + 5)
+            told = [line for rank in run.processes for line in run.lines(rank)]
         finally:
             self.hosts.link(1, "up")
         self.resume(words)
-        return {"seconds": seconds, "told": [line for rank in run.processes for line in run.lines(rank)]}
+        return {"seconds": seconds, "told": told}
 
     def case_heal(self):
         """A cable is out for 4 seconds: the run goes on."""
@@ -262,7 +263,7 @@ def cases(campaign):
 
 
 @contextmanager
-def prepared(count, patience):
+def prepared(count, patience=1):
     """The hosts, each with model and data of its own."""
     from interrupted_runs import prepare
 
@@ -283,12 +284,13 @@ def main():
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=cases(Campaign(None, 0)), metavar="CASE")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--times", type=int, default=10, help="how often a host is killed")
     parser.add_argument("--patience", type=int, default=1, metavar="TIMES", help="wait so many times as long for a run")
     args = parser.parse_args()
     before = json.loads(args.out.read_text())["cases"] if args.only and args.out.exists() else {}
     report = {"machine": machine("cpu") | {"seed": args.seed}, "hosts": args.hosts, "cases": before}
     with prepared(args.hosts, args.patience) as hosts:
-        campaign = Campaign(hosts, args.seed)
+        campaign = Campaign(hosts, args.seed, args.times)
         for name, case in cases(campaign).items():
             if args.only and name not in args.only:
                 continue
@@ -298,6 +300,7 @@ def main():
             except (AssertionError, ValueError) as error:  # ValueError: more than one line
                 told = {"holds": False, "seen": str(error)}
             told |= {"must hold": " ".join(case.__doc__.split()), "seconds": round(time.monotonic() - start, 1)}
+            told["date"] = report["machine"]["date"]  # those of --only keep theirs
             report["cases"][name] = told
             print(f"{'holds' if told['holds'] else 'FAILS'}  {name}: {told['seen']}", flush=True)
             write(args.out, report)

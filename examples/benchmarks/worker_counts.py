@@ -4,7 +4,8 @@
 
 Rows of very different lengths, with --mask-prompt: two of three batches have nothing to learn for some worker, or for
 all. 20 steps, all on the CPU of this machine. The exit code is 1 where updates are more than 1e-4 apart, losses more
-than 1e-5, or other steps are left out.
+than 1e-5, or other steps are left out. A second run begins on two workers with --shard-tables, is resumed on four and
+ends on one, beside one that one worker takes at once with whole tables.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from benchmarking import in_fresh_process, machine, write
 from local_processes import Processes, free_port
+from safetensors.numpy import load_file
 
 HERE = Path(__file__).parent
 LIMIT = 150  # seconds of a run
@@ -49,6 +51,30 @@ def trained(folder, count, patience):
     return json.loads((own / "found0.json").read_text())[MIXED], np.load(own / "updates.npz")
 
 
+def resumed(folder, patience):
+    """How far 8 steps of two workers, 6 of four and 6 of one are from 20 of one: the updates, relative L2."""
+    from two_workers import SHARDED
+
+    parts = [
+        ("alone", 1, "lora", "--iters 20"),
+        ("moved", 2, SHARDED, "--iters 8"),
+        ("moved", 4, SHARDED, "--iters 14 --resume --resume-with-changes"),
+        ("moved", 1, "lora", "--iters 20 --resume --resume-with-changes"),
+    ]
+    for name, count, run, more in parts:
+        words = [HERE / "two_workers.py", "train", folder / name, f"name={run}", "seconds=0", f"more={more}"]
+        Processes(words, environments(folder, count), folder / name).succeed(patience * LIMIT)
+    begun = load_file(folder / "model" / "model.safetensors")
+    alone, moved = (
+        load_file(folder / name / "adapter0" / "adapters.safetensors")
+        | load_file(folder / name / "adapter0" / "token_tables.safetensors")
+        for name in ("alone", "moved")
+    )
+    names = [name for name in alone if not name.endswith("lora_a")]  # which begins at random
+    apart = sum(np.square(moved[name] - alone[name]).sum() for name in names)
+    return float(np.sqrt(apart / sum(np.square(alone[name] - begun.get(name, 0)).sum() for name in names)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
@@ -58,6 +84,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(prepared, Path(folder))
         found = {count: trained(Path(folder), count, args.patience) for count in COUNTS}
+        moved = resumed(Path(folder), args.patience)
     from two_workers import BATCH, ITERS, compare
 
     alone, updates = found[1]
@@ -69,6 +96,8 @@ def main():
             holds = same and apart <= FARTHEST and losses <= LOSSES_APART
             told = {"holds": bool(holds), "updates, relative L2": apart, "losses, at most": losses}
             report["runs"][f"{count} x {BATCH // count}"] = told | {"steps left out": together["steps left out"]}
+    told = {"holds": moved <= FARTHEST, "updates, relative L2": moved}
+    report["runs"]["--shard-tables on 2, resumed on 4 and then on 1"] = told
     write(args.out, report)
     print(json.dumps(report["runs"], indent=1))
     sys.exit(not all(told["holds"] for told in report["runs"].values()))

@@ -290,6 +290,7 @@ def refused(own, words, rank):
 @contextmanager
 def locked(folder):
     """Within, another run writes there."""
+    folder.mkdir(parents=True)
     with FolderLock(folder) as lock:
         lock.take(make=True)
         yield
