@@ -221,6 +221,23 @@ def test_recipes_are_compared_seed_by_seed_and_what_they_forget_with_the_untrain
     assert "| nothing trained | 3.0000 ± 1.0000 | 3 | +0.8000 ± 0.0000 |" in text
 
 
+def test_recipes_are_all_compared_at_half_decades_or_all_at_quarters():
+    """A campaign may be cut off when some recipes have their quarter decade and others have not."""
+    name, both, losses, lines = "smollm2-rasbt", (("adamw", "adamw"), ("sinkgd", "ember")), {}, []
+    rates = {recipe: [] for recipe in both}
+    for chosen, finely in ((both, False), (both[:1], True), (both, True)):
+        phases = [plan.Phase((name,), (), seeds=(1,), recipes=chosen, finely=finely)]
+        while runs := [run for run in plan.wanted(losses, phases) if run.key() not in losses]:
+            for run in runs:
+                losses[run.key()] = abs(run.rate + 8) + abs(run.body_rate + 6.6)
+                lines.append({"run": dataclasses.asdict(run), "valid_loss": losses[run.key()]})
+        results = recipes.Recipes([], lines)
+        for recipe in both:
+            rates[recipe].append(results.reported(name, recipe).rate[0])
+            assert list(results.reported(name, recipe).by_seed) == [1]
+    assert [rates[recipe] for recipe in both] == [[-7, -7, -6.5]] * 2
+
+
 @pytest.fixture
 def grpo(monkeypatch):
     pytest.importorskip("mlx.core")  # which the GPU machines of the benchmark do not have

@@ -1,5 +1,6 @@
 """What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
 
+import reprlib
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -210,7 +211,8 @@ class BodyOptimizer(Optimizer):
         in_range = isinstance(betas, tuple | list) and len(betas) == 2
         if not in_range or not all(isinstance(beta, Real) and 0 <= beta < ROUNDS_TO_ONE for beta in betas):
             raise self._error(
-                f"(betas={betas!r}): must be two numbers from 0 to below 1, in float32 too, usually (0.9, 0.999)"
+                f"(betas={reprlib.repr(betas)}): must be two numbers from 0 to below 1, in float32 too, "
+                "usually (0.9, 0.999)"
             )
         for number, w in enumerate(group["params"]):
             if w.dtype not in DTYPES or not w.numel():

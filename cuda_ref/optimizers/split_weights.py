@@ -172,6 +172,6 @@ def check_some_are_bfloat16(optimizer: str, groups: list[dict[str, Any]]) -> Non
     dtypes = {w.dtype for group in groups for w in group["params"]}
     if torch.bfloat16 not in dtypes:
         raise InputError(
-            f"{optimizer}(weights='bf16+int8'): no parameter is bfloat16, but {', '.join(sorted(map(str, dtypes)))}: "
-            "the rest would mean nothing. Leave the option out, or load the model in bfloat16"
+            f"{optimizer}(weights='bf16+int8'): no parameter is bfloat16, but {', '.join(sorted(map(str, dtypes)))}, "
+            "so there is nothing to split. Leave the option out, as with LoRA, or load the model in bfloat16"
         )

@@ -5,21 +5,22 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 from ember_mlx.parity import body, implementations, processes, recorded, suite
+from ember_mlx.parity.processes import Timing
 from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
 
-__all__ = ["format_failures", "format_summary", "format_table", "main"]
+__all__ = ["format_failures", "format_summary", "format_table", "format_timings", "main"]
 
 DESCRIPTION = """\
-Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch,
-Triton; CPU and GPU) with a float64 oracle, step by step, over named and recorded streams of gradients, in float32,
+Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch, \
+Triton; CPU and GPU) with a float64 oracle, step by step, over named and recorded streams of gradients, in float32, \
 bfloat16 and float16; and with results recorded on a GPU. Exit code 1 when something is not within its tolerance."""
 
 OPTIMIZERS = ("Ember", *(entry.name for entry in body.OPTIMIZERS))
@@ -33,8 +34,8 @@ HELP = {
         "steps": ("N", "Look after so many steps; shorter streams are left out. Default: after 1, 10 and 1000."),
     },
     "what is reported": {
-        "verbose": (None, "Print a line for each implementation, stream and quantity."),
-        "json": ("FILE", "Write every comparison, machine, versions and seed. Default: no file."),
+        "verbose": (None, "Print a line for each implementation, stream and quantity, and the seconds of each job."),
+        "json": ("FILE", "Write every comparison and job, machine, versions and seed. Default: no file."),
     },
 }
 EPILOG = """\
@@ -60,6 +61,8 @@ it, with the steps that were searched. `of allowed` is the largest error of any 
 there: a rounding to 16 bits alone reaches 1. Values below 2^-126, 8.39e+06 ULPs, may be rounded to zero, as GPUs do.
 Against recorded results each side is allowed its own tolerance. rounding: stochastic, where no bit may differ."""
 
+TIMES = "Seconds of each job, the longest first. First steps are those that compile, with making their tables."
+
 
 def main(arguments: list[str]) -> int:
     """Run the suite and print its table; returns 0, or 1 when something failed.
@@ -80,6 +83,7 @@ def main(arguments: list[str]) -> int:
     recordings = recorded.read_results()
     start = time.perf_counter()
     dtypes, progress = args.dtype or suite.DTYPES, _progress()
+    timings: list[Timing] = []
     comparisons = list(
         processes.run(
             here,
@@ -90,6 +94,7 @@ def main(arguments: list[str]) -> int:
             optimizers=[name for name in names if name != "Ember"],
             streams=args.stream or body.STREAMS,
             steps=max(args.steps or [body.STEPS]),
+            timed=timings.append,
         )
     )
     seconds = time.perf_counter() - start
@@ -99,10 +104,11 @@ def main(arguments: list[str]) -> int:
     parts = [format_table(comparisons)] if args.verbose else [format_summary(comparisons), SUMMARY_LEGEND]
     parts += [f"Failed:\n\n{format_failures(comparisons)}"] if failed else []
     parts += [LEGEND] if failed or args.verbose else []
+    parts += [f"{TIMES}\n\n{format_timings(timings)}"] if args.verbose else []
     print(*parts, "", sep="\n\n", end="")
     print(_closing(comparisons, here, not_here, recordings, seconds))
     if args.json is not None:
-        args.json.write_text(_report(comparisons, here, not_here, recordings, seconds))
+        args.json.write_text(_report(comparisons, here, not_here, recordings, seconds, timings))
     return 1 if failed else 0
 
 
@@ -147,6 +153,21 @@ def format_failures(comparisons: list[Comparison]) -> str:
     """One line for each comparison that failed, as in the table."""
     failed = (one for one in comparisons if not one.passed)
     return _format_rows(_row(one.against, one.implementation, one.stream, one.quantity, [one]) for one in failed)
+
+
+def format_timings(timings: list[Timing]) -> str:
+    """One line for each job, the longest first: seconds from the start of all to its own, of itself, of first steps."""
+    head = ("implementation", "optimizers", "dtype", "tables", "began", "seconds", "first steps", "process")
+    rows = [map(_cell, astuple(one)) for one in _longest_first(timings)]
+    return text_table(head, rows, right=range(4, 8))
+
+
+def _cell(value):
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def _longest_first(timings):
+    return sorted(timings, key=lambda one: -one.seconds)
 
 
 def _grouped(comparisons, key):
@@ -206,8 +227,8 @@ def _progress():
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
-def _report(comparisons, here, not_here, recordings, seconds):
-    """Everything as JSON, one comparison a line."""
+def _report(comparisons, here, not_here, recordings, seconds, timings):
+    """Everything as JSON, one comparison or job a line."""
     about = environment() | {
         "seed": suite.SEED,
         "learning_rate": suite.LEARNING_RATE,
@@ -218,13 +239,18 @@ def _report(comparisons, here, not_here, recordings, seconds):
         "recordings": [{"name": one.name} | one.about for one in recordings],
         "failed": sum(not one.passed for one in comparisons),
     }
+    jobs = ",\n  ".join(json.dumps(_json_numbers(one)) for one in _longest_first(timings))
     rows = ",\n  ".join(json.dumps(_json_row(one)) for one in comparisons)
-    return f'{json.dumps(about, indent=1)[:-2]},\n "comparisons": [\n  {rows}\n ]\n}}\n'
+    lists = f' "jobs": [\n  {jobs}\n ],\n "comparisons": [\n  {rows}\n ]'
+    return f"{json.dumps(about, indent=1)[:-2]},\n{lists}\n}}\n"
 
 
 def _json_row(one):
-    row = {name: _json_number(value) if isinstance(value, float) else value for name, value in asdict(one).items()}
-    return row | {"passed": one.passed}
+    return _json_numbers(one) | {"passed": one.passed}
+
+
+def _json_numbers(one):
+    return {name: _json_number(value) if isinstance(value, float) else value for name, value in asdict(one).items()}
 
 
 def _json_number(value):

@@ -1,5 +1,6 @@
 """The optimizer of a run: one of mlx-lm's or ours for the body, ours for the token tables."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
 __all__ = [
@@ -100,12 +101,23 @@ def own_optimizer(
     try:
         _refuse_numbers("", asked)
         made, own = getattr(optimizers, CLASSES[name]), dict(asked)
+        _refuse_unknown(name, made, asked)
         if name.startswith("flash") or own.get("weights") is None:
             return made(learning_rate, **given, **own)
         return SplitWeights(made(learning_rate, **given, **{k: v for k, v in own.items() if k != "weights"}),
                             own["weights"])  # fmt: skip
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
+
+
+def _refuse_unknown(name, made, asked):
+    known = [key for key in inspect.signature(made).parameters if key not in ("learning_rate", "model")]
+    known += [] if "weights" in known else ["weights"]  # of SplitWeights
+    for key in asked:
+        if key not in known:
+            raise InputError(
+                f"{key} is no setting of {name}{did_you_mean(str(key), known)}; it takes {', '.join(known)}"
+            )
 
 
 def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:

@@ -57,7 +57,7 @@ class DiskUse:
         parts = [
             f"{words.get(kind, kind)} {format_bytes(getattr(self, kind))}" for kind in kinds if getattr(self, kind)
         ]
-        return f"{format_bytes(self.final)} ({', '.join(parts)}), {format_bytes(self.peak)} at the peak"
+        return f"{format_bytes(self.final)} in the end ({', '.join(parts)}), {format_bytes(self.peak)} at the peak"
 
 
 def disk_use(args: Any, weights: int, state: int, kept: Kept) -> DiskUse:

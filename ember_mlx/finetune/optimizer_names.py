@@ -3,9 +3,12 @@
 It needs no MLX, so that options are checked and ``plan`` counts without it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["ALIASES", "BODY", "CLASSES", "SPLIT", "canonical", "planned", "settings"]
+from ember_mlx.shared.errors import InputError, did_you_mean
+
+__all__ = ["ALIASES", "BODY", "CLASSES", "SPLIT", "canonical", "check_settings", "planned", "settings"]
 
 BODY = ("adam-mini", "sinkgd", "flash-adamw", "flash-lion")
 """Of ours, for all that is no token table; beside those of mlx-lm."""
@@ -33,9 +36,27 @@ def settings(options: Any, name: str) -> dict[str, Any]:
     return next((options.optimizer_config[key] for key in (name, *aliases) if options.optimizer_config.get(key)), {})
 
 
+def check_settings(options: Any, of_mlx_lm: Iterable[str]) -> None:
+    """Refuse a key of ``optimizer_config`` that names no optimizer: its settings would be left out in silence.
+
+    Args:
+        options: The run's.
+        of_mlx_lm: The names of mlx-lm's optimizers, beside ours.
+    """
+    known = (*of_mlx_lm, *CLASSES, *ALIASES)
+    for name, asked in options.optimizer_config.items():
+        if name not in known:
+            raise InputError(
+                f"optimizer_config: {name}: is the name of no optimizer{did_you_mean(str(name), known)}; it takes "
+                f"{', '.join(known)}"
+            )
+        if asked is not None and not isinstance(asked, dict):
+            raise InputError(f"optimizer_config: {name}: {asked!r}: must hold settings, such as {{weight_decay: 0.1}}")
+
+
 def planned(options: Any) -> str:
     """The body's optimizer with what changes its state: "adam-mini", "adam-mini int8", "flash-adamw bf16+int8"."""
     name = canonical(options.optimizer)
     asked = settings(options, name)
-    marks = [asked.get(key) for key in ("momentum", "weights")] if name in BODY else []
-    return " ".join([name, *(str(mark) for mark in marks if mark in ("int8", SPLIT))])
+    marks = [mark for key, mark in (("momentum", "int8"), ("weights", SPLIT)) if asked.get(key) == mark]
+    return " ".join([name, *(marks if name in BODY else [])])

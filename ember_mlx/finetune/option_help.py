@@ -84,7 +84,8 @@ HELP: Help = {
             None,
             "Optimizer of all that is no token table. Ours keep less state: adam-mini 4 bytes a weight, flash-adamw "
             "(adamw_8bit) 2.25, flash-lion 1.13, sinkgd none. Their options go under the YAML key optimizer_config, "
-            "such as `adam-mini: {momentum: int8}` for 1.13 bytes.",
+            "such as `adam-mini: {momentum: int8}` for 1.13 bytes. sinkgd wants a rate of 3e-4 to "
+            "1e-3; adafactor takes its own, unless relative_step is false. sage is a --table-optimizer.",
         ),
         "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
         "warmup": (
@@ -179,7 +180,7 @@ HELP: Help = {
         "shard_optimizer": (
             None,
             "With --stream and several workers: each keeps a part of the optimizer's state of all but the tables. For "
-            "adamw, adam, lion and sgd, over JACCL or NCCL.",
+            "adamw, adam and sgd, over JACCL or NCCL.",
         ),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
         "memory_limit": (

@@ -19,13 +19,13 @@ from ember_mlx.finetune.mlx_lm_internals import (
     is_size,
     parse_size,
 )
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, check_settings
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
 from ember_mlx.shared.command_line import actions_of, describe
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
 __all__ = [
@@ -278,6 +278,7 @@ def check(args: Options) -> None:
     for name in ("lora_parameters", "optimizer_config"):
         if not isinstance(getattr(args, name), dict):
             raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
+    check_settings(args, CONFIG_DEFAULTS["optimizer_config"])
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
     elif args.quantize is not None:
@@ -367,7 +368,7 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
     if action.choices:
         words = {str(choice): choice for choice in action.choices}
         if str(value).lower() not in words:
-            raise InputError(f"{where} must be one of {', '.join(words)}")
+            raise InputError(f"{where} must be one of {', '.join(words)}{did_you_mean(str(value), words)}")
         return words[str(value).lower()]
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")

@@ -198,6 +198,8 @@ def _name(optimizer):
 
 def _rate(optimizer: optim.Optimizer, options):
     inside = optimizer.optimizer if isinstance(optimizer, SplitWeights | StochasticRounding) else optimizer
+    if getattr(inside, "relative_step", False):  # Adafactor as mlx-lm makes it: it leaves --learning-rate alone
+        return "its own"
     schedule = rate_schedule(inside)
     return f"up to {peak(schedule, updates(options)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 

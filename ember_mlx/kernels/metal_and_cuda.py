@@ -38,6 +38,25 @@ inline void read_together(Pointer from, thread float* x) {
     for (int v = 0; v < N; v++) x[v] = static_cast<float>(from[v]);
 }
 
+template <typename T, int N>
+struct AsItIs {
+    T values[N];
+};
+
+template <int N, typename T, typename Pointer>
+inline AsItIs<T, N> read_as_it_is(Pointer from) {
+    AsItIs<T, N> read;
+    #pragma unroll
+    for (int v = 0; v < N; v++) read.values[v] = from[v];
+    return read;
+}
+
+template <typename T, int N>
+inline void widen(AsItIs<T, N> from, thread float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) x[v] = static_cast<float>(from.values[v]);
+}
+
 template <int N, typename T, typename Pointer, typename X>
 inline void write_together(Pointer to, thread const X* x) {
     #pragma unroll
@@ -97,6 +116,38 @@ __device__ inline void read_together(const T* from, float* x) {
     const Together<T, N> together = *reinterpret_cast<const Together<T, N>*>(from);
     #pragma unroll
     for (int v = 0; v < N; v++) x[v] = static_cast<float>(together.values[v]);
+}
+
+// In words: elements of 16 bits would get a register each.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) AsItIs {
+    uint32_t words[N * sizeof(T) / 4];
+};
+
+template <int N, typename T>
+__device__ inline AsItIs<T, N> read_as_it_is(const T* from) {
+    return *reinterpret_cast<const AsItIs<T, N>*>(from);
+}
+
+template <typename T>
+__device__ inline void widen_word(uint32_t word, float* x) {
+    T values[4 / sizeof(T)];
+    memcpy(values, &word, 4);
+    #pragma unroll
+    for (int v = 0; v < 4 / sizeof(T); v++) x[v] = static_cast<float>(values[v]);
+}
+
+template <>
+__device__ inline void widen_word<__nv_bfloat16>(uint32_t word, float* x) {
+    x[0] = float_of(word << 16);
+    x[1] = float_of(word & 0xffff0000u);
+}
+
+template <typename T, int N>
+__device__ inline void widen(AsItIs<T, N> from, float* x) {
+    constexpr int OF_WORD = 4 / sizeof(T);
+    #pragma unroll
+    for (int k = 0; k < N / OF_WORD; k++) widen_word<T>(from.words[k], x + k * OF_WORD);
 }
 
 template <int N, typename T, typename Pointer, typename X>

@@ -15,7 +15,8 @@ from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGR
 
 __all__ = ["ARRAYS", "CHUNK", "TEXT", "differences", "launch", "sums_of_squares"]
 
-ARRAYS = 8  # of a launch; Metal binds 31 buffers, and each array takes three
+# Of a launch. Metal binds 31 buffers, and each array takes three; CUDA takes 4096 bytes, and each array takes 128.
+ARRAYS = 24 if mx.cuda.is_available() else 8
 CHUNK = 2**15  # elements of a threadgroup
 
 FUNCTIONS = """

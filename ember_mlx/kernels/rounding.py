@@ -106,6 +106,13 @@ FUNCTION uint32_t mix(uint32_t x) {
     return x ^ (x >> 16);
 }
 
+// Where 32 bits suffice, they are divided several times as fast.
+FUNCTION int64_t quotient_of(int64_t a, int64_t b) {
+    const int64_t largest = 0xffffffffu;
+    if (a > largest || b > largest) return a / b;
+    return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 template <int DROPPED>
 FUNCTION float round_stochastically(float value, uint32_t random) {
     const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;

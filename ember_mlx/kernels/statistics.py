@@ -19,7 +19,30 @@ __all__ = ["ROWS", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squ
 AT_ONCE = 8  # rows whose sums are shuffled together: a power of two, up to 32
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
 
-FUNCTIONS = """
+SUM_OVER_LANES = """
+// Sums N numbers of each lane over the simdgroup: sums[0] becomes that of the number returned, where that is not -1.
+// Lanes keep one half of their numbers each time, and send the other half: 9 shuffles for 8 numbers, not 40.
+template <int N>
+FUNCTION int sum_over_lanes(thread float* sums, int lane) {
+    #pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+        const int distance = 32 * half / N;
+        const bool upper = (lane & distance) != 0;
+        #pragma unroll
+        for (int k = 0; k < half; k++) {
+            const float sent = upper ? sums[k] : sums[k + half], kept = upper ? sums[k + half] : sums[k];
+            sums[k] = kept + simd_shuffle_xor(sent, distance);
+        }
+    }
+    #pragma unroll
+    for (int distance = 16 / N; distance > 0; distance /= 2) sums[0] += simd_shuffle_xor(sums[0], distance);
+    return lane % (32 / N) == 0 ? lane / (32 / N) : -1;
+}
+"""
+
+FUNCTIONS = (
+    SUM_OVER_LANES
+    + """
 template <int VECTOR, int MAGNITUDES>
 FUNCTION float add_squares(thread const float* x, thread float* sums) {
     float sum = 0;
@@ -54,26 +77,8 @@ FUNCTION void sum_one_by_one(Pointer g, int64_t step, int64_t columns, thread fl
     read_as_float<VECTOR>(g, step, columns, x);
     of_row[0] = add_squares<VECTOR, MAGNITUDES>(x, sums);
 }
-
-// Sums N numbers of each lane over the simdgroup: sums[0] becomes that of the number returned, where that is not -1.
-// Lanes keep one half of their numbers each time, and send the other half: 9 shuffles for 8 numbers, not 40.
-template <int N>
-FUNCTION int sum_over_lanes(thread float* sums, int lane) {
-    #pragma unroll
-    for (int half = N / 2; half > 0; half /= 2) {
-        const int distance = 32 * half / N;
-        const bool upper = (lane & distance) != 0;
-        #pragma unroll
-        for (int k = 0; k < half; k++) {
-            const float sent = upper ? sums[k] : sums[k + half], kept = upper ? sums[k + half] : sums[k];
-            sums[k] = kept + simd_shuffle_xor(sent, distance);
-        }
-    }
-    #pragma unroll
-    for (int distance = 16 / N; distance > 0; distance /= 2) sums[0] += simd_shuffle_xor(sums[0], distance);
-    return lane % (32 / N) == 0 ? lane / (32 / N) : -1;
-}
 """
+)
 
 # The body of the kernel, in Metal's words.
 SOURCE = """

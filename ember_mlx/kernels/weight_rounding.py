@@ -26,7 +26,7 @@ SOURCE = """
     const int64_t thread_index = threadgroup_position_in_grid.x * THREADS + thread_position_in_threadgroup.x;
     const int64_t first = thread_index * VECTOR, left = size - first;
     const uint32_t step_key = mix(seed[0] ^ mix(t[0]));
-    int64_t row = first / columns, column = first % columns;
+    int64_t row = quotient_of(first, columns), column = first - row * columns;
     uint32_t row_key = mix(step_key ^ static_cast<uint32_t>(row));
     float x[VECTOR];
     read_as_float<VECTOR>(values + first, 1, left, x);

@@ -20,7 +20,7 @@ from ember_mlx.kernels.stochastic_rounding import (
 
 __all__ = ["TEXT", "differences", "step_weight"]
 
-VECTOR = BYTES_AT_ONCE // mx.float32.size  # elements of a thread
+MOST_AT_ONCE = 8  # elements of a thread; of four bytes 4
 
 # The body of the kernel, in Metal's words.
 SOURCE = """
@@ -30,25 +30,44 @@ SOURCE = """
     const float kept1 = betas[0], taken1 = betas[1], kept2 = betas[2], taken2 = betas[3], eps = betas[4];
     const float rate = learning_rate[0], kept = decay[0], scale = correction[0];
     const uint32_t step_key = mix(seed[0] ^ mix(t[0]));
-    int64_t row = first / columns, column = first % columns;
+    int64_t row = quotient_of(first, columns), column = first - row * columns;
     uint32_t row_key = mix(step_key ^ static_cast<uint32_t>(row));
 
+    // All reads are under way before the first is waited for.
+    const bool together = left >= VECTOR && aligned<VECTOR>(w + first) && aligned<VECTOR>(g + first)
+        && aligned<VECTOR>(m + first) && aligned<VECTOR>(v + first);
     float y[VECTOR], x[VECTOR], mean[VECTOR], square[VECTOR];
-    read_as_float<VECTOR>(w + first, 1, left, y);
-    read_as_float<VECTOR>(g + first, 1, left, x);
-    read_as_float<VECTOR>(m + first, 1, left, mean);
-    read_as_float<VECTOR>(v + first, 1, left, square);
+    if (together) {
+        read_together<VECTOR>(w + first, y);
+        read_together<VECTOR>(g + first, x);
+        read_together<VECTOR>(m + first, mean);
+        read_together<VECTOR>(v + first, square);
+    } else {
+        read_one_by_one<VECTOR>(w + first, 1, left, y);
+        read_one_by_one<VECTOR>(g + first, 1, left, x);
+        read_one_by_one<VECTOR>(m + first, 1, left, mean);
+        read_one_by_one<VECTOR>(v + first, 1, left, square);
+    }
+    uint32_t random[VECTOR];
+    if (column + VECTOR <= columns) {
+        #pragma unroll
+        for (int i = 0; i < VECTOR; i++) random[i] = mix(row_key ^ mix(static_cast<uint32_t>(column) + i));
+    } else {
+        #pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+            random[i] = mix(row_key ^ mix(static_cast<uint32_t>(column)));
+            if (++column == columns) {
+                column = 0;
+                row_key = mix(step_key ^ static_cast<uint32_t>(++row));
+            }
+        }
+    }
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
         mean[i] = kept1 * mean[i] + taken1 * x[i];
         square[i] = kept2 * square[i] + taken2 * (x[i] * x[i]);
         const float stepped = y[i] * kept - rate * mean[i] / (sqrt(square[i]) * scale + eps);
-        const uint32_t random = mix(row_key ^ mix(static_cast<uint32_t>(column)));
-        y[i] = round_stochastically<DROPPED_BITS>(y[i] - (y[i] - stepped), random);
-        if (++column == columns) {
-            column = 0;
-            row_key = mix(step_key ^ static_cast<uint32_t>(++row));
-        }
+        y[i] = round_stochastically<DROPPED_BITS>(y[i] - (y[i] - stepped), random[i]);
         if (BFLOAT16) {
             mean[i] = bfloat16_of(mean[i]);
             square[i] = bfloat16_of(square[i]);
@@ -116,20 +135,21 @@ def step_weight(
     numbers = mx.array([betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], mx.float32)
     arrays, rates = map(mx.contiguous, (w, g, m, v)), scalars(learning_rate, decay, correction)
     inputs = [*arrays, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
-    return tuple(kernel(TEXT)(inputs=inputs, **launch(w, m)))
+    return tuple(kernel(TEXT)(inputs=inputs, **launch(w, g, m)))
 
 
-def launch(w: mx.array, m: mx.array) -> dict:
+def launch(w: mx.array, g: mx.array, m: mx.array) -> dict:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
+    vector = min(MOST_AT_ONCE, BYTES_AT_ONCE // max(w.itemsize, g.itemsize, m.itemsize))
     constants = {
         "W": w.dtype,
         "M": m.dtype,
         "BFLOAT16": int(m.dtype == mx.bfloat16),
-        "VECTOR": VECTOR,
+        "VECTOR": vector,
         "THREADS": MOST_THREADS,
         "DROPPED_BITS": DROPPED_BITS[w.dtype],
     }
-    groups = -(-w.size // (VECTOR * MOST_THREADS))
+    groups = -(-w.size // (vector * MOST_THREADS))
     return {
         "template": list(constants.items()),
         "grid": (groups * MOST_THREADS, 1, 1),

@@ -1,5 +1,6 @@
 """What the optimizers of a model's body share: checked options, state that is stated beforehand, Adam for vectors."""
 
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ class BodyOptimizer(Optimizer):
             self.betas = ()
         if len(self.betas) != 2 or not all(0 <= beta < ROUNDS_TO_ONE for beta in self.betas):
             raise InputError(
-                f"{name}(betas={betas!r}): must be two numbers from 0 to below 1, in float32 too, usually (0.9, 0.999)"
+                f"{name}(betas={reprlib.repr(betas)}): must be two numbers from 0 to below 1, in float32 too, "
+                "usually (0.9, 0.999)"
             )
         check_number("eps", eps, SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8", name)
         self.eps = eps

@@ -25,13 +25,13 @@ from ember_mlx.optimizers import module_roles
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Norms", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
+__all__ = ["Pass", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
 
 # MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
 MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15
 
-Norms = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-"""From factors (a, b) to the next a, and the norms of the columns of the gradient times it."""
+Pass = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+"""From factors (a, b) to the next ones."""
 
 
 def sinkgd_step(
@@ -58,22 +58,19 @@ def sinkhorn_factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx
 
     A row or column of zeros, or of squares that float32 rounds to zero, has the factor 0: it stands still.
     """
-    m, n = g.shape[-2:]
-    a, b = mx.ones(g.shape[:-1], mx.float32), mx.ones((*g.shape[:-2], n), mx.float32)
-    norms = norms_by_kernel if kernels.usable(kernels.sinkhorn, g.dtype) else norms_by_products
-    rows_then_columns = norms(g, eps)
+    a, b = mx.ones(g.shape[:-1], mx.float32), mx.ones((*g.shape[:-2], g.shape[-1]), mx.float32)
+    one_pass = (pass_by_kernel if kernels.usable(kernels.sinkhorn, g.dtype) else pass_by_products)(g, eps)
     for _ in range(passes):
-        a, column_norms = rows_then_columns(a, b)
-        b = rescaled(b, column_norms, m, eps)
+        a, b = one_pass(a, b)
     return a, b
 
 
-def norms_by_products(g: mx.array, eps: float) -> Norms:
-    """(a, b) -> the next a, and the norms of the columns of g times it; products with g squared, block by block."""
+def pass_by_products(g: mx.array, eps: float) -> Pass:
+    """(a, b) -> the next ones, of the norms of rows and columns; products with g squared, block by block."""
     m, n = g.shape[-2:]
     block = max(1, max(SMALLEST_BLOCK, g.size // MOST_BLOCKS) // (g.size // m))
 
-    def rows_then_columns(a, b):
+    def one_pass(a, b):
         new_a, sums = [], mx.zeros(b.shape)
         for first in range(0, m, block):
             rows = slice(first, first + block)
@@ -83,21 +80,21 @@ def norms_by_products(g: mx.array, eps: float) -> Norms:
             row_norms = mx.sqrt((squares @ mx.square(b)[..., None])[..., 0])
             new_a.append(rescaled(a[..., rows], row_norms, n, eps))
             sums = sums + (mx.square(new_a[-1])[..., None, :] @ squares)[..., 0, :]
-        return mx.concatenate(new_a, axis=-1), mx.sqrt(sums)
+        return mx.concatenate(new_a, axis=-1), rescaled(b, mx.sqrt(sums), m, eps)
 
-    return rows_then_columns
+    return one_pass
 
 
-def norms_by_kernel(g: mx.array, eps: float) -> Norms:
-    """The same, in one reading of ``g`` a pass and without a copy."""
+def pass_by_kernel(g: mx.array, eps: float) -> Pass:
+    """The same, in one reading of ``g`` and without a copy."""
     matrices = g if g.ndim == 3 else g.reshape(-1, *g.shape[-2:])
 
-    def rows_then_columns(a, b):
+    def one_pass(a, b):
         flat = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-        a_new, column_sums = kernels.sinkhorn.rows_then_columns(matrices, *flat, eps)
-        return a_new.reshape(a.shape), mx.sqrt(column_sums.reshape(b.shape))
+        a_new, b_new = kernels.sinkhorn.one_pass(matrices, *flat, eps)
+        return a_new.reshape(a.shape), b_new.reshape(b.shape)
 
-    return rows_then_columns
+    return one_pass
 
 
 def rescaled(factor: mx.array, norms: mx.array, length: int, eps: float) -> mx.array:

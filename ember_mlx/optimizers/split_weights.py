@@ -123,8 +123,8 @@ def check_some_are_bfloat16(optimizer: str, parameters: list[tuple[str, mx.array
     if parameters and all(parameter.dtype != mx.bfloat16 for _, parameter in parameters):
         path, parameter = parameters[0]
         raise InputError(
-            f"{optimizer}(weights='bf16+int8'): no parameter is bfloat16 ({path} is {parameter.dtype}): the rest would "
-            "mean nothing. Leave the option out, or load the model in bfloat16"
+            f"{optimizer}(weights='bf16+int8'): no parameter is bfloat16 ({path} is {parameter.dtype}), so "
+            "there is nothing to split. Leave the option out, as with LoRA, or train a model in bfloat16"
         )
 
 

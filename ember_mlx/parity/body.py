@@ -43,24 +43,26 @@ STREAMS = ("random", "one rare row", "constant", "bfloat16-rounded", "real embed
 class Entry:
     """An optimizer: its class of that name in ``ember_mlx.optimizers`` and ``cuda_ref.optimizers``, and its options.
 
+    ``kernels`` names what it is made of: every process compiles anew what it uses, so those of one name go together.
     ``shapes`` are what the gradients (24, 8) of the small streams are made into, one after the other.
     """
 
     name: str
     class_name: str
     oracle: Callable[..., BodyOracle]
+    kernels: str
     options: dict = field(default_factory=dict)
     shapes: tuple[tuple[int, ...], ...] = (SMALL, (3, 8, 8), (192,))
 
 
 OPTIMIZERS = (
-    Entry("AdamMini", "AdamMini", AdamMiniOracle),
-    Entry("AdamMini int8", "AdamMini", AdamMiniOracle, {"momentum": "int8"}),
-    Entry("SinkGD", "SinkGD", SinkGDOracle),
-    Entry("SinkGD 2 passes", "SinkGD", SinkGDOracle, {"passes": 2}),
-    Entry("SAGE", "SAGE", SageOracle, {"still_rows": False}, shapes=(SMALL, (192,))),
-    Entry("FlashAdamW", "FlashAdamW", FlashOracle),
-    Entry("FlashLion", "FlashLion", FlashLionOracle),
+    Entry("AdamMini", "AdamMini", AdamMiniOracle, "statistics"),
+    Entry("AdamMini int8", "AdamMini", AdamMiniOracle, "statistics", {"momentum": "int8"}),
+    Entry("SinkGD", "SinkGD", SinkGDOracle, "sinkhorn"),
+    Entry("SinkGD 2 passes", "SinkGD", SinkGDOracle, "sinkhorn", {"passes": 2}),
+    Entry("SAGE", "SAGE", SageOracle, "statistics", {"still_rows": False}, shapes=(SMALL, (192,))),
+    Entry("FlashAdamW", "FlashAdamW", FlashOracle, "flash"),
+    Entry("FlashLion", "FlashLion", FlashLionOracle, "flash"),
 )
 
 

@@ -262,17 +262,18 @@ def run(
     dtypes: Iterable[str] = DTYPES,
     recordings: Iterable[Recording] = (),
     progress: Callable[[str], None] = lambda what: None,
+    expect: Callable[[Case, str], Expected] = Expected,
 ) -> Iterator[Comparison]:
     """Yield every comparison of the ``chosen`` implementations, and of each of them with each of the recordings.
 
-    An implementation that raises fails in that case, and the others go on.
+    An implementation that raises fails in that case, and the others go on. ``expect`` may keep what it made before.
     """
     # By shape and dtype, so that an implementation that compiles does so once for each.
     for shape in dict.fromkeys(case.shape for case in cases):
         for dtype in dtypes:
             tables: dict[tuple[str, str], Tables] = {}
             for case in (case for case in cases if case.shape == shape):
-                expected = Expected(case, dtype)
+                expected = expect(case, dtype)
                 for implementation in chosen:
                     if dtype not in implementation.dtypes or (expected.mixed and not implementation.mixed):
                         continue

@@ -1,6 +1,7 @@
 """Command lines: help in groups, with every default, and errors in one line."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,16 @@ def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
             # Of "--lerning-rate 1e-4" argparse names both words.
             words = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
             message += next(filter(None, (did_you_mean(word, flags) for word in words)), "")
+        wrong = re.search(r"^argument (\S+): invalid choice: '(.*)' \(choose from", message)
+        if wrong:
+            flags, word = wrong.groups()
+            choices = [
+                str(choice)
+                for action in actions_of(parser)
+                if action.choices and "/".join(action.option_strings) == flags
+                for choice in action.choices
+            ]
+            message += did_you_mean(word, choices)
         raise InputError(f"{message}; {parser.prog} --help lists the options")
 
     parser.error, parser.allow_abbrev = error, False

@@ -22,7 +22,7 @@ WIDEST_AT_ONCE = 2**23  # elements: tokens times the widest weight of each layer
 # Of a streamed step:
 LEAST_AHEAD, SHARE_AHEAD = 2**25, 64
 SHARE_OF_LOGITS = 8
-BLOCKS, BLOCKS_ON_A_GPU = 36, 20  # there each costs launches and a wait
+BLOCKS, BLOCKS_ON_A_GPU = 36, 18  # there each costs launches and a wait
 LOGITS_AT_ONCE = 2**24  # or more blocks, of so many logits
 TARGETS_AT_ONCE = 256  # tokens; each meets the rows of all the others' targets
 

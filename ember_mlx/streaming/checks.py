@@ -1,13 +1,23 @@
 """What a streamed step refuses before it begins, each in one line."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming.units import is_leaf, put_back_random_state
 from ember_mlx.streaming.weights import Weights
 
-__all__ = ["check_at_least_one", "check_differentiable", "refuse_a_trace", "some_tokens"]
+__all__ = [
+    "check_at_least_one",
+    "check_batches",
+    "check_differentiable",
+    "check_model",
+    "refuse_a_trace",
+    "some_tokens",
+]
 
 
 def some_tokens() -> mx.array:
@@ -24,6 +34,35 @@ def check_at_least_one(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"StreamedStep({name}={value!r}): must be a whole number, 1 or more; leave it out for all")
     return value
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module, and a model with nothing to train."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"StreamedStep(model of type {type(model).__name__}): must be an mlx.nn.Module; the model comes first, "
+            "then the optimizer"
+        )
+    if not tree_flatten(model.trainable_parameters()):
+        raise InputError("StreamedStep: nothing in the model is trainable: unfreeze something")
+
+
+def check_batches(batches: Sequence[tuple]) -> None:
+    """Refuse batches that are not ``(tokens, lengths)`` with tokens of shape (B, T + 1), T from 1, of whole numbers."""
+    if not batches:
+        raise InputError("StreamedStep: no batch is given: a step takes one or more")
+    for batch in batches:
+        if len(batch) != 2:
+            raise InputError(f"StreamedStep: a batch of {len(batch)} arrays: must be (tokens, lengths)")
+        tokens = batch[0]
+        if not isinstance(tokens, mx.array):
+            raise InputError(f"StreamedStep: tokens of type {type(tokens).__name__}: must be an mlx.core.array")
+        rows, columns = tokens.shape if tokens.ndim == 2 else (0, 0)
+        if not rows or columns < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise InputError(
+                f"StreamedStep: tokens of shape {tokens.shape} and {tokens.dtype}: must be whole numbers of shape "
+                "(rows, 2 or more), the last of a row only predicted"
+            )
 
 
 def check_differentiable(model: nn.Module) -> None:
@@ -45,7 +84,7 @@ def check_differentiable(model: nn.Module) -> None:
         put_back_random_state(key)
 
 
-def refuse_a_trace(weights: Weights) -> None:
+def refuse_a_trace(weights: Weights, batches: Sequence[tuple] = ()) -> None:
     """Inside a trace MLX keeps the graph of what is evaluated: this would be a plain step, in more memory.
 
     Raises:
@@ -56,7 +95,7 @@ def refuse_a_trace(weights: Weights) -> None:
         raise InputError("StreamedStep: nothing in the model is trainable: unfreeze something")
     derived = weight.reshape(-1)[:1] * 1
     try:
-        mx.eval(derived)
+        mx.eval(derived, [array for batch in batches for array in batch if isinstance(array, mx.array)])
         inside = not is_leaf(derived)
     except (RuntimeError, ValueError):
         inside = True

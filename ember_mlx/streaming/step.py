@@ -14,10 +14,18 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.ember import Ember
+from ember_mlx.optimizers.guarded import check_clip_grad_norm
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import bytes_ahead, bytes_of_kept_logits
 from ember_mlx.streaming.backward import Backward
-from ember_mlx.streaming.checks import check_at_least_one, check_differentiable, refuse_a_trace, some_tokens
+from ember_mlx.streaming.checks import (
+    check_at_least_one,
+    check_batches,
+    check_differentiable,
+    check_model,
+    refuse_a_trace,
+    some_tokens,
+)
 from ember_mlx.streaming.forward import Forward
 from ember_mlx.streaming.glue import Glue
 from ember_mlx.streaming.head import StreamedHead
@@ -121,6 +129,8 @@ class StreamedStep:
         self._loss = None if _is_the_usual(loss) else loss
         self._clip_layer_norm = clip_layer_norm
         check_at_least_one("keep_inputs", keep_inputs)
+        check_clip_grad_norm(f"StreamedStep(clip_layer_norm={clip_layer_norm!r})", clip_layer_norm)
+        check_model(model)
         check_differentiable(model)
         self._updates = Updates(optimizer, model)
         if self._updates.clip_grad_norm is not None and not clip_norm_pass:
@@ -191,7 +201,9 @@ class StreamedStep:
                 its tokens are not counted.
         """
         shares = [1.0] * len(batches) if shares is None else shares
-        refuse_a_trace(self._weights)
+        refuse_a_trace(self._weights, batches)
+        if self._loss in (None, mean_loss):
+            check_batches(batches)
         recordings = [self._forward(self._run_of(batch)) for batch in batches]
         self._phase("forward")
         key = mx.random.state[0]

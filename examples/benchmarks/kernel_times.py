@@ -1,6 +1,7 @@
 """The kernels of ``ember_mlx`` in several cuts, each checked against float64 and then timed, on MLX's CUDA backend.
 
     python examples/benchmarks/kernel_times.py --out $OUT/kernel_times.json
+    python examples/benchmarks/kernel_times.py --out $OUT/sinkgd.json --only SinkGD --seconds 90
 
 Whole compiled steps of one matrix against MLX's compiled AdamW, and Ember's statistics of tables of 131,072 rows as a
 share of the memory floor: what a kernel must read and write, at the bandwidth of a large copy in the same run. Times of
@@ -8,8 +9,9 @@ steps and of means are medians of samples on the host's clock. ``kernel`` is the
 by way of PyTorch's profiler, where it is there: without MLX's own operations and the gaps between them.
 
 MLX takes seconds to compile a kernel, so the checks run first, in ``--processes`` at a time, and leave their kernels on
-disk: each process in a folder of its own, since MLX does not write them whole at once. What ``--seconds`` does not
-allow is left out.
+disk: each process in a folder of its own, since MLX does not write them whole at once. Only what is timed is checked.
+The package's own kernels come first, then the cuts. What ``--seconds`` does not allow is left out. On an H200 30 checks
+took 60 seconds in 12 processes, and a row about 4.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +43,7 @@ STATISTICS = "ember_mlx.kernels.statistics"
 SINKHORN = "ember_mlx.kernels.sinkhorn"
 FLASH = "ember_mlx.optimizers.flash_kernel"
 ADAM_MINI = "ember_mlx.optimizers.adam_mini_kernel"
+ADAM = "ember_mlx.optimizers.adam_kernel"
 CUTS = {
     STATISTICS: {
         "package": {},
@@ -49,21 +53,43 @@ CUTS = {
     },
     FLASH: {"package": {}, "4 weights": {"VECTOR": 4}},
     ADAM_MINI: {"package": {}, "512 threads": {"CUDA_THREADS": 512, "CUDA_THREADS_INT8": 512}},
+    # Bands of the checked matrix are as high as those of the one that is timed.
     SINKHORN: {
-        "package": {},
-        "a row": {"PAIR": 1},
-        "8 rows": {"ROWS": 8, "THREADS_OF_ROWS": 128},
-        "64 rows of columns": {"ROWS_OF_COLUMNS": 64},
+        "package": {"LEAST_ROWS": 32},
+        "3 rows ahead": {"LEAST_ROWS": 32, "MOST_AHEAD": 3},
+        "2 ahead of 2 rows": {"LEAST_ROWS": 32, "MOST_AHEAD": 2},
+        "16 rows": {"LEAST_ROWS": 16, "MOST_ROWS": 16},
+        "read twice": {"LEAST_ROWS": 32, "REGISTERS": 0},
     },
+    ADAM: {"package": {}, "4 weights": {"MOST_AT_ONCE": 4}},
 }
 # Name, kernel, class and options, dtypes.
 STEPS = [
+    ("SinkGD 2 passes", SINKHORN, "SinkGD", {"passes": 2}, ("bfloat16", "float32")),
     ("FlashAdamW", FLASH, "FlashAdamW", {}, ("bfloat16", "float32")),
     ("FlashAdamW bf16+int8", FLASH, "FlashAdamW", {"weights": "bf16+int8"}, ("bfloat16",)),
     ("AdamMini", ADAM_MINI, "AdamMini", {}, ("bfloat16", "float32")),
     ("AdamMini int8", ADAM_MINI, "AdamMini", {"momentum": "int8"}, ("bfloat16", "float32")),
-    ("SinkGD 2 passes", SINKHORN, "SinkGD", {"passes": 2}, ("bfloat16", "float32")),
 ]
+ROUNDED = ("AdamW rounded", ADAM, "StochasticRounding", {}, ("bfloat16",))
+# Of the steps that are rounded stochastically, and of AdamW beside them: a large matrix and one of a small model, with
+# gradients that lie as the weight does and ones that come out of a matrix product, transposed.
+PLACES = [(shape, transposed) for shape in (SHAPE, (3072, 1024)) for transposed in (False, True)]
+
+
+def made(class_name, options):
+    """An optimizer of the package, or MLX's AdamW for None."""
+    import mlx.optimizers
+
+    from ember_mlx import optimizers
+    from ember_mlx.optimizers.rounded import StochasticRounding
+
+    adamw = mlx.optimizers.AdamW(LEARNING_RATE, bias_correction=True)
+    if class_name is None:
+        return adamw
+    if class_name == "StochasticRounding":
+        return StochasticRounding(adamw)
+    return getattr(optimizers, class_name)(LEARNING_RATE, **options)
 
 
 class Cut:
@@ -106,6 +132,18 @@ def check_statistics(cut, dtype):
     return {"error": float(worst), "right": bool(worst < 1e-5)}
 
 
+def check_rounded(cut, dtype):
+    """Whether every bit is as that of plain operations."""
+    import mlx.core as mx
+
+    from ember_mlx.optimizers import adam_kernel
+
+    dtype = getattr(mx, dtype)
+    with Cut(ADAM, cut):
+        found = adam_kernel.differences(dtype, dtype, dtype)
+    return {"right": found is None} | ({"failed": found} if found else {})
+
+
 def check_step(step, cut, dtype):
     """Two steps against the float64 oracle: the error in units in the last place, or of the learning rate; and codes.
 
@@ -113,13 +151,12 @@ def check_step(step, cut, dtype):
     """
     import mlx.core as mx
 
-    from ember_mlx import optimizers
     from ember_mlx.optimizers.split_weights import join
     from ember_mlx.parity import body_oracles, oracle_flash_float64
 
     _, module, class_name, options, _ = step
     with Cut(module, cut):
-        optimizer = getattr(optimizers, class_name)(LEARNING_RATE, **options)
+        optimizer = made(class_name, options)
         w = (mx.random.normal(CHECKED, key=mx.random.key(1)) * 0.02).astype(getattr(mx, dtype))
         optimizer.init({"w": w})
         oracle = {
@@ -163,7 +200,7 @@ def start(folder):
 def checked(job):
     """What a check says, in a process of its own; nothing that goes wrong there ends this one."""
     try:
-        return check_statistics(*job[1:]) if job[0] == STATISTICS else check_step(*job[1:])
+        return {STATISTICS: check_statistics, ADAM: check_rounded}.get(job[0], check_step)(*job[1:])
     except Exception as error:  # a cut may need more registers than there are
         return {"right": False, "failed": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
 
@@ -201,23 +238,20 @@ def kernels_alone(function, calls):
         return {"failed": 0.0, f"{type(error).__name__}: {error}"[:60]: 0.0}
 
 
-def time_step(step, cut, dtype, samples):
+def time_step(step, cut, dtype, place, samples):
     """A row: a compiled step of one matrix; no kernel may fall back."""
     import mlx.core as mx
-    import mlx.optimizers
 
-    from ember_mlx import optimizers
-
-    _, module, class_name, options, _ = step or (BASELINE, None, None, {}, None)
-    dtype = getattr(mx, dtype)
-    weight = (mx.random.normal(SHAPE, key=mx.random.key(1)) * 0.02).astype(dtype)
-    gradient = mx.random.normal(SHAPE, key=mx.random.key(2)).astype(dtype)
+    _, module, class_name, options, _ = step
+    (shape, transposed), dtype = place, getattr(mx, dtype)
+    weight = (mx.random.normal(shape, key=mx.random.key(1)) * 0.02).astype(dtype)
+    gradient = mx.random.normal(shape[::-1] if transposed else shape, key=mx.random.key(2)).astype(dtype)
+    mx.eval(gradient)
     with ExitStack() as stack:
-        if step:
+        if module:
             stack.enter_context(Cut(module, cut))
-            optimizer = getattr(optimizers, class_name)(LEARNING_RATE, **options)
-        else:
-            optimizer = mlx.optimizers.AdamW(LEARNING_RATE, bias_correction=True)
+        optimizer = made(class_name, options)
+        gradient = gradient.T if transposed else gradient
         compiled = CompiledStep(optimizer, weight, gradient)
         del weight
         in_place = compiled.peak()
@@ -276,20 +310,61 @@ def copy_bandwidth():
 def shown(row):
     """A row as a line of the table."""
     if not row.get("check", {}).get("right", True):
-        return f"{row['name']:<22} {row['dtype']:<9} {row['cut']:<34} WRONG {row['check']}"
+        return f"{row['name']:<38} {row['dtype']:<9} {row['cut']:<18} WRONG {row['check']}"
     top = "; ".join(f"{name[:40]} {each}" for name, each in list(row.get("kernels", {}).items())[:3])
     figures = [f"{row.get(key, ''):>7}" for key in ("milliseconds", "of_adamw", "of_floor", "kernel_of_floor")]
     peaks = [f"{row.get(key, ''):>7}" for key in ("peak_tables", "in_place")]
-    return f"{row['name']:<22} {row['dtype']:<9} {row['cut']:<34} {' '.join(figures + peaks)}  {top}"
+    return f"{row['name']:<38} {row['dtype']:<9} {row['cut']:<18} {' '.join(figures + peaks)}  {top}"
+
+
+def planned(args):
+    """What is timed, in that order: name, dtype, cut, a function of samples and bandwidth, and the check of it."""
+    own, cuts = [], []
+    adamw = (BASELINE, None, None, {}, None)
+
+    def step_row(step, cut, dtype, place=PLACES[0]):
+        (rows, columns), transposed = place
+        where = "" if place == PLACES[0] else f", {rows}x{columns}{' transposed' if transposed else ''}"
+        check = step[1] and ((ADAM, cut, dtype) if step[1] == ADAM else (step[1], step, cut, dtype))
+        return step[0] + where, dtype, cut, lambda n, _: time_step(step, cut, dtype, place, n), check
+
+    for dtype in ("bfloat16", "float32"):
+        own.append(step_row(adamw, "", dtype))
+        own += [step_row(step, "package", dtype) for step in STEPS if dtype in step[4]]
+        cuts += [step_row(step, cut, dtype) for step in STEPS if dtype in step[4] for cut in list(CUTS[step[1]])[1:]]
+        for place in PLACES if dtype in ROUNDED[4] else ():
+            own += [step_row(adamw, "", dtype, place)] if place != PLACES[0] else []
+            own.append(step_row(ROUNDED, "package", dtype, place))
+            cuts += [step_row(ROUNDED, cut, dtype, place) for cut in list(CUTS[ADAM])[1:]]
+    for width in args.widths:
+        for dtype in ("bfloat16", "float32"):
+            for cut in CUTS[STATISTICS]:
+                time_it = partial(time_statistics, cut, dtype, width)
+                row = (f"statistics {width}", dtype, cut, time_it, (STATISTICS, cut, dtype))
+                if cut == "package":
+                    own.append(row)
+                elif width in args.tuned:
+                    cuts.append(row)
+    cuts.sort(key=lambda row: not row[0].startswith("SinkGD"))
+    rows = own if args.only_package else own + cuts
+    kept = [row for row in rows if row[2] and row[0].startswith(tuple(args.only))]
+    compared = {like(*row[:2]) for row in kept}
+    return [row for row in rows if row in kept or (not row[2] and like(*row[:2]) in compared)]
+
+
+def like(name, dtype):
+    """What rows that are compared have in common: the dtype, and the matrix."""
+    return dtype, *name.split(", ")[1:]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--processes", type=int, default=16, help="checks at a time")
-    parser.add_argument("--only-package", action="store_true", help="no cuts but those of the package")
+    parser.add_argument("--only-package", action="store_true", help="no other cuts than those of the package")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="only rows whose names begin so")
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS, help="of the tables of statistics")
     parser.add_argument("--tuned", type=int, nargs="*", default=(576, 3072), help="widths of all cuts")
     args = parser.parse_args()
@@ -297,9 +372,8 @@ def main():
     report = {"machine": in_fresh_process(machine), "rows": []}
     write(args.out, report)
 
-    cuts = {module: list(named)[: 1 if args.only_package else None] for module, named in CUTS.items()}
-    checks = [(step[1], step, cut, dtype) for step in STEPS for cut in cuts[step[1]] for dtype in step[4]]
-    checks += [(STATISTICS, cut, dtype) for cut in cuts[STATISTICS] for dtype in ("bfloat16", "float32")]
+    jobs = planned(args)
+    checks = list(dict.fromkeys(check for *_, check in jobs if check))
     folder = tempfile.mkdtemp()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context, initializer=start, initargs=(folder,)) as pool:
@@ -312,46 +386,26 @@ def main():
         if not check["right"]:
             print("WRONG", job[:120], check, flush=True)
 
-    jobs = []
-    for dtype in ("bfloat16", "float32"):
-        jobs += [("step", None, "", dtype)]
-        jobs += [("step", step, cut, dtype) for step in STEPS for cut in cuts[step[1]] if dtype in step[4]]
-    jobs += [
-        ("means", cut, dtype, width)
-        for width in args.widths
-        for dtype in ("bfloat16", "float32")
-        for cut in cuts[STATISTICS]
-        if cut == "package" or width in args.tuned
-    ]
-    # What the package does comes first.
-    jobs.sort(key=lambda job: "package" not in job and job[1] is not None)
     warnings.simplefilter("error", RuntimeWarning)
     os.environ["MLX_PTX_CACHE_DIR"] = folder
     bandwidth = copy_bandwidth()
     report["machine"]["copy_bytes_per_second"] = round(bandwidth)
     baseline = {}
-    for number, (kind, what, cut, dtype_or_width) in enumerate(jobs):
+    for number, (name, dtype, cut, time_it, check) in enumerate(jobs):
         if time.monotonic() > end:
             print(f"out of time: {len(jobs) - number} rows left out")
             break
-        if kind == "means":
-            row = {"name": f"statistics {dtype_or_width}", "cut": what, "dtype": cut}
-            check = said[repr((STATISTICS, what, cut))]
-            if check["right"]:
-                row |= time_statistics(what, cut, dtype_or_width, args.samples, bandwidth)
-        else:
-            row = {"name": what[0] if what else BASELINE, "cut": cut, "dtype": dtype_or_width}
-            check = said[repr((what[1], what, cut, dtype_or_width))] if what else {"right": True}
-            if check["right"]:
-                row |= time_step(what, cut, dtype_or_width, args.samples)
-                baseline.setdefault(dtype_or_width, row["milliseconds"])  # AdamW comes first
-                row["of_adamw"] = round(row["milliseconds"] / baseline[dtype_or_width], 3)
-        row["check"] = check
+        row = {"name": name, "cut": cut, "dtype": dtype, "check": said[repr(check)] if check else {"right": True}}
+        if row["check"]["right"]:
+            row |= time_it(args.samples, bandwidth)
+            if "peak_tables" in row:
+                milliseconds = baseline.setdefault(like(name, dtype), row["milliseconds"])  # AdamW comes first
+                row["of_adamw"] = round(row["milliseconds"] / milliseconds, 3)
         report["rows"].append(row)
         write(args.out, report)
     print(f"copy: {bandwidth / 1e12:.3f} TB/s")
     titles = " ".join(f"{title:>7}" for title in ("ms", "/AdamW", "floor", "kernel", "peak", "inplace"))
-    print(f"{'':<22} {'':<9} {'cut':<34} {titles}  kernels, microseconds")
+    print(f"{'':<38} {'':<9} {'cut':<18} {titles}  kernels, microseconds")
     for row in report["rows"]:
         print(shown(row))
 

@@ -146,6 +146,16 @@ def test_schedules_count_updates_and_the_summary_reports_what_is_reached(parse, 
     assert {line.learning_rate for line in lines} == {"up to 0.01", f"up to {reached:.3g}"}
 
 
+def test_the_summary_names_no_rate_that_adafactor_does_not_take(parse):
+    model, args = tiny_llama(), parse("--optimizer", "adafactor")
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    lines = what_trains(model, build_optimizer(model, args, choices), args, choices)
+    assert [line.learning_rate for line in lines][-1] == "its own"
+    fixed = args | {"optimizer_config": {"adafactor": {"relative_step": False}}}
+    assert what_trains(model, build_optimizer(model, fixed, choices), fixed, choices)[-1].learning_rate == "1e-05"
+
+
 def test_the_tables_can_have_a_schedule_of_their_own(parse):
     schedule = {"name": "linear_schedule", "arguments": [0.5, 0.0, 10]}
     args = parse() | {"lr_schedule": WARMUP_AND_COSINE, "table_lr_schedule": schedule}

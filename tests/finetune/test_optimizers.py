@@ -8,6 +8,7 @@ from finetune.test_resume import assert_same
 from ember_mlx import InputError
 from ember_mlx.finetune import optimizer_names
 from ember_mlx.finetune.build_optimizer import body_optimizer, table_optimizer
+from ember_mlx.finetune.options import check
 from ember_mlx.finetune.run import run
 
 CASES = {
@@ -66,13 +67,38 @@ def test_each_takes_split_weights(parse):
         ("sinkgd", {"passes": 0}, "optimizer_config: sinkgd: .*whole number from 1 to 100"),
         ("flash-adamw", {"weights": "int8"}, "optimizer_config: flash-adamw: .*'bf16.int8' or None"),
         ("sinkgd", {"weights": "int8"}, "optimizer_config: sinkgd: .*must be 'bf16.int8'"),
-        ("flash-lion", {"momentum": "int8"}, "optimizer_config: flash-lion: .*unexpected keyword argument 'momentum'"),
+        (
+            "flash-lion",
+            {"momentum": "int8"},
+            "flash-lion: .*momentum is no setting of flash-lion.*; it takes betas, ",
+        ),
         ("adam-mini", {"eps": 0}, "optimizer_config: adam-mini: .*eps"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(parse, name, config, message):
     with pytest.raises(InputError, match=message):
         body_optimizer(parse("--optimizer", name) | {"optimizer_config": {name: config}})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"adamini": {"momentum": "int8"}}, "adamini: is the name of no optimizer .did you mean 'adam-mini'"),
+        ({"AdamMini": {}}, "AdamMini: is the name of no optimizer .did you mean"),
+        ({7: {}}, "7: is the name of no optimizer; it takes adam, "),
+        ({"sinkgd": 2}, "sinkgd: 2: must hold settings"),
+    ],
+)
+def test_settings_of_no_optimizer_are_not_left_out_in_silence(parse, config, message):
+    with pytest.raises(InputError, match=f"^optimizer_config: {message}"):
+        check(parse() | {"optimizer_config": config})
+    check(parse() | {"optimizer_config": {"adamw_8bit": {"eps": 1e-7}, "sage": {}, "muon": None}})
+
+
+def test_a_plan_knows_only_the_settings_that_change_the_state(parse):
+    for config in ({"weights": "int8"}, {"momentum": "bf16+int8"}, {"eps": 1e-7}):
+        args = parse("--optimizer", "sinkgd") | {"optimizer_config": {"sinkgd": config}}
+        assert optimizer_names.planned(args) == "sinkgd"
 
 
 def test_ours_have_no_bias_to_correct_and_sage_no_options_of_ember(parse):

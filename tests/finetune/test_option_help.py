@@ -66,6 +66,8 @@ def test_commands_that_take_the_options_of_train_show_them(command, own, capsys)
         ("--tabel-row-clip 3", "(did you mean '--table-row-clip'?)"),
         ("--batchsize=3", "--batchsize=3 (did you mean '--batch-size'?)"),
         ("--lerning-rate 1", "(did you mean '--learning-rate'?)"),
+        ("--optimizer adamw8bit", "(did you mean 'adamw_8bit'?)"),
+        ("--table-optimizer adamm", "(did you mean 'adamw'?)"),
         ("--zzz 1", "--zzz 1; ember-mlx train --help"),
     ],
 )

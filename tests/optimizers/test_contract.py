@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from optimizers.contract import OPTIMIZERS
 
+from ember_mlx.optimizers import AdamMini
 from ember_mlx.parity.gradient_streams import gradient_stream
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import unit_in_the_last_place
@@ -256,3 +257,9 @@ def test_gradients_are_left_as_they_were(contract):
     train(contract.make(learning_rate=1e-2), weights, stream)
     assert bits(stream[0]) == before
     assert bits(weights) == weights_before
+
+
+def test_a_model_given_as_betas_is_not_written_out_whole():
+    with pytest.raises(InputError, match="betas=.*two numbers") as refused:
+        AdamMini(1e-3, nn.Sequential(*(nn.Linear(2, 2) for _ in range(50))))
+    assert len(str(refused.value)) < 200

@@ -9,7 +9,7 @@ import pytest
 
 from ember_mlx import cli
 from ember_mlx.commands import parity as command
-from ember_mlx.parity import recorded, suite
+from ember_mlx.parity import processes, recorded, suite
 
 SHORT = ("--optimizer", "Ember", "--stream", "random", "--steps", "1", "--dtype", "float32", "bfloat16")
 TORCH = ("torch eager cpu", "torch eager cuda", "torch compiled cpu", "torch compiled cuda", "triton")
@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, m
 def test_a_fail_is_shown_written_and_exit_code_1(monkeypatch, capsys, tmp_path):
     comparisons = [one_of(), one_of(dtype="float16", ulps=2.0, of_allowed=1.5), one_of("w")]
     comparisons.append(one_of("all", ulps=float("inf"), of_allowed=float("inf"), error="RuntimeError: no kernel"))
-    monkeypatch.setattr(suite, "run", lambda *arguments: iter(comparisons))
+    monkeypatch.setattr(processes, "run", lambda *arguments, **options: iter(comparisons))
     monkeypatch.setattr(
         sys, "argv", ["ember-mlx", "parity", "--optimizer", "Ember", "--json", str(tmp_path / "report.json")]
     )
@@ -130,7 +130,7 @@ def test_a_fail_is_shown_written_and_exit_code_1(monkeypatch, capsys, tmp_path):
 
 
 def test_no_comparison_is_not_a_pass(monkeypatch, capsys):
-    monkeypatch.setattr(suite, "run", lambda *arguments: iter(()))
+    monkeypatch.setattr(processes, "run", lambda *arguments, **options: iter(()))
     monkeypatch.setattr(sys, "argv", ["ember-mlx", "parity", "--optimizer", "Ember"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()

@@ -338,6 +338,14 @@ class NeedsAll(optim.SGD):
         (lambda m: StreamedStep(m, "sgd"), "must be an mlx.optimizers.Optimizer"),
         (lambda m: StreamedStep(m, paired(m, clip_grad_norm=1.0)), "clip_norm_pass=True, or clip_layer_norm"),
         (lambda m: StreamedStep(m, paired(m), keep_inputs=0), "keep_inputs=0.*1 or more"),
+        (lambda m: StreamedStep(m, paired(m), clip_layer_norm=-1), "clip_layer_norm=-1.*above 0"),
+        (lambda m: StreamedStep(paired(m), m), "type PairedOptimizer.*the model comes first"),
+        (lambda m: StreamedStep(m.freeze(), optim.SGD(1)), "nothing in the model is trainable"),
+        (lambda m: StreamedStep(m, optim.SGD(1)).accumulated([]), "no batch is given"),
+        (lambda m: StreamedStep(m, optim.SGD(1)).accumulated([(mx.ones((1, 3), mx.int32),)]), "a batch of 1 arrays"),
+        (lambda m: StreamedStep(m, optim.SGD(1))(np.ones((1, 3), int)), "type ndarray"),
+        (lambda m: StreamedStep(m, optim.SGD(1))(mx.ones((1, 3))), "float32: must be whole numbers"),
+        (lambda m: StreamedStep(m, optim.SGD(1))(mx.ones((1, 1), mx.int32)), "shape .1, 1.*2 or more"),
         (lambda m: StochasticRounding(optim.MultiOptimizer([optim.SGD(1)])), "parts of a MultiOptimizer"),
         (lambda m: StochasticRounding(optim.SGD(1), seed=-1), "seed=-1"),
     ],
@@ -359,6 +367,8 @@ def test_a_trace_around_it_is_refused_and_nothing_changes():
     mx.enable_compile()
     with pytest.raises(InputError, match="or mx.compile"):
         mx.compile(lambda *batch: mx.array(step(*batch)[0]), inputs=[model.state])(*batch_of(SHORT))
+    with pytest.raises(InputError, match="or mx.compile"):  # the batch alone is traced
+        mx.compile(lambda *batch: mx.array(step(*batch)[0]))(*batch_of(SHORT))
 
 
 def test_a_model_with_nothing_to_train_is_refused():

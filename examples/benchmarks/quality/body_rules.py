@@ -14,6 +14,7 @@ from table_rules import Lion, MLXAdamW
 from torch.optim import AdamW
 
 from cuda_ref import AdamMini, FlashAdamW, SinkGD
+from cuda_ref.optimizers.body import adamw_step
 from cuda_ref.optimizers.sinkgd import sinkgd_step
 from cuda_ref.optimizers.split_weights import join, split
 from cuda_ref.optimizers.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
@@ -89,24 +90,30 @@ class Rounded:
 
 
 class SinkGDByShape(SinkGD):
-    """SinkGD on all matrices of one shape at once: dozens of kernels a step instead of thousands, for CUDA graphs."""
+    """SinkGD on all weights of one shape at once: dozens of kernels a step instead of thousands, for CUDA graphs."""
 
     @torch.no_grad()
     def step(self, closure=None):
-        stacks, gradients = {}, {}
         for group in self.param_groups:
-            for w in (w for w in group["params"] if w.ndim > 1):
-                stacks.setdefault((w.shape, group["lr"], group["eps"], group["weight_decay"]), []).append(w)
-        for (_, lr, eps, decay), weights in stacks.items():
-            gradients |= {w: w.grad for w in weights}
-            g = torch.stack([w.grad for w in weights])
-            new = sinkgd_step(torch.stack([w.detach() for w in weights]), g, lr, self.passes, eps, decay)
-            torch._foreach_copy_(weights, list(new.unbind()))
-            for w in weights:
-                w.grad = None
-        super().step()  # the vectors
-        for w, g in gradients.items():
-            w.grad = g
+            by_shape = {}
+            for w in group["params"]:
+                by_shape.setdefault(w.shape, []).append(w)
+            for weights in by_shape.values():
+                w, g = torch.stack([w.detach() for w in weights]), torch.stack([w.grad for w in weights])
+                torch._foreach_copy_(weights, list(self._step_stack(w, g, weights[0], group).unbind()))
+
+    def _step_stack(self, w, g, first, group):
+        """The new weights; ``first`` is the one whose state is that of all."""
+        lr, eps, decay = group["lr"], group["eps"], self.weight_decay_of(first, group)
+        if first.ndim > 1:
+            return sinkgd_step(w, g, lr, self.passes, eps, decay)
+        state = self.state[first]
+        if not state:
+            state |= {"step": torch.zeros((), device=w.device), "m": torch.zeros_like(w), "v": torch.zeros_like(w)}
+        state["step"] += 1
+        w, m, v = adamw_step(w, g, state["m"], state["v"], state["step"], lr, *group["betas"], eps, decay)
+        state["m"].copy_(m), state["v"].copy_(v)
+        return w
 
 
 def restart(optimizer):

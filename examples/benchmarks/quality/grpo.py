@@ -31,6 +31,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from plan import best_rate
+from reported import Reported, paired
 
 from ember_mlx import Ember, PairedOptimizer, SinkGD
 
@@ -189,26 +190,32 @@ def train(folder, run):
 
 
 def table_of(lines):
-    """A markdown table: the reward on held-out prompts after training, over the reported seeds."""
+    """A markdown table: the reward on held-out prompts over the reported seeds, and its paired distance to AdamW's."""
     rows = [
-        "| model | trained by | reward before | after | runs | learning rate |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| model | trained by | reward before | after | minus AdamW | runs | learning rate |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for model, (optimizer, words) in product(sorted({line["run"]["model"] for line in lines}), WORDS.items()):
-        mine = [
-            line for line in lines
-            if (line["run"]["model"], line["run"]["optimizer"]) == (model, optimizer)
-            and line["run"]["seed"] in REPORTED_SEEDS
-        ]  # fmt: skip
-        if mine:
-            rewards = [line["reward"] for line in mine]
+    for model in sorted({line["run"]["model"] for line in lines}):
+        adamw = _reported(lines, model, "adamw-everywhere")
+        for optimizer, words in WORDS.items():
+            mine = _reported(lines, model, optimizer)
+            if not mine.by_seed:
+                continue
+            rewards = [line["reward"] for line in mine.by_seed.values()]
             spread = f" ± {stdev(rewards):.3f}" if len(rewards) > 1 else ""
-            rate = 10 ** (mine[0]["run"]["rate"] / 2)
+            difference, half, _ = paired(mine, adamw, lambda line: line["reward"])
+            apart = f"{difference:+.3f} ± {half:.3f}" if difference else ""
+            first = next(iter(mine.by_seed.values()))
             rows.append(
-                f"| {model} | {words} | {mine[0]['reward_before']:.3f} | {mean(rewards):.3f}{spread} | {len(mine)} "
-                f"| {rate:.2g} |"
+                f"| {model} | {words} | {first['reward_before']:.3f} | {mean(rewards):.3f}{spread} | {apart} "
+                f"| {len(rewards)} | {10 ** (first['run']['rate'] / 2):.2g} |"
             )
     return "\n".join(rows)
+
+
+def _reported(lines, model, optimizer):
+    mine = (line for line in lines if (line["run"]["model"], line["run"]["optimizer"]) == (model, optimizer))
+    return Reported(None, {line["run"]["seed"]: line for line in mine if line["run"]["seed"] in REPORTED_SEEDS})
 
 
 if __name__ == "__main__":

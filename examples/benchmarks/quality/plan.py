@@ -8,7 +8,7 @@ seed is the weights to start from and the order of the data, the same for all op
 compared in pairs. A first guess says only where a search begins.
 
 A recipe is a body's optimizer with a tables'. Its two rates are searched for together, as AdamW's are above, by half
-decades, and then a quarter decade of the body's. So each recipe has its own rate of the body.
+decades. So each recipe has its own rate of the body. A quarter decade of that rate comes last, for all recipes.
 """
 
 import math
@@ -59,6 +59,7 @@ class Phase:
     bodies: bool = False  # also the body's rate half a decade up and down, with the tuning seed: does the order hold?
     probes: tuple[str, ...] = ()  # optimizers that are run once more, with the probe
     recipes: tuple[tuple[str, str], ...] = ()  # optimizers of body and tables
+    finely: bool = True  # of recipes: with a quarter decade of the body's rate
 
 
 # The rules of one family are one optimizer with other settings; its best is the one with the best tuning run.
@@ -107,19 +108,24 @@ def _one_by_one(settings, optimizers, **how):
     return [Phase((name,), optimizers, **how) for name in settings]
 
 
+def _recipe_by_recipe(settings, recipes):
+    """A phase a recipe, by half decades: at any moment the first ones are complete, seeds and all."""
+    return [Phase((name,), (), recipes=(recipe,), finely=False) for name in settings for recipe in recipes]
+
+
 PHASES = {
     "recipes": [  # "frozen": what there was, and what the tables have to win
         Phase(WHOLE, (), seeds=(1,), recipes=(("frozen", "frozen"),)),
-        Phase(WHOLE[1:2], (), recipes=RECIPES[:6]), *_one_by_one(WHOLE[1::-1], (), recipes=RECIPES),
-        Phase(WHOLE[:2], (), recipes=((BASELINE, "frozen"),)), Phase(WHOLE[2:], (), recipes=RECIPES[:6]),
-        *_one_by_one(WHOLE[:2], (), recipes=FLOOR_RECIPES), Phase(WHOLE[2:], (), recipes=RECIPES),
+        *_recipe_by_recipe(WHOLE[1::-1], (*RECIPES, (BASELINE, "frozen"))),
     ],
-    "pretraining": [
-        Phase(("llama-16k",), (), recipes=recipes) for recipes in (PRETRAINING_RECIPES[:6], PRETRAINING_RECIPES[6:])
+    "row-floor": [  # beside what ember-mlx train does by default, then beside a tuned body
+        *_one_by_one(CONSTANT[:2], FLOORS[:2]), *_recipe_by_recipe(WHOLE[1::-1], FLOOR_RECIPES[:3]),
+        *_one_by_one(CONSTANT[2:], FLOORS[:1]),
     ],
-    "more-recipes": [
-        *_one_by_one(WHOLE[2:], (), recipes=FLOOR_RECIPES), *_one_by_one(WHOLE, (), recipes=MORE_RECIPES),
-    ],
+    "shakespeare": _recipe_by_recipe(WHOLE[2:], (*RECIPES, *FLOOR_RECIPES[:3])),
+    "pretraining": _recipe_by_recipe(("llama-16k",), PRETRAINING_RECIPES),
+    "quarter-decades": _one_by_one(WHOLE, (), recipes=(*RECIPES, *FLOOR_RECIPES)),
+    "more-recipes": _recipe_by_recipe(WHOLE, (*MORE_RECIPES, *FLOOR_RECIPES[3:])),
     "core": [*_one_by_one(SMALL, MAIN), *_one_by_one(SMALL, VARIANTS[:3])],
     "smollm2": [  # "frozen": how much there is to win
         *_one_by_one(LARGE, (*MAIN, "frozen")), *_one_by_one(LARGE, ("ember-growing", *IN_BF16[:2])),
@@ -196,7 +202,7 @@ def wanted(results, phases, settings=SETTINGS):
     for phase in phases:
         reported = []
         for name, recipe in ((name, recipe) for name in phase.settings for recipe in phase.recipes):
-            rates, missing = _recipe_rates(name, *recipe, tuning, settings)
+            rates, missing = _recipe_rates(name, *recipe, tuning, settings, phase.finely)
             yield from missing
             if rates is not None:
                 reported += [Run(name, recipe[1], rates[1], rates[0], seed, body=recipe[0]) for seed in phase.seeds]
@@ -241,8 +247,7 @@ def _apart(name, body, tuning, seeds, settings):
 
 def tuned_recipe(name, body, tables, results, settings=SETTINGS, finely=True):
     """The best rates (body, tables) of a recipe, or of its half decades alone; None for what is not known yet."""
-    search = _recipe_rates if finely else _recipe_half_decades
-    return search(name, body, tables, _tuning(results), settings)[0]
+    return _recipe_rates(name, body, tables, _tuning(results), settings, finely)[0]
 
 
 def _tuning(results):
@@ -259,17 +264,20 @@ def _of(name, body, tables):
     return (name, tables) if body == BASELINE else (name, tables, body)
 
 
-def _recipe_rates(name, body, tables, tuning, settings):
+def _recipe_rates(name, body, tables, tuning, settings, finely=True):
     """The best pair of rates of a recipe, and the runs to do next.
 
-    When the best half decades are known, the body's quarter decade towards the better neighbour is tried too.
+    When the best half decades are known, the body's quarter decade towards the better neighbour is tried too, if
+    ``finely``.
     """
     if tables == "frozen":  # beside a frozen body too: the model as it was
-        adamw, missing = _recipe_rates(name, BASELINE, BASELINE, tuning, settings) if body == BASELINE else ((0, 0), [])
+        adamw, missing = (0, 0), []
+        if body == BASELINE:
+            adamw, missing = _recipe_rates(name, BASELINE, BASELINE, tuning, settings, finely)
         return adamw and (adamw[0], 0), missing
     losses, step = tuning.get(_of(name, body, tables), {}), (0.5, 0.5 if tables == ONE_RATE else 0)
     best, missing = _recipe_half_decades(name, body, tables, tuning, settings)
-    if best:
+    if best and finely:
         quarters = [tuple(rate + side * part for rate, part in zip(best, step, strict=True)) for side in (-1, 1)]
         beside = [
             losses.get(tuple(2 * q - b for q, b in zip(quarter, best, strict=True)), math.inf) for quarter in quarters

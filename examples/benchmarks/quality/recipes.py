@@ -14,7 +14,7 @@ import plan
 from body_rules import BODY_RULES
 from draw import in_interval, in_words, rate_in_words
 from plan import BASELINE, SETTINGS, TUNING_SEED, Run, tuned_recipe
-from reported import Reported, against
+from reported import Reported, against, paired
 from run import loss_of, read_results
 from table_rules import TABLE_RULES
 
@@ -36,23 +36,29 @@ class Recipes:
         self.losses = {key: loss_of(line) for key, line in self.by_run.items()}
         self.runs = [Run(*key) for key in self.by_run]
         self.settings = [name for name in SETTINGS if any(run.setting == name and run.seed for run in self.runs)]
+        self.finely = {setting: self._ended_finely(setting) for setting in self.settings}
+
+    def _ended_finely(self, setting):
+        """Whether every recipe that is reported has the seeds of its best quarter decade too."""
+        reported = [recipe for recipe in ORDER if self._at_best(setting, recipe, finely=False).by_seed]
+        return all(self._at_best(setting, recipe, finely=True).by_seed for recipe in reported)
 
     def reported(self, setting, recipe):
-        """The runs by seed at the best rates, or at the best half decades while others have not been run."""
-        for finely in (True, False) if "frozen" not in recipe else (True,):
-            rates = tuned_recipe(setting, *recipe, self.losses, finely=finely)
-            same = (setting, *recipe, *(rates or ()))
-            found = {
-                run.seed: self.by_run[run.key()] for run in self.runs
-                if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
-            }  # fmt: skip
-            if found:
-                break
+        """The runs by seed at the best rates: of half decades, until every recipe has its quarter decade too."""
+        return self._at_best(setting, recipe, self.finely[setting])
+
+    def _at_best(self, setting, recipe, finely):
+        rates = tuned_recipe(setting, *recipe, self.losses, finely=finely)
+        same = (setting, *recipe, *(rates or ()))
+        found = {
+            run.seed: self.by_run[run.key()] for run in self.runs
+            if (run.setting, run.body, run.optimizer, run.body_rate, run.rate) == same and run.seed != TUNING_SEED
+        }  # fmt: skip
         return Reported(rates, dict(sorted(found.items())))
 
     def ended(self, setting, recipe):
-        """Whether the search for its rates has."""
-        return tuned_recipe(setting, *recipe, self.losses) is not None
+        """Whether the search for its half decades has."""
+        return tuned_recipe(setting, *recipe, self.losses, finely=False) is not None
 
     def tried(self, setting, recipe):
         """{(rate of the body, rate of the tables): loss} of the tuning seed."""
@@ -82,14 +88,6 @@ def rarer_loss(line):
     return sum(loss * count for loss, count in pairs) / sum(count for _, count in pairs)
 
 
-def paired(ours, theirs, number_of):
-    """As ``against``, of any number of a line."""
-    return against(*(
-        Reported(None, {seed: {"valid_loss": number_of(line)} for seed, line in runs.by_seed.items()})
-        for runs in (ours, theirs)
-    ))  # fmt: skip
-
-
 def forgotten(line, untrained):
     """How much the loss on the other data sets rose, on average."""
     others = line.get("other_losses") or {}
@@ -109,7 +107,8 @@ def losses_table(results, setting):
         losses = reported.losses()
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
         interval = "" if recipe == ADAMW else in_interval(*against(reported, baseline))
-        rates = " ".join(rate_in_words(rate) for rate in reported.rate) if recipe != UNTRAINED else ""
+        trained = [rate for rate, rule in zip(reported.rate, recipe, strict=True) if rule != "frozen"]
+        rates = " ".join(map(rate_in_words, trained))
         lines.append(
             f"| {name_of(recipe)} | {mean(losses):.4f}{spread} | {len(losses)} | {interval} | {rates} "
             f"| {len(results.tried(setting, recipe))} |"

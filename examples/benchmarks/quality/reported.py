@@ -8,7 +8,7 @@ from plan import BASELINE, SETTINGS, TUNING_SEED, Run, tuned_rates
 from run import loss_of
 from table_rules import TABLE_RULES
 
-__all__ = ["WORDS", "Reported", "Results", "against"]
+__all__ = ["WORDS", "Reported", "Results", "against", "paired"]
 
 # Quantiles of Student's t for a 95 % interval, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -100,3 +100,11 @@ def against(theirs: Reported, baseline: Reported):
         return math.nan, math.nan, len(pairs)
     half = T95[len(pairs) - 1] * stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else math.nan
     return mean(pairs), half, len(pairs)
+
+
+def paired(ours: Reported, theirs: Reported, number_of):
+    """As ``against``, of any number of a line."""
+    return against(*(
+        Reported(None, {seed: {"valid_loss": number_of(line)} for seed, line in runs.by_seed.items()})
+        for runs in (ours, theirs)
+    ))  # fmt: skip

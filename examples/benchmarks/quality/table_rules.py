@@ -122,14 +122,16 @@ class MLXAdamW(Optimizer):
     def step(self, closure=None):
         keep1, add1, keep2, add2, eps = self.numbers
         for group in self.param_groups:
-            rate = group["lr"].to(torch.bfloat16)
-            for w in group["params"]:
-                state, g = self.state[w], w.grad.to(torch.bfloat16)
-                if not state:
-                    state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
-                m, v = keep1 * state["m"] + add1 * g, keep2 * state["v"] + add2 * g.square()
-                state["m"].copy_(m), state["v"].copy_(v)
-                w.copy_(w.to(torch.bfloat16) - rate * m / (v.sqrt() + eps))
+            weights, rate = group["params"], group["lr"].to(torch.bfloat16)
+            w, g = (torch.cat([x.detach().to(torch.bfloat16).flatten() for x in xs])
+                    for xs in (weights, [w.grad for w in weights]))  # fmt: skip
+            state = self.state[weights[0]]  # of all of them, so that a step is some kernels instead of thousands
+            if not state:
+                state["m"], state["v"] = torch.zeros_like(g), torch.zeros_like(g)
+            m, v = keep1 * state["m"] + add1 * g, keep2 * state["v"] + add2 * g.square()
+            state["m"].copy_(m), state["v"].copy_(v)
+            new = (w - rate * m / (v.sqrt() + eps)).split([w.numel() for w in weights])
+            torch._foreach_copy_(weights, [part.view(w.shape) for part, w in zip(new, weights, strict=True)])
 
 
 def _adamw(tables, lr, betas=(0.9, 0.999), weight_decay=0.0):
