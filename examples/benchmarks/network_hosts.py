@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 150  # seconds, of every wait here
 # The command line, with a pause in each step, so that there is a time to disturb it, and at its end the sum of all
 # weights that train.
-TRAIN = """import sys, time
+TRAIN = """import signal, sys, time
+for number in (signal.SIGINT, signal.SIGHUP):  # which a shell's "&" and nohup let a process ignore
+    signal.signal(number, signal.SIG_DFL)
 from ember_mlx.shared.replacing import torch_hidden
 with torch_hidden():
     from ember_mlx import cli
