@@ -56,10 +56,10 @@ class Campaign:
             self.expected[iters] = run.weights()
         return self.expected[iters]
 
-    def disturbed(self, disturb, step=6):
-        """Train, disturb at a step, and end as if nothing had been."""
-        run = Run(self.hosts, self.words())
-        run.wait_for_step(step)
+    def disturbed(self, disturb, *more):
+        """Train, disturb at the sixth step, and end as if nothing had been."""
+        run = Run(self.hosts, self.words(16, *more))
+        run.wait_for_step(6)
         disturb(run)
         codes, _ = run.finish()
         assert codes == [0] * self.hosts.count, run.said(0)[-500:]
@@ -134,24 +134,24 @@ class Campaign:
         return {"seconds": seconds, "told": told}
 
     def case_heal(self):
-        """A cable is out for 4 seconds: the run goes on."""
+        """A cable is out for 5 seconds: the run goes on."""
 
         def disturb(run):
             self.hosts.link(1, "down")
-            time.sleep(4)
+            time.sleep(5)
             self.hosts.link(1, "up")
 
         return self.disturbed(disturb)
 
     def case_stop(self):
-        """A host stands still for 4 seconds: the run goes on."""
+        """A host stands still for 10 seconds: the run goes on."""
 
         def disturb(run):
             run.signal(1, signal.SIGSTOP)
-            time.sleep(4)
+            time.sleep(10)
             run.signal(1, signal.SIGCONT)
 
-        return self.disturbed(disturb)
+        return self.disturbed(disturb, "--peer-timeout", "20")
 
     def case_slow_and_lossy(self):
         """A cable of 30 Mbit/s, and one whose queue overflows: the same weights."""
