@@ -43,7 +43,11 @@ def check_model(model: nn.Module) -> None:
             f"StreamedStep(model of type {type(model).__name__}): must be an mlx.nn.Module; the model comes first, "
             "then the optimizer"
         )
-    if not tree_flatten(model.trainable_parameters()):
+    try:
+        trainable = tree_flatten(model.trainable_parameters())
+    except AttributeError:  # of a module that never called Module.__init__: check_differentiable says so
+        return
+    if not trainable:
         raise InputError("StreamedStep: nothing in the model is trainable: unfreeze something")
 
 
