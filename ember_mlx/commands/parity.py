@@ -16,7 +16,7 @@ from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
 
-__all__ = ["format_failures", "format_summary", "format_table", "format_timings", "main"]
+__all__ = ["format_ended", "format_failures", "format_summary", "format_table", "format_timings", "main"]
 
 DESCRIPTION = """\
 Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch, \
@@ -84,6 +84,12 @@ def main(arguments: list[str]) -> int:
     start = time.perf_counter()
     dtypes, progress = args.dtype or suite.DTYPES, _progress()
     timings: list[Timing] = []
+
+    def timed(timing):
+        timings.append(timing)
+        if args.verbose:  # at once: a run that is cut off has told where its time went
+            print(format_ended(timing), file=sys.stderr, flush=True)
+
     comparisons = list(
         processes.run(
             here,
@@ -94,7 +100,7 @@ def main(arguments: list[str]) -> int:
             optimizers=[name for name in names if name != "Ember"],
             streams=args.stream or body.STREAMS,
             steps=max(args.steps or [body.STEPS]),
-            timed=timings.append,
+            timed=timed,
         )
     )
     seconds = time.perf_counter() - start
@@ -160,6 +166,13 @@ def format_timings(timings: list[Timing]) -> str:
     head = ("implementation", "optimizers", "dtype", "tables", "began", "seconds", "first steps", "process")
     rows = [map(_cell, astuple(one)) for one in _longest_first(timings)]
     return text_table(head, rows, right=range(4, 8))
+
+
+def format_ended(timing: Timing) -> str:
+    """One line for a job that has ended: seconds since the start of all, of itself, and of its first steps."""
+    what = " ".join(part for part in (timing.implementation, timing.optimizers, timing.dtype, timing.what) if part)
+    ended = timing.start + timing.seconds
+    return f"{ended:.1f} s: {what} took {timing.seconds:.1f} s, first steps {timing.first_steps:.1f} s"
 
 
 def _cell(value):
