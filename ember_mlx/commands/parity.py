@@ -90,6 +90,14 @@ def main(arguments: list[str]) -> int:
         if args.verbose:  # at once: a run that is cut off has told where its time went
             print(format_ended(timing), file=sys.stderr, flush=True)
 
+    so_far: list[Comparison] = []
+
+    def ended(comparisons):
+        so_far.extend(comparisons)
+        if args.json is not None and so_far and (args.json.is_file() or not args.json.exists()):
+            seconds = time.perf_counter() - start
+            _replace(args.json, _report(so_far, here, not_here, recordings, seconds, timings, unfinished=True))
+
     comparisons = list(
         processes.run(
             here,
@@ -101,6 +109,7 @@ def main(arguments: list[str]) -> int:
             streams=args.stream or body.STREAMS,
             steps=max(args.steps or [body.STEPS]),
             timed=timed,
+            ended=ended,
         )
     )
     seconds = time.perf_counter() - start
@@ -114,7 +123,7 @@ def main(arguments: list[str]) -> int:
     print(*parts, "", sep="\n\n", end="")
     print(_closing(comparisons, here, not_here, recordings, seconds))
     if args.json is not None:
-        args.json.write_text(_report(comparisons, here, not_here, recordings, seconds, timings))
+        _replace(args.json, _report(comparisons, here, not_here, recordings, seconds, timings))
     return 1 if failed else 0
 
 
@@ -240,18 +249,32 @@ def _progress():
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
-def _report(comparisons, here, not_here, recordings, seconds, timings):
-    """Everything as JSON, one comparison or job a line."""
-    about = environment() | {
-        "seed": suite.SEED,
-        "learning_rate": suite.LEARNING_RATE,
-        "weight_decay": suite.WEIGHT_DECAY,
-        "seconds": round(seconds, 1),
-        "run_here": [one.name for one in here],
-        "not_here": {one.name: one.missing for one in not_here},
-        "recordings": [{"name": one.name} | one.about for one in recordings],
-        "failed": sum(not one.passed for one in comparisons),
-    }
+def _replace(path, text):
+    """Write the whole file or leave the old one: a run may be cut off at any time."""
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text)
+        return
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _report(comparisons, here, not_here, recordings, seconds, timings, *, unfinished=False):
+    """Everything as JSON, one comparison or job a line; ``unfinished`` marks what is of some jobs only."""
+    about = (
+        ({"unfinished": True} if unfinished else {})
+        | environment()
+        | {
+            "seed": suite.SEED,
+            "learning_rate": suite.LEARNING_RATE,
+            "weight_decay": suite.WEIGHT_DECAY,
+            "seconds": round(seconds, 1),
+            "run_here": [one.name for one in here],
+            "not_here": {one.name: one.missing for one in not_here},
+            "recordings": [{"name": one.name} | one.about for one in recordings],
+            "failed": sum(not one.passed for one in comparisons),
+        }
+    )
     jobs = ",\n  ".join(json.dumps(_json_numbers(one)) for one in _longest_first(timings))
     rows = ",\n  ".join(json.dumps(_json_row(one)) for one in comparisons)
     lists = f' "jobs": [\n  {jobs}\n ],\n "comparisons": [\n  {rows}\n ]'
