@@ -16,7 +16,7 @@ from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
 
-__all__ = ["format_failures", "format_summary", "format_table", "format_timings", "main"]
+__all__ = ["format_ended", "format_failures", "format_summary", "format_table", "format_timings", "main"]
 
 DESCRIPTION = """\
 Compare every implementation of Ember, and of the optimizers for the body, that this machine can run (MLX, PyTorch, \
@@ -84,6 +84,20 @@ def main(arguments: list[str]) -> int:
     start = time.perf_counter()
     dtypes, progress = args.dtype or suite.DTYPES, _progress()
     timings: list[Timing] = []
+
+    def timed(timing):
+        timings.append(timing)
+        if args.verbose:  # at once: a run that is cut off has told where its time went
+            print(format_ended(timing), file=sys.stderr, flush=True)
+
+    so_far: list[Comparison] = []
+
+    def ended(comparisons):
+        so_far.extend(comparisons)
+        if args.json is not None and so_far and (args.json.is_file() or not args.json.exists()):
+            seconds = time.perf_counter() - start
+            _replace(args.json, _report(so_far, here, not_here, recordings, seconds, timings, unfinished=True))
+
     comparisons = list(
         processes.run(
             here,
@@ -94,7 +108,8 @@ def main(arguments: list[str]) -> int:
             optimizers=[name for name in names if name != "Ember"],
             streams=args.stream or body.STREAMS,
             steps=max(args.steps or [body.STEPS]),
-            timed=timings.append,
+            timed=timed,
+            ended=ended,
         )
     )
     seconds = time.perf_counter() - start
@@ -108,7 +123,7 @@ def main(arguments: list[str]) -> int:
     print(*parts, "", sep="\n\n", end="")
     print(_closing(comparisons, here, not_here, recordings, seconds))
     if args.json is not None:
-        args.json.write_text(_report(comparisons, here, not_here, recordings, seconds, timings))
+        _replace(args.json, _report(comparisons, here, not_here, recordings, seconds, timings))
     return 1 if failed else 0
 
 
@@ -160,6 +175,13 @@ def format_timings(timings: list[Timing]) -> str:
     head = ("implementation", "optimizers", "dtype", "tables", "began", "seconds", "first steps", "process")
     rows = [map(_cell, astuple(one)) for one in _longest_first(timings)]
     return text_table(head, rows, right=range(4, 8))
+
+
+def format_ended(timing: Timing) -> str:
+    """One line for a job that has ended: seconds since the start of all, of itself, and of its first steps."""
+    what = " ".join(part for part in (timing.implementation, timing.optimizers, timing.dtype, timing.what) if part)
+    ended = timing.start + timing.seconds
+    return f"{ended:.1f} s: {what} took {timing.seconds:.1f} s, first steps {timing.first_steps:.1f} s"
 
 
 def _cell(value):
@@ -227,18 +249,32 @@ def _progress():
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
-def _report(comparisons, here, not_here, recordings, seconds, timings):
-    """Everything as JSON, one comparison or job a line."""
-    about = environment() | {
-        "seed": suite.SEED,
-        "learning_rate": suite.LEARNING_RATE,
-        "weight_decay": suite.WEIGHT_DECAY,
-        "seconds": round(seconds, 1),
-        "run_here": [one.name for one in here],
-        "not_here": {one.name: one.missing for one in not_here},
-        "recordings": [{"name": one.name} | one.about for one in recordings],
-        "failed": sum(not one.passed for one in comparisons),
-    }
+def _replace(path, text):
+    """Write the whole file or leave the old one: a run may be cut off at any time."""
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_text(text)
+        return
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _report(comparisons, here, not_here, recordings, seconds, timings, *, unfinished=False):
+    """Everything as JSON, one comparison or job a line; ``unfinished`` marks what is of some jobs only."""
+    about = (
+        ({"unfinished": True} if unfinished else {})
+        | environment()
+        | {
+            "seed": suite.SEED,
+            "learning_rate": suite.LEARNING_RATE,
+            "weight_decay": suite.WEIGHT_DECAY,
+            "seconds": round(seconds, 1),
+            "run_here": [one.name for one in here],
+            "not_here": {one.name: one.missing for one in not_here},
+            "recordings": [{"name": one.name} | one.about for one in recordings],
+            "failed": sum(not one.passed for one in comparisons),
+        }
+    )
     jobs = ",\n  ".join(json.dumps(_json_numbers(one)) for one in _longest_first(timings))
     rows = ",\n  ".join(json.dumps(_json_row(one)) for one in comparisons)
     lists = f' "jobs": [\n  {jobs}\n ],\n "comparisons": [\n  {rows}\n ]'
