@@ -192,6 +192,7 @@ def test_operations_are_counted():
     assert operations(model, run) == 3 * body + 3 * head
     assert operations(model, replace(run, grad_checkpoint=True)) == 4 * body + 3 * head
     assert operations(model, replace(run, stream=True)) == 4 * body + 4 * head
+    assert operations(model, replace(run, stream=True), "cuda") == 4 * body + 6 * head
     assert operations(model, replace(run, stream=True, keep_inputs=2)) == 4.5 * body + 4 * head
     assert operations(model, replace(run, stream=True, norm_pass=True)) == 7 * body + 4 * head
 
