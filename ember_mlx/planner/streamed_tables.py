@@ -142,11 +142,10 @@ class Head:
         ids = looked_up.numbers // self.table.columns
         gathered = graph.make([w], looked_up.numbers)
         logits = graph.product([hidden, gathered], self.tokens * ids, self.table.columns, role="logits")
-        equal = graph.make([], self.tokens * ids, 1)
-        places = graph.make([equal, graph.make([equal], self.tokens * ids, FLOAT32)], self.tokens, FLOAT32)
+        one_hot = graph.make([graph.make([], self.tokens * ids, 1)], self.tokens * ids, FLOAT32)
         d = graph.float32(logits)
         for _ in range(4):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
-            d = graph.elementwise([d, places], role="logits")
+            d = graph.elementwise([d, one_hot], role="logits")
         return graph.product([d, graph.float32(hidden)], looked_up.numbers, self.tokens, FLOAT32)
 
     def _logits(self, graph, hidden, kept, w, i, words):

@@ -36,7 +36,7 @@ class StreamedHead:
         block_rows (int, optional): Of a block.
 
     Attributes:
-        blocks (list[slice]): Of a step, the rows that are stepped together.
+        blocks (list[slice]): Of a step, the rows that are stepped together; the same on all machines.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class StreamedHead:
         self._hidden = self._kept = self._log_sum_exp = self._weights = self._targets = self._ids = None
 
     def _cut(self):
-        """Into blocks, for so many tokens; whether logits are kept."""
+        """Cut the head for these tokens; say whether the logits are kept, which then have the blocks of the step."""
         vocabulary, (n, features) = self.head.vocabulary, self._hidden.shape
         on_a_gpu, width = self._pace.ahead > 0, self._hidden.itemsize
         sizes = blocks_of_a_head(vocabulary, features, width, n, self._nbytes, on_a_gpu)
@@ -230,7 +230,7 @@ class StreamedHead:
         return (all_pairs * own).sum(-1), gradient.astype(mx.float32)
 
     def _by_logits(self, source, ids, hidden, targets, log_sum_exp, weights):
-        """The loss's gradient by a block of logits, (N, n) float32: of these ids (n,)."""
+        """The loss's gradient by a block of logits, (N, n) float32: those of the ids, (n,)."""
         raw = self._raw_of(source, hidden)
         logits = self._after(raw)
         one_hot = targets[:, None] == ids
