@@ -18,6 +18,7 @@ from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.planner import advice, plan, read_architecture, run_of
 from ember_mlx.planner.streaming_advice import operations, recommendations
+from ember_mlx.shared import sizes_in_memory
 from ember_mlx.streaming import StreamedStep
 from ember_mlx.streaming.shards import Group
 
@@ -126,6 +127,23 @@ def test_the_phases_are_those_of_a_step():
     assert plan(model, replace(run, stream=False), "cpu").phases == {}
 
 
+def test_the_head_of_a_gpu_is_planned_in_its_own_blocks(monkeypatch):
+    """A logit takes 2 bytes, and what is made of it two to three times 4."""
+    config = QWEN | {"hidden_size": 512, "vocab_size": 32768, "torch_dtype": "bfloat16"}
+    model, run = run_with(config, *FULL, "--stream", length=256)
+    found = []
+    for share in (8, 16):
+        monkeypatch.setattr(sizes_in_memory, "SHARE_OF_SCRATCH", share)
+        planned = plan(model, run, "cuda")
+        rows, stepped, _ = sizes_in_memory.blocks_of_a_head(32768, 512, 2, 256, planned.weights, True)
+        found.append((rows, stepped, planned.phases))
+    (rows, stepped, large), (fewer, fewer_stepped, small) = found
+    assert rows > fewer
+    assert stepped > fewer_stepped
+    assert 8 <= (large["loss"] - small["loss"]) / (rows - fewer) / 256 <= 14
+    assert large["head"] > small["head"]
+
+
 def test_accumulation_keeps_the_inputs_of_all_batches():
     model, run = run_with(LONG, *FULL, "--stream")
     two, four = (plan(model, replace(run, micro_batches=number), "cpu").phases["layers"] for number in (2, 4))
@@ -173,6 +191,7 @@ def test_operations_are_counted():
     assert operations(model, run) == 3 * body + 3 * head
     assert operations(model, replace(run, grad_checkpoint=True)) == 4 * body + 3 * head
     assert operations(model, replace(run, stream=True)) == 4 * body + 4 * head
+    assert operations(model, replace(run, stream=True), "cuda") == 4 * body + 6 * head
     assert operations(model, replace(run, stream=True, keep_inputs=2)) == 4.5 * body + 4 * head
     assert operations(model, replace(run, stream=True, norm_pass=True)) == 7 * body + 4 * head
 

@@ -101,7 +101,7 @@ def cheapest_savings(
         found, before, now = [], run, peak
         for name in names:
             after = replace(before, **{name: True})
-            time = operations(model, after) / operations(model, before)
+            time = operations(model, after, backend) / operations(model, before, backend)
             found.append(Saving(name, now, plan(model, after, backend).peak, time))
             before, now = after, found[-1].peak
         if now < lowest:

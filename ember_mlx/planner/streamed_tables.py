@@ -5,7 +5,7 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
 from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
-from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, bytes_of_kept_logits, rows_of_a_block
+from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, blocks_of_a_head, bytes_of_kept_logits
 
 __all__ = ["Head", "step_looked_up"]
 
@@ -19,7 +19,7 @@ class Head:
         trained: Whether it trains, whole or by blocks.
         by_ember: Whether by blocks.
         weights: Bytes of all weights.
-        on_a_gpu: Whether blocks are larger.
+        on_a_gpu: Whether blocks are few and large.
     """
 
     def __init__(
@@ -35,9 +35,13 @@ class Head:
         self.table, self.trained, self.by_ember = table, trained, by_ember
         self.width = model.width
         self.tokens = n = run.micro_batches * run.batch_size * run.length
-        rows = rows_of_a_block(table.rows, n, on_a_gpu)
-        self.blocks = [min(rows, table.rows - first) for first in range(0, table.rows, rows)]
-        self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights)
+        sizes = blocks_of_a_head(table.rows, table.columns, model.width, n, weights, on_a_gpu)
+        self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights, on_a_gpu)
+        self.waiting = sizes.waiting
+        self.blocks, self.stepped = (
+            [min(rows, table.rows - first) for first in range(0, table.rows, rows)]
+            for rows in (sizes.stepped if self.keeps else sizes.rows, sizes.stepped)
+        )
 
     def stands(self, graph: Graph) -> list[Array]:
         """What of the loss is there until the head is stepped: the hidden states, then the logits if they are kept."""
@@ -87,10 +91,10 @@ class Head:
         if not self.by_ember:
             parts = []
             for i, words in enumerate(self.blocks):
-                d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=FLOAT32)
+                d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=FLOAT32)
                 d = graph.elementwise([d], width=graph.width)
                 parts.append(graph.product([d, hidden], words * self.table.columns, self.tokens, role="gradients"))
-                phase.one_behind(parts[-1])
+                phase.in_turn(parts[-1])
             graph.results += [hidden, *parts]
             return
         columns = self._statistics(phase, hidden, kept, w)
@@ -98,14 +102,20 @@ class Head:
         if looked_up is not None and not several:
             looked_up = graph.elementwise([looked_up, self._rows_gradient(graph, hidden, w, looked_up)])
             phase.one_behind(columns, looked_up)
-        for i, words in enumerate(self.blocks):
+        written = []
+        for i, words in enumerate(self.stepped):
             width = FLOAT32 if several else graph.width
-            d = graph.elementwise([self._logits(graph, hidden, kept, w, i)], width=width)
+            d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=width)
             gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
             gradient = phase.mean(gradient)
-            phase.in_turn(new_rows(graph, gradient, self._part(w, words)))
-            phase.finish()
-        graph.results += [hidden]
+            written.append(new_rows(graph, gradient, self._part(w, words)))
+            phase.in_turn(written[-1])
+            if sum(array.nbytes for array in written) >= self.waiting:
+                phase.finish()
+                phase.in_turn(graph.make(written, 1))  # into the table, where they wait no longer
+                phase.finish()
+                written = []
+        graph.results += [hidden, *written]
 
     def _statistics(self, phase, hidden, kept, w):
         graph, n, features = phase.graph, self.tokens, self.table.columns
@@ -113,8 +123,8 @@ class Head:
         quadratic = n <= features // 2 and graph.run.workers == 1
         gram = graph.product([wide], n * n, features, FLOAT32) if quadratic else wide
         columns = graph.make([], n * n if quadratic else features, FLOAT32)
-        for i, words in enumerate(self.blocks):
-            logits = self._logits(graph, hidden, kept, w, i)
+        for i, words in enumerate(self.stepped if graph.run.workers > 1 else self.blocks):
+            logits = self._logits(graph, hidden, kept, w, i, words)
             d = graph.elementwise([logits], width=FLOAT32, role="logits")
             if quadratic:
                 of_rows = graph.elementwise([graph.product([gram, d], d.numbers, n, FLOAT32), d])
@@ -122,7 +132,7 @@ class Head:
             else:
                 of_rows = graph.elementwise([phase.mean(graph.product([d, wide], words * features, n, FLOAT32))])
                 columns = graph.elementwise([columns, graph.make([of_rows], features, FLOAT32)])
-            of_rows = graph.make([of_rows, logits], words, FLOAT32)  # the caller holds the logits until then
+            of_rows = graph.make([of_rows], words, FLOAT32)
             phase.in_turn(columns, of_rows)
         graph.results += kept
         return graph.make([columns, wide], features, FLOAT32)
@@ -132,17 +142,15 @@ class Head:
         ids = looked_up.numbers // self.table.columns
         gathered = graph.make([w], looked_up.numbers)
         logits = graph.product([hidden, gathered], self.tokens * ids, self.table.columns, role="logits")
-        equal = graph.make([], self.tokens * ids, 1)
-        places = graph.make([equal, graph.make([equal], self.tokens * ids, FLOAT32)], self.tokens, FLOAT32)
+        one_hot = graph.make([graph.make([], self.tokens * ids, 1)], self.tokens * ids, FLOAT32)
         d = graph.float32(logits)
         for _ in range(4):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
-            d = graph.elementwise([d, places], role="logits")
+            d = graph.elementwise([d, one_hot], role="logits")
         return graph.product([d, graph.float32(hidden)], looked_up.numbers, self.tokens, FLOAT32)
 
-    def _logits(self, graph, hidden, kept, w, i):
+    def _logits(self, graph, hidden, kept, w, i, words):
         if kept:
             return kept[i]
-        words = self.blocks[i]
         return graph.product([hidden, self._part(w, words)], self.tokens * words, self.table.columns, role="logits")
 
     def _weight(self, graph):

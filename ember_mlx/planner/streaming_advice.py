@@ -41,13 +41,14 @@ def recommendations(model: Architecture, run: Run, backend: str, planned: Plan) 
         after = plan(model, other, backend).peak
         if now - after < WORTH * (now - fixed):
             break
-        found.append(Recommendation(flags, after, now - after, operations(model, other) / operations(model, before)))
+        time = operations(model, other, backend) / operations(model, before, backend)
+        found.append(Recommendation(flags, after, now - after, time))
         now, before = after, other
     return found
 
 
-def operations(model: Architecture, run: Run) -> float:
-    """Multiplications of a step's products of matrices, for one token."""
+def operations(model: Architecture, run: Run, backend: str = "cpu") -> float:
+    """Multiplications of a step's products of matrices, for one token; a streamed head's logits are kept on a CPU."""
     layer = sum(linear.inputs * linear.outputs for linear in (model.linears(0) if model.layers else ()))
     layer += run.length * model.heads * model.head_dim  # queries by keys and scores by values, half of them masked
     head, full = model.vocabulary * model.hidden, run.fine_tune_type == "full"
@@ -62,4 +63,5 @@ def operations(model: Architecture, run: Run) -> float:
     passes = 2  # logits, and the gradient by the hidden states
     if head_trains:
         passes += min(2 * tokens / model.hidden, 1) + 1  # statistics, and the rows' gradient
+        passes += 0 if backend == "cpu" else 2  # the logits again, for each of these
     return layer * (model.layers + backward * (1 + run.norm_pass)) + head * passes

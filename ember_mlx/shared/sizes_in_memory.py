@@ -1,11 +1,14 @@
 """How much of a step is in memory at a time: training and the planner, which needs no MLX, ask here."""
 
+from typing import NamedTuple
+
 __all__ = [
     "CHUNKED_LOGITS",
     "TARGETS_AT_ONCE",
+    "HeadBlocks",
+    "blocks_of_a_head",
     "bytes_ahead",
     "bytes_of_kept_logits",
-    "rows_of_a_block",
 ]
 
 CHUNKED_LOGITS = 2**23  # of --chunked-loss, tokens times words; an array of them is 34 MB in float32
@@ -13,9 +16,13 @@ CHUNKED_LOGITS = 2**23  # of --chunked-loss, tokens times words; an array of the
 # Of a streamed step:
 LEAST_AHEAD, SHARE_AHEAD = 2**25, 64
 SHARE_OF_LOGITS = 8
-BLOCKS, BLOCKS_ON_A_GPU = 36, 18  # there each costs launches and a wait
-LOGITS_AT_ONCE = 2**24  # or more blocks, of so many logits
-TARGETS_AT_ONCE = 256  # tokens; each meets the rows of all the others' targets
+BLOCKS = 36  # of a head, or more
+LOGITS_AT_ONCE = 2**24
+# A GPU waits for the host at each block, so it has fewer, as large as their scratch may be. It makes logits anew.
+SHARE_OF_SCRATCH, MOST_SCRATCH = 8, 2**29
+SHARE_THAT_WAITS = 4  # of the scratch, for new rows that are not yet written
+FEWEST_BLOCKS = 4
+TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets
 
 
 def bytes_ahead(weights: float, layer: float = float("inf")) -> float:
@@ -29,12 +36,52 @@ def bytes_ahead(weights: float, layer: float = float("inf")) -> float:
     return 2 * ahead if layer <= ahead else ahead
 
 
-def bytes_of_kept_logits(weights: float) -> float:
+def bytes_of_kept_logits(weights: float, on_a_gpu: bool) -> float:
     """Up to how many bytes logits are kept between the passes over the head, for so many bytes of weights."""
-    return weights // SHARE_OF_LOGITS
+    return 0 if on_a_gpu else weights // SHARE_OF_LOGITS
 
 
-def rows_of_a_block(vocabulary: int, tokens: int, on_a_gpu: bool) -> int:
-    """Rows of the head at a time: a multiple of 128."""
-    share = -(-vocabulary // (BLOCKS_ON_A_GPU if on_a_gpu else BLOCKS))
-    return min(max(128, LOGITS_AT_ONCE // tokens // 128 * 128), -(-share // 128) * 128)
+class HeadBlocks(NamedTuple):
+    """How a head is cut.
+
+    Attributes:
+        rows: Of a block in the passes that only read the head, a multiple of 128.
+        stepped: Of a block in the pass that steps the rows, and wherever the logits are kept.
+        waiting: Bytes of new rows that may wait to be written.
+    """
+
+    rows: int
+    stepped: int
+    waiting: int
+
+
+def blocks_of_a_head(
+    vocabulary: int, features: int, width: float, tokens: int, weights: float, on_a_gpu: bool
+) -> HeadBlocks:
+    """How a head of (V, D) is cut.
+
+    Args:
+        vocabulary, features: V and D.
+        width: Bytes of a number of the hidden states.
+        tokens: Of a step.
+        weights: Bytes of all weights.
+        on_a_gpu: Whether blocks cost time by their number.
+    """
+    least = min(max(128, LOGITS_AT_ONCE // tokens // 128 * 128), _multiple(-(-vocabulary // BLOCKS)))
+    if not on_a_gpu:
+        return HeadBlocks(least, least, 0)
+    scratch = int(min(weights // SHARE_OF_SCRATCH, MOST_SCRATCH))
+    waiting = scratch // SHARE_THAT_WAITS
+    of_logits = 3 * 4 * tokens  # bytes of a row: the logits in 16 bits, and what is made of them in float32
+    squared = 4 * features if tokens > features // 2 else 0  # the gradient, else there are quadratic forms
+    stepped = 2 * width * features  # the gradient and the new row
+
+    def rows(nbytes, of_a_row):
+        most = max(least, nbytes // (of_logits + of_a_row))
+        return _multiple(-(-vocabulary // max(FEWEST_BLOCKS, -(-vocabulary // most))))  # of one size
+
+    return HeadBlocks(rows(scratch, squared), rows(scratch - waiting, int(stepped)), waiting)
+
+
+def _multiple(rows):
+    return -(-rows // 128) * 128

@@ -49,14 +49,11 @@ def step_looked_up(table: EmberTable, ids: mx.array, rows: mx.array, block_rows:
 
     The rows that were not looked up change by weight decay alone.
     """
-    new = table.new_rows(ids, table.weight[ids], rows)
+    new = table.new_rows(ids, rows)
     if table.decays():
         mx.eval(new)
         for first in range(0, table.shape[0], block_rows):
             block = slice(first, min(first + block_rows, table.shape[0]))
-            weight = table.weight[block]
-            decayed = table.new_rows(block, weight, mx.zeros(weight.shape, weight.dtype))
-            del weight
-            table.write(block, decayed)
+            table.write(block, table.new_rows(block, mx.zeros((block.stop - first, rows.shape[1]), table.weight.dtype)))
     table.write(ids, new)
     table.flush()

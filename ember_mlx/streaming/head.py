@@ -2,17 +2,20 @@
 
 Three passes. The first takes the log-sum-exp and, rescaled along with it, the gradient by the hidden states. The second
 takes the means of squares of the head's gradient, which is all that Ember asks of it. The third makes the gradient
-block by block and steps the rows. What is kept between them are the logits, or nothing where they are too many.
+block by block and steps the rows. What is kept between them are the logits, or nothing where they are too many. What
+a block needs is one compiled function in each pass: a GPU waits for the host, which hands it one block after another.
 
 The gradient is G = d' H with d (N, V) by the logits and H (N, D). So the mean square of row i is d_i' K d_i with
 K = H H' / D, and that of column j is h_j' P h_j with P = d d' / V: below N = D / 2 that is cheaper than G, and more
 accurate in 16 bits.
 """
 
+from functools import partial
+
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, rows_of_a_block
+from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, blocks_of_a_head, bytes_of_kept_logits
 from ember_mlx.streaming.head_module import Head
 from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.table import EmberTable
@@ -28,8 +31,12 @@ class StreamedHead:
         path (str): Of that module.
         table (EmberTable, optional): Its weight, where Ember trains it.
         pace (Pace): Evaluates.
-        keep_bytes (int): The logits' gradient is kept between the passes up to this size.
+        weights (int): Bytes of all weights of the model.
+        keep_logits (bool, optional): Whether the logits are kept between the passes. Default: by their size.
         block_rows (int, optional): Of a block.
+
+    Attributes:
+        blocks (list[slice]): Of a step, the rows that are stepped together; the same on all machines.
     """
 
     def __init__(
@@ -38,24 +45,26 @@ class StreamedHead:
         path: str,
         table: EmberTable | None,
         pace: Pace,
-        keep_bytes: int,
+        weights: int,
+        keep_logits: bool | None = None,
         block_rows: int | None = None,
     ):
         self.head = head
         self.path = path
         self.table = table
         self._pace = pace
-        self._keep_bytes = keep_bytes
+        self._nbytes = weights
+        self._keep_logits = keep_logits
         self._block_rows = block_rows
-        self._on_a_gpu = pace.ahead > 0
-        self._names = [name for name, _ in tree_flatten(head.module.parameters())]
         trained = [name for name, _ in tree_flatten(head.module.trainable_parameters())]
         self.others = [name for name in trained if table is None or f"{path}.{name}" != table.path]
         self._forward = mx.compile(self._forward_of)
         self._quadratic = mx.compile(self._quadratic_of)
         self._squares = mx.compile(self._squares_of)
-        self._gradient = mx.compile(self._gradient_of)
+        self._gradient = mx.compile(partial(self._gradient_of, mx.float32))
+        self._new_rows = mx.compile(self._new_rows_of)
         self._of_others = mx.compile(self._others_of)
+        self._of_targets = mx.compile(self._targets_of)
 
     def loss(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """Pass 1: the loss, float32, and its gradient by the hidden states.
@@ -67,12 +76,11 @@ class StreamedHead:
         """
         n = targets.size
         self._hidden, self._targets, self._weights = hidden, targets, weights
-        rows = self._block_rows or rows_of_a_block(self.head.vocabulary, n, self._on_a_gpu)
-        self.blocks = [slice(i, min(i + rows, self.head.vocabulary)) for i in range(0, self.head.vocabulary, rows)]
-        keeps = bool(self.table or self.others) and n * self.head.vocabulary * hidden.itemsize <= self._keep_bytes
+        self._ids = mx.arange(self.head.vocabulary)
+        keeps = self._cut()
         self._kept = []
         largest, total, by_hidden = mx.full((n,), -1e30), mx.zeros((n,)), mx.zeros(hidden.shape)
-        for block in self.blocks:
+        for block in self._read:
             largest, total, by_hidden, logits = self._forward(hidden, self._rows(block), largest, total, by_hidden)
             if keeps:
                 self._kept.append(logits)
@@ -97,13 +105,11 @@ class StreamedHead:
         hidden, vocabulary = self._hidden.astype(mx.float32), self.head.vocabulary
         n, features = hidden.shape
         quadratic = n <= features // 2
-        gram = hidden @ hidden.T / features if quadratic else None
-        row_means, columns = [], 0
-        for number, block in enumerate(self.blocks):
-            arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
-            of_rows, part = self._quadratic(*arguments, gram) if quadratic else self._squares(*arguments, hidden)
+        function, factor = (self._quadratic, hidden @ hidden.T / features) if quadratic else (self._squares, hidden)
+        row_means, columns = [], mx.zeros((n, n) if quadratic else (features,))
+        for number, block in enumerate(self._read):
+            columns, of_rows = function(columns, factor, *self._of_block(number, block))
             row_means.append(of_rows)
-            columns = columns + part
             self._pace.in_turn(columns, of_rows)
         row_mean = mx.concatenate(row_means)
         column_sum = ((columns @ hidden) * hidden).sum(0) if quadratic else columns
@@ -116,31 +122,23 @@ class StreamedHead:
 
     def rows_gradient(self, ids: mx.array) -> mx.array:
         """The head's gradient in a few rows, (U, D) float32."""
-        logits = self._raw(self._hidden, self._rows(ids))
-        tokens = mx.where(self._targets[:, None] == ids, mx.arange(ids.size), 0).sum(1)
-        tokens = mx.where((self._targets[:, None] == ids).any(1), tokens, -1)
-        return self._by_logits(logits, self._log_sum_exp, tokens, self._weights).T @ self._hidden.astype(mx.float32)
+        return self._gradient_of(mx.float32, self._rows(ids), ids, *self._of_tokens())
 
     def step(self, looked_up: tuple[mx.array, mx.array] | None = None) -> None:
         """Pass 3: the table's rows, whose second moments have been stepped. The logits are let go of on the way."""
         if looked_up is not None:
             ids, added = looked_up
             gradient = self.rows_gradient(ids) + added
-            of_ids = self.table.new_rows(ids, self.table.weight[ids], gradient)
+            of_ids = self.table.new_rows(ids, gradient)
             mx.eval(of_ids)
             del gradient, added
-        let_go = 0 if self._kept else self._pace.ahead  # to make logits again takes more than rows that wait
+        room = self._waiting
         for number, block in enumerate(self.blocks):
-            logits = self._logits(number)
+            new = self._new_rows(self.table.read_by(block), *self._of_block(number, block))
             if self._kept:
+                room += self._kept[number].nbytes
                 self._kept[number] = None
-                let_go += logits.nbytes
-            gradient = self._gradient(
-                logits, self._log_sum_exp, self._targets - block.start, self._weights, self._hidden
-            )
-            new = self.table.new_rows(block, self.table.weight[block], gradient)
-            del gradient, logits
-            self.table.write(block, new, let_go)
+            self.table.write(block, new, room)
             del new
         if looked_up is not None:
             self.table.write(ids, of_ids)
@@ -148,10 +146,7 @@ class StreamedHead:
 
     def block_gradient(self, number: int) -> mx.array:
         """The head's gradient in one of ``blocks``, (n, D) float32."""
-        hidden = self._hidden.astype(mx.float32)
-        return self._gradient(
-            self._logits(number), self._log_sum_exp, self._targets - self.blocks[number].start, self._weights, hidden
-        )
+        return self._gradient(*self._of_block(number, self.blocks[number]))
 
     def gradients_of_others(self) -> dict[str, mx.array]:
         """Of the head's other trainable weights (a bias, an adapter, a table that Ember does not train), by name."""
@@ -159,16 +154,32 @@ class StreamedHead:
             return {}
         parameters = dict(tree_flatten(self.head.module.parameters()))
         parts = []
-        for number, block in enumerate(self.blocks):
-            arguments = self._logits(number), self._log_sum_exp, self._targets - block.start, self._weights
-            parts.append(self._of_others(*arguments, self._hidden, self._rows(block)))
-            self._pace.one_behind(*parts[-1])
+        for number, block in enumerate(self._read):
+            parts.append(self._of_others(self._rows(block), *self._of_block(number, block)))
+            self._pace.in_turn(*parts[-1])
         joined = zip(self.others, zip(*parts, strict=True), strict=True)
         return {f"{self.path}.{name}": self.head.joined(parameters[name], blocks) for name, blocks in joined}
 
     def forget(self) -> None:
         """Let go of what belongs to this step."""
-        self._hidden = self._kept = self._log_sum_exp = self._weights = self._targets = None
+        self._hidden = self._kept = self._log_sum_exp = self._weights = self._targets = self._ids = None
+
+    def _cut(self):
+        """Cut the head for these tokens; say whether the logits are kept, which then have the blocks of the step."""
+        vocabulary, (n, features) = self.head.vocabulary, self._hidden.shape
+        on_a_gpu, width = self._pace.ahead > 0, self._hidden.itemsize
+        sizes = blocks_of_a_head(vocabulary, features, width, n, self._nbytes, on_a_gpu)
+        keeps = self._keep_logits
+        if keeps is None:
+            keeps = n * vocabulary * width <= bytes_of_kept_logits(self._nbytes, on_a_gpu)
+        keeps = keeps and bool(self.table or self.others)
+        self._waiting = sizes.waiting
+        stepped = self._block_rows or sizes.stepped
+        read = stepped if keeps else self._block_rows or sizes.rows
+        self.blocks, self._read = (
+            [slice(i, min(i + rows, vocabulary)) for i in range(0, vocabulary, rows)] for rows in (stepped, read)
+        )
+        return keeps
 
     def _rows(self, rows):
         """The head's parameters, by name, of a slice or of some ids."""
@@ -176,9 +187,15 @@ class StreamedHead:
         index = {0: rows, -1: (..., rows), None: ...}
         return {name: array[index[self.head.axis(array)]] for name, array in parameters.items()}
 
-    def _logits(self, number):
-        """Of a block, before what comes after the head: kept or made again."""
-        return self._kept[number] if self._kept else self._raw(self._hidden, self._rows(self.blocks[number]))
+    def _of_block(self, number, block):
+        """What its gradient is made of: kept logits, before what comes after the head, or what makes them again."""
+        return self._kept[number] if self._kept else self._rows(block), self._ids[block], *self._of_tokens()
+
+    def _of_tokens(self):
+        return self._hidden, self._targets, self._log_sum_exp, self._weights
+
+    def _raw_of(self, source, hidden):
+        return self._raw(hidden, source) if isinstance(source, dict) else source
 
     def _raw(self, hidden, parameters):
         return self.head.raw_logits(hidden[None], parameters).squeeze(0)
@@ -202,38 +219,47 @@ class StreamedHead:
         logits, gradients = [], []
         for first in range(0, self._targets.size, TARGETS_AT_ONCE):
             some = slice(first, first + TARGETS_AT_ONCE)
-            hidden, parameters = self._hidden[some], self._rows(self._targets[some])
-            own = mx.eye(hidden.shape[0])
-            function = lambda h, parameters=parameters: [self._after(self._raw(h, parameters))]  # noqa: E731
-            (all_pairs,), (gradient,) = mx.vjp(function, [hidden], [own])
-            logits.append((all_pairs * own).sum(-1))
-            gradients.append(gradient.astype(mx.float32))
+            of_some, gradient = self._of_targets(self._hidden[some], self._rows(self._targets[some]))
+            logits.append(of_some)
+            gradients.append(gradient)
         return mx.concatenate(logits), mx.concatenate(gradients)
 
-    def _by_logits(self, raw, log_sum_exp, places, weights):
-        """The loss's gradient by a block of logits, (N, n) float32; ``places`` says where the targets are in it."""
+    def _targets_of(self, hidden, parameters):
+        own = mx.eye(hidden.shape[0])
+        (all_pairs,), (gradient,) = mx.vjp(lambda h: [self._after(self._raw(h, parameters))], [hidden], [own])
+        return (all_pairs * own).sum(-1), gradient.astype(mx.float32)
+
+    def _by_logits(self, source, ids, hidden, targets, log_sum_exp, weights):
+        """The loss's gradient by a block of logits, (N, n) float32: those of the ids, (n,)."""
+        raw = self._raw_of(source, hidden)
         logits = self._after(raw)
-        one_hot = places[:, None] == mx.arange(raw.shape[1])
+        one_hot = targets[:, None] == ids
         d = weights[:, None] * (mx.exp(logits - log_sum_exp[:, None]) - one_hot)
         if self.head.is_last:
             return d
         return mx.vjp(lambda z: [self._after(z)], [raw], [d])[1][0].astype(mx.float32)
 
-    def _quadratic_of(self, raw, log_sum_exp, places, weights, gram):
-        d = self._by_logits(raw, log_sum_exp, places, weights)
-        return ((gram @ d) * d).sum(0), d @ d.T
+    def _quadratic_of(self, columns, gram, *block):
+        d = self._by_logits(*block)
+        return columns + d @ d.T, ((gram @ d) * d).sum(0)
 
-    def _squares_of(self, raw, log_sum_exp, places, weights, hidden):
-        squares = mx.square(self._by_logits(raw, log_sum_exp, places, weights).T @ hidden)
-        return squares.mean(1), squares.sum(0)
+    def _squares_of(self, columns, hidden, *block):
+        squares = mx.square(self._by_logits(*block).T @ hidden)
+        return columns + squares.sum(0), squares.mean(1)
 
-    def _gradient_of(self, raw, log_sum_exp, places, weights, hidden):
-        return self._by_logits(raw, log_sum_exp, places, weights).astype(hidden.dtype).T @ hidden
+    def _gradient_of(self, dtype, *block):
+        _, _, hidden, *_ = block
+        return self._by_logits(*block).astype(dtype).T @ hidden.astype(dtype)
 
-    def _others_of(self, raw, log_sum_exp, places, weights, hidden, parameters):
-        d = self._by_logits(raw, log_sum_exp, places, weights)
+    def _new_rows_of(self, of_table, *block):
+        _, _, hidden, *_ = block
+        return self.table.stepped(self._gradient_of(hidden.dtype, *block), *of_table)
+
+    def _others_of(self, parameters, *block):
+        source, _, hidden, *_ = block
+        d = self._by_logits(*block).astype(self._raw_of(source, hidden).dtype)
 
         def function(*others):
             return [self._raw(hidden, parameters | dict(zip(self.others, others, strict=True)))]
 
-        return list(mx.vjp(function, [parameters[name] for name in self.others], [d.astype(raw.dtype)])[1])
+        return list(mx.vjp(function, [parameters[name] for name in self.others], [d])[1])

@@ -116,7 +116,7 @@ class Machines:
     def step(self, table: EmberTable, gradients: list) -> None:
         """Step the table, whose second moments have been stepped."""
         for block, gradient in gradients:
-            table.write(block, table.new_rows(block, table.weight[block], gradient()))
+            table.write(block, table.new_rows(block, gradient()))
         table.flush()
 
 

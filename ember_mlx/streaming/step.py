@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from ember_mlx.optimizers.ember import Ember
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.sizes_in_memory import bytes_ahead, bytes_of_kept_logits
+from ember_mlx.shared.sizes_in_memory import bytes_ahead
 from ember_mlx.streaming.backward import Backward
 from ember_mlx.streaming.checks import (
     check_at_least_one,
@@ -81,7 +81,7 @@ class StreamedStep:
             more for the norm.
         clip_layer_norm (float, optional): Another rule: the most that the norm of one layer's gradients may be.
         keep_logits (bool, optional): Whether the logits are kept between the passes over the head, or made again.
-            Default: by their size.
+            Default: by their size, and on a GPU made again.
         block_rows (int, optional): Rows of the head at a time. Default: by its size.
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
         run_ahead (int, optional): Bytes of new weights and state that a GPU is handed before the first of them must be
@@ -146,8 +146,7 @@ class StreamedStep:
         together = bytes_ahead(nbytes) if run_ahead is None else run_ahead
         self._machines = Machines(reduce, together)
         self._pace = Pace(bytes_ahead(nbytes, self._largest(units)) if run_ahead is None else run_ahead)
-        keep_bytes = {None: bytes_of_kept_logits(nbytes), True: 2**62, False: 0}[keep_logits]
-        self._head = self._find_head(keep_bytes, block_rows)
+        self._head = self._find_head(nbytes, keep_logits, block_rows)
         embeddings = self._find_embeddings()
         self.shards = Shards(group, self._updates, self._weights, together) if group else None
         if group and clip_layer_norm is not None:
@@ -298,7 +297,7 @@ class StreamedStep:
 
     # What is where
 
-    def _find_head(self, keep_bytes, block_rows):
+    def _find_head(self, nbytes, keep_logits, block_rows):
         if self._loss is not None:
             self.notes.append("the loss is the caller's own: logits and the head's gradient are whole")
             return None
@@ -316,7 +315,7 @@ class StreamedStep:
             table = self._table(f"{path}.weight", head.module)
             if table is None:
                 self.notes.append(f"{path}.weight is not trained by Ember: its gradient is whole")
-        return StreamedHead(head, path, table, self._pace, keep_bytes, block_rows)
+        return StreamedHead(head, path, table, self._pace, nbytes, keep_logits, block_rows)
 
     def _find_embeddings(self):
         """The embeddings whose rows are stepped as they are looked up, by path."""

@@ -34,7 +34,7 @@ class EmberTable:
         self._pace = pace
         self._written, self._bytes = [], 0
         self._ember = updates.leaf(path)
-        self._new_rows = mx.compile(self._new_rows_of)
+        self._stepped = mx.compile(self.stepped)
         if self._ember.rounding == "stochastic" and self.weight.dtype in DROPPED_BITS:
             for dtype in (self.weight.dtype, mx.float32):
                 kernels.usable(kernels.rounding, self.weight.dtype, dtype)  # tried now: a step traces it
@@ -61,31 +61,36 @@ class EmberTable:
         """Whether rows without a gradient change too."""
         return self._ember.state["weight_decay"].item() != 0
 
-    def new_rows(self, rows: slice | mx.array, weight: mx.array, gradient: mx.array) -> mx.array:
+    def new_rows(self, rows: slice | mx.array, gradient: mx.array) -> mx.array:
         """Those rows after the step.
 
         Args:
             rows (slice or array): Which.
-            weight, gradient (array): Theirs, (n, D).
+            gradient (array): Theirs, (n, D).
         """
-        keys = None if self._keys is None else (self._keys[0][rows], self._keys[1])
-        return self._new_rows(weight, gradient, self._a[rows], self._b, keys, *self._numbers)
+        return self._stepped(gradient, *self.read_by(rows))
 
-    def _new_rows_of(self, weight, gradient, a, b, keys, learning_rate, weight_decay, finite):
+    def read_by(self, rows: slice | mx.array) -> tuple:
+        """What :meth:`stepped` reads of those rows beside their gradient."""
+        keys = None if self._keys is None else (self._keys[0][rows], self._keys[1])
+        return self.weight[rows], self._a[rows], self._b, keys, *self._numbers
+
+    def stepped(self, gradient, weight, a, b, keys, learning_rate, weight_decay, finite) -> mx.array:
+        """Some rows after the step, as a function of all that it reads, which may be part of a compiled one."""
         new = self._ember.update_block(weight, gradient, a, b, learning_rate, weight_decay, keys)
         return mx.where(finite, new, weight)
 
-    def write(self, rows: slice | mx.array, new: mx.array, room: int = 0) -> None:
+    def write(self, rows: slice | mx.array, new: mx.array, room: int | None = None) -> None:
         """Put rows into the table, at the latest at :meth:`flush`. The caller holds no view of it any more.
 
         Args:
             rows, new: Which, and what they become.
-            room: Bytes that the caller has let go of meanwhile: so many more may wait.
+            room: Bytes of rows that may wait, by default a quarter of what a GPU is run ahead.
         """
         self._pace.in_turn(new)
         self._written.append((rows, new))
         self._bytes += new.nbytes
-        if self._bytes >= self._pace.ahead // 4 + room:
+        if self._bytes >= (self._pace.ahead // 4 if room is None else room):
             self.flush()
 
     def flush(self) -> None:

@@ -1,0 +1,113 @@
+"""How a head is cut on a GPU, into few large blocks, and on a CPU. Here a CPU is run ahead, as a GPU is."""
+
+import gc
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+from streaming_spy import randomized
+from tiny_models import tiny_llama
+
+from ember_mlx import Ember, PairedOptimizer
+from ember_mlx.shared import sizes_in_memory
+from ember_mlx.shared.sizes_in_memory import blocks_of_a_head, bytes_of_kept_logits
+from ember_mlx.streaming import StreamedStep
+
+SHAPES = {  # vocabulary, features, bytes of all weights in 16 bits
+    "SmolLM2-135M": (49152, 576, 270e6),
+    "Qwen3-0.6B": (151936, 1024, 1504e6),
+    "Llama-3.2-1B": (128256, 2048, 2.47e9),
+    "Qwen3-8B": (151936, 4096, 16.4e9),
+}
+VOCABULARY, HIDDEN = 4000, 64
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tokens", [16, 512, 1024, 4096])
+def test_blocks_on_a_gpu_are_as_large_as_their_share_of_the_weights(shape, tokens):
+    vocabulary, features, weights = shape
+    few = blocks_of_a_head(vocabulary, features, 2, tokens, weights, True)
+    many = blocks_of_a_head(vocabulary, features, 2, tokens, weights, False)
+    scratch = min(weights / 8, 2**29)
+    in_step = few.stepped * (12 * tokens + 4 * features) + few.waiting
+    more = 128 * (12 * tokens + 4 * features)  # rows are a multiple of 128
+    assert few.rows == many.rows or few.rows * 12 * tokens <= scratch + more
+    assert few.stepped == many.stepped or in_step <= scratch + more
+    assert many.stepped <= few.stepped <= few.rows <= vocabulary / 4 + 128
+    assert few.rows % 128 == few.stepped % 128 == 0
+
+
+def test_a_cpu_has_36_blocks_and_keeps_logits_and_long_batches_are_cut_alike_anywhere():
+    for vocabulary, features, weights in SHAPES.values():
+        rows, stepped, waiting = blocks_of_a_head(vocabulary, features, 2, 512, weights, False)
+        assert rows == stepped
+        assert 35 <= -(-vocabulary // rows) <= 36
+        assert waiting == 0
+        assert bytes_of_kept_logits(weights, False) == weights // 8
+        assert bytes_of_kept_logits(weights, True) == 0
+    vocabulary, features, weights = SHAPES["Qwen3-0.6B"]
+    here, there = (blocks_of_a_head(vocabulary, features, 2, 4 * 1024, weights, on_a_gpu) for on_a_gpu in (False, True))
+    assert here[:2] == there[:2] == (4096, 4096)
+
+
+def trained(ahead, tokens=9, tied=False, keep_logits=None, note=None, **options):
+    """The weights after a step, and the step."""
+    model = randomized(tiny_llama(tied=tied, vocabulary=VOCABULARY, hidden=HIDDEN)).train()
+    optimizer = PairedOptimizer(model, tables=Ember(1e-2, weight_decay=0.1), rest=optim.SGD(0.1))
+    step = StreamedStep(model, optimizer, keep_logits=keep_logits, **options)
+    step._pace.ahead = ahead
+    step.on_phase = note
+    step(mx.random.randint(0, VOCABULARY, (2, tokens), key=mx.random.key(3)))
+    return dict(tree_flatten(model.parameters())), step
+
+
+@pytest.fixture
+def _eager():
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("_eager")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tokens", "keep_logits"), [(9, None), (41, None), (9, True)])
+def test_large_blocks_take_the_same_step(tokens, tied, keep_logits, monkeypatch):
+    monkeypatch.setattr(sizes_in_memory, "SHARE_THAT_WAITS", 2)  # so that rows of several blocks wait
+    expected, on_a_cpu = trained(0, tokens, tied)
+    weights, on_a_gpu = trained(2**20, tokens, tied, keep_logits)
+    assert on_a_cpu._head._read == on_a_cpu._head.blocks
+    of_large, of_small = len(on_a_gpu._head._read), len(on_a_gpu._head.blocks)
+    assert of_large == of_small if keep_logits else of_large <= of_small / 2
+    for name, array in expected.items():
+        assert mx.allclose(weights[name], array, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.usefixtures("_eager")
+@pytest.mark.parametrize("tied", [False, True])
+def test_machines_that_are_run_ahead_agree_with_one(tied):
+    """Both have the same batch, so that the mean of two is that of one."""
+    expected, _ = trained(0, tied=tied)
+    weights, _ = trained(2**20, tied=tied, reduce=lambda array: array + array)
+    for name, array in expected.items():
+        assert mx.allclose(weights[name], array, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("tokens", "tied"), [(9, False), (33, False), (33, True)])
+def test_the_scratch_of_a_head_is_what_is_counted(tokens, tied):
+    """Also below and above half the features, where other statistics are taken."""
+    phases, before = {}, {}
+
+    def note(phase):
+        phases[phase] = mx.get_peak_memory() - before.get("active", 0)
+        before["active"] = mx.get_active_memory()
+        mx.reset_peak_memory()
+
+    gc.collect()
+    mx.clear_cache()
+    weights, _ = trained(2**20, tokens, tied, note=note)
+    n, nbytes = 2 * (tokens - 1), sum(array.nbytes for array in weights.values())
+    sizes = blocks_of_a_head(VOCABULARY, HIDDEN, 4, n, nbytes, True)
+    read = sizes.rows * (12 * n + 4 * HIDDEN * (n > HIDDEN // 2))
+    counted = max(read, sizes.stepped * (12 * n + 8 * HIDDEN) + sizes.waiting)
+    assert 0.5 * counted < max(phases[phase] for phase in ("loss", "embedding" if tied else "head")) <= counted
