@@ -32,7 +32,7 @@ THREADGROUPS = 128  # of a large matrix
 STEP_OF_THREADS = 128  # what the number of threads is a multiple of
 ROWS = 32  # of those that are read twice, at a time
 # 512 threads have 128 registers each, and some are for indices.
-REGISTERS, MOST_UNDER_WAY, MOST_AHEAD = 84, 8, 4
+REGISTERS, MOST_UNDER_WAY, MOST_AHEAD = 96, 8, 4
 BANDS_AT_ONCE = 4  # that a thread of the second kernel reads
 
 

@@ -44,7 +44,7 @@ LAYOUT = """
     const int height = turned ? g_shape[2] : g_shape[1], columns = turned ? g_shape[1] : g_shape[2];
     const int band = turned ? sizes[1] : sizes[0], bands = (height + band - 1) / band;
     const bool first_stage = sizes[4] != 0, last_stage = sizes[5] != 0;
-    const int64_t line = sizes[3];
+    const uint32_t line = sizes[3];
     const float least = eps[0];
 """
 
@@ -52,22 +52,21 @@ LAYOUT = """
 IN_REGISTERS = """
         AsItIs<T, VECTOR> x[AHEAD][AT_ONCE][N] = {};
         float weight[N][VECTOR], sums[N][VECTOR] = {};
-        bool has[N];
+        // Only of the last vectors of a row some threads have none.
+        const bool has_last = ((N - 1) * THREADS + thread_index) * VECTOR < columns;
         auto row_ahead = g + corner + thread_index * VECTOR;
-        #pragma unroll
-        for (int k = 0; k < N; k++) has[k] = (k * THREADS + thread_index) * VECTOR < columns;
         #pragma unroll
         for (int l = 0; l < AHEAD * AT_ONCE; l++, row_ahead += row_step) {
             #pragma unroll
             for (int k = 0; k < N; k++)
-                if (l < rows && has[k])
+                if (l < rows && (k < N - 1 || has_last))
                     x[l / AT_ONCE][l % AT_ONCE][k] = read_as_it_is<VECTOR, T>(row_ahead + k * THREADS * VECTOR);
         }
         #pragma unroll
         for (int k = 0; k < N; k++) {
             #pragma unroll
             for (int v = 0; v < VECTOR; v++) weight[k][v] = 1;
-            if (!first_stage && has[k])
+            if (!first_stage && (k < N - 1 || has_last))
                 read_together<VECTOR>(columns_before + line_at + (k * THREADS + thread_index) * VECTOR, weight[k]);
         }
         int side = 0;
@@ -114,7 +113,7 @@ IN_REGISTERS = """
                         }
                         // The row that takes its place is under way while the next ones are summed.
                         x[s][l][k] = {};
-                        if (i + l + AHEAD * AT_ONCE < rows && has[k])
+                        if (i + l + AHEAD * AT_ONCE < rows && (k < N - 1 || has_last))
                             x[s][l][k] = read_as_it_is<VECTOR, T>(row_ahead + k * THREADS * VECTOR);
                     }
                 }
@@ -122,7 +121,7 @@ IN_REGISTERS = """
         }
         #pragma unroll
         for (int k = 0; k < N; k++)
-            if (!last_stage && has[k])
+            if (!last_stage && (k < N - 1 || has_last))
                 write_together<VECTOR, float>(column_sums + sums_at + (k * THREADS + thread_index) * VECTOR, sums[k]);
 """
 
@@ -134,7 +133,7 @@ READ_TWICE = """
                 const float before = first_stage ? 1.0f : rows_before[line_at + top + start + i];
                 float sum = 0;
                 if (norms && together) {
-                    #pragma unroll 4
+                    #pragma unroll 2
                     for (int j = lane * VECTOR; j < columns; j += SIMDGROUP * VECTOR) {
                         float x[VECTOR], weight[VECTOR];
                         #pragma unroll
@@ -162,7 +161,7 @@ READ_TWICE = """
             for (int j = thread_index * VECTOR; j < columns && !last_stage; j += THREADS * VECTOR) {
                 float sums[VECTOR] = {};
                 if (together) {
-                    #pragma unroll 8
+                    #pragma unroll 4
                     for (int i = 0; i < here; i++) {
                         float x[VECTOR];
                         read_together<VECTOR>(g + begin + i * row_step + j, x);
@@ -193,16 +192,17 @@ SOURCE = f"""
     {LAYOUT}
     const int64_t row_step = turned ? g_strides[2] : g_strides[1], column_step = turned ? g_strides[1] : g_strides[2];
     const uint32_t group = threadgroup_position_in_grid.x, of_matrix = sizes[2];
-    const int64_t matrix = group / of_matrix, line_at = matrix * line;
+    const uint32_t matrix = group / of_matrix, line_at = matrix * line;  // there are fewer than 2^32 factors
     const int number = group % of_matrix, top = number * band;
     const int rows = height - top < band ? height - top : band;
-    const int64_t corner = matrix * g_strides[0] + top * row_step, sums_at = (matrix * bands + number) * columns;
+    const int64_t corner = matrix * g_strides[0] + top * row_step;
+    const int64_t sums_at = (static_cast<int64_t>(matrix) * bands + number) * columns;
     const float wanted = sqrt(static_cast<float>(columns));
     const bool norms = turned ? !first_stage : !last_stage;
     // What the last stage writes are the factors of rows and of columns, as they are called outside.
     auto rows_to = last_stage && turned ? column_sums : new_rows;
     auto columns_to = turned ? new_rows : column_sums;
-    const int64_t rows_at = (last_stage ? matrix * height : line_at) + top;
+    const uint32_t rows_at = (last_stage ? matrix * height : line_at) + top;
     threadgroup float row_sums[2][MOST_AT_ONCE][SIMDGROUPS], factors[ROWS];
 
     if (last_stage)
