@@ -27,7 +27,7 @@ def with_kernels(emulated, monkeypatch):
 
     A fault is planted where its text is. Matrices of a few rows have several bands, and threadgroups few threads.
     """
-    small = {"SHARE_OF_SMALL": 8, "ROWS": 4, "MOST_THREADS": 64, "STEP_OF_THREADS": 32, "THREADGROUPS": 8}
+    small = {"SHARE_OF_SMALL": 8, "ROWS": 4, "MOST_THREADS": 64, "STEP_OF_THREADS": 64, "THREADGROUPS": 8}
     for name, value in small.items():
         monkeypatch.setattr(sinkhorn, name, value)
 
