@@ -182,8 +182,9 @@ def train_model(
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
     workers = Workers.join()
     of = made_of(model, train_set, valid_set, workers.size)
-    for name, shown in CONTENTS.items():  # one by one: other rows have other tokens
-        workers.agree({shown: of[name]})
+    contents = {"--add-tokens": choices.added_tokens} | {shown: of[name] for name, shown in CONTENTS.items()}
+    for name, fact in contents.items():  # one by one: other rows have other tokens
+        workers.agree({name: fact})
     with workers.one_outcome():
         _set_what_trains(args, choices, model)
         if args.shard_tables:

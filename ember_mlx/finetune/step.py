@@ -28,7 +28,6 @@ from ember_mlx.optimizers.guarded import (
     squares_of,
 )
 from ember_mlx.optimizers.paired import PairedOptimizer
-from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, joined
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["Step", "evaluate_paced"]
@@ -203,7 +202,6 @@ def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], to
     head = [array for path, array in outside if path not in lookups]
     embeddings = [array for path, array in outside if path in lookups]
     width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
-    layers = _joined(layers, WIDEST_AT_ONCE, lambda group: tokens * max(max(array.shape, default=1) for array in group))
     return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
@@ -219,13 +217,7 @@ def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx
         if name not in owners:
             owner = next((path for path in owners if f".{path}." in name), None)
             (rest if owner is None else owners[owner]).append(array)
-    groups = [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
-    return _joined(groups, LARGEST_AT_ONCE, lambda group: sum(array.nbytes for array in group))
-
-
-def _joined(groups, most, size):
-    """Neighbours together on a GPU; a CPU gains nothing by it."""
-    return groups if mx.default_device().type == mx.DeviceType.cpu else joined(groups, most, size)
+    return [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
 
 
 def _by_layer(named):

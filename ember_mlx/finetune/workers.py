@@ -61,15 +61,19 @@ class Workers:
             try:
                 mx.distributed.init()
             except RuntimeError as error:
-                raise InputError(f"MLX_RANK={rank}: the other workers cannot be reached: {error}") from error
+                raise InputError(
+                    f"MLX_RANK={rank}: MLX cannot connect the workers ({error}); start all of them, each with an "
+                    f"address in numbers in the hosts' file; entry {rank}, counted from 0, must be this machine's"
+                ) from error
             finally:
                 signal.alarm(0)
                 signal.signal(signal.SIGALRM, before)
         world = mx.distributed.init()
         if announced > world.size():
+            named = ", ".join(f"{name}={value}" for name, value in _announcing().items())
             raise InputError(
-                f"MLX_RANK={os.environ.get('MLX_RANK')}: at least {announced} workers are announced, but MLX connects "
-                f"{world.size()}: each would train alone; check the --backend and --hostfile of mlx.launch"
+                f"{named}: at least {announced} workers are announced, but MLX connects {world.size()}: each "
+                "would train alone; check the --backend and --hostfile of mlx.launch, or for one alone unset these"
             )
         _JOINED.add(True)
         return cls(world.rank(), world.size())
@@ -251,14 +255,37 @@ def announced_workers() -> int:
     """How many workers the environment promises at least, as ``mlx.launch`` sets it; 1 without it.
 
     Raises:
-        InputError: for variables that cannot be read.
+        InputError: for a variable that cannot be read.
     """
-    try:
-        rank = int(os.environ.get("MLX_RANK", 0))
-        size = int(os.environ.get("MLX_WORLD_SIZE", 1))
-        files = [os.environ[name] for name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES") if os.environ.get(name)]
-        return max(rank + 1, size, *(len(json.loads(Path(file).read_text())) for file in files), 1)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"MLX_RANK, MLX_WORLD_SIZE or MLX_HOSTFILE cannot be read ({error}); use mlx.launch"
-        ) from error
+    announced = [1]
+    for name, value in _announcing().items():
+        try:
+            announced.append(ANNOUNCES[name](value))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{name}={value}: cannot be read ({error}); mlx.launch sets it for two workers or more; "
+                "one alone starts without mlx.launch"
+            ) from error
+    return max(announced)
+
+
+def _announcing():
+    """The environment's variables that tell of other workers."""
+    return {name: os.environ[name] for name in ANNOUNCES if os.environ.get(name)}
+
+
+def _hosts_of_file(path):
+    hosts = json.loads(Path(path).read_text())
+    are_lists = isinstance(hosts, list) and all(isinstance(each, list | str) for each in hosts)
+    if not are_lists or not all(isinstance(address, str) for each in hosts for address in each):
+        form = '[["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
+        raise ValueError(f'MLX reads {form} from it; a file with "ssh" is for --hostfile of mlx.launch')
+    return len(hosts)
+
+
+ANNOUNCES = {  # what mlx.launch sets -> the number of workers that it tells of
+    "MLX_RANK": lambda rank: int(rank) + 1,
+    "MLX_WORLD_SIZE": int,
+    "MLX_HOSTFILE": _hosts_of_file,
+    "MLX_IBV_DEVICES": lambda path: len(json.loads(Path(path).read_text())),
+}

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-__all__ = ["ROWS", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
+__all__ = ["ROWS", "SUM_OVER_LANES", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
 
 AT_ONCE = 8  # rows whose sums are shuffled together: a power of two, up to 32
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits

@@ -7,7 +7,6 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.network import average, part_of
 from ember_mlx.planner.optimizer_state import state_of
-from ember_mlx.shared.sizes_in_memory import LARGEST_AT_ONCE, WIDEST_AT_ONCE, joined
 
 __all__ = ["judge", "rounded", "stepped", "update"]
 
@@ -45,9 +44,6 @@ def judge(graph: Graph) -> None:
         sums.append(graph.make(alike, 1, FLOAT32))
     norm = graph.make(sums, 1, FLOAT32)
     layers, outside = _by_layer({name: [name] for name in order})
-    layers = _joined(
-        graph, layers, WIDEST_AT_ONCE, lambda names: graph.tokens * max(max(graph.shapes[n]) for n in names)
-    )
     looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
     groups = [[n for n in outside if n not in looked_up], *layers, [n for n in outside if n in looked_up]]
     graph.evaluate(graph.losses, 0)
@@ -65,7 +61,7 @@ def update(graph: Graph) -> None:
         graph.results += new[name]
     layers, outside = _by_layer(new)
     groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
-    _paced(graph, _joined(graph, groups, LARGEST_AT_ONCE, lambda group: sum(x.numbers * x.width for x in group)))
+    _paced(graph, groups)
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
 
 
@@ -79,10 +75,6 @@ def _by_layer(named):
         else:
             outside[name] = arrays
     return [layers[number] for number in sorted(layers, reverse=True)], outside
-
-
-def _joined(graph, groups, most, size):
-    return groups if graph.backend == "cpu" else joined(groups, most, size)
 
 
 def _paced(graph, groups):

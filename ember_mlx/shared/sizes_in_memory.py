@@ -1,23 +1,14 @@
 """How much of a step is in memory at a time: training and the planner, which needs no MLX, ask here."""
 
-from collections.abc import Callable
-
 __all__ = [
     "CHUNKED_LOGITS",
-    "LARGEST_AT_ONCE",
     "TARGETS_AT_ONCE",
-    "WIDEST_AT_ONCE",
     "bytes_ahead",
     "bytes_of_kept_logits",
-    "joined",
     "rows_of_a_block",
 ]
 
 CHUNKED_LOGITS = 2**23  # of --chunked-loss, tokens times words; an array of them is 34 MB in float32
-
-# Of an ordinary step, what a GPU is handed between two waits, each of which takes the host as long as many operations:
-LARGEST_AT_ONCE = 2**28  # bytes of new weights and state
-WIDEST_AT_ONCE = 2**23  # elements: tokens times the widest weight of each layer
 
 # Of a streamed step:
 LEAST_AHEAD, SHARE_AHEAD = 2**25, 64
@@ -25,19 +16,6 @@ SHARE_OF_LOGITS = 8
 BLOCKS, BLOCKS_ON_A_GPU = 36, 18  # there each costs launches and a wait
 LOGITS_AT_ONCE = 2**24  # or more blocks, of so many logits
 TARGETS_AT_ONCE = 256  # tokens; each meets the rows of all the others' targets
-
-
-def joined(groups: list[list], most: int, size: Callable[[list], int]) -> list[list]:
-    """Neighbouring groups as one, as long as their sizes come to at most ``most``; empty ones are left out."""
-    together, total = [], most
-    for group in filter(None, groups):
-        total += size(group)
-        if total <= most:
-            together[-1] += group
-        else:
-            together.append(list(group))
-            total = size(group)
-    return together
 
 
 def bytes_ahead(weights: float, layer: float = float("inf")) -> float:

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/full_fine_tune_picture.py
 
-It reads `two_checkouts_h100.json` and `streaming_peaks_h100.json` in results/, and writes
+It reads `two_checkouts_b40a75c_h200.json` and `streaming_h200.json` in results/, and writes
 peak_of_a_full_fine_tune_light.svg and _dark.svg beside them. All are of one kind of machine, or it ends.
 """
 
@@ -14,22 +14,22 @@ from training_memory_pictures import COLOURS, save, style
 RESULTS = Path(__file__).parent / "results"
 ORDINARY, STREAMED = "qwen3-0.6b/untied/full/1x512", "qwen3-0.6b/1x512"
 WAYS = (  # the file, the way to the row in it, the label, the colour
-    ("two_checkouts", (f"{ORDINARY}/ember", "before"), "mlx-lm's loop: Ember, AdamW on the rest", "theirs"),
-    ("two_checkouts", (f"{ORDINARY}/adamw", "after"), "train: AdamW on all weights", "theirs"),
-    ("two_checkouts", (f"{ORDINARY}/ember", "after"), "train: Ember, AdamW on the rest", "ours"),
-    ("streaming_peaks", (f"{STREAMED}/adamw/streamed",), "train --stream: Ember, AdamW on the rest", "ours"),
-    ("streaming_peaks", (f"{STREAMED}/stateless/streamed",), "train --stream: Ember, SinkGD on the rest", "ours"),
+    ("two_checkouts_b40a75c", (f"{ORDINARY}/ember", "before"), "mlx-lm's loop: Ember, AdamW on the rest", "theirs"),
+    ("two_checkouts_b40a75c", (f"{ORDINARY}/adamw", "after"), "train: AdamW on all weights", "theirs"),
+    ("two_checkouts_b40a75c", (f"{ORDINARY}/ember", "after"), "train: Ember, AdamW on the rest", "ours"),
+    ("streaming", (f"{STREAMED}/adamw/streamed",), "train --stream: Ember, AdamW on the rest", "ours"),
+    ("streaming", (f"{STREAMED}/stateless/streamed",), "train --stream: Ember, SinkGD on the rest", "ours"),
 )
 
 
 def main():
-    reports = {name: json.loads((RESULTS / f"{name}_h100.json").read_text()) for name, *_ in WAYS}
+    reports = {name: json.loads((RESULTS / f"{name}_h200.json").read_text()) for name, *_ in WAYS}
     machines = {(of["machine"]["device"], of["machine"]["versions"]["mlx"]) for of in reports.values()}
     if len(machines) != 1:
         raise SystemExit(f"the results are of several machines: {sorted(machines)}")
     ((device, version),) = machines
     peaks = [_of(reports[name]["rows"], way)["peak_memory"] / 1e9 for name, way, *_ in WAYS]
-    weights = reports["streaming_peaks"]["rows"][f"{STREAMED}/stateless/streamed"]["bytes"]["weights"] / 1e9
+    weights = reports["streaming"]["rows"][f"{STREAMED}/stateless/streamed"]["bytes"]["weights"] / 1e9
     import matplotlib
 
     matplotlib.use("svg")

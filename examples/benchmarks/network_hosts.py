@@ -16,10 +16,14 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 150  # seconds, of every wait here
 # The command line, with a pause in each step, so that there is a time to disturb it, and at its end the sum of all
 # weights that train.
-TRAIN = """import sys, time
-from ember_mlx import cli
-from ember_mlx.finetune import run, step
-from ember_mlx.finetune.resume import weights_checksum
+TRAIN = """import signal, sys, time
+for number in (signal.SIGINT, signal.SIGHUP):  # which a shell's "&" and nohup let a process ignore
+    signal.signal(number, signal.SIG_DFL)
+from ember_mlx.shared.replacing import torch_hidden
+with torch_hidden():
+    from ember_mlx import cli
+    from ember_mlx.finetune import run, step
+    from ember_mlx.finetune.resume import weights_checksum
 train, take = run.train_model, step.Step.__call__
 def train_model(args, choices, model, *rest):
     result = train(args, choices, model, *rest)
@@ -38,10 +42,13 @@ cli.main()"""
 
 
 class Hosts:
-    """So many namespaces around one that routes between them; ``folders`` has each one's own."""
+    """So many namespaces around one that routes between them; ``folders`` has each one's own.
 
-    def __init__(self, count, folder):
-        self.count = count
+    ``patience`` times as long is waited for a run: more than 1 on a machine with much else to do.
+    """
+
+    def __init__(self, count, folder, patience=1):
+        self.count, self.patience = count, patience
         self.names = [f"ember{os.getpid()}h{rank}" for rank in range(count)]
         self.switch = f"ember{os.getpid()}s"
         self.folders = [folder / f"host{rank}" for rank in range(count)]
@@ -92,29 +99,29 @@ class Hosts:
 
 
 class Run:
-    """One run on all hosts, started; ``words`` may differ from host to host."""
+    """One run on all hosts, started; ``own`` has further words for a host, by its rank."""
 
-    def __init__(self, hosts, words, ranks=None):
+    def __init__(self, hosts, words, own=None):
+        self.folders, self.patience = hosts.folders, hosts.patience
         addresses = [[f"{hosts.address(rank)}:{29_500 + random.randrange(2000)}"] for rank in range(hosts.count)]
         self.began, self.processes = time.monotonic(), {}
-        for rank in ranks or range(hosts.count):
-            folder = hosts.folders[rank]
+        for rank, folder in enumerate(hosts.folders):
             (folder / "hosts.json").write_text(json.dumps(addresses))
-            own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json"), "PYTHONPATH": str(ROOT)}
-            own |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            known = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json"), "PYTHONPATH": str(ROOT)}
+            known |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            words_here = [*words, *(own or {}).get(rank, [])]
             with open(folder / "said", "w") as said:
                 self.processes[rank] = subprocess.Popen(
-                    ["ip", "netns", "exec", hosts.names[rank], sys.executable, "-c", TRAIN, "train", *map(str, words)],
-                    cwd=folder, env=os.environ | own , stdout=said, stderr=said,
+                    ["ip", "netns", "exec", hosts.names[rank], sys.executable, "-c", TRAIN, "train", *words_here],
+                    cwd=folder, env=os.environ | known, stdout=said, stderr=said,
                 )  # fmt: skip
-        self.folders = hosts.folders
 
     def said(self, rank):
         return (self.folders[rank] / "said").read_text()
 
     def wait_for_step(self, step):
         """Until the first host has taken it."""
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + LIMIT * self.patience
         while not re.search(rf"^step {step}$", self.said(0), re.MULTILINE):
             if time.monotonic() > end or self.processes[0].poll() is not None:
                 raise AssertionError(f"step {step} was never reached: {self.said(0)[-500:]}")
@@ -129,7 +136,7 @@ class Run:
 
     def finish(self, within=LIMIT):
         """Exit codes by rank, and seconds until the last; AssertionError for one that is not gone in time."""
-        start = time.monotonic()
+        start, within = time.monotonic(), within * self.patience
         try:
             for rank, process in self.processes.items():
                 try:

@@ -8,7 +8,7 @@ A row is one of `mlx_training_memory.py`. Each checkout measures it with its own
 its own; they take their steps in turn, since the speed of a host changes from minute to minute. Times are medians after
 the warm-up, peaks the highest after the first step; `times` is the median of each round's ratio. Variants are of the
 second checkout, in further processes: `nearest` rounds the body to nearest, `unguarded` has no guard against NaN,
-`plainest` is both, and `layer-by-layer` waits at each layer. On a CPU say `--smoke`.
+and `plainest` is both. On a CPU say `--smoke`.
 """
 
 import argparse
@@ -21,13 +21,7 @@ from pathlib import Path
 from benchmarking import at_least_one, in_fresh_process, machine, write
 
 WARM_UP = 3
-LAYER_BY_LAYER = "import ember_mlx.finetune.step as step; step.LARGEST_AT_ONCE = step.WIDEST_AT_ONCE = 0"
-VARIANTS = {  # the end of the row's name, and what is run beforehand
-    "nearest": ("/nearest", ""),
-    "unguarded": ("/unguarded", ""),
-    "plainest": ("/nearest/unguarded", ""),
-    "layer-by-layer": ("", LAYER_BY_LAYER),
-}
+VARIANTS = {"nearest": "/nearest", "unguarded": "/unguarded", "plainest": "/nearest/unguarded"}  # the row's end
 # Run in a checkout: wherever a step begins, tell how long the last took and its peak, then wait for leave to go on.
 TAKING_TURNS = """
 import json, sys, time
@@ -48,17 +42,16 @@ def next_step():
     began = time.perf_counter()
 
 mx.reset_peak_memory = next_step
-exec(sys.argv[3])
 mlx_training_memory.measure(sys.argv[1], 0, 10**6, sys.argv[2] == "smoke")
 """
 
 
 class Checkout:
-    """A process that measures ``row`` in that checkout, a step at a time; ``first`` is run in it before."""
+    """A process that measures ``row`` in that checkout, a step at a time."""
 
-    def __init__(self, folder: Path, row: str, smoke: bool, first: str = ""):
+    def __init__(self, folder: Path, row: str, smoke: bool):
         self.folder = folder
-        words = [sys.executable, "-c", TAKING_TURNS, row, "smoke" if smoke else "whole", first]
+        words = [sys.executable, "-c", TAKING_TURNS, row, "smoke" if smoke else "whole"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         self.process = subprocess.Popen(words, cwd=folder, **pipes)
         self.steps = []
@@ -105,8 +98,7 @@ def main():
     for row in args.rows:
         checkouts = {name: Checkout(getattr(args, name), row, args.smoke) for name in ("before", "after")}
         for name in args.variants:
-            end, first = VARIANTS[name]
-            checkouts[name] = Checkout(args.after, row + end, args.smoke, first)
+            checkouts[name] = Checkout(args.after, row + VARIANTS[name], args.smoke)
         for checkout in checkouts.values():
             checkout.begin()
         for _ in range(WARM_UP + args.steps):

@@ -35,8 +35,8 @@ def prepared(folder):
 class Host:
     """This host's share of the parts; each part is a process of its own, that joins the one of the other host."""
 
-    def __init__(self, folder):
-        self.rank, self.folder = int(os.environ["MLX_RANK"]), folder
+    def __init__(self, folder, limit):
+        self.rank, self.folder, self.limit = int(os.environ["MLX_RANK"]), folder, limit
         self.exit_codes, self.alone = {}, {}
 
     def run(self, name, part, alone=False, **settings):
@@ -46,7 +46,7 @@ class Host:
         process = Processes([*words, *(f"{key}={value}" for key, value in settings.items())], own, self.folder / name)
         start = time.monotonic()
         try:
-            [code], _ = process.finish(LIMIT)
+            [code], _ = process.finish(self.limit)
         except AssertionError:
             code = "none within the limit"
         self.exit_codes[name] = code if isinstance(code, str) else as_shell(code)
@@ -113,11 +113,11 @@ def backend():
     return "jaccl" if os.environ.get("MLX_IBV_DEVICES") else "ring"
 
 
-def supervise():
+def supervise(limit):
     """One host's process of mlx.launch: it starts the parts, and prints what its host has to tell."""
     with tempfile.TemporaryDirectory() as folder:
         in_fresh_process(prepared, Path(folder))
-        here, host = in_fresh_process(machine), Host(Path(folder))
+        here, host = in_fresh_process(machine), Host(Path(folder), limit)
         parts = host.parts()
     lines = [f"host {host.rank}: {json.dumps(here)}", f"host {host.rank}: exit codes {json.dumps(host.exit_codes)}"]
     lines += [f"{verdict:5}  {name}: {seen}" for name, (verdict, seen) in parts.items()]
@@ -126,14 +126,14 @@ def supervise():
     return all(verdict != "FAILS" for verdict, _ in parts.values())
 
 
-def loopback():
+def loopback(limit):
     """Both hosts on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
         both = [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(2)]
-        processes = Processes([__file__], both, Path(folder))
-        codes, _ = processes.finish(6 * LIMIT)
+        processes = Processes([__file__, "--limit", limit], both, Path(folder))
+        codes, _ = processes.finish(6 * limit)
         print("".join(processes.said(rank) for rank in range(2)), end="")
     return not any(codes)
 
@@ -141,12 +141,13 @@ def loopback():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loopback", action="store_true", help="both on this machine, over the ring")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of a part; more on a machine that is busy")
     args = parser.parse_args()
     if args.loopback:
-        sys.exit(not loopback())
+        sys.exit(not loopback(args.limit))
     if not os.environ.get("MLX_RANK"):
         parser.error("start it by mlx.launch on two hosts, or say --loopback")
-    sys.exit(not supervise())
+    sys.exit(not supervise(args.limit))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ember_mlx.demo import MODEL
-from ember_mlx.finetune import options, run, step
-from ember_mlx.finetune.resume import weights_checksum
-from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.finetune.workers import Workers, average_by_dtype
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.replacing import replaced
+from ember_mlx.shared.replacing import replaced, torch_hidden
+
+with torch_hidden():
+    from mlx_lm.tuner.callbacks import TrainingCallback
+
+    from ember_mlx.demo import MODEL
+    from ember_mlx.finetune import options, run, step
+    from ember_mlx.finetune.resume import weights_checksum
+    from ember_mlx.finetune.watchers import Watcher
+    from ember_mlx.finetune.workers import Workers, average_by_dtype
 
 BEGUN = time.perf_counter()
 BATCH, ITERS = 4, 20

@@ -29,9 +29,7 @@ def test_a_cut_cable_ends_both_hosts_and_nothing_is_saved_after_it(monkeypatch):
 
     monkeypatch.setattr(machines, "TIMEOUT", 2)
     monkeypatch.setattr(network_hosts, "TRAIN", network_hosts.TRAIN.replace("sleep(0.1)", "sleep(0.02)"))
-    # transformers would import PyTorch, for two seconds a host
-    monkeypatch.setattr(network_hosts, "TRAIN", "import sys; sys.modules['torch'] = None\n" + network_hosts.TRAIN)
-    with machines.prepared(2) as hosts:
+    with machines.prepared(2, patience=2) as hosts:
         campaign = machines.Campaign(hosts, 0)
         run = network_hosts.Run(hosts, campaign.words(1000))  # of steps that never end
         run.wait_for_step(12)  # the limit is 20 mean steps, if that is more, and the first is slow

@@ -17,7 +17,7 @@ from tiny_models import HIDDEN
 
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
-from ember_mlx.finetune.workers import Workers
+from ember_mlx.finetune.workers import Workers, announced_workers
 from ember_mlx.planner import plan
 from ember_mlx.planner.inputs import read_inputs
 from ember_mlx.shared.errors import InputError
@@ -113,15 +113,18 @@ def test_what_the_workers_do_not_agree_on_is_named(found):
         "--seed": r"the 2 workers do not have the same --seed \(worker 1 against worker 0\)",
         "--iters": "do not have the same --iters",
         "--batch-size": "do not have the same --batch-size",
+        "--add-tokens": "do not have the same --add-tokens",
         "another row": r"do not have the same rows \(--data\)",
         "other weights": r"do not have the same weights \(--model\)",
         "another version": "do not have the same version: ember-mlx",
         "no sum_scatter": "--shard-optimizer: this backend of MLX has no sum_scatter",
         "no options": "worker 1: --config .*: no such file",
         "no data": "worker 1: --data .*: this file does not exist",
+        "no model": "worker 1: model .*none: no such folder here",
         "a full disk": "--adapter-path .*: 1.00 kB are free there",
         "a disk that fills": r"--adapter-path .*: what was trained could not be saved: .* \(No space left on device\)",
         "a folder that is taken": "--adapter-path .*: already holds another run",
+        "a folder that is locked": "--adapter-path .*: another run is writing there",
         "a damaged checkpoint": "--resume .*: weights.safetensors is damaged",
     }.items(),
 )
@@ -131,6 +134,19 @@ def test_what_is_wrong_on_one_worker_ends_all_with_one_line(found, fault, line):
     assert (code, other) == (2, [2, []])
     assert len(lines) == 1
     assert re.match(f"ember-mlx train: error: .*{line}", lines[0])
+
+
+def test_a_nan_of_one_worker_is_one_for_all(found):
+    """In a step it leaves the step out, or stops the run; a validation loss is NaN for all. Nothing is told twice."""
+    ours, other = (each["nan"] for each in found)
+    assert ours["checksums"] == other["checksums"]
+    assert ours["left out"] == other["left out"]
+    assert 2 in ours["left out"]
+    assert ours["validated"] == other["validated"] == ["nan"] * len(ours["validated"])
+    assert (ours["stopped"][0], other["stopped"]) == (2, [2, []])
+    assert len(ours["stopped"][1]) == 1
+    assert re.match("ember-mlx train: error: step [12]: a NaN", ours["stopped"][1][0])
+    assert [(each["reports"], each["logs"]) for each in (ours, other)] == [(1, True), (0, False)]
 
 
 def test_averages_by_dtype_are_mlxs_own_in_one_call_a_dtype(found):
@@ -168,6 +184,29 @@ def test_a_group_of_one_where_several_were_announced_is_refused(monkeypatch, var
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"at least 2 workers are announced, but MLX connects 1"):
         Workers.join(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("MLX_RANK", "x", r"MLX_RANK=x: cannot be read"),
+        ("MLX_WORLD_SIZE", "two", "MLX_WORLD_SIZE=two: cannot be read"),
+        ("MLX_HOSTFILE", None, r"hosts\.json: cannot be read \(.*No such file"),
+        ("MLX_HOSTFILE", "", "one alone starts without mlx.launch"),  # mlx.launch -n 1
+        ("MLX_HOSTFILE", '[{"ssh": "a", "ips": ["10.0.0.1"]}]', "is for --hostfile of mlx.launch"),
+        ("MLX_HOSTFILE", "[[1], [2]]", "MLX reads"),
+        ("MLX_IBV_DEVICES", "7", "MLX_IBV_DEVICES=.* cannot be read"),
+    ],
+)
+def test_what_announces_workers_and_cannot_be_read_is_named(monkeypatch, tmp_path, name, text, message):
+    value, path = text, tmp_path / "hosts.json"
+    if name in ("MLX_HOSTFILE", "MLX_IBV_DEVICES"):
+        value = str(path)
+        if text is not None:
+            path.write_text(text)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        announced_workers()
 
 
 class Alone:

@@ -28,8 +28,10 @@ from ember_mlx.shared.replacing import replaced, torch_hidden
 with torch_hidden():
     from ember_mlx import cli
     from ember_mlx.finetune import options, resume, step, workers
+    from ember_mlx.finetune import run as run_module
     from ember_mlx.finetune.adapter_saving import Saver
     from ember_mlx.finetune.batches import TrainingBatches
+    from ember_mlx.finetune.folder_lock import FolderLock
     from ember_mlx.finetune.resume import weights_checksum
     from ember_mlx.finetune.run import run
     from ember_mlx.finetune.step import Step
@@ -106,16 +108,21 @@ def arrays_from_leader(here):
 
 
 class Remembers(Watcher):
-    """Keeps the model, the optimizer, and the collectives between steps, by step."""
+    """Keeps the model, the optimizer, validation losses, steps left out, and the collectives between steps."""
 
     def __init__(self):
         self.met, self._calls = {}, []
+        self.validated, self.left_out = [], []
 
     def before_step(self, step, batch):
         self.met[step - 1], self._calls = self._calls, []
 
     def after_step(self, step, result):
         self._calls = []
+        self.left_out += [step] * result.nonfinite
+
+    def after_validation(self, step, value):
+        self.validated.append(str(value))
 
     @contextmanager
     def counting(self):
@@ -181,6 +188,47 @@ def command(words):
         return error.code
 
 
+@contextmanager
+def spoiled():
+    """Within, the second batch and every validation loss of this worker are NaN, where there is anything to learn."""
+    draw, choose = TrainingBatches.draw, run_module.choose_loss
+
+    def draw_nan(self):
+        tokens, learned, share, rows = draw(self)
+        return tokens, learned, share * (mx.nan if self.step == 2 else 1), rows
+
+    def choose_nan(args, model):
+        loss = choose(args, model)
+
+        def nan_when_evaluated(model, *batch):
+            value, count = loss(model, *batch)
+            return value * (1 if model.training else mx.nan), count
+
+        return nan_when_evaluated
+
+    with replaced(TrainingBatches, "draw", draw_nan), replaced(run_module, "choose_loss", choose_nan):
+        yield
+
+
+def with_nan(own, words, rank):
+    """Of a run in which worker 1 meets NaNs: what is left out and saved, how often reports begin, and how it stops."""
+    words, watcher, reports = [*words, "--iters", "3", "--seed", "3"], Remembers(), []
+    reporting = replaced(run_module, "get_reporting_callbacks", lambda *_, **__: reports.append(1))
+    with spoiled() if rank == 1 else nullcontext():
+        with reporting:
+            checksums = trained(own / "nan", [*words, "--log-jsonl", own / "log.jsonl"], watcher)
+        stopped = lines_of([*words, "--on-nonfinite", "stop", "--adapter-path", own / "nan_stops"])
+    told = {"checksums": checksums, "left out": watcher.left_out, "validated": watcher.validated, "stopped": stopped}
+    return told | {"reports": len(reports), "logs": (own / "log.jsonl").exists()}
+
+
+def lines_of(words):
+    """The exit code of ``ember-mlx train``, and its lines of errors."""
+    with redirect_stderr(io.StringIO()) as told:
+        code = command(words)
+    return [code, [line for line in told.getvalue().splitlines() if "error" in line or "Traceback" in line]]
+
+
 def disturbed(folder, words, rank, step, happens):
     """The exit code of a run in which ``happens()`` on the worker of this rank as it draws ``step``."""
     draw = TrainingBatches.draw
@@ -206,6 +254,7 @@ def refused(own, words, rank):
         weights = bytearray(changed.read_bytes())
         weights[-3] ^= 1
         changed.write_bytes(weights)
+        (own / "tokens.txt").write_text("<note>\n")
     else:
         shutil.copytree(own / "at_once", own / "damaged")
         newest = own / "damaged" / "checkpoints" / "step-0000006" / "weights.safetensors"
@@ -216,24 +265,35 @@ def refused(own, words, rank):
         "--seed": (1, ["--seed", "2"], None),
         "--iters": (1, ["--iters", "7"], None),
         "--batch-size": (1, ["--batch-size", "4"], None),
+        "--add-tokens": (1, ["--add-tokens", own / "tokens.txt"], None),
         "another row": (1, ["--data", own / "data"], None),
         "other weights": (1, ["--model", own / "model"], None),
         "another version": (1, [], replaced(resume, "version", lambda name: "9")),
         "no sum_scatter": (None, ["--stream", "--shard-optimizer"], None),
         "no options": (1, ["--config", own / "none.yaml"], None),
         "no data": (1, ["--data", own / "none" / "rows.jsonl"], None),
+        "no model": (1, ["--model", own / "none"], None),
         "a full disk": (0, [], replaced(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))),
         "a disk that fills": (0, [], replaced(Saver, "save", raising(full))),
         "a folder that is taken": (0, ["--adapter-path", own / "at_once"], None),
+        "a folder that is locked": (0, [], locked(own / "a folder that is locked")),
         "a damaged checkpoint": (0, ["--resume", own / "damaged" / "checkpoints" / "step-0000006"], None),
     }.items():
         words_here = [*words, "--adapter-path", own / name, *(more if whose in (rank, None) else [])]
         if name == "a damaged checkpoint" and rank != whose:
             words_here += ["--resume", "elsewhere"]
-        with redirect_stderr(io.StringIO()) as told, fault if fault and rank == whose else nullcontext():
-            code = command(words_here)
-        found[name] = [code, [line for line in told.getvalue().splitlines() if "error" in line or "Traceback" in line]]
+        with fault if fault and rank == whose else nullcontext():
+            found[name] = lines_of(words_here)
     return found
+
+
+@contextmanager
+def locked(folder):
+    """Within, another run writes there."""
+    folder.mkdir(parents=True)
+    with FolderLock(folder) as lock:
+        lock.take(make=True)
+        yield
 
 
 def raising(error):
@@ -285,6 +345,7 @@ def main():
         found["accumulated"] = [accumulated(own / "rows", words)]
         with replaced(step, "_looked_up_by_tokens", lambda model: {}):
             found["accumulated"].append(accumulated(own / "all_rows", words))
+        found["nan"] = with_nan(own, words, here.rank)
     checkpoint = own / "at_once" / "checkpoints" / "step-0000004"  # on rank 0 alone
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
