@@ -31,8 +31,9 @@ SHARE, SHARE_OF_SMALL, SMALL = 32, 64, 2**25
 THREADGROUPS = 128  # of a large matrix
 STEP_OF_THREADS = 128  # what the number of threads is a multiple of
 ROWS = 32  # of those that are read twice, at a time
-# 512 threads have 128 registers each, and some are for indices.
-REGISTERS, MOST_UNDER_WAY, MOST_AHEAD = 96, 8, 4
+# 512 threads have 128 registers each, and indices take over 40. Two rows are worth it that a few of those go to memory.
+REGISTERS, MOST_REGISTERS = 84, 96
+MOST_UNDER_WAY, MOST_AHEAD = 8, 4  # rows
 BANDS_AT_ONCE = 4  # that a thread of the second kernel reads
 
 
@@ -113,10 +114,10 @@ def launch(g: mx.array, last: bool = False) -> dict[str, Any]:
 
 def in_registers(vectors: int, vector: int) -> tuple[int, int, int]:
     """Vectors of a row that a thread has in registers, rows ahead and rows at once; 0 for rows that are too wide."""
-    # Beside the factors and sums of its columns, which are float32.
-    under_way = min(MOST_UNDER_WAY, (REGISTERS - 2 * vectors * vector) // (4 * vectors))
-    if under_way < 2:
+    of_columns, of_row = 2 * vectors * vector, vectors * BYTES_AT_ONCE // 4  # their factors and sums are float32
+    if of_columns + 2 * of_row > MOST_REGISTERS:
         return 0, 1, 1
+    under_way = max(2, min(MOST_UNDER_WAY, (REGISTERS - of_columns) // of_row))
     ahead = min(MOST_AHEAD, under_way)
     return vectors, ahead, 2 ** int(math.log2(under_way // ahead))
 

@@ -96,7 +96,9 @@ def test_a_gradient_may_lie_in_memory_in_any_way(with_kernels, passes):
         assert_right(g, sinkhorn.factors(g, passes, EPS), passes)
 
 
-@pytest.mark.parametrize(("constant", "value"), [("REGISTERS", 0), ("MOST_AHEAD", 3), ("MOST_UNDER_WAY", 4)], ids=str)
+@pytest.mark.parametrize(
+    ("constant", "value"), [("MOST_REGISTERS", 0), ("MOST_AHEAD", 3), ("MOST_UNDER_WAY", 4)], ids=str
+)
 def test_rows_too_wide_for_registers_are_read_twice_and_others_in_any_cut(with_kernels, monkeypatch, constant, value):
     monkeypatch.setattr(sinkhorn, constant, value)
     with_kernels("cuda")
