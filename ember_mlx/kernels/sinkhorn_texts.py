@@ -31,6 +31,19 @@ FUNCTION float weighted_squares(thread const float* x, thread const float* weigh
     return sum;
 }
 
+// As many as a GPU reads and writes at once: more would have to begin at multiples of 32 bytes.
+template <int N, typename Pointer>
+FUNCTION void read_floats(Pointer from, thread float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v += 4) read_together<4>(from + v, x + v);
+}
+
+template <int N, typename Pointer>
+FUNCTION void write_floats(Pointer to, thread const float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v += 4) write_together<4, float>(to + v, x + v);
+}
+
 FUNCTION float new_factor(float before, float sum_of_squares, float wanted, float eps) {
     const float norm = square_root(sum_of_squares);
     return norm == 0 ? 0.0f : quotient(before * wanted, before * norm + eps);
@@ -67,7 +80,7 @@ IN_REGISTERS = """
             #pragma unroll
             for (int v = 0; v < VECTOR; v++) weight[k][v] = 1;
             if (!first_stage && (k < N - 1 || has_last))
-                read_together<VECTOR>(columns_before + line_at + (k * THREADS + thread_index) * VECTOR, weight[k]);
+                read_floats<VECTOR>(columns_before + line_at + (k * THREADS + thread_index) * VECTOR, weight[k]);
         }
         int side = 0;
         for (int start = 0; start < rows; start += AHEAD * AT_ONCE) {
@@ -122,7 +135,7 @@ IN_REGISTERS = """
         #pragma unroll
         for (int k = 0; k < N; k++)
             if (!last_stage && (k < N - 1 || has_last))
-                write_together<VECTOR, float>(column_sums + sums_at + (k * THREADS + thread_index) * VECTOR, sums[k]);
+                write_floats<VECTOR>(column_sums + sums_at + (k * THREADS + thread_index) * VECTOR, sums[k]);
 """
 
 READ_TWICE = """
@@ -139,7 +152,7 @@ READ_TWICE = """
                         #pragma unroll
                         for (int v = 0; v < VECTOR; v++) weight[v] = 1;
                         read_together<VECTOR>(g + begin + i * row_step + j, x);
-                        if (!first_stage) read_together<VECTOR>(columns_before + line_at + j, weight);
+                        if (!first_stage) read_floats<VECTOR>(columns_before + line_at + j, weight);
                         sum += weighted_squares<VECTOR>(x, weight);
                     }
                 } else if (norms) {
@@ -215,7 +228,7 @@ SOURCE = f"""
     }}
     // Decided once: several reads are then under way before the first is waited for.
     const bool together = column_step == 1 && columns % VECTOR == 0 && row_step % VECTOR == 0
-        && g_strides[0] % VECTOR == 0 && aligned<VECTOR>(g) && (first_stage || aligned<VECTOR>(columns_before));
+        && g_strides[0] % VECTOR == 0 && aligned<VECTOR>(g) && (first_stage || aligned<4>(columns_before));
     if (together && VECTORS > 0 && (!turned || ALIKE)) {{
         constexpr int N = VECTORS > 0 ? VECTORS : 1, AHEAD = ROWS_AHEAD, AT_ONCE = ROWS_AT_ONCE;
         {IN_REGISTERS}
