@@ -38,7 +38,6 @@ CUTS = {
     SINKHORN: {
         "package": {},
         "32 rows": {"SHARE": 16, "SHARE_OF_SMALL": 16},
-        "64 rows": {"SHARE_OF_SMALL": 32},
         "128 rows": {"SHARE": 64},
         "4 ahead": {"REGISTERS": 96},
         "2 ahead, 2 at once": {"REGISTERS": 96, "MOST_AHEAD": 2, "MOST_UNDER_WAY": 4},
