@@ -25,8 +25,8 @@ from ember_mlx.kernels.sinkhorn_texts import COLUMNS, CUDA_THREADS, TEXT
 
 __all__ = ["COLUMNS", "ROWS", "TEXT", "Layout", "differences", "factors", "launch", "launch_columns"]
 
-# A band has so many rows that the sums of its columns are such a share of its bytes, or more. Kernels of small matrices
-# run side by side, so that few threadgroups are enough for each.
+# A band has so many rows that the sums of its columns are 1 / SHARE of its bytes at most. Kernels of small matrices, of
+# fewer bytes than SMALL, run side by side: few threadgroups are enough for each.
 SHARE, SHARE_OF_SMALL, SMALL = 32, 64, 2**25
 THREADGROUPS = 128  # of a large matrix
 STEP_OF_THREADS = 128  # what the number of threads is a multiple of
