@@ -120,3 +120,15 @@ def test_the_guard_is_measured_beside_none_in_one_process(tmp_path):
     assert list(kinds) == ["off", "stop", "skip", "clip", "mlx-lm"]
     assert all(of["seconds"] > 0 and of["peak_memory"] > 0 for of in kinds.values())
     assert kinds["off"]["peak_over_off"] == 1
+
+
+def test_the_kernels_are_planned_checked_and_timed_without_a_gpu_too(tmp_path):
+    out = tmp_path / "kernels.json"
+    only = ["SinkGD rounded", "FlashAdamW bf16"]
+    run("kernel_times.py", "--smoke", "--out", out, "--samples", 1, "--only-package", "--only", *only)
+    rows = json.loads(out.read_text())["rows"]
+    assert all(row["check"]["right"] and row["milliseconds"] > 0 for row in rows)
+    of = {(row["name"], row["dtype"]): row["milliseconds"] for row in rows}
+    rounded = next(row for row in rows if row["name"] == "SinkGD rounded, 96x32, transposed")
+    assert rounded["of_adamw"] == round(rounded["milliseconds"] / of["AdamW rounded, 96x32, transposed", "bfloat16"], 3)
+    assert {"AdamW", "FlashAdamW bf16+int8", "SinkGD rounded"} <= {name for name, _ in of}

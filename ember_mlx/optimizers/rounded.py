@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
-from ember_mlx.optimizers import adam_kernel
+from ember_mlx.optimizers import adam_kernel, sinkgd_kernel
 from ember_mlx.optimizers.ember import update_table
 from ember_mlx.optimizers.in_float32 import adam_moments
+from ember_mlx.optimizers.sinkgd import SinkGD, sinkhorn_factors
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["StochasticRounding", "as_rows", "round_step"]
@@ -85,7 +86,11 @@ class StochasticRounding(Optimizer):
         for dtype in {array.dtype for _, array in tree_flatten(parameters)} & set(DROPPED_BITS):
             moments = mx.bfloat16 if dtype == mx.bfloat16 else mx.float32
             kernels.usable(kernels.weight_rounding, dtype)  # tried now: a first step may be one that MLX traces
-            kernels.usable(adam_kernel, dtype, dtype, moments)
+            if type(self.optimizer) is SinkGD:
+                kernels.usable(kernels.sinkhorn, dtype)
+                kernels.usable(sinkgd_kernel, dtype, dtype)
+            else:
+                kernels.usable(adam_kernel, dtype, dtype, moments)
         # In float16 a second moment below 6e-8 is 0, and so is Adam's eps: see in_float32.py.
         float16_as_wide = tree_map(lambda w: w.astype(mx.float32) if w.dtype == mx.float16 else w, parameters)
         self.optimizer.init(float16_as_wide)
@@ -107,6 +112,9 @@ class StochasticRounding(Optimizer):
             arrays = parameter, gradient, state["m"], state["v"]
             new, state["m"], state["v"] = self._step_adam(*arrays, seed, t)
             return new
+        is_sinkgd = type(self.optimizer) is SinkGD and "m" not in state  # its vectors have AdamW's
+        if is_sinkgd and kernels.usable(sinkgd_kernel, parameter.dtype, gradient.dtype):
+            return self._step_sinkgd(parameter, gradient, seed, t)
         wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
         new = self.optimizer.apply_single(_wide(gradient), _wide(parameter), wide)
         for name, value in wide.items():
@@ -129,6 +137,15 @@ class StochasticRounding(Optimizer):
         moments = {"m": _wide(m[None]), "v": _wide(v[None])}
         new = type(optimizer).apply_single(optimizer, _wide(g[None]), _wide(w[None]), moments)
         return round_step(w[None], new, seed, t).squeeze(0), *adam_moments(g, m, v, optimizer.betas, mx.float32)
+
+    def _step_sinkgd(self, w, g, seed, t):
+        """The new matrix or matrices, (..., m, n), by a kernel on a GPU."""
+        optimizer, flat = self.optimizer, lambda x, axes: x.reshape(-1, *x.shape[x.ndim - axes :])
+        a, b = sinkhorn_factors(g, optimizer.passes, optimizer.eps)
+        rate = optimizer.learning_rate.astype(mx.float32)
+        rates = {"learning_rate": rate, "decay": 1 - rate * optimizer.weight_decay_of(w)}
+        arrays = flat(w, 2), flat(g, 2), flat(a, 1), flat(b, 1), seed, t
+        return sinkgd_kernel.update_matrix(*arrays, **rates).reshape(w.shape)
 
     @property
     def state(self) -> dict[str, Any]:

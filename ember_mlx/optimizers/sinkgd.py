@@ -58,8 +58,11 @@ def sinkhorn_factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx
 
     A row or column of zeros, or of squares that float32 rounds to zero, has the factor 0: it stands still.
     """
+    if kernels.usable(kernels.sinkhorn, g.dtype):
+        a, b = kernels.sinkhorn.factors(g.reshape(-1, *g.shape[-2:]), passes, eps)
+        return a.reshape(g.shape[:-1]), b.reshape(*g.shape[:-2], g.shape[-1])
     a, b = mx.ones(g.shape[:-1], mx.float32), mx.ones((*g.shape[:-2], g.shape[-1]), mx.float32)
-    one_pass = (pass_by_kernel if kernels.usable(kernels.sinkhorn, g.dtype) else pass_by_products)(g, eps)
+    one_pass = pass_by_products(g, eps)
     for _ in range(passes):
         a, b = one_pass(a, b)
     return a, b
@@ -81,18 +84,6 @@ def pass_by_products(g: mx.array, eps: float) -> Pass:
             new_a.append(rescaled(a[..., rows], row_norms, n, eps))
             sums = sums + (mx.square(new_a[-1])[..., None, :] @ squares)[..., 0, :]
         return mx.concatenate(new_a, axis=-1), rescaled(b, mx.sqrt(sums), m, eps)
-
-    return one_pass
-
-
-def pass_by_kernel(g: mx.array, eps: float) -> Pass:
-    """The same, in one reading of ``g`` and without a copy."""
-    matrices = g if g.ndim == 3 else g.reshape(-1, *g.shape[-2:])
-
-    def one_pass(a, b):
-        flat = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-        a_new, b_new = kernels.sinkhorn.one_pass(matrices, *flat, eps)
-        return a_new.reshape(a.shape), b_new.reshape(b.shape)
 
     return one_pass
 

@@ -98,7 +98,8 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
     rounds = run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32
-    if rounds and optimizer in ("adam", "adamw") and graph.backend != "cpu":  # one kernel, and new memory for all three
+    by_kernel = optimizer in ("adam", "adamw") or (optimizer == "sinkgd" and len(shape) > 1)
+    if rounds and by_kernel and graph.backend != "cpu":  # one kernel, and new memory for the weight and its state
         new, *state = graph.several([w, gradient, *kept], [(array.numbers, array.width) for array in (w, *kept)])
     else:
         new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)

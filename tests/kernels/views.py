@@ -47,6 +47,10 @@ class Laid:
     def itemsize(self):
         return self.bits.itemsize
 
+    @property
+    def size(self):
+        return self.bits.size
+
     def __getitem__(self, key):
         return Laid(self.bits[key], self.dtype)
 
