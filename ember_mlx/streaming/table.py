@@ -70,13 +70,31 @@ class EmberTable:
         """
         return self._stepped(gradient, *self.read_by(rows))
 
-    def read_by(self, rows: slice | mx.array) -> tuple:
+    def read_by(self, rows: slice | mx.array) -> tuple[mx.array | tuple[mx.array, mx.array] | None, ...]:
         """What :meth:`stepped` reads of those rows beside their gradient."""
         keys = None if self._keys is None else (self._keys[0][rows], self._keys[1])
         return self.weight[rows], self._a[rows], self._b, keys, *self._numbers
 
-    def stepped(self, gradient, weight, a, b, keys, learning_rate, weight_decay, finite) -> mx.array:
-        """Some rows after the step, as a function of all that it reads, which may be part of a compiled one."""
+    def stepped(
+        self,
+        gradient: mx.array,
+        weight: mx.array,
+        a: mx.array,
+        b: mx.array,
+        keys: tuple[mx.array, mx.array] | None,
+        learning_rate: mx.array,
+        weight_decay: mx.array,
+        finite: mx.array,
+    ) -> mx.array:
+        """Some rows after the step, as a function of all that it reads, which may be part of a compiled one.
+
+        Args:
+            gradient, weight (array): Theirs, (n, D).
+            a, b (array): Factors of these rows and of the columns, (n,) and (D,).
+            keys (tuple of array, optional): Of the random bits by which they are rounded.
+            learning_rate, weight_decay (array): Scalars.
+            finite (array): Whether the step is taken at all, a scalar bool.
+        """
         new = self._ember.update_block(weight, gradient, a, b, learning_rate, weight_decay, keys)
         return mx.where(finite, new, weight)
 
