@@ -90,13 +90,16 @@ def main(arguments: list[str]) -> int:
         if args.verbose:  # at once: a run that is cut off has told where its time went
             print(format_ended(timing), file=sys.stderr, flush=True)
 
-    so_far: list[Comparison] = []
+    about = _about(here, not_here, recordings)
+    rows, failures = [], 0  # a comparison is put into words once, not after each job again
 
     def ended(comparisons):
-        so_far.extend(comparisons)
-        if args.json is not None and so_far and (args.json.is_file() or not args.json.exists()):
+        nonlocal failures
+        rows.extend(_json_row(one) for one in comparisons)
+        failures += sum(not one.passed for one in comparisons)
+        if args.json is not None and rows and (args.json.is_file() or not args.json.exists()):
             seconds = time.perf_counter() - start
-            _replace(args.json, _report(so_far, here, not_here, recordings, seconds, timings, unfinished=True))
+            _replace(args.json, _report({"unfinished": True} | about, rows, failures, seconds, timings))
 
     comparisons = list(
         processes.run(
@@ -115,7 +118,7 @@ def main(arguments: list[str]) -> int:
     seconds = time.perf_counter() - start
     if not comparisons:
         raise InputError("nothing is left to compare: no chosen implementation does the chosen streams in --dtype")
-    failed = not all(comparison.passed for comparison in comparisons)
+    failed = sum(not one.passed for one in comparisons)
     parts = [format_table(comparisons)] if args.verbose else [format_summary(comparisons), SUMMARY_LEGEND]
     parts += [f"Failed:\n\n{format_failures(comparisons)}"] if failed else []
     parts += [LEGEND] if failed or args.verbose else []
@@ -123,7 +126,7 @@ def main(arguments: list[str]) -> int:
     print(*parts, "", sep="\n\n", end="")
     print(_closing(comparisons, here, not_here, recordings, seconds))
     if args.json is not None:
-        _replace(args.json, _report(comparisons, here, not_here, recordings, seconds, timings))
+        _replace(args.json, _report(about, map(_json_row, comparisons), failed, seconds, timings))
     return 1 if failed else 0
 
 
@@ -259,30 +262,28 @@ def _replace(path, text):
     beside.replace(path)
 
 
-def _report(comparisons, here, not_here, recordings, seconds, timings, *, unfinished=False):
-    """Everything as JSON, one comparison or job a line; ``unfinished`` marks what is of some jobs only."""
-    about = (
-        ({"unfinished": True} if unfinished else {})
-        | environment()
-        | {
-            "seed": suite.SEED,
-            "learning_rate": suite.LEARNING_RATE,
-            "weight_decay": suite.WEIGHT_DECAY,
-            "seconds": round(seconds, 1),
-            "run_here": [one.name for one in here],
-            "not_here": {one.name: one.missing for one in not_here},
-            "recordings": [{"name": one.name} | one.about for one in recordings],
-            "failed": sum(not one.passed for one in comparisons),
-        }
-    )
+def _about(here, not_here, recordings):
+    """What all reports of a run say of it."""
+    return environment() | {
+        "seed": suite.SEED,
+        "learning_rate": suite.LEARNING_RATE,
+        "weight_decay": suite.WEIGHT_DECAY,
+        "run_here": [one.name for one in here],
+        "not_here": {one.name: one.missing for one in not_here},
+        "recordings": [{"name": one.name} | one.about for one in recordings],
+    }
+
+
+def _report(about, rows, failures, seconds, timings):
+    """Everything as JSON, one comparison or job a line; ``unfinished`` in ``about`` marks what is of some jobs only."""
+    about = about | {"seconds": round(seconds, 1), "failed": failures}
     jobs = ",\n  ".join(json.dumps(_json_numbers(one)) for one in _longest_first(timings))
-    rows = ",\n  ".join(json.dumps(_json_row(one)) for one in comparisons)
-    lists = f' "jobs": [\n  {jobs}\n ],\n "comparisons": [\n  {rows}\n ]'
+    lists = ' "jobs": [\n  ' + jobs + '\n ],\n "comparisons": [\n  ' + ",\n  ".join(rows) + "\n ]"
     return f"{json.dumps(about, indent=1)[:-2]},\n{lists}\n}}\n"
 
 
 def _json_row(one):
-    return _json_numbers(one) | {"passed": one.passed}
+    return json.dumps(_json_numbers(one) | {"passed": one.passed})
 
 
 def _json_numbers(one):
