@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import precompiled_header
 import processes
@@ -30,6 +31,12 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
+# Every save waits until it is on the disk, some thousands of them; in memory none does. A container has little of it.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_configure(config):
