@@ -54,6 +54,11 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.products.parent, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """In the order of their names the last files are short, but for one, beside which a worker would be idle."""
+    items.sort(key=lambda item: item.path.name != "test_token_tables.py")
+
+
 @pytest.fixture(scope="module")
 def eager():
     """For modules whose subject is not the compiled step: on a CPU, g++ builds each fused kernel, and there are many.
