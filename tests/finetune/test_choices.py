@@ -83,6 +83,7 @@ def test_the_default_number_of_layers_is_mlx_lms():
     assert CONFIG_DEFAULTS["num_layers"] == DEFAULT_LAYERS
 
 
+@pytest.mark.usefixtures("eager")
 def test_options_are_never_written_to(parse, tmp_path):
     args = parse("--fine-tune-type", "full")
     before = copy.deepcopy(vars(args))
