@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
         assumptions=inputs.assumptions,
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
-        recommendations=recommendations(model, run, backend, planned),
+        recommendations=recommendations(model, run, backend, planned, memory),
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",
         memory=memory,
