@@ -338,6 +338,10 @@ def check_adapter_folder(args: Options) -> None:
         raise InputError(f"--adapter-path {folder}: {parent} is no folder that can be written to; give another path")
     saved = checkpoints.in_folder(folder)
     if _resumes_in_place(args):
+        if args.overwrite:
+            raise InputError(
+                f"--overwrite: --resume continues the run in --adapter-path {folder}; leave one of them out"
+            )
         if not saved:
             raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
     elif (adapter_saving.run_files(folder) or saved) and not args.overwrite:
