@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
     workers = announced_workers() if own.workers is None else own.workers
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
+    if own.link is not None and workers == 1:
+        raise InputError(f"--link {own.link}: no effect: it is for several hosts; add --workers N, or leave it out")
     backend = own.backend or machine.backend()
     memory, source = machine.limited(args, *machine.memory(own.memory, backend))
     inputs = with_rows_of_data(args, read_inputs(args, workers), usual_rows="max_seq_length" not in own.given)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from ember_mlx.finetune.optimizer_names import canonical, settings
+from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 
@@ -120,7 +121,8 @@ def refuse_idle(
     warnings = {}
     for name, why in idle(options, given).items():
         value = getattr(options, name)
-        shown = (flag(name) if name in flags else name) + ("" if value is True else f" {value}")
+        named = flag(name) if name in flags and name not in SCHEDULES else name
+        shown = named if value is True else f"{named} {value}"
         if name in flags and name not in OBSOLETE and options.train and not own.get(name, "mlx-lm's"):
             raise InputError(f"{shown}: no effect: {why}, or leave it out")
         if name in flags or name in own:  # files of mlx-lm's have every key

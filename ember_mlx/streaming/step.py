@@ -100,8 +100,8 @@ class StreamedStep:
 
     Raises:
         InputError: (a ``ValueError``) for a model that MLX cannot differentiate, an optimizer that needs all gradients
-            at once, clipping by the global norm without ``clip_norm_pass``, and a call inside ``nn.value_and_grad`` or
-            ``mx.compile``.
+            at once, clipping by the global norm without ``clip_norm_pass`` and the reverse, an option that has no
+            effect, and a call inside ``nn.value_and_grad`` or ``mx.compile``.
 
     Example:
         >>> step = StreamedStep(model, PairedOptimizer(model, tables=Ember(1e-4), rest=Adafactor()))
@@ -138,6 +138,13 @@ class StreamedStep:
                 f"StreamedStep(optimizer with clip_grad_norm={self._updates.clip_grad_norm}): the global norm needs a "
                 "backward pass of its own: say clip_norm_pass=True, or clip_layer_norm, which is another rule"
             )
+        if clip_norm_pass and self._updates.clip_grad_norm is None:
+            raise InputError(
+                "StreamedStep(clip_norm_pass=True): no effect: the optimizer has no clip_grad_norm; give it one, as "
+                "PairedOptimizer takes it, or leave clip_norm_pass out"
+            )
+        if group is not None and reduce is None:
+            raise InputError("StreamedStep(group=...): it goes with reduce, the sum over the same machines; give both")
         self._weights = Weights(model)
         key = mx.random.state[0]
         units = find_units(model, lambda: model(some_tokens()))
@@ -147,6 +154,11 @@ class StreamedStep:
         self._machines = Machines(reduce, together)
         self._pace = Pace(bytes_ahead(nbytes, self._largest(units)) if run_ahead is None else run_ahead)
         self._head = self._find_head(nbytes, keep_logits, block_rows)
+        if self._head is None and (keep_logits is not None or block_rows is not None):
+            raise InputError(
+                f"StreamedStep(keep_logits={keep_logits}, block_rows={block_rows}): no effect: {self.notes[-1]}; leave "
+                "them out"
+            )
         embeddings = self._find_embeddings()
         self.shards = Shards(group, self._updates, self._weights, together) if group else None
         if group and clip_layer_norm is not None:
