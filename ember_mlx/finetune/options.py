@@ -19,7 +19,7 @@ from ember_mlx.finetune.mlx_lm_internals import (
     is_size,
     parse_size,
 )
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, check_settings
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, check_settings
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
@@ -246,7 +246,9 @@ def complete(
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
-    for key, value in defaults().items():
+    own = defaults()
+    own["learning_rate"] = RATES.get(canonical(options["optimizer"] or own["optimizer"]), own["learning_rate"])
+    for key, value in own.items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
     args = Options(**options)
