@@ -34,9 +34,9 @@ class Pace:
         self._group += arrays
         self._group_bytes += size
 
-    def takes_together(self, arrays: list[mx.array]) -> bool:
-        """Whether a GPU may start what makes these along with their cotangents: they are few and small."""
-        return 0 < sum(array.nbytes for array in arrays) <= self.ahead // 2
+    def takes_together(self, nbytes: int) -> bool:
+        """Whether a GPU may start what makes so many bytes along with its cotangents: they fit into one group."""
+        return 0 < nbytes <= self.ahead // 2
 
     def start(self) -> None:
         """Start what is together so far; first wait for the oldest under way, until there is room beside the others."""
