@@ -213,17 +213,17 @@ def _timed(implementation, first_steps):
         def made(*settings, **options):
             start = time.perf_counter()
             tables = make(*settings, **options)
-            making, step = time.perf_counter() - start, tables.step
+            making, steps = time.perf_counter() - start, tables.steps
 
-            def first_step(*arguments):
-                del tables.step  # from now on that of its class
+            def timed_steps(*arguments):
+                del tables.steps  # from now on that of its class
                 start = time.perf_counter()
                 try:
-                    return step(*arguments)
+                    return steps(*arguments)
                 finally:
                     first_steps.append(making + time.perf_counter() - start)
 
-            tables.step = first_step
+            tables.steps = timed_steps
             return tables
 
         return made
