@@ -24,8 +24,8 @@ class Phase:
         self.graph = Graph(model, run, backend)
         self.inputs = 0  # kept ones that the graph has not taken
         self._always = always
-        self._ahead = 0 if backend == "cpu" else bytes_ahead(always["weights"])
-        self._together = bytes_ahead(always["weights"]) // 2  # gradients on the wire
+        ahead = bytes_ahead(always["weights"], always["optimizer state"])
+        self._ahead, self._together = 0 if backend == "cpu" else ahead, ahead // 2  # the other: gradients on the wire
         self._done = self._before = 0  # numbers of evaluations
         self._unfinished = []
 
