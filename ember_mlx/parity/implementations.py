@@ -8,7 +8,7 @@ exactly.
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,11 +19,11 @@ from ember_mlx.shared.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Implementation", "Stepped", "Tables", "Weights", "implementations", "listed", "select"]
+__all__ = ["Gradients", "Implementation", "Stepped", "Tables", "Weights", "implementations", "listed", "select"]
 
 
 class Stepped(NamedTuple):
-    """What one step made, in float64: r (V,), c (D,), the step that it took from zeros (V, D), the weights (V, D)."""
+    """What T steps made, float64: r (T, V), c (T, D), what each subtracts from zeros (T, V, D), weights (T, V, D)."""
 
     r: np.ndarray
     c: np.ndarray
@@ -32,10 +32,14 @@ class Stepped(NamedTuple):
 
     @classmethod
     def of(cls, together: np.ndarray, shape: tuple[int, int]) -> "Stepped":
-        """From all float32 numbers in one row: to wait for a GPU once a step, and not for each of them."""
+        """From float32 numbers, a row a step, with the zeros after it: a GPU is waited for once, whatever is read."""
         rows, columns = shape
-        r, c, step, w = np.split(together.astype(np.float64), np.cumsum([rows, columns, rows * columns]))
-        return cls(r, c, step.reshape(shape), w.reshape(shape))
+        ends = np.cumsum([rows, columns, rows * columns])
+        r, c, zeros, w = np.split(together.astype(np.float64), ends, axis=1)
+        return cls(r, c, -zeros.reshape(-1, *shape), w.reshape(-1, *shape))
+
+
+Gradients = Sequence[tuple[np.ndarray, str]]  # of one step after the other, each with its dtype's name
 
 
 class Tables(Protocol):
@@ -44,8 +48,8 @@ class Tables(Protocol):
     def start(self) -> None:
         """Forget all steps."""
 
-    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> Stepped:
-        """One step of both tables; ``weights`` and ``gradient``, (V, D), hold values of their dtypes exactly."""
+    def steps(self, weights: np.ndarray, gradients: Gradients) -> Stepped:
+        """Steps of both tables; ``weights`` and gradients, (V, D) float32, hold values of their dtypes exactly."""
 
     def state(self) -> object:
         """A copy of the optimizer's state."""
@@ -57,11 +61,8 @@ class Tables(Protocol):
 class Weights(Protocol):
     """Two weights of one shape and dtype in an optimizer of the body: the first is zeros at every step."""
 
-    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
-        """One step of both, from nothing on: what it subtracted from zeros, and the new weights, float64."""
-
-    def state(self) -> dict[str, np.ndarray]:
-        """The state of the second, by name."""
+    def steps(self, weights: np.ndarray, gradients: Gradients) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Steps of both: what each subtracts from zeros, the weights after it, float64, and the second's state."""
 
 
 @dataclass(frozen=True)
@@ -148,18 +149,19 @@ class MLXTables:
             self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
             mx.eval(self.zeros, self.optimizer.state)
 
-    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> np.ndarray:
+    def steps(self, weights: np.ndarray, gradients: Gradients) -> Stepped:
         import mlx.core as mx
 
         with mx.stream(self.device):
-            w = mx.array(weights.astype(np.float32)).astype(self.dtype)
-            g = mx.array(gradient).astype(getattr(mx, gradient_dtype))
-            new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
-            state = self.optimizer.state["w"]
-            read = (state["r"], state["c"], -new["zeros"], new["w"])
-            together = mx.concatenate([array.astype(mx.float32).reshape(-1) for array in read])
-            mx.eval(together, self.optimizer.state)
-            return Stepped.of(np.array(together), self.shape)
+            w, made = mx.array(weights).astype(self.dtype), []
+            for gradient, dtype in gradients:
+                g = mx.array(gradient).astype(getattr(mx, dtype))
+                new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
+                w, state = new["w"], self.optimizer.state["w"]
+                read = (state["r"], state["c"], new["zeros"], w)
+                made.append(mx.concatenate([array.astype(mx.float32).reshape(-1) for array in read]))
+                mx.async_eval(made[-1], self.optimizer.state)  # a step at a time: CUDA graphs alike are built once
+            return Stepped.of(np.array(mx.stack(made)), self.shape)
 
     def state(self) -> dict[str, Any]:
         from mlx.utils import tree_map
@@ -196,19 +198,20 @@ class MLXWeights:
             self.optimizer.init({"zeros": self.zeros, "w": self.zeros})
             mx.eval(self.zeros, self.optimizer.state)
 
-    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    def steps(self, weights: np.ndarray, gradients: Gradients) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         import mlx.core as mx
 
         with mx.stream(self.device):
-            w = mx.array(weights).astype(self.dtype)
-            g = mx.array(gradient).astype(getattr(mx, gradient_dtype))
-            new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
-            read = [array.astype(mx.float32) for array in (-new["zeros"], new["w"])]
-            mx.eval(read, self.optimizer.state)
-        return tuple(np.array(array).astype(np.float64) for array in read)
-
-    def state(self) -> dict[str, np.ndarray]:
-        return {name: np.array(array) for name, array in self.optimizer.state["w"].items()}
+            w, made = mx.array(weights).astype(self.dtype), []
+            for gradient, dtype in gradients:
+                g = mx.array(gradient).astype(getattr(mx, dtype))
+                new = self.optimizer.apply_gradients({"zeros": g, "w": g}, {"zeros": self.zeros, "w": w})
+                w, state = new["w"], self.optimizer.state["w"]
+                made.append((new["zeros"].astype(mx.float32), w.astype(mx.float32), *state.values()))
+                mx.async_eval(made[-1], self.optimizer.state)
+            read = [mx.stack(arrays) for arrays in zip(*made, strict=True)]
+            mx.eval(read)
+        return _of_weights(state, map(np.array, read))
 
 
 def _of_mlx():
@@ -265,15 +268,16 @@ class TorchTables:
         for tensor in self._state():
             tensor.zero_()
 
-    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> np.ndarray:
+    def steps(self, weights: np.ndarray, gradients: Gradients) -> Stepped:
         import torch
 
-        _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
-        self.optimizer_step()
-        state = self.optimizer.state[self.w]
-        read = (state["r"], state["c"], -self.zeros.detach(), self.w.detach())
-        together = torch.cat([tensor.to(torch.float32).flatten() for tensor in read])
-        return Stepped.of(together.cpu().numpy(), tuple(self.w.shape))
+        made = []
+        for _ in _give_each(self.zeros, self.w, weights, gradients):
+            self.optimizer_step()
+            state = self.optimizer.state[self.w]
+            read = (state["r"], state["c"], self.zeros.detach(), self.w.detach())
+            made.append(torch.cat([tensor.flatten() for tensor in read]))  # float32, as r and c are
+        return Stepped.of(torch.stack(made).cpu().numpy(), tuple(self.w.shape))
 
     def state(self) -> "list[torch.Tensor]":
         return [tensor.clone() for tensor in self._state()]
@@ -316,30 +320,41 @@ class TorchWeights:
         settings = {"lr": learning_rate, "weight_decay": weight_decay, "implementation": implementation} | options
         self.optimizer = getattr(optimizers, class_name)([self.zeros, self.w], **settings)
 
-    def step(self, weights: np.ndarray, gradient: np.ndarray, gradient_dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    def steps(self, weights: np.ndarray, gradients: Gradients) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         import torch
 
-        _fill_and_give(self.zeros, self.w, weights, gradient, gradient_dtype)
-        self.optimizer.step()
-        read = (-self.zeros.detach(), self.w.detach())
-        return tuple(tensor.to(torch.float64, copy=True).cpu().numpy() for tensor in read)
+        made = []
+        for _ in _give_each(self.zeros, self.w, weights, gradients):
+            self.optimizer.step()
+            state = self.optimizer.state[self.w]
+            read = (self.zeros.detach().float(), self.w.detach().float(), *state.values())
+            made.append([tensor.clone() for tensor in read])
+        return _of_weights(state, (torch.stack(tensors).cpu().numpy() for tensors in zip(*made, strict=True)))
 
-    def state(self) -> dict[str, np.ndarray]:
-        return {name: tensor.cpu().numpy() for name, tensor in self.optimizer.state[self.w].items()}
 
+def _give_each(zeros, w, weights, gradients):
+    """Set ``w``, and before each step set ``zeros`` and give both the gradient in its dtype; all is copied there once.
 
-def _fill_and_give(zeros, w, weights, gradient, gradient_dtype):
-    """Set both parameters, and give them the gradient in its dtype."""
+    Each gradient is a tensor of its own: compiled steps and kernels are made for one that begins where all tensors do.
+    """
     import torch
 
-    g = torch.from_numpy(gradient).to(w.device, getattr(torch, gradient_dtype))
-    with torch.no_grad():
-        w.copy_(torch.from_numpy(weights))
-        zeros.zero_()
-    for table in (w, zeros):
-        table.grad = None
-        table.grad_dtype = g.dtype  # PyTorch wants that of the table unless told otherwise
-        table.grad = g
+    together = torch.from_numpy(np.stack([gradient for gradient, _ in gradients])).to(w.device)
+    w.detach().copy_(torch.from_numpy(weights))
+    for values, (_, dtype) in zip(together, gradients, strict=True):
+        g = values.to(getattr(torch, dtype), copy=True)
+        zeros.detach().zero_()
+        for table in (w, zeros):
+            table.grad = None
+            table.grad_dtype = g.dtype  # PyTorch wants that of the table unless told otherwise
+            table.grad = g
+        yield
+
+
+def _of_weights(names, read):
+    """What `Weights.steps` returns, from the zeros after each step, the weights and the state of those names."""
+    zeros, w, *state = read
+    return -zeros.astype(np.float64), w.astype(np.float64), dict(zip(names, state, strict=True))
 
 
 def _of_torch():

@@ -47,6 +47,11 @@ class Updates:
                 )
         if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
             optimizer.init(model.trainable_parameters())
+        # Of each weight and its state.
+        self.nbytes = {
+            path: sum(array.nbytes for _, array in tree_flatten((weight, self.state(path))))
+            for path, weight in trainable.items()
+        }
         self._leaves = list({id(leaf): leaf for leaf in self._of.values()}.values())
         self._functions = {id(leaf): mx.compile(partial(_applied, leaf)) for leaf in self._leaves}
         self._unread = {id(leaf): _unread(leaf) for leaf in self._leaves}

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +43,63 @@ def run(tmp_path, *arguments, without=()):
         timeout=120,
         check=False,
     )
+
+
+POOL = """
+import sys
+from ember_mlx import cli
+from ember_mlx.parity import processes
+
+if __name__ == "__main__":
+    processes.workers = lambda parts, steps: {count}
+    sys.argv = ["ember-mlx", "parity", *{arguments!r}]
+    cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "count"),
+    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
+    ids=lambda value: str(int(value)),
+)
+def test_a_stopped_run_leaves_what_it_has_in_its_report_and_no_process(tmp_path, number, count):
+    path, script = tmp_path / "report.json", tmp_path / "script.py"
+    arguments = [
+        "--implementation",
+        "mlx cpu",
+        "--optimizer",
+        "SinkGD",
+        "SAGE",
+        "FlashLion",
+        "--json",
+        str(path),
+        "--verbose",
+    ]
+    script.write_text(POOL.format(count=count, arguments=arguments))
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    started = subprocess.Popen(
+        [sys.executable, script], env=env, stderr=subprocess.PIPE, text=True, process_group=0, stdout=subprocess.DEVNULL
+    )
+    for line in started.stderr:
+        if "took" in line:  # a job has ended, so the report follows
+            break
+    while not path.exists():
+        time.sleep(0.01)
+    # Ctrl-C goes to the whole group, and what `kill` sends to one process.
+    os.killpg(started.pid, number) if number == signal.SIGINT else started.terminate()
+    _, errors = started.communicate(timeout=30)
+    assert started.returncode == 128 + number
+    *told, last = errors.splitlines()
+    assert last == "ember-mlx parity: error: interrupted; what was saved before is kept"
+    assert all(" took " in line for line in told)
+    report = json.loads(path.read_text())
+    assert report["unfinished"]
+    assert report["comparisons"]
+    for job in report["jobs"]:
+        with pytest.raises(ProcessLookupError):
+            os.kill(job["process"], 0)
+    assert sorted(tmp_path.glob("report*")) == [path]
 
 
 def test_without_torch_the_rest_is_compared_and_torch_is_not_here(tmp_path):
