@@ -46,11 +46,13 @@ def run(tmp_path, *arguments, without=()):
 
 
 POOL = """
+import signal
 import sys
 from ember_mlx import cli
 from ember_mlx.parity import processes
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts with &
     processes.workers = lambda parts, steps: {count}
     sys.argv = ["ember-mlx", "parity", *{arguments!r}]
     cli.main()
@@ -89,7 +91,7 @@ def test_a_stopped_run_leaves_what_it_has_in_its_report_and_no_process(tmp_path,
     # Ctrl-C goes to the whole group, and what `kill` sends to one process.
     os.killpg(started.pid, number) if number == signal.SIGINT else started.terminate()
     _, errors = started.communicate(timeout=30)
-    assert started.returncode == 128 + number
+    assert started.returncode == 128 + number, errors
     *told, last = errors.splitlines()
     assert last == "ember-mlx parity: error: interrupted; what was saved before is kept"
     assert all(" took " in line for line in told)
