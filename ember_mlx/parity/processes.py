@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 from ember_mlx.parity import body, implementations, suite
 from ember_mlx.parity.implementations import Implementation
@@ -198,8 +198,7 @@ def _start(folder, *settings):
 
 
 def _do(job):
-    (implementation,), _ = implementations.select([job.implementation])
-    return _work.do(implementation, job)
+    return _work.do(implementations.named(job.implementation), job)
 
 
 class _Work:
@@ -207,7 +206,7 @@ class _Work:
 
     def __init__(self, recordings, streams, steps, began):
         self.recordings, self.streams, self.steps, self.began = recordings, streams, steps, began
-        self.expected = lru_cache(len(suite.cases()))(suite.Expected)
+        self.expected = cache(suite.Expected)
 
     def do(self, implementation, job, progress=lambda what: None):
         """The comparisons of a job by optimizer, and its `Timing`."""
