@@ -25,7 +25,7 @@ def test_several_processes_find_what_one_does(monkeypatch):
     assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember, and two kinds of kernels of the body
     assert all(0 < one.first_steps < one.seconds for one in timings)
     assert [line.partition(":")[0] for line in told] == [
-        f"{n + 1} of {len(timings)} jobs done" for n in range(len(told))
+        f"{n + 1} of {len(timings)} jobs done" for n in range(len(timings))
     ]
 
 
