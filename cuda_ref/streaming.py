@@ -97,6 +97,10 @@ class StreamedBackward:
         for p, name in self._names.items():
             check_parameter(name, p, self._side_of)
         self._head = None if loss else self._find_head()
+        if self._head is None and (keep_logits is not None or block_rows is not None):
+            why = self.notes[-1] if self.notes else "the logits are those of the caller's own loss"
+            given = f"keep_logits={keep_logits}, block_rows={block_rows}"
+            raise InputError(f"StreamedBackward({given}): no effect: {why}; leave them out")
         self._embeddings = [] if loss else self._find_embeddings()
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         self._device = next(model.parameters(), torch.empty(0)).device

@@ -1,6 +1,6 @@
 """Which parameters of a PyTorch model are token tables, decided once from its modules and never by running it.
 
-What is read from the modules is here; the rules are those of MLX models, in ``ember_mlx/token_table_rules.py``.
+What is read from the modules is here; the rules are those of MLX models, in ``ember_mlx/shared/token_table_rules.py``.
 """
 
 from itertools import takewhile

@@ -126,7 +126,7 @@ def _norms(g, eps):
     programs = triton.cdiv(rows, rows_per_program)
     sums = torch.empty((len(matrices), programs, columns), dtype=torch.float32, device=g.device)
 
-    def rows_then_columns(a, b):
+    def one_pass(a, b):
         a_new = torch.empty_like(a)
         parts = zip(matrices, *(x.reshape(-1, x.shape[-1]) for x in (a, b, a_new)), sums, strict=True)
         with _device_of(g):
@@ -137,7 +137,7 @@ def _norms(g, eps):
                 )  # fmt: skip
         return a_new, torch.sqrt(sums.sum(dim=1)).reshape(b.shape)
 
-    return rows_then_columns
+    return one_pass
 
 
 def _update_matrix(w, g, a, b, learning_rate, weight_decay):

@@ -19,6 +19,7 @@ PAGES = sorted(
 )
 GUIDES = [ROOT / "README.md", *(ROOT / "ember_mlx").rglob("README.md")]
 LINK = re.compile(r'\]\(([^)\s]+)\)|(?:src|srcset)="([^"]+)"')
+PATH = re.compile(r"(?<![\w./-])(?:ember_mlx|cuda_ref|examples|tests)/[a-z\d_/.-]+\.py\b")
 CODE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -66,6 +67,14 @@ def test_every_relative_link_exists(page):
         assert target.resolve().is_relative_to(ROOT), f"{page}: {link}"
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{page}: {link}"
+
+
+def test_every_file_of_code_that_a_text_names_exists():
+    """In pages, docstrings and comments alike."""
+    texts = [*PAGES, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    named = {(text, name) for text in texts for name in PATH.findall(text.read_text())}
+    assert len(named) > 80
+    assert [f"{text}: {name}" for text, name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 @pages()

@@ -155,24 +155,50 @@ def test_streaming_is_recommended_where_it_pays_and_never_where_it_cannot_be():
     for config in (QWEN, LONG):
         model, run = run_with(config, *ORDINARY)
         planned = plan(model, run, "cuda")
-        first, *_ = recommendations(model, run, "cuda", planned)
+        first, *_ = recommendations(model, run, "cuda", planned, 1)
         assert first.flags == "--stream"
         assert first.peak == planned.peak - first.saves == plan(model, replace(run, stream=True), "cuda").peak
         assert first.time > 1
-    assert recommendations(replace(model, model_type="olmo"), run, "cuda", planned) == []
-    assert recommendations(model, replace(run, optimizer="adam-mini bf16+int8"), "cuda", planned) == []
-    assert recommendations(model, replace(run, optimizer="flash-adamw bf16+int8"), "cuda", planned)
+    assert recommendations(replace(model, model_type="olmo"), run, "cuda", planned, 1) == []
+    assert recommendations(model, replace(run, optimizer="adam-mini bf16+int8"), "cuda", planned, 1) == []
+    assert recommendations(model, replace(run, optimizer="flash-adamw bf16+int8"), "cuda", planned, 1)
 
 
 def test_inputs_are_let_go_of_where_sequences_are_long():
     model, run = run_with(LONG, *FULL, "--stream", length=512)
-    (found,) = recommendations(model, run, "cpu", plan(model, run, "cpu"))
+    (found,) = recommendations(model, run, "cpu", plan(model, run, "cpu"), 1)
     flag, number = found.flags.split()
     assert flag == "--keep-inputs"
     others = [plan(model, replace(run, keep_inputs=keep), "cpu").peak for keep in (1, 2, 12, 24)]
     assert found.peak == plan(model, replace(run, keep_inputs=int(number)), "cpu").peak < min(others)
     model, short = run_with(QWEN, *FULL, "--stream", length=16)
-    assert recommendations(model, short, "cpu", plan(model, short, "cpu")) == []
+    assert recommendations(model, short, "cpu", plan(model, short, "cpu"), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "workers", "by_default"),
+    [
+        ((), 1, False),
+        (("--fine-tune-type", "dora", "--batch-size", "2"), 2, False),
+        (ORDINARY, 1, True),
+        ((*ORDINARY, "--batch-size", "2"), 2, False),
+        ((*ORDINARY, "--clip-grad-norm", "1"), 1, False),
+    ],
+)
+def test_where_there_is_room_streaming_is_recommended_to_those_that_stream_by_default_alone(words, workers, by_default):
+    model = read_architecture(QWEN, "config.json")
+    run = run_of(options.parse(["--batch-size", "1", "--max-seq-length", "129", *words]), model, workers)
+    planned = plan(model, run, "cuda")
+
+    def advised(memory):
+        return [each.flags for each in recommendations(model, run, "cuda", planned, memory)]
+
+    short, tight, roomy = 1, int(planned.peak / 0.95), int(planned.peak / 0.85)
+    assert advised(short)[0] == "--stream"
+    assert advised(tight) == ["--stream"]  # streamed, it has room: nothing on top
+    assert advised(roomy) == (["--stream"] if by_default else [])
+    streamed = plan(model, replace(run, stream=True), "cuda")
+    assert recommendations(model, replace(run, stream=True), "cuda", streamed, streamed.peak * 2) == []
 
 
 def test_a_run_that_does_not_fit_is_told_to_stream():

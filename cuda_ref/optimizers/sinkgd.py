@@ -77,9 +77,9 @@ def sinkhorn_factors(
     """
     m, n = (g.shape[-2] if shards is None else shards.total_rows), g.shape[-1]
     a, b = (torch.ones(*shape, dtype=torch.float32, device=g.device) for shape in (g.shape[:-1], (*g.shape[:-2], n)))
-    rows_then_columns = norms(g, eps)
+    one_pass = norms(g, eps)
     for _ in range(passes):
-        a, column_norms = rows_then_columns(a, b)
+        a, column_norms = one_pass(a, b)
         if shards is not None:
             column_norms = torch.sqrt(shards.sum_over_ranks(torch.square(column_norms)))
         b = rescaled(b, column_norms, m, eps)
@@ -90,12 +90,12 @@ def norms_by_products(g: torch.Tensor, eps: float) -> Norms:
     """(a, b) -> the next a, and the norms of the columns of g times it; two products with g squared, a float32 copy."""
     squares = torch.square(g.to(torch.float32))
 
-    def rows_then_columns(a, b):
+    def one_pass(a, b):
         row_norms = torch.sqrt((squares @ torch.square(b)[..., None])[..., 0])
         a = rescaled(a, row_norms, g.shape[-1], eps)
         return a, torch.sqrt((torch.square(a)[..., None, :] @ squares)[..., 0, :])
 
-    return rows_then_columns
+    return one_pass
 
 
 def rescaled(factor: torch.Tensor, norms: torch.Tensor, length: int, eps: float) -> torch.Tensor:

@@ -68,6 +68,7 @@ FILES_OF_A_MODEL = (
     *("additional_chat_templates", "*.py", "*.gguf"),
 )
 GGUF_MODELS = ("llama", "mixtral", "mistral")  # those of mlx-lm's converter
+GGUF_NAME = "ggml-model-f16.gguf"
 BITS = (2, 3, 4, 5, 6, 8)
 ENOUGH = 0.95  # of a change
 
@@ -94,6 +95,8 @@ def main(arguments: list[str]) -> None:
     if args.export_gguf:
         _refuse_gguf(model, config, args)
     merged = merge_adapters(model, config, requantize=args.requantize)
+    if args.requantize and not merged.layers:
+        raise InputError(f"--requantize {args.requantize}: no layer has an adapter to be quantized again; leave it out")
     kept_of_tables = quantize_tables(model, config, tables)
     if args.dequantize:
         model = dequantize_model(model)
@@ -132,7 +135,7 @@ def _parser():
     quantized.add_argument("--dequantize", action="store_true")
     parser.add_argument("--quantize-tables", action="store_true")
     parser.add_argument("--export-gguf", action="store_true")
-    parser.add_argument("--gguf-path", default="ggml-model-f16.gguf")
+    parser.add_argument("--gguf-path", default=GGUF_NAME)
     parser.add_argument("--upload-repo")
     parser.add_argument("--trust-remote-code", action="store_true")
     return describe(parser, HELP)
@@ -154,6 +157,8 @@ def _check_folder(folder, args):
     inputs = {"model": args.model, "adapter": args.adapter_path}
     check_save_path(folder, overwrite=args.overwrite, **inputs)
     name = args.gguf_path
+    if name != GGUF_NAME and not args.export_gguf:
+        raise InputError(f"--gguf-path {name}: no effect: no such file is written; add --export-gguf, or leave it out")
     if args.export_gguf and (Path(name).name != name or not name.endswith(".gguf")):
         raise InputError(f"--gguf-path {name}: must be a name that ends in .gguf; it is written into --save-path")
 

@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
 
@@ -61,7 +63,7 @@ it, with the steps that were searched. `of allowed` is the largest error of any 
 there: a rounding to 16 bits alone reaches 1. Values below 2^-126, 8.39e+06 ULPs, may be rounded to zero, as GPUs do.
 Against recorded results each side is allowed its own tolerance. rounding: stochastic, where no bit may differ."""
 
-TIMES = "Seconds of each job, the longest first. First steps are those that compile, with making their tables."
+TIMES = "Seconds of each job, the longest first. First steps: until tables give a first result, where all is compiled."
 
 
 def main(arguments: list[str]) -> int:
@@ -88,6 +90,7 @@ def main(arguments: list[str]) -> int:
     def timed(timing):
         timings.append(timing)
         if args.verbose:  # at once: a run that is cut off has told where its time went
+            progress("")
             print(format_ended(timing), file=sys.stderr, flush=True)
 
     about = _about(here, not_here, recordings)
@@ -101,20 +104,21 @@ def main(arguments: list[str]) -> int:
             seconds = time.perf_counter() - start
             _replace(args.json, _report({"unfinished": True} | about, rows, failures, seconds, timings))
 
-    comparisons = list(
-        processes.run(
-            here,
-            cases if "Ember" in names else [],
-            dtypes,
-            recordings,
-            progress,
-            optimizers=[name for name in names if name != "Ember"],
-            streams=args.stream or body.STREAMS,
-            steps=max(args.steps or [body.STEPS]),
-            timed=timed,
-            ended=ended,
+    with _stoppable(progress):
+        comparisons = list(
+            processes.run(
+                here,
+                cases if "Ember" in names else [],
+                dtypes,
+                recordings,
+                progress,
+                optimizers=[name for name in names if name != "Ember"],
+                streams=args.stream or body.STREAMS,
+                steps=max(args.steps or [body.STEPS]),
+                timed=timed,
+                ended=ended,
+            )
         )
-    )
     seconds = time.perf_counter() - start
     if not comparisons:
         raise InputError("nothing is left to compare: no chosen implementation does the chosen streams in --dtype")
@@ -128,6 +132,25 @@ def main(arguments: list[str]) -> int:
     if args.json is not None:
         _replace(args.json, _report(about, map(_json_row, comparisons), failed, seconds, timings))
     return 1 if failed else 0
+
+
+@contextmanager
+def _stoppable(progress):
+    """SIGTERM and SIGHUP raise what Ctrl-C does, with a shell's exit code, unless ignored; nothing of a line stays."""
+
+    def stop(number, frame):
+        interrupt = KeyboardInterrupt()
+        interrupt.exit_code = 128 + number
+        raise interrupt
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        progress("")
 
 
 def _parser():
@@ -258,8 +281,11 @@ def _replace(path, text):
         path.write_text(text)
         return
     beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text)
-    beside.replace(path)
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _about(here, not_here, recordings):

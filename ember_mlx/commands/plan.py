@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> None:
     workers = announced_workers() if own.workers is None else own.workers
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
+    if own.link is not None and workers == 1:
+        raise InputError(f"--link {own.link}: no effect: it is for several hosts; add --workers N, or leave it out")
     backend = own.backend or machine.backend()
     memory, source = machine.limited(args, *machine.memory(own.memory, backend))
     inputs = with_rows_of_data(args, read_inputs(args, workers), usual_rows="max_seq_length" not in own.given)
@@ -69,7 +71,7 @@ def main(arguments: list[str]) -> None:
         assumptions=inputs.assumptions,
         alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
         changes=advice(model, run, backend, memory) if planned.peak > memory else [],
-        recommendations=recommendations(model, run, backend, planned),
+        recommendations=recommendations(model, run, backend, planned, memory),
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",
         memory=memory,

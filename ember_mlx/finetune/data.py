@@ -181,6 +181,8 @@ def _sets(args, tokenizer, given):
         placed = {name: _read_set(args, name) if file_of(args, name) else ([], None) for name in SETS}
     else:
         placed = _sets_of_hub(args)
+    if args.train and placed["valid"][0] and args.valid_fraction is not None:
+        rprint(f"Warning: --valid-fraction {args.valid_fraction:g}: no effect: the data has validation rows")
     if args.train and not placed["valid"][0]:
         (rows, layout), size = placed["train"], _rows_to_split_off(args, len(placed["train"][0]))
         if size:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from mlx_lm.cli_ui import rprint
+
 from ember_mlx.finetune.options import Options, build_parser, complete, defaults, typed
 from ember_mlx.finetune.yaml_reading import check_values
 from ember_mlx.shared.command_line import actions_of
@@ -43,7 +45,7 @@ def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
         else:
             check_values(value, name)
         values[name] = copy.deepcopy(value)
-    return complete(parser, values, data_required=True)
+    return complete(parser, values, data_required=True, warn=rprint)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.history import LossHistory
 from ember_mlx.finetune.lost_peers import PeerDeadline
-from ember_mlx.finetune.memory_limit import refuse_over
+from ember_mlx.finetune.memory_limit import is_over, refuse_over
 from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
@@ -38,6 +38,8 @@ from ember_mlx.shared.replacing import replaced
 from ember_mlx.token_tables import TokenTable
 
 __all__ = ["Report", "Training"]
+
+OVER_MEMORY = 2**8  # above the numbers of all signals
 
 
 class Training:
@@ -158,14 +160,16 @@ class Training:
                 report.due |= step % args.steps_per_report == 0 or step == args.iters
                 if report.due and report.steps:
                     report.send(step, ui)
-                with self.workers.one_outcome(self._signal) as meeting:  # the one between two steps
+                with self.workers.one_outcome(self._wish) as meeting:  # the one between two steps
                     self.nonfinite(step, result)
                     batches.mark(before_extra_evaluation)
-                    self._refuse_over_memory(step)
-                    if step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned:
+                    saves = step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned
+                    if saves and not (step == 1 and self.workers.all_max(self._over_memory())):
                         self._save(step)
                 self.deadline.passed()
                 signal = meeting.largest
+                if signal >= OVER_MEMORY:
+                    self._end_over_memory(step)
         if self.steps_done < args.iters:
             rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
         self._report_dropped()
@@ -231,20 +235,22 @@ class Training:
         with self.whole():
             return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
 
-    def _refuse_over_memory(self, step):
-        """End a run that took too much. What it learned is saved; one step would only be in the next run's way."""
-        refused = None
-        try:
-            refuse_over(self.args.memory_limit)
-        except InputError as error:
-            refused = error
-        # All workers save together what is sharded.
-        sharded = self.args.shard_optimizer or self.args.shard_tables
-        ends = self.workers.all_max(int(refused is not None)) if sharded else refused
-        if ends and step > 1:
+    def _end_over_memory(self, step):
+        """End a run of which any worker took too much. What it learned is saved, once for all.
+
+        One step would only be in the next run's way.
+        """
+        if step > 1:
             self._save_checkpoint()
-        if refused:
-            raise refused
+        with self.workers.one_outcome():
+            refuse_over(self.args.memory_limit)
+
+    def _over_memory(self):
+        return int(is_over(self.args.memory_limit))
+
+    def _wish(self):
+        """What this worker tells between two steps: that it took too much memory, or else the signal that it heard."""
+        return OVER_MEMORY if self._over_memory() else self._signal()
 
     def _signal(self):
         return self.signals.number or 0

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import format_bytes
 
-__all__ = ["NO_LIMIT", "limit_of", "limited_memory", "machine_limit", "refuse_over"]
+__all__ = ["NO_LIMIT", "is_over", "limit_of", "limited_memory", "machine_limit", "refuse_over"]
 
 NO_LIMIT = "none"  # what --memory-limit says to turn it off
 SHARE = 0.9  # of a memory that no system's recommendation divides: a tenth stays with the system
@@ -63,11 +63,17 @@ def limited_memory(limit: int | None) -> Iterator[None]:
             raise InputError(f"out of memory ({' '.join(str(error).split()) or 'Python'}); {REMEDY}") from error
 
 
+def is_over(asked: int | str | None) -> bool:
+    """Whether MLX has held more than the limit: its own makes it wait, and then take the memory."""
+    limit = limit_of(asked)
+    return limit is not None and mx.get_peak_memory() > limit
+
+
 def refuse_over(asked: int | str | None) -> None:
-    """Raises InputError when MLX has held more than the limit: its own makes it wait, and then take the memory."""
-    limit, peak = limit_of(asked), mx.get_peak_memory()
-    if limit is None or peak <= limit:
+    """Raises InputError when MLX has held more than the limit."""
+    if not is_over(asked):
         return
+    limit, peak = limit_of(asked), mx.get_peak_memory()
     whose = " (the default on this machine)" if asked is None else ""
     raise InputError(
         f"--memory-limit {format_bytes(limit)}{whose}: a step took {format_bytes(peak)}; {REMEDY}; --memory-limit "

@@ -3,6 +3,7 @@
 mlx-lm's own texts are replaced, since what they say is not all true here.
 """
 
+from ember_mlx.finetune.optimizer_names import RATES
 from ember_mlx.shared.command_line import Help
 
 __all__ = ["EPILOG", "HELP", "USAGE"]
@@ -84,10 +85,15 @@ HELP: Help = {
             None,
             "Optimizer of all that is no token table. Ours keep less state: adam-mini 4 bytes a weight, flash-adamw "
             "(adamw_8bit) 2.25, flash-lion 1.13, sinkgd none. Their options go under the YAML key optimizer_config, "
-            "such as `adam-mini: {momentum: int8}` for 1.13 bytes. sinkgd wants a rate of 3e-4 to "
-            "1e-3; adafactor takes its own, unless relative_step is false. sage is a --table-optimizer.",
+            "such as `adam-mini: {momentum: int8}` for 1.13 bytes. Of ours each has its own default of "
+            "--learning-rate; adafactor sets its rate itself, unless relative_step is false. sage is a "
+            "--table-optimizer.",
         ),
-        "learning_rate": ("RATE", "Learning rate of all that is no token table. The YAML key lr_schedule replaces it."),
+        "learning_rate": (
+            "RATE",
+            "Learning rate of all that is no token table. The YAML key lr_schedule replaces it. Not given, it is "
+            f"{', '.join(f'{rate:g} with {name}' for name, rate in RATES.items())}.",
+        ),
         "warmup": (
             "N",
             "Let all learning rates rise from 0 over this share of the run, such as 0.03, or, from 1 on, over so many "

@@ -4,7 +4,7 @@ import argparse
 import copy
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +19,12 @@ from ember_mlx.finetune.mlx_lm_internals import (
     is_size,
     parse_size,
 )
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, check_settings
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, check_settings
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
+from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
-from ember_mlx.shared.command_line import actions_of, describe
+from ember_mlx.shared.command_line import actions_of, describe, flag
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
@@ -182,7 +183,7 @@ def parse(arguments: list[str], *, data_required: bool = False) -> Options:
 def parse_given(arguments: list[str], *, data_required: bool = False) -> tuple[Options, frozenset[str]]:
     """The same as :func:`parse`, and the names of the options that the flags or the YAML file give."""
     parser = build_parser()
-    return complete(parser, vars(parser.parse_args(arguments)), data_required)
+    return complete(parser, vars(parser.parse_args(arguments)), data_required, warn=rprint)
 
 
 def parse_command(
@@ -209,9 +210,18 @@ def parse_command(
 
 
 def complete(
-    parser: argparse.ArgumentParser, options: dict[str, Any], data_required: bool
+    parser: argparse.ArgumentParser,
+    options: dict[str, Any],
+    data_required: bool,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[Options, frozenset[str]]:
     """The checked options of what was given by name, with None for what was not: then ``config``, then the defaults.
+
+    Args:
+        parser: That of :func:`build_parser`.
+        options: By name.
+        data_required: As for :func:`parse`.
+        warn: Is told a line of each option that has no effect and is not refused.
 
     Returns:
         The options, and the names of those that were given, in ``config`` too.
@@ -219,6 +229,7 @@ def complete(
     Raises:
         InputError: as :func:`parse` does.
     """
+    flags = frozenset(name for name, value in options.items() if value is not None)
     if options["config"]:
         for key, value in _read_config(options["config"], parser).items():
             if options.get(key) is None:
@@ -235,11 +246,14 @@ def complete(
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
-    for key, value in defaults().items():
+    own = defaults()
+    own["learning_rate"] = RATES.get(canonical(options["optimizer"] or own["optimizer"]), own["learning_rate"])
+    for key, value in own.items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
     args = Options(**options)
     check(args)
+    refuse_idle(args, given, flags, _own_defaults(), warn)
     return run_length.settled(args), given
 
 
@@ -328,16 +342,14 @@ def command_to_resume(arguments: list[str], resume_words: list[str]) -> list[str
     return [*kept, *resume_words]
 
 
-def flag(name: str) -> str:
-    """The flag of an option: "--batch-size" of "batch_size"."""
-    return "--" + name.replace("_", "-")
-
-
 def defaults() -> dict[str, Any]:
     """The defaults of all options: mlx_lm.lora's, and our own."""
     # The default of 16 layers is more than many models have: what None means is settled once the model is known.
-    own = {name: default for name, (default, _) in OWN_OPTIONS.items()}
-    return CONFIG_DEFAULTS | own | YAML_ONLY | {"num_layers": None}
+    return CONFIG_DEFAULTS | _own_defaults() | {"num_layers": None}
+
+
+def _own_defaults():
+    return {name: default for name, (default, _) in OWN_OPTIONS.items()} | YAML_ONLY
 
 
 def _read_config(path, parser):

@@ -18,6 +18,9 @@ __all__ = ["Layout", "layout_of", "mlx_lm_row"]
 
 ALPACA = ("instruction", "output")  # and often an input
 QUESTIONS = ("question", "answer")
+FEATURES = {"prompt_feature": "prompt", "completion_feature": "completion", "chat_feature": "messages"}
+FEATURES |= {"text_feature": "text"}
+"""The options that name keys, and the keys that they name by default."""
 SHAREGPT = "conversations"
 ROLES = {
     "system": "system",
@@ -67,7 +70,8 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
         where: Its name, for errors.
 
     Raises:
-        InputError: for a row that has none of these keys, and for text with ``--mask-prompt``.
+        InputError: for a row that has none of these keys, for text with ``--mask-prompt``, and for a key that is named
+            and not taken.
     """
     completions, chat = (args.prompt_feature, args.completion_feature), args.chat_feature
     kinds = [completions, (chat,), ALPACA, QUESTIONS, (SHAREGPT,)]
@@ -86,6 +90,13 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
             f"--mask-prompt: {where} has {keys[0]} and so no prompt; leave --mask-prompt out, or use rows of "
             f"{' and '.join(completions)}"
         )
+    for name, default in FEATURES.items():
+        named = getattr(args, name)
+        if named not in (default, *keys):
+            raise InputError(
+                f"{flag(name)} {named}: no effect: {where} is trained on by its {' and '.join(keys)}; leave it out, or "
+                "take these keys out of the rows"
+            )
     return Layout(keys, keys in ((chat,), (SHAREGPT,)), args.mask_prompt)
 
 

@@ -30,7 +30,7 @@ from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory
-from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.resume import (
     CONTENTS,
@@ -118,6 +118,8 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
             raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
         if args.train and args.shard_optimizer:
             workers.refuse_without_sum_scatter("--shard-optimizer")
+        if workers.size == 1 and args.peer_timeout != defaults()["peer_timeout"]:
+            rprint(f"Warning: --peer-timeout {args.peer_timeout}: no effect: it is for several workers")
     with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
@@ -338,6 +340,10 @@ def check_adapter_folder(args: Options) -> None:
         raise InputError(f"--adapter-path {folder}: {parent} is no folder that can be written to; give another path")
     saved = checkpoints.in_folder(folder)
     if _resumes_in_place(args):
+        if args.overwrite:
+            raise InputError(
+                f"--overwrite: --resume continues the run in --adapter-path {folder}; leave one of them out"
+            )
         if not saved:
             raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
     elif (adapter_saving.run_files(folder) or saved) and not args.overwrite:

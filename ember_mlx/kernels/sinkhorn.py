@@ -1,40 +1,170 @@
-"""The factors of Sinkhorn's normalization: passes over rows and columns, each in one reading of the gradient.
+"""The factors of Sinkhorn's normalization: norms of rows, weighted by the factors of the columns, and the other way.
 
-A pass makes factors of the norms of the rows, weighted by the factors of the columns, and then sums squares down the
-columns, weighted by what it has made. As plain operations it needs the squares of the gradient as a float32 matrix.
-Here a threadgroup takes a band of rows, and its threads lie side by side along whole rows. Each keeps the factors of
-its columns, their sums and some rows in registers: rows wait there for their norms, and are read once.
+As plain operations they need the squares of the gradient as a float32 matrix. Here a launch makes the factors of all
+lines, rows or columns, in one reading of the gradient, and needs no memory but for the factors.
 
-Gradients come out of MLX's matrix product transposed, their columns side by side in memory. The kernels then work on
-the matrix that lies there in rows. On that one the passes begin with columns and end with rows, so there is a reading
-more: columns, rows and columns, ..., rows. Where a gradient lies is known to the kernels alone. So each launch is one
-of these stages, and of other gradients the last stage reads nothing.
-
-Rows that are too wide for registers, or that lie in memory in another way, are read twice. All sums are float32, in an
-order that the text fixes, without atomics: the same input gives the same bits.
+Gradients come out of MLX's matrix product transposed. Where one lies is known to the kernel alone, so one text reads
+in both ways. Of a line whose elements lie side by side, a simdgroup makes the sum. Where the lines do, a threadgroup
+takes a tile of them, all the way down. All sums are float32, in an order that the text fixes, without atomics: the
+same input gives the same bits.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, kernel
-from ember_mlx.kernels.sinkhorn_texts import COLUMNS, CUDA_THREADS, TEXT
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-__all__ = ["COLUMNS", "ROWS", "TEXT", "Layout", "differences", "factors", "launch", "launch_columns"]
+__all__ = ["TEXT", "differences", "factors", "launch"]
 
-# A band has so many rows that the sums of its columns are 1 / SHARE of its bytes at most. Kernels of small matrices, of
-# fewer bytes than SMALL, run side by side: few threadgroups are enough for each.
-SHARE, SHARE_OF_SMALL, SMALL = 32, 64, 2**25
-THREADGROUPS = 128  # of a large matrix
-STEP_OF_THREADS = 128  # what the number of threads is a multiple of
-ROWS = 32  # of those that are read twice, at a time
-# 512 threads have 128 registers each, and indices take over 40. Two rows are worth it that a few of those go to memory.
-REGISTERS, MOST_REGISTERS = 84, 96
-MOST_UNDER_WAY, MOST_AHEAD = 8, 4  # rows
-BANDS_AT_ONCE = 4  # that a thread of the second kernel reads
+AT_ONCE = 2  # lines of a simdgroup
+ACROSS = 8  # lanes of a simdgroup side by side, 128 bytes, where lines do
+AHEAD = 8  # reads of a thread that are under way there
+
+FUNCTIONS = """
+template <int N>
+FUNCTION void add_squares(thread const float* x, float weight, thread float* sums) {
+    #pragma unroll
+    for (int v = 0; v < N; v++) sums[v] += (x[v] * weight) * (x[v] * weight);
+}
+
+template <int N>
+FUNCTION float weighted_squares(thread const float* x, thread const float* weight) {
+    float sum = 0;
+    #pragma unroll
+    for (int v = 0; v < N; v++) sum += (x[v] * weight[v]) * (x[v] * weight[v]);
+    return sum;
+}
+
+// As many at a time as a GPU reads at once: more would have to begin at multiples of 32 bytes.
+template <int N, typename Pointer>
+FUNCTION void read_floats(Pointer from, thread float* x) {
+    #pragma unroll
+    for (int v = 0; v < N; v += 4) read_together<4>(from + v, x + v);
+}
+
+FUNCTION float new_factor(float before, float sum_of_squares, float wanted, float eps) {
+    const float norm = square_root(sum_of_squares);
+    return norm == 0 ? 0.0f : quotient(before * wanted, before * norm + eps);
+}
+"""
+
+# The body of the kernel, in Metal's words.
+SOURCE = """
+    const int thread_index = thread_position_in_threadgroup.x;
+    const int simdgroup = simdgroup_index_in_threadgroup, lane = thread_index_in_simdgroup;
+    const int columns = options[0];  // 1 if they are the lines, 0 if rows are
+    const bool has_before = options[1] != 0, has_others = options[2] != 0;  // or all are 1
+    constexpr int LINES = SIMDGROUPS * AT_ONCE, TILE = ACROSS * VECTOR, DOWN = SIMDGROUP / ACROSS * SIMDGROUPS;
+    static_assert(LINES <= TILE, "a threadgroup has a tile of its own");
+    const int lines = g_shape[1 + columns], length = g_shape[2 - columns];
+    const int64_t line_step = g_strides[1 + columns], step = g_strides[2 - columns];
+    const uint32_t group = threadgroup_position_in_grid.x, groups = (lines + LINES - 1) / LINES;
+    const int64_t matrix = group / groups, first_factor = matrix * lines;
+    const int number = group % groups;
+    const float wanted = sqrt(static_cast<float>(length)), least = eps[0];
+    auto from = g + matrix * g_strides[0];
+    auto weights = others + (has_others ? matrix * length : 0);
+    // Decided once: several reads are then under way before the first is waited for.
+    const bool can_be_together = g_strides[0] % VECTOR == 0 && aligned<VECTOR>(g);
+
+    if (step == 1 || line_step != 1) {
+        const int i = number * LINES + simdgroup * AT_ONCE;
+        // Behind the last line the last one is read again.
+        int64_t line_at[AT_ONCE];
+        #pragma unroll
+        for (int l = 0; l < AT_ONCE; l++) line_at[l] = (i + l < lines ? i + l : lines - 1) * line_step;
+        float sums[AT_ONCE] = {};
+        if (can_be_together && step == 1 && length % VECTOR == 0 && line_step % VECTOR == 0) {
+            #pragma unroll 4
+            for (int j = lane * VECTOR; j < length; j += SIMDGROUP * VECTOR) {
+                float weight[VECTOR];
+                #pragma unroll
+                for (int v = 0; v < VECTOR; v++) weight[v] = 1;
+                if (has_others) read_floats<VECTOR>(weights + j, weight);
+                #pragma unroll
+                for (int l = 0; l < AT_ONCE; l++) {
+                    float x[VECTOR];
+                    read_together<VECTOR>(from + line_at[l] + j, x);
+                    sums[l] += weighted_squares<VECTOR>(x, weight);
+                }
+            }
+        } else {
+            for (int j = lane; j < length; j += SIMDGROUP) {
+                const float weight = has_others ? weights[j] : 1.0f;
+                #pragma unroll
+                for (int l = 0; l < AT_ONCE; l++) {
+                    const float x = static_cast<float>(from[line_at[l] + j * step]) * weight;
+                    sums[l] += x * x;
+                }
+            }
+        }
+        #pragma unroll
+        for (int l = 0; l < AT_ONCE; l++) {
+            #pragma unroll
+            for (int distance = 16; distance > 0; distance /= 2) sums[l] += simd_shuffle_xor(sums[l], distance);
+            if (lane == 0 && i + l < lines) {
+                const float factor = has_before ? before[first_factor + i + l] : 1.0f;
+                after[first_factor + i + l] = new_factor(factor, sums[l], wanted, least);
+            }
+        }
+        return;
+    }
+    threadgroup float parts[SIMDGROUPS][TILE];
+    const int tile = number * TILE, i = tile + lane % ACROSS * VECTOR;
+    const int down = simdgroup * (SIMDGROUP / ACROSS) + lane / ACROSS;
+    if (tile >= lines) return;
+    float sums[VECTOR] = {};
+    if (can_be_together && lines % VECTOR == 0 && step % VECTOR == 0) {
+        const auto column = from + (i < lines ? i : 0);
+        for (int start = down; start < length; start += AHEAD * DOWN) {
+            AsItIs<T, VECTOR> x[AHEAD];
+            float weight[AHEAD];
+            #pragma unroll
+            for (int l = 0; l < AHEAD; l++) {
+                const int j = start + l * DOWN;
+                // Behind the last one a row is read again, and counts nothing.
+                x[l] = read_as_it_is<VECTOR, T>(column + (j < length ? j : start) * step);
+                weight[l] = j >= length ? 0.0f : has_others ? weights[j] : 1.0f;
+            }
+            #pragma unroll
+            for (int l = 0; l < AHEAD; l++) {
+                float wide[VECTOR];
+                widen(x[l], wide);
+                add_squares<VECTOR>(wide, weight[l], sums);
+            }
+        }
+    } else {
+        for (int j = down; j < length; j += DOWN) {
+            float x[VECTOR];
+            read_one_by_one<VECTOR>(from + i + j * step, 1, lines - i, x);
+            add_squares<VECTOR>(x, has_others ? weights[j] : 1.0f, sums);
+        }
+    }
+    #pragma unroll
+    for (int v = 0; v < VECTOR; v++) {
+        #pragma unroll
+        for (int distance = 16; distance >= ACROSS; distance /= 2) sums[v] += simd_shuffle_xor(sums[v], distance);
+        if (lane < ACROSS) parts[simdgroup][lane * VECTOR + v] = sums[v];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (thread_index < TILE && tile + thread_index < lines) {
+        float sum = 0;
+        #pragma unroll
+        for (int k = 0; k < SIMDGROUPS; k++) sum += parts[k][thread_index];
+        const int64_t at = first_factor + tile + thread_index;
+        after[at] = new_factor(has_before ? before[at] : 1.0f, sum, wanted, least);
+    }
+"""
+
+TEXT = Text(
+    name="ember_sinkhorn",
+    inputs=("g", "before", "others", "options", "eps"),
+    outputs=("after",),
+    source=SOURCE,
+    functions=FUNCTIONS,
+)
 
 
 def factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx.array]:
@@ -46,106 +176,44 @@ def factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx.array]:
         passes (int): 1 or more.
         eps (float): Added to the norms of the rows, and then of the columns, of ``a * g * b``.
     """
-    layout, eps = Layout.of(g), mx.array([eps], mx.float32)
-    rows = columns = mx.array([1.0] * 8)  # not read; Metal has arrays of fewer elements in another address space
-    for stage in range(passes + 1):
-        last = stage == passes
-        sizes = layout.sizes(stage == 0, last)
-        rows, sums = kernel(TEXT)(inputs=[g, rows, columns, sizes, eps], **launch(g, last))
-        if not last:
-            (columns,) = kernel(COLUMNS)(inputs=[sums, g, columns, sizes, eps], **launch_columns(g))
-    return rows, sums
+    a = b = mx.array([1.0] * 8)  # not read; Metal has arrays of fewer elements in another address space
+    eps = mx.array([eps], mx.float32)
+    for i in range(passes):
+        later = int(i > 0)
+        (a,) = kernel(TEXT)(inputs=[g, a, b, mx.array([0, later, later], mx.uint32), eps], **launch(g, 0))
+        (b,) = kernel(TEXT)(inputs=[g, b, a, mx.array([1, later, 1], mx.uint32), eps], **launch(g, 1))
+    return a, b
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a gradient is shared out, of two numbers the first if it lies in rows, and the second if transposed.
-
-    The kernels get it as an array: of constants in their texts MLX would compile one for each shape.
-    """
-
-    rows: tuple[int, int]  # of a band
-    sums: tuple[int, int]  # of columns, of all bands of a matrix
-    groups: int  # threadgroups of a matrix
-    line: int  # from the factors of one matrix to those of the next
-
-    @classmethod
-    def of(cls, g: mx.array) -> "Layout":
-        matrices, *lengths = g.shape
-        least = 4 * (SHARE_OF_SMALL if g.size * g.itemsize < SMALL else SHARE) // g.itemsize
-        rows = tuple(max(least, -(-matrices * length // THREADGROUPS)) for length in lengths)
-        bands = [-(-length // of_band) for length, of_band in zip(lengths, rows, strict=True)]
-        sums = tuple(count * length for count, length in zip(bands, reversed(lengths), strict=True))
-        # So that all lines begin at addresses from which several elements are read at once.
-        return cls(rows, sums, max(bands), -(-max(lengths) // BYTES_AT_ONCE) * BYTES_AT_ONCE)
-
-    def sizes(self, first: bool, last: bool) -> mx.array:
-        """What the kernels take as ``sizes``, in the first or last stage or another one."""
-        return mx.array([*self.rows, self.groups, self.line, int(first), int(last)], mx.uint32)
-
-
-def launch(g: mx.array, last: bool = False) -> dict[str, Any]:
-    """What the kernel is called with for ``g``: its constants, the size of its grid, and its outputs."""
-    (matrices, height, columns), layout, vector = g.shape, Layout.of(g), BYTES_AT_ONCE // g.itemsize
-    most = CUDA_THREADS if mx.cuda.is_available() else MOST_THREADS
-    neighbours = -(-max(height, columns) // vector)
-    threads = -(-neighbours // -(-neighbours // most) // STEP_OF_THREADS) * STEP_OF_THREADS
-    in_rows, turned = (in_registers(-(-length // (vector * threads)), vector) for length in (columns, height))
+def launch(g: mx.array, columns: int) -> dict[str, Any]:
+    """What the kernel is called with for the rows of ``g``, or for its columns: constants, grid and output."""
+    matrices, lines = g.shape[0], g.shape[1 + columns]
     constants = {
         "T": g.dtype,  # also for MLX's CUDA backend, which keeps compiled kernels by their name and these alone
-        "VECTOR": vector,
-        **dict(zip(("VECTORS", "ROWS_AHEAD", "ROWS_AT_ONCE"), in_rows, strict=True)),
-        **dict(zip(("TURNED_VECTORS", "TURNED_ROWS_AHEAD", "TURNED_ROWS_AT_ONCE"), turned, strict=True)),
-        "MOST_AT_ONCE": max(in_rows[2], turned[2]),
-        "ALIKE": int(in_rows == turned),
-        "ROWS": ROWS,
-        "SIMDGROUPS": threads // SIMDGROUP,
+        "VECTOR": BYTES_AT_ONCE // g.itemsize,
+        "AT_ONCE": AT_ONCE,
+        "ACROSS": ACROSS,
+        "AHEAD": AHEAD,
+        "SIMDGROUPS": MOST_THREADS // SIMDGROUP,
         "SIMDGROUP": SIMDGROUP,
     }
-    between = [(matrices, layout.line), (matrices * max(layout.sums),)]
+    groups = -(-lines // (MOST_THREADS // SIMDGROUP * AT_ONCE))
     return {
         "template": list(constants.items()),
-        "grid": (matrices * layout.groups * threads, 1, 1),
-        "threadgroup": (threads, 1, 1),
-        "output_shapes": [(matrices, height), (matrices, columns)] if last else between,
-        "output_dtypes": [mx.float32, mx.float32],
-    }
-
-
-def in_registers(vectors: int, vector: int) -> tuple[int, int, int]:
-    """Vectors of a row that a thread has in registers, rows ahead and rows at once; 0 for rows that are too wide."""
-    of_columns, of_row = 2 * vectors * vector, vectors * BYTES_AT_ONCE // 4  # their factors and sums are float32
-    if of_columns + 2 * of_row > MOST_REGISTERS:
-        return 0, 1, 1
-    under_way = max(2, min(MOST_UNDER_WAY, (REGISTERS - of_columns) // of_row))
-    ahead = min(MOST_AHEAD, under_way)
-    return vectors, ahead, 2 ** int(math.log2(under_way // ahead))
-
-
-def launch_columns(g: mx.array) -> dict[str, Any]:
-    """What the kernel of column factors is called with for ``g``."""
-    matrices, line = g.shape[0], Layout.of(g).line
-    return {
-        "template": [
-            ("BANDS_AT_ONCE", BANDS_AT_ONCE),
-            ("SIMDGROUPS", MOST_THREADS // SIMDGROUP),
-            ("SIMDGROUP", SIMDGROUP),
-        ],
-        "grid": (matrices * -(-line // SIMDGROUP) * MOST_THREADS, 1, 1),
+        "grid": (matrices * groups * MOST_THREADS, 1, 1),
         "threadgroup": (MOST_THREADS, 1, 1),
-        "output_shapes": [(matrices, line)],
+        "output_shapes": [(matrices, lines)],
         "output_dtypes": [mx.float32],
     }
 
 
 def differences(dtype: mx.Dtype) -> str | None:
-    """Where the kernels differ from plain operations on pairs of awkward matrices of that dtype, in words, or None.
+    """Where the kernel differs from plain operations on pairs of awkward matrices of that dtype, in words, or None.
 
-    They have several bands of rows and of columns, of incomplete last ones, and odd sizes; or else can be read several
-    elements at once, along rows or columns. They lie in memory as most do, and then transposed.
+    Their rows and columns are of odd sizes, or else can be read several elements at once; they take several
+    threadgroups, the last one incomplete. They lie in memory as most do, and then transposed.
     """
-    odd = MOST_THREADS * BYTES_AT_ONCE // dtype.size + 37
-    for shape in ((2, 5, odd), (2, *[4 * SHARE_OF_SMALL // dtype.size + 8] * 2)):
+    for shape in ((2, 5, 293), (2, 136, 168)):
         g = mx.random.normal(shape, key=mx.random.key(0)) * mx.linspace(0.1, 2, shape[1])[:, None]
         g = (g * mx.linspace(1, 3, shape[2])).astype(dtype)
         expected, squares = [mx.ones((2, length)) for length in shape[1:]], mx.square(g.astype(mx.float32))

@@ -14,12 +14,12 @@ import mlx.core as mx
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
 
-__all__ = ["ROWS", "SUM_OVER_LANES", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
+__all__ = ["ROWS", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
 
 AT_ONCE = 8  # rows whose sums are shuffled together: a power of two, up to 32
 ROWS = 128  # of a threadgroup, a multiple of 32; the column sums take 2 / ROWS of a table of 16 bits
 
-SUM_OVER_LANES = """
+FUNCTIONS = """
 // Sums N numbers of each lane over the simdgroup: sums[0] becomes that of the number returned, where that is not -1.
 // Lanes keep one half of their numbers each time, and send the other half: 9 shuffles for 8 numbers, not 40.
 template <int N>
@@ -38,11 +38,7 @@ FUNCTION int sum_over_lanes(thread float* sums, int lane) {
     for (int distance = 16 / N; distance > 0; distance /= 2) sums[0] += simd_shuffle_xor(sums[0], distance);
     return lane % (32 / N) == 0 ? lane / (32 / N) : -1;
 }
-"""
 
-FUNCTIONS = (
-    SUM_OVER_LANES
-    + """
 template <int VECTOR, int MAGNITUDES>
 FUNCTION float add_squares(thread const float* x, thread float* sums) {
     float sum = 0;
@@ -78,7 +74,6 @@ FUNCTION void sum_one_by_one(Pointer g, int64_t step, int64_t columns, thread fl
     of_row[0] = add_squares<VECTOR, MAGNITUDES>(x, sums);
 }
 """
-)
 
 # The body of the kernel, in Metal's words.
 SOURCE = """

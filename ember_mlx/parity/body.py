@@ -115,18 +115,19 @@ def _compare(entry, implementation, stream, shape, dtype, count, about):
     start = initial_weights((1, int(np.prod(shape))), dtype).reshape(shape)
     weights = exact = start.astype(np.float64)
     steps, after, flips = [], [], []
-    for number, gradient in enumerate(gradients):
+    made = tested.steps(start, gradients)
+    states = [dict(zip(made[2], arrays, strict=True)) for arrays in zip(*made[2].values(), strict=True)]
+    for number, ((gradient, _), step, new) in enumerate(zip(gradients, *made[:2], strict=True)):
         if oracle.quantized and number:
-            oracle.load(tested.state())
-        change = oracle.change(gradient[0], LEARNING_RATE)
+            oracle.load(states[number - 1])
+        change = oracle.change(gradient, LEARNING_RATE)
         exact = decay * exact - change
-        step, new = tested.step(weights.astype(np.float32), *gradient)
         steps.append(_numbers(step, change, AGREEMENT * np.abs(change).max(), np.abs(change), dtype))
         expected = decay * weights - change
         scale = np.maximum(np.abs(weights), np.abs(expected))
         after.append(_numbers(new, expected, AGREEMENT * np.abs(change).max() + 3 * ROUNDING * scale, scale, dtype))
         if oracle.quantized:
-            state = tested.state()
+            state = states[number]
             flips += [state[name].astype(np.float64) - np.floor(codes) for name, codes in oracle.codes().items()]
         weights = new
     about |= {"against": ORACLE, "steps": len(gradients)}

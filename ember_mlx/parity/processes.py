@@ -1,20 +1,23 @@
 """The parity suite as jobs, the longest first, over as many processes as the machine has cores and memory for.
 
-A whole suite is 37,000 steps an implementation, each of which waits for its results, 18 compilations of one that
-compiles, and some 60 kernels for MLX's CUDA backend: a quarter of an hour of waiting for one core. A job is as small
-as can be without compiling anything twice: Ember in one implementation and dtype, and where PyTorch compiles, which
-does so anew for each shape and option, in one of those; optimizers of the body that share kernels in one
-implementation and dtype, since MLX keeps ours on no disk. Ember's statistics are in two jobs: one would take too long.
+A whole suite is 37,000 steps an implementation, 18 compilations of one that compiles, and some 60 kernels for MLX's
+CUDA backend: a quarter of an hour for one core. A job is as small as can be without compiling anything twice: Ember in
+one implementation and dtype, and where PyTorch compiles, which does so anew for each shape and option, in one of those;
+optimizers of the body that share kernels in one implementation and dtype, since MLX keeps ours on no disk. Ember's
+statistics are in two jobs: one would take too long.
 """
 
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 from ember_mlx.parity import body, implementations, suite
 from ember_mlx.parity.implementations import Implementation
@@ -63,7 +66,8 @@ class Job:
 class Timing:
     """When a job began, in seconds after :func:`run` did, how long it took, and how much of that its first steps.
 
-    The first step of each pair of tables, with making them, is the one that compiles. ``process`` is the worker's id.
+    Those are the steps of each pair of tables up to the first that is waited for, with making the tables: what is
+    compiled is compiled there. ``process`` is the worker's id.
     """
 
     implementation: str
@@ -132,14 +136,16 @@ def run(
     count = workers(len(jobs), sum(job.steps for job in jobs if job.cases))
     settings = list(recordings), tuple(streams), steps, time.time()
     found: dict[Job, dict[str, list[Comparison]]] = {}
-    for job, result in _in_pool(count, jobs, settings) if count > 1 else _in_turn(chosen, jobs, settings, progress):
-        if isinstance(result, Exception):
-            found[job] = {name: [_failed(result, job, name)] for name in job.optimizers}
-        else:
-            found[job], timing = result
-            timed(timing)
-        ended([comparison for group in found[job].values() for comparison in group])
-        progress(f"{len(found)} of {len(jobs)} jobs done: {_named(job)}")
+    done = _in_pool(count, jobs, settings) if count > 1 else _in_turn(chosen, jobs, settings, progress)
+    with closing(done):
+        for job, result in done:
+            if isinstance(result, Exception):
+                found[job] = {name: [_failed(result, job, name)] for name in job.optimizers}
+            else:
+                found[job], timing = result
+                timed(timing)
+            ended([comparison for group in found[job].values() for comparison in group])
+            progress(f"{len(found)} of {len(jobs)} jobs done: {_named(job)}")
     for name in (EMBER, *(entry.name for entry in _entries(optimizers))):
         for job in jobs:
             yield from found[job].get(name, ())
@@ -154,33 +160,53 @@ def _in_turn(chosen, jobs, settings, progress):
 
 
 def _in_pool(count, jobs, settings):
-    """Pairs of a job and its result, or the error that ended it, as they come."""
+    """Pairs of a job and its result, or the error that ended it, as they come; left early, no process stays."""
     spawn = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="ember-mlx-parity-") as folder,
         ProcessPoolExecutor(count, mp_context=spawn, initializer=_start, initargs=(folder, *settings)) as pool,
     ):
-        longest_first = sorted(jobs, key=lambda job: -job.expected_seconds)
-        futures = {pool.submit(_do, job): job for job in longest_first}
-        for future in as_completed(futures):
-            # A process may be killed, or a framework end it.
-            yield futures[future], future.exception() or future.result()
+        longest_first, others = sorted(jobs, key=lambda job: -job.expected_seconds), multiprocessing.active_children()
+        try:
+            # Processes start here, and inherit what is blocked: Ctrl-C goes to all, and is this one's to answer.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = {pool.submit(_do, job): job for job in longest_first}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for future in as_completed(futures):
+                # A process may be killed, or a framework end it.
+                yield futures[future], future.exception() or future.result()
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - set(others):
+                with suppress(ProcessLookupError):  # of one that has not got so far
+                    os.killpg(process.pid, signal.SIGTERM)
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _start(folder, *settings):
     """Make this process a worker: one thread for each compiler and framework, of which none is imported yet.
 
+    It heads a group, with the compilers that it starts, and ends when the process that started it has, in whatever way.
     MLX writes those kernels that it keeps in place, and another process might read half of one: each has its folder.
     """
+    os.setpgrp()
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     os.environ["MLX_PTX_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
     global _work
     _work = _Work(*settings)
 
 
+def _end_with(parent):
+    parent.join()
+    os.killpg(0, signal.SIGTERM)
+
+
 def _do(job):
-    (implementation,), _ = implementations.select([job.implementation])
-    return _work.do(implementation, job)
+    return _work.do(implementations.named(job.implementation), job)
 
 
 class _Work:
@@ -188,7 +214,7 @@ class _Work:
 
     def __init__(self, recordings, streams, steps, began):
         self.recordings, self.streams, self.steps, self.began = recordings, streams, steps, began
-        self.expected = lru_cache(len(suite.cases()))(suite.Expected)
+        self.expected = cache(suite.Expected)
 
     def do(self, implementation, job, progress=lambda what: None):
         """The comparisons of a job by optimizer, and its `Timing`."""
@@ -213,17 +239,17 @@ def _timed(implementation, first_steps):
         def made(*settings, **options):
             start = time.perf_counter()
             tables = make(*settings, **options)
-            making, step = time.perf_counter() - start, tables.step
+            making, steps = time.perf_counter() - start, tables.steps
 
-            def first_step(*arguments):
-                del tables.step  # from now on that of its class
+            def timed_steps(*arguments):
+                del tables.steps  # from now on that of its class
                 start = time.perf_counter()
                 try:
-                    return step(*arguments)
+                    return steps(*arguments)
                 finally:
                     first_steps.append(making + time.perf_counter() - start)
 
-            tables.step = first_step
+            tables.steps = timed_steps
             return tables
 
         return made

@@ -13,6 +13,7 @@ need the GPU are recorded.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +75,11 @@ def record_results(chosen: list[Implementation], path: Path) -> None:
                 settings = case.shape, dtype, suite.LEARNING_RATE, suite.WEIGHT_DECAY
                 tables = implementation.make(*settings, **suite.RULES[case.rule])
                 expected = suite.Expected(case, dtype)
-                for t, weights, stepped, _ in suite.follow(tables, case, expected):
-                    if t in steps:
-                        _check(implementation, case, dtype, expected.compare(t, [stepped], weights[None]))
-                        results[case.name, case.shape, dtype, t] = stepped._asdict() | {"before": weights}
+                for t, before, stepped, _ in suite.follow(tables, replace(case, steps=steps), expected):
+                    first = t + 1 - len(before)
+                    _check(implementation, case, dtype, expected.compare(first, stepped, before))
+                    made = stepped._asdict() | {"before": before}
+                    results[case.name, case.shape, dtype, t] = {part: values[-1] for part, values in made.items()}
         recordings.append(Recording(implementation.name, about | {"device": device(implementation.name)}, results))
         print(f"{implementation.name}: {len(results)} results", flush=True)
     recorded.write_results(path, recordings)

@@ -22,9 +22,10 @@ import numpy as np
 
 from ember_mlx.parity import recorded, stochastic_rounding
 from ember_mlx.parity.gradient_streams import SILENT_STEPS, STREAMS, gradient_stream, round_to_bfloat16
-from ember_mlx.parity.implementations import Implementation, Stepped, Tables
+from ember_mlx.parity.implementations import Implementation
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.parity.recorded import Recording
+from ember_mlx.parity.stepping import Stepped, Tables
 from ember_mlx.parity.tolerances import bound, weight_bound
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place
@@ -196,14 +197,14 @@ class Expected:
         self.change, self.r, self.c = np.stack(change), np.stack(r), np.stack(c)
 
     def compare(
-        self, first: int, after: list[Stepped], before: np.ndarray, other: Stepped | None = None
+        self, first: int, after: Stepped, before: np.ndarray, other: Stepped | None = None
     ) -> Iterator[tuple[str, Any]]:
         """Yield (quantity, numbers of a Comparison) for the steps from ``first`` on, taken from the weights ``before``.
 
         Against ``other``, the results of another implementation for the same one step, both sides may err.
         """
-        now = slice(first - 1, first - 1 + len(after))
-        t = np.arange(first, first + len(after))
+        now = slice(first - 1, first - 1 + len(before))
+        t = np.arange(first, first + len(before))
         change, r, c = self.change[now], self.r[now], self.c[now]
         w = (1 - LEARNING_RATE * WEIGHT_DECAY) * before - change
         in_table, in_vector = t[:, None, None], t[:, None]
@@ -220,15 +221,14 @@ class Expected:
             value = getattr(expected, quantity)
             scale = np.maximum(np.abs(value), np.abs(before) if quantity == "w" else 0)
             unit = unit_in_the_last_place(scale, self.dtype if quantity in ("step", "w") else "float32")
-            actual = np.stack([getattr(stepped, quantity) for stepped in after])
+            actual = getattr(after, quantity)
             yield quantity, worst_of(actual, value, sides * getattr(allowed, quantity), unit, scale)
 
-    def compare_run(self, before: list[np.ndarray], after: np.ndarray) -> dict:
+    def compare_run(self, before: np.ndarray, after: np.ndarray) -> dict:
         """The numbers of a Comparison for the whole run to the weights ``after``, over steps from those in ``before``.
 
         The oracle goes its own way from the first weights. Errors add up, so what each step is allowed does too.
         """
-        before = np.stack(before).astype(np.float64)
         change = self.change[: len(before)]
         decay = 1 - LEARNING_RATE * WEIGHT_DECAY
         w, scale = before[0], np.abs(before[0])
@@ -298,23 +298,28 @@ def run(
 def follow(
     tables: Tables, case: Case, expected: Expected, steps_beside: dict[int, list] | None = None
 ) -> Iterator[tuple[int, np.ndarray, Stepped, list[Stepped]]]:
-    """Take ``tables`` along a case; yield each step's number, the weights before it, and what it made.
+    """Take ``tables`` along a case; yield each number of steps at which to look, with all that was done since the last:
+    the weights before each step, (T, V, D), and what the steps made.
 
-    ``steps_beside`` maps a step's number to other weights from which to take that step too: what those made is yielded
+    ``steps_beside`` maps such a number to other weights from which to take that step too: what each made is yielded
     last, and leaves no trace.
     """
-    weights = initial_weights(case.shape, expected.dtype)
+    weights, done = initial_weights(case.shape, expected.dtype), 0
     tables.start()
-    for t, gradient in enumerate(expected.gradients, start=1):
+    for t in case.steps:
+        *until, last = expected.gradients[done:t]
+        made = [tables.steps(weights, until)] if until else []
+        after = made[0].w[-1].astype(np.float32) if until else weights
         beside = []
         if others := (steps_beside or {}).get(t):
             state = tables.state()
             for other in others:
-                beside.append(tables.step(other.astype(np.float32), *gradient))
+                beside.append(tables.steps(other.astype(np.float32), [last]))
                 tables.restore(state)
-        stepped = tables.step(weights, *gradient)
-        yield t, weights, stepped, beside
-        weights = stepped.w.astype(np.float32)
+        made.append(tables.steps(after, [last]))
+        stepped = Stepped(*map(np.concatenate, zip(*made, strict=True)))
+        yield t, np.concatenate([weights[None], stepped.w[:-1]]), stepped, beside
+        weights, done = stepped.w[-1].astype(np.float32), t
 
 
 def _compare_case(tables, case, expected, recordings, about):
@@ -324,23 +329,19 @@ def _compare_case(tables, case, expected, recordings, about):
     }
     found = {t: [(other, result) for other, result in pairs if result] for t, pairs in found.items()}
     steps_beside = {t: [result["before"] for _, result in pairs] for t, pairs in found.items()}
-    first, before, after = 1, [], []
-    for t, weights, stepped, beside in follow(tables, case, expected, steps_beside):
-        before.append(weights)
-        after.append(stepped)
-        if t not in case.steps:
-            continue
-        these = slice(first - 1, t)
-        for quantity, numbers in expected.compare(first, after[these], np.stack(before[these]).astype(np.float64)):
+    run = []
+    for t, before, stepped, beside in follow(tables, case, expected, steps_beside):
+        first = t + 1 - len(before)
+        run.append(before)
+        for quantity, numbers in expected.compare(first, stepped, before):
             yield Comparison(**about, against=ORACLE, first_step=first, steps=t, quantity=quantity, **numbers)
         if expected.dtype == "float32":
-            numbers = expected.compare_run(before, stepped.w)
+            numbers = expected.compare_run(np.concatenate(run), stepped.w[-1])
             yield Comparison(**about, against=ORACLE, first_step=t, steps=t, quantity="w of the run", **numbers)
         for (other, result), stepped_beside in zip(found[t], beside, strict=True):
             theirs = Stepped(*(result[quantity] for quantity in Stepped._fields))
-            for quantity, numbers in expected.compare(t, [stepped_beside], result["before"][None], theirs):
+            for quantity, numbers in expected.compare(t, stepped_beside, result["before"][None], theirs):
                 yield Comparison(**about, against=other.name, first_step=t, steps=t, quantity=quantity, **numbers)
-        first = t + 1
 
 
 def _compare_rounding(implementation, case, expected, about):
@@ -348,23 +349,17 @@ def _compare_rounding(implementation, case, expected, about):
 
     Its kernel may be another one, so eps is too small for it to matter whether its sum is rounded once or twice.
     """
-    options = RULES[case.rule]
-    exact, rounded = (
-        implementation.make(case.shape, dtype, LEARNING_RATE, WEIGHT_DECAY, **these)
-        for dtype, these in (("float32", {"eps": options["eps"]}), (expected.dtype, options))
-    )
-    exact.start()
-    rounded.start()
-    zeros = np.zeros(case.shape, np.float32)
-    wrong = 0.0
-    for t, gradient in enumerate(expected.gradients, start=1):
-        values = -exact.step(zeros, *gradient).step
-        rows, columns = (np.arange(count) for count in case.shape)
-        random = stochastic_rounding.random_bits(options["seed"], 0, t, rows, columns)
-        right = stochastic_rounding.round_stochastically(values, random, expected.dtype)
-        error = np.abs(-rounded.step(zeros, *gradient).step - right)
-        ulps = error / unit_in_the_last_place(right, expected.dtype)
-        wrong = max(wrong, np.max(np.where(np.isfinite(ulps), ulps, np.inf)))  # max() leaves out a NaN
+    options, zeros, steps = RULES[case.rule], np.zeros(case.shape, np.float32), []
+    for dtype, these in (("float32", {"eps": options["eps"]}), (expected.dtype, options)):
+        tables = implementation.make(case.shape, dtype, LEARNING_RATE, WEIGHT_DECAY, **these)
+        tables.start()
+        steps.append(-tables.steps(zeros, expected.gradients).step)
+    exact, rounded = steps
+    rows, columns = (np.arange(count) for count in case.shape)
+    random = [stochastic_rounding.random_bits(options["seed"], 0, t, rows, columns) for t in range(1, len(exact) + 1)]
+    right = stochastic_rounding.round_stochastically(exact, np.stack(random), expected.dtype)
+    ulps = np.abs(rounded - right) / unit_in_the_last_place(right, expected.dtype)
+    wrong = np.max(np.where(np.isfinite(ulps), ulps, np.inf))  # max() leaves out a NaN
     return Comparison(
         **about, against="bits by NumPy", first_step=1, steps=case.steps[-1], quantity="rounding", ulps=float(wrong),
         relative=float(wrong), allowed_ulps=0.0, of_allowed=np.inf if wrong else 0.0,

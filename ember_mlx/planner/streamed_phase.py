@@ -24,8 +24,8 @@ class Phase:
         self.graph = Graph(model, run, backend)
         self.inputs = 0  # kept ones that the graph has not taken
         self._always = always
-        self._together = bytes_ahead(always["weights"])
-        self._ahead = 0 if backend == "cpu" else self._together
+        ahead = bytes_ahead(always["weights"], always["optimizer state"])
+        self._ahead, self._together = 0 if backend == "cpu" else ahead, ahead // 2  # the other: gradients on the wire
         self._done = self._before = 0  # numbers of evaluations
         self._unfinished = []
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ember_mlx.finetune.choices import streams_by_default
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.plan import Plan, plan
@@ -10,6 +11,7 @@ from ember_mlx.planner.streaming import streamed_runs
 __all__ = ["Recommendation", "operations", "recommendations"]
 
 WORTH = 0.1  # of what a run takes above weights and state
+ROOM = 0.1  # of the memory: with less to spare a run fits tightly, since plans are within about 10 %
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,24 @@ class Recommendation:
     time: float
 
 
-def recommendations(model: Architecture, run: Run, backend: str, planned: Plan) -> list[Recommendation]:
-    """``--stream`` and ``--keep-inputs``, one on top of the other, where that saves a tenth of all above the weights.
+def recommendations(model: Architecture, run: Run, backend: str, planned: Plan, memory: int) -> list[Recommendation]:
+    """``--stream`` and ``--keep-inputs``, one on top of the other, where that pays.
+
+    It saves a tenth of all above the weights, and the run does not fit without it, or fits tightly. A run that would
+    stream by default, were it not told otherwise, is told so in any memory.
 
     Args:
         model, run, backend: What is planned.
         planned: The plan of the run as it is.
+        memory: Bytes that it may take.
     """
     found, now, before = [], planned.peak, run
     fixed = planned.weights + planned.optimizer_state
+    usual = streams_by_default(run.fine_tune_type, bool(run.tables), run.workers, run.norm_pass)
     for flags, other in streamed_runs(model, run):
         after = plan(model, other, backend).peak
-        if now - after < WORTH * (now - fixed):
+        fits_well = now <= (1 - ROOM) * memory and not (usual and other.stream != before.stream)
+        if fits_well or now - after < WORTH * (now - fixed):
             break
         time = operations(model, other, backend) / operations(model, before, backend)
         found.append(Recommendation(flags, after, now - after, time))

@@ -7,7 +7,7 @@ from typing import Any
 
 from ember_mlx.shared.errors import InputError, did_you_mean
 
-__all__ = ["Help", "actions_of", "describe", "with_one_line_errors"]
+__all__ = ["Help", "actions_of", "describe", "flag", "with_one_line_errors"]
 
 # {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
 Help = Mapping[str, Mapping[str, tuple[str | None, str]]]
@@ -23,6 +23,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         fold = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
         lines = text.splitlines()
         return "\n".join(line if line.startswith(" ") else fold(line, width, indent) for line in lines)
+
+
+def flag(name: str) -> str:
+    """The flag of an option: "--batch-size" of "batch_size"."""
+    return "--" + name.replace("_", "-")
 
 
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -14,7 +14,7 @@ __all__ = [
 CHUNKED_LOGITS = 2**23  # of --chunked-loss, tokens times words; an array of them is 34 MB in float32
 
 # Of a streamed step:
-LEAST_AHEAD, SHARE_AHEAD = 2**25, 64
+LEAST_AHEAD, SHARE_AHEAD, LITTLE_STATE = 2**25, 64, 8
 SHARE_OF_LOGITS = 8
 BLOCKS = 36  # of a head, or more
 LOGITS_AT_ONCE = 2**24
@@ -25,15 +25,16 @@ FEWEST_BLOCKS = 4
 TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets
 
 
-def bytes_ahead(weights: float, layer: float = float("inf")) -> float:
+def bytes_ahead(weights: float, state: float) -> float:
     """How many bytes of new weights and state a GPU is run ahead.
 
+    Twice as many where there is little state: the kernels of optimizers that have it take copies of gradients, too.
+
     Args:
-        weights: Bytes of all weights.
-        layer: Bytes of the weights and the state of the largest layer. Small layers go as one piece, two at a time.
+        weights, state: Bytes of all weights, and of the optimizer's state.
     """
     ahead = max(LEAST_AHEAD, weights // SHARE_AHEAD)
-    return 2 * ahead if layer <= ahead else ahead
+    return 2 * ahead if LITTLE_STATE * state <= weights else ahead
 
 
 def bytes_of_kept_logits(weights: float, on_a_gpu: bool) -> float:

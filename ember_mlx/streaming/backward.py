@@ -94,8 +94,8 @@ class Backward:
                     if cotangent is not None:
                         looked_up[path].add(call.inputs[0], cotangent)
                 else:
-                    steps_next = last and len(recordings) == 1
-                    gradients = self._through_a_call(recording, i, of_glue, steps_next, not sink.keeps_recordings)
+                    made = sink.bytes_made(self._layers.names[path]) if last and len(recordings) == 1 else 0
+                    gradients = self._through_a_call(recording, i, of_glue, made, not sink.keeps_recordings)
                     if gradients is not None:
                         _add(waiting.setdefault(path, {}), gradients)
                         if len(recordings) > 1 or not last:
@@ -108,8 +108,11 @@ class Backward:
             if path in waiting and last:
                 sink.arrays(waiting.pop(path))
 
-    def _through_a_call(self, recording, i, of_glue, steps_next, forgets):
-        """Gradients of the unit's weights by path, lazy, or None; the cotangents go on, evaluated first."""
+    def _through_a_call(self, recording, i, of_glue, made, forgets):
+        """Gradients of the unit's weights by path, lazy, or None; the cotangents go on, evaluated first.
+
+        Where a step follows that makes a few bytes, ``made``, they are evaluated along with it.
+        """
         call = recording.calls[i]
         outputs = self._layers.float_outputs(call)
         cotangents = [recording.cotangents.pop((i, j), None) for j in outputs]
@@ -134,7 +137,7 @@ class Backward:
             _add(found, self._glue.vjp(recording, pick, [of_inputs[j] for j in indirect], stop_at=i))
         self._share(recording, found, of_glue)
         arrays = [recording.cotangents.get(place, of_glue.get(place)) for place in found]
-        if steps_next and self._pace.takes_together(of_weights):
+        if self._pace.takes_together(made):
             self._pace(*arrays)
         else:
             self._pace.one_behind(*arrays)

@@ -4,8 +4,10 @@ What has been handed to a GPU keeps its memory until it is done. A wait at each 
 wait at all would keep several layers' gradients.
 
 MLX gives memory back on a thread of its own, now and then long after an array is there. So where much is let go of, one
-waits by ``mx.synchronize``, which waits for that thread too.
+waits by ``mx.synchronize``, which waits for that thread too, and for all that the GPU has been handed.
 """
+
+from collections import deque
 
 import mlx.core as mx
 
@@ -18,7 +20,7 @@ class Pace:
     def __init__(self, ahead: int):
         self.ahead = ahead if mx.default_device().type == mx.DeviceType.gpu else 0
         self._group, self._group_bytes = [], 0
-        self._bytes = 0  # of what is under way
+        self._under_way, self._bytes = deque(), 0  # an array of each start, and its bytes
         self._before = None
 
     def __call__(self, *arrays: mx.array) -> None:
@@ -32,17 +34,20 @@ class Pace:
         self._group += arrays
         self._group_bytes += size
 
-    def takes_together(self, arrays: list[mx.array]) -> bool:
-        """Whether a GPU may start what makes these along with their cotangents: they are few and small."""
-        return 0 < sum(array.nbytes for array in arrays) <= self.ahead // 2
+    def takes_together(self, nbytes: int) -> bool:
+        """Whether a GPU may start what makes so many bytes along with its cotangents: they fit into one group."""
+        return 0 < nbytes <= self.ahead // 2
 
     def start(self) -> None:
-        """Start what is together so far; first wait for what is under way, if there is no room beside it."""
+        """Start what is together so far; first wait for the oldest under way, until there is room beside the others."""
         if not self._group:
             return
-        if self._bytes + self._group_bytes > self.ahead:
-            self._wait()
+        while self._under_way and self._bytes + self._group_bytes > self.ahead:
+            array, nbytes = self._under_way.popleft()
+            mx.eval(array)
+            self._bytes -= nbytes
         mx.async_eval(self._group)
+        self._under_way.append((self._group[-1], self._group_bytes))
         self._bytes += self._group_bytes
         self._group, self._group_bytes = [], 0
 
@@ -74,4 +79,5 @@ class Pace:
 
     def _wait(self):
         mx.synchronize()
+        self._under_way.clear()
         self._bytes, self._before = 0, None

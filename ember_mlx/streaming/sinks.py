@@ -45,6 +45,10 @@ class Stepping:
         self._clip_layer_norm = clip_layer_norm
         self._shards = shards
 
+    def bytes_made(self, paths: list[str]) -> int:
+        """Bytes of the weights and the state that a step of these makes new."""
+        return sum(self._updates.nbytes[path] for path in paths)
+
     def arrays(self, gradients: dict[str, mx.array]) -> None:
         """Gradients by path; the dict is emptied, last first."""
         if self._shards:
@@ -103,6 +107,10 @@ class GlobalNorm:
         self._pace = pace
         self._machines = machines
         self._squares = mx.array(0.0)
+
+    def bytes_made(self, paths: list[str]) -> int:
+        """Bytes of the weights and the state that a step of these makes new."""
+        return 0
 
     def arrays(self, gradients: dict[str, mx.array]) -> None:
         """Gradients by path; the dict is emptied, last first."""

@@ -86,8 +86,8 @@ class StreamedStep:
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
         run_ahead (int, optional): Bytes of new weights and state that a GPU is handed before the first of them must be
             done: more take less time and more memory. Default: 1/64 of the weights, at least 33 MB; twice as much where
-            a whole layer fits into that. A CPU is not run ahead. With several machines, gradients of
-            about so many bytes go over the wire together.
+            the optimizer has less than 1/8 of the weights as state. A CPU is not run ahead. With several machines,
+            gradients of about half so many bytes go over the wire together.
         reduce (callable, optional): An array of this machine -> the sum over all machines, as
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
             A head under Ember goes over the wire twice a step, in float32; of an embedding the rows go that any
@@ -100,8 +100,8 @@ class StreamedStep:
 
     Raises:
         InputError: (a ``ValueError``) for a model that MLX cannot differentiate, an optimizer that needs all gradients
-            at once, clipping by the global norm without ``clip_norm_pass``, and a call inside ``nn.value_and_grad`` or
-            ``mx.compile``.
+            at once, clipping by the global norm without ``clip_norm_pass`` and the reverse, an option that has no
+            effect, and a call inside ``nn.value_and_grad`` or ``mx.compile``.
 
     Example:
         >>> step = StreamedStep(model, PairedOptimizer(model, tables=Ember(1e-4), rest=Adafactor()))
@@ -138,30 +138,34 @@ class StreamedStep:
                 f"StreamedStep(optimizer with clip_grad_norm={self._updates.clip_grad_norm}): the global norm needs a "
                 "backward pass of its own: say clip_norm_pass=True, or clip_layer_norm, which is another rule"
             )
+        if clip_norm_pass and self._updates.clip_grad_norm is None:
+            raise InputError(
+                "StreamedStep(clip_norm_pass=True): no effect: the optimizer has no clip_grad_norm; give it one, as "
+                "PairedOptimizer takes it, or leave clip_norm_pass out"
+            )
+        if group is not None and reduce is None:
+            raise InputError("StreamedStep(group=...): it goes with reduce, the sum over the same machines; give both")
         self._weights = Weights(model)
         key = mx.random.state[0]
         units = find_units(model, lambda: model(some_tokens()))
         put_back_random_state(key)
-        nbytes = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-        together = bytes_ahead(nbytes) if run_ahead is None else run_ahead
-        self._machines = Machines(reduce, together)
-        self._pace = Pace(bytes_ahead(nbytes, self._largest(units)) if run_ahead is None else run_ahead)
+        nbytes, of_state = (
+            sum(array.nbytes for _, array in tree_flatten(tree)) for tree in (model.parameters(), optimizer.state)
+        )
+        ahead = bytes_ahead(nbytes, of_state) if run_ahead is None else run_ahead
+        self._machines = Machines(reduce, ahead // 2)
+        self._pace = Pace(ahead)
         self._head = self._find_head(nbytes, keep_logits, block_rows)
+        if self._head is None and (keep_logits is not None or block_rows is not None):
+            raise InputError(
+                f"StreamedStep(keep_logits={keep_logits}, block_rows={block_rows}): no effect: {self.notes[-1]}; leave "
+                "them out"
+            )
         embeddings = self._find_embeddings()
-        self.shards = Shards(group, self._updates, self._weights, together) if group else None
+        self.shards = Shards(group, self._updates, self._weights, ahead // 2) if group else None
         if group and clip_layer_norm is not None:
             raise InputError("clip_layer_norm needs whole gradients, which no machine has where state is shared out")
         self._look_through(units, embeddings, keep_inputs)
-
-    def _largest(self, units):
-        """Bytes of the weights and the state that a step of one unit makes new, at most."""
-        of_units = dict.fromkeys(units, 0)
-        for path in self._weights.places:
-            unit = next((unit for unit in units if path.startswith(f"{unit}.")), None)
-            if unit:
-                new = self._weights[path], self._updates.state(path)
-                of_units[unit] += sum(array.nbytes for _, array in tree_flatten(new))
-        return max(of_units.values(), default=0)
 
     def _look_through(self, units, embeddings, keep_inputs):
         """Find what lies between the units; plan the backward pass, or let the first step plan it."""

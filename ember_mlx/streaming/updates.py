@@ -29,7 +29,8 @@ class Updates:
         model (Module): The model; what is trainable now is what is trained.
 
     Raises:
-        InputError: (a ``ValueError``) for an optimizer that needs all gradients at once.
+        InputError: (a ``ValueError``) for an optimizer that needs all gradients at once, and one inside another that
+            clips by a norm of its own.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module):
@@ -46,6 +47,11 @@ class Updates:
                 )
         if not isinstance(optimizer, GuardedOptimizer | PairedOptimizer):
             optimizer.init(model.trainable_parameters())
+        # Of each weight and its state.
+        self.nbytes = {
+            path: sum(array.nbytes for _, array in tree_flatten((weight, self.state(path))))
+            for path, weight in trainable.items()
+        }
         self._leaves = list({id(leaf): leaf for leaf in self._of.values()}.values())
         self._functions = {id(leaf): mx.compile(partial(_applied, leaf)) for leaf in self._leaves}
         self._unread = {id(leaf): _unread(leaf) for leaf in self._leaves}
@@ -192,12 +198,23 @@ def _is_safe(gradient):
 
 def _leaf_of(optimizer, path, weight):
     if isinstance(optimizer, PairedOptimizer):
-        return _leaf_of(optimizer.side_of(path), path, weight)
+        return _leaf_of(_part(optimizer.side_of(path)), path, weight)
     if isinstance(optimizer, GuardedOptimizer):
-        return _leaf_of(optimizer.optimizer, path, weight)
+        return _leaf_of(_part(optimizer.optimizer), path, weight)
     if isinstance(optimizer, MultiOptimizer):
         filters = zip(optimizer.optimizers, optimizer.filters, strict=True)
-        return _leaf_of(next(part for part, takes in filters if takes(path, weight)), path, weight)
+        return _leaf_of(_part(next(part for part, takes in filters if takes(path, weight))), path, weight)
+    return optimizer
+
+
+def _part(optimizer):
+    """An optimizer inside another: only the outermost clips here, so a clip norm of its own is refused."""
+    clip = getattr(optimizer, "clip_grad_norm", None)
+    if clip is not None:
+        raise InputError(
+            f"StreamedStep: {type(optimizer).__name__}(clip_grad_norm={clip}) stands inside another optimizer, where "
+            "it would not clip: give clip_grad_norm to the outermost"
+        )
     return optimizer
 
 

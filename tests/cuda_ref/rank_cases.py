@@ -86,7 +86,7 @@ def train(batches_of_step, device, group=None, tied=False, loss=None, gathered=F
         with torch.no_grad():
             model.model.norm.weight.fill_(3)  # rank 0's weights count
     optimizer = paired(model, rest=partial(torch.optim.SGD, lr=0.05), weight_decay=0.1, eps=1e-5)
-    streamed = StreamedBackward(model, optimizer, loss, block_rows=50, group=group)
+    streamed = StreamedBackward(model, optimizer, loss, block_rows=None if loss else 50, group=group)
     losses = []
     for batches in batches_of_step:
         batches = [tuple(each.to(device) for each in batch) for batch in batches]

@@ -184,4 +184,6 @@ def test_what_cannot_be_streamed_is_refused_in_one_line():
     capped = Capped(model.config)
     refused("cannot be cut: the model does something", lambda: StreamedBackward(capped, paired(capped)))
     own = StreamedBackward(capped, paired(capped), next_token_loss)
+    for nothing in ({"block_rows": 50}, {"keep_logits": True}):
+        refused("no effect", lambda given=nothing: StreamedBackward(capped, paired(capped), next_token_loss, **given))
     assert own(*batch_of(9)).isfinite()

@@ -119,6 +119,12 @@ def test_by_default_a_fused_4_bit_model_is_the_model_with_its_adapter(parse, fou
         fused(four_bits, adapter, "--requantize", "3")
 
 
+def test_there_must_be_a_layer_to_requantize(parse, four_bits, tmp_path):
+    run(parse("--model", four_bits, "--num-layers", 0, "--iters", 1))
+    with pytest.raises(InputError, match="--requantize 8: no layer has an adapter"):
+        fused(four_bits, tmp_path / "adapters", "--requantize", "8")
+
+
 def test_what_is_replaced_is_replaced_whole(parse, four_bits, folders, tmp_path):
     run(parse("--train-tables", "none"))
     fused(folders["untied"], tmp_path / "adapters")

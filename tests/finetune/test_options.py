@@ -4,7 +4,7 @@ import pytest
 from mlx_lm import lora
 
 from ember_mlx import InputError
-from ember_mlx.finetune import optimizer_names, options
+from ember_mlx.finetune import optimizer_names, option_help, options
 
 
 def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
@@ -132,3 +132,22 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
 def test_a_value_out_of_range_is_refused_with_its_name(arguments, message):
     with pytest.raises(InputError, match=message):
         options.parse(arguments.split())
+
+
+@pytest.mark.parametrize("name", [*options.CONFIG_DEFAULTS["optimizer_config"], *optimizer_names.BODY])
+def test_a_rate_that_is_not_given_is_the_optimizers_own(name, tmp_path):
+    """Of SinkGD, which hardly learns at mlx-lm's; what is given, as a flag or in a file, goes before it."""
+    usual = optimizer_names.RATES.get(name, lora.CONFIG_DEFAULTS["learning_rate"])
+    file = tmp_path / "c.yaml"
+    for text, words, rate in [
+        ("", ["--optimizer", name], usual),
+        (f"optimizer: {name}", [], usual),
+        ("learning_rate: 1e-4", ["--optimizer", name], 1e-4),
+        (f"optimizer: {name}", ["--learning-rate", "1e-5"], 1e-5),
+        ("", ["--optimizer", name, "--learning-rate", "0"], 0),
+    ]:
+        file.write_text(text or "{}")
+        assert options.parse(["--config", str(file), *words]).learning_rate == rate
+    text = option_help.HELP["what trains"]["learning_rate"][1]
+    assert optimizer_names.RATES.keys() == set(optimizer_names.BODY)  # mlx-lm's keep mlx-lm's
+    assert (f"{usual:g} with {name}" in text) == (name in optimizer_names.RATES)

@@ -329,6 +329,18 @@ def test_a_signal_to_one_worker_stops_all_at_one_step_with_one_checkpoint(found)
     assert "To resume:" not in found[1]["errors"]
 
 
+@pytest.mark.parametrize("name", ["over_memory", "over_memory_shared"])
+def test_too_much_memory_of_one_worker_ends_all_saved_once_and_told_once(found, name):
+    """As of one alone: exit code 2, and the checkpoint of that step. What is shared out is met for no more often."""
+    (code, lines, met), (other_code, other_lines, _) = (each[name] for each in found)
+    assert (code, other_code, other_lines) == (2, 2, [])
+    (line,) = lines
+    assert re.match(r"ember-mlx train: error: worker 1: --memory-limit 1000\.00 GB: a step took 2000\.00 GB; ", line)
+    saved = [checkpoints.in_folder(found[0]["folder"] / f"host{rank}" / name) for rank in range(2)]
+    assert [[path.name for path in each] for each in saved] == [["step-0000003"], []]
+    assert met == 1
+
+
 def test_a_killed_worker_ends_the_other_in_one_line_and_nothing_is_saved(found):
     """The exit code, 75, is looked at where the two are started."""
     folder = found[0]["folder"] / "host0" / "killed"

@@ -165,6 +165,29 @@ def sharded(own, words):
     return at_once, trained(own / "sharded_resumed", [*words, "--resume", checkpoint])
 
 
+def over_memory(folder, words):
+    """Of a run of which worker 1 takes too much in its third step: the exit code, lines of errors, and collectives."""
+    draw, peak, calls = TrainingBatches.draw, [0], []
+
+    def draw_and_take(self):
+        calls.append(self.step)
+        peak[0] = 2 * 10**12 if self.step == 2 and self.workers.rank == 1 else peak[0]
+        return draw(self)
+
+    def met(*arguments, **how):
+        calls.append("all_max")
+        return all_max(*arguments, **how)
+
+    all_max = mx.distributed.all_max
+    words = [*words, "--memory-limit", "1000GB", "--save-every", "9", "--val-batches", "1", "--sample-tokens", "1"]
+    with ExitStack() as stack:
+        stack.enter_context(replaced(TrainingBatches, "draw", draw_and_take))
+        stack.enter_context(replaced(mx, "get_peak_memory", lambda: peak[0]))
+        stack.enter_context(replaced(mx.distributed, "all_max", met))
+        ended = lines_of([*words, "--adapter-path", folder])
+    return [*ended, calls.index(2) - calls.index(1) - 1]  # from batch to batch: the second step
+
+
 def accumulated(folder, words):
     """The checksums of a run of two batches an update, and how many numbers it sends."""
     with counting_numbers() as sent:
@@ -342,6 +365,8 @@ def main():
             found[name] = trained(own / name, [*words, *more])
         with replaced(mx.distributed, "sum_scatter", own_part_of_sum(here)):
             found["sharded"] = sharded(own, [*words, *STREAMED["streamed_full"], "--shard-optimizer"])
+            shares = [*words, "--stream", "--shard-optimizer"]
+            found["over_memory_shared"] = over_memory(own / "over_memory_shared", shares)
         found["accumulated"] = [accumulated(own / "rows", words)]
         with replaced(step, "_looked_up_by_tokens", lambda model: {}):
             found["accumulated"].append(accumulated(own / "all_rows", words))
@@ -350,6 +375,7 @@ def main():
     found["checkpoint"] = checkpoint.exists()
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
     found["refused"] = refused(own, words, here.rank)
+    found["over_memory"] = over_memory(own / "over_memory", words)
     found["signalled"] = disturbed(own / "signalled", words, 1, 4, send(signal.SIGTERM))
     (folder / f"found{here.rank}.json").write_text(json.dumps(found))
     disturbed(own / "killed", words, 1, 4, send(signal.SIGKILL))

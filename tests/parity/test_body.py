@@ -32,7 +32,15 @@ class InNumPy:
     def changed(self, options):
         return options
 
-    def step(self, weights, gradient, gradient_dtype):
+    def steps(self, weights, gradients):
+        made = []
+        for gradient, _ in gradients:
+            made.append((*self.step(weights, gradient), self.state()))
+            weights = made[-1][1]
+        steps, after, states = zip(*made, strict=True)
+        return np.stack(steps), np.stack(after), {name: [state[name] for state in states] for name in states[0]}
+
+    def step(self, weights, gradient):
         learning_rate, weight_decay = self.settings
         if self.oracle.quantized and self.oracle.step_number:
             self.oracle.load(self.state())
@@ -41,6 +49,8 @@ class InNumPy:
         return tuple(suite.cast(x.astype(np.float32), self.dtype).astype(np.float64) for x in (change, new))
 
     def state(self):
+        if not self.oracle.quantized:
+            return {}
         m = self.oracle.momentum
         groups = np.pad(np.abs(m).ravel(), (0, -m.size % 32)).reshape(-1, 32)
         return {"m": self.rounded(self.oracle.codes()["m"]).astype(np.int8), "m_scales": groups.max(axis=1)}

@@ -7,7 +7,8 @@ import pytest
 
 from ember_mlx.parity import implementations, record, recorded, stochastic_rounding, suite
 from ember_mlx.parity.gradient_streams import STREAMS
-from ember_mlx.parity.implementations import Implementation, Stepped
+from ember_mlx.parity.implementations import Implementation
+from ember_mlx.parity.stepping import Stepped
 
 F32 = np.float32
 
@@ -25,7 +26,14 @@ class InNumPy:
     def start(self):
         self.t, self.r, self.c, self.q = 0, np.zeros(self.shape[0], F32), np.zeros(self.shape[1], F32), F32(0)
 
-    def step(self, weights, gradient, gradient_dtype):
+    def steps(self, weights, gradients):
+        made = []
+        for gradient, _ in gradients:
+            made.append(self.step(weights, gradient))
+            weights = made[-1].w.astype(F32)
+        return Stepped(*map(np.stack, zip(*made, strict=True)))
+
+    def step(self, weights, gradient):
         schedule = self.options.get("beta2")
         forget = F32(1) - F32(schedule(self.t)) if schedule else F32(1 - self.beta2)
         self.t += 1
@@ -167,9 +175,9 @@ def recording(tables=InNumPy, name="NumPy", stream="random", shape=suite.SMALL, 
     results = {}
     for dtype in suite.DTYPES:
         made, case = tables(shape, dtype, suite.LEARNING_RATE, suite.WEIGHT_DECAY), suite.Case(stream, shape, steps)
-        for t, weights, stepped, _ in suite.follow(made, case, suite.Expected(case, dtype)):
-            if t in steps:
-                results[stream, shape, dtype, t] = stepped._asdict() | {"before": weights.astype(np.float64)}
+        for t, before, stepped, _ in suite.follow(made, case, suite.Expected(case, dtype)):
+            parts = stepped._asdict() | {"before": before}
+            results[stream, shape, dtype, t] = {part: values[-1].astype(np.float64) for part, values in parts.items()}
     return recorded.Recording(name, {"device": "a test"}, results)
 
 

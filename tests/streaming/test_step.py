@@ -20,6 +20,7 @@ from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.optimizers.sinkgd import SinkGD
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.streaming import StreamedStep
+from ember_mlx.streaming.shards import Group
 
 SHORT, LONG = 7, 41  # below and above half the features, 32, at two sequences
 
@@ -329,6 +330,14 @@ class NeedsAll(optim.SGD):
         return super().apply_gradients(gradients, parameters)
 
 
+def clipping(model):
+    return guarded(model, optim.SGD(0.1), clip_grad_norm=2.0)
+
+
+def guarded(model, optimizer, **options):
+    return GuardedOptimizer(model.trainable_parameters(), optimizer, **options)
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -337,6 +346,15 @@ class NeedsAll(optim.SGD):
         (lambda m: StreamedStep(m, StochasticRounding(NeedsAll(0.1))), "needs all gradients at once"),
         (lambda m: StreamedStep(m, "sgd"), "must be an mlx.optimizers.Optimizer"),
         (lambda m: StreamedStep(m, paired(m, clip_grad_norm=1.0)), "clip_norm_pass=True, or clip_layer_norm"),
+        (lambda m: StreamedStep(m, paired(m), clip_norm_pass=True), "clip_norm_pass=True.*no clip_grad_norm"),
+        (lambda m: StreamedStep(m, optim.SGD(1), clip_norm_pass=True), "clip_norm_pass=True.*no clip_grad_norm"),
+        (lambda m: StreamedStep(m, paired(m), lambda *_: mx.array(0.0), block_rows=9), "block_rows=9.*caller's own"),
+        (lambda m: StreamedStep(m, paired(m), lambda *_: mx.array(0.0), keep_logits=False), "keep_logits=False.*own"),
+        (lambda m: StreamedStep(m, paired(m), group=Group(0, 2, None, None)), "group=.*reduce"),
+        (lambda m: StreamedStep(m, paired(m, clipping(m))), "GuardedOptimizer.clip_grad_norm=2.0. stands inside"),
+        (lambda m: StreamedStep(m, guarded(m, clipping(m)), clip_norm_pass=True), "stands inside another"),
+        (lambda m: StreamedStep(m, guarded(m, paired(m, clip_grad_norm=3))), "clip_grad_norm=3. stands inside"),
+        (lambda m: StreamedStep(m, optim.MultiOptimizer([clipping(m)])), "stands inside another optimizer"),
         (lambda m: StreamedStep(m, paired(m), keep_inputs=0), "keep_inputs=0.*1 or more"),
         (lambda m: StreamedStep(m, paired(m), clip_layer_norm=-1), "clip_layer_norm=-1.*above 0"),
         (lambda m: StreamedStep(paired(m), m), "type PairedOptimizer.*the model comes first"),

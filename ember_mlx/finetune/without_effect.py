@@ -1,0 +1,131 @@
+"""Options that change nothing since another option, or the lack of one, leaves them nothing to do.
+
+One of ours that asks for something is refused on a command line: what was asked for would not happen. One with a
+default, one of mlx-lm's, which takes them in silence, and one of a YAML file, which a flag may go over, is a warning.
+What ``--stream`` alone has, :mod:`ember_mlx.finetune.choices` refuses; what rows decide, the data's readers.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+from ember_mlx.finetune.optimizer_names import canonical, settings
+from ember_mlx.finetune.run_length import SCHEDULES
+from ember_mlx.shared.command_line import flag
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["OBSOLETE", "OF_TEST", "RULES", "Rule", "idle", "refuse_idle"]
+
+OF_TEST = frozenset(
+    [
+        *("model", "data", "hf_dataset", "prompt_feature", "completion_feature", "chat_feature", "text_feature"),
+        *("mask_prompt", "max_seq_length", "batch_size", "seed", "test", "test_batches", "train", "config"),
+        *("trust_remote_code", "adapter_path", "quantize", "stream", "chunked_loss", "memory_limit", "peer_timeout"),
+    ]
+)
+"""The options that a test without training reads."""
+OBSOLETE = ("dequantize_tables",)
+OF_TABLES = (
+    *("table_optimizer", "table_learning_rate", "table_weight_decay", "table_beta2", "table_beta2_decay"),
+    *("table_row_clip", "table_row_floor", "table_rounding", "table_lr_schedule", "auto_savings"),
+)
+
+
+class Rule(NamedTuple):
+    """Some options, and where they have no effect.
+
+    Attributes:
+        names: Of the options; None for all that a test does not read.
+        where: Says of a run's options whether that is so.
+        why: In words, with what makes them have one.
+    """
+
+    names: tuple[str, ...] | None
+    where: Callable[[Any], bool]
+    why: str
+
+
+def _tables_alone(options):
+    return options.num_layers == 0 and options.fine_tune_type != "full"
+
+
+def _has_its_own_rate(options):
+    asked = settings(options, "adafactor")
+    return canonical(options.optimizer) == "adafactor" and asked.get("relative_step", True) is not False
+
+
+RULES = (
+    Rule(None, lambda run: not run.train, "a test alone trains nothing; add --train"),
+    Rule(OF_TABLES, lambda run: run.train_tables == "none", "no table trains with --train-tables none"),
+    Rule(
+        ("bias_correction", "body_rounding", "clip_layer_norm", "optimizer", "learning_rate"),
+        _tables_alone,
+        "the tables train alone with --num-layers 0",
+    ),
+    Rule(
+        ("body_rounding",),
+        lambda run: run.fine_tune_type != "full" and run.body_rounding == "stochastic",
+        "adapters are in float32; it is for --fine-tune-type full",
+    ),
+    Rule(("learning_rate",), lambda run: bool(run.lr_schedule), "lr_schedule replaces it"),
+    Rule(("table_learning_rate",), lambda run: bool(run.table_lr_schedule), "table_lr_schedule replaces it"),
+    Rule(
+        ("learning_rate",),
+        _has_its_own_rate,
+        "adafactor takes a rate of its own; set relative_step: false under optimizer_config",
+    ),
+    Rule(("sample_tokens",), lambda run: run.sample_prompts is None, "nothing is answered; add --sample-prompts"),
+    Rule(("test_batches",), lambda run: not run.test, "nothing is tested; add --test"),
+    Rule(("project_name",), lambda run: run.report_to is None, "nothing is reported; add --report-to"),
+    Rule(("resume_with_changes",), lambda run: run.resume is None, "nothing is resumed; add --resume"),
+    Rule(OBSOLETE, lambda run: True, "quantized tables that train are dequantized"),
+)
+
+
+def idle(options: Any, given: Collection[str]) -> dict[str, str]:
+    """The options of those given that change nothing, each with why. One that is switched off asks for nothing.
+
+    Args:
+        options: The run's.
+        given: The names of the options that the user has given.
+    """
+    found = {}
+    for rule in RULES:
+        names = set(given) - OF_TEST if rule.names is None else set(given) & set(rule.names)
+        if names and rule.where(options):
+            for name in sorted(names):
+                if getattr(options, name, None) not in (None, False):
+                    found.setdefault(name, rule.why)
+    return found
+
+
+def refuse_idle(
+    options: Any,
+    given: Collection[str],
+    flags: Collection[str],
+    own: Mapping[str, Any],
+    warn: Callable[[str], None],
+) -> None:
+    """Refuse the first option that changes nothing, or warn of it, as the top of this file says.
+
+    Args:
+        options: The run's.
+        given: The names of those that the user has given.
+        flags: Which of these are of the command line, and not of a YAML file.
+        own: The defaults of those that mlx-lm does not have.
+        warn: Is told each warning, a line.
+
+    Raises:
+        InputError: for one of ours without a default, on the command line of a run that trains. A test alone may be
+            given all that its run was given.
+    """
+    warnings = {}
+    for name, why in idle(options, given).items():
+        value = getattr(options, name)
+        named = flag(name) if name in flags and name not in SCHEDULES else name
+        shown = named if value is True else f"{named} {value}"
+        if name in flags and name not in OBSOLETE and options.train and not own.get(name, "mlx-lm's"):
+            raise InputError(f"{shown}: no effect: {why}, or leave it out")
+        if name in flags or name in own:  # files of mlx-lm's have every key
+            warnings.setdefault(why, []).append(shown)
+    for why, several in warnings.items():
+        warn(f"Warning: {', '.join(several)}: no effect: {why}")

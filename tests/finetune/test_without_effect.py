@@ -1,0 +1,140 @@
+"""Every option has an effect, or says that it has none: a row for each, of ``train`` and of the commands beside it."""
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from ember_mlx import InputError
+from ember_mlx.commands import export, fuse, plan
+from ember_mlx.finetune import options
+from ember_mlx.finetune.data import load_data
+from ember_mlx.finetune.keywords import options_of
+from ember_mlx.finetune.row_keys import layout_of
+from ember_mlx.finetune.run import run
+from ember_mlx.finetune.without_effect import OF_TEST, RULES
+from ember_mlx.shared.command_line import actions_of, flag
+
+REFUSED = [  # an option of ours that asks for something, and what leaves it nothing to do
+    ("table_beta2", "--table-beta2 0.9", "--train-tables none"),
+    ("table_beta2_decay", "--table-beta2-decay 0.8", "--train-tables none"),
+    ("table_row_clip", "--table-row-clip 3", "--train-tables none"),
+    ("table_row_floor", "--table-row-floor 3", "--train-tables none"),
+    ("table_rounding", "--table-rounding nearest", "--train-tables none"),
+    ("table_weight_decay", "--table-weight-decay 0.1", "--train-tables none"),
+    ("bias_correction", "--bias-correction", "--num-layers 0"),
+    ("body_rounding", "--body-rounding stochastic", "--num-layers 0"),
+    ("body_rounding", "--body-rounding stochastic", "--fine-tune-type dora"),
+    ("clip_layer_norm", "--clip-layer-norm 1 --stream", "--num-layers 0"),
+    ("resume_with_changes", "--resume-with-changes", ""),
+]
+WARNED = [  # one with a default, or of mlx-lm's
+    ("table_optimizer", "--table-optimizer adamw", "--train-tables none"),
+    ("table_learning_rate", "--table-learning-rate 1e-3", "--train-tables none"),
+    ("auto_savings", "--auto-savings", "--train-tables none"),
+    ("optimizer", "--optimizer adamw", "--num-layers 0"),
+    ("learning_rate", "--learning-rate 1e-4", "--num-layers 0"),
+    ("learning_rate", "--learning-rate 1e-4", "--optimizer adafactor"),
+    ("sample_tokens", "--sample-tokens 9", ""),
+    ("test_batches", "--test-batches 9", ""),
+    ("project_name", "--project-name x", ""),
+    ("dequantize_tables", "--dequantize-tables", ""),
+    ("iters", "--iters 9", "--test"),
+    ("add_tokens", "--add-tokens x.txt", "--test"),
+]
+ELSEWHERE = {  # refused or warned of where more is known, each with a test there
+    *("stream", "keep_inputs", "shard_optimizer", "shard_tables"),  # choices.py, run.py: tables and workers
+    *("keep_best", "patience", "sample_prompts", "valid_fraction"),  # where it is known which rows validate
+    *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "mask_prompt"),  # what the rows are
+    *("peer_timeout", "overwrite", "quantize", "packing", "grad_accumulation_steps", "epochs"),
+}
+ALWAYS = {  # of a run that trains, whatever the other options are
+    *("model", "data", "max_seq_length", "batch_size", "seed", "test", "train", "config", "trust_remote_code"),
+    *("fine_tune_type", "num_layers", "warmup", "clip_grad_norm", "on_nonfinite", "train_tables", "grad_checkpoint"),
+    *("chunked_loss", "memory_limit", "clear_cache_threshold", "adapter_path", "save_every", "keep_checkpoints"),
+    *("resume", "resume_adapter_file", "steps_per_report", "steps_per_eval", "val_batches", "log_jsonl", "report_to"),
+}
+
+
+def test_the_tables_here_name_every_option_and_every_rule_is_tried():
+    names = {action.dest for action in actions_of(options.build_parser())} - {"help"}
+    tried = {name for name, *_ in REFUSED + WARNED}
+    assert tried | ELSEWHERE | ALWAYS == names
+    assert not (tried - {"iters", "add_tokens"}) & (ELSEWHERE | ALWAYS)
+    ruled = {name for rule in RULES for name in rule.names or ()} - {"table_lr_schedule"}
+    assert ruled <= tried
+    assert names >= OF_TEST - {"hf_dataset"}
+
+
+@pytest.mark.parametrize(("name", "asked", "beside"), REFUSED)
+def test_what_would_not_happen_is_refused_in_one_line(name, asked, beside):
+    with pytest.raises(InputError, match=f"^{flag(name)}[^:]*: no effect: .*leave it out$"):
+        options.parse([*asked.split(), *beside.split()])
+
+
+@pytest.mark.parametrize(("name", "asked", "beside"), WARNED)
+def test_what_has_a_default_is_warned_of_in_one_line(name, asked, beside, capsys):
+    options.parse([*asked.split(), *beside.split()])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"Warning: {flag(name)}")
+    assert ": no effect: " in line
+
+
+@pytest.mark.parametrize(("name", "asked", "_"), [row for row in REFUSED + WARNED if row[0] != "dequantize_tables"])
+def test_where_it_has_an_effect_nothing_is_said(name, asked, _, capsys):
+    full = ["--fine-tune-type", "full", "--optimizer", "adam", "--test", "--train", "--resume", "--report-to", "wandb"]
+    options.parse([*full, "--sample-prompts", "x.txt", *asked.split()])
+    assert capsys.readouterr().out == ""
+
+
+def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("table_row_clip: 3\ntest_batches: 9\nlr_schedule: {name: step_decay}\nlearning_rate: 1e-4\n")
+    options.parse(["--config", str(file), "--train-tables", "none"])
+    said = capsys.readouterr().out
+    assert said == "Warning: table_row_clip 3.0: no effect: no table trains with --train-tables none\n"
+    options.parse(["--config", str(file), "--learning-rate", "1e-3"])
+    assert capsys.readouterr().out == "Warning: --learning-rate 0.001: no effect: lr_schedule replaces it\n"
+
+
+def test_a_schedule_of_the_tables_replaces_their_rate(capsys):
+    given = {"data": "x", "table_learning_rate": 1e-3, "table_lr_schedule": {"name": "step_decay"}}
+    options_of(given)
+    assert "table-learning-rate 0.001: no effect: table_lr_schedule replaces it" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"^table_lr_schedule \{.*\}: no effect: no table trains"):
+        options_of(given | {"table_learning_rate": None, "train_tables": "none"})
+
+
+def test_what_the_run_knows_alone_is_told_by_the_run(parse, capsys):
+    with pytest.raises(InputError, match=r"--overwrite: --resume continues the run in --adapter-path"):
+        run(parse("--peer-timeout", 9, "--resume", "--overwrite"))
+    assert "Warning: --peer-timeout 9: no effect: it is for several workers" in capsys.readouterr().out
+
+
+def test_a_part_to_split_off_is_not_asked_for_in_vain(parse, folders, capsys):
+    load_data(parse("--valid-fraction", 0.2), load_tokenizer(folders["untied"]))
+    assert "Warning: --valid-fraction 0.2: no effect: the data has validation rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"messages": []}])
+@pytest.mark.parametrize("name", ["prompt", "completion", "chat", "text"])
+def test_a_key_that_is_named_is_trained_on_or_refused(name, row):
+    args = options.parse([f"--{name}-feature", "other"])
+    with pytest.raises(InputError, match=rf"--{name}-feature other: no effect|no kind that mlx-lm trains on"):
+        layout_of(args, row, "line 1")
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "refused"),
+    [
+        (plan.main, "--model x --link TB", "--link TB: no effect"),
+        (plan.main, "--model x --workers 1 --link 10GbE", "--link 10GbE: no effect"),
+        (fuse.main, "--gguf-path a.gguf", "--gguf-path a.gguf: no effect"),
+        (export.main, "--format peft --llama-cpp x", "--llama-cpp x: is of --format gguf"),
+        (export.main, "--format ollama --outtype q8_0", "--outtype q8_0: is of --format gguf"),
+        (export.main, "--format gguf --base-model x", "--base-model x: is of --format peft"),
+        (export.main, "--format peft --no-adapter", "--no-adapter: peft holds adapters"),
+    ],
+)
+def test_the_other_commands_refuse_too(main, words, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=refused):
+        main(words.split())
