@@ -79,7 +79,7 @@ def test_a_stopped_run_leaves_what_it_has_in_its_report_and_no_process(tmp_path,
             break
     # Ctrl-C goes to the whole group, and what `kill` sends to one process.
     os.killpg(started.pid, number) if number == signal.SIGINT else started.send_signal(number)
-    _, errors = started.communicate(timeout=5)  # at its end nobody is left who could write more
+    _, errors = started.communicate(timeout=10)  # at its end nobody is left who could write more
     report = json.loads(path.read_text())
     assert report["unfinished"]
     assert report["comparisons"]
