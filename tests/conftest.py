@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import precompiled_header
 import processes
@@ -32,6 +33,12 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 
+# Every save waits until it is on the disk, some thousands of them; in memory none does. A container has little of it.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # workers are started later, and inherit PATH
         config.mlx_header = precompiled_header.on_the_path()
@@ -45,6 +52,11 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.mlx_header, ignore_errors=True)
     if getattr(config, "products", None):
         shutil.rmtree(config.products.parent, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items):
+    """In the order of their names the last files are short, but for one, beside which a worker would be idle."""
+    items.sort(key=lambda item: item.path.name != "test_token_tables.py")
 
 
 @pytest.fixture(scope="module")

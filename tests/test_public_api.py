@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ MODULES = {
     for package in PACKAGES
     for path in sorted((ROOT / package).rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 ENTRY = {"ember_mlx.__main__"}  # it is run, not imported
 # Of one name in the package index and another in Python.
 DISTRIBUTIONS = {"mlx_lm": "mlx-lm", "yaml": "pyyaml"}
+
+
+@cache
+def tree_of(name):
+    """Parsed by the tests: both workers import this file, and one of them needs no tree."""
+    return ast.parse(MODULES[name].read_text())
 
 
 def declared(tree):
@@ -61,24 +67,24 @@ def unhinted(tree):
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - ENTRY))
 def test_every_module_declares_what_is_public(name):
-    names, lazy = declared(TREES[name]), "__getattr__" in set(defined(TREES[name]))
+    names, lazy = declared(tree_of(name)), "__getattr__" in set(defined(tree_of(name)))
     assert names is not None
-    missing = set(names) - set(defined(TREES[name]))
+    missing = set(names) - set(defined(tree_of(name)))
     assert lazy or not missing
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_public_function_has_hints(name):
-    assert list(unhinted(TREES[name])) == []
+    assert list(unhinted(tree_of(name))) == []
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_imports_what_another_keeps_to_itself(name):
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.ImportFrom) and node.module in TREES:
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
             public = {
-                *(declared(TREES[node.module]) or ()),
-                *(m.rpartition(".")[2] for m in TREES if m.startswith(node.module)),
+                *(declared(tree_of(node.module)) or ()),
+                *(m.rpartition(".")[2] for m in MODULES if m.startswith(node.module)),
             }
             assert {alias.name for alias in node.names} <= public, (node.module, [alias.name for alias in node.names])
 
@@ -88,8 +94,8 @@ def test_every_library_that_is_imported_is_a_named_dependency():
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     named = {re.match(r"[\w-]+", each)[0] for group in groups for each in group}
     imported = set()
-    for tree in TREES.values():
-        for node in ast.walk(tree):
+    for name in MODULES:
+        for node in ast.walk(tree_of(name)):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:

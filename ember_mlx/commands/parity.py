@@ -63,7 +63,7 @@ it, with the steps that were searched. `of allowed` is the largest error of any 
 there: a rounding to 16 bits alone reaches 1. Values below 2^-126, 8.39e+06 ULPs, may be rounded to zero, as GPUs do.
 Against recorded results each side is allowed its own tolerance. rounding: stochastic, where no bit may differ."""
 
-TIMES = "Seconds of each job, the longest first. First steps are those that compile, with making their tables."
+TIMES = "Seconds of each job, the longest first. First steps: until tables give a first result, where all is compiled."
 
 
 def main(arguments: list[str]) -> int:

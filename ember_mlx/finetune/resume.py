@@ -4,7 +4,8 @@ import hashlib
 import json
 import platform
 from dataclasses import replace
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,6 +55,7 @@ SHARED = {
     *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
     *("keep_best", "patience", "shard_optimizer", "shard_tables"),
 }
+version = cache(metadata.version)  # it reads and parses a file
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options

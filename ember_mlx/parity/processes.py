@@ -1,22 +1,23 @@
 """The parity suite as jobs, the longest first, over as many processes as the machine has cores and memory for.
 
-A whole suite is 37,000 steps an implementation, each of which waits for its results, 18 compilations of one that
-compiles, and some 60 kernels for MLX's CUDA backend: a quarter of an hour of waiting for one core. A job is as small
-as can be without compiling anything twice: Ember in one implementation and dtype, and where PyTorch compiles, which
-does so anew for each shape and option, in one of those; optimizers of the body that share kernels in one
-implementation and dtype, since MLX keeps ours on no disk. Ember's statistics are in two jobs: one would take too long.
+A whole suite is 37,000 steps an implementation, 18 compilations of one that compiles, and some 60 kernels for MLX's
+CUDA backend: a quarter of an hour for one core. A job is as small as can be without compiling anything twice: Ember in
+one implementation and dtype, and where PyTorch compiles, which does so anew for each shape and option, in one of those;
+optimizers of the body that share kernels in one implementation and dtype, since MLX keeps ours on no disk. Ember's
+statistics are in two jobs: one would take too long.
 """
 
 import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 from ember_mlx.parity import body, implementations, suite
 from ember_mlx.parity.implementations import Implementation
@@ -65,7 +66,8 @@ class Job:
 class Timing:
     """When a job began, in seconds after :func:`run` did, how long it took, and how much of that its first steps.
 
-    The first step of each pair of tables, with making them, is the one that compiles. ``process`` is the worker's id.
+    Those are the steps of each pair of tables up to the first that is waited for, with making the tables: what is
+    compiled is compiled there. ``process`` is the worker's id.
     """
 
     implementation: str
@@ -187,19 +189,24 @@ def _in_pool(count, jobs, settings):
 def _start(folder, *settings):
     """Make this process a worker: one thread for each compiler and framework, of which none is imported yet.
 
-    It heads a group, with the compilers that it starts. MLX writes those kernels that it keeps in place, and another
-    process might read half of one: each has its folder.
+    It heads a group, with the compilers that it starts, and ends when the process that started it has, in whatever way.
+    MLX writes those kernels that it keeps in place, and another process might read half of one: each has its folder.
     """
     os.setpgrp()
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     os.environ["MLX_PTX_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
     global _work
     _work = _Work(*settings)
 
 
+def _end_with(parent):
+    parent.join()
+    os.killpg(0, signal.SIGTERM)
+
+
 def _do(job):
-    (implementation,), _ = implementations.select([job.implementation])
-    return _work.do(implementation, job)
+    return _work.do(implementations.named(job.implementation), job)
 
 
 class _Work:
@@ -207,7 +214,7 @@ class _Work:
 
     def __init__(self, recordings, streams, steps, began):
         self.recordings, self.streams, self.steps, self.began = recordings, streams, steps, began
-        self.expected = lru_cache(len(suite.cases()))(suite.Expected)
+        self.expected = cache(suite.Expected)
 
     def do(self, implementation, job, progress=lambda what: None):
         """The comparisons of a job by optimizer, and its `Timing`."""

@@ -22,9 +22,10 @@ import numpy as np
 
 from ember_mlx.parity import recorded, stochastic_rounding
 from ember_mlx.parity.gradient_streams import SILENT_STEPS, STREAMS, gradient_stream, round_to_bfloat16
-from ember_mlx.parity.implementations import Implementation, Stepped, Tables
+from ember_mlx.parity.implementations import Implementation
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.parity.recorded import Recording
+from ember_mlx.parity.stepping import Stepped, Tables
 from ember_mlx.parity.tolerances import bound, weight_bound
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL, unit_in_the_last_place

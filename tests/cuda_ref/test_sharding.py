@@ -84,8 +84,20 @@ def look_at(check, ranks, found):
         print(f"  {case}: " + ", ".join(f"{name} {error:.2f}" for name, error in errors.items()) + " of the allowed")
 
 
+# What the example imports, so that torchrun can fork its ranks, which then do not import it each.
+TORCHRUN = """
+import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, transformers
+from torch.distributed.run import main
+transformers.LlamaForCausalLM
+main()
+"""
+
+
 def with_torchrun(processes):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = ["-c", TORCHRUN, "--run-path", "--start-method=fork"]
+    if sys.platform != "linux":
+        launcher = ["-m", "torch.distributed.run"]
+    launcher += ["--standalone", f"--nproc-per-node={processes}"]
     command, threads = [sys.executable, *launcher, str(EXAMPLE)], os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,13 @@
 """``ember-mlx parity`` by running it, and on machines that lack a framework."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -45,61 +47,51 @@ def run(tmp_path, *arguments, without=()):
     )
 
 
+INTERRUPTED = "ember-mlx parity: error: interrupted; what was saved before is kept\n"
 POOL = """
+import signal
 import sys
 from ember_mlx import cli
 from ember_mlx.parity import processes
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a script starts with &
     processes.workers = lambda parts, steps: {count}
     sys.argv = ["ember-mlx", "parity", *{arguments!r}]
     cli.main()
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "count"),
-    [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)],
-    ids=lambda value: str(int(value)),
-)
-def test_a_stopped_run_leaves_what_it_has_in_its_report_and_no_process(tmp_path, number, count):
-    path, script = tmp_path / "report.json", tmp_path / "script.py"
-    arguments = [
-        "--implementation",
-        "mlx cpu",
-        "--optimizer",
-        "SinkGD",
-        "SAGE",
-        "FlashLion",
-        "--json",
-        str(path),
-        "--verbose",
-    ]
-    script.write_text(POOL.format(count=count, arguments=arguments))
+@pytest.mark.parametrize("how", ["SIGINT", "SIGINT in one process", "SIGTERM", "SIGKILL"])
+def test_a_stopped_run_leaves_what_it_has_in_its_report_and_no_process(tmp_path, how):
+    number, path, script = getattr(signal, how.split()[0]), tmp_path / "report.json", tmp_path / "script.py"
+    arguments = ["--implementation", "mlx cpu", "--verbose", "--json", str(path)]
+    arguments += ["--dtype", "float32", "--optimizer", "SinkGD", "SAGE", "FlashLion"]
+    alone = "one process" in how
+    arguments += [] if alone else ["Ember"]  # a job that would take another process long
+    script.write_text(POOL.format(count=1 if alone else 2, arguments=arguments))
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    started = subprocess.Popen(
-        [sys.executable, script], env=env, stderr=subprocess.PIPE, text=True, process_group=0, stdout=subprocess.DEVNULL
-    )
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "TMPDIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen([sys.executable, script], env=env, start_new_session=True, **pipes)
     for line in started.stderr:
-        if "took" in line:  # a job has ended, so the report follows
+        if "took" in line and path.exists():
             break
-    while not path.exists():
-        time.sleep(0.01)
     # Ctrl-C goes to the whole group, and what `kill` sends to one process.
-    os.killpg(started.pid, number) if number == signal.SIGINT else started.terminate()
-    _, errors = started.communicate(timeout=30)
-    assert started.returncode == 128 + number
-    *told, last = errors.splitlines()
-    assert last == "ember-mlx parity: error: interrupted; what was saved before is kept"
-    assert all(" took " in line for line in told)
+    os.killpg(started.pid, number) if number == signal.SIGINT else started.send_signal(number)
+    _, errors = started.communicate(timeout=5)  # at its end nobody is left who could write more
     report = json.loads(path.read_text())
     assert report["unfinished"]
     assert report["comparisons"]
+    if number == signal.SIGKILL:
+        assert started.returncode == -number
+        return
+    assert started.returncode == 128 + number, errors
+    assert re.sub(".* took .*\n", "", errors) == INTERRUPTED
     for job in report["jobs"]:
         with pytest.raises(ProcessLookupError):
             os.kill(job["process"], 0)
-    assert sorted(tmp_path.glob("report*")) == [path]
+    assert not [*tmp_path.glob("ember*"), *tmp_path.glob("*.part")]
 
 
 def test_without_torch_the_rest_is_compared_and_torch_is_not_here(tmp_path):
@@ -187,6 +179,74 @@ def test_a_fail_is_shown_written_and_exit_code_1(monkeypatch, capsys, tmp_path):
     assert report["comparisons"][1]["dtype"] == "float16"
     assert report["comparisons"][3]["ulps"] is None
     assert report["comparisons"][3]["error"] == "RuntimeError: no kernel"
+
+
+TIMING = processes.Timing("mlx cpu", "SAGE", "float32", "", start=1.0, seconds=2.5, first_steps=0.5, process=7)
+
+
+def jobs_end(monkeypatch, *jobs, after=lambda: None):
+    """The command finds the comparisons of these jobs; ``after`` is called as each has ended."""
+
+    def run(here, cases, dtypes, recordings, progress, *, timed, ended, **options):
+        for number, comparisons in enumerate(jobs, start=1):
+            progress(f"random, 24 x 8 float32: {'mlx cpu ' * number}")
+            timed(TIMING)
+            ended(comparisons)
+            progress(f"{number} of {len(jobs)} jobs done")
+            after()
+        yield from (one for comparisons in jobs for one in comparisons)
+
+    monkeypatch.setattr(processes, "run", run)
+
+
+def test_the_report_is_whole_after_each_job_and_unfinished_until_the_last(monkeypatch, tmp_path):
+    path, reports = tmp_path / "report.json", []
+    jobs = [one_of()], [one_of("w", of_allowed=1.5), one_of("c")], [one_of("step")]
+    jobs_end(monkeypatch, *jobs, after=lambda: reports.append(json.loads(path.read_text())))
+    assert command.main(["--optimizer", "Ember", "--json", str(path)]) == 1
+    done = json.loads(path.read_text())
+    assert [len(report["comparisons"]) for report in reports] == [1, 3, 4]
+    assert [len(report["jobs"]) for report in reports] == [1, 2, 3]
+    assert [report["failed"] for report in reports] == [0, 1, 1]
+    assert all(report.pop("unfinished") for report in reports)
+    assert done == reports[-1] | {"seconds": done["seconds"]}
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_report_that_is_not_written_whole_leaves_the_one_before(monkeypatch, tmp_path, error):
+    path = tmp_path / "report.json"
+    path.write_text("before")
+
+    def half(self, text):
+        self.write_bytes(text.encode()[:3])
+        raise error
+
+    monkeypatch.setattr(Path, "write_text", half)
+    jobs_end(monkeypatch, [one_of()])
+    with pytest.raises(error):
+        command.main(["--optimizer", "Ember", "--json", str(path)])
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("report.json", b"before")]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_progress_overwrites_itself_and_leaves_the_lines_of_jobs_alone(monkeypatch, watched, error):
+    told = io.StringIO()
+    told.isatty = lambda: watched
+    monkeypatch.setattr(sys, "stderr", told)
+
+    def after():
+        assert ("jobs done" in told.getvalue()) == watched
+        if error:
+            raise error
+
+    jobs_end(monkeypatch, [one_of()], [one_of("w")], after=after)
+    with pytest.raises(error) if error else nullcontext():
+        command.main(["--optimizer", "Ember", "--verbose"])
+    assert ("\x1b" in told.getvalue()) == watched
+    seen = [line.rpartition("\x1b[K")[2].strip("\r") for line in told.getvalue().split("\n")]
+    line = "3.5 s: mlx cpu SAGE float32 took 2.5 s, first steps 0.5 s"
+    assert seen == [line] * (1 if error else 2) + [""]
 
 
 def test_no_comparison_is_not_a_pass(monkeypatch, capsys):

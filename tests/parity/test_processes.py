@@ -17,12 +17,16 @@ def test_several_processes_find_what_one_does(monkeypatch):
     one_process = list(processes.run(chosen, cases, dtypes, optimizers=names, **of_the_body))
     expected = [*suite.run(chosen, cases, dtypes), *body.run(chosen, dtypes=dtypes, optimizers=entries, **of_the_body)]
     monkeypatch.setattr(processes, "workers", lambda parts, steps: 2)
-    timings = []
-    found = list(processes.run(chosen, cases, dtypes, optimizers=names, timed=timings.append, **of_the_body))
+    timings, told = [], []
+    told_of = {"timed": timings.append, "progress": told.append}
+    found = list(processes.run(chosen, cases, dtypes, optimizers=names, **told_of, **of_the_body))
     assert found == one_process
     assert sorted(found, key=repr) == sorted(expected, key=repr)
     assert len(timings) == len(chosen) * len(dtypes) * 3  # Ember, and two kinds of kernels of the body
     assert all(0 < one.first_steps < one.seconds for one in timings)
+    assert [line.partition(":")[0] for line in told] == [
+        f"{n + 1} of {len(timings)} jobs done" for n in range(len(timings))
+    ]
 
 
 def test_a_part_whose_process_fails_is_a_comparison_that_failed(monkeypatch):

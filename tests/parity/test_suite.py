@@ -7,7 +7,8 @@ import pytest
 
 from ember_mlx.parity import implementations, record, recorded, stochastic_rounding, suite
 from ember_mlx.parity.gradient_streams import STREAMS
-from ember_mlx.parity.implementations import Implementation, Stepped
+from ember_mlx.parity.implementations import Implementation
+from ember_mlx.parity.stepping import Stepped
 
 F32 = np.float32
 
