@@ -186,7 +186,7 @@ def test_inputs_are_let_go_of_where_sequences_are_long():
     ],
 )
 def test_where_there_is_room_streaming_is_recommended_to_those_that_stream_by_default_alone(words, workers, by_default):
-    model = read_architecture(QWEN, "config.json")
+    model = read_architecture(SMALL, "config.json")
     run = run_of(options.parse(["--batch-size", "1", "--max-seq-length", "129", *words]), model, workers)
     planned = plan(model, run, "cuda")
 

@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx import optimizers
@@ -57,6 +59,7 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
         body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     if choices.body_rounding == "stochastic":
+        _tell_of_float32(model, options, {table.path for table in choices.tables})
         body = StochasticRounding(body, seed=(options.seed + 1) % 2**32)  # the tables have the seed itself
     if choices.tables:
         tables = table_optimizer(options, choices.table_rounding)
@@ -108,6 +111,15 @@ def own_optimizer(
                             own["weights"])  # fmt: skip
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
+
+
+def _tell_of_float32(model, options, tables):
+    """Where rounding is asked for that float32 weights do not have; the tables' Ember tells of its own."""
+    wide = [
+        array.dtype == mx.float32 for path, array in tree_flatten(model.trainable_parameters()) if path not in tables
+    ]
+    if options.body_rounding is not None and all(wide):
+        rprint("Warning: --body-rounding stochastic: no effect: what trains beside the tables is float32")
 
 
 def _refuse_unknown(name, made, asked):

@@ -24,7 +24,7 @@ CLASSES = {
 RATES = {"adam-mini": 1e-4, "sinkgd": 3e-4, "flash-adamw": 1e-4, "flash-lion": 3e-5}
 """The default of ``--learning-rate`` by optimizer of ours; mlx-lm's have mlx-lm's 1e-5, at which ours hardly learn.
 
-AdamMini's and SinkGD's are the best half decades of all weights on two data sets (examples/benchmarks/quality).
+AdamMini's and SinkGD's are the best half decades for all weights on two data sets (examples/benchmarks/quality).
 FlashAdamW's was 3.2e-4 there, with warm-up and a cosine: at a constant rate it has AdamW's careful one of our recipes.
 FlashLion's is a third of that, by advice alone.
 """

@@ -9,6 +9,7 @@ from tiny_models import tiny_llama, write_model
 from ember_mlx import InputError
 from ember_mlx.finetune import options
 from ember_mlx.finetune.base_models import load_base
+from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.trainable import shapes_of
@@ -35,6 +36,15 @@ def test_it_is_chosen_by_what_trains(dtype, words, rounding):
     model = tiny_llama()
     model.set_dtype(dtype)
     assert choose(options.parse(words.split()), shapes_of(model)).body_rounding == rounding
+
+
+@pytest.mark.parametrize(("dtype", "idle"), [(mx.float32, True), (mx.bfloat16, False)])
+def test_asked_for_in_float32_it_has_no_effect_and_says_so(dtype, idle, capsys):
+    model = tiny_llama()
+    model.set_dtype(dtype)
+    args = options.parse([*FULL.split(), "--body-rounding", "stochastic"])
+    build_optimizer(model, args, choose(args, shapes_of(model)))
+    assert ("--body-rounding stochastic: no effect" in capsys.readouterr().out) == idle
 
 
 def test_a_rest_of_each_weight_takes_its_place(tmp_path):

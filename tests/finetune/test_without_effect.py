@@ -1,12 +1,11 @@
 """Every option has an effect, or says that it has none: a row for each, of ``train`` and of the commands beside it."""
 
 import pytest
-from mlx_lm.utils import load_tokenizer
 
 from ember_mlx import InputError
 from ember_mlx.commands import export, fuse, plan
 from ember_mlx.finetune import options
-from ember_mlx.finetune.data import load_data
+from ember_mlx.finetune.data import load_sets
 from ember_mlx.finetune.keywords import options_of
 from ember_mlx.finetune.row_keys import layout_of
 from ember_mlx.finetune.run import run
@@ -109,8 +108,8 @@ def test_what_the_run_knows_alone_is_told_by_the_run(parse, capsys):
     assert "Warning: --peer-timeout 9: no effect: it is for several workers" in capsys.readouterr().out
 
 
-def test_a_part_to_split_off_is_not_asked_for_in_vain(parse, folders, capsys):
-    load_data(parse("--valid-fraction", 0.2), load_tokenizer(folders["untied"]))
+def test_a_part_to_split_off_is_not_asked_for_in_vain(parse, capsys):
+    load_sets(parse("--valid-fraction", 0.2), None)
     assert "Warning: --valid-fraction 0.2: no effect: the data has validation rows" in capsys.readouterr().out
 
 
