@@ -1,4 +1,3 @@
-import gc
 import os
 import shutil
 import signal
@@ -49,7 +48,6 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    gc.unfreeze()
     if getattr(config, "mlx_header", None):
         shutil.rmtree(config.mlx_header, ignore_errors=True)
     if getattr(config, "products", None):
@@ -59,11 +57,6 @@ def pytest_unconfigure(config):
 def pytest_collection_modifyitems(items):
     """In the order of their names the last files are short, but for one, beside which a worker would be idle."""
     items.sort(key=lambda item: item.path.name != "test_token_tables.py")
-
-
-def pytest_collection_finish():
-    """What is imported stays: no collection of garbage needs to look through it again, half a second each."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="module")
