@@ -13,7 +13,6 @@ from tiny_models import write_data, write_model
 
 from ember_mlx import cli
 from ember_mlx.finetune import adapters, checkpoints
-from ember_mlx.geometry import pictures
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -114,8 +113,7 @@ def test_after_any_run_all_that_is_saved_is_finite_and_loads(
 
 
 @pytest.mark.parametrize("fault", ["none", "rate", "NaN in a weight"])
-def test_geometry_leaves_only_what_is_finite(made, tmp_path, capsys, monkeypatch, fault):
-    monkeypatch.setattr(pictures, "draw_all", lambda found, folder: {})  # tests/geometry draws them
+def test_geometry_leaves_only_what_is_finite(made, tmp_path, capsys, fault):
     model = made.get(("float16", fault), made["float16", "none"])
     options = ["--model", model, "--data", made["data"], "--adapter-path", tmp_path / "adapter", "--out", tmp_path]
     command(capsys, "geometry", *options, "--iters", 20, "--batch-size", 2, "--save-every", 1, *FAULTS[fault])
