@@ -1,7 +1,7 @@
 """Options that change nothing since another option, or the lack of one, leaves them nothing to do.
 
-One of ours that asks for something is refused on a command line: what was asked for would not happen. One with a
-default, one of mlx-lm's, which takes them in silence, and one of a YAML file, which a flag may go over, is a warning.
+One of ours that asks for something is refused on a command line: what was asked for would not happen. Three kinds are
+warned of: those with a default; mlx-lm's, which it takes in silence; those of a YAML file, which a flag may go over.
 What ``--stream`` alone has, :mod:`ember_mlx.finetune.choices` refuses; what rows decide, the data's readers.
 """
 
@@ -20,6 +20,7 @@ OF_TEST = frozenset(
         *("model", "data", "hf_dataset", "prompt_feature", "completion_feature", "chat_feature", "text_feature"),
         *("mask_prompt", "max_seq_length", "batch_size", "seed", "test", "test_batches", "train", "config"),
         *("trust_remote_code", "adapter_path", "quantize", "stream", "chunked_loss", "memory_limit", "peer_timeout"),
+        *("report_to", "project_name"),  # they get the options, as mlx-lm's do
     ]
 )
 """The options that a test without training reads."""
@@ -57,9 +58,14 @@ RULES = (
     Rule(None, lambda run: not run.train, "a test alone trains nothing; add --train"),
     Rule(OF_TABLES, lambda run: run.train_tables == "none", "no table trains with --train-tables none"),
     Rule(
-        ("bias_correction", "body_rounding", "clip_layer_norm", "optimizer", "learning_rate"),
+        ("bias_correction", "body_rounding", "optimizer", "learning_rate"),
         _tables_alone,
         "the tables train alone with --num-layers 0",
+    ),
+    Rule(
+        ("clip_layer_norm",),
+        lambda run: _tables_alone(run) and run.table_optimizer == "ember",
+        "the tables train alone with --num-layers 0, and under Ember have no whole gradient",
     ),
     Rule(
         ("body_rounding",),

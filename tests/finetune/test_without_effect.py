@@ -84,6 +84,11 @@ def test_where_it_has_an_effect_nothing_is_said(name, asked, _, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_whole_gradients_of_tables_are_clipped_too(capsys):
+    options.parse(["--num-layers", "0", "--stream", "--clip-layer-norm", "1", "--table-optimizer", "adamw"])
+    assert capsys.readouterr().out == ""
+
+
 def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text("table_row_clip: 3\ntest_batches: 9\nlr_schedule: {name: step_decay}\nlearning_rate: 1e-4\n")

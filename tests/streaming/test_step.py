@@ -197,6 +197,14 @@ def test_clipping_by_layer_limits_each_layer_alone():
         assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_clipping_by_layer_limits_tables_whose_gradients_are_whole():
+    model, before = llama().freeze(), llama()
+    model.lm_head.unfreeze()
+    optimizer = PairedOptimizer(model, tables=optim.SGD(1.0), rest=optim.SGD(1.0))
+    StreamedStep(model, optimizer, clip_layer_norm=1e-3)(*batch_of(SHORT))
+    assert mx.linalg.norm(model.lm_head.weight - before.lm_head.weight).item() == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_loss_that_is_not_finite_changes_no_bit(tied):
     model = llama(tied)
