@@ -49,14 +49,18 @@ def run_with(config, *words, length=128):
     return model, run_of(options.parse(words), model)
 
 
-def taken(config, words, length=128, reduce=None, group=None):
-    """The peak of the second step of a model made here."""
-    args = options.parse(["--stream", *words])
+def made(config, args):
     model_class, arguments_class = _get_classes(config)
     model = model_class(arguments_class.from_dict(config))
     choices = choose(args, shapes_of(model))
     make_trainable(model, args, choices)
-    optimizer = build_optimizer(model.train(), args, choices)
+    return model, build_optimizer(model.train(), args, choices)
+
+
+def taken(config, words, length=128, reduce=None, group=None):
+    """The peak of the second step of a model made here."""
+    args = options.parse(["--stream", *words])
+    model, optimizer = made(config, args)
     batch = mx.random.randint(0, config["vocab_size"], (1, length + 1))
     mx.eval(model.parameters(), optimizer.state, batch)
     step = StreamedStep(model, optimizer, keep_inputs=args.keep_inputs or 1, reduce=reduce, group=group)
@@ -199,6 +203,29 @@ def test_where_there_is_room_streaming_is_recommended_to_those_that_stream_by_de
     assert advised(roomy) == (["--stream"] if by_default else [])
     streamed = plan(model, replace(run, stream=True), "cuda")
     assert recommendations(model, replace(run, stream=True), "cuda", streamed, streamed.peak * 2) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "tied", "workers"),
+    [
+        (("--num-layers", "1"), False, 1),
+        ((*FULL, "--optimizer", "sinkgd"), True, 1),
+        ((*FULL, "--optimizer", "adamw", "--table-optimizer", "adamw"), False, 1),
+        ((*FULL, "--optimizer", "adamw", "--shard-optimizer", "--batch-size", "8"), True, 8),
+    ],
+)
+def test_a_step_is_run_as_far_ahead_as_it_is_planned(words, tied, workers, monkeypatch):
+    config, seen = SMALL | {"tie_word_embeddings": tied}, []
+    for module in ("streaming.step", "planner.streamed_phase"):
+        monkeypatch.setattr(f"ember_mlx.{module}.bytes_ahead", lambda *numbers: seen.append(numbers) or 2**25)
+    args = options.parse(["--batch-size", "1", "--stream", "--max-seq-length", "129", *words])
+    group = Group(0, workers, None, None) if workers > 1 else None
+    StreamedStep(*made(config, args), reduce=group and mx.distributed.all_sum, group=group)
+    model = read_architecture(config, "config.json")
+    plan(model, run_of(args, model, workers), "cuda")
+    weights, state = seen[0]
+    assert len(set(seen[1:])) == 1
+    assert seen[1] == (weights, pytest.approx(state, rel=0.01))
 
 
 def test_a_run_that_does_not_fit_is_told_to_stream():

@@ -86,7 +86,7 @@ class StreamedStep:
         keep_inputs (int): Of how many layers one keeps its input; the others are made again, for long sequences.
         run_ahead (int, optional): Bytes of new weights and state that a GPU is handed before the first of them must be
             done: more take less time and more memory. Default: 1/64 of the weights, at least 33 MB; twice as much where
-            the optimizer has less than 1/8 of the weights as state. A CPU is not run ahead. With several machines,
+            this machine's part of the state is at most 1/8 of them. A CPU is not run ahead. With several machines,
             gradients of about half so many bytes go over the wire together.
         reduce (callable, optional): An array of this machine -> the sum over all machines, as
             ``mx.distributed.all_sum``. Gradients and losses are then means over the machines, and tokens are sums.
@@ -152,7 +152,8 @@ class StreamedStep:
         nbytes, of_state = (
             sum(array.nbytes for _, array in tree_flatten(tree)) for tree in (model.parameters(), optimizer.state)
         )
-        ahead = bytes_ahead(nbytes, of_state) if run_ahead is None else run_ahead
+        of_this_machine = of_state / (group.count if group else 1)
+        ahead = bytes_ahead(nbytes, of_this_machine) if run_ahead is None else run_ahead
         self._machines = Machines(reduce, ahead // 2)
         self._pace = Pace(ahead)
         self._head = self._find_head(nbytes, keep_logits, block_rows)
