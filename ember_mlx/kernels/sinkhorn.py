@@ -1,7 +1,7 @@
 """The factors of Sinkhorn's normalization: norms of rows, weighted by the factors of the columns, and the other way.
 
 As plain operations they need the squares of the gradient as a float32 matrix. Here a launch makes the factors of all
-lines, rows or columns, in one reading of the gradient, and needs no memory but for the factors.
+lines, rows or columns. It reads the gradient once, and takes no memory but theirs.
 
 Gradients come out of MLX's matrix product transposed. Where one lies is known to the kernel alone, so one text reads
 in both ways. Of a line whose elements lie side by side, a simdgroup makes the sum. Where the lines do, a threadgroup
