@@ -54,6 +54,12 @@ def _has_its_own_rate(options):
     return canonical(options.optimizer) == "adafactor" and asked.get("relative_step", True) is not False
 
 
+def _has_new_adapters_rounded(options):
+    """Those of ``--resume-adapter-file`` have the dtype of that file; build_optimizer.py looks at it."""
+    new = options.fine_tune_type != "full" and options.resume_adapter_file is None
+    return new and options.body_rounding == "stochastic"
+
+
 RULES = (
     Rule(None, lambda run: not run.train, "a test alone trains nothing; add --train"),
     Rule(OF_TABLES, lambda run: run.train_tables == "none", "no table trains with --train-tables none"),
@@ -69,8 +75,8 @@ RULES = (
     ),
     Rule(
         ("body_rounding",),
-        lambda run: run.fine_tune_type != "full" and run.body_rounding == "stochastic",
-        "adapters are in float32; it is for --fine-tune-type full",
+        _has_new_adapters_rounded,
+        "new adapters are in float32; it is for --fine-tune-type full",
     ),
     Rule(("learning_rate",), lambda run: bool(run.lr_schedule), "lr_schedule replaces it"),
     Rule(("table_learning_rate",), lambda run: bool(run.table_lr_schedule), "table_lr_schedule replaces it"),

@@ -89,6 +89,11 @@ def test_whole_gradients_of_tables_are_clipped_too(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_adapters_of_a_file_may_have_16_bits(capsys):
+    options.parse(["--body-rounding", "stochastic", "--resume-adapter-file", "adapters.safetensors"])
+    assert capsys.readouterr().out == ""
+
+
 def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text("table_row_clip: 3\ntest_batches: 9\nlr_schedule: {name: step_decay}\nlearning_rate: 1e-4\n")
