@@ -150,7 +150,8 @@ class StreamedStep:
         units = find_units(model, lambda: model(some_tokens()))
         put_back_random_state(key)
         nbytes, of_state = (
-            sum(array.nbytes for _, array in tree_flatten(tree)) for tree in (model.parameters(), optimizer.state)
+            sum(array.nbytes for _, array in tree_flatten(tree) if isinstance(array, mx.array))  # or a number
+            for tree in (model.parameters(), optimizer.state)
         )
         of_this_machine = of_state / (group.count if group else 1)
         ahead = bytes_ahead(nbytes, of_this_machine) if run_ahead is None else run_ahead

@@ -338,6 +338,12 @@ class NeedsAll(optim.SGD):
         return super().apply_gradients(gradients, parameters)
 
 
+def test_an_optimizer_may_keep_a_number_in_its_state():
+    model, optimizer = llama(), optim.SGD(0.1)
+    optimizer.state["warmup"] = 2.0
+    assert StreamedStep(model, optimizer)(*batch_of(SHORT))[0] > 0
+
+
 def clipping(model):
     return guarded(model, optim.SGD(0.1), clip_grad_norm=2.0)
 
