@@ -63,8 +63,9 @@ class StreamedBackward:
 
     Raises:
         InputError: (a ``ValueError``) for an optimizer that needs all gradients at once, a trainable parameter that the
-            optimizer lacks, a DTensor (FSDP2), a head under Ember that cannot be cut, and in a call for autocast,
-            ``no_grad``, gradients that are there already and labels out of range; nothing is written then.
+            optimizer lacks, a DTensor (FSDP2), a head under Ember that cannot be cut, and an option that has no effect.
+            In a call for autocast, ``no_grad``, gradients that are there already and labels out of range; nothing is
+            written then.
 
     Example:
         >>> optimizer = PairedOptimizer(model, tables=partial(Ember, lr=1e-4), rest=partial(SGD, lr=1e-2))

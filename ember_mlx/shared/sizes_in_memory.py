@@ -31,7 +31,7 @@ def bytes_ahead(weights: float, state: float) -> float:
     Twice as many where there is little state: the kernels of optimizers that have it take copies of gradients, too.
 
     Args:
-        weights, state: Bytes of all weights, and of the optimizer's state.
+        weights, state: Bytes of all weights, and of the optimizer's state on this machine.
     """
     ahead = max(LEAST_AHEAD, weights // SHARE_AHEAD)
     return 2 * ahead if LITTLE_STATE * state <= weights else ahead
