@@ -309,7 +309,7 @@ def test_the_command_says_whether_it_fits(tmp_path, capsys):
         (["--memory", "0"], "--memory 0: must be a size of at least 1MB"),
         (["--memory=-3GB"], "--memory -3GB: must be a size"),
         (["--memory", "nan"], "--memory nan: must be a size"),
-        (["--memory", "16"], "--memory 16: must be a size of at least 1MB, in MB or GB"),
+        (["--memory", "16"], "--memory 16: must be a size of at least 1MB, in MB, GB, MiB or GiB"),
         (["--train-tables", "none", "--num-layers", "9"], "the model has 3 layers"),
         (["--train-tables", "none", "--num-layers", "0"], "nothing is left to train"),
         (["--batch-size", "0"], "--batch-size 0: must be"),

@@ -23,7 +23,6 @@ __all__ = [
     "is_size",
     "load_yaml",
     "marked_tokens",
-    "parse_size",
     "rate_schedule",
 ]
 
@@ -51,21 +50,9 @@ def build_lora_parser() -> argparse.ArgumentParser:
     return lora.build_parser()
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "2GB", by mlx-lm's reading of sizes; the type of ``--clear-cache-threshold``.
-
-    Raises:
-        ValueError: for text that is no size, whatever mlx-lm itself raises for it.
-    """
-    try:
-        return _parse_size(text)
-    except (ArithmeticError, KeyError, ValueError) as error:
-        raise ValueError(f"{text!r} must be a size such as 500MB or 2GB") from error
-
-
 def is_size(action: argparse.Action) -> bool:
     """Whether an option of mlx-lm's takes a size."""
-    return action.type in (_parse_size, parse_size)
+    return action.type is _parse_size
 
 
 def marked_tokens(tokenizer: TokenizerWrapper, turns: list[dict[str, Any]], tools: Any) -> tuple[list[int], list[int]]:

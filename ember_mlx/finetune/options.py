@@ -13,12 +13,7 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
-from ember_mlx.finetune.mlx_lm_internals import (
-    CONFIG_DEFAULTS,
-    build_lora_parser,
-    is_size,
-    parse_size,
-)
+from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
 from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, check_settings
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
@@ -28,6 +23,7 @@ from ember_mlx.shared.command_line import actions_of, describe, flag
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
+from ember_mlx.shared.units import A_SIZE, parse_size
 
 __all__ = [
     "Options",
@@ -50,13 +46,16 @@ ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
 
 def _size(text):
     try:
-        return parse_size(text)
+        return parse_size(text, or_zero=True)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _limit(text):
-    return NO_LIMIT if text.lower() == NO_LIMIT else _size(text)
+    try:
+        return NO_LIMIT if text.lower() == NO_LIMIT else parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {NO_LIMIT}") from None
 
 
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
@@ -279,8 +278,6 @@ def check(args: Options) -> None:
         if not least <= args.table_beta2 < below:
             raise InputError(f"--table-beta2 {args.table_beta2}: must be {in_words}")
     _check_ember_options(args)
-    if args.memory_limit == 0:
-        raise InputError(f"--memory-limit 0: must be a size such as 12GB, or {NO_LIMIT}")
     for name in ("clip_grad_norm", "clip_layer_norm"):
         check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
     if args.keep_inputs is not None and args.keep_inputs < 1:
@@ -390,6 +387,6 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
         read = None
     changed = action.type is int and read != value
     if read is None or changed or isinstance(value, bool):
-        kind = {int: "a whole number", float: "a number"}.get(action.type, "a size such as 2GB")
+        kind = {int: "a whole number", float: "a number"}.get(action.type, A_SIZE)
         raise InputError(f"{where} must be {kind}")
     return read

@@ -1,18 +1,15 @@
 """What memory this machine has for a run."""
 
-import math
-
 import mlx.core as mx
 
 from ember_mlx.finetune.memory_limit import NO_LIMIT, machine_limit
-from ember_mlx.finetune.mlx_lm_internals import parse_size
 from ember_mlx.finetune.options import Options
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.units import parse_size
 
 __all__ = ["backend", "limited", "memory"]
 
 GPU_SHARE_OF_A_MAC = 0.75  # about what macOS lets the GPU use, unless told otherwise
-LEAST_MEMORY = 10**6  # bytes: `--memory 16` is 16GB without its unit
 
 
 def backend() -> str:
@@ -35,13 +32,11 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
     if asked is not None:
         try:
             size = parse_size(asked)
-        except ValueError:
-            size = 0
-        if not LEAST_MEMORY <= size < math.inf:
-            raise InputError(f"--memory {asked}: must be a size of at least 1MB, in MB or GB: such as 16GB or 512MB")
+        except ValueError as error:
+            raise InputError(f"--memory {error}") from None
         if backend == "metal":
             return int(GPU_SHARE_OF_A_MAC * size), f"of --memory {asked} a Mac's GPU may use about 75 % by default,"
-        return int(size), "--memory is"
+        return size, "--memory is"
     return machine_limit(), "this machine has for it"
 
 

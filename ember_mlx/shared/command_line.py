@@ -64,7 +64,8 @@ def describe(
 def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The same parser, which raises InputError where argparse would print its usage and exit.
 
-    It takes no abbreviations: one that is unique today would mean another flag, or none, tomorrow.
+    It takes no abbreviations: one that is unique today would mean another flag, or none, tomorrow. No flag begins with
+    a digit, so that "-1GB" and "-1e-4" are values, as "-1" is to argparse.
     """
 
     def error(message):
@@ -87,6 +88,7 @@ def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         raise InputError(f"{message}; {parser.prog} --help lists the options")
 
     parser.error, parser.allow_abbrev = error, False
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     return parser
 
 

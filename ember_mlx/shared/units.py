@@ -1,8 +1,16 @@
-"""Numbers with their units, in words."""
+"""Numbers with their units, in words, and read from words."""
 
-__all__ = ["format_bytes", "in_units"]
+import re
+from decimal import Decimal
+
+__all__ = ["A_SIZE", "format_bytes", "in_units", "parse_size"]
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([MG]?|[MG]I?B)")
+FACTORS = {"": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
+A_SIZE = "a size of at least 1MB, in MB, GB, MiB or GiB: such as 16GB or 512MB"
+LEAST_SIZE = 10**6  # bytes: "16" is 16GB without its unit
+LARGEST_SIZE = 2**63 - 1  # bytes: what MLX takes
 
 
 def in_units(nbytes: float) -> str:
@@ -23,3 +31,20 @@ def format_bytes(count: int) -> str:
             break
         size, unit = size / 1000, larger
     return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def parse_size(text: str, or_zero: bool = False) -> int:
+    """Bytes of "2GB" or "512MiB"; a bare number is of bytes. Case and blanks do not matter.
+
+    Args:
+        text: As an option gives it.
+        or_zero: Whether 0 is a size, too.
+
+    Raises:
+        ValueError: for text that is no size from 1MB; it says all but the option.
+    """
+    found = SIZE.fullmatch(text.strip().upper())
+    size = int(Decimal(found[1]) * FACTORS[found[2]]) if found else -1
+    if size < LEAST_SIZE and not (or_zero and size == 0):
+        raise ValueError(f"{text}: must be {A_SIZE}{', or 0' if or_zero else ''}")
+    return min(size, LARGEST_SIZE)

@@ -67,7 +67,7 @@ def test_a_run_over_its_memory_limit_ends_with_a_line_and_puts_mlxs_limits_back(
     before, most = mx.set_memory_limit(10**9), r"--memory-limit 100\.00 kB: a step took .*; use a smaller --batch-size"
     try:
         with pytest.raises(InputError, match=most):
-            run(parse(*flags, "--memory-limit", "0.1MB"))
+            run(parse(*flags) | {"memory_limit": 10**5})
         assert mx.set_memory_limit(before) == 10**9
     finally:
         mx.set_memory_limit(before)

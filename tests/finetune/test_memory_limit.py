@@ -13,6 +13,7 @@ from ember_mlx.finetune import checkpoints, memory_limit
 from ember_mlx.finetune.memory_limit import limit_of, limited_memory, machine_limit
 from ember_mlx.finetune.run import run
 from ember_mlx.planner import machine
+from ember_mlx.shared.units import A_SIZE
 
 MAC, CUDA, CPU = {"max_recommended_working_set_size": 12_000_000_000}, {"total_memory": 80_000_000_000}, {}
 
@@ -140,10 +141,38 @@ def test_a_run_that_never_fitted_leaves_nothing_in_the_way_of_the_next(monkeypat
     run(parse("--memory-limit", "none"))
 
 
-@pytest.mark.parametrize("text", ["0", "lots", "nan", "-3GB", "12XB"])
-def test_no_size_is_refused_by_name(parse, text):
-    with pytest.raises(InputError, match="memory-limit"):
-        parse(f"--memory-limit={text}")
+@pytest.mark.parametrize("text", ["0", "lots", "nan", "-3GB", "12XB", "30", "2e9", "", "GB", "1.2.3GB", "0.5MB"])
+@pytest.mark.parametrize("flag", ["--memory-limit", "--clear-cache-threshold", "--memory"])
+def test_no_size_is_refused_by_name_and_in_the_same_words(parse, tmp_path, flag, text):
+    if (flag, text) == ("--clear-cache-threshold", "0"):
+        assert parse(flag, text).clear_cache_threshold == 0
+        return
+    for words in ([flag, text], [f"{flag}={text}"]):
+        with pytest.raises(InputError, match=rf"{flag}:? {text}: must be {A_SIZE}"):
+            machine.memory(text, "cpu") if flag == "--memory" else parse(*words)
+    if flag != "--memory":
+        name = flag[2:].replace("-", "_")
+        (tmp_path / "c.yaml").write_text(f"{name}: '{text}'\n")
+        with pytest.raises(InputError, match=rf"{name}: {text} must be {A_SIZE}"):
+            parse("--config", tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16GiB", 2**34),
+        ("512mib", 2**29),
+        ("1.5 GB", 15 * 10**8),
+        ("2G", 2 * 10**9),
+        ("3M", 3 * 10**6),
+        (".5GB", 5 * 10**8),
+        ("2000000000", 2 * 10**9),
+        ("9" * 30 + "GB", 2**63 - 1),
+    ],
+)
+def test_a_size_is_the_same_everywhere(parse, text, size):
+    args = parse("--memory-limit", text, "--clear-cache-threshold", text)
+    assert args.memory_limit == args.clear_cache_threshold == machine.memory(text, "cpu")[0] == size
 
 
 def test_a_yaml_file_takes_none_too(parse, tmp_path):
