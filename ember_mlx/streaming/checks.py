@@ -7,6 +7,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ember_mlx.shared.errors import InputError
+from ember_mlx.streaming.marks import are_marks, target_mask
 from ember_mlx.streaming.units import is_leaf, put_back_random_state
 from ember_mlx.streaming.weights import Weights
 
@@ -14,8 +15,11 @@ __all__ = [
     "check_at_least_one",
     "check_batches",
     "check_differentiable",
+    "check_ids",
     "check_model",
+    "extremes_of",
     "refuse_a_trace",
+    "refuse_nothing_learned",
     "some_tokens",
 ]
 
@@ -52,21 +56,66 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_batches(batches: Sequence[tuple]) -> None:
-    """Refuse batches that are not ``(tokens, lengths)`` with tokens of shape (B, T + 1), T from 1, of whole numbers."""
+    """Refuse batches that are not ``(tokens, lengths)``; nothing is evaluated.
+
+    Tokens are (B, T + 1), T from 1, of whole numbers. Lengths are (B, 2), or marks of the tokens' shape.
+    """
     if not batches:
         raise InputError("StreamedStep: no batch is given: a step takes one or more")
     for batch in batches:
         if len(batch) != 2:
             raise InputError(f"StreamedStep: a batch of {len(batch)} arrays: must be (tokens, lengths)")
-        tokens = batch[0]
-        if not isinstance(tokens, mx.array):
-            raise InputError(f"StreamedStep: tokens of type {type(tokens).__name__}: must be an mlx.core.array")
+        tokens, learned = batch
+        for name, array in {"tokens": tokens, "lengths": learned}.items():
+            if not isinstance(array, mx.array) and (array is not None or name == "tokens" or tokens.ndim == 2):
+                raise InputError(f"StreamedStep: {name} of type {type(array).__name__}: must be an mlx.core.array")
         rows, columns = tokens.shape if tokens.ndim == 2 else (0, 0)
         if not rows or columns < 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+            remedy = "; give tokens[None]" if tokens.ndim == 1 else ""
             raise InputError(
                 f"StreamedStep: tokens of shape {tokens.shape} and {tokens.dtype}: must be whole numbers of shape "
-                "(rows, 2 or more), the last of a row only predicted"
+                f"(rows, 2 or more), the last of a row only predicted{remedy}"
             )
+        shape = tokens.shape if are_marks(learned) else (rows, 2)
+        if learned.shape != shape or not mx.issubdtype(learned.dtype, mx.integer):
+            raise InputError(
+                f"StreamedStep: lengths of shape {learned.shape} and {learned.dtype}: must be {(rows, 2)} and signed, "
+                f"the first and the last that count in each row, or marks, {tokens.shape} of uint8 or uint32; targets "
+                "are the tokens themselves: leave lengths out to learn all"
+            )
+
+
+def extremes_of(batches: Sequence[tuple]) -> list[mx.array]:
+    """The smallest and the largest token id of each batch, not evaluated."""
+    return [extreme for tokens, _ in batches for extreme in (tokens.min(), tokens.max())]
+
+
+def check_ids(extremes: Sequence[mx.array], vocabulary: int) -> None:
+    """Refuse ids that no row is of: their rows would be read, and written, outside the table.
+
+    Args:
+        extremes: Of :func:`extremes_of`, evaluated.
+        vocabulary: How many rows the longest token table has.
+    """
+    found = [extreme.item() for extreme in extremes]
+    if min(found) < 0 or max(found) >= vocabulary:
+        raise InputError(
+            f"StreamedStep: token ids from {min(found)} to {max(found)}: must be from 0 to {vocabulary - 1}, the rows "
+            "of the model's tables; take its own tokenizer, and lengths, not -100, for what is not learned"
+        )
+
+
+def refuse_nothing_learned(batches: Sequence[tuple]) -> None:
+    """Refuse a batch in which no token counts: the mean over none is NaN."""
+    for number, (tokens, learned) in enumerate(batches, 1):
+        if target_mask(tokens, learned).any().item():
+            continue
+        of = f" {number} of {len(batches)}" if len(batches) > 1 else ""
+        given, remedy = "marks without bit 0 after the first token", "set it"
+        if not are_marks(learned):
+            given = f"lengths of {learned[0].tolist()}{' and others' if len(learned) > 1 else ''}"
+            remedy = f"first <= last must hold, within 1 to {tokens.shape[1] - 1}"
+        raise InputError(f"StreamedStep: batch{of} with {given}: no token counts; {remedy} in a row or more")
 
 
 def check_differentiable(model: nn.Module) -> None:

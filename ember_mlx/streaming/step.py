@@ -5,6 +5,7 @@ time, outside any trace; its cotangent is evaluated, then weight after weight it
 Of the head and the embedding, rows are stepped in blocks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,8 +23,11 @@ from ember_mlx.streaming.checks import (
     check_at_least_one,
     check_batches,
     check_differentiable,
+    check_ids,
     check_model,
+    extremes_of,
     refuse_a_trace,
+    refuse_nothing_learned,
     some_tokens,
 )
 from ember_mlx.streaming.forward import Forward
@@ -132,6 +136,7 @@ class StreamedStep:
         check_clip_grad_norm(f"StreamedStep(clip_layer_norm={clip_layer_norm!r})", clip_layer_norm)
         check_model(model)
         check_differentiable(model)
+        self._vocabulary = max((table.shape[0] for table in find_token_tables(model)), default=0)
         self._updates = Updates(optimizer, model)
         if self._updates.clip_grad_norm is not None and not clip_norm_pass:
             raise InputError(
@@ -191,9 +196,14 @@ class StreamedStep:
 
         Args:
             batch (array): (B, T + 1) token ids.
-            lengths (array, optional): (B, 2), the first and the last that count in each row, as mlx-lm has it.
+            lengths (array, optional): (B, 2), the first and the last that count in each row, as mlx-lm has it: a last
+                beyond the row is its end. Or marks (``marks.py``). Default: all count.
+
+        Raises:
+            InputError: as :meth:`accumulated` does.
         """
-        lengths = mx.array([[0, batch.shape[1]]] * batch.shape[0]) if lengths is None else lengths
+        if lengths is None and getattr(batch, "ndim", 0) > 1:
+            lengths = mx.array([[0, batch.shape[1]]] * batch.shape[0])
         result = self.accumulated([(batch, lengths)])
         return result.loss, result.tokens
 
@@ -204,11 +214,20 @@ class StreamedStep:
             batches (list): What the loss takes after the model, of each: ``(batch, lengths)``.
             shares (list, optional): How much the loss of each counts in the mean over the machines; default: 1. With 0
                 its tokens are not counted.
+
+        Raises:
+            InputError: before anything has changed. For a call within a trace; with mlx-lm's loss also for other shapes
+                and types, for ids outside the vocabulary, and, without ``shares``, for a batch of which no token
+                counts.
         """
-        shares = [1.0] * len(batches) if shares is None else shares
-        refuse_a_trace(self._weights, batches)
-        if self._loss in (None, mean_loss):
+        usual, extremes, began = self._loss in (None, mean_loss), [], mx.random.state[0]
+        if usual:
             check_batches(batches)
+            extremes = extremes_of(batches) if self._vocabulary else []
+        refuse_a_trace(self._weights, [*batches, extremes])  # evaluates them, so that a GPU waits once
+        if extremes:
+            check_ids(extremes, self._vocabulary)
+        counted, shares = shares is not None, [1.0] * len(batches) if shares is None else shares
         recordings = [self._forward(self._run_of(batch)) for batch in batches]
         self._phase("forward")
         key = mx.random.state[0]
@@ -221,7 +240,12 @@ class StreamedStep:
             if self._machines.several:
                 value, tokens = self._machines.sum(mx.array([value, tokens], mx.float32)).tolist()
                 value, tokens = value / self._machines.count, int(tokens)
+            if usual and not counted and not math.isfinite(value):
+                refuse_nothing_learned(batches)
             return StepResult(value, tokens, tuple(self._step(recordings, value, cotangents)))
+        except InputError:
+            key = began
+            raise
         finally:
             put_back_random_state(key)
             if self._head:
