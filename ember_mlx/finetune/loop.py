@@ -243,7 +243,7 @@ class Training:
         if step > 1:
             self._save_checkpoint()
         with self.workers.one_outcome():
-            refuse_over(self.args.memory_limit)
+            refuse_over(self.args)
 
     def _over_memory(self):
         return int(is_over(self.args.memory_limit))

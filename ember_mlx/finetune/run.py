@@ -29,7 +29,7 @@ from ember_mlx.finetune.given import Given, Outcome
 from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
-from ember_mlx.finetune.memory_limit import limit_of, limited_memory
+from ember_mlx.finetune.memory_limit import limited_memory, telling_what_helps
 from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.resume import (
@@ -120,7 +120,7 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
             workers.refuse_without_sum_scatter("--shard-optimizer")
         if workers.size == 1 and args.peer_timeout != defaults()["peer_timeout"]:
             rprint(f"Warning: --peer-timeout {args.peer_timeout}: no effect: it is for several workers")
-    with limited_memory(limit_of(args.memory_limit)), FolderLock(Path(args.adapter_path)) as lock:
+    with limited_memory(args), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
                 _check_what_is_written(args, lock)
@@ -221,7 +221,8 @@ def train_model(
         if samples:
             samples.listeners.append(log.on_samples)
     training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline, **how)
-    peak_memory = training.train(loss, train_set, valid_set)
+    with telling_what_helps(args):  # by now it is known whether it streams
+        peak_memory = training.train(loss, train_set, valid_set)
 
     loss_before, loss_after = _losses(args, model, loss, valid_set, training)
     if valid_set and training.same_batches:

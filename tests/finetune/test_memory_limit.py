@@ -10,8 +10,10 @@ import pytest
 
 from ember_mlx import InputError, cli
 from ember_mlx.finetune import checkpoints, memory_limit
-from ember_mlx.finetune.memory_limit import limit_of, limited_memory, machine_limit
+from ember_mlx.finetune.memory_limit import limit_of, limited_memory, machine_limit, remedy
+from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.run import run
+from ember_mlx.finetune.streamed import Streamed
 from ember_mlx.planner import machine
 from ember_mlx.shared.units import A_SIZE
 
@@ -33,6 +35,10 @@ def limits(monkeypatch):
     for name in held:
         monkeypatch.setattr(mx, f"set_{name}_limit", setter(name))
     return held
+
+
+def limited_to(limit):
+    return Options(**(defaults() | {"memory_limit": "none" if limit is None else limit}))
 
 
 def on(monkeypatch, info, device=mx.DeviceType.cpu):
@@ -69,7 +75,7 @@ def test_mlx_has_the_limits_within_and_its_own_afterwards(monkeypatch, limits, i
     on(monkeypatch, info)
     before = dict(limits)
     try:
-        with limited_memory(limit):
+        with limited_memory(limited_to(limit)):
             assert limits == within
             if error:
                 raise error
@@ -104,7 +110,7 @@ def test_an_allocation_that_fails_ends_a_command_with_a_line(monkeypatch, parse,
 
 
 def test_another_error_of_mlx_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="shapes"), limited_memory(None):
+    with pytest.raises(RuntimeError, match="shapes"), limited_memory(limited_to(None)):
         raise RuntimeError("shapes do not match")
 
 
@@ -185,3 +191,36 @@ def test_plan_knows_the_limit(parse):
     assert machine.limited(parse("--memory-limit", "1GB"), 10**10, "this machine has") == (10**9, "--memory-limit is")
     for limit in ("none", "20GB"):
         assert machine.limited(parse("--memory-limit", limit), 10**10, "this machine has")[0] == 10**10
+
+
+SHORTER, ALL = "a smaller --batch-size or --max-seq-length", "--grad-checkpoint, --chunked-loss, --stream"
+
+
+@pytest.mark.parametrize(
+    ("words", "ways"),
+    [
+        ([], f"{SHORTER}, {ALL}, or fewer --num-layers"),
+        (["--grad-checkpoint"], f"{SHORTER}, --chunked-loss, --stream, or fewer --num-layers"),
+        (["--chunked-loss", "--num-layers", 0], f"{SHORTER}, --grad-checkpoint, or --stream"),
+        (["--grad-checkpoint", "--stream"], f"{SHORTER}, --keep-inputs, or fewer --num-layers"),
+        (["--stream", "--keep-inputs", 3, "--num-layers", 0, "--batch-size", 1], "a smaller --max-seq-length"),
+        (["--fine-tune-type", "full"], f"{SHORTER}, --keep-inputs, or fewer --num-layers"),
+        (["--fine-tune-type", "full", "--no-stream"], f"{SHORTER}, {ALL}, or fewer --num-layers"),
+        (["--fine-tune-type", "full", "--train-tables", "none"], f"{SHORTER}, {ALL}, or fewer --num-layers"),
+        (["--shard-tables"], f"{SHORTER}, --grad-checkpoint, --chunked-loss, or fewer --num-layers"),
+    ],
+)
+def test_what_is_on_is_not_what_helps(parse, words, ways):
+    assert remedy(parse("--batch-size", 2, *words)) == f"use {ways}"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_streams_is_told_of_nothing_that_streaming_includes(monkeypatch, parse, fails):
+    def fail(*_):
+        raise MemoryError
+
+    flags = ("--fine-tune-type", "full", "--stream", "--iters", 4, "--memory-limit", "1GB")
+    if fails:
+        monkeypatch.setattr(Streamed, "__call__", fail)
+    with pytest.raises(InputError, match="; use a smaller .*--max-seq-length, --keep-inputs, or fewer --num-layers"):
+        run(parse(*flags), watchers=[] if fails else [Grows(monkeypatch)])
