@@ -216,7 +216,7 @@ def read_config(folder: Path) -> dict:
         kept = " (best/ is kept once a validation is better than the untrained model)" if folder.name == BEST else ""
         raise InputError(f"adapter {folder}: no such folder{kept}; give the --adapter-path of a finished run")
     if not (folder / CONFIG).is_file():
-        raise InputError(f"adapter {folder}: it has no {CONFIG}; give the --adapter-path of a finished run")
+        raise InputError(f"adapter {folder}: it has no {CONFIG}{_unfinished(folder)}")
     config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")
     where = f"adapter {folder}: {CONFIG}"
     kind = config.get("fine_tune_type", "lora")
@@ -235,6 +235,23 @@ def read_config(folder: Path) -> dict:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
     return config
+
+
+def _unfinished(folder):
+    """Why a folder may have no adapter yet, and what to do."""
+    from ember_mlx.finetune import checkpoints  # which imports this module
+
+    run = checkpoints.adapter_folder_of(folder.parent if checkpoints.NAME.fullmatch(folder.name) else folder)
+    if run is None or not checkpoints.in_folder(run):
+        return "; give the --adapter-path of a finished run"
+    if (run / CONFIG).is_file():
+        return f": checkpoints are for `ember-mlx train --resume`; give {run}, which has the adapter"
+    step = int(checkpoints.NAME.fullmatch(checkpoints.in_folder(run)[-1].name)[1])
+    end = f", or ends it there with --resume --iters {step}" if step else ""
+    return (
+        f": the run in {run} stopped at step {step}, before it saved an adapter; the same `ember-mlx train` command "
+        f"goes on with --resume{end}"
+    )
 
 
 def read_arrays(path: Path) -> dict[str, mx.array]:

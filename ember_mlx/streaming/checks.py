@@ -80,7 +80,7 @@ def check_batches(batches: Sequence[tuple]) -> None:
         if learned.shape != shape or not mx.issubdtype(learned.dtype, mx.integer):
             raise InputError(
                 f"StreamedStep: lengths of shape {learned.shape} and {learned.dtype}: must be {(rows, 2)} and signed, "
-                f"the first and the last that count in each row, or marks, {tokens.shape} of uint8 or uint32; targets "
+                f"the first and the last that count in each row; or marks, {tokens.shape} of uint8 or uint32; targets "
                 "are the tokens themselves: leave lengths out to learn all"
             )
 

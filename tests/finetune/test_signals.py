@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from ember_mlx.finetune import checkpoints, options
+from ember_mlx import InputError
+from ember_mlx.finetune import adapters, checkpoints, options
 from ember_mlx.finetune.loop import Display
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
@@ -44,6 +45,23 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(parse, tmp_path,
     assert isinstance(stopped.value, KeyboardInterrupt)
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert checkpoints.find(tmp_path / "adapters", True).position.step == 3
+
+
+def test_what_a_stopped_run_left_says_how_to_make_an_adapter_of_it(parse, tmp_path, folders):
+    adapter = tmp_path / "adapters"
+    inside = [adapter, adapter / "checkpoints", adapter / "checkpoints" / "step-0000003"]
+    with pytest.raises(Interrupted):
+        run(parse("--iters", 9), Sends(signal.SIGINT))
+    for folder in inside:
+        with pytest.raises(InputError) as refused:
+            adapters.read_config(folder)
+        for said in (f"{folder}: it has no", f"in {adapter} stopped at step 3", "--resume, or ends", "--iters 3"):
+            assert said in str(refused.value)
+    run(parse("--iters", 3, "--resume"))
+    assert adapters.load(folders["untied"], adapter_path=adapter)
+    for folder in inside[1:]:
+        with pytest.raises(InputError, match=f"checkpoints are for .*; give {adapter}, which has the adapter"):
+            adapters.read_config(folder)
 
 
 def test_while_gradients_gather_the_checkpoint_is_of_the_update_before(parse, tmp_path):
