@@ -199,7 +199,8 @@ class Ember(Optimizer):
             float32 number, ``torch.tensor(1e-3)``, on the CPU or where the tables are.
         beta2 (float or callable): The decay :math:`\beta_2` of the second moment, or a schedule. A schedule gets the
             number of steps done, a float32 tensor beside the table, and returns the value for the next step.
-            Adafactor's is ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
+            Adafactor's is ``lambda step: 1 - (step + 1) ** -0.8``, whose exponent is at least -1 and below 0. Default:
+            ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square. Without

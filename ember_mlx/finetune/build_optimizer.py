@@ -183,7 +183,10 @@ def _refuse_numbers(where, settings):
 
 
 def growing_beta2(decay: float, most: float | None) -> Schedule:
-    """A schedule of beta2, 1 - t^-decay at step t from 1, as Adafactor's with 0.8 (arXiv 1804.04235, section 7.2)."""
+    """A schedule of beta2, 1 - t^-decay at step t from 1, as Adafactor's with 0.8 (arXiv 1804.04235, section 7.2).
+
+    At a decay of 1 the moment is the mean of all steps; above it, early steps would outweigh later ones for ever.
+    """
     most = 1 - 2.0**-24 if most is None else most  # the largest float32 below 1
     return lambda steps_done: mx.minimum(1 - (steps_done + 1).astype(mx.float32) ** -decay, most)
 

@@ -141,8 +141,8 @@ HELP: Help = {
         "table_beta2": ("BETA2", "Decay of the second moment; ember and adamw. Default: 0.999."),
         "table_beta2_decay": (
             "DECAY",
-            "Let beta2 grow as 1 - step^-DECAY up to --table-beta2; Adafactor's DECAY is 0.8. ember only. Default: "
-            "beta2 is constant.",
+            "Let beta2 grow as 1 - step^-DECAY up to --table-beta2; DECAY is at most 1, Adafactor's is 0.8. ember "
+            "only. Default: beta2 is constant.",
         ),
         "table_row_clip": (
             "CLIP",

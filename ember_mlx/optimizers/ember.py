@@ -213,7 +213,7 @@ class Ember(Optimizer):
     Args:
         learning_rate (float or callable): The learning rate :math:`\eta`, about the size of an element's step.
         beta2 (float or callable): The decay :math:`\beta_2` of the second moment. Adafactor's grows with the steps:
-            ``lambda step: 1 - (step + 1) ** -0.8``. Default: ``0.999``.
+            ``lambda step: 1 - (step + 1) ** -0.8``, whose exponent is at least -1 and below 0. Default: ``0.999``.
         eps (float): The term :math:`\epsilon` added to the denominator. Default: ``1e-8``.
         weight_decay (float or callable): The decoupled weight decay :math:`\lambda`. Default: ``0.0``.
         row_clip (float, optional): The most learning rates that a row's step may have as its root mean square. Without

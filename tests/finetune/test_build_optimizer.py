@@ -11,6 +11,7 @@ from ember_mlx.finetune.build_optimizer import (
     body_learning_rate,
     body_optimizer,
     build_optimizer,
+    growing_beta2,
     peak,
     table_learning_rate,
     table_optimizer,
@@ -69,7 +70,7 @@ def test_the_options_of_ember_reach_it(parse):
     assert [at(ember, t - 1) for t in (1, 2, 1000)] == pytest.approx([1 - t**-0.8 for t in (1, 2, 1000)], abs=1e-6)
     limited = table_optimizer(parse(*options, "--table-beta2", 0.9), "nearest")
     assert [at(limited, t - 1) for t in (1, 2, 1000)] == pytest.approx([0, 1 - 2**-0.8, 0.9], abs=1e-6)
-    assert at(table_optimizer(parse("--table-beta2-decay", 50), "nearest"), 100) < 1
+    assert growing_beta2(50, None)(mx.array(100, mx.uint64)).item() < 1
     plain = table_optimizer(parse(), "nearest")
     assert (plain.beta2, plain.row_clip, plain.row_floor) == (0.999, None, None)
 

@@ -8,7 +8,7 @@ from finetune.test_resume import assert_same
 from ember_mlx import InputError
 from ember_mlx.finetune import optimizer_names
 from ember_mlx.finetune.build_optimizer import body_optimizer, table_optimizer
-from ember_mlx.finetune.options import check
+from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.run import run
 
 CASES = {

@@ -1,0 +1,112 @@
+"""The ranges of ``train``'s options: what is refused before anything is loaded."""
+
+from typing import Any
+
+from ember_mlx.finetune import run_length
+from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
+from ember_mlx.finetune.optimizer_names import check_settings
+from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
+from ember_mlx.shared.command_line import flag
+from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
+from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
+
+__all__ = ["check", "check_lora_parameters"]
+
+AT_LEAST = {
+    "batch_size": 1,
+    "iters": 1,
+    "steps_per_report": 1,
+    "steps_per_eval": 1,
+    "save_every": 1,
+    "keep_checkpoints": 0,
+    "patience": 1,
+    "peer_timeout": 1,
+    "grad_accumulation_steps": 1,
+    "max_seq_length": 2,
+    "sample_tokens": 1,
+}
+"""The least of each whole number."""
+MOST_WHOLE = 2**63 - 1
+NUMBERS = {"learning_rate": SAFE_RATE, "table_learning_rate": SAFE_RATE, "table_weight_decay": LARGEST}
+"""The most of each number; the least is 0."""
+
+
+def check(args: Any) -> None:
+    """Refuse values out of range before anything is loaded."""
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= MOST_WHOLE:
+            in_words = f"of at least {least}" if value < least else "below 2^63"
+            raise InputError(f"{flag(name)} {value}: must be a whole number {in_words}")
+    for name, most in NUMBERS.items():
+        value = getattr(args, name)
+        if not 0 <= value <= most:
+            raise InputError(f"{flag(name)} {value}: must be a number of at least 0 and at most {most:.3g}")
+    if args.num_layers is not None and args.num_layers < -1:
+        raise InputError(
+            f"--num-layers {args.num_layers}: must be how many of the last layers train, 0 for none or -1 for all"
+        )
+    if args.valid_fraction is not None and not 0 <= args.valid_fraction < 1:
+        raise InputError(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1; 0 is for none")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed}: must be at least 0 and below 2^32")
+    run_length.check(args)
+    for name in ("val_batches", "test_batches"):
+        if getattr(args, name) < 1 and getattr(args, name) != -1:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: must be at least 1, or -1 for all of the set")
+    if args.table_beta2 is not None:
+        if args.table_optimizer not in ("ember", "adamw"):
+            raise InputError(f"--table-beta2: {args.table_optimizer} has no beta2; leave it out")
+        least, below, in_words = BETA2_RANGE
+        if not least <= args.table_beta2 < below:
+            raise InputError(f"--table-beta2 {args.table_beta2}: must be {in_words}")
+    _check_ember_options(args)
+    for name in ("clip_grad_norm", "clip_layer_norm"):
+        check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
+    if args.keep_inputs is not None and args.keep_inputs < 1:
+        raise InputError(f"--keep-inputs {args.keep_inputs}: must be a whole number of at least 1")
+    if args.log_jsonl == "":
+        raise InputError("--log-jsonl '': give the name of a file")
+    if args.resume == "":
+        raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
+    for name in ("lora_parameters", "optimizer_config"):
+        if not isinstance(getattr(args, name), dict):
+            raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
+    check_settings(args, CONFIG_DEFAULTS["optimizer_config"])
+    if args.fine_tune_type != "full":
+        check_lora_parameters(args.lora_parameters)
+    elif args.quantize is not None:
+        raise InputError(
+            f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
+            "use lora or dora, or leave --quantize out"
+        )
+
+
+def _check_ember_options(args):
+    for name in ("table_beta2_decay", "table_row_clip", "table_row_floor", "table_rounding"):
+        if args.table_optimizer != "ember" and getattr(args, name) not in (None, "nearest"):  # as all others round
+            raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
+    decay = args.table_beta2_decay
+    if decay is not None and not SMALLEST_NORMAL <= decay <= 1:
+        raise InputError(
+            f"--table-beta2-decay {decay}: must be above 0 and at most 1, usually 0.8; 1 is the mean of all steps"
+        )
+    for name in ("row_clip", "row_floor"):
+        check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
+
+
+def check_lora_parameters(parameters: dict[str, Any]) -> None:
+    """Refuse a rank, scale, dropout or keys that cannot be."""
+    ranges = {
+        "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
+        "scale": (-LARGEST, ROUNDS_TO_INFINITY, "a number, finite in float32"),
+        "dropout": (0, 1, "at least 0 and below 1"),
+    }
+    for name, (least, below, in_words) in ranges.items():
+        value = parameters.get(name, least)  # what is missing, mlx-lm names
+        if not isinstance(value, int if name == "rank" else int | float) or not least <= value < below:
+            raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")
+    keys = parameters.get("keys")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise InputError(f"lora_parameters: keys: {keys} must be a list of modules, such as [self_attn.q_proj]")
