@@ -87,7 +87,8 @@ def _run(command, arguments):
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full
         sys.exit(_one_line(f"ember-mlx {command}", str(error)))
     except KeyboardInterrupt as interrupt:
-        _one_line(f"ember-mlx {command}", "interrupted; what was saved before is kept")
+        left = getattr(interrupt, "left", "what was saved before is kept")
+        _one_line(f"ember-mlx {command}", f"interrupted; {left}")
         sys.exit(getattr(interrupt, "exit_code", 130))
 
 

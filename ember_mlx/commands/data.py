@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     if own.show is not None and own.show < 0:
         raise InputError(f"--show {own.show}: must be at least 0")
     check_data_folder(args)
-    tokenizer = _tokenizer(args)
+    tokenizer = _tokenizer(args, "" if "model" in own.given else " (the default)")
     sets = dict(zip(("train", "valid", "test"), load_data(args, tokenizer), strict=True))
     counts = {name: count(rows, args.max_seq_length) for name, rows in sets.items() if len(rows)}
     print(text_table(HEADER, [_cells(name, found) for name, found in counts.items()], right=range(1, len(HEADER))))
@@ -80,14 +80,14 @@ def _cells(name, found):
     )
 
 
-def _tokenizer(args):
+def _tokenizer(args, default):
     try:
         tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, _settings(args))
     # Whatever a tokenizer, or the hub's client, raises.
     except Exception as error:
         reason = reason_of(error)
         raise InputError(
-            f"--model {args.model}: its tokenizer cannot be loaded ({reason}). Give the folder of a model"
+            f"--model {args.model}{default}: its tokenizer cannot be loaded ({reason}). Give the folder of a model"
         ) from error
     if args.add_tokens:
         where = f"--add-tokens {args.add_tokens}"

@@ -95,16 +95,18 @@ def main(arguments: list[str]) -> int:
 
     about = _about(here, not_here, recordings)
     rows, failures = [], 0  # a comparison is put into words once, not after each job again
+    unfinished, held = _place_of_unfinished(args.json), (0, 0, 0)  # held: comparisons, jobs, all jobs
 
-    def ended(comparisons):
-        nonlocal failures
+    def ended(comparisons, jobs):
+        nonlocal failures, held
         rows.extend(_json_row(one) for one in comparisons)
         failures += sum(not one.passed for one in comparisons)
-        if args.json is not None and rows and (args.json.is_file() or not args.json.exists()):
+        if unfinished is not None and rows:
             seconds = time.perf_counter() - start
-            _replace(args.json, _report({"unfinished": True} | about, rows, failures, seconds, timings))
+            _replace(unfinished, _report({"unfinished": True} | about, rows, failures, seconds, timings))
+        held = len(rows), held[1] + 1, jobs
 
-    with _stoppable(progress):
+    with _stoppable(progress, lambda: _what_is_left(args.json, unfinished, *held)):
         comparisons = list(
             processes.run(
                 here,
@@ -131,12 +133,17 @@ def main(arguments: list[str]) -> int:
     print(_closing(comparisons, here, not_here, recordings, seconds))
     if args.json is not None:
         _replace(args.json, _report(about, map(_json_row, comparisons), failed, seconds, timings))
+        if unfinished not in (None, args.json):
+            unfinished.unlink(missing_ok=True)
     return 1 if failed else 0
 
 
 @contextmanager
-def _stoppable(progress):
-    """SIGTERM and SIGHUP raise what Ctrl-C does, with a shell's exit code, unless ignored; nothing of a line stays."""
+def _stoppable(progress, left):
+    """SIGTERM and SIGHUP raise what Ctrl-C does, with a shell's exit code, unless ignored; nothing of a line stays.
+
+    What is raised says what is ``left()`` of the run.
+    """
 
     def stop(number, frame):
         interrupt = KeyboardInterrupt()
@@ -147,6 +154,9 @@ def _stoppable(progress):
     before = [signal.signal(number, stop) for number in numbers]
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.left = left()
+        raise
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -286,6 +296,23 @@ def _replace(path, text):
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _place_of_unfinished(path):
+    """Where an unfinished report goes: to ``path`` if nothing is there, else beside it; None where none is written."""
+    if path is None or not path.exists():
+        return path
+    return path.with_name(f"{path.stem}.unfinished{path.suffix}") if path.is_file() else None
+
+
+def _what_is_left(path, unfinished, comparisons, done, jobs):
+    """What an interrupted run has written, and whether an earlier report stays."""
+    if unfinished is None:
+        return "nothing is written" if path is None else f"nothing is written to {path}"
+    as_it_was = "" if unfinished == path else f"; {path} is as it was"
+    if not comparisons:
+        return f"nothing is compared yet{as_it_was}"
+    return f"{unfinished} holds {comparisons} comparisons, of {done} of {jobs} jobs{as_it_was}"
 
 
 def _about(here, not_here, recordings):

@@ -125,13 +125,14 @@ def run(
     streams: Sequence[str] = body.STREAMS,
     steps: int = body.STEPS,
     timed: Callable[[Timing], None] = lambda timing: None,
-    ended: Callable[[list[Comparison]], None] = lambda comparisons: None,
+    ended: Callable[[list[Comparison], int], None] = lambda comparisons, jobs: None,
 ) -> Iterator[Comparison]:
     """What :func:`ember_mlx.parity.suite.run` finds of Ember in ``cases``, then :func:`ember_mlx.parity.body.run`.
 
     The latter compares the body's ``optimizers``, by name, over ``streams`` and so many ``steps``. All of it is done in
     several processes where the machine has cores for them, and yielded in the same order however many they are.
-    ``timed`` is called with each job's times as it ends, then ``ended`` with its comparisons.
+    ``timed`` is called with the times of each job that ends, then ``ended`` with its comparisons and the number of all
+    jobs.
     """
     jobs = jobs_of(chosen, cases, dtypes, optimizers)
     count = workers(len(jobs), sum(job.steps for job in jobs if job.cases))
@@ -145,7 +146,7 @@ def run(
             else:
                 found[job], timing = result
                 timed(timing)
-            ended([comparison for group in found[job].values() for comparison in group])
+            ended([comparison for group in found[job].values() for comparison in group], len(jobs))
             progress(f"{len(found)} of {len(jobs)} jobs done: {_named(job)}")
     for name in (EMBER, *(entry.name for entry in _entries(optimizers))):
         for job in jobs:

@@ -111,3 +111,12 @@ def test_what_cannot_be_is_refused(show, folders, tmp_path):
         data.main(["--model", str(folders["untied"])])
     with pytest.raises(InputError, match=r"--model .*: its tokenizer cannot be loaded"):
         show("--model", tmp_path)
+
+
+def test_a_model_that_nobody_named_is_said_to_be_the_default(monkeypatch, path):
+    def offline(*arguments):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "load_tokenizer", offline)
+    with pytest.raises(InputError, match=r"--model \S+ \(the default\): its tokenizer cannot be loaded \(no network\)"):
+        data.main([str(path)])

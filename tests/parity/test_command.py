@@ -47,7 +47,7 @@ def run(tmp_path, *arguments, without=()):
     )
 
 
-INTERRUPTED = "ember-mlx parity: error: interrupted; what was saved before is kept\n"
+INTERRUPTED = "ember-mlx parity: error: interrupted; {path} holds {rows} comparisons, of {done} of N jobs\n"
 POOL = """
 import signal
 import sys
@@ -87,7 +87,9 @@ def test_a_stopped_run_leaves_what_it_has_in_its_report_and_no_process(tmp_path,
         assert started.returncode == -number
         return
     assert started.returncode == 128 + number, errors
-    assert re.sub(".* took .*\n", "", errors) == INTERRUPTED
+    about = {"path": path, "rows": len(report["comparisons"]), "done": len(report["jobs"])}
+    told = re.sub(r"of \d+ jobs", "of N jobs", re.sub(".* took .*\n", "", errors))
+    assert told == INTERRUPTED.format(**about)
     for job in report["jobs"]:
         with pytest.raises(ProcessLookupError):
             os.kill(job["process"], 0)
@@ -191,7 +193,7 @@ def jobs_end(monkeypatch, *jobs, after=lambda: None):
         for number, comparisons in enumerate(jobs, start=1):
             progress(f"random, 24 x 8 float32: {'mlx cpu ' * number}")
             timed(TIMING)
-            ended(comparisons)
+            ended(comparisons, len(jobs))
             progress(f"{number} of {len(jobs)} jobs done")
             after()
         yield from (one for comparisons in jobs for one in comparisons)
@@ -210,6 +212,26 @@ def test_the_report_is_whole_after_each_job_and_unfinished_until_the_last(monkey
     assert [report["failed"] for report in reports] == [0, 1, 1]
     assert all(report.pop("unfinished") for report in reports)
     assert done == reports[-1] | {"seconds": done["seconds"]}
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_earlier_report_stays_until_the_new_one_is_complete(monkeypatch, tmp_path, stopped):
+    path, beside, seen = tmp_path / "report.json", tmp_path / "report.unfinished.json", []
+    path.write_text("before")
+
+    def after():
+        seen.append((path.read_text(), len(json.loads(beside.read_text())["comparisons"])))
+        if stopped:
+            raise KeyboardInterrupt
+
+    jobs_end(monkeypatch, [one_of()], [one_of("w"), one_of("c")], after=after)
+    with pytest.raises(KeyboardInterrupt) if stopped else nullcontext() as interrupt:
+        command.main(["--optimizer", "Ember", "--json", str(path)])
+    assert seen == [("before", 1), ("before", 3)][: 1 if stopped else 2]
+    assert beside.exists() == stopped
+    assert (path.read_text() == "before") == stopped
+    if stopped:
+        assert interrupt.value.left == f"{beside} holds 1 comparisons, of 1 of 2 jobs; {path} is as it was"
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
