@@ -189,7 +189,7 @@ ROW = {"text": "a"}
         ({"iters": 2.5}, "iters: 2.5 must be a whole number"),
         ({"iters": float("inf")}, "iters: inf must be a whole number"),
         ({"iters": True}, "iters: True must be a whole number"),
-        ({"batch_size": 0}, "batch_size 0: must be a number of at least 1"),
+        ({"batch_size": 0}, "batch_size 0: must be a whole number of at least 1"),
         ({"learning_rate": [1]}, "learning_rate: [1] must be a number"),
         ({"learning_rate": float("nan")}, "learning_rate nan: must be a number of at least 0"),
         ({"fine_tune_type": "half"}, "fine_tune_type: 'half' must be one of lora, dora, full"),

@@ -105,7 +105,7 @@ def test_it_is_off_where_no_table_trains_and_refused_without_validation_rows(par
         with pytest.raises(InputError, match=f"{words[0]}.*: there are no validation rows; give some"):
             run(args)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(InputError, match="--patience 0: must be a number of at least 1"):
+    with pytest.raises(InputError, match="--patience 0: must be a whole number of at least 1"):
         parse("--patience", 0)
 
 

@@ -62,7 +62,7 @@ def test_epochs_are_whole_updates_that_draw_at_least_so_much(in_epochs, epochs, 
         ("--warmup 2.5", "--warmup 2.5: must be a share"),
         ("--warmup 5 --iters 5", "--warmup 5: must be fewer than the 5 updates of --iters 5; a share, such as 0.03,"),
         ("--warmup 3 --iters 8 --grad-accumulation-steps 4", "--warmup 3: must be fewer than the 2 updates"),
-        ("--sample-tokens 0", "--sample-tokens 0: must be a number of at least 1"),
+        ("--sample-tokens 0", "--sample-tokens 0: must be a whole number of at least 1"),
     ],
 )
 def test_a_length_that_cannot_be_is_refused_in_one_line(arguments, message):
