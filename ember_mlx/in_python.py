@@ -40,7 +40,7 @@ class Result(summary.Result):
         loss_before: Before the first step, in nats a token; without validation rows, of the first report. None where
             the first report is the last.
         loss_after: After the last step, on the same batches; without validation rows, of the last report.
-        peak_memory: Bytes, the most that MLX held while it trained.
+        peak_memory: Bytes, the most that MLX held while it trained; None where no step was left to take.
         trained: What trained, by which optimizer, with its state in bytes: a line for each table, one for the rest.
         files: The adapter's, in ``adapter_path``.
         train_losses: Steps done -> mean training loss since the report before, in nats a token.

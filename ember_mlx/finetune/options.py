@@ -14,12 +14,12 @@ from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, named
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
-from ember_mlx.shared.command_line import actions_of, describe, flag
+from ember_mlx.shared.command_line import actions_of, describe, flag, in_any_case
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import A_SIZE, parse_size
 
@@ -230,6 +230,9 @@ def complete(
     for key, value in own.items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
+    options["optimizer_config"] = named(options["optimizer_config"], CONFIG_DEFAULTS["optimizer_config"])
+    for key in run_length.SCHEDULES:
+        options[key] = run_length.named(options[key])
     args = Options(**options)
     check(args)
     refuse_idle(args, given, flags, _own_defaults(), warn)
@@ -285,10 +288,11 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        words = {str(choice): choice for choice in action.choices}
-        if str(value).lower() not in words:
+        found = in_any_case(action.choices)(str(value))
+        if found not in action.choices:
+            words = [str(choice) for choice in action.choices]
             raise InputError(f"{where} must be one of {', '.join(words)}{did_you_mean(str(value), words)}")
-        return words[str(value).lower()]
+        return found
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:

@@ -1,5 +1,6 @@
 """A run: mlx-lm's own steps in mlx-lm's own order, with the token tables among what trains."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ from ember_mlx.finetune.resume import (
     versions,
     weights_checksum,
 )
-from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
+from ember_mlx.finetune.run_length import asked, batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import Samples, read_prompts
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
@@ -56,6 +57,8 @@ from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
+
+WORTH_COLLECTING = 2**24  # bytes: a collection can take half a second
 
 
 def run(
@@ -100,6 +103,8 @@ def run_with(
     """What :func:`run` does, with a model or rows that are in memory; it raises the same."""
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
+    if mx.get_active_memory() > WORTH_COLLECTING:
+        gc.collect()  # the model of a run before lies in circles of references, and would count in the peak of this one
     workers = Workers.join()
     deadline = PeerDeadline(workers, args.peer_timeout)
     with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
@@ -236,7 +241,7 @@ def train_model(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=loss_before,
         loss_after=loss_after,
-        peak_memory=peak_memory,
+        peak_memory=None if start and start.step == args.iters else peak_memory,
         trained=trained,
         files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
@@ -314,7 +319,14 @@ def _go_on(args, model, optimizer, of, rows):
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
     position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
-    rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
+    if position.step == args.iters:
+        more = "--iters" if args.epochs is None else "--epochs"
+        rprint(
+            f"Nothing is left to train: step {position.step} of {checkpoint.folder} is the last of {asked(args)}; "
+            f"--resume with a higher {more} continues"
+        )
+    else:
+        rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
     return position, checkpoint.folder
 
 
