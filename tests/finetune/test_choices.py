@@ -69,9 +69,11 @@ def test_the_property_sees_choices_and_each_refusal(models):
         ({"num_layers": 0, "train_tables": "none"}, "nothing is left to train"),
         ({"lora_parameters": lora | {"keys": ["lm_head"]}}, "keys names lm_head"),
         ({"lora_parameters": lora | {"keys": ["nowhere"]}}, "no layer has such a module"),
-        ({"lora_parameters": {"rank": 4, "alpha": 2}}, "missing required key 'scale'; mlx-lm has no alpha"),
+        ({"lora_parameters": {"rank": 4, "alpha": 2}}, "missing required key 'scale'"),
     ):
         assert message in outcome(asked, models["untied"][1])
+    idle = {"lora_parameters": lora | {"keys": ["self_attn.q_proj", "self_attn.k_prj"]}}
+    assert choose(DEFAULTS | idle, models["untied"][1]).idle_keys == ("self_attn.k_prj",)
     assert "the head is the embedding" in outcome({"train_tables": "head"}, models["tied"][1])
     assert outcome({}, models["quantized"][1])[1] == {"model.embed_tokens", "lm_head"}
     assert outcome({"train_tables": "none"}, models["quantized"][1])[1] == set()
