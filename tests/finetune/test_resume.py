@@ -11,6 +11,7 @@ from finetune.breaking import BreakAt, Breaks
 
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, options, resume
+from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.run import run
 
 YAML = """
@@ -70,8 +71,9 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(parse
         run(parse_resumable("--iters", 13, *short, "--resume"))
 
 
-def test_reports_after_a_resume_go_on_counting(parse_resumable):
-    reports = []
+def test_reports_after_a_resume_go_on_counting(parse_resumable, monkeypatch):
+    reports, shown = [], []
+    monkeypatch.setattr(Display, "report_train", lambda self, step, loss, speed, tokens: shown.append((step, tokens)))
 
     class Listens(BreakAt):
         def on_train_loss_report(self, info):
@@ -80,10 +82,12 @@ def test_reports_after_a_resume_go_on_counting(parse_resumable):
 
     with pytest.raises(Breaks):
         run(parse_resumable("--iters", 6, "--save-every", 2), Listens(5))
-    first, reports[:] = reports[:], []
+    assert shown == reports
+    first, reports[:], shown[:] = reports[:], [], []
     run(parse_resumable("--iters", 6, "--save-every", 2, "--resume"), Listens(None))
     assert [iteration for iteration, _ in reports] == [5, 6]
     assert reports[0] == first[4]
+    assert shown == reports
 
 
 @pytest.mark.parametrize("more", [["--mask-prompt"], ["--grad-accumulation-steps", 2]])
