@@ -1,6 +1,7 @@
 """Imports run one way, from the commands down to the ground, and no file is too long to read at a sitting."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,12 @@ def room(name):
     return ".".join(name.split(".")[:2])
 
 
+@cache
 def imports():
+    return list(_imports())
+
+
+def _imports():
     for path in [*ROOT.glob("ember_mlx/**/*.py"), *ROOT.glob("cuda_ref/**/*.py")]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(path.read_text())):

@@ -149,7 +149,7 @@ def _tell_of_cut_rows(args, sets):
     limit = args.max_seq_length
     cut = {name: sum(length > limit for length in rows.lengths) for name, rows in sets.items()}
     if any(cut.values()):
-        told = ", ".join(f"{cut[name]:,} of {len(sets[name]):,} {name} rows" for name in sets if cut[name])
+        told = " and ".join(f"{cut[name]:,} of {len(sets[name]):,} {name} rows" for name in sets if cut[name])
         longest = max(max(rows.lengths, default=0) for rows in sets.values())
         rprint(
             f"Warning: --max-seq-length {limit} cuts {told}; the longest has {longest:,} tokens, and what is cut is "

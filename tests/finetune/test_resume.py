@@ -270,6 +270,16 @@ def swap_letters(tokenizer):
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% endfor %}"
 
 
+@pytest.fixture(scope="module")
+def of_one_step(folders, tmp_path_factory):
+    """The adapter folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("one-step") / "adapters"
+    words = {"--model": folders["untied"], "--data": folders["data"], "--adapter-path": folder, "--iters": 1}
+    words |= {"--batch-size": 2, "--val-batches": 1}
+    run(options.parse([str(word) for pair in words.items() for word in pair]))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -281,11 +291,10 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% en
         ("tokenizer_config.json", lambda c: c.update(chat_template=TEMPLATE), "its tokenizer or chat template makes o"),
     ],
 )
-def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, file, change, message):
-    run(parse("--iters", 1, "--val-batches", 1))
+def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, of_one_step, file, change, message):
     model = edited(folders["untied"], tmp_path / "m", file, change)
     with pytest.raises(InputError, match=message):
-        run(parse("--iters", 2, "--resume", "--model", model))
+        run(parse("--iters", 2, "--val-batches", 1, "--resume", of_one_step, "--model", model))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8, mx.int64, mx.bool_])
