@@ -41,8 +41,7 @@ def assert_same(folder, other):
         assert [name for name in arrays if not mx.array_equal(arrays[name], others[name])] == []
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("kind", "accumulate"), [("lora", 1), ("lora", 3), ("dora", 1), ("full", 3)])
 def test_the_rest_of_a_resumed_run_is_that_of_an_uninterrupted_one_bit_for_bit(
     parse_resumable, tmp_path, kind, accumulate
 ):

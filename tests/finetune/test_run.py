@@ -99,6 +99,7 @@ def test_without_tables_it_is_mlx_lms_run_bit_for_bit(parse, folders, tmp_path, 
     ours, theirs = out[: out.rindex("Loading pretrained model")], out[out.rindex("Loading pretrained model") :]
     assert ("\x1b" in ours, "\x1b" in theirs) == (False, True)  # mlx-lm colours what is no terminal
     assert ("[WARNING]" in ours, "[WARNING]" in theirs) == (False, True)  # mlx-lm warns of each batch with a cut row
+    assert re.findall(r"^ +(\d+) +val ", ours, re.MULTILINE) == ["0", "4"]  # steps done; theirs name the next step
     said = [re.findall(r"\d+\.\d+", line) for line in out.splitlines() if line.startswith("Test loss")]
     assert [len(numbers) for numbers in said] == [2, 2]
     assert said[0] == said[1]
