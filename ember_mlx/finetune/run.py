@@ -381,4 +381,4 @@ def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
     loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {perplexity(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f} nats a token; perplexity {perplexity(loss):.3f}.")
