@@ -220,9 +220,9 @@ def test_resuming_what_this_run_does_not_train_is_refused(parse, tmp_path, argum
     with pytest.raises(InputError, match=message):
         run(parse("--resume-adapter-file", file, *arguments, adapter="second"))
     assert not (tmp_path / "second").exists()
-    for nothing in (tmp_path / "nothing", tmp_path / "first"):
-        with pytest.raises(InputError, match="this file does not exist; give an adapters.safetensors"):
-            run(parse("--resume-adapter-file", nothing, adapter="second"))
+    for other, wrong in (("nothing", "this file does not exist; give an ada"), ("first", f"is a folder; give {file}")):
+        with pytest.raises(InputError, match=wrong):
+            run(parse("--resume-adapter-file", tmp_path / other, adapter="second"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="adapters.safetensors cannot be read"):
         run(parse("--resume-adapter-file", file, adapter="second"))
