@@ -19,7 +19,7 @@ from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
-from ember_mlx.shared.command_line import actions_of, describe, flag
+from ember_mlx.shared.command_line import actions_of, describe, flag, size_or_zero
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import A_SIZE, parse_size
 
@@ -37,14 +37,20 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
-ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
 
 
-def _size(text):
-    try:
-        return parse_size(text, or_zero=True)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+class _OnOrOff(argparse.BooleanOptionalAction):
+    """Refuses ``--x --no-x``, of which argparse takes the last."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+        if before not in (None, getattr(namespace, self.dest)):
+            on, off = self.option_strings
+            raise InputError(f"{on} {off}: contradict each other; leave one of the two out")
+
+
+ON_OR_OFF = {"action": _OnOrOff}
 
 
 def _limit(text):
@@ -140,7 +146,7 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
     describe(parser, HELP, values)
     for action in actions_of(parser):
         if is_size(action):
-            action.type = _size
+            action.type = size_or_zero
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(values))
     return parser
@@ -297,7 +303,7 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        read = action.type(str(value) if action.type in (_size, _limit) else value)
+        read = action.type(str(value) if action.type in (size_or_zero, _limit) else value)
     except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
         read = None
     changed = action.type is int and not isinstance(value, str) and read != value

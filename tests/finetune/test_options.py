@@ -6,6 +6,7 @@ from mlx_lm import lora
 from ember_mlx import InputError
 from ember_mlx.commands import plan
 from ember_mlx.finetune import optimizer_names, option_help, options
+from ember_mlx.shared.command_line import size_or_zero
 
 
 def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
@@ -17,7 +18,7 @@ def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
         choices = action.choices and [*action.choices, *more]
         assert (ours[flag].choices, ours[flag].dest, ours[flag].nargs) == (choices, action.dest, action.nargs)
         # Sizes are read by mlx-lm's function too, behind one that turns what it raises into a message.
-        assert ours[flag].type is (options._size if flag == "--clear-cache-threshold" else action.type)
+        assert ours[flag].type is (size_or_zero if flag == "--clear-cache-threshold" else action.type)
 
 
 def test_the_defaults_are_those_of_mlx_lm():
