@@ -59,7 +59,7 @@ from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
 
-WORTH_COLLECTING = 2**24  # bytes: a collection can take half a second
+WORTH_COLLECTING = 2**22  # bytes: a collection can take half a second
 
 
 def run(
