@@ -24,11 +24,11 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from cuda_ref.optimizers import module_roles
+from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from cuda_ref.optimizers.ember import bias_correction, blocks, mean_squares, update_second_moment
-from cuda_ref.sharded_weights import groups_on_all_ranks
-from cuda_ref.sharding import RowShards
+from cuda_ref.sharding import RowShards, groups_on_all_ranks
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
@@ -232,7 +232,7 @@ class AdamMini(BodyOptimizer):
         self._by_first = module_roles.convolutions(model) if model else set()
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
-    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:
         state = {"m": (tuple(w.shape), torch.float32), "v": (blocks_of(w, self._heads, self._by_first), torch.float32)}
         if self.momentum == "int8":
             groups = groups_on_all_ranks(w, self._shards.get(w))

@@ -14,7 +14,7 @@ from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, groups_of
 from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
 from cuda_ref.optimizers.split_weights import check_some_are_bfloat16
-from cuda_ref.sharded_weights import groups_on_all_ranks
+from cuda_ref.sharding import groups_on_all_ranks
 
 __all__ = ["FlashAdamW", "FlashLion"]
 
@@ -44,7 +44,7 @@ class _Flash(BodyOptimizer):
 
     kept = (*BodyOptimizer.kept, "weights", "state_format")
 
-    def state_of(self, w):
+    def state_of(self, w, group):
         groups = groups_on_all_ranks(w, self._shards.get(w))
         scales = (groups,), torch.float16 if self.state_format == "published" else torch.float32
         state = {"m": ((groups, GROUP), torch.int8), "m_scales": scales}
@@ -74,8 +74,8 @@ class _Flash(BodyOptimizer):
     def _splits(self, dtype):
         return self.weights is not None and dtype == torch.bfloat16
 
-    def _check_state(self, w, state):
-        super()._check_state(w, state)
+    def _check_state(self, w, state, wanted):
+        super()._check_state(w, state, wanted)
         if "rest" in state and not self._splits(w.dtype):
             raise self._error(
                 f".load_state_dict: the state has a rest for a weight of shape {tuple(w.shape)}, so its run had "

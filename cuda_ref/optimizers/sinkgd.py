@@ -24,6 +24,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from cuda_ref.optimizers import module_roles
+from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer, adamw_step
 from cuda_ref.optimizers.ember import blocks
 from cuda_ref.sharding import RowShards
@@ -168,7 +169,7 @@ class SinkGD(BodyOptimizer):
         self._by_adamw = module_roles.convolutions(model) | module_roles.token_tables(model) if model else set()
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
-    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:
         if w.ndim > 1 and w not in self._by_adamw:
             return {}
         return {"m": (tuple(w.shape), torch.float32), "v": (tuple(w.shape), torch.float32)}

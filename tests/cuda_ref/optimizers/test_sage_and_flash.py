@@ -65,7 +65,7 @@ def test_flash_agrees_with_float64_and_few_codes_are_flipped(kind, shape, implem
     flipped = []
     for t in range(1, 21):
         before, w.grad = as_float64(w), torch.tensor(gradient(shape, t), device=device)
-        zeros = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in optimizer.state_of(w).items()}
+        zeros = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in optimizer.state_of(w, {}).items()}
         state = {key: value.cpu().numpy() for key, value in (optimizer.state[w] or zeros).items()}
         expected, codes = flash_oracle.step(before, gradient(shape, t), state, t, 1e-3, betas, 1e-8, 0.1)
         optimizer.step()
