@@ -11,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from cuda_ref import flash_triton
 from cuda_ref.optimizers.body import BodyOptimizer
-from cuda_ref.optimizers.companded import GROUP, groups_of
-from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
+from cuda_ref.optimizers.companded import GROUP, grouped, groups_of, ungrouped
+from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, numbers_of
 from cuda_ref.optimizers.split_weights import check_some_are_bfloat16
 from cuda_ref.sharding import groups_on_all_ranks
 
@@ -67,9 +67,9 @@ class _Flash(BodyOptimizer):
         stored = Stored(grouped(w), None if rest is None else grouped(rest), *moments)
         flash_step(stored, grouped(g), numbers, self.state_format == "published")
         if not w.is_contiguous() or w.numel() % GROUP:  # then the groups are copies
-            w.copy_(ungrouped(stored.w, w))
+            w.copy_(ungrouped(stored.w, w.shape))
             if rest is not None:
-                rest.copy_(ungrouped(stored.rest, w))
+                rest.copy_(ungrouped(stored.rest, w.shape))
 
     def _splits(self, dtype):
         return self.weights is not None and dtype == torch.bfloat16
