@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from cuda_ref import triton_body
 from cuda_ref.optimizers import module_roles
 from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer
@@ -251,14 +252,12 @@ class AdamMini(BodyOptimizer):
         group: dict[str, Any],
         shards: RowShards | None,
     ) -> None:
-        from cuda_ref import triton_body  # which has these functions in it
-
         if w.ndim > 1 and len(state["v"]) == len(w):
             shards = None  # rows are blocks: each lies on one rank
-        step = triton_body.adam_mini_step if self.by_triton(w) else adam_mini_step
+        kernels = {}
+        if self.by_triton(w) and w.is_contiguous() and g.is_contiguous():
+            kernels = {"means": triton_body.mean_squares, "update": triton_body.update_flat}
         m = state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"])
-        decay = self.weight_decay_of(w, group)
-        _, _, v = step(
-            w, g, m, state["v"], state["step"], group["lr"], *group["betas"], group["eps"], decay, shards=shards
-        )
+        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
+        _, _, v = adam_mini_step(w, g, m, state["v"], state["step"], *options, shards=shards, **kernels)
         state["v"].copy_(v)

@@ -84,8 +84,8 @@ class BodyOptimizer(CheckedOptimizer):
         return group["weight_decay"] if w.ndim > 1 or self.decay_vectors else 0.0
 
     def by_triton(self, w: torch.Tensor) -> bool:
-        """Whether the kernels take this weight."""
-        return by_triton(self.implementation, w)
+        """Whether the kernels take this weight; of a sharded one a rank may have nothing, on which Triton runs none."""
+        return w.numel() > 0 and by_triton(self.implementation, w)
 
     def _check_group(self, group):
         super()._check_group(group)

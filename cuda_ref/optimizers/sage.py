@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
+from cuda_ref import triton_body
 from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.ember import bias_correction, blocks
@@ -214,9 +215,9 @@ class SAGE(BodyOptimizer):
         group: dict[str, Any],
         shards: RowShards | None,
     ) -> None:
-        from cuda_ref import triton_body  # which has these functions in it
-
-        step = triton_body.sage_step if self.by_triton(w) else sage_step
-        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
-        _, _, s = step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows, shards=shards)
+        kernels = {}
+        if self.by_triton(w):
+            kernels = {"magnitudes_of": triton_body.mean_magnitudes, "update": triton_body.update_parameter}
+        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group), self.still_rows
+        _, _, s = sage_step(w, g, state["m"], state["s"], state["step"], *options, shards=shards, **kernels)
         state["s"].copy_(s)

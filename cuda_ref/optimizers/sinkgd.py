@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from cuda_ref import triton_body
 from cuda_ref.optimizers import module_roles
 from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer, adamw_step
@@ -184,10 +185,11 @@ class SinkGD(BodyOptimizer):
     ) -> None:
         lr, eps, decay = group["lr"], group["eps"], self.weight_decay_of(w, group)
         if "m" not in state:
-            from cuda_ref import triton_body  # which has these functions in it
-
-            step = triton_body.sinkgd_step if self.by_triton(w) else sinkgd_step
-            step(w, g, lr, self.passes, eps, decay, shards=shards if w.ndim == 2 else None)  # else whole matrices
+            kernels = {}
+            if self.by_triton(w):
+                kernels = {"norms": triton_body.norms, "update": triton_body.update_matrix}
+            shards = shards if w.ndim == 2 else None  # else whole matrices
+            sinkgd_step(w, g, lr, self.passes, eps, decay, shards=shards, **kernels)
             return
         old = w, state["m"], state["v"]
         new = adamw_step(w, g, state["m"], state["v"], state["step"], lr, *group["betas"], eps, decay)
