@@ -1,4 +1,4 @@
-"""What all optimizers here share: they refuse before they write, and their state is stated beforehand."""
+"""What the optimizers here share: they refuse before they write, and their state is stated beforehand or joined."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from cuda_ref import sharding
 from cuda_ref.optimizers import checks
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["CheckedOptimizer", "State"]
+__all__ = ["CheckedOptimizer", "State", "WrappingOptimizer"]
 
 State = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Name -> (shape, dtype)."""
@@ -232,3 +232,29 @@ class CheckedOptimizer(Optimizer):
 
     def _error(self, what):
         return InputError(f"{type(self).__name__}{what}")
+
+
+class WrappingOptimizer(Optimizer):
+    """An optimizer around others: its ``state_dict`` is joined from theirs, and hooks of it are called as PyTorch's.
+
+    A subclass gives ``param_groups``, ``_joined_state()`` and ``_load_parts(state_dict)``.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ordinary format of PyTorch, joined from what is inside."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        joined = self._joined_state()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            joined = hook(self, joined) or joined
+        return joined
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave."""
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        checks.check_keys(type(self).__name__, state_dict)
+        self._load_parts(state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)

@@ -109,6 +109,30 @@ def test_the_rest_is_in_the_state_dict_and_resumes_bit_for_bit():
     assert {w.dtype for w in second.param_groups[0]["params"]} == {torch.bfloat16, torch.float32}
 
 
+def split_adamw():
+    return SplitWeights(torch.optim.AdamW([("w", start((8, 6), "bfloat16"))], lr=1e-5))
+
+
+def test_a_split_optimizer_that_keeps_moments_resumes_them_in_float32_and_so_does_its_copy():
+    first, second = train(split_adamw(), 2), split_adamw()
+    (w,), (w2,) = first.param_groups[0]["params"], second.param_groups[0]["params"]
+    w2.data.copy_(w.data)
+    second.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inside"])
+    second.load_state_dict({"inside": pickle.loads(pickle.dumps(first.state_dict()))})
+    copied = pickle.loads(pickle.dumps(first))
+    for optimizer in (first, second, copied):
+        train(optimizer, 2, first=2)
+    assert contents(first.optimizer) == contents(second.optimizer) == contents(copied.optimizer)
+    assert contents(first) == contents(second) == contents(copied)
+
+
+def test_a_group_added_to_a_split_optimizer_has_the_options_of_the_one_inside():
+    optimizer = split_adamw()
+    optimizer.add_param_group({"params": [("v", start((3, 2), "bfloat16"))], "lr": 1e-4})
+    assert [group["betas"] for group in train(optimizer, 1).param_groups] == [(0.9, 0.999)] * 2
+    assert len(optimizer.state_dict()["param_groups"]) == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_loaded_into_a_fresh_optimizer_continues_bit_for_bit(kind):
     straight, first, second = (make(kind, [start((8, 33), "bfloat16"), start((5,))]) for _ in range(3))
