@@ -229,8 +229,8 @@ class AdamMini(BodyOptimizer):
         if momentum not in ("float32", "int8"):
             raise InputError(f"AdamMini(momentum={momentum!r}): must be 'float32' or 'int8'")
         self.momentum = momentum
-        self._heads = module_roles.attention_heads(model) if model else {}
-        self._by_first = module_roles.convolutions(model) if model else set()
+        self._heads = module_roles.attention_heads(model) if model is not None else {}
+        self._by_first = module_roles.convolutions(model) if model is not None else set()
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
     def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:

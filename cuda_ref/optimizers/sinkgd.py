@@ -167,7 +167,9 @@ class SinkGD(BodyOptimizer):
         if type(passes) is not int or not 1 <= passes <= 100:
             raise InputError(f"SinkGD(passes={passes!r}): must be a whole number from 1 to 100, usually 5 or 2")
         self.passes = passes
-        self._by_adamw = module_roles.convolutions(model) | module_roles.token_tables(model) if model else set()
+        self._by_adamw = (
+            module_roles.convolutions(model) | module_roles.token_tables(model) if model is not None else set()
+        )
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
     def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:

@@ -121,6 +121,9 @@ def test_weights_and_gradients_that_it_does_not_take_are_refused(make):
         make([w]).step()
     with pytest.raises(InputError, match="passes=0"):
         SinkGD([w], passes=0)
+    for made in (AdamMini, SinkGD):
+        with pytest.raises(InputError, match="model=list: must be the torch.nn.Module"):
+            made([w], model=[w])
     with pytest.raises(InputError, match="momentum='int4'"):
         AdamMini([w], momentum="int4")
 
