@@ -21,6 +21,8 @@ from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.finetune.workers import Workers
+from ember_mlx.planner.inputs import refuse_misfits
 from ember_mlx.planner.savings import with_savings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
@@ -111,6 +113,8 @@ def train(
         if not args.train:
             raise InputError("train: False would not train; leave it out, or use `ember-mlx train --test`")
         stack.enter_context(_random_states_kept())
+        if given.loaded is None and Workers.join().size == 1:
+            refuse_misfits(args)
         args = with_savings(args, asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ember_mlx.shared.errors import InputError, did_you_mean
+from ember_mlx.shared.units import parse_size
 
-__all__ = ["Help", "actions_of", "describe", "flag", "with_one_line_errors"]
+__all__ = ["Help", "actions_of", "describe", "flag", "size_or_zero", "with_one_line_errors"]
 
 # {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
 Help = Mapping[str, Mapping[str, tuple[str | None, str]]]
@@ -28,6 +29,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def flag(name: str) -> str:
     """The flag of an option: "--batch-size" of "batch_size"."""
     return "--" + name.replace("_", "-")
+
+
+def size_or_zero(text: str) -> int:
+    """Bytes, as argparse's ``type`` of an option that takes a size."""
+    try:
+        return parse_size(text, or_zero=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:

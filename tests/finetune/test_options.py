@@ -4,7 +4,9 @@ import pytest
 from mlx_lm import lora
 
 from ember_mlx import InputError
+from ember_mlx.commands import plan
 from ember_mlx.finetune import optimizer_names, option_help, options
+from ember_mlx.shared.command_line import size_or_zero
 
 
 def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
@@ -16,7 +18,7 @@ def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
         choices = action.choices and [*action.choices, *more]
         assert (ours[flag].choices, ours[flag].dest, ours[flag].nargs) == (choices, action.dest, action.nargs)
         # Sizes are read by mlx-lm's function too, behind one that turns what it raises into a message.
-        assert ours[flag].type is (options._size if flag == "--clear-cache-threshold" else action.type)
+        assert ours[flag].type is (size_or_zero if flag == "--clear-cache-threshold" else action.type)
 
 
 def test_the_defaults_are_those_of_mlx_lm():
@@ -64,9 +66,16 @@ def test_yaml_keys_that_only_mlx_lm_knows_are_passed_on(tmp_path):
 
 def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
     config = tmp_path / "config.yaml"
-    config.write_text("table_learning_rates: 1\n")
+    config.write_text("table_learning_rates: 1\nwandb: x\niters: 3\nhf_dataset: {path: x}\n")
     options.parse(["--config", str(config)])
-    assert "did you mean table_learning_rate?" in capsys.readouterr().out
+    near, far = capsys.readouterr().out.splitlines()
+    assert near.endswith(
+        "'table_learning_rates': no effect: it is no option here (did you mean 'table_learning_rate'?)"
+    )
+    assert far.endswith("'wandb': no effect: it is no option here")
+    options.parse_command(plan._parser(), ["--config", str(config)])
+    said = capsys.readouterr()
+    assert (said.out, said.err.splitlines()) == ("", [near, far])  # `plan --json` is read by programs
 
 
 @pytest.mark.parametrize(
