@@ -38,6 +38,7 @@ class CheckedOptimizer(Optimizer):
         self.implementation = implementation
         self._shards = {}  # of the weights that are sharded
         self._agreed = False  # whether the ranks have been found to agree since the last change
+        self._fitted = {}  # weight -> the shape and device that its state was found to fit
         super().__init__(params, defaults)
 
     def state_of(self, w: torch.Tensor, group: Mapping[str, Any]) -> State:
@@ -100,7 +101,7 @@ class CheckedOptimizer(Optimizer):
     def __getstate__(self):
         """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""
         options = {name: getattr(self, name) for name in self.kept}
-        return super().__getstate__() | options | {"_shards": {}, "_agreed": False}
+        return super().__getstate__() | options | {"_shards": {}, "_agreed": False, "_fitted": {}}
 
     # What is asked before anything is written
 
@@ -152,8 +153,10 @@ class CheckedOptimizer(Optimizer):
         for name, w, group in self._named_weights():
             if w.grad is not None:
                 checks.check_gradient(type(self).__name__, self.noun, name, w)
-                for key, (shape, _) in self._wanted(w, group).items() if self.state.get(w) else ():
-                    self._check_shape(name, w, key, shape)
+                if self._fitted.get(w) != (w.shape, w.device) and self.state.get(w):
+                    for key, (shape, _) in self._wanted(w, group).items():
+                        self._check_shape(name, w, key, shape)
+                    self._fitted[w] = w.shape, w.device
 
     def _check_shape(self, name, w, key, shape):
         found = self.state[w].get(key)
