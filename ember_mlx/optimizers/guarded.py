@@ -21,6 +21,7 @@ from ember_mlx import kernels
 from ember_mlx.kernels.norms import ARRAYS
 from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.ember import blocks
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
@@ -177,6 +178,7 @@ class Guard:
         skip_nonfinite: bool,
         clip_grad_norm: float | None,
     ):
+        check_switch(where, "skip_nonfinite", skip_nonfinite)
         check_clip_grad_norm(f"{where}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
         self.where = where
         self.skip_nonfinite = skip_nonfinite
