@@ -80,9 +80,8 @@ class Stepping:
     def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
         """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
         if self._machines.several and head:
-            gradients = self._machines.row_gradients(head, looked_up)
-            table.take(*self._machines.statistics(gradients, self._pace.one_behind))
-            self._machines.step(table, gradients)
+            table.take(*self._machines.head_statistics(head, looked_up, self._pace.one_behind))
+            self._machines.step_head(head, looked_up)
         elif head:
             table.take(*head.statistics(looked_up))
             head.step(looked_up)
@@ -124,8 +123,7 @@ class GlobalNorm:
     def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
         """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
         if self._machines.several and head:
-            gradients = self._machines.row_gradients(head, looked_up)
-            row_mean, _ = self._machines.statistics(gradients, self._pace.one_behind)
+            row_mean, _ = self._machines.head_statistics(head, looked_up, self._pace.one_behind)
         elif head:
             row_mean, _ = head.statistics(looked_up)
         elif looked_up is not None:
