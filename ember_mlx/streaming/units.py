@@ -47,34 +47,34 @@ class Recording:
     cotangents: dict = field(default_factory=dict)
 
 
-_hooked = {}  # id of a module -> its path, and where its calls go
+_hooked = {}  # id of a module, and the method -> its path, and where its calls go
 
 
 @contextmanager
-def calls_go_to(units: dict[str, nn.Module], function: Callable) -> Iterator[None]:
-    """Within, a call of a unit goes to ``function(path, own_call, arguments, keywords)``.
+def calls_go_to(modules: dict[str, nn.Module], function: Callable, method: str = "__call__") -> Iterator[None]:
+    """Within, a call of that method of a module goes to ``function(path, own_call, arguments, keywords)``.
 
     A call looks ``__call__`` up in the class, so a module gets a subclass of its own class for that time.
     """
-    own_classes = [(module, type(module)) for module in units.values()]
+    own_classes = [(module, type(module)) for module in modules.values()]
     try:
-        for path, module in units.items():
-            _hooked[id(module)] = path, function
-            module.__class__ = _hooked_class(type(module))
+        for path, module in modules.items():
+            _hooked[id(module), method] = path, function
+            module.__class__ = _hooked_class(type(module), method)
         yield
     finally:
         for module, own in own_classes:
             module.__class__ = own
-            _hooked.pop(id(module), None)
+            _hooked.pop((id(module), method), None)
 
 
 @cache
-def _hooked_class(own):
+def _hooked_class(own, method):
     def call(module, *arguments, **keywords):
-        path, function = _hooked[id(module)]
-        return function(path, partial(own.__call__, module), arguments, keywords)
+        path, function = _hooked[id(module), method]
+        return function(path, partial(getattr(own, method), module), arguments, keywords)
 
-    return type(own.__name__, (own,), {"__call__": call})
+    return type(own.__name__, (own,), {method: call})
 
 
 def find_units(model: nn.Module, run: Callable[[], object]) -> dict[str, nn.Module]:
