@@ -367,7 +367,7 @@ class StreamedStep:
 
     def _table(self, path, module):
         ember = isinstance(self._updates.leaf(path), Ember)
-        return EmberTable(self._updates, path, module, "weight", self._pace) if ember else None
+        return EmberTable(self._updates, path, module, self._pace) if ember else None
 
 
 def _is_the_usual(loss):
