@@ -184,8 +184,7 @@ class StreamedHead:
     def _rows(self, rows):
         """The head's parameters, by name, of a slice or of some ids."""
         parameters = dict(tree_flatten(self.head.module.parameters()))
-        index = {0: rows, -1: (..., rows), None: ...}
-        return {name: array[index[self.head.axis(array)]] for name, array in parameters.items()}
+        return {name: array[self.head.index(array, rows)] for name, array in parameters.items()}
 
     def _of_block(self, number, block):
         """What its gradient is made of: kept logits, before what comes after the head, or what makes them again."""

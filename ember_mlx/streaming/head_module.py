@@ -89,13 +89,13 @@ class Head:
         """The axis of a parameter that runs over the vocabulary: the first, the last (lora_b), or None (lora_a)."""
         return next((axis for axis in (0, -1) if array.ndim and array.shape[axis] == self.vocabulary), None)
 
-    def index(self, array: mx.array, first: int, last: int) -> object:
-        """What cuts the words from ``first`` to before ``last`` out of a parameter."""
-        return {0: slice(first, last), -1: (..., slice(first, last)), None: ...}[self.axis(array)]
+    def index(self, array: mx.array, words: slice | mx.array) -> object:
+        """What takes these words, or the words of these ids, out of a parameter."""
+        return {0: words, -1: (..., words), None: ...}[self.axis(array)]
 
     def rows(self, arrays: list[mx.array], first: int, last: int) -> list[mx.array]:
         """Of each parameter, what belongs to these words."""
-        return [array[self.index(array, first, last)] for array in arrays]
+        return [array[self.index(array, slice(first, last))] for array in arrays]
 
     def joined(self, weight: mx.array, gradients: Sequence[mx.array]) -> mx.array:
         """The gradient of a weight from those of its slices; every slice adds to that of lora_a."""
