@@ -20,10 +20,10 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import bytes_ahead
 from ember_mlx.streaming.backward import Backward
 from ember_mlx.streaming.checks import (
-    check_at_least_one,
     check_batches,
     check_differentiable,
     check_ids,
+    check_keep_inputs,
     check_model,
     extremes_of,
     refuse_a_trace,
@@ -132,7 +132,7 @@ class StreamedStep:
         self.on_phase = None
         self._loss = None if _is_the_usual(loss) else loss
         self._clip_layer_norm = clip_layer_norm
-        check_at_least_one("keep_inputs", keep_inputs)
+        check_keep_inputs(keep_inputs)
         check_clip_grad_norm(f"StreamedStep(clip_layer_norm={clip_layer_norm!r})", clip_layer_norm)
         check_model(model)
         check_differentiable(model)
