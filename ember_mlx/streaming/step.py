@@ -130,7 +130,7 @@ class StreamedStep:
         self.model = model
         self.notes = []
         self.on_phase = None
-        self._loss = None if _is_the_usual(loss) else loss
+        self._loss = mean_loss if _is_the_usual(loss) else loss
         self._clip_layer_norm = clip_layer_norm
         check_keep_inputs(keep_inputs)
         check_clip_grad_norm(f"StreamedStep(clip_layer_norm={clip_layer_norm!r})", clip_layer_norm)
@@ -220,7 +220,7 @@ class StreamedStep:
                 and types, for ids outside the vocabulary, and, without ``shares``, for a batch of which no token
                 counts.
         """
-        usual, extremes, began = self._loss in (None, mean_loss), [], mx.random.state[0]
+        usual, extremes, began = self._loss is mean_loss, [], mx.random.state[0]
         if usual:
             check_batches(batches)
             extremes = extremes_of(batches) if self._vocabulary else []
@@ -328,14 +328,13 @@ class StreamedStep:
     # What is where
 
     def _find_head(self, nbytes, keep_logits, block_rows):
-        if self._loss is not None:
+        if self._loss is not mean_loss:
             self.notes.append("the loss is the caller's own: logits and the head's gradient are whole")
             return None
         try:
             head = find_head(self.model)
             check_after(head)
         except InputError as error:
-            self._loss = mean_loss
             self.notes.append(f"{error}: logits and the head's gradient are whole")
             return None
         path = next(path for path, module in self.model.named_modules() if module is head.module)
