@@ -31,7 +31,7 @@ class StreamedHead:
         path (str): Of that module.
         table (EmberTable, optional): Its weight, where Ember trains it.
         pace (Pace): Evaluates.
-        weights (int): Bytes of all weights of the model.
+        nbytes (int): Of all weights of the model.
         keep_logits (bool, optional): Whether the logits are kept between the passes. Default: by their size.
         block_rows (int, optional): Of a block.
 
@@ -45,15 +45,15 @@ class StreamedHead:
         path: str,
         table: EmberTable | None,
         pace: Pace,
-        weights: int,
-        keep_logits: bool | None = None,
-        block_rows: int | None = None,
+        nbytes: int,
+        keep_logits: bool | None,
+        block_rows: int | None,
     ):
         self.head = head
         self.path = path
         self.table = table
         self._pace = pace
-        self._nbytes = weights
+        self._nbytes = nbytes
         self._keep_logits = keep_logits
         self._block_rows = block_rows
         trained = [name for name, _ in tree_flatten(head.module.trainable_parameters())]

@@ -25,7 +25,7 @@ class Layers:
         without: Paths of trainable weights that others answer for.
     """
 
-    def __init__(self, units: dict[str, nn.Module], weights: Weights, without: frozenset[str] | set[str] = frozenset()):
+    def __init__(self, units: dict[str, nn.Module], weights: Weights, without: set[str]):
         self.units = units
         owned = [path for path in weights.places if path not in without]
         self.names = {unit: [path for path in owned if path.startswith(f"{unit}.")] for unit in units}

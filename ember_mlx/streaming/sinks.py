@@ -35,8 +35,8 @@ class Stepping:
         weights: Weights,
         pace: Pace,
         machines: Machines,
-        clip_layer_norm: float | None = None,
-        shards: Shards | None = None,
+        clip_layer_norm: float | None,
+        shards: Shards | None,
     ):
         self._updates = updates
         self._weights = weights
