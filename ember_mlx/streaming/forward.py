@@ -44,11 +44,11 @@ class Forward:
     def __call__(self, run: Callable[[], object]) -> Recording:
         """Run the model, and make plans for what it calls in a new way."""
         key = mx.random.state[0]
-        recording = self._record(run, not self.plans)
+        recording = self._record(run, self._layers.call if self.plans else None)
         if any(self._key(recording, i) not in self.plans for i in range(len(recording.calls))):
             if self.plans:  # called in another way than before: look again
                 put_back_random_state(key)
-                recording = self._record(run, True)
+                recording = self._record(run, None)
             self._make_plans(recording)
             put_back_random_state(recording.key_after)
         return recording
@@ -65,10 +65,9 @@ class Forward:
         if plan or call.sources:
             drop_direct(recording, i, plan[0] if plan else _direct(call), self._needed)
 
-    def _record(self, run, look_for_sources):
+    def _record(self, run, call_unit):
         after_call = lambda recording: self.drop_inputs(recording, len(recording.calls) - 1)  # noqa: E731
-        units, call_unit = self._layers.units, None if look_for_sources else self._layers.call
-        return record(run, units, self._pace.one_behind, look_for_sources, after_call, call_unit)
+        return record(run, self._layers.units, self._pace.one_behind, after_call, call_unit)
 
     def _key(self, recording, i):
         call = recording.calls[i]

@@ -122,9 +122,8 @@ def record(
     run: Callable[[], object],
     units: dict[str, nn.Module],
     evaluate: Callable,
-    look_for_sources: bool,
     after_call: Callable[[Recording], None],
-    call_unit: Callable | None = None,
+    call_unit: Callable | None,
 ) -> Recording:
     """Run the model as it is and keep what each call of a unit took and gave, evaluated call by call.
 
@@ -133,9 +132,9 @@ def record(
     Args:
         run: Runs the model; its result is kept, not evaluated.
         evaluate: Takes the arrays of a call and has them evaluated.
-        look_for_sources: Whether to note which inputs are outputs of earlier calls.
         after_call: Is called with the recording after each call.
-        call_unit: ``call_unit(call, own_call, arguments, keywords)`` makes a unit's result; None, it is called itself.
+        call_unit: ``call_unit(call, own_call, arguments, keywords)`` makes a unit's result. None: the unit itself does,
+            and what it took is looked for among the outputs of earlier calls.
     """
     recording = Recording(run, mx.random.state[0])
     made, alive = {}, []
@@ -144,9 +143,8 @@ def record(
         spec, leaves, objects = flatten((arguments, keywords))
         # Python's a += b and a[i] = b change an array itself, so what is kept is another array on the same data.
         call = Call(path, spec, [mx.stop_gradient(leaf) for leaf in leaves], mx.random.state[0])
-        if look_for_sources:
-            call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
         if call_unit is None:
+            call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
             result = own_call(*arguments, **keywords)
         else:
             result = call_unit(call, own_call, arguments, keywords)
@@ -157,7 +155,7 @@ def record(
         call.outputs = [mx.stop_gradient(leaf) for leaf in outputs]
         evaluate(*call.outputs, *outputs, *call.inputs)
         call.key_after = mx.random.state[0]
-        if look_for_sources:
+        if call_unit is None:
             made.update({id(leaf): (len(recording.calls), j) for j, leaf in enumerate(outputs)})
             alive.extend(outputs)  # an id is one array's only while that array lives
         recording.calls.append(call)
