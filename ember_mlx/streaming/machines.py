@@ -51,7 +51,10 @@ class Machines:
         return (self.sum(array) / self.count).astype(array.dtype)
 
     def means(self, gradients: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
-        """The means of gradients by path, some of them at a time; the dict is emptied, last first."""
+        """The means of gradients by path, some at a time, last first; the dict is emptied. One machine gives all."""
+        if not self.several:
+            yield gradients
+            return
         for some in buckets(gradients, self._together):
             yield self._mean_together(some)
 

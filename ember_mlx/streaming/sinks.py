@@ -53,16 +53,14 @@ class Stepping:
         """Gradients by path; the dict is emptied, last first."""
         if self._shards:
             self._shards.step(gradients)
-        if self._machines.several and self._clip_layer_norm is None:
-            for some in self._machines.means(gradients):
+        means = self._machines.means(gradients)
+        if self._clip_layer_norm is None:
+            for some in means:
                 self._step(some, None)
             return
-        if self._machines.several:  # the norm is that of all means
-            for some in list(self._machines.means(gradients)):
-                gradients |= some
-        scale = None
-        if self._clip_layer_norm is not None and gradients:
-            scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0)
+        for some in list(means):  # the norm is that of all
+            gradients |= some
+        scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0) if gradients else None
         self._step(gradients, scale)
 
     def _step(self, gradients, scale):
