@@ -5,6 +5,7 @@ time, outside any trace; its cotangent is evaluated, then weight after weight it
 Of the head and the embedding, rows are stepped in blocks.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -308,7 +309,7 @@ class StreamedStep:
         shapes = [array.shape for array in hidden]
         hidden = mx.concatenate([array.reshape(-1, array.shape[-1]) for array in hidden])
         loss, by_hidden = self._head.loss(hidden, mx.concatenate(targets), mx.concatenate(weights))
-        ends = [sum(shape[0] * shape[1] for shape in shapes[: i + 1]) for i in range(len(shapes) - 1)]
+        *ends, _ = itertools.accumulate(rows * length for rows, length, _ in shapes)
         parts = mx.split(by_hidden, ends) if ends else [by_hidden]
         cotangents = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         return loss.item(), int(mx.array(tokens).item()), cotangents
