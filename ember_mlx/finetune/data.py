@@ -140,7 +140,21 @@ def load_data(
                 f"Warning: {rows.where(rows.empty_answers[0])} has an empty answer, {len(rows.empty_answers)} of "
                 f"{len(rows)} rows in all: the model learns to say nothing there. Fix or remove them"
             )
+    _tell_of_cut_rows(args, dict(zip(SETS, tried, strict=True)))
     return tuple(tried)
+
+
+def _tell_of_cut_rows(args, sets):
+    """Once for all; mlx-lm warns of each batch."""
+    limit = args.max_seq_length
+    cut = {name: sum(length > limit for length in rows.lengths) for name, rows in sets.items()}
+    if any(cut.values()):
+        told = " and ".join(f"{cut[name]:,} of {len(sets[name]):,} {name} rows" for name in sets if cut[name])
+        longest = max(max(rows.lengths, default=0) for rows in sets.values())
+        rprint(
+            f"Warning: --max-seq-length {limit} cuts {told}; the longest has {longest:,} tokens, and what is cut is "
+            "not learned. Raise it, or split these rows"
+        )
 
 
 def load_sets(args: Options, tokenizer: TokenizerWrapper, given: Rows | None = None) -> dict[str, DataSet]:

@@ -201,6 +201,8 @@ def train_model(
         tables = list(choices.tables)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+        if choices.warning:
+            rprint(choices.warning)
         how = {}
         if make_step is None:
             args, make_step, how = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)
@@ -379,4 +381,4 @@ def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
     loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {perplexity(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f} nats a token; perplexity {perplexity(loss):.3f}.")

@@ -135,11 +135,14 @@ def format_table(lines: list[Trained]) -> str:
 def format_result(result: Result) -> str:
     """Losses, memory and the files of a run, in lines."""
     total = _total(result.trained)
+    same = total.state_bytes == total.adam_bytes
+    kept = format_bytes(total.state_bytes) + (
+        "" if same else f", where Adam would keep {format_bytes(total.adam_bytes)}"
+    )
     whose = "" if result.peak_worker is None else f", of worker {result.peak_worker}"
     lines = [
         f"{_losses(result)}.",
-        f"Peak memory {format_bytes(result.peak_memory)}{whose}; optimizer state "
-        f"{format_bytes(total.state_bytes)}, where Adam would keep {format_bytes(total.adam_bytes)}.",
+        f"Peak memory {format_bytes(result.peak_memory)}{whose}; optimizer state {kept}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
         *_best(result),
     ]

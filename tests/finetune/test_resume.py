@@ -11,6 +11,7 @@ from finetune.breaking import BreakAt, Breaks
 
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, options, resume
+from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.run import run
 
 YAML = """
@@ -40,8 +41,7 @@ def assert_same(folder, other):
         assert [name for name in arrays if not mx.array_equal(arrays[name], others[name])] == []
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("kind", "accumulate"), [("lora", 1), ("lora", 3), ("dora", 1), ("full", 3)])
 def test_the_rest_of_a_resumed_run_is_that_of_an_uninterrupted_one_bit_for_bit(
     parse_resumable, tmp_path, kind, accumulate
 ):
@@ -70,8 +70,9 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(parse
         run(parse_resumable("--iters", 13, *short, "--resume"))
 
 
-def test_reports_after_a_resume_go_on_counting(parse_resumable):
-    reports = []
+def test_reports_after_a_resume_go_on_counting(parse_resumable, monkeypatch):
+    reports, shown = [], []
+    monkeypatch.setattr(Display, "report_train", lambda self, step, loss, speed, tokens: shown.append((step, tokens)))
 
     class Listens(BreakAt):
         def on_train_loss_report(self, info):
@@ -80,10 +81,12 @@ def test_reports_after_a_resume_go_on_counting(parse_resumable):
 
     with pytest.raises(Breaks):
         run(parse_resumable("--iters", 6, "--save-every", 2), Listens(5))
-    first, reports[:] = reports[:], []
+    assert shown == reports
+    first, reports[:], shown[:] = reports[:], [], []
     run(parse_resumable("--iters", 6, "--save-every", 2, "--resume"), Listens(None))
     assert [iteration for iteration, _ in reports] == [5, 6]
     assert reports[0] == first[4]
+    assert shown == reports
 
 
 @pytest.mark.parametrize("more", [["--mask-prompt"], ["--grad-accumulation-steps", 2]])
@@ -266,6 +269,16 @@ def swap_letters(tokenizer):
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% endfor %}"
 
 
+@pytest.fixture(scope="module")
+def of_one_step(folders, tmp_path_factory):
+    """The adapter folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("one-step") / "adapters"
+    words = {"--model": folders["untied"], "--data": folders["data"], "--adapter-path": folder, "--iters": 1}
+    words |= {"--batch-size": 2, "--val-batches": 1}
+    run(options.parse([str(word) for pair in words.items() for word in pair]))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -277,11 +290,10 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% en
         ("tokenizer_config.json", lambda c: c.update(chat_template=TEMPLATE), "its tokenizer or chat template makes o"),
     ],
 )
-def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, file, change, message):
-    run(parse("--iters", 1, "--val-batches", 1))
+def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, of_one_step, file, change, message):
     model = edited(folders["untied"], tmp_path / "m", file, change)
     with pytest.raises(InputError, match=message):
-        run(parse("--iters", 2, "--resume", "--model", model))
+        run(parse("--iters", 2, "--val-batches", 1, "--resume", of_one_step, "--model", model))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8, mx.int64, mx.bool_])
