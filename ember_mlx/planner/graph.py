@@ -27,14 +27,12 @@ class Run:
         micro_batches (int): Batches of one update.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
-        stream_as_usual (bool): Whether that was left to the defaults.
         keep_inputs (int): Then: of how many layers one keeps its input.
         norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
         body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
         workers (int): How many share a batch.
         shard_optimizer (bool): Whether each of them keeps a part of the state of all but tables under Ember.
         shard_tables (bool): Whether they share the rows of the tables that train, too.
-        tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
     batch_size: int
@@ -51,7 +49,6 @@ class Run:
     chunked_loss: bool
     micro_batches: int
     evaluation_length: int = 0
-    tables_must_train: bool = False
     stream: bool = False
     keep_inputs: int = 1
     norm_pass: bool = False
@@ -59,7 +56,6 @@ class Run:
     workers: int = 1
     shard_optimizer: bool = False
     shard_tables: bool = False
-    stream_as_usual: bool = False
 
     def rows_here(self, table: Table) -> int:
         """How many rows of a table one worker keeps, at most."""
