@@ -22,7 +22,7 @@ class Run:
         rank (int): Of LoRA.
         lora_keys (tuple, optional): The linears that LoRA is put on; None for all.
         tables (tuple[str]): The token tables that train, by their names.
-        optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
+        optimizer, table_optimizer (str): Names of :data:`ember_mlx.planner.optimizer_state.STATE`.
         stochastic_rounding, grad_checkpoint, chunked_loss (bool): As their options say.
         micro_batches (int): Batches of one update.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
@@ -127,16 +127,20 @@ class Graph:
         operation.outputs = [Array(x.numbers, x.width, x.role, operation, base=x)]
         return operation.outputs[0]
 
+    def some_rows(self, table: Array, rows: int, columns: int) -> Array:
+        """So many rows of a table, which are a slice of it and no operation in the order."""
+        return Array(rows * columns, table.width, table.role, table.made_by, base=table)
+
     def elementwise(
         self, inputs: list[Array], numbers: int | None = None, width: float | None = None, role: str | None = None
     ) -> Array:
         """A number for each of the first input's, which may take its memory."""
         return self.make(inputs, numbers or inputs[0].numbers, width or inputs[0].width, True, role)
 
-    def several(self, inputs: list[Array], sizes: list[tuple[int, float]], role: str | None = None) -> list[Array]:
+    def several(self, inputs: list[Array], sizes: list[tuple[int, float]]) -> list[Array]:
         """One operation with several results, (numbers, width) of each."""
         operation = Operation(inputs, in_place=False)
-        operation.outputs = [Array(numbers, width, role or self.role, operation) for numbers, width in sizes]
+        operation.outputs = [Array(numbers, width, self.role, operation) for numbers, width in sizes]
         return operation.outputs
 
     def exist(self, numbers: int, width: float, role: str) -> Array:
