@@ -6,9 +6,10 @@ It needs no MLX, so that options are checked and ``plan`` counts without it.
 from collections.abc import Iterable
 from typing import Any
 
-from ember_mlx.shared.errors import InputError, did_you_mean
+from ember_mlx.shared.command_line import in_any_case
+from ember_mlx.shared.errors import InputError
 
-__all__ = ["ALIASES", "BODY", "CLASSES", "RATES", "SPLIT", "canonical", "check_settings", "planned", "settings"]
+__all__ = ["ALIASES", "BODY", "CLASSES", "RATES", "SPLIT", "canonical", "named", "planned", "settings"]
 
 BODY = ("adam-mini", "sinkgd", "flash-adamw", "flash-lion")
 """Of ours, for all that is no token table; beside those of mlx-lm."""
@@ -33,32 +34,36 @@ SPLIT = "bf16+int8"
 
 
 def canonical(name: str) -> str:
-    """The name in lower case, of an alias what it stands for."""
-    return ALIASES.get(name.lower(), name.lower())
+    """The name, of an alias what it stands for."""
+    return ALIASES.get(name, name)
+
+
+def named(config: Any, of_mlx_lm: Iterable[str]) -> Any:
+    """``optimizer_config`` with its names, also those that settings have as values, as they are written here.
+
+    Args:
+        config: As it was given; what is no dictionary stays, to be refused.
+        of_mlx_lm: The names of mlx-lm's optimizers, beside ours.
+
+    Raises:
+        InputError: for two keys that are one name.
+    """
+    if not isinstance(config, dict):
+        return config
+    read, found = in_any_case((*of_mlx_lm, *CLASSES, *ALIASES)), {}
+    for key, asked in config.items():
+        if read(key) in found:
+            raise InputError(f"optimizer_config: {key}: its settings are there twice; leave one of them out")
+        if isinstance(asked, dict):
+            asked = {name: value.lower() if isinstance(value, str) else value for name, value in asked.items()}
+        found[read(key)] = asked
+    return found
 
 
 def settings(options: Any, name: str) -> dict[str, Any]:
     """What ``optimizer_config`` says of the optimizer ``name``, or of an alias of it."""
     aliases = [alias for alias, meant in ALIASES.items() if meant == name]
     return next((options.optimizer_config[key] for key in (name, *aliases) if options.optimizer_config.get(key)), {})
-
-
-def check_settings(options: Any, of_mlx_lm: Iterable[str]) -> None:
-    """Refuse a key of ``optimizer_config`` that names no optimizer: its settings would be left out in silence.
-
-    Args:
-        options: The run's.
-        of_mlx_lm: The names of mlx-lm's optimizers, beside ours.
-    """
-    known = (*of_mlx_lm, *CLASSES, *ALIASES)
-    for name, asked in options.optimizer_config.items():
-        if name not in known:
-            raise InputError(
-                f"optimizer_config: {name}: is the name of no optimizer{did_you_mean(str(name), known)}; it takes "
-                f"{', '.join(known)}"
-            )
-        if asked is not None and not isinstance(asked, dict):
-            raise InputError(f"optimizer_config: {name}: {asked!r}: must hold settings, such as {{weight_decay: 0.1}}")
 
 
 def planned(options: Any) -> str:

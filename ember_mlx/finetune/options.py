@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-import difflib
+import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,12 +14,12 @@ from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, named
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
-from ember_mlx.shared.command_line import actions_of, describe, flag
+from ember_mlx.shared.command_line import actions_of, describe, flag, in_any_case, size_or_zero
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import A_SIZE, parse_size
 
@@ -37,14 +37,20 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
-ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
 
 
-def _size(text):
-    try:
-        return parse_size(text, or_zero=True)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+class _OnOrOff(argparse.BooleanOptionalAction):
+    """Refuses ``--x --no-x``, of which argparse takes the last."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+        if before not in (None, getattr(namespace, self.dest)):
+            on, off = self.option_strings
+            raise InputError(f"{on} {off}: contradict each other; leave one of the two out")
+
+
+ON_OR_OFF = {"action": _OnOrOff}
 
 
 def _limit(text):
@@ -140,7 +146,7 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
     describe(parser, HELP, values)
     for action in actions_of(parser):
         if is_size(action):
-            action.type = _size
+            action.type = size_or_zero
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(values))
     return parser
@@ -170,7 +176,8 @@ def parse_command(
 ) -> tuple[argparse.Namespace, Options]:
     """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
 
-    Its own have ``given`` too: the names of all options that the flags or the YAML file give.
+    Its own have ``given`` too: the names of all options that the flags or the YAML file give. Warnings go to stderr:
+    what such a command prints may be read by a program.
 
     Args:
         parser: That of :func:`build_parser`, to which the command has added its own.
@@ -179,7 +186,7 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required)
+    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required, _warn_aside)
     options = vars(made)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
@@ -210,7 +217,7 @@ def complete(
     """
     flags = frozenset(name for name, value in options.items() if value is not None)
     if options["config"]:
-        for key, value in _read_config(options["config"], parser).items():
+        for key, value in _read_config(options["config"], parser, warn).items():
             if options.get(key) is None:
                 options[key] = value
     given = frozenset(name for name, value in options.items() if value is not None)
@@ -230,6 +237,9 @@ def complete(
     for key, value in own.items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
+    options["optimizer_config"] = named(options["optimizer_config"], CONFIG_DEFAULTS["optimizer_config"])
+    for key in run_length.SCHEDULES:
+        options[key] = run_length.named(options[key])
     args = Options(**options)
     check(args)
     refuse_idle(args, given, flags, _own_defaults(), warn)
@@ -255,18 +265,22 @@ def defaults() -> dict[str, Any]:
     return CONFIG_DEFAULTS | _own_defaults() | {"num_layers": None}
 
 
+def _warn_aside(line):
+    print(line, file=sys.stderr)
+
+
 def _own_defaults():
     return {name: default for name, (default, _) in OWN_OPTIONS.items()} | YAML_ONLY
 
 
-def _read_config(path, parser):
+def _read_config(path, parser, warn):
     where = f"--config {path}"
     config = read_yaml(Path(path), where)
     actions = {action.dest: action for action in actions_of(parser)}
+    known = (actions.keys() | defaults() | {"hf_dataset"}) - {"help", "config"}
     for key, value in config.items():
-        near = difflib.get_close_matches(key, defaults(), n=1, cutoff=0.8)
-        if near and near != [key]:
-            rprint(f"Warning: {where}: {key} is not an option; did you mean {near[0]}?")
+        if key not in known:
+            warn(f"Warning: {where}: {key!r}: no effect: it is no option here{did_you_mean(key, known)}")
         if key in actions and value is not None:
             config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
     return config
@@ -285,17 +299,18 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        words = {str(choice): choice for choice in action.choices}
-        if str(value).lower() not in words:
+        found = in_any_case(action.choices)(str(value))
+        if found not in action.choices:
+            words = [str(choice) for choice in action.choices]
             raise InputError(f"{where} must be one of {', '.join(words)}{did_you_mean(str(value), words)}")
-        return words[str(value).lower()]
+        return found
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        read = action.type(str(value) if action.type in (_size, _limit) else value)
+        read = action.type(str(value) if action.type in (size_or_zero, _limit) else value)
     except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
         read = None
-    changed = action.type is int and read != value
+    changed = action.type is int and not isinstance(value, str) and read != value
     if read is None or changed or isinstance(value, bool):
         kind = {int: "a whole number", float: "a number"}.get(action.type, A_SIZE)
         raise InputError(f"{where} must be {kind}")

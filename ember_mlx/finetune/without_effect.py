@@ -8,10 +8,12 @@ What ``--stream`` alone has, :mod:`ember_mlx.finetune.choices` refuses; what row
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["OBSOLETE", "OF_TEST", "RULES", "Rule", "idle", "refuse_idle"]
 
@@ -110,6 +112,29 @@ def idle(options: Any, given: Collection[str]) -> dict[str, str]:
     return found
 
 
+def _idle_sections(options):
+    """The YAML keys with values of their own that say more than mlx-lm's defaults in vain, by why: its files do too."""
+    alone, body = "the tables train alone with --num-layers 0", canonical(options.optimizer)
+    no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else ""
+    no_adapters = no_adapters or (alone if _tables_alone(options) else "")
+    found = {}
+    if no_adapters and options.lora_parameters != CONFIG_DEFAULTS["lora_parameters"]:
+        found[no_adapters] = ["lora_parameters"]
+    for name, asked in options.optimizer_config.items():
+        if not asked or asked == CONFIG_DEFAULTS["optimizer_config"].get(name):
+            continue
+        if name == "sage":
+            used = options.table_optimizer == "sage" and options.train_tables != "none"
+            why = "" if used else "no table trains with --table-optimizer sage"
+        elif canonical(name) == body:
+            why = alone if _tables_alone(options) else ""
+        else:
+            why = f"--optimizer is {options.optimizer}"
+        if why:
+            found.setdefault(why, []).append(f"optimizer_config: {name}")
+    return found
+
+
 def refuse_idle(
     options: Any,
     given: Collection[str],
@@ -130,7 +155,7 @@ def refuse_idle(
         InputError: for one of ours without a default, on the command line of a run that trains. A test alone may be
             given all that its run was given.
     """
-    warnings = {}
+    warnings = _idle_sections(options) if options.train else {}
     for name, why in idle(options, given).items():
         value = getattr(options, name)
         named = flag(name) if name in flags and name not in SCHEDULES else name
@@ -141,3 +166,18 @@ def refuse_idle(
             warnings.setdefault(why, []).append(shown)
     for why, several in warnings.items():
         warn(f"Warning: {', '.join(several)}: no effect: {why}")
+    if options.train:
+        for line in _nothing_moves(options):
+            warn(f"Warning: {line}")
+
+
+def _nothing_moves(options):
+    """A line for each learning rate under which no weight would change; a schedule has no such rate."""
+    tables = options.train_tables != "none"
+    still = options.learning_rate < SMALLEST_NORMAL and not options.lr_schedule and not _has_its_own_rate(options)
+    if still and not _tables_alone(options):
+        alone = "the token tables would train alone, as with --num-layers 0 --fine-tune-type lora in less memory"
+        yield f"--learning-rate {options.learning_rate:g}: {alone if tables else 'no weight would change'}"
+    if tables and options.table_learning_rate < SMALLEST_NORMAL and not options.table_lr_schedule:
+        rate = f"--table-learning-rate {options.table_learning_rate:g}"
+        yield f"{rate}: no token table would change; --train-tables none leaves them out"
