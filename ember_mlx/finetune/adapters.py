@@ -18,11 +18,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from ember_mlx.finetune import option_checks, safe_reading
+from ember_mlx.finetune import safe_reading
 from ember_mlx.finetune.added_tokens import add_tokens
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.trainable import dequantize_modules
+from ember_mlx.finetune.yaml_sections import check_lora_parameters
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
@@ -239,7 +240,7 @@ def read_config(folder: Path) -> dict:
         safe_reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
         safe_reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
         try:
-            option_checks.check_lora_parameters(config["lora_parameters"])
+            check_lora_parameters(config["lora_parameters"])
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
     return config

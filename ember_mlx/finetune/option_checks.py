@@ -3,15 +3,14 @@
 from typing import Any
 
 from ember_mlx.finetune import run_length
-from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.yaml_sections import check_sections
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
-__all__ = ["check", "check_lora_parameters"]
+__all__ = ["check"]
 
 AT_LEAST = {
     "batch_size": 1,
@@ -70,10 +69,8 @@ def check(args: Any) -> None:
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
         raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
-    check_sections(args, CONFIG_DEFAULTS["optimizer_config"])
-    if args.fine_tune_type != "full":
-        check_lora_parameters(args.lora_parameters)
-    elif args.quantize is not None:
+    check_sections(args)
+    if args.fine_tune_type == "full" and args.quantize is not None:
         raise InputError(
             f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
             "use lora or dora, or leave --quantize out"
@@ -91,20 +88,3 @@ def _check_ember_options(args):
         )
     for name in ("row_clip", "row_floor"):
         check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
-
-
-def check_lora_parameters(parameters: dict[str, Any]) -> None:
-    """Refuse a rank, scale, dropout or keys that cannot be."""
-    ranges = {
-        "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
-        "scale": (-LARGEST, ROUNDS_TO_INFINITY, "a number, finite in float32"),
-        "dropout": (0, 1, "at least 0 and below 1"),
-    }
-    for name, (least, below, in_words) in ranges.items():
-        value = parameters.get(name, least)  # what is missing, mlx-lm names
-        fits = isinstance(value, int if name == "rank" else int | float) and not isinstance(value, bool)
-        if not fits or not least <= value < below:
-            raise InputError(f"lora_parameters: {name}: {value!r} must be {in_words}")
-    keys = parameters.get("keys")
-    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise InputError(f"lora_parameters: keys: {keys} must be a list of modules, such as [self_attn.q_proj]")
