@@ -24,6 +24,7 @@ AT_LEAST = {
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
     "sample_tokens": 1,
+    "keep_inputs": 1,
 }
 """The least of each whole number."""
 MOST_WHOLE = 2**63 - 1
@@ -63,8 +64,6 @@ def check(args: Any) -> None:
     _check_ember_options(args)
     for name in ("clip_grad_norm", "clip_layer_norm"):
         check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
-    if args.keep_inputs is not None and args.keep_inputs < 1:
-        raise InputError(f"--keep-inputs {args.keep_inputs}: must be a whole number of at least 1")
     if args.log_jsonl == "":
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
