@@ -22,7 +22,6 @@ __all__ = [
     "Choices",
     "Shapes",
     "choose",
-    "refuse_frozen_rows",
     "rounding",
     "streams_by_default",
 ]
@@ -213,12 +212,6 @@ def _streams(options, by_default):
     if options.shard_optimizer:
         raise InputError("--shard-optimizer: is for a run that streams; add --stream, or leave it out")
     return False
-
-
-def refuse_frozen_rows(options: Any, where: str) -> None:
-    """Refuse options under which the rows of new tokens would never train; ``where`` begins the message."""
-    if options.train_tables == "none":
-        raise InputError(f"{where}: the new tokens would learn nothing with --train-tables none: remove that flag")
 
 
 def _tables(options, shapes):

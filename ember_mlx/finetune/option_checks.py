@@ -68,6 +68,9 @@ def check(args: Any) -> None:
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
         raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
+    if args.train and args.add_tokens is not None and args.train_tables == "none":
+        what = "the new tokens would learn nothing with --train-tables none"
+        raise InputError(f"--add-tokens {args.add_tokens}: {what}: remove that flag")
     check_sections(args)
     if args.fine_tune_type == "full" and args.quantize is not None:
         raise InputError(
