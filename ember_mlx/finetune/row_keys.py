@@ -7,8 +7,10 @@ questions with their answers.
 import json
 import shlex
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 
 from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.rows import REMEDY, fault_of
@@ -48,14 +50,16 @@ class Layout:
     chat: bool
     mask_prompt: bool
 
-    def as_config(self) -> SimpleNamespace:
-        """What ``mlx_lm.tuner.datasets.create_dataset`` is told of the rows of :func:`mlx_lm_row`."""
+    def data_set(
+        self, rows: list[dict[str, Any]], tokenizer: TokenizerWrapper
+    ) -> ChatDataset | CompletionsDataset | TextDataset:
+        """mlx-lm's data set of rows of :func:`mlx_lm_row`."""
+        if self.chat:
+            return ChatDataset(rows, tokenizer, *self.keys, self.mask_prompt)
         if len(self.keys) == 2:
-            prompt, completion = ("prompt", "completion") if self.keys == ALPACA else self.keys
-            named = {"prompt_feature": prompt, "completion_feature": completion}
-        else:
-            named = {"chat_feature" if self.chat else "text_feature": self.keys[0]}
-        return SimpleNamespace(**dict.fromkeys(FEATURES) | named, mask_prompt=self.mask_prompt)
+            keys = ("prompt", "completion") if self.keys == ALPACA else self.keys
+            return CompletionsDataset(rows, tokenizer, *keys, self.mask_prompt)
+        return TextDataset(rows, tokenizer, *self.keys)
 
 
 def layout_of(args: Options, row: Any, where: str) -> Layout:
