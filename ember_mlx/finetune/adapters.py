@@ -22,6 +22,7 @@ from ember_mlx.finetune import safe_reading
 from ember_mlx.finetune.added_tokens import add_tokens
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.choices import BITS
+from ember_mlx.finetune.merging import QUANTIZATION
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.finetune.yaml_sections import check_lora_parameters
 from ember_mlx.shared.errors import InputError
@@ -297,7 +298,7 @@ def _dequantize(model, tables, config):
     """Tables that were trained dequantized take the place of quantized ones, in the model and in its config."""
     quantized = [t.module_path for t in find_token_tables(model) if t.quantized and t.path in tables]
     dequantize_modules(model, quantized)
-    for key in ("quantization", "quantization_config"):
+    for key in QUANTIZATION:
         if key in config:
             config[key] |= dict.fromkeys(quantized, False)
 

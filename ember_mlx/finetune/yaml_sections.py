@@ -74,8 +74,8 @@ def check_lora_parameters(parameters: dict[str, Any]) -> None:
     }
     for name, (least, below, in_words) in ranges.items():
         value = parameters.get(name, least)  # what is missing, choices.py names
-        fits = isinstance(value, int) if name == "rank" else _is_real(value)
-        if not fits or isinstance(value, bool) or not least <= value < below:
+        fits = _is_real(value) and (name != "rank" or isinstance(value, int))
+        if not fits or not least <= value < below:
             raise InputError(f"lora_parameters: {name}: {value!r} must be {in_words}")
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
