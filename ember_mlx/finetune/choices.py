@@ -22,6 +22,7 @@ __all__ = [
     "Choices",
     "Shapes",
     "choose",
+    "refuse_frozen_rows",
     "rounding",
     "streams_by_default",
 ]
@@ -212,6 +213,13 @@ def _streams(options, by_default):
     if options.shard_optimizer:
         raise InputError("--shard-optimizer: is for a run that streams; add --stream, or leave it out")
     return False
+
+
+def refuse_frozen_rows(options: Any) -> None:
+    """Raises InputError for options under which the rows of new tokens would never train."""
+    if options.add_tokens is not None and options.train_tables == "none":
+        what = "the new tokens would learn nothing with --train-tables none"
+        raise InputError(f"--add-tokens {options.add_tokens}: {what}: remove that flag")
 
 
 def _tables(options, shapes):

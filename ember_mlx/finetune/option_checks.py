@@ -3,6 +3,7 @@
 from typing import Any
 
 from ember_mlx.finetune import run_length
+from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.yaml_sections import check_sections
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
 from ember_mlx.shared.command_line import flag
@@ -68,9 +69,8 @@ def check(args: Any) -> None:
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
         raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
-    if args.train and args.add_tokens is not None and args.train_tables == "none":
-        what = "the new tokens would learn nothing with --train-tables none"
-        raise InputError(f"--add-tokens {args.add_tokens}: {what}: remove that flag")
+    if args.train:
+        refuse_frozen_rows(args)
     check_sections(args)
     if args.fine_tune_type == "full" and args.quantize is not None:
         raise InputError(
