@@ -81,22 +81,19 @@ def _cells(name, found):
 
 
 def _tokenizer(args, default):
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
-        tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, _settings(args))
+        tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, trust)
     # Whatever a tokenizer, or the hub's client, raises.
     except Exception as error:
-        reason = reason_of(error)
         raise InputError(
-            f"--model {args.model}{default}: its tokenizer cannot be loaded ({reason}). Give the folder of a model"
+            f"--model {args.model}{default}: its tokenizer cannot be loaded ({reason_of(error)}). Give the folder of a "
+            "model"
         ) from error
     if args.add_tokens:
         where = f"--add-tokens {args.add_tokens}"
         tokenizer, _ = grow_tokenizer(tokenizer, read_tokens(Path(args.add_tokens)), where)
     return tokenizer
-
-
-def _settings(args):
-    return {"trust_remote_code": args.trust_remote_code}
 
 
 def _parser():
