@@ -121,6 +121,11 @@ class Architecture:
             for role, name in names.items()
         ]
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether its layers are of a family that is planned to the last weight."""
+        return self.model_type in EXACT and self.layers > 0
+
     def shapes(self) -> Shapes:
         """What the choice of what trains depends on."""
         dtype = {width: name for name, width in WIDTHS.items()}[self.width]
@@ -130,8 +135,6 @@ class Architecture:
         ]
         linears = [self.linears(layer) for layer in range(self.layers)]
         modules = [*self.tables(), *itertools.chain.from_iterable(linears)]
-        # Other families may call the modules of their layers otherwise.
-        is_exact = self.model_type in EXACT and self.layers
         return Shapes(
             looked_for="config.json",
             layers=self.layers or None,
@@ -141,7 +144,7 @@ class Architecture:
                 frozenset(linear.name.removeprefix(f"model.layers.{layer}.") for linear in each)
                 for layer, each in enumerate(linears)
             )
-            if is_exact
+            if self.is_exact  # other families may call the modules of their layers otherwise
             else None,
             modules=frozenset(module.name for module in modules),
         )

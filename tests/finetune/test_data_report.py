@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused(show, folders, tmp_path):
         show("--show", -1)
     with pytest.raises(InputError, match="DATA is required"):
         data.main(["--model", str(folders["untied"])])
-    with pytest.raises(InputError, match=r"--model .*: its tokenizer cannot be loaded"):
+    with pytest.raises(InputError, match=r"--model .*: this folder has no config.json; give a model's folder"):
         show("--model", tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_a_model_that_nobody_named_is_said_to_be_the_default(monkeypatch, path):
         raise OSError("no network")
 
     monkeypatch.setattr(data, "load_tokenizer", offline)
-    with pytest.raises(InputError, match=r"--model \S+ \(the default\): its tokenizer cannot be loaded \(no network\)"):
+    with pytest.raises(InputError, match=r"--model \S+ \(the default\): its tokenizer cannot be loaded: .*no network"):
         data.main([str(path)])
 
 

@@ -1,6 +1,7 @@
 """Resumed runs: bit for bit what they would have been, or refused by what is another."""
 
 import datetime
+import gc
 import json
 import math
 import shutil
@@ -8,11 +9,14 @@ import shutil
 import mlx.core as mx
 import pytest
 from finetune.breaking import BreakAt, Breaks
+from mlx.utils import tree_flatten
 
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, options, resume
+from ember_mlx.finetune import run as run_module
 from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.run import run
+from ember_mlx.finetune.watchers import Watcher
 
 YAML = """
 lora_parameters: {rank: 4, scale: 10.0, dropout: 0.3}
@@ -68,6 +72,52 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(parse
     assert last_checkpoint(tmp_path / "adapters").position == before
     with pytest.raises(InputError, match="--iters 13: checkpoint .*step-0000014 has 14 steps done"):
         run(parse_resumable("--iters", 13, *short, "--resume"))
+
+
+@pytest.mark.parametrize(("epochs", "validates"), [(None, True), (0.5, False)])
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(parse, folders, tmp_path, capsys, epochs, validates):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid") if validates else ("train",):
+        shutil.copy(folders["data"] / f"{name}.jsonl", tmp_path / "data")
+    words = ["--data", tmp_path / "data", *([] if validates else ["--valid-fraction", 0])]
+    first = run(parse(*words) | {"epochs": epochs})
+    before = last_checkpoint(tmp_path / "adapters").position
+    capsys.readouterr()
+    again = run(parse(*words, "--resume") | {"epochs": epochs})
+    out = " ".join(capsys.readouterr().out.split())
+    length, more = ("--epochs 0.5 (3 steps)", "--epochs") if epochs else ("--iters 3", "--iters")
+    assert f"step-0000003 is the last of {length}; --resume with a higher {more} continues" in out
+    assert " Optimizer state 84.26 kB, where Adam" in out
+    for untrue in ("Resuming after", "eak memory", "tok/s", "100%"):
+        assert untrue not in out
+    assert again.peak_memory is None
+    assert (again.loss_before, again.loss_after) == (first.loss_before, first.loss_after)
+    assert last_checkpoint(tmp_path / "adapters").position == before
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_resumed_run_takes_no_more_memory_than_from_its_start(parse, monkeypatch, stream):
+    """Of a run before in this process nothing is left, nor of the weights that the checkpoint's replace."""
+    monkeypatch.setattr(run_module, "WORTH_COLLECTING", 0)
+    held = []
+
+    class Looks(Watcher):
+        def before_training(self, model, optimizer, tables, rows):
+            trees = (model.parameters(), optimizer.state)
+            held.append(mx.get_active_memory() - sum(array.nbytes for tree in trees for _, array in tree_flatten(tree)))
+
+    common = ["--fine-tune-type", "full", "--optimizer", "adamw", stream, "--iters", 1]
+    gc.collect()
+    gc.freeze()  # what other tests have made need not be looked through again
+    cache = mx.set_cache_limit(0)  # which hands out larger buffers than are asked for
+    others = mx.get_active_memory()
+    try:
+        run(parse(*common), watchers=[Looks()])
+        run(parse(*common, "--resume"), watchers=[Looks()])
+    finally:
+        mx.set_cache_limit(cache)
+        gc.unfreeze()
+    assert held[1] - others < 4096  # bytes; weights and state have 390,336
 
 
 def test_reports_after_a_resume_go_on_counting(parse_resumable, monkeypatch):

@@ -223,9 +223,9 @@ def test_resuming_what_this_run_does_not_train_is_refused(parse, tmp_path, argum
     with pytest.raises(InputError, match=message):
         run(parse("--resume-adapter-file", file, *arguments, adapter="second"))
     assert not (tmp_path / "second").exists()
-    for nothing in (tmp_path / "nothing", tmp_path / "first"):
-        with pytest.raises(InputError, match="this file does not exist; give an adapters.safetensors"):
-            run(parse("--resume-adapter-file", nothing, adapter="second"))
+    for other, wrong in (("nothing", "this file does not exist; give an ada"), ("first", f"is a folder; give {file}")):
+        with pytest.raises(InputError, match=wrong):
+            run(parse("--resume-adapter-file", tmp_path / other, adapter="second"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="adapters.safetensors cannot be read"):
         run(parse("--resume-adapter-file", file, adapter="second"))
@@ -326,7 +326,7 @@ def test_reports_go_to_the_services_and_to_a_callback_with_both_learning_rates(p
 
 
 def test_an_unknown_reporting_service_is_refused(parse):
-    with pytest.raises(InputError, match="--report-to nowhere: nowhere callback doesn't exist"):
+    with pytest.raises(InputError, match="--report-to nowhere: nowhere is no service of mlx-lm's"):
         run(parse("--report-to", "nowhere"))
 
 
@@ -354,7 +354,10 @@ def test_a_yaml_file_can_ask_for_a_test_alone(parse, folders, tmp_path, capsys):
 
 def test_a_model_that_does_not_load_is_an_input_error(parse, tmp_path):
     (tmp_path / "empty").mkdir()
-    for model, message in ((tmp_path / "empty", "mlx-lm cannot load it"), ("/no/such/model", "no such folder here")):
+    for model, message in (
+        (tmp_path / "empty", "this folder has no config.json"),
+        ("/no/such/model", "no such folder here"),
+    ):
         with pytest.raises(InputError, match=message):
             load_base(model)
 
