@@ -103,7 +103,7 @@ if triton_kernels.triton is not None:
                 rest_sums += y * y
                 total += tl.sum(y * y, 1)
             moment = tl.load(r + i, mask=inside, other=0)
-            moment = triton_kernels._update_second_moment(moment, total / columns, beta2, forget, BETA2_IS_TENSOR)
+            moment = triton_kernels._running_mean(moment, total / columns, beta2, forget, BETA2_IS_TENSOR)
             tl.store(r + i, moment, mask=inside)
         tl.store(column_sums + program.to(tl.int64) * columns + j, tl.sum(sums, 0), mask=j < columns)
         if REST > 0:
