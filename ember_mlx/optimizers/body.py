@@ -12,12 +12,20 @@ from ember_mlx.optimizers.ember import bias_correction, update_second_moment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
-__all__ = ["BodyOptimizer", "Rate", "Tree", "adamw_step"]
+__all__ = ["BodyOptimizer", "Rate", "Tree", "adamw_step", "rows_of_block"]
 
 Rate = float | Callable[[mx.array], mx.array]
 """A number, or a schedule: from the number of steps done to the value for the next one."""
 Tree = dict[str, Any]
 """Arrays by name, in dictionaries and lists, as modules have them."""
+
+# MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
+MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15  # elements
+
+
+def rows_of_block(x: mx.array) -> int:
+    """How many rows of a matrix (m, n) to compute at a time, or of several (..., m, n) together; 1 at least."""
+    return max(1, max(SMALLEST_BLOCK, x.size // MOST_BLOCKS) // (x.size // x.shape[-2]))
 
 
 def adamw_step(

@@ -21,13 +21,10 @@ import mlx.nn as nn
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import module_roles
-from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step, rows_of_block
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
-
-# MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
-MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15
 
 
 def sinkgd_step(
@@ -65,8 +62,7 @@ def sinkhorn_factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx
 
 def one_pass(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """The next factors, by the norms of rows and then of columns: products with ``g`` squared, block by block."""
-    m, n = g.shape[-2:]
-    block = max(1, max(SMALLEST_BLOCK, g.size // MOST_BLOCKS) // (g.size // m))
+    (m, n), block = g.shape[-2:], rows_of_block(g)
     new_a, sums = [], mx.zeros(b.shape)
     for first in range(0, m, block):
         rows = slice(first, first + block)
