@@ -71,7 +71,7 @@ def no_memory(monkeypatch):
         ([], "auto_savings: false", set(SAVINGS)),
         (["--train-tables", "none"], "", set(SAVINGS)),
         (["--no-stream"], "lora_parameters: {rank: 4, scale: 1.0, dropout: 0.1}", {STREAM, CHECKPOINT}),
-        (["--optimizer", "adamw"], "optimizer_config: {adamw: {weights: bf16+int8}}", {STREAM}),
+        (["--optimizer", "sinkgd"], "optimizer_config: {sinkgd: {weights: bf16+int8}}", {STREAM}),
         (["--epochs", "1"], "", set()),
         (["--optimizer", "adamw_8bit"], "optimizer_config: {adamw_8bit: {weights: bf16+int8}}", set()),
     ],

@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.best import keeps_best
+from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.data import may_validate
 from ember_mlx.finetune.disk import disk_use, what_is_kept
 from ember_mlx.finetune.workers import announced_workers
@@ -61,6 +63,9 @@ def main(arguments: list[str]) -> None:
     memory, source = machine.limited(args, *machine.memory(own.memory, backend))
     inputs = with_rows_of_data(args, read_inputs(args, workers), usual_rows="max_seq_length" not in own.given)
     model, run = inputs.model, inputs.run
+    warning = choose(args, model.shapes(), workers=workers).warning
+    if warning:
+        print(warning, file=sys.stderr)
     planned = plan(model, run, backend)
     report = Report(
         name=args.model,

@@ -1,8 +1,6 @@
 """The optimizer of a run: one of mlx-lm's or ours for the body, ours for the token tables."""
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,18 +9,17 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.utils import build_schedule
 
-from ember_mlx import optimizers
 from ember_mlx.finetune.choices import Choices
-from ember_mlx.finetune.optimizer_names import BODY, CLASSES, canonical, settings
+from ember_mlx.finetune.optimizer_names import BODY, canonical, settings
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.run_length import updates
-from ember_mlx.optimizers import Ember, SplitWeights
+from ember_mlx.finetune.yaml_sections import make_optimizer, make_schedule
+from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
-from ember_mlx.shared.errors import InputError, did_you_mean
-from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_ONE, SMALLEST_NORMAL
+from ember_mlx.shared.errors import InputError
 
 __all__ = [
     "Schedule",
@@ -30,13 +27,11 @@ __all__ = [
     "body_optimizer",
     "build_optimizer",
     "growing_beta2",
-    "own_optimizer",
     "peak",
     "table_learning_rate",
     "table_optimizer",
 ]
 
-DECAYS = ("betas", "beta_1", "momentum", "dampening")
 FROM_MODULES = ("adam-mini", "sinkgd")  # that take a model
 Schedule = Callable[[mx.array], mx.array]
 """From the number of updates that are done, counted from 0, to a learning rate or a beta2."""
@@ -51,7 +46,7 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
         choices: What trains, and how tables are rounded.
 
     Raises:
-        InputError: for settings of an optimizer or a schedule that MLX refuses.
+        InputError: for settings of an optimizer or a schedule that cannot be.
     """
     body = body_optimizer(options, model)
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
@@ -76,41 +71,11 @@ def body_optimizer(options: Options, model: nn.Module | None = None) -> optim.Op
     ``--bias-correction`` sets that of Adam and AdamW, unless ``optimizer_config`` does.
     """
     name = canonical(options.optimizer)
-    defaults = {}
-    if options.bias_correction:
-        if name not in ("adam", "adamw"):
-            raise InputError(f"--bias-correction: is for adam and adamw, not for {name}; leave it out")
-        defaults["bias_correction"] = True
-    learning_rate = body_learning_rate(options)
-    if name in BODY:
-        return own_optimizer(options, name, learning_rate, {"model": model} if name in FROM_MODULES else {})
-    optimizer_class = {key.lower(): value for key, value in vars(optim).items()}[name]
-    asked = settings(options, name)
-    try:
-        _refuse_numbers(f"optimizer_config: {name}: ", asked)
-        return in_place(optimizer_class(learning_rate=learning_rate, **defaults | asked))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
-
-
-def own_optimizer(
-    options: Options, name: str, learning_rate: float | Schedule, given: dict[str, Any]
-) -> optim.Optimizer:
-    """One of ``ember_mlx.optimizers``, as ``given`` and with ``optimizer_config``'s settings of it.
-
-    The setting ``weights: bf16+int8`` is of all of them: those that do not split weights themselves are wrapped.
-    """
-    asked = settings(options, name)
-    try:
-        _refuse_numbers("", asked)
-        made, own = getattr(optimizers, CLASSES[name]), dict(asked)
-        _refuse_unknown(name, made, asked)
-        if name.startswith("flash") or own.get("weights") is None:
-            return made(learning_rate, **given, **own)
-        return SplitWeights(made(learning_rate, **given, **{k: v for k, v in own.items() if k != "weights"}),
-                            own["weights"])  # fmt: skip
-    except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer_config: {name}: {asked}: {error}") from error
+    if options.bias_correction and name not in ("adam", "adamw"):
+        raise InputError(f"--bias-correction: is for adam and adamw, not for {name}; leave it out")
+    given = {"model": model} if name in FROM_MODULES else {"bias_correction": True} if options.bias_correction else {}
+    made = make_optimizer(name, body_learning_rate(options), given, settings(options, name))
+    return made if name in BODY else in_place(made)
 
 
 def _tell_of_float32(model, options, tables):
@@ -120,16 +85,6 @@ def _tell_of_float32(model, options, tables):
     ]
     if options.body_rounding is not None and all(wide):
         rprint("Warning: --body-rounding stochastic: no effect: what trains beside the tables is float32")
-
-
-def _refuse_unknown(name, made, asked):
-    known = [key for key in inspect.signature(made).parameters if key not in ("learning_rate", "model")]
-    known += [] if "weights" in known else ["weights"]  # of SplitWeights
-    for key in asked:
-        if key not in known:
-            raise InputError(
-                f"{key} is no setting of {name}{did_you_mean(str(key), known)}; it takes {', '.join(known)}"
-            )
 
 
 def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
@@ -146,7 +101,7 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
         how = {"row_clip": options.table_row_clip, "row_floor": options.table_row_floor}
         return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=rounding, seed=options.seed)
     if options.table_optimizer == "sage":
-        return own_optimizer(options, "sage", learning_rate, {"weight_decay": decay})
+        return make_optimizer("sage", learning_rate, {"weight_decay": decay}, settings(options, "sage"))
     if options.table_optimizer == "adamw":
         return optim.AdamW(learning_rate, betas=[0.9, beta2], weight_decay=decay, bias_correction=True)
     if options.table_optimizer == "adafactor":
@@ -164,22 +119,6 @@ def _refuse_growth(options, flag, optimizer, learning_rate):
             f"{flag} {type(optimizer).__name__}: its learning rate of {rate:.3g} times its weight decay of {decay:.3g} "
             "must be at most 2, or each step makes the weights larger; lower one of them"
         )
-
-
-def _refuse_numbers(where, settings):
-    """Numbers that float32, in which they are used, does not have; an eps of 0 divides by 0.
-
-    A moment that decays by 1 or more never forgets, and overflows.
-    """
-    for name, value in dict(settings).items():
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                continue
-            if not abs(number) <= LARGEST or (name == "eps" and number < SMALLEST_NORMAL):
-                least = f"at least {SMALLEST_NORMAL:.3g}, usually 1e-8" if name == "eps" else "finite in float32"
-                raise InputError(f"{where}{name}: {value} must be {least}")
-            if name in DECAYS and not 0 <= number < ROUNDS_TO_ONE:
-                raise InputError(f"{where}{name}: {value} must be at least 0 and, in float32, below 1")
 
 
 def growing_beta2(decay: float, most: float | None) -> Schedule:
@@ -223,15 +162,11 @@ def _warmed_up(rate, options):
 
 def _schedule(key, options):
     description = getattr(options, key)
-    try:
-        schedule = build_schedule(description | {"warmup": options.warmup} if options.warmup else description)
-        rates = schedule(mx.arange(updates(options)))
-        if not mx.all((rates >= 0) & (rates <= SAFE_RATE)).item() or not rates.max().item() > 0:
-            raise ValueError(f"its learning rates are not all finite, at least 0 and at most {SAFE_RATE:.3g}, or never "
-                             "above 0")  # fmt: skip
-        return schedule
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    schedule = make_schedule(key, description | {"warmup": options.warmup} if options.warmup else description)
+    rates = schedule(mx.arange(updates(options)))
+    if not mx.all((rates >= 0) & (rates <= SAFE_RATE)).item() or not rates.max().item() > 0:
         raise InputError(
-            f"{key} {description}: {type(error).__name__} {error}; it takes the name of a schedule of mlx.optimizers "
-            "and its arguments, as mlx_lm.lora does"
-        ) from error
+            f"{key} {description}: its learning rates must all be finite, at least 0 and at most {SAFE_RATE:.3g}, and "
+            "not all 0"
+        )
+    return schedule

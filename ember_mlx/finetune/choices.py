@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ember_mlx.finetune.optimizer_names import canonical, settings
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.token_table_rules import TokenTable
 
 __all__ = [
     "BITS",
     "DEFAULT_LAYERS",
     "GROUP_SIZE",
+    "LORA_KEYS",
     "ROLES",
     "SHARDABLE",
     "STREAMED_BY_DEFAULT",
@@ -82,6 +83,7 @@ class Choices:
         body_rounding: "nearest" or "stochastic", of 16-bit weights that are no table.
         stream: Whether every weight is stepped inside the backward pass.
         not_streamed: Why a run that would stream by default does not, in words; None for all others.
+        warning: A line on those of LoRA's keys that no module has, though another has one; "" for all others.
         added_tokens: Content, special and id of each new token; None without ``--add-tokens``.
     """
 
@@ -94,6 +96,7 @@ class Choices:
     body_rounding: str
     stream: bool
     not_streamed: str | None = None
+    warning: str = ""
     added_tokens: list[dict[str, Any]] | None = None
 
     def as_options(self) -> dict[str, Any]:
@@ -138,8 +141,7 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
     not_streamed = None
     if options.stream is None and streams_by_default(options.fine_tune_type, bool(tables)):
         not_streamed = _reason_not_to_stream(workers, clipped)
-    if not full:
-        _check_lora(options.lora_parameters, tables, num_layers, shapes)
+    warning = "" if full else _check_lora(options.lora_parameters, tables, num_layers, shapes)
     return Choices(
         tables=tuple(replace(table, quantized=False) for table in tables),
         dequantize=tuple(table.module_path for table in tables if table.quantized),
@@ -150,6 +152,7 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
         body_rounding=_body_rounding(options, shapes, bool(tables)),
         stream=_streams(options, streams_by_default(options.fine_tune_type, bool(tables), workers, clipped)),
         not_streamed=not_streamed,
+        warning=warning,
         added_tokens=added_tokens,
     )
 
@@ -260,6 +263,7 @@ def _number_of_layers(options, layers, with_tables):
 
 
 def _check_lora(parameters, tables, num_layers, shapes):
+    """A warning of keys that no module has: of a file for several architectures some may be idle, but not all."""
     keys = parameters.get("keys")
     for table in tables:
         if table.module_path in (keys or ()):
@@ -268,12 +272,16 @@ def _check_lora(parameters, tables, num_layers, shapes):
                 "or leave the tables to LoRA with --train-tables none"
             )
     if not num_layers:
-        return
+        return ""
     missing = next((key for key in LORA_KEYS if key not in parameters), None)
     if missing:
-        hint = "; mlx-lm has no alpha: scale is alpha / rank" if "alpha" in parameters else ""
-        raise InputError(f"lora_parameters {parameters}: missing required key '{missing}'{hint}")
+        raise InputError(f"lora_parameters {parameters}: missing required key '{missing}'")
     if keys is not None and shapes.layer_modules is not None:
         reachable = shapes.modules.union(*shapes.layer_modules[-num_layers:])
-        if not reachable & set(keys):
+        idle = [key for key in keys if key not in reachable]
+        if len(idle) == len(keys):
             raise InputError(f"lora_parameters: keys {keys}: no layer has such a module; name one, as self_attn.q_proj")
+        if idle:
+            near = did_you_mean(idle[0], reachable)
+            return f"Warning: lora_parameters: keys: {', '.join(idle)}: no effect: no module has this name{near}"
+    return ""

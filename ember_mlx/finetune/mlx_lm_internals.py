@@ -24,6 +24,7 @@ __all__ = [
     "load_yaml",
     "marked_tokens",
     "rate_schedule",
+    "yaml_nodes",
 ]
 
 # The defaults of mlx_lm.lora's options, by their names in YAML files. A new key is an option that we do not know.
@@ -43,6 +44,15 @@ def load_yaml(text: str) -> Any:
         YamlError: for what is not YAML.
     """
     return lora.yaml.load(text, lora.yaml_loader)
+
+
+def yaml_nodes(text: str) -> Any:
+    """The same as PyYAML's nodes, which know their lines, before values are made of them; None for an empty text.
+
+    Raises:
+        YamlError: for what is not YAML.
+    """
+    return lora.yaml.compose(text, lora.yaml_loader)
 
 
 def build_lora_parser() -> argparse.ArgumentParser:

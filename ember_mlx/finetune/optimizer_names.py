@@ -3,12 +3,9 @@
 It needs no MLX, so that options are checked and ``plan`` counts without it.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
-from ember_mlx.shared.errors import InputError, did_you_mean
-
-__all__ = ["ALIASES", "BODY", "CLASSES", "RATES", "SPLIT", "canonical", "check_settings", "planned", "settings"]
+__all__ = ["ALIASES", "BODY", "CLASSES", "RATES", "SPLIT", "canonical", "planned", "settings"]
 
 BODY = ("adam-mini", "sinkgd", "flash-adamw", "flash-lion")
 """Of ours, for all that is no token table; beside those of mlx-lm."""
@@ -41,24 +38,6 @@ def settings(options: Any, name: str) -> dict[str, Any]:
     """What ``optimizer_config`` says of the optimizer ``name``, or of an alias of it."""
     aliases = [alias for alias, meant in ALIASES.items() if meant == name]
     return next((options.optimizer_config[key] for key in (name, *aliases) if options.optimizer_config.get(key)), {})
-
-
-def check_settings(options: Any, of_mlx_lm: Iterable[str]) -> None:
-    """Refuse a key of ``optimizer_config`` that names no optimizer: its settings would be left out in silence.
-
-    Args:
-        options: The run's.
-        of_mlx_lm: The names of mlx-lm's optimizers, beside ours.
-    """
-    known = (*of_mlx_lm, *CLASSES, *ALIASES)
-    for name, asked in options.optimizer_config.items():
-        if name not in known:
-            raise InputError(
-                f"optimizer_config: {name}: is the name of no optimizer{did_you_mean(str(name), known)}; it takes "
-                f"{', '.join(known)}"
-            )
-        if asked is not None and not isinstance(asked, dict):
-            raise InputError(f"optimizer_config: {name}: {asked!r}: must hold settings, such as {{weight_decay: 0.1}}")
 
 
 def planned(options: Any) -> str:

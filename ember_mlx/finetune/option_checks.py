@@ -4,7 +4,7 @@ from typing import Any
 
 from ember_mlx.finetune import run_length
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
-from ember_mlx.finetune.optimizer_names import check_settings
+from ember_mlx.finetune.yaml_sections import check_sections
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
@@ -70,10 +70,7 @@ def check(args: Any) -> None:
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
         raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
-    for name in ("lora_parameters", "optimizer_config"):
-        if not isinstance(getattr(args, name), dict):
-            raise InputError(f"{name} {getattr(args, name)}: must hold `name: value` lines, as mlx_lm.lora takes them")
-    check_settings(args, CONFIG_DEFAULTS["optimizer_config"])
+    check_sections(args, CONFIG_DEFAULTS["optimizer_config"])
     if args.fine_tune_type != "full":
         check_lora_parameters(args.lora_parameters)
     elif args.quantize is not None:
@@ -105,8 +102,9 @@ def check_lora_parameters(parameters: dict[str, Any]) -> None:
     }
     for name, (least, below, in_words) in ranges.items():
         value = parameters.get(name, least)  # what is missing, mlx-lm names
-        if not isinstance(value, int if name == "rank" else int | float) or not least <= value < below:
-            raise InputError(f"lora_parameters: {name}: {value} must be {in_words}")
+        fits = isinstance(value, int if name == "rank" else int | float) and not isinstance(value, bool)
+        if not fits or not least <= value < below:
+            raise InputError(f"lora_parameters: {name}: {value!r} must be {in_words}")
     keys = parameters.get("keys")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise InputError(f"lora_parameters: keys: {keys} must be a list of modules, such as [self_attn.q_proj]")

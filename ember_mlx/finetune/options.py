@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-import difflib
+import sys
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -170,7 +170,8 @@ def parse_command(
 ) -> tuple[argparse.Namespace, Options]:
     """The options of a command that takes those of ``train`` and some of its own: its own, and those of ``train``.
 
-    Its own have ``given`` too: the names of all options that the flags or the YAML file give.
+    Its own have ``given`` too: the names of all options that the flags or the YAML file give. Warnings go to stderr:
+    what such a command prints may be read by a program.
 
     Args:
         parser: That of :func:`build_parser`, to which the command has added its own.
@@ -179,7 +180,7 @@ def parse_command(
     Raises:
         InputError: as :func:`parse` does.
     """
-    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required)
+    made, given = complete(parser, vars(parser.parse_args(arguments)), data_required, _warn_aside)
     options = vars(made)
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
@@ -210,7 +211,7 @@ def complete(
     """
     flags = frozenset(name for name, value in options.items() if value is not None)
     if options["config"]:
-        for key, value in _read_config(options["config"], parser).items():
+        for key, value in _read_config(options["config"], parser, warn).items():
             if options.get(key) is None:
                 options[key] = value
     given = frozenset(name for name, value in options.items() if value is not None)
@@ -255,18 +256,22 @@ def defaults() -> dict[str, Any]:
     return CONFIG_DEFAULTS | _own_defaults() | {"num_layers": None}
 
 
+def _warn_aside(line):
+    print(line, file=sys.stderr)
+
+
 def _own_defaults():
     return {name: default for name, (default, _) in OWN_OPTIONS.items()} | YAML_ONLY
 
 
-def _read_config(path, parser):
+def _read_config(path, parser, warn):
     where = f"--config {path}"
     config = read_yaml(Path(path), where)
     actions = {action.dest: action for action in actions_of(parser)}
+    known = (actions.keys() | defaults() | {"hf_dataset"}) - {"help", "config"}
     for key, value in config.items():
-        near = difflib.get_close_matches(key, defaults(), n=1, cutoff=0.8)
-        if near and near != [key]:
-            rprint(f"Warning: {where}: {key} is not an option; did you mean {near[0]}?")
+        if key not in known:
+            warn(f"Warning: {where}: {key!r}: no effect: it is no option here{did_you_mean(key, known)}")
         if key in actions and value is not None:
             config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
     return config
@@ -295,7 +300,7 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
         read = action.type(str(value) if action.type in (_size, _limit) else value)
     except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
         read = None
-    changed = action.type is int and read != value
+    changed = action.type is int and not isinstance(value, str) and read != value
     if read is None or changed or isinstance(value, bool):
         kind = {int: "a whole number", float: "a number"}.get(action.type, A_SIZE)
         raise InputError(f"{where} must be {kind}")

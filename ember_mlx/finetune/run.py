@@ -201,6 +201,8 @@ def train_model(
         tables = list(choices.tables)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+        if choices.warning:
+            rprint(choices.warning)
         how = {}
         if make_step is None:
             args, make_step, how = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)

@@ -8,6 +8,7 @@ What ``--stream`` alone has, :mod:`ember_mlx.finetune.choices` refuses; what row
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.shared.command_line import flag
@@ -110,6 +111,29 @@ def idle(options: Any, given: Collection[str]) -> dict[str, str]:
     return found
 
 
+def _idle_sections(options):
+    """The YAML keys with values of their own that say more than mlx-lm's defaults in vain, by why: its files do too."""
+    alone, body = "the tables train alone with --num-layers 0", canonical(options.optimizer)
+    no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else ""
+    no_adapters = no_adapters or (alone if _tables_alone(options) else "")
+    found = {}
+    if no_adapters and options.lora_parameters != CONFIG_DEFAULTS["lora_parameters"]:
+        found[no_adapters] = ["lora_parameters"]
+    for name, asked in options.optimizer_config.items():
+        if not asked or asked == CONFIG_DEFAULTS["optimizer_config"].get(name):
+            continue
+        if name == "sage":
+            used = options.table_optimizer == "sage" and options.train_tables != "none"
+            why = "" if used else "no table trains with --table-optimizer sage"
+        elif canonical(name) == body:
+            why = alone if _tables_alone(options) else ""
+        else:
+            why = f"--optimizer is {options.optimizer}"
+        if why:
+            found.setdefault(why, []).append(f"optimizer_config: {name}")
+    return found
+
+
 def refuse_idle(
     options: Any,
     given: Collection[str],
@@ -130,7 +154,7 @@ def refuse_idle(
         InputError: for one of ours without a default, on the command line of a run that trains. A test alone may be
             given all that its run was given.
     """
-    warnings = {}
+    warnings = _idle_sections(options) if options.train else {}
     for name, why in idle(options, given).items():
         value = getattr(options, name)
         named = flag(name) if name in flags and name not in SCHEDULES else name

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ember_mlx.finetune.mlx_lm_internals import YamlError, load_yaml
+from ember_mlx.finetune.mlx_lm_internals import YamlError, load_yaml, yaml_nodes
 from ember_mlx.shared.errors import InputError, reason_of
 
 __all__ = ["MOST_VALUES", "check_values", "read_yaml"]
@@ -21,16 +21,18 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
         where: What messages begin with.
 
     Raises:
-        InputError: for a file that cannot be read, is no YAML or holds no names and values; and for values that JSON
-            cannot hold: names that are no text, dates, sets, bytes, half of a surrogate pair, circles of aliases, and
-            more than ``MOST_VALUES`` values.
+        InputError: for a file that cannot be read, is no YAML or holds no names and values; for a name that is there
+            twice; and for values that JSON cannot hold: names that are no text, dates, sets, bytes, half of a surrogate
+            pair, circles of aliases, and more than ``MOST_VALUES`` values.
     """
     if not path.is_file():
         raise InputError(f"{where}: no such file; give an existing one")
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; options take a few hundred")
-        config = load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_repeated(yaml_nodes(text), where)
+        config = load_yaml(text)
     except InputError:
         raise
     except OSError as error:
@@ -42,6 +44,29 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: must hold `option: value` lines, as mlx_lm.lora takes them")
     check_values(config, where)
     return config
+
+
+def _refuse_repeated(node, where):
+    """Of a name that is there twice PyYAML takes the last, in silence. Aliases make circles: each node is seen once."""
+    left, seen = [node], set()
+    while left:
+        node = left.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))
+        if node.id == "sequence":
+            left += node.value
+            continue
+        lines = {}
+        for key, value in node.value:
+            left += [key, value]
+            if key.id != "scalar" or key.tag.endswith(":merge"):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                both = f"line {line}" if lines[key.value] == line else f"lines {lines[key.value]} and {line}"
+                raise InputError(f"{where}: {key.value} is given twice, in {both}; keep one")
+            lines[key.value] = line
 
 
 def check_values(config: Any, where: str) -> None:

@@ -166,13 +166,13 @@ def test_the_tables_can_have_a_schedule_of_their_own(parse):
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"name": "sine", "arguments": [1]}, "lr_schedule .*sine.*: AttributeError"),
-        ({"name": "cosine_decay"}, "lr_schedule .*: KeyError 'arguments'"),
-        ({"name": "cosine_decay", "arguments": ["fast", 10]}, "lr_schedule .*: (TypeError|ValueError)"),
-        ({"name": "linear_schedule", "arguments": [0.0, 0.0, 5]}, "lr_schedule .*never above 0"),
-        ({"name": "cosine_decay", "arguments": [float("nan"), 10]}, "lr_schedule .*not all finite"),
+        ({"name": "sine", "arguments": [1]}, "lr_schedule: name: 'sine' is no schedule"),
+        ({"name": "cosine_decay"}, "lr_schedule: arguments: None: cosine_decay takes a list of init, decay_steps"),
+        ({"name": "cosine_decay", "arguments": ["fast", 10]}, "lr_schedule: arguments: init .*'fast' must be a number"),
+        ({"name": "linear_schedule", "arguments": [0.0, 0.0, 5]}, "lr_schedule .*not all 0"),
+        ({"name": "cosine_decay", "arguments": [float("nan"), 10]}, "lr_schedule: .* nan must be a number"),
         ({"name": "linear_schedule", "arguments": [1.0, -1.0, 3]}, "lr_schedule .*at least 0"),
-        (3, "lr_schedule 3: TypeError"),
+        (3, "lr_schedule: 3: must hold a name and arguments"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(parse, schedule, message):
@@ -186,8 +186,7 @@ def test_a_schedule_that_cannot_be_is_refused(parse, schedule, message):
 
 def test_an_optimizer_config_that_does_not_fit_is_refused(parse):
     args = parse() | {"optimizer_config": {"adam": {"momentum": 0.9}}}
-    with pytest.raises(InputError, match="optimizer_config: adam: .*momentum"):
-        body_optimizer(args)
-    args |= {"optimizer_config": {"adam": 3}}
-    with pytest.raises(InputError, match="optimizer_config: adam: 3"):
+    with pytest.raises(
+        InputError, match="^optimizer_config: adam: momentum: .*; it takes betas, eps, bias_correction$"
+    ):
         body_optimizer(args)

@@ -10,6 +10,7 @@ from mlx_lm.utils import load_model
 from tiny_models import tiny_llama
 
 from ember_mlx import InputError
+from ember_mlx.commands import plan
 from ember_mlx.finetune import options
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, choose
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
@@ -69,7 +70,7 @@ def test_the_property_sees_choices_and_each_refusal(models):
         ({"num_layers": 0, "train_tables": "none"}, "nothing is left to train"),
         ({"lora_parameters": lora | {"keys": ["lm_head"]}}, "keys names lm_head"),
         ({"lora_parameters": lora | {"keys": ["nowhere"]}}, "no layer has such a module"),
-        ({"lora_parameters": {"rank": 4, "alpha": 2}}, "missing required key 'scale'; mlx-lm has no alpha"),
+        ({"lora_parameters": {"rank": 4, "alpha": 2}}, "missing required key 'scale'"),
     ):
         assert message in outcome(asked, models["untied"][1])
     assert "the head is the embedding" in outcome({"train_tables": "head"}, models["tied"][1])
@@ -77,6 +78,20 @@ def test_the_property_sees_choices_and_each_refusal(models):
     assert outcome({"train_tables": "none"}, models["quantized"][1])[1] == set()
     assert "full: lm_head is quantized" in outcome({"fine_tune_type": "full"}, models["quantized"][1])
     assert outcome({"num_layers": 1}, models["untied"][1])[0]["num_layers"] == 1
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_module_that_is_named_in_vain_is_warned_of(parse, tmp_path, capsys):
+    config = tmp_path / "keys.yaml"
+    config.write_text("lora_parameters: {rank: 4, scale: 1.0, dropout: 0.0, keys: [self_attn.q_proj, self_attn.k_prj]}")
+    args = parse("--config", config, "--iters", 1)
+    run(args)
+    line = (
+        "Warning: lora_parameters: keys: self_attn.k_prj: no effect: no module has this name (did you mean 'self_attn."
+    )
+    assert line in capsys.readouterr().out
+    plan.main(["--config", str(config), "--model", args.model, "--json"])
+    assert line in capsys.readouterr().err
 
 
 def test_the_default_number_of_layers_is_mlx_lms():

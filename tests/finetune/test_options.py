@@ -4,6 +4,7 @@ import pytest
 from mlx_lm import lora
 
 from ember_mlx import InputError
+from ember_mlx.commands import plan
 from ember_mlx.finetune import optimizer_names, option_help, options
 
 
@@ -64,9 +65,16 @@ def test_yaml_keys_that_only_mlx_lm_knows_are_passed_on(tmp_path):
 
 def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
     config = tmp_path / "config.yaml"
-    config.write_text("table_learning_rates: 1\n")
+    config.write_text("table_learning_rates: 1\nwandb: x\niters: 3\nhf_dataset: {path: x}\n")
     options.parse(["--config", str(config)])
-    assert "did you mean table_learning_rate?" in capsys.readouterr().out
+    near, far = capsys.readouterr().out.splitlines()
+    assert near.endswith(
+        "'table_learning_rates': no effect: it is no option here (did you mean 'table_learning_rate'?)"
+    )
+    assert far.endswith("'wandb': no effect: it is no option here")
+    options.parse_command(plan._parser(), ["--config", str(config)])
+    said = capsys.readouterr()
+    assert (said.out, said.err.splitlines()) == ("", [near, far])  # `plan --json` is read by programs
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def test_adapters_of_a_file_may_have_16_bits(capsys):
 
 def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
-    file.write_text("table_row_clip: 3\ntest_batches: 9\nlr_schedule: {name: step_decay}\nlearning_rate: 1e-4\n")
+    schedule = "lr_schedule: {name: step_decay, arguments: [1e-4, 0.5, 9]}"
+    file.write_text(f"table_row_clip: 3\ntest_batches: 9\n{schedule}\nlearning_rate: 1e-4\n")
     options.parse(["--config", str(file), "--train-tables", "none"])
     said = capsys.readouterr().out
     assert said == "Warning: table_row_clip 3.0: no effect: no table trains with --train-tables none\n"
@@ -105,7 +106,8 @@ def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
 
 
 def test_a_schedule_of_the_tables_replaces_their_rate(capsys):
-    given = {"data": "x", "table_learning_rate": 1e-3, "table_lr_schedule": {"name": "step_decay"}}
+    schedule = {"name": "step_decay", "arguments": [1, 1, 1]}
+    given = {"data": "x", "table_learning_rate": 1e-3, "table_lr_schedule": schedule}
     options_of(given)
     assert "table-learning-rate 0.001: no effect: table_lr_schedule replaces it" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"^table_lr_schedule \{.*\}: no effect: no table trains"):

@@ -73,6 +73,9 @@ def test_any_text_is_read_or_refused_in_one_line(path, text):
     [
         ("1: 2\n", "the name 1 must be text"),
         ("lora_parameters: {1: 2}\n", "lora_parameters: the name 1 must be text"),
+        ("iters: 1\nseed: 2\niters: 3\n", "iters is given twice, in lines 1 and 3; keep one"),
+        ("lora_parameters: {rank: 1, rank: 2}\n", "rank is given twice, in line 1; keep one"),
+        ("a:\n- b: {c: 1}\n- {c: 1,\n   c: 1}\n", "c is given twice, in lines 3 and 4"),
         ("day: 2026-01-01\n", "day: 2026-01-01 is read as a date; write text in quotes"),
         ("day: 2026-13-45\n", "is not YAML: month must be in"),
         ("a: &a [*a]\n", "levels; leave aliases out"),
@@ -103,4 +106,6 @@ def test_what_mlx_lm_takes_is_taken(path):
     )
     args = options.parse(["--config", str(path)])
     assert args.lr_schedule["arguments"] == [1e-5, 1000, 1e-7]
+    path.write_text("a: &a {x: 1}\nb: &b {y: 1}\nc: {<<: *a, <<: *b, x: 2}\n")  # what is merged in may be replaced
+    assert read_yaml(path, "")["c"] == {"x": 2, "y": 1}
     assert args.note == str(datetime.date(2026, 1, 1))
