@@ -98,7 +98,7 @@ def _train_options(folder, name):
     paths = {"--model": folder / "model", "--data": folder / "data", "--adapter-path": folder / name}
     words = [str(word) for pair in (paths | SETTINGS).items() for word in pair]
     # The rate is one for Adam with bias correction: without, 40 steps end at 2.9 nats in place of 2.2.
-    return [*words, "--table-optimizer", name.lower(), "--bias-correction"]
+    return [*words, "--table-optimizer", name, "--bias-correction"]
 
 
 def _complete(model, tokenizer, examples):

@@ -10,7 +10,7 @@ from mlx_lm.utils import dequantize_model, save, upload_to_hub
 from ember_mlx.exporting import gguf
 from ember_mlx.exporting.inputs import Fused, check_save_path, source_folder
 from ember_mlx.finetune import adapters, safe_reading, safe_writing
-from ember_mlx.finetune.base_models import load_base
+from ember_mlx.finetune.base_models import check_model, load_base
 from ember_mlx.finetune.merging import (
     QUANTIZATION,
     BaseTable,
@@ -83,9 +83,10 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     folder = Path(args.save_path)
     _check_folder(folder, args)
+    check_model(args.model)
+    adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
     print("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
-    adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
     model, tokenizer, config = load_base(args.model, quantize=adapter_config.get("quantize"), **trust)
     size_before = _size(model)
     settings = _table_settings(args, model, config, adapter_config)

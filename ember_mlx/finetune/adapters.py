@@ -36,6 +36,7 @@ __all__ = [
     "TABLES",
     "add_tokens_of",
     "apply_adapter",
+    "check_file",
     "load",
     "load_file",
     "load_weights",
@@ -177,14 +178,21 @@ def tables_of(path: Path) -> Path | None:
     return tables
 
 
+def check_file(path: Path) -> None:
+    """Raises InputError for a ``--resume-adapter-file`` that is none."""
+    if path.is_dir() and (path / ADAPTERS).is_file():
+        raise InputError(f"--resume-adapter-file {path}: is a folder; give {path / ADAPTERS}")
+    if not path.is_file():
+        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {ADAPTERS}")
+
+
 def load_file(model: nn.Module, path: Path) -> None:
     """Put the trained weights of an earlier run, of ``--resume-adapter-file``, into a model that is ready to train.
 
     Raises:
         InputError: for a file that is not there or cannot be read, and for weights that do not train here.
     """
-    if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {ADAPTERS}")
+    check_file(path)
     tables = tables_of(path)
     for file in (path, tables) if tables else (path,):
         # What this run does not train, it would not save either.

@@ -137,6 +137,8 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
     nothing_left = num_layers == 0 and (shapes.layers is not None or options.num_layers == 0)
     if nothing_left and not tables:
         raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
+    if shapes.layers and (options.keep_inputs or 1) > shapes.layers:
+        raise InputError(f"--keep-inputs {options.keep_inputs}: the model has {shapes.layers} layers; use at most that")
     clipped = options.clip_grad_norm is not None
     not_streamed = None
     if options.stream is None and streams_by_default(options.fine_tune_type, bool(tables)):

@@ -13,6 +13,7 @@ from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["OBSOLETE", "OF_TEST", "RULES", "Rule", "idle", "refuse_idle"]
 
@@ -165,3 +166,18 @@ def refuse_idle(
             warnings.setdefault(why, []).append(shown)
     for why, several in warnings.items():
         warn(f"Warning: {', '.join(several)}: no effect: {why}")
+    if options.train:
+        for line in _nothing_moves(options):
+            warn(f"Warning: {line}")
+
+
+def _nothing_moves(options):
+    """A line for each learning rate under which no weight would change; a schedule has no such rate."""
+    tables = options.train_tables != "none"
+    still = options.learning_rate < SMALLEST_NORMAL and not options.lr_schedule and not _has_its_own_rate(options)
+    if still and not _tables_alone(options):
+        alone = "the token tables would train alone, as with --num-layers 0 --fine-tune-type lora in less memory"
+        yield f"--learning-rate {options.learning_rate:g}: {alone if tables else 'no weight would change'}"
+    if tables and options.table_learning_rate < SMALLEST_NORMAL and not options.table_lr_schedule:
+        rate = f"--table-learning-rate {options.table_learning_rate:g}"
+        yield f"{rate}: no token table would change; --train-tables none leaves them out"
