@@ -42,13 +42,21 @@ def padded(columns, elements):
 
 
 def statistics_cuts(columns, itemsize):
-    """By name, the tiles of the first kernel to try for a width."""
+    """By name, the tiles of the first kernel to try for a width; ``PER_PROGRAM`` is for those of `_walk_down`."""
     divisor = columns & -columns
     cuts = {"package": triton_kernels.statistics_tile(columns, itemsize)}
     for width in (64, 128, 256, 512):
         for elements, warps in ((8192, 4), (16384, 4), (16384, 8)):
             if width <= divisor and 64 <= elements // width <= 256:
-                cuts[f"{elements // width}x{width} w{warps}"] = cut(elements // width, width, warps)
+                cuts[f"across {elements // width}x{width} w{warps}"] = cut(elements // width, width, warps)
+    rows, width = padded(columns, 16384)
+    cuts[f"down {rows}x{width} w4 (before)"] = cut(rows, width, 4, 128) | {"REST": 0}
+    main = 1 << (columns.bit_length() - 1)
+    if main != columns:
+        rest = 1 << (columns - main - 1).bit_length()
+        for elements, warps in ((8192, 4), (16384, 4), (16384, 8)):
+            rows = max(1, elements // main)
+            cuts[f"down {rows}x({main}+{rest}) w{warps}"] = cut(rows, main, warps, 128) | {"REST": rest}
     return cuts
 
 
@@ -65,6 +73,42 @@ def update_cuts(columns, itemsize):
     rows, width = padded(columns, 4096 if columns <= 2048 else 8192)
     cuts[f"{rows}x{width} of 32 w16 (before)"] = cut(rows, width, min(32, 16 * max(1, width // 8192)), 32)
     return cuts
+
+
+if triton_kernels.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _walk_down(
+        g, g_row, g_column, r, row_mean, column_sums, rows, columns, beta2, forget,
+        BETA2_IS_TENSOR: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        REST: tl.constexpr,
+    ):  # fmt: skip
+        """The first kernel cut otherwise: whole rows at once, of one power of two, or of two."""
+        program = tl.program_id(0)
+        j = tl.arange(0, COLUMNS).to(tl.int64)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if REST > 0:
+            k = (COLUMNS + tl.arange(0, REST)).to(tl.int64)
+            rest_sums = tl.zeros((ROWS, REST), tl.float32)
+        for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+            i, inside = triton_kernels._rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
+            x = triton_kernels._load(g, i, g_row, j, g_column, inside, columns)
+            squares = x * x
+            sums += squares
+            total = tl.sum(squares, 1)
+            if REST > 0:
+                y = triton_kernels._load(g, i, g_row, k, g_column, inside, columns)
+                rest_sums += y * y
+                total += tl.sum(y * y, 1)
+            moment = tl.load(r + i, mask=inside, other=0)
+            moment = triton_kernels._running_mean(moment, total / columns, beta2, forget, BETA2_IS_TENSOR)
+            tl.store(r + i, moment, mask=inside)
+        tl.store(column_sums + program.to(tl.int64) * columns + j, tl.sum(sums, 0), mask=j < columns)
+        if REST > 0:
+            place = column_sums + program.to(tl.int64) * columns + k
+            tl.store(place, tl.sum(rest_sums, 0), mask=k < columns)
 
 
 # --- the kernels apart ---------------------------------------------------------------------------------------------
@@ -86,8 +130,10 @@ class Table:
 
     def statistics(self, tile):
         rows, columns = self.g.shape
-        programs = -(-rows // tile["ROWS"])
-        triton_kernels._row_means_and_column_sums[(programs,)](
+        kernel = _walk_down if "REST" in tile else triton_kernels._row_means_and_column_sums
+        per_program = tile.get("ROWS_PER_PROGRAM", tile["ROWS"])
+        programs = -(-rows // per_program)
+        kernel[(programs,)](
             self.g, *self.g.stride(), self.r, None, self.column_sums, rows, columns, 0.999, 0.001,
             BETA2_IS_TENSOR=False, **tile,
         )  # fmt: skip
@@ -245,11 +291,9 @@ def main():
 
     common = args.rows, bandwidth, args.repeats, device
     steps = [(columns, dtype, False) for columns in args.widths for dtype in args.dtypes]
-    steps += [(columns, dtype, way) for columns in (1024, 1152) for dtype in ("float16",) for way in (False, True)]
+    steps += [(columns, "float16", way) for columns in (1024, 1152) for way in (False, True)]
     jobs = [lambda c=c, d=d, s=s: [whole_step(c, d, *common, stochastic=s)] for c, d, s in steps]
-    cuts = [lambda c=c, d=d: compare_cuts(c, d, *common) for c in args.tuned for d in (*args.dtypes, "float16")]
-    jobs += cuts[: len(args.dtypes)]
-    jobs += cuts[len(args.dtypes) :]
+    jobs += [lambda c=c, d=d: compare_cuts(c, d, *common) for c in args.tuned for d in (*args.dtypes, "float16")]
     for number, job in enumerate(jobs):
         if done(job()):
             print(f"out of time: {len(jobs) - number - 1} of {len(jobs)} parts left out")
