@@ -185,7 +185,7 @@ def _write(folder, model, tokenizer, config, args, adapter_config):
             "--format gguf --llama-cpp FOLDER`"
         )
     try:
-        with safe_writing.new_folder(folder, _is_foreign) as partial:
+        with safe_writing.new_folder(folder.resolve(), _is_foreign) as partial:
             save(partial, fused.source, model, tokenizer, config, donate_model=False)
             (partial / "README.md").write_text(model_card(args.model, folder.name, adapter_config), encoding="utf-8")
             for path in partial.glob("*.safetensors"):

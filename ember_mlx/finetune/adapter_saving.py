@@ -72,7 +72,7 @@ class Saver:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
                 if path.name not in files:
                     safe_writing.remove(path)
-            safe_writing.finish_swapping(self.folder / BEST)
+            safe_writing.finish_replacing(self.folder / BEST)
         self.saved, self.replaced = True, []
         self._prune(steps_done)
         return names
@@ -87,7 +87,7 @@ class Saver:
         Raises:
             OSError: for whatever the disk has against it; the ``best/`` that was there is as it was.
         """
-        with safe_writing.swapped_folder(self.folder / BEST) as best:
+        with safe_writing.new_folder(self.folder / BEST) as best:
             safe_writing.write_bytes(best / CONFIG, _as_config(self.options | {BEST: found}))
             files, metadata = self._arrays()
             for name, arrays in files.items():

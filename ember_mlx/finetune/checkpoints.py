@@ -22,7 +22,6 @@ run or refused.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -288,18 +287,10 @@ def _read_index(folder):
 
 def _put_in_place(partial, path, others):
     """After a kill between any two of these, the newest is that of the run before or the one gone on from."""
-    aside = []
-    try:
-        for other in others:  # the oldest first
-            replaced = other.with_name(other.name + REPLACED)
-            safe_writing.remove(replaced)
-            os.rename(other, replaced)
-            aside.append((replaced, other))
-        os.rename(partial, path)
-    except BaseException:
-        for names in reversed(aside):
-            os.rename(*names)
-        raise
+    aside = [(other, other.with_name(other.name + REPLACED)) for other in others]  # the oldest first
+    for _, replaced in aside:
+        safe_writing.remove(replaced)
+    safe_writing.move_all([*aside, (partial, path)])
 
 
 def _not_replaced(folder):
