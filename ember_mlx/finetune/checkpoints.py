@@ -1,10 +1,10 @@
 """Checkpoints: all of a run between two of its steps, so that it can go on as if it had never stopped.
 
-Where. Between two finished steps (``finetune/loop.py``) a checkpoint is
-written every ``--save-every`` steps, and before a signal stops the run; another one at the end. Gradients that are
-accumulated lie in the step; but while they gather, weights and optimizer stand still. So a
-checkpoint is always of the last step after which nothing was accumulated, whose random states and data position are
-kept for that: it can be taken at any step, and costs the repetition of the micro-batches since.
+Where. Between two finished steps (``finetune/loop.py``) a checkpoint is written every ``--save-every`` steps, and
+before a signal stops the run; another one at the end. Gradients that are accumulated lie in the step; but while they
+gather, weights and optimizer stand still. So a checkpoint is always of the last step after which nothing was
+accumulated, whose random states and data position are kept for that: it can be taken at any step, and costs the
+repetition of the micro-batches since.
 
 What. ``<adapter>/checkpoints/step-0000100/`` holds ``weights.safetensors``, everything that trains;
 ``optimizer.safetensors``, the optimizer's whole state; and ``checkpoint.json``: the position in the data, MLX's and

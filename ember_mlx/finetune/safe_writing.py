@@ -111,8 +111,7 @@ def check_space(flag: str, folder: Path, needed: int) -> None:
     Raises:
         InputError: then.
     """
-    on = next(path for path in folder.absolute().parents if path.exists())
-    free = shutil.disk_usage(on).free
+    free = shutil.disk_usage(existing_parent(folder.absolute().parent)).free
     if needed > free:
         raise InputError(
             f"{flag} {folder}: {format_bytes(needed)} are to be written, and {format_bytes(free)} are free there"
@@ -241,12 +240,6 @@ class _Hashed(io.RawIOBase):
     def __init__(self, file):
         self.file = file
         self.sha256 = hashlib.sha256()
-
-    def writable(self):
-        return True
-
-    def seekable(self):
-        return True
 
     def tell(self):
         return self.file.tell()
