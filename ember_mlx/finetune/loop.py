@@ -89,7 +89,7 @@ class Training:
         self.workers = deadline.workers
         self.deadline = deadline
         self.signals = StopSignals()
-        self.deadline.signalled = lambda: self.signals.number is not None
+        self.deadline.signalled = lambda: bool(self.signals.number)
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
         self.same_batches = bool(args.token_tables or args.keep_best or args.patience)
         self.steps_done = args.iters
@@ -165,7 +165,7 @@ class Training:
                     self.nonfinite(step, result)
                     batches.mark(before_extra_evaluation)
                     saves = step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned
-                    if saves and not (step == 1 and self.workers.all_max(self._over_memory())):
+                    if saves and not (step == 1 and self.workers.all_max(int(is_over(args.memory_limit)))):
                         self._save(step)
                 self.deadline.passed()
                 signal = meeting.largest
@@ -261,19 +261,13 @@ class Training:
         with self.workers.one_outcome():
             refuse_over(self.args)
 
-    def _over_memory(self):
-        return int(is_over(self.args.memory_limit))
-
     def _wish(self):
         """What this worker tells between two steps: that it took too much memory, or else the signal that it heard."""
-        return OVER_MEMORY if self._over_memory() else self._signal()
-
-    def _signal(self):
-        return self.signals.number or 0
+        return OVER_MEMORY if is_over(self.args.memory_limit) else self.signals.number
 
     def _meet(self):
         """The signal that any worker has heard, or 0."""
-        number = self.workers.all_max(self._signal())
+        number = self.workers.all_max(self.signals.number)
         self.deadline.passed()
         return number
 
