@@ -51,7 +51,7 @@ class Saver:
                 f"--adapter-path {folder}: {CONFIG} would have {len(self.config):,} bytes, and at most "
                 f"{safe_reading.JSON_LIMIT // 2:,} are read again: add fewer tokens, or give a smaller YAML file"
             )
-        self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
+        self.table_paths = args.token_tables if args.fine_tune_type != "full" else []
         self.replaced = [] if goes_on else run_files(folder)  # until the first save
         self.saved = False
 
