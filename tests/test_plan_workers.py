@@ -56,8 +56,9 @@ def test_the_averages_of_what_is_joined_take_a_buffer():
 
 def test_advice_for_several_hosts_names_whole_batches():
     model = read_architecture(CONFIG, "config.json")
-    run = run_of(options.parse([*WORDS, "--max-seq-length", "129"]), model, 2)
-    flags = [flags for flags, _ in advice(model, run, "cpu", 1)]
+    args = options.parse([*WORDS, "--max-seq-length", "129"])
+    run = run_of(args, model, 2)
+    flags = [flags for flags, _ in advice(args, model, run, "cpu", 1)]
     assert "--stream" in flags
     assert "--batch-size 2" in flags
 

@@ -82,8 +82,9 @@ def _cells(name, found):
 
 
 def _tokenizer(args, default):
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
-        tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, _settings(args))
+        tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, trust)
     # Whatever a tokenizer, or the hub's client, raises.
     except Exception as error:
         where = f"--model {args.model or repr('')}{default}"
@@ -94,10 +95,6 @@ def _tokenizer(args, default):
         where = f"--add-tokens {args.add_tokens}"
         tokenizer, _ = grow_tokenizer(tokenizer, read_tokens(Path(args.add_tokens)), where)
     return tokenizer
-
-
-def _settings(args):
-    return {"trust_remote_code": args.trust_remote_code}
 
 
 def _parser():

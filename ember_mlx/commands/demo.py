@@ -34,8 +34,7 @@ examples:
       nothing to download, and nothing left behind
   ember-mlx demo --keep kept
       then: ember-mlx generate --model kept/model --adapter-path kept/Ember --prompt "json.dumps" """
-# So many validation rows are shown with the model's answers: the first ones, not the best.
-EXAMPLES = 3
+EXAMPLES = 3  # validation rows that are shown with the model's answers: the first ones, not the best
 SETTINGS = {
     "--iters": 40,
     "--batch-size": 4,

@@ -62,8 +62,7 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     _check(args)
     folder, adapter = Path(args.save_path), None if args.no_adapter else Path(args.adapter_path)
-    inputs = {"model": args.model, "adapter": adapter}
-    check_save_path(folder, overwrite=args.overwrite, **inputs)
+    check_save_path(folder, overwrite=args.overwrite, model=args.model, adapter=adapter)
     trust = {"trust_remote_code": args.trust_remote_code}
     print("Loading the model")
     if args.format == "peft":

@@ -98,8 +98,7 @@ def run_command(name: str, arguments: list[str], description: str, help_texts: H
         raise
     # Such as a prompt cache that does not exist, or a chat template that the tokenizer lacks.
     except Exception as error:
-        reason = reason_of(error)
-        raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason}") from error
+        raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason_of(error)}") from error
 
 
 def _check(options):

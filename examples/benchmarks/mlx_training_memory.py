@@ -26,10 +26,8 @@ from pathlib import Path
 from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
 from row_workers import LEFT_OVER
 from training_memory_pictures import draw
-from training_memory_rows import ROW, asked_rows, config_of, read_report, words_of
+from training_memory_rows import ROW, TINY, asked_rows, config_of, read_report, words_of
 
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 2
 
 
