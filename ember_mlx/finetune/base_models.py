@@ -31,11 +31,11 @@ def load_base(
         InputError: for whatever mlx-lm raises, and for a model that cannot be quantized.
     """
     check_model(path_or_hf_repo)
+    lazy = {} if quantize is None else {"lazy": True}
     try:
-        if quantize is None:
-            return mlx_lm.load(str(path_or_hf_repo), return_config=True, **options)
-        model, tokenizer, config = mlx_lm.load(str(path_or_hf_repo), return_config=True, **(options | {"lazy": True}))
-        quantize_layers(model, config, quantize, f"--quantize {quantize}: model {path_or_hf_repo}")
+        model, tokenizer, config = mlx_lm.load(str(path_or_hf_repo), return_config=True, **(options | lazy))
+        if quantize is not None:
+            quantize_layers(model, config, quantize, f"--quantize {quantize}: model {path_or_hf_repo}")
         return model, tokenizer, config
     except InputError:
         raise

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.datasets import create_dataset, load_dataset
+from mlx_lm.tuner.datasets import load_dataset
 
 from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
@@ -217,7 +217,7 @@ def _sets(args, tokenizer, given):
 def _data_set(args: Options, placed: list[PlacedRow], layout: Layout | None, tokenizer) -> DataSet:
     if not placed:
         return DataSet()
-    rows = create_dataset([row for _, row in placed], tokenizer, layout.as_config())
+    rows = layout.data_set([row for _, row in placed], tokenizer)
     return DataSet(with_masked_prompts(rows, args), lambda i: placed[i].place)
 
 

@@ -199,7 +199,7 @@ def complete(
     parser: argparse.ArgumentParser,
     options: dict[str, Any],
     data_required: bool,
-    warn: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None],
 ) -> tuple[Options, frozenset[str]]:
     """The checked options of what was given by name, with None for what was not: then ``config``, then the defaults.
 

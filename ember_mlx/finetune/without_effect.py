@@ -15,7 +15,7 @@ from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["OBSOLETE", "OF_TEST", "RULES", "Rule", "idle", "refuse_idle"]
+__all__ = ["OF_TEST", "RULES", "Rule", "refuse_idle"]
 
 OF_TEST = frozenset(
     [
@@ -27,6 +27,7 @@ OF_TEST = frozenset(
 )
 """The options that a test without training reads."""
 OBSOLETE = ("dequantize_tables",)
+ALONE = "the tables train alone with --num-layers 0"
 OF_TABLES = (
     *("table_optimizer", "table_learning_rate", "table_weight_decay", "table_beta2", "table_beta2_decay"),
     *("table_row_clip", "table_row_floor", "table_rounding", "table_lr_schedule", "auto_savings"),
@@ -68,12 +69,12 @@ RULES = (
     Rule(
         ("bias_correction", "body_rounding", "optimizer", "learning_rate"),
         _tables_alone,
-        "the tables train alone with --num-layers 0",
+        ALONE,
     ),
     Rule(
         ("clip_layer_norm",),
         lambda run: _tables_alone(run) and run.table_optimizer == "ember",
-        "the tables train alone with --num-layers 0, and under Ember have no whole gradient",
+        f"{ALONE}, and under Ember have no whole gradient",
     ),
     Rule(
         ("body_rounding",),
@@ -95,13 +96,8 @@ RULES = (
 )
 
 
-def idle(options: Any, given: Collection[str]) -> dict[str, str]:
-    """The options of those given that change nothing, each with why. One that is switched off asks for nothing.
-
-    Args:
-        options: The run's.
-        given: The names of the options that the user has given.
-    """
+def _idle(options, given):
+    """The options of those given that change nothing, each with why. One that is switched off asks for nothing."""
     found = {}
     for rule in RULES:
         names = set(given) - OF_TEST if rule.names is None else set(given) & set(rule.names)
@@ -114,9 +110,8 @@ def idle(options: Any, given: Collection[str]) -> dict[str, str]:
 
 def _idle_sections(options):
     """The YAML keys with values of their own that say more than mlx-lm's defaults in vain, by why: its files do too."""
-    alone, body = "the tables train alone with --num-layers 0", canonical(options.optimizer)
-    no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else ""
-    no_adapters = no_adapters or (alone if _tables_alone(options) else "")
+    alone = ALONE if _tables_alone(options) else ""
+    no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else alone
     found = {}
     if no_adapters and options.lora_parameters != CONFIG_DEFAULTS["lora_parameters"]:
         found[no_adapters] = ["lora_parameters"]
@@ -126,8 +121,8 @@ def _idle_sections(options):
         if name == "sage":
             used = options.table_optimizer == "sage" and options.train_tables != "none"
             why = "" if used else "no table trains with --table-optimizer sage"
-        elif canonical(name) == body:
-            why = alone if _tables_alone(options) else ""
+        elif canonical(name) == canonical(options.optimizer):
+            why = alone
         else:
             why = f"--optimizer is {options.optimizer}"
         if why:
@@ -156,7 +151,7 @@ def refuse_idle(
             given all that its run was given.
     """
     warnings = _idle_sections(options) if options.train else {}
-    for name, why in idle(options, given).items():
+    for name, why in _idle(options, given).items():
         value = getattr(options, name)
         named = flag(name) if name in flags and name not in SCHEDULES else name
         shown = named if value is True else f"{named} {value}"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
-from ember_mlx.finetune.choices import choose, refuse_frozen_rows
+from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
@@ -205,7 +205,6 @@ def _with_new_tokens(args, model, config_path):
     """
     where = f"--add-tokens {args.add_tokens}"
     asked = read_tokens(Path(args.add_tokens))
-    refuse_frozen_rows(args, where)
     tokenizer, _ = _load_tokenizer(config_path, args)
     if tokenizer is None:
         line = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"

@@ -183,8 +183,7 @@ def advice(options: Any, model: Architecture, run: Run, backend: str, memory: in
 def _changed(options, model, run):
     """The run of other options, with rows as long as they were or may be; None where ``train`` refuses it."""
     try:
-        if options.add_tokens is not None:
-            refuse_frozen_rows(options, "--add-tokens")
+        refuse_frozen_rows(options)
         other = run_of(options, model, run.workers)
     except InputError:
         return None

@@ -89,7 +89,7 @@ def prepare(row, smoke):
     batch_size, length = int(of["batch_size"]), int(of["length"])
     config = config_of(row) | {"torch_dtype": "bfloat16"} | (TINY if smoke else {})
     made = Prepared(config, options.parse(words_of(row)), batch_size, max(length // 16, 1) if smoke else length)
-    made.optimizer.guard.skip_nonfinite = not of["unguarded"]
+    made.optimizer.skip_nonfinite = not of["unguarded"]
     made.logits = made.tokens * config["vocab_size"] * 2
     return made
 

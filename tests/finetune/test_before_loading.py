@@ -28,6 +28,7 @@ REFUSED = [
     ("--report-to WanB", "wanb is no service of mlx-lm's .did you mean 'wandb'"),
     ("--report-to swanlab", "swanlab is not installed; pip install swanlab, or leave it out"),
     ("--add-tokens /no/such", "--add-tokens /no/such: cannot be read"),
+    ("--add-tokens /no/such --train-tables none", "the new tokens would learn nothing with --train-tables none"),
     ("--sample-prompts /no/such.txt", "--sample-prompts /no/such.txt: cannot be read"),
     ("--resume-adapter-file /no/such", "--resume-adapter-file /no/such: this file does not exist"),
     ("--resume /no/such", "--resume /no/such: .*this folder does not exist"),
