@@ -19,6 +19,7 @@ from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
+from ember_mlx.finetune.yaml_sections import passed_over
 from ember_mlx.shared.command_line import actions_of, describe, flag, in_any_case, size_or_zero
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import A_SIZE, parse_size
@@ -242,6 +243,8 @@ def complete(
         options[key] = run_length.named(options[key])
     args = Options(**options)
     check(args)
+    for line in passed_over(args):
+        warn(line)
     refuse_idle(args, given, flags, _own_defaults(), warn)
     return run_length.settled(args), given
 

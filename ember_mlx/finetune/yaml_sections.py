@@ -1,11 +1,12 @@
 """The YAML keys that hold names and values of their own: which names they take, and values of which kind.
 
 What an optimizer or a schedule takes is read off its signature, so that mlx-lm's and ours are checked alike. No setting
-reaches MLX that it would refuse in words of its own, or in no words.
+reaches MLX that it would refuse in words of its own, or in no words. What mlx-lm passes over, such as the alpha of its
+older files, is warned of.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import mlx.optimizers as optim
@@ -20,8 +21,9 @@ from ember_mlx.optimizers import SplitWeights
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
-__all__ = ["check_lora_parameters", "check_schedule", "check_sections", "make_optimizer"]
+__all__ = ["check_lora_parameters", "check_schedule", "check_sections", "make_optimizer", "passed_over"]
 
+OF_A_SCHEDULE = ("name", "arguments", "warmup", "warmup_init")
 OF_A_DATA_SET = (
     *("path", "config", "train_split", "valid_split", "test_split"),
     *("prompt_feature", "completion_feature", "chat_feature", "text_feature", "mask_prompt"),
@@ -44,7 +46,7 @@ BY_NAME = {
 
 
 def check_sections(options: Any) -> None:
-    """Refuse what mlx-lm would leave out in silence, and what would end in an error of MLX's.
+    """Refuse what would end in an error of MLX's, and a name of ``optimizer_config`` that is no optimizer's.
 
     Raises:
         InputError: for a name that is none, and for a value of the wrong kind or out of range.
@@ -54,15 +56,30 @@ def check_sections(options: Any) -> None:
             raise InputError(
                 f"{name} {getattr(options, name)}: must hold `name: value` lines, as mlx_lm.lora takes them"
             )
-    _check_optimizers(options.optimizer_config)
+    _check_optimizers(options)
     for key in SCHEDULES:
-        if getattr(options, key) not in (None, {}):
+        if getattr(options, key):
             check_schedule(key, getattr(options, key))
     if options.fine_tune_type != "full":
-        hint = "; mlx-lm has no alpha: scale is alpha / rank" if "alpha" in options.lora_parameters else ""
-        _refuse_unknown("lora_parameters", options.lora_parameters, (*LORA_KEYS, "keys"), hint)
         check_lora_parameters(options.lora_parameters)
-    _check_data_sets(getattr(options, "hf_dataset", None))
+    for one in _data_sets(options):
+        if not isinstance(one, dict) or not isinstance(one.get("path"), str):
+            raise InputError(
+                f"hf_dataset: {one!r}: must hold the name of a data set as path, such as {{path: billsum}}"
+            )
+
+
+def passed_over(options: Any) -> Iterator[str]:
+    """A warning of each setting that mlx-lm leaves out in silence; the options have passed :func:`check_sections`."""
+    sections = [(key, getattr(options, key) or {}, OF_A_SCHEDULE) for key in SCHEDULES]
+    sections += [("hf_dataset", one, OF_A_DATA_SET) for one in _data_sets(options)]
+    if options.fine_tune_type != "full":
+        sections.append(("lora_parameters", options.lora_parameters, (*LORA_KEYS, "keys")))
+    for name, found, known in sections:
+        for key in found:
+            if key not in known:
+                hint = "; scale is alpha / rank" if key == "alpha" else did_you_mean(str(key), known)
+                yield f"Warning: {name}: {key}: no effect: it is no setting here{hint}; these are {', '.join(known)}"
 
 
 def check_lora_parameters(parameters: dict[str, Any]) -> None:
@@ -100,8 +117,10 @@ def make_optimizer(name: str, learning_rate: Any, given: dict[str, Any], asked: 
         if key in asked:
             raise InputError(f"{where}: {key}: is given by {flag}; leave it out here")
         del takes[key]
-    _refuse_unknown(where, asked, takes)
     for key, value in asked.items():
+        if key not in takes:
+            near = did_you_mean(str(key), takes)
+            raise InputError(f"{where}: {key}: is no setting here{near}; it takes {', '.join(takes)}")
         _check_setting(f"{where}: {key}", value, takes[key])
     own = given | asked
     split = own.pop("weights", None) if wrapped else None
@@ -117,7 +136,6 @@ def check_schedule(key: str, described: Any) -> None:
     example = "{name: cosine_decay, arguments: [1e-5, 1000]}"
     if not isinstance(described, dict):
         raise InputError(f"{key}: {described!r}: must hold a name and arguments, such as {example}")
-    _refuse_unknown(key, described, ("name", "arguments", "warmup", "warmup_init"))
     name = described.get("name")
     if not isinstance(name, str) or name not in BY_NAME:
         near = did_you_mean(str(name), BY_NAME)
@@ -152,10 +170,14 @@ def _of_flags(name):
     return {"learning_rate": "--learning-rate"}
 
 
-def _check_optimizers(config):
-    """A key that names no optimizer would be left out in silence, and so would one of two names of the same."""
+def _check_optimizers(options):
+    """A key that names no optimizer would be left out in silence, and so would one of two names of the same.
+
+    Settings of an optimizer that the run has not are as idle as in mlx-lm, and warned of (without_effect.py).
+    """
     known, asked = (*CONFIG_DEFAULTS["optimizer_config"], *CLASSES, *ALIASES), {}
-    for name, settings in config.items():
+    used = canonical(options.optimizer), "sage"
+    for name, settings in options.optimizer_config.items():
         if name not in known:
             raise InputError(
                 f"optimizer_config: {name}: is the name of no optimizer{did_you_mean(str(name), known)}; it takes "
@@ -169,7 +191,8 @@ def _check_optimizers(config):
             other = asked.setdefault(canonical(name), name)
             if other != name:
                 raise InputError(f"optimizer_config: {name}: is another name of {other}, which is there too; keep one")
-            make_optimizer(canonical(name), 1e-3, {}, settings)
+            if canonical(name) in used:
+                make_optimizer(canonical(name), 1e-3, {}, settings)
 
 
 def _check_setting(where, value, parameter):
@@ -196,20 +219,9 @@ def _check_setting(where, value, parameter):
             raise InputError(f"{where}: {value} must be {in_words if _is_number(number) else 'finite in float32'}")
 
 
-def _check_data_sets(described):
-    for one in described if isinstance(described, list) else [described] * (described is not None):
-        if not isinstance(one, dict) or not isinstance(one.get("path"), str):
-            raise InputError(
-                f"hf_dataset: {one!r}: must hold the name of a data set as path, such as {{path: billsum}}"
-            )
-        _refuse_unknown("hf_dataset", one, OF_A_DATA_SET)
-
-
-def _refuse_unknown(where: str, found: Iterable[str], known: Iterable[str], hint: str = "") -> None:
-    for key in found:
-        if key not in known:
-            near = did_you_mean(str(key), known)
-            raise InputError(f"{where}: {key}: is no setting here{near}; it takes {', '.join(known)}{hint}")
+def _data_sets(options):
+    described = getattr(options, "hf_dataset", None) or []
+    return described if isinstance(described, list) else [described]
 
 
 def _is_real(value):
