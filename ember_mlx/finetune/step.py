@@ -105,6 +105,7 @@ class Step:
             evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         if self._judged:
+            mx.eval(loss, tokens, mx.random.state)  # first: handed to a device together, both passes take more
             evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             gradients = self._reduce(gradients, self._rows_to_send(batch))
             mx.eval(gradients)

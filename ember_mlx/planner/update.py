@@ -23,7 +23,11 @@ def judge(graph: Graph) -> None:
         for name, gradient in graph.gradients.items():
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
             graph.gradients[name] = graph.elementwise([gradient, before], role="gradients")
-    average(graph)
+    graph.evaluate(graph.losses, 0)
+    if graph.run.workers > 1:
+        _paced(graph, _as_made(graph))
+        average(graph)
+        graph.evaluate(list(graph.gradients.values()), len(graph.evaluations))
     graph.role = "scratch"
     order = [name for name in graph.weights if name in graph.gradients]
     small, sums = {}, []
@@ -43,11 +47,15 @@ def judge(graph: Graph) -> None:
                 break
         sums.append(graph.make(alike, 1, FLOAT32))
     norm = graph.make(sums, 1, FLOAT32)
-    layers, outside = _by_layer({name: [name] for name in order})
+    _paced(graph, [*_as_made(graph), [norm]])
+
+
+def _as_made(graph):
+    """The gradients in the order of the backward pass."""
+    layers, outside = _by_layer({name: [name] for name in graph.weights if name in graph.gradients})
     looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
     groups = [[n for n in outside if n not in looked_up], *layers, [n for n in outside if n in looked_up]]
-    graph.evaluate(graph.losses, 0)
-    _paced(graph, [*([graph.gradients[name] for name in names] for names in groups), [norm]])
+    return [[graph.gradients[name] for name in names] for names in groups]
 
 
 def update(graph: Graph) -> None:
