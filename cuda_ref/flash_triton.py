@@ -3,22 +3,19 @@
 One kernel reads weight, gradient and codes once and writes weight and codes. A program takes whole groups of 32.
 """
 
-from contextlib import nullcontext
-
 import torch
 
 from cuda_ref import triton_kernels
 from cuda_ref.optimizers.companded import GROUP
 from cuda_ref.optimizers.flash_arithmetic import Numbers, Stored
+from cuda_ref.triton_kernels import device_of, launchable
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-try:
+if triton_kernels.available():
     import triton
     import triton.language as tl
 
     _running_mean = triton_kernels._running_mean  # Triton finds it among the globals of its file
-except ImportError:  # a Mac, or a CPU build of PyTorch
-    triton = None
 
 __all__ = ["flash_step"]
 
@@ -31,10 +28,8 @@ def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers) -> Stored:
     All of ``stored`` is overwritten. What does not lie row by row in memory is copied first.
     """
     w, groups = stored.w.contiguous(), len(stored.m)
-    learning_rate = numbers.learning_rate
-    learning_rate = learning_rate.to(w.device) if isinstance(learning_rate, torch.Tensor) else float(learning_rate)
-    kept = numbers.kept.to(w.device) if isinstance(numbers.kept, torch.Tensor) else float(numbers.kept)
-    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(w):
+    learning_rate, kept = (launchable(number, w.device) for number in (numbers.learning_rate, numbers.kept))
+    with device_of(w):
         _flash_step[(triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
             w, stored.rest, g.contiguous(), stored.m, stored.m_scales, stored.v, stored.v_scales, w.numel(), groups,
             learning_rate, kept, float(numbers.beta1), 1.0 - numbers.beta1, float(numbers.beta2), 1.0 - numbers.beta2,
@@ -47,7 +42,7 @@ def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers) -> Stored:
     return stored
 
 
-if triton is not None:
+if triton_kernels.available():
 
     @triton.jit
     def _flash_step(

@@ -10,14 +10,15 @@ import torch
 from torch.optim import Optimizer
 
 from cuda_ref.optimizers import Ember
-from cuda_ref.optimizers.checks import check_keys, loss_of, name_of
+from cuda_ref.optimizers.base import WrappingOptimizer
+from cuda_ref.optimizers.checks import loss_of, name_of
 from cuda_ref.token_tables import LOOKED_FOR, find_token_tables
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["PairedOptimizer"]
 
 
-class PairedOptimizer(Optimizer):
+class PairedOptimizer(WrappingOptimizer):
     """One optimizer for the token tables, another for the rest of a model, each with its own learning rate.
 
     It goes wherever a ``torch.optim.Optimizer`` goes: a loop of one's own, LR schedulers, ``GradScaler``, accelerate,
@@ -162,10 +163,7 @@ class PairedOptimizer(Optimizer):
                         "first step, or make the optimizer anew"
                     )
 
-    def state_dict(self) -> dict:
-        """The ordinary format of PyTorch, joined from what the ``state_dict`` of each side gives."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+    def _joined_state(self):
         joined = {"state": {}, "param_groups": []}
         first = 0  # number of a parameter
         for side in self._sides:
@@ -175,16 +173,10 @@ class PairedOptimizer(Optimizer):
             for group in saved["param_groups"]:
                 joined["param_groups"].append(group | {"params": [first + number for number in group["params"]]})
             first += sum(len(group["params"]) for group in saved["param_groups"])
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            joined = hook(self, joined) or joined
         return joined
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load what ``state_dict`` gave: the ordinary format of PyTorch, in which the groups decide what is whose."""
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        check_keys("PairedOptimizer", state_dict)
+    def _load_parts(self, state_dict):
+        """The groups decide what is whose."""
         groups, state = state_dict["param_groups"], state_dict["state"]
         saved, own = ([len(group["params"]) for group in of] for of in (groups, self.param_groups))
         if saved != own:
@@ -200,8 +192,6 @@ class PairedOptimizer(Optimizer):
                 own_state = {i: value for i, value in state.items() if (i in of_tables) == (side is self.tables)}
                 side.load_state_dict({"state": own_state, "param_groups": part})
         self._stepped = {}
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
 
 
 class _StateOfBoth(MutableMapping):

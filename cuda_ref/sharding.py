@@ -1,33 +1,38 @@
-"""Tables whose rows lie on several ranks: how they lie there, the one sum that all ranks need, and what must agree.
+"""Weights whose rows lie on several ranks: how they and their state lie there, and what the ranks must agree on.
 
-Two ways are known. FSDP2 (``fully_shard``) makes each table a DTensor, which says itself how it lies. In a
-vocabulary-parallel model each rank has a plain tensor, its slice of the rows, and ``row_shard_group`` says who has the
-others.
+Two ways are known. FSDP2 (``fully_shard``) makes each weight a DTensor, which says itself how it lies. In a
+vocabulary-parallel model each rank has a plain tensor, its slice of a table's rows, and ``row_shard_group`` says who
+has the others.
+
+What an optimizer needs of rows on other ranks, means and sums, is reduced by the methods of ``RowShards``. State that
+lies like the weight is a DTensor too, so that ``torch.distributed.checkpoint`` can move it; of the rest every rank has
+a whole copy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from cuda_ref.optimizers.companded import groups_of
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
     "RowShards",
     "agree",
     "agree_on_step",
-    "facts_of_table",
     "find_shards",
+    "groups_on_all_ranks",
     "is_dtensor",
+    "laid_out",
     "local_part",
     "parts_here",
     "shards_of_dtensor",
     "shards_of_slices",
-    "state_here",
     "whole",
-    "zeros_of_rows",
+    "zeros",
 ]
 
 _communicators = {}
@@ -35,14 +40,14 @@ _communicators = {}
 
 @dataclass(frozen=True)
 class RowShards:
-    """How the rows of one table lie on the ranks.
+    """How the rows of one weight lie on the ranks.
 
     Attributes:
         communicator (ProcessGroup): The ranks that share the rows, on a communicator of Ember's own; None where this
             rank has all of them.
         rows, first_row, total_rows (int): The rows here, which may be none; the first of them; and those of all ranks.
-        mesh, placements: How ``r`` lies as a DTensor, so that ``torch.distributed.checkpoint`` can move it; None where
-            no DTensor lies like this, and ``r`` is a plain tensor of the rows here.
+        mesh, placements: How state lies as a DTensor; None where no DTensor lies like this, and it is a plain tensor of
+            the rows here.
     """
 
     communicator: "dist.ProcessGroup | None"
@@ -74,23 +79,6 @@ class RowShards:
         everyone[self.first_row : self.first_row + self.rows] = rows
         return self.sum_over_ranks(everyone)
 
-    def lay_out(self, r: torch.Tensor) -> torch.Tensor:
-        """``r`` of the rows here, (rows,), as the state keeps it: the rank's part of a DTensor of all rows, (V,)."""
-        if self.mesh is None:
-            return r
-        from torch.distributed.tensor import DTensor
-
-        shape = torch.Size((self.total_rows,))
-        return DTensor.from_local(r, self.mesh, self.placements, run_check=False, shape=shape, stride=(1,))
-
-    def rows_of(self, saved: torch.Tensor) -> torch.Tensor:
-        """The rows here, (rows,), of a saved ``r``: a DTensor, a plain tensor of all rows, or of those here alone."""
-        if is_dtensor(saved):
-            if (saved.device_mesh, saved.placements) == (self.mesh, self.placements):
-                return saved.to_local()
-            saved = whole(saved)
-        return saved[self.first_row : self.first_row + self.rows] if len(saved) == self.total_rows else saved
-
 
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor, without the 0.8 s that importing them takes."""
@@ -107,7 +95,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def shards_of_dtensor(w: torch.Tensor, optimizer: str = "Ember", noun: str = "table") -> RowShards:
+def shards_of_dtensor(w: torch.Tensor, optimizer: str, noun: str) -> RowShards:
     """The RowShards of a DTensor that is sharded by rows, over one dimension of its mesh, and otherwise replicated.
 
     ``optimizer`` and ``noun`` are the words of errors.
@@ -199,41 +187,83 @@ def agree(
     return [theirs for _, _, theirs in everyone]
 
 
-def find_shards(shards: dict[torch.Tensor, RowShards], tables: Iterable[torch.Tensor]) -> None:
-    """Add the RowShards of each DTensor among the tables to ``shards``, by table, unless they are there."""
-    for w in tables:
+def find_shards(
+    shards: dict[torch.Tensor, RowShards], optimizer: str, noun: str, weights: Iterable[torch.Tensor]
+) -> None:
+    """Add the RowShards of each DTensor among the weights to ``shards``, by weight, unless they are there."""
+    for w in weights:
         if w not in shards and is_dtensor(w):
-            shards[w] = shards_of_dtensor(w)
+            shards[w] = shards_of_dtensor(w, optimizer, noun)
 
 
 def agree_on_step(
-    shards: dict[torch.Tensor, RowShards], facts: dict, tables: list[tuple], fault: InputError | None
+    shards: dict[torch.Tensor, RowShards],
+    optimizer: str,
+    facts: dict[str, Any],
+    facts_of: Callable[[torch.Tensor, Any], dict[str, Any]],
+    weights: Iterable[tuple[str, torch.Tensor, Any]],
+    fault: InputError | None,
 ) -> None:
-    """Find that all ranks are about to take the same step on the tables that they share.
+    """Find that all ranks are about to take the same step on the weights that they share.
 
     All ranks call it together.
 
     Args:
-        shards: table -> RowShards.
-        facts: What must be the same for all tables, by name.
-        tables: Of each table its name, itself, its state or None, and its options by name.
+        shards: weight -> RowShards.
+        optimizer: The name for errors.
+        facts: What must be the same for all weights, by name.
+        facts_of: From a weight and its group to what must be the same of it; called for those that are shared.
+        weights: Of each its name, itself and its group.
         fault: What this rank has found wrong; it is raised here, and an InputError on every rank.
     """
+    weights = list(weights)
     for communicator in dict.fromkeys(found.communicator for found in shards.values()):
-        of_tables = {}
-        for name, w, state, options in tables if fault is None else ():
+        of_weights = {}
+        for name, w, group in weights if fault is None else ():
             if w in shards and shards[w].communicator is communicator:
-                of_tables |= facts_of_table(name, w, state, options)
-        agree(communicator, "Ember.step", facts | of_tables, fault)
+                of_weights |= {f"{fact} of {name}": value for fact, value in facts_of(w, group).items()}
+        agree(communicator, f"{optimizer}.step", facts | of_weights, fault)
     if fault is not None:
         raise fault
 
 
-def zeros_of_rows(w: torch.Tensor, shards: RowShards | None) -> torch.Tensor:
-    """A new ``r`` of a table: (V,) float32, laid out as its rows are."""
-    rows = w.shape[0] if shards is None else shards.rows
-    r = torch.zeros(rows, dtype=torch.float32, device=w.device)
-    return r if shards is None else shards.lay_out(r)
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shards: RowShards | None) -> torch.Tensor:
+    """Zeros of that shape; with ``shards`` each rank makes its rows of them only, where it can as part of a DTensor."""
+    if shards is None or shards.mesh is None:
+        rows = () if shards is None else (shards.rows,)
+        return torch.zeros((*rows, *shape[len(rows) :]), dtype=dtype, device=device)
+    from torch.distributed import tensor
+
+    return tensor.zeros(shape, dtype=dtype, device_mesh=shards.mesh, placements=shards.placements)
+
+
+def laid_out(saved: torch.Tensor, dtype: torch.dtype, device: torch.device, shards: RowShards | None) -> torch.Tensor:
+    """A copy of saved state, a DTensor or a plain tensor of all rows or of those here, laid out as ``zeros`` does."""
+    if shards is None:
+        return whole(saved).to(device, dtype, copy=True)
+    if is_dtensor(saved) and (saved.device_mesh, saved.placements) == (shards.mesh, shards.placements):
+        return saved.to(dtype, copy=True)
+    saved = whole(saved)
+    if shards.mesh is None:
+        mine = (
+            slice(shards.first_row, shards.first_row + shards.rows) if len(saved) == shards.total_rows else slice(None)
+        )
+        return saved[mine].to(device, dtype, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(saved.to(device, dtype, copy=True), shards.mesh, shards.placements, src_data_rank=None)
+
+
+def groups_on_all_ranks(w: torch.Tensor, shards: RowShards | None) -> int:
+    """How many groups of codes a weight has: no group crosses from rank to rank, and each rank has equally many.
+
+    The last groups of a rank are padded. Where the rows of each rank are whole groups, this is the number, and these
+    are the groups, of the weight on one rank.
+    """
+    if shards is None:
+        return groups_of(w.numel())
+    most_rows = -(-shards.total_rows // shards.ranks)
+    return shards.ranks * groups_of(most_rows * (w.numel() // shards.total_rows))
 
 
 def parts_here(tensors: tuple, shards: RowShards | None) -> tuple[tuple, RowShards | None]:
@@ -241,28 +271,6 @@ def parts_here(tensors: tuple, shards: RowShards | None) -> tuple[tuple, RowShar
     if shards is None:
         return tensors, None
     return tuple(local_part(tensor) for tensor in tensors), None if shards.communicator is None else shards
-
-
-def state_here(saved: dict, w: torch.Tensor, shards: RowShards | None) -> dict:
-    """A copy of the saved state of a table as this rank keeps it: float32 whatever the dtype of the table."""
-    state = {}
-    for name in ("step", "r", "c", *({"q", "seed"} & saved.keys())):
-        lies_like_rows = name == "r" and shards is not None
-        value = shards.rows_of(saved[name]) if lies_like_rows else whole(saved[name])
-        value = value.to(device=w.device, dtype=torch.int32 if name == "seed" else torch.float32, copy=True)
-        state[name] = shards.lay_out(value) if lies_like_rows else value
-    return state
-
-
-def facts_of_table(name: str, w: torch.Tensor, state: dict | None, options: dict) -> dict:
-    """What must be the same on all ranks before a step of a table, by name. Reads numbers back from the GPU."""
-    facts = {
-        "having a gradient": w.grad is not None,
-        "the step": float(state["step"]) if state else 0.0,
-        "the sum of c": float(state["c"].sum()) if state else 0.0,
-    }
-    facts |= {option: "a schedule" if callable(value) else float(value) for option, value in options.items()}
-    return {f"{fact} of {name}": value for fact, value in facts.items()}
 
 
 def _own_communicator(group):

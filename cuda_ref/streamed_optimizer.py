@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from cuda_ref.optimizers import Ember
-from cuda_ref.optimizers.body import BodyOptimizer
+from cuda_ref.optimizers.base import CheckedOptimizer
 from cuda_ref.pairing import PairedOptimizer
 from cuda_ref.sharding import is_dtensor
 from ember_mlx.shared.errors import InputError
@@ -41,7 +40,7 @@ def sides_of(optimizer: Optimizer) -> dict[torch.nn.Parameter, Side]:
 def _looks_at_one_array(optimizer):
     of_torch = f"{type(optimizer).__module__}.".startswith("torch.optim.")
     of_torch = of_torch and not isinstance(optimizer, LBFGS | SparseAdam)
-    return of_torch or isinstance(optimizer, Ember | BodyOptimizer) or getattr(optimizer, "one_array_at_a_time", False)
+    return of_torch or isinstance(optimizer, CheckedOptimizer) or getattr(optimizer, "one_array_at_a_time", False)
 
 
 def check_parameter(name: str, p: torch.nn.Parameter, side_of: dict[torch.nn.Parameter, Side]) -> None:

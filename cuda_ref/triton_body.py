@@ -1,18 +1,16 @@
-"""The steps of AdamMini, SinkGD and SAGE in Triton: every large array is read as often as it must be, and none is made.
+"""What AdamMini, SinkGD and SAGE do to whole weights, in Triton: arrays are read as often as must be, and none is made.
 
 Row means and column sums come from the first kernel of ``triton_kernels``. No atomics: the same input gives the same
 bits. All arithmetic is float32.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable
 
 import torch
 
 from cuda_ref import triton_kernels
-from cuda_ref.optimizers import adam_mini, sage, sinkgd
 from cuda_ref.optimizers.companded import GROUP
-from cuda_ref.sharding import RowShards
-from cuda_ref.triton_kernels import statistics_tile, update_tile
+from cuda_ref.triton_kernels import device_of, statistics_tile, update_tile
 
 if triton_kernels.available():
     import triton
@@ -23,7 +21,7 @@ if triton_kernels.available():
     _row_means_and_column_sums = triton_kernels._row_means_and_column_sums
     _running_mean = triton_kernels._running_mean
 
-__all__ = ["adam_mini_step", "sage_step", "sinkgd_step"]
+__all__ = ["mean_magnitudes", "mean_squares", "norms", "update_flat", "update_matrix", "update_parameter"]
 
 GROUPS_PER_PROGRAM = 64
 # Of a Sinkhorn pass, which takes whole rows. As many programs at most as an H100 runs at once, 8 a multiprocessor.
@@ -31,95 +29,40 @@ PASS_ROWS_PER_PROGRAM, MOST_PASS_PROGRAMS = 96, 1056
 ELEMENTS_AT_ONCE = 16384
 
 
-def adam_mini_step(
-    w: torch.Tensor,
-    g: torch.Tensor,
-    m: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    v: torch.Tensor,
-    t: torch.Tensor,
-    learning_rate: float | torch.Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    shards: RowShards | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """As ``adam_mini_step`` of ``cuda_ref.optimizers.adam_mini``; weights that are not contiguous go its way."""
-    if not (w.numel() and w.is_contiguous() and g.is_contiguous()):
-        return adam_mini.adam_mini_step(w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay, shards=shards)
-    return adam_mini.adam_mini_step(
-        w, g, m, v, t, learning_rate, beta1, beta2, eps, weight_decay,
-        means=_mean_squares, update=_update_flat, shards=shards,
-    )  # fmt: skip
-
-
-def sinkgd_step(
-    w: torch.Tensor,
-    g: torch.Tensor,
-    learning_rate: float | torch.Tensor,
-    passes: int,
-    eps: float,
-    weight_decay: float | torch.Tensor,
-    shards: RowShards | None = None,
-) -> torch.Tensor:
-    """As ``sinkgd_step`` of ``cuda_ref.optimizers.sinkgd``."""
-    if not w.numel():  # of a sharded matrix a rank may have nothing: Triton runs no kernel on that
-        return sinkgd.sinkgd_step(w, g, learning_rate, passes, eps, weight_decay, shards=shards)
-    return sinkgd.sinkgd_step(
-        w, g, learning_rate, passes, eps, weight_decay, norms=_norms, update=_update_matrix, shards=shards
-    )
-
-
-def sage_step(
-    w: torch.Tensor,
-    g: torch.Tensor,
-    m: torch.Tensor,
-    s: torch.Tensor,
-    t: torch.Tensor,
-    learning_rate: float | torch.Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    still_rows: bool = True,
-    shards: RowShards | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As ``sage_step`` of ``cuda_ref.optimizers.sage``."""
-    options = learning_rate, beta1, beta2, eps, weight_decay, still_rows
-    if not w.numel():
-        return sage.sage_step(w, g, m, s, t, *options, shards=shards)
-    return sage.sage_step(
-        w, g, m, s, t, *options, magnitudes_of=_mean_magnitudes, update=_update_parameter, shards=shards
-    )
-
-
-def _mean_squares(g):
+def mean_squares(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``mean_squares`` of ``cuda_ref.optimizers.ember``."""
     rows, columns = g.shape
     row_means = torch.zeros(rows, dtype=torch.float32, device=g.device)
     tile = statistics_tile(columns, g.itemsize)
     programs = triton.cdiv(rows, tile["ROWS"])
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
-    with _device_of(g):
+    with device_of(g):
         _row_means_and_column_sums[(programs,)](
             g, *g.stride(), row_means, None, column_sums, rows, columns, 0.0, 1.0, BETA2_IS_TENSOR=False, **tile
         )
     return row_means, column_sums.sum(dim=0) / rows
 
 
-def _update_flat(w, g, m, rates, beta1, decay):
-    """The weights and the momentum, overwritten, in groups of 32: the momentum may be codes and scales."""
+def update_flat(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    rates: torch.Tensor,
+    beta1: float,
+    decay: float | torch.Tensor,
+) -> None:
+    """As ``update_in_place`` and ``update_in_pieces`` of ``cuda_ref.optimizers.adam_mini``, of contiguous arrays."""
     codes, scales = m if isinstance(m, tuple) else (m, None)
     decay = _number(decay, w.device)
-    with _device_of(w):
+    with device_of(w):
         _update_groups[(triton.cdiv(w.numel(), GROUP * GROUPS_PER_PROGRAM),)](
             w, g, codes, scales, rates, decay, w.numel(), w.shape[1], int(len(rates) > 1), int(rates.shape[1] > 1),
             float(beta1), 1.0 - beta1, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM,
         )  # fmt: skip
 
 
-def _norms(g, eps):
-    """(a, b) -> the next a, and the norms of the columns of g times it, reading ``g`` once."""
+def norms(g: torch.Tensor, eps: float) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """As ``norms_by_products`` of ``cuda_ref.optimizers.sinkgd``, reading ``g`` once a pass."""
     matrices = g.reshape(-1, *g.shape[-2:])
     rows, columns = g.shape[-2:]
     rows_per_program = max(PASS_ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_PASS_PROGRAMS))
@@ -129,7 +72,7 @@ def _norms(g, eps):
     def one_pass(a, b):
         a_new = torch.empty_like(a)
         parts = zip(matrices, *(x.reshape(-1, x.shape[-1]) for x in (a, b, a_new)), sums, strict=True)
-        with _device_of(g):
+        with device_of(g):
             for matrix, a_of, b_of, new_of, sums_of in parts:
                 _sinkhorn_pass[(programs,)](
                     matrix, *matrix.stride(), a_of, b_of, new_of, sums_of, rows, columns, columns**0.5, float(eps),
@@ -140,7 +83,14 @@ def _norms(g, eps):
     return one_pass
 
 
-def _update_matrix(w, g, a, b, learning_rate, weight_decay):
+def update_matrix(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    weight_decay: float | torch.Tensor,
+) -> torch.Tensor:
     """As ``update_matrix`` of ``cuda_ref.optimizers.sinkgd``."""
     rows, columns = w.shape[-2:]
     rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
@@ -152,7 +102,7 @@ def _update_matrix(w, g, a, b, learning_rate, weight_decay):
         strict=True,
     )
     tile = update_tile(columns, g.itemsize)
-    with _device_of(w):
+    with device_of(w):
         for w_of, g_of, a_of, b_of in matrices:
             _scale_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
                 w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns, **tile
@@ -160,7 +110,7 @@ def _update_matrix(w, g, a, b, learning_rate, weight_decay):
     return w
 
 
-def _mean_magnitudes(g):
+def mean_magnitudes(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``mean_magnitudes`` of ``cuda_ref.optimizers.sage``."""
     table = torch.atleast_2d(g)
     rows, columns = table.shape
@@ -168,29 +118,34 @@ def _mean_magnitudes(g):
     programs = triton.cdiv(rows, tile["ROWS"])
     has_gradient = torch.empty((rows, 1), dtype=torch.bool, device=g.device)
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
-    with _device_of(g):
+    with device_of(g):
         _column_sums_of_magnitudes[(programs,)](
             table, *table.stride(), has_gradient, column_sums, rows, columns, **tile
         )
     return column_sums.sum(dim=0) / rows, has_gradient if g.ndim == 2 else has_gradient[0]
 
 
-def _update_parameter(w, g, m, h, moves, learning_rate, beta1, beta2, weight_decay):
+def update_parameter(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    h: torch.Tensor,
+    moves: torch.Tensor | None,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
     """As ``update_in_place`` of ``cuda_ref.optimizers.sage``."""
     w, g, m = (torch.atleast_2d(x) for x in (w, g, m))
     rows, columns = w.shape
     rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
     tile = update_tile(columns, g.itemsize)
-    with _device_of(w):
+    with device_of(w):
         _damp_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
             w, *w.stride(), g, *g.stride(), m, *m.stride(), h, moves, rate, decay, rows, columns,
             float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, **tile,
         )  # fmt: skip
-
-
-def _device_of(x):
-    """For Triton, which launches on the current device; a compiled step sets that itself."""
-    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
 
 
 def _number(number, device):

@@ -6,7 +6,7 @@ and writes the table. No atomics: the same input gives the same bits. All arithm
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -19,7 +19,7 @@ except ImportError:  # a Mac, or a CPU build of PyTorch
 from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS
 from cuda_ref.sharding import RowShards
 
-__all__ = ["available", "ember_step", "statistics_tile", "update_tile"]
+__all__ = ["available", "device_of", "ember_step", "launchable", "statistics_tile", "update_tile"]
 
 COLUMN_TILE = {"ROWS": 1024, "COLUMNS": 16, "num_warps": 8}  # of the second kernel
 
@@ -29,6 +29,16 @@ def available(device: torch.device | None = None) -> bool:
     if triton is None or device is None or device.type == "cuda":
         return triton is not None
     return not isinstance(tl.sum, triton.JITFunction)
+
+
+def device_of(x: torch.Tensor) -> AbstractContextManager:
+    """For Triton, which launches on the current device; a compiled step sets that itself."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(x)
+
+
+def launchable(number: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+    """A number as kernels take it: an integer 1 or a NumPy number would make another kernel, or none."""
+    return number.to(device) if isinstance(number, torch.Tensor) else float(number)
 
 
 def ember_step(
@@ -59,12 +69,10 @@ def ember_step(
     programs = triton.cdiv(rows, tile_of_statistics["ROWS"])
     column_sums = torch.empty((programs, columns), dtype=torch.float32, device=w.device)
     column_grid = (triton.cdiv(columns, COLUMN_TILE["COLUMNS"]),)
-    # Triton takes plain floats: an integer 1 or a NumPy number would make another kernel, or none.
     eps, weight_decay = float(eps), float(weight_decay)
-    learning_rate = learning_rate.to(w.device) if isinstance(learning_rate, torch.Tensor) else float(learning_rate)
+    learning_rate = launchable(learning_rate, w.device)
 
-    # A compiled step sets the device itself.
-    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(w):
+    with device_of(w):
         if rows:
             _row_means_and_column_sums[(programs,)](
                 g, *g.stride(), r, row_mean, column_sums, rows, columns, beta2, forget,

@@ -21,6 +21,8 @@ from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.finetune.workers import Workers
+from ember_mlx.planner.inputs import refuse_misfits
 from ember_mlx.planner.savings import with_savings
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
@@ -40,7 +42,7 @@ class Result(summary.Result):
         loss_before: Before the first step, in nats a token; without validation rows, of the first report. None where
             the first report is the last.
         loss_after: After the last step, on the same batches; without validation rows, of the last report.
-        peak_memory: Bytes, the most that MLX held while it trained.
+        peak_memory: Bytes, the most that MLX held while it trained; None where no step was left to take.
         trained: What trained, by which optimizer, with its state in bytes: a line for each table, one for the rest.
         files: The adapter's, in ``adapter_path``.
         train_losses: Steps done -> mean training loss since the report before, in nats a token.
@@ -111,6 +113,8 @@ def train(
         if not args.train:
             raise InputError("train: False would not train; leave it out, or use `ember-mlx train --test`")
         stack.enter_context(_random_states_kept())
+        if given.loaded is None and Workers.join().size == 1:
+            refuse_misfits(args)
         args = with_savings(args, asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)

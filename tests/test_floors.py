@@ -1,6 +1,7 @@
-"""Imports run one way: from the commands down to the ground."""
+"""Imports run one way, from the commands down to the ground, and no file is too long to read at a sitting."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,12 @@ def room(name):
     return ".".join(name.split(".")[:2])
 
 
+@cache
 def imports():
+    return list(_imports())
+
+
+def _imports():
     for path in [*ROOT.glob("ember_mlx/**/*.py"), *ROOT.glob("cuda_ref/**/*.py")]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(path.read_text())):
@@ -43,3 +49,12 @@ def test_no_room_imports_from_its_own_floor_or_above():
 def test_the_twin_takes_from_the_ground_alone():
     taken = {room(name) for module, name in imports() if module.startswith("cuda_ref") and name.startswith("ember_mlx")}
     assert taken == {"ember_mlx.shared"}
+
+
+def test_no_file_has_more_than_400_lines():
+    paths = [
+        path for folder in ("ember_mlx", "cuda_ref", "examples", "tests") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    assert len(paths) > 300
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    assert {path: lines for path, lines in sizes.items() if lines > 400} == {}

@@ -51,6 +51,13 @@ def test_every_option_names_its_default(parser):
             assert default == "off", action.dest
 
 
+def test_names_of_a_fixed_list_are_taken_in_any_case_and_are_then_as_help_shows_them(parser):
+    for action in actions_of(parser):
+        for choice in action.choices or ():
+            for word in (str(choice), str(choice).upper(), str(choice).lower(), str(choice).title()):
+                assert parser._get_value(action, word) == choice, action.dest
+
+
 def test_every_option_stands_in_a_group_with_what_it_takes(parser):
     titles = {id(action): group.title for group in parser._action_groups for action in group._group_actions}
     for action in actions_of(parser):

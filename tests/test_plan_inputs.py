@@ -107,7 +107,7 @@ def test_validation_counts_where_it_is_the_peak(parse, long_validation):
     assert both.at_peak["weights"] == both.weights  # which the model keeps, read or not
     assert both.most >= both.at_peak
     assert both.most >= training.most
-    flags, after = advice(whole.model, whole.run, "cpu", both.peak - 1)[-1]
+    flags, after = advice(args, whole.model, whole.run, "cpu", both.peak - 1)[-1]
     assert flags == "--max-seq-length 464"
     assert training.peak < after.peak < both.peak
     # A step of such rows keeps what its backward needs; validation does not.
@@ -140,9 +140,10 @@ def test_rows_are_split_into_new_tokens_too(parse, tokens):
 
 
 def test_new_tokens_must_train(parse, tokens):
-    inputs = read_inputs(parse("--add-tokens", tokens))
-    assert "--train-tables none" not in alternatives(inputs.run)
-    assert "--train-tables none" not in [flags for flags, _ in advice(inputs.model, inputs.run, "cpu", 1)]
+    args = parse("--add-tokens", tokens)
+    inputs = read_inputs(args)
+    assert "--train-tables none" not in alternatives(args, inputs.model, inputs.run)
+    assert "--train-tables none" not in [flags for flags, _ in advice(args, inputs.model, inputs.run, "cpu", 1)]
     with pytest.raises(InputError, match="the new tokens would learn nothing"):
         read_inputs(parse("--add-tokens", tokens, "--train-tables", "none"))
     tokens.write_text("</s>\n")

@@ -73,8 +73,9 @@ def test_the_peak_of_one_of_two_hosts_is_planned(words, measured):
 
 def test_advice_for_several_hosts_names_whole_batches():
     model = read_architecture(CONFIG, "config.json")
-    run = run_of(options.parse([*WORDS, "--max-seq-length", "129"]), model, 2)
-    flags = [flags for flags, _ in advice(model, run, "cpu", 1)]
+    args = options.parse([*WORDS, "--max-seq-length", "129"])
+    run = run_of(args, model, 2)
+    flags = [flags for flags, _ in advice(args, model, run, "cpu", 1)]
     assert "--stream" in flags
     assert "--batch-size 2" in flags
 

@@ -12,7 +12,6 @@ def draw(figure, theme):
     axes = figure.subplots()
     for i in range(len(theme.lines)):
         axes.plot([1, 2, 3], [i, i + 1, i], label=str(i))
-    axes.bar([1, 2], [1, 2], **theme.bar(1))
     draw.lines = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines]
 
 
@@ -59,7 +58,6 @@ def test_text_and_lines_stand_out_from_the_background(theme):
 def test_units():
     pytest.importorskip("matplotlib")
     assert units("B")(3.1e9) == "3.1 GB"
-    assert units("B", 2)(3.1e9) == "3.10 GB"
     assert units("s")(0.02) == "20 ms"
     assert thousands()(12345) == "12,345"
 

@@ -103,12 +103,20 @@ def test_a_chat_answers_as_generate_does_and_ends_with_its_input(folders, adapte
     [
         ("chat --adapter-path /no/such", "adapter /no/such: no such folder"),
         ("chat --model /no/such", "model /no/such: no such folder here"),
+        ("chat --temp -1", "--temp -1.0: must be at least 0"),
+        ("generate --prompt a --min-p 2", "--min-p 2.0: must be at least 0 and at most 1"),
+        ("generate --prompt a --kv-bits 7", "--kv-bits 7: must be one of 2, 3, 4, 5, 6, 8"),
+        ("generate --prompt a --seed -1", "--seed -1: must be at least 0"),
+        ("generate --prompt a --chat-template-config [1]", "--chat-template-config: [1]: must be a JSON object"),
+        ("generate --prompt a --prompt-cache-file /no/such", "--prompt-cache-file /no/such: no such file"),
+        ("generate --prompt a --draft-model /no/such", "model /no/such: no such folder here"),
+        ("server --port 0 --prompt-cache-bytes much", "--prompt-cache-bytes: much: must be a size"),
         ("chat --max-tokens many", "argument --max-tokens/-m: invalid int value: 'many'"),
         ("server --port 0 --adapter-path /no/such", "adapter /no/such: no such folder"),
         ("server --port 0 --model /no/such", "model /no/such: no such folder here"),
         ("server --port {taken}", "--host 127.0.0.1 --port {taken}: cannot listen there (Address already in use)"),
         ("server --port 65536", "--port 65536: must be from 0 to 65535"),
-        ("server --chat-template-args {{", "argument --chat-template-args: invalid loads value: '{{'"),
+        ("server --chat-template-args {{", "--chat-template-args: {{: must be a JSON object"),
     ],
 )
 def test_bad_input_is_one_line_and_the_process_ends(folders, monkeypatch, capsys, words, message):

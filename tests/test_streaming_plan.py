@@ -229,10 +229,13 @@ def test_a_step_is_run_as_far_ahead_as_it_is_planned(words, tied, workers, monke
 
 
 def test_a_run_that_does_not_fit_is_told_to_stream():
-    model, run = run_with(LONG, *ORDINARY, length=512)
-    flags = [flags for flags, _ in advice(model, run, "cuda", 1)]
-    assert "--stream" in flags
-    streams = [flags for flags, _ in advice(model, replace(run, stream=True), "cuda", 1)]
+    def advised(*words):
+        model = read_architecture(LONG, "config.json")
+        args = options.parse(["--batch-size", "1", "--max-seq-length", "513", *words])
+        return [flags for flags, _ in advice(args, model, run_of(args, model), "cuda", 1)]
+
+    assert "--stream" in advised(*ORDINARY)
+    streams = advised(*FULL, "--stream")
     assert not {"--stream", "--grad-checkpoint", "--chunked-loss"} & set(streams)
 
 
@@ -254,8 +257,13 @@ def test_the_command_prints_the_phases(tmp_path, capsys):
     words = ["--model", str(tmp_path), "--max-seq-length", "129", "--memory", "1GB", "--backend", "cuda", *FULL]
     main([*words, "--no-stream"])
     said = capsys.readouterr().out
-    assert "Recommended: --stream" in said
+    assert "Alternative to --no-stream: --stream, the same training in " in said
+    assert "Recommended" not in said
     assert "phase by phase" not in said
+    main([*words, "--no-stream", "--optimizer", "sgd", "--batch-size", "1", "--memory", "18MB"])
+    said = capsys.readouterr().out
+    assert said.count("--stream instead of --no-stream") == 1
+    assert "Alternative" not in said
     main([*words, "--stream", "--keep-inputs", "2"])
     said = capsys.readouterr().out
     assert "between steps: weights and state" in said

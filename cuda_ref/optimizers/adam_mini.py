@@ -23,12 +23,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from cuda_ref import triton_body
 from cuda_ref.optimizers import module_roles
+from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from cuda_ref.optimizers.ember import bias_correction, blocks, mean_squares, update_second_moment
-from cuda_ref.sharded_weights import groups_on_all_ranks
-from cuda_ref.sharding import RowShards
+from cuda_ref.sharding import RowShards, groups_on_all_ranks
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
@@ -228,11 +229,11 @@ class AdamMini(BodyOptimizer):
         if momentum not in ("float32", "int8"):
             raise InputError(f"AdamMini(momentum={momentum!r}): must be 'float32' or 'int8'")
         self.momentum = momentum
-        self._heads = module_roles.attention_heads(model) if model else {}
-        self._by_first = module_roles.convolutions(model) if model else set()
+        self._heads = module_roles.attention_heads(model) if model is not None else {}
+        self._by_first = module_roles.convolutions(model) if model is not None else set()
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
-    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:
         state = {"m": (tuple(w.shape), torch.float32), "v": (blocks_of(w, self._heads, self._by_first), torch.float32)}
         if self.momentum == "int8":
             groups = groups_on_all_ranks(w, self._shards.get(w))
@@ -251,14 +252,12 @@ class AdamMini(BodyOptimizer):
         group: dict[str, Any],
         shards: RowShards | None,
     ) -> None:
-        from cuda_ref import triton_body  # which has these functions in it
-
         if w.ndim > 1 and len(state["v"]) == len(w):
             shards = None  # rows are blocks: each lies on one rank
-        step = triton_body.adam_mini_step if self.by_triton(w) else adam_mini_step
+        kernels = {}
+        if self.by_triton(w) and w.is_contiguous() and g.is_contiguous():
+            kernels = {"means": triton_body.mean_squares, "update": triton_body.update_flat}
         m = state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"])
-        decay = self.weight_decay_of(w, group)
-        _, _, v = step(
-            w, g, m, state["v"], state["step"], group["lr"], *group["betas"], group["eps"], decay, shards=shards
-        )
+        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
+        _, _, v = adam_mini_step(w, g, m, state["v"], state["step"], *options, shards=shards, **kernels)
         state["v"].copy_(v)

@@ -20,7 +20,16 @@ import torch
 
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["GROUP", "decode_momentum", "decode_second_moment", "encode_momentum", "encode_second_moment", "groups_of"]
+__all__ = [
+    "GROUP",
+    "decode_momentum",
+    "decode_second_moment",
+    "encode_momentum",
+    "encode_second_moment",
+    "grouped",
+    "groups_of",
+    "ungrouped",
+]
 
 GROUP = 32  # neighbours that share a scale: a simdgroup
 # No scale is below: float16, by the publication, has nothing between 0 and 6e-8 anyway.
@@ -29,7 +38,7 @@ LEAST_SCALES = {torch.float32: SMALLEST_NORMAL, torch.float16: 1e-12}
 
 def encode_momentum(m: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (groups, 32) int8 and scales (groups,) of ``m``, of any shape, float32; the last group is padded."""
-    m = _grouped(m)
+    m = grouped(m)
     scales = torch.clamp(torch.abs(m).amax(dim=1), min=LEAST_SCALES[scale_dtype])
     z = m / scales[:, None]
     codes = torch.floor(127 * (2 * z / (1 + torch.abs(z))) + 0.5)
@@ -39,7 +48,7 @@ def encode_momentum(m: torch.Tensor, scale_dtype: torch.dtype = torch.float32) -
 def decode_momentum(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     y = codes.to(torch.float32) / 127
-    return _ungrouped(scales[:, None].to(torch.float32) * y / (2 - torch.abs(y)), shape)
+    return ungrouped(scales[:, None].to(torch.float32) * y / (2 - torch.abs(y)), shape)
 
 
 def encode_second_moment(
@@ -49,7 +58,7 @@ def encode_second_moment(
 
     With ``keep_positive`` a v above 0 gets at least the code 1.
     """
-    root = torch.sqrt(_grouped(v))
+    root = torch.sqrt(grouped(v))
     scales = torch.clamp(root.amax(dim=1), min=LEAST_SCALES[scale_dtype])
     codes = torch.floor(255 * (root / scales[:, None]) + 0.5)
     if keep_positive:
@@ -60,7 +69,7 @@ def encode_second_moment(
 def decode_second_moment(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     root = scales[:, None].to(torch.float32) * codes.to(torch.float32) / 255
-    return _ungrouped(torch.square(root), shape)
+    return ungrouped(torch.square(root), shape)
 
 
 def groups_of(size: int) -> int:
@@ -68,13 +77,14 @@ def groups_of(size: int) -> int:
     return -(-size // GROUP)
 
 
-def _grouped(x):
-    """(groups, 32), the last one filled up with zeros."""
+def grouped(x: torch.Tensor) -> torch.Tensor:
+    """Any array as (groups, 32), the last group filled up with zeros."""
     x = x.reshape(-1)
     missing = -x.numel() % GROUP
     return (torch.nn.functional.pad(x, (0, missing)) if missing else x).reshape(-1, GROUP)
 
 
-def _ungrouped(x, shape):
+def ungrouped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The first elements of (groups, 32), in that shape."""
     size = math.prod(shape)
     return (x if x.numel() == size else x.reshape(-1)[:size]).reshape(shape)

@@ -16,14 +16,15 @@ The functions are those of ``ember_mlx/optimizers/ember.py``, line against line.
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from cuda_ref import sharding, triton_kernels
 from cuda_ref.optimizers import checks
+from cuda_ref.optimizers.base import CheckedOptimizer, State
 from cuda_ref.optimizers.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -32,7 +33,7 @@ from cuda_ref.optimizers.stochastic_rounding import (
     table_seed,
 )
 from cuda_ref.sharding import RowShards
-from ember_mlx.shared.ember_options import check_rounding, check_row_limit, warn
+from ember_mlx.shared.ember_options import BETA2_RANGE, check_rounding, check_row_limit, warn
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
@@ -187,7 +188,7 @@ def blocks(table: Tensor) -> list[slice]:
     return [slice(first, first + block) for first in range(0, rows, block)] or [slice(0)]
 
 
-class Ember(Optimizer):
+class Ember(CheckedOptimizer):
     r"""The Ember optimizer (Token Geometry, arXiv 2607.01455), for embedding tables and LM heads.
 
     For a table of shape (V, D) in float32, bfloat16 or float16 it keeps ``r`` of shape (V,) and ``c`` of shape (D,),
@@ -243,85 +244,47 @@ class Ember(Optimizer):
         row_shard_group: "torch.distributed.ProcessGroup | None" = None,
     ):
         check_rounding(rounding, seed)
-        checks.check_implementation("Ember", implementation)
         self.row_clip = check_row_limit("row_clip", row_clip)
         self.row_floor = check_row_limit("row_floor", row_floor)
         self.rounding = rounding
         self.seed = seed
-        self.implementation = implementation
         self.row_shard_group = row_shard_group
-        self._shards = {}  # of the tables that are sharded
-        self._agreed = False  # whether the ranks have been found to agree since the last change
         self._warned = False
-        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, implementation)
+
+    noun = "table"
+    options = ("lr", "beta2", "eps", "weight_decay")
+    kept = ("implementation", "row_clip", "row_floor", "rounding", "seed", "_warned")
+    optional_state: ClassVar[State] = {"seed": ((), torch.int32)}  # a state from before may have none
+
+    def state_of(self, w: Tensor, group: dict) -> State:
+        shards = self._shards.get(w)
+        rows = w.shape[0] if shards is None else shards.total_rows - shards.rows + len(sharding.local_part(w))
+        state = {"r": ((rows,), torch.float32), "c": ((w.shape[1],), torch.float32)}
+        return state | ({"q": ((), torch.float32)} if callable(group["beta2"]) else {})
+
+    def whole_state_of(self, w: Tensor) -> tuple[str, ...]:
+        return ("c", "q", "seed")
 
     def add_param_group(self, param_group: dict) -> None:
-        """As PyTorch's; nothing is added when InputError is raised."""
-        self._agreed = False
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            fault = checks.fault_of(self._check_group, group) or checks.fault_of(checks.check_schedule, group)
-            if self.row_shard_group is not None:
-                found = sharding.shards_of_slices(group["params"], self.row_shard_group, fault)
-                self._shards.update(zip(group["params"], found, strict=True))
-            if fault is not None:
-                raise fault
-        except Exception:
-            self.param_groups.pop()
-            raise
-        if not self._warned and (found := checks.warning_of(group, self.rounding)):
+        if not self._warned and (found := checks.warning_of(self.param_groups[-1], self.rounding)):
             self._warned = True
             warn(found)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step on every table that has a gradient; returns what ``closure`` returns."""
-        loss = checks.loss_of(closure)
-        self._init_group()
-        for group in self.param_groups:
-            for w in group["params"]:
-                if w.grad is not None:
-                    self._step_table(w, group)
-        return loss
-
     def _init_group(self):
-        """Check every group, then make new state; ``torch.compile`` runs a method of this name as it stands."""
-        if self._agreed:
-            self._check_step()
-        else:
-            self._agree()
-        for number, (_, w, group) in enumerate(self._named_tables()):
-            if w.grad is not None and not self.state[w]:
-                self.state[w]["step"] = torch.zeros((), dtype=torch.float32, device=w.device)
-                self.state[w]["r"] = sharding.zeros_of_rows(w, self._shards.get(w))
-                self.state[w]["c"] = torch.zeros(w.shape[1], dtype=torch.float32, device=w.device)
-                if callable(group["beta2"]):
-                    self.state[w]["q"] = torch.zeros((), dtype=torch.float32, device=w.device)
-            # A state from before may have none.
-            if self.rounding == "stochastic" and self.state[w] and "seed" not in self.state[w]:
-                self.state[w]["seed"] = table_seed(self.seed, number).to(w.device)
+        super()._init_group()
+        for number, (_, w, _) in enumerate(self._named_weights()) if self.rounding == "stochastic" else ():
+            state = self.state.get(w)
+            if state and "seed" not in state:
+                state["seed"] = table_seed(self.seed, number).to(w.device)
 
-    def _agree(self):
-        """Find the sharded tables, and that all ranks are about to take the same step on them."""
-        sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
-        facts = {"the implementation": self.implementation, "row_clip": self.row_clip}
-        facts |= {"row_floor": self.row_floor, "the rounding": self.rounding, "the seed": self.seed}
-        tables = [
-            (name, w, self.state.get(w), {o: group[o] for o in checks.OPTIONS})
-            for name, w, group in self._named_tables()
-        ]
-        sharding.agree_on_step(self._shards, facts, tables, checks.fault_of(self._check_step))
-        self._agreed = True
+    def _facts_of(self, w, group):
+        state = self.state.get(w)
+        return super()._facts_of(w, group) | {"the sum of c": float(state["c"].sum()) if state else 0.0}
 
-    def _check_step(self):
-        for group in self.param_groups:
-            self._check_group(group)
-            for number, w in enumerate(group["params"]):
-                checks.check_gradient(w)
-                checks.check_state(checks.name_of(group, number), w, self.state.get(w))
-
-    def _step_table(self, w, group):
+    def _step_weight(self, w, group):
         state = self.state[w]
         t = state["step"] + 1
         options = {"learning_rate": group["lr"], "eps": group["eps"], "weight_decay": group["weight_decay"]}
@@ -345,48 +308,41 @@ class Ember(Optimizer):
             group["beta2"] = checks.SCHEDULE if callable(group["beta2"]) else group["beta2"]
         return saved
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load what ``state_dict`` gave, into any process; ``r`` and ``c`` stay float32 for tables of 16 bits."""
-        self._agreed = False  # also where this rank refuses: the others may not
-        sharding.find_shards(self._shards, (w for _, w, _ in self._named_tables()))
-        saved = {}
-
-        def check(_, state_dict):  # what the user's own hooks have made of it
-            saved.update(checks.check_state_dict(state_dict, self.param_groups, self._shards, self._check_group))
-            groups = zip(state_dict["param_groups"], self.param_groups, strict=True)
-            return state_dict | {
-                "param_groups": [checks.with_schedule(saved_group, group) for saved_group, group in groups]
-            }
-
-        def keep_float32(_):  # PyTorch has cast the state to the dtype of its parameter
-            for w, state in saved.items():
-                self.state[w] = sharding.state_here(state, w, self._shards.get(w))
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(keep_float32, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def __getstate__(self):
-        """Of a copy or a pickle; PyTorch's own leaves out what is not of every optimizer."""
         if self.row_shard_group is not None:
             raise InputError(
                 "Ember(row_shard_group=...): cannot be copied or pickled, for the group is of this process; make a new "
                 "one on every rank, and load the state_dict of this one"
             )
-        own = {"implementation": self.implementation, "row_shard_group": None, "row_clip": self.row_clip}
-        own |= {"row_floor": self.row_floor, "rounding": self.rounding, "seed": self.seed, "_warned": self._warned}
-        return super().__getstate__() | own | {"_shards": {}, "_agreed": False}
+        return super().__getstate__() | {"row_shard_group": None}
 
-    def _named_tables(self):
-        for number, group in enumerate(self.param_groups):
-            for position, w in enumerate(group["params"]):
-                yield f"{checks.name_of(group, position)} (group {number})", w, group
+    def _group_to_load(self, saved_group, group):
+        return checks.with_schedule(saved_group, group)
+
+    def _check_new_group(self, group):
+        fault = checks.fault_of(self._check_group, group) or checks.fault_of(checks.check_schedule, group)
+        if self.row_shard_group is not None:
+            found = sharding.shards_of_slices(group["params"], self.row_shard_group, fault)
+            self._shards.update(zip(group["params"], found, strict=True))
+        if fault is not None:
+            raise fault
 
     def _check_group(self, group):
-        checks.check_group(group, self.implementation, self.row_shard_group)
+        super()._check_group(group)
+        if not callable(group["beta2"]):
+            checks.check_number("Ember", "beta2", group["beta2"], *BETA2_RANGE)
+
+    def _check_weight(self, name, w):
+        # A slice of a table may have no rows.
+        is_table = w.ndim == 2 and bool(w.numel() if self.row_shard_group is None else w.shape[1])
+        if not is_table or w.dtype not in checks.DTYPES:
+            raise InputError(
+                f"Ember: {name} has shape {tuple(w.shape)} and dtype {w.dtype}; Ember takes 2-D token tables in "
+                "float32, bfloat16 or float16 only: give this parameter to another optimizer, for example with "
+                "cuda_ref.PairedOptimizer"
+            )
+        if self.row_shard_group is not None and sharding.is_dtensor(w):
+            raise InputError(
+                f"Ember(row_shard_group=...): {name} is a DTensor, which says itself how its rows lie: give it to an "
+                "Ember without row_shard_group; a slice of rows that is sharded again is not supported"
+            )

@@ -11,10 +11,10 @@ from torch.optim.optimizer import ParamsT
 
 from cuda_ref import flash_triton
 from cuda_ref.optimizers.body import BodyOptimizer
-from cuda_ref.optimizers.companded import GROUP, groups_of
-from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
+from cuda_ref.optimizers.companded import GROUP, grouped, groups_of, ungrouped
+from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, numbers_of
 from cuda_ref.optimizers.split_weights import check_some_are_bfloat16
-from cuda_ref.sharded_weights import groups_on_all_ranks
+from cuda_ref.sharding import groups_on_all_ranks
 
 __all__ = ["FlashAdamW", "FlashLion"]
 
@@ -44,7 +44,7 @@ class _Flash(BodyOptimizer):
 
     kept = (*BodyOptimizer.kept, "weights", "state_format")
 
-    def state_of(self, w):
+    def state_of(self, w, group):
         groups = groups_on_all_ranks(w, self._shards.get(w))
         scales = (groups,), torch.float16 if self.state_format == "published" else torch.float32
         state = {"m": ((groups, GROUP), torch.int8), "m_scales": scales}
@@ -67,15 +67,15 @@ class _Flash(BodyOptimizer):
         stored = Stored(grouped(w), None if rest is None else grouped(rest), *moments)
         flash_step(stored, grouped(g), numbers, self.state_format == "published")
         if not w.is_contiguous() or w.numel() % GROUP:  # then the groups are copies
-            w.copy_(ungrouped(stored.w, w))
+            w.copy_(ungrouped(stored.w, w.shape))
             if rest is not None:
-                rest.copy_(ungrouped(stored.rest, w))
+                rest.copy_(ungrouped(stored.rest, w.shape))
 
     def _splits(self, dtype):
         return self.weights is not None and dtype == torch.bfloat16
 
-    def _check_state(self, w, state):
-        super()._check_state(w, state)
+    def _check_state(self, w, state, wanted):
+        super()._check_state(w, state, wanted)
         if "rest" in state and not self._splits(w.dtype):
             raise self._error(
                 f".load_state_dict: the state has a rest for a weight of shape {tuple(w.shape)}, so its run had "

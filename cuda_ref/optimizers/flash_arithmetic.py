@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 
 from cuda_ref.optimizers.companded import (
-    GROUP,
     decode_momentum,
     decode_second_moment,
     encode_momentum,
@@ -29,7 +28,7 @@ from cuda_ref.optimizers.ember import bias_correction
 from cuda_ref.optimizers.ember import update_second_moment as running_mean
 from cuda_ref.optimizers.split_weights import join, split
 
-__all__ = ["Numbers", "Stored", "adamw", "flash_block", "flash_step", "grouped", "lion", "numbers_of", "ungrouped"]
+__all__ = ["Numbers", "Stored", "adamw", "flash_block", "flash_step", "lion", "numbers_of"]
 
 # Plain operations make about six float32 copies of a block: of one in 32, a fifth of the weights as float32.
 MOST_BLOCKS, FEWEST_GROUPS = 32, 2048
@@ -117,15 +116,3 @@ def flash_block(stored: Stored, g: torch.Tensor, numbers: Numbers, published: bo
         v_codes = encode_second_moment(v, scale_dtype, keep_positive=not published)
     weights = (w.to(stored.w.dtype), None) if stored.rest is None else split(w)
     return Stored(*weights, *encode_momentum(m, scale_dtype), *v_codes)
-
-
-def grouped(x: torch.Tensor) -> torch.Tensor:
-    """Any array as (groups, 32), the last group filled up with zeros."""
-    x = x.reshape(-1)
-    missing = -x.numel() % GROUP
-    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).reshape(-1, GROUP)
-
-
-def ungrouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The first elements of (groups, 32), in the shape of ``like``."""
-    return (x if x.numel() == like.numel() else x.reshape(-1)[: like.numel()]).reshape(like.shape)

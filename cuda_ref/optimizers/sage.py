@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
+from cuda_ref import triton_body
+from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer
-from cuda_ref.optimizers.checks import name_of
 from cuda_ref.optimizers.ember import bias_correction, blocks
 from cuda_ref.optimizers.ember import update_second_moment as running_mean
 from cuda_ref.sharding import RowShards
@@ -192,16 +193,15 @@ class SAGE(BodyOptimizer):
 
     kept = (*BodyOptimizer.kept, "still_rows")
 
-    def _check_group(self, group):
-        super()._check_group(group)
-        for number, w in enumerate(group["params"]):
-            if w.ndim not in (1, 2):
-                raise InputError(
-                    f"SAGE: {name_of(group, number)} has shape {tuple(w.shape)} and dtype {w.dtype}; SAGE takes 2-D "
-                    "and 1-D parameters only, since its damper is of columns: give this one to SinkGD or AdamMini"
-                )
+    def _check_weight(self, name, w):
+        super()._check_weight(name, w)
+        if w.ndim not in (1, 2):
+            raise InputError(
+                f"SAGE: {name} has shape {tuple(w.shape)} and dtype {w.dtype}; SAGE takes 2-D and 1-D parameters only, "
+                "since its damper is of columns: give this one to SinkGD or AdamMini"
+            )
 
-    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:
         return {"m": (tuple(w.shape), torch.float32), "s": (tuple(w.shape[-1:]), torch.float32)}
 
     def whole_state_of(self, w: torch.Tensor) -> tuple[str, ...]:
@@ -215,9 +215,9 @@ class SAGE(BodyOptimizer):
         group: dict[str, Any],
         shards: RowShards | None,
     ) -> None:
-        from cuda_ref import triton_body  # which has these functions in it
-
-        step = triton_body.sage_step if self.by_triton(w) else sage_step
-        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
-        _, _, s = step(w, g, state["m"], state["s"], state["step"], *options, self.still_rows, shards=shards)
+        kernels = {}
+        if self.by_triton(w):
+            kernels = {"magnitudes_of": triton_body.mean_magnitudes, "update": triton_body.update_parameter}
+        options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group), self.still_rows
+        _, _, s = sage_step(w, g, state["m"], state["s"], state["step"], *options, shards=shards, **kernels)
         state["s"].copy_(s)

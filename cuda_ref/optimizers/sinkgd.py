@@ -23,7 +23,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
+from cuda_ref import triton_body
 from cuda_ref.optimizers import module_roles
+from cuda_ref.optimizers.base import State
 from cuda_ref.optimizers.body import BodyOptimizer, adamw_step
 from cuda_ref.optimizers.ember import blocks
 from cuda_ref.sharding import RowShards
@@ -165,10 +167,12 @@ class SinkGD(BodyOptimizer):
         if type(passes) is not int or not 1 <= passes <= 100:
             raise InputError(f"SinkGD(passes={passes!r}): must be a whole number from 1 to 100, usually 5 or 2")
         self.passes = passes
-        self._by_adamw = module_roles.convolutions(model) | module_roles.token_tables(model) if model else set()
+        self._by_adamw = (
+            module_roles.convolutions(model) | module_roles.token_tables(model) if model is not None else set()
+        )
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 
-    def state_of(self, w: torch.Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def state_of(self, w: torch.Tensor, group: dict[str, Any]) -> State:
         if w.ndim > 1 and w not in self._by_adamw:
             return {}
         return {"m": (tuple(w.shape), torch.float32), "v": (tuple(w.shape), torch.float32)}
@@ -183,10 +187,11 @@ class SinkGD(BodyOptimizer):
     ) -> None:
         lr, eps, decay = group["lr"], group["eps"], self.weight_decay_of(w, group)
         if "m" not in state:
-            from cuda_ref import triton_body  # which has these functions in it
-
-            step = triton_body.sinkgd_step if self.by_triton(w) else sinkgd_step
-            step(w, g, lr, self.passes, eps, decay, shards=shards if w.ndim == 2 else None)  # else whole matrices
+            kernels = {}
+            if self.by_triton(w):
+                kernels = {"norms": triton_body.norms, "update": triton_body.update_matrix}
+            shards = shards if w.ndim == 2 else None  # else whole matrices
+            sinkgd_step(w, g, lr, self.passes, eps, decay, shards=shards, **kernels)
             return
         old = w, state["m"], state["v"]
         new = adamw_step(w, g, state["m"], state["v"], state["step"], lr, *group["betas"], eps, decay)

@@ -9,12 +9,13 @@ The functions are those of ``ember_mlx/optimizers/split_weights.py``, line again
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from cuda_ref.optimizers.checks import check_keys
+from cuda_ref.optimizers.base import WrappingOptimizer
 from cuda_ref.sharding import is_dtensor
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
@@ -51,7 +52,7 @@ def half_unit(low: torch.Tensor) -> torch.Tensor:
     return torch.clamp(half, min=SMALLEST_NORMAL)
 
 
-class SplitWeights(Optimizer):
+class SplitWeights(WrappingOptimizer):
     """Any optimizer, with bfloat16 weights that keep an int8 rest: 1 byte a weight more, in its state.
 
     A step gives the optimizer inside one parameter at a time, as the float32 weights that ``join`` makes, so that no
@@ -87,12 +88,21 @@ class SplitWeights(Optimizer):
                     f"SplitWeights({name}): a weight of shape {tuple(w.shape)} is a DTensor, which cannot be float32 "
                     "for one step: under FSDP2 take FlashAdamW or FlashLion with weights='bf16+int8'"
                 )
-        self.optimizer = optimizer
-        self.weights = weights
-        super().__init__(optimizer.param_groups, {})
-        self.param_groups = optimizer.param_groups
-        check_some_are_bfloat16("SplitWeights", self.param_groups)
-        self.state = defaultdict(dict)
+        check_some_are_bfloat16("SplitWeights", optimizer.param_groups)
+        # Optimizer.__init__ would make groups beside those of the optimizer; this sets up all else that it does.
+        state = {"optimizer": optimizer, "weights": weights, "state": defaultdict(dict)}
+        self.__setstate__({"defaults": dict(optimizer.defaults)} | state)
+
+    def __getstate__(self):
+        return {name: getattr(self, name) for name in ("defaults", "optimizer", "weights", "state")}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of the optimizer inside."""
+        return self.optimizer.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -133,18 +143,16 @@ class SplitWeights(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
+    def _joined_state(self):
         """As the optimizer's own, with a ``rest`` for each weight that has taken a step."""
         saved = self.optimizer.state_dict()
         for i, w in self._numbered():
             if "rest" in self.state[w]:
-                saved["state"].setdefault(i, {})
-                saved["state"][i] = saved["state"][i] | {"rest": self.state[w]["rest"]}
+                saved["state"][i] = saved["state"].get(i, {}) | {"rest": self.state[w]["rest"]}
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave, or what the optimizer alone gave: then every rest is 0."""
-        check_keys("SplitWeights", state_dict)
+    def _load_parts(self, state_dict):
+        """What the optimizer alone gave is taken, too: then every rest is 0."""
         rests = {i: state["rest"] for i, state in state_dict["state"].items() if "rest" in state}
         for i, w in self._numbered():
             rest = rests.get(i)
@@ -156,12 +164,25 @@ class SplitWeights(Optimizer):
                 )
         others = {i: {name: value for name, value in state.items() if name != "rest"}
                   for i, state in state_dict["state"].items()}  # fmt: skip
-        self.optimizer.load_state_dict(state_dict | {"state": {i: state for i, state in others.items() if state}})
-        self.param_groups = self.optimizer.param_groups
+        with self._seen_as_float32():
+            self.optimizer.load_state_dict(state_dict | {"state": {i: state for i, state in others.items() if state}})
         self.state = defaultdict(dict)
         for i, w in self._numbered():
             if i in rests:
                 self.state[w]["rest"] = rests[i].to(w.device, copy=True)
+
+    @contextmanager
+    def _seen_as_float32(self):
+        """PyTorch casts loaded state to the dtype of its parameter, which in each step is float32. Takes no memory."""
+        lows = {w: w.data for _, w in self._numbered() if w.dtype == torch.bfloat16}
+        try:
+            for w, low in lows.items():
+                w.grad_dtype = None  # any
+                w.data = torch.empty((), dtype=torch.float32, device=low.device).expand(low.shape)
+            yield
+        finally:
+            for w, low in lows.items():
+                w.data = low
 
     def _numbered(self):
         return enumerate(w for group in self.param_groups for w in group["params"])

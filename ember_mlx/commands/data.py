@@ -7,11 +7,12 @@ from mlx_lm.utils import load_tokenizer
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.base_models import check_model, why_not_loaded
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.data_report import LEARNED, count, rendered
 from ember_mlx.finetune.packing import PackedRows, packed
 from ember_mlx.shared.command_line import describe
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.text_tables import text_table
 
 __all__ = ["main"]
@@ -81,22 +82,19 @@ def _cells(name, found):
 
 
 def _tokenizer(args, default):
+    trust = {"trust_remote_code": args.trust_remote_code}
     try:
-        tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, _settings(args))
+        tokenizer = load_tokenizer(Path(args.model) if Path(args.model).exists() else args.model, trust)
     # Whatever a tokenizer, or the hub's client, raises.
     except Exception as error:
-        reason = reason_of(error)
-        raise InputError(
-            f"--model {args.model}{default}: its tokenizer cannot be loaded ({reason}). Give the folder of a model"
-        ) from error
+        where = f"--model {args.model or repr('')}{default}"
+        check_model(args.model, where)  # only now: a folder with a tokenizer alone will do
+        why = why_not_loaded(args.model, error)
+        raise InputError(f"{where}: its tokenizer cannot be loaded: {why}") from error
     if args.add_tokens:
         where = f"--add-tokens {args.add_tokens}"
         tokenizer, _ = grow_tokenizer(tokenizer, read_tokens(Path(args.add_tokens)), where)
     return tokenizer
-
-
-def _settings(args):
-    return {"trust_remote_code": args.trust_remote_code}
 
 
 def _parser():

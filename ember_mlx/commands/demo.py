@@ -34,8 +34,7 @@ examples:
       nothing to download, and nothing left behind
   ember-mlx demo --keep kept
       then: ember-mlx generate --model kept/model --adapter-path kept/Ember --prompt "json.dumps" """
-# So many validation rows are shown with the model's answers: the first ones, not the best.
-EXAMPLES = 3
+EXAMPLES = 3  # validation rows that are shown with the model's answers: the first ones, not the best
 SETTINGS = {
     "--iters": 40,
     "--batch-size": 4,
@@ -98,7 +97,7 @@ def _train_options(folder, name):
     paths = {"--model": folder / "model", "--data": folder / "data", "--adapter-path": folder / name}
     words = [str(word) for pair in (paths | SETTINGS).items() for word in pair]
     # The rate is one for Adam with bias correction: without, 40 steps end at 2.9 nats in place of 2.2.
-    return [*words, "--table-optimizer", name.lower(), "--bias-correction"]
+    return [*words, "--table-optimizer", name, "--bias-correction"]
 
 
 def _complete(model, tokenizer, examples):

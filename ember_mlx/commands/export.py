@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ember_mlx.commands.fuse import FILES_OF_A_MODEL
-from ember_mlx.exporting.gguf import OUTTYPES, choose_converter, write_gguf
+from ember_mlx.exporting.gguf import OUTTYPES, choose_converter, script_of, write_gguf
 from ember_mlx.exporting.inputs import check_save_path, load_fused
 from ember_mlx.exporting.ollama import write_model_for_ollama
 from ember_mlx.exporting.peft import write_peft
@@ -62,8 +62,7 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     _check(args)
     folder, adapter = Path(args.save_path), None if args.no_adapter else Path(args.adapter_path)
-    inputs = {"model": args.model, "adapter": adapter}
-    check_save_path(folder, overwrite=args.overwrite, **inputs)
+    check_save_path(folder, overwrite=args.overwrite, model=args.model, adapter=adapter)
     trust = {"trust_remote_code": args.trust_remote_code}
     print("Loading the model")
     if args.format == "peft":
@@ -107,6 +106,8 @@ def _check(args):
             raise InputError(f"--{name} {value}: is of --format {form}, not {args.format}; leave it out")
     if args.outtype != "f16" and args.format != "gguf":
         raise InputError(f"--outtype {args.outtype}: is of --format gguf, not {args.format}; leave it out")
+    if args.llama_cpp is not None:
+        script_of(args.llama_cpp)  # as the converter will, once the model is loaded
     if not args.no_adapter and not Path(args.adapter_path).is_dir() and args.format != "peft":
         raise InputError(
             f"--adapter-path {args.adapter_path}: there is no such folder; give that of a run, or --no-adapter to "

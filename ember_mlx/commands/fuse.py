@@ -8,9 +8,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, save, upload_to_hub
 
 from ember_mlx.exporting import gguf
-from ember_mlx.exporting.inputs import Fused, check_save_path, source_folder
-from ember_mlx.finetune import adapters, safe_reading, safe_writing
-from ember_mlx.finetune.base_models import load_base
+from ember_mlx.exporting.inputs import Fused, check_save_path, export_folder, source_folder
+from ember_mlx.finetune import adapters, safe_reading
+from ember_mlx.finetune.base_models import check_model, load_base
 from ember_mlx.finetune.merging import (
     QUANTIZATION,
     BaseTable,
@@ -83,9 +83,10 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     folder = Path(args.save_path)
     _check_folder(folder, args)
+    check_model(args.model)
+    adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
     print("Loading pretrained model")
     trust = {"trust_remote_code": args.trust_remote_code}
-    adapter, adapter_config = Path(args.adapter_path), adapters.read_config(Path(args.adapter_path))
     model, tokenizer, config = load_base(args.model, quantize=adapter_config.get("quantize"), **trust)
     size_before = _size(model)
     settings = _table_settings(args, model, config, adapter_config)
@@ -154,8 +155,7 @@ def _table_settings(args, model, config, adapter_config):
 
 
 def _check_folder(folder, args):
-    inputs = {"model": args.model, "adapter": args.adapter_path}
-    check_save_path(folder, overwrite=args.overwrite, **inputs)
+    check_save_path(folder, overwrite=args.overwrite, model=args.model, adapter=args.adapter_path)
     name = args.gguf_path
     if name != GGUF_NAME and not args.export_gguf:
         raise InputError(f"--gguf-path {name}: no effect: no such file is written; add --export-gguf, or leave it out")
@@ -175,33 +175,21 @@ def _refuse_gguf(model, config, args):
 
 
 def _write(folder, model, tokenizer, config, args, adapter_config):
-    safe_writing.check_space("--save-path", folder, _size(model) * (2 if args.export_gguf else 1))
     fused = Fused(model, tokenizer, config, source_folder(args.model))
-    reason = gguf.not_by_mlx_lm(fused) if args.export_gguf else None
-    if reason:
-        print(
-            f"Warning: --export-gguf: llama.cpp will not read this file rightly: {reason}; use `ember-mlx export "
-            "--format gguf --llama-cpp FOLDER`"
-        )
-    try:
-        with safe_writing.new_folder(folder, _is_foreign) as partial:
-            save(partial, fused.source, model, tokenizer, config, donate_model=False)
-            (partial / "README.md").write_text(model_card(args.model, folder.name, adapter_config), encoding="utf-8")
-            for path in partial.glob("*.safetensors"):
-                safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
-            if args.export_gguf:
-                gguf.convert_by_mlx_lm(fused, partial, partial / args.gguf_path)
-    except InputError:
-        raise
-    # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
-    except Exception as error:
-        raise InputError(
-            f"--save-path {folder}: could not be written ({reason_of(error)}); what was there is unchanged"
-        ) from error
-
-
-def _is_foreign(path):
-    return not any(path.match(pattern) for pattern in FILES_OF_A_MODEL)
+    needed = fused.nbytes * (2 if args.export_gguf else 1)
+    with export_folder(folder, needed, FILES_OF_A_MODEL) as partial:
+        reason = gguf.not_by_mlx_lm(fused) if args.export_gguf else None
+        if reason:
+            print(
+                f"Warning: --export-gguf: llama.cpp will not read this file rightly: {reason}; use `ember-mlx export "
+                "--format gguf --llama-cpp FOLDER`"
+            )
+        save(partial, fused.source, model, tokenizer, config, donate_model=False)
+        (partial / "README.md").write_text(model_card(args.model, folder.name, adapter_config), encoding="utf-8")
+        for path in partial.glob("*.safetensors"):
+            safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
+        if args.export_gguf:
+            gguf.convert_by_mlx_lm(fused, partial, partial / args.gguf_path)
 
 
 def _summary(folder, size_before, size, merged: Merged, tables: list[BaseTable], kept_of_tables: Kept):

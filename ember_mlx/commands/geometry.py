@@ -10,13 +10,15 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.cli_ui import rprint
 
-from ember_mlx.finetune import options
+from ember_mlx.finetune import options, run_log_writer
+from ember_mlx.finetune.before_loading import check_inputs
 from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.run import check_adapter_folder, run, run_with
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer
+from ember_mlx.planner.inputs import refuse_misfits
 from ember_mlx.plots.style import require_matplotlib
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
@@ -116,7 +118,12 @@ def check(args: options.Options, out: Path) -> None:
         raise InputError(f"--out {out}: is a file; give a folder")
     if (out / REPORT).exists() and not args.overwrite:
         raise InputError(f"--out {out}: holds another report; give another folder, or --overwrite")
-    check_adapter_folder(args)  # as the run will, after the steps that are timed
+    # As the run will, after the steps that are timed:
+    refuse_misfits(args)
+    check_inputs(args, None, Workers.join())
+    check_adapter_folder(args)
+    if args.log_jsonl:
+        run_log_writer.check(args, goes_on=False)
 
 
 def time_without_measuring(args: options.Options, folder: Path) -> tuple[np.ndarray, int]:

@@ -1,12 +1,18 @@
 """Commands of mlx-lm that run as they are, with our ``load`` in the place of theirs, which cannot load token tables."""
 
 import argparse
+import json
+import math
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
-from ember_mlx.finetune.adapters import load
-from ember_mlx.shared.command_line import Help, actions_of, describe
+from ember_mlx.finetune.adapters import load, read_config
+from ember_mlx.finetune.base_models import check_model
+from ember_mlx.finetune.choices import BITS
+from ember_mlx.finetune.mlx_lm_internals import is_size
+from ember_mlx.shared.command_line import Help, actions_of, describe, flag, size_or_zero
 from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.replacing import replaced
 
@@ -34,6 +40,17 @@ TEXTS = {
     "quantized_kv_start": ("TOKENS", "Quantize the cache from this token on."),
     "pipeline": (None, "On several machines, split the model by layers; without, by tensors."),
 }
+# What mlx-lm takes in silence, or refuses once the model is loaded.
+RANGES = {
+    **dict.fromkeys(("top_p", "min_p", "xtc_probability"), (0, 1)),
+    "xtc_threshold": (0, 0.5),
+    **dict.fromkeys(("temp", "top_k", "quantized_kv_start"), (0, math.inf)),
+    **dict.fromkeys(("max_kv_size", "prefill_step_size", "num_draft_tokens", "min_tokens_to_keep"), (1, math.inf)),
+    **dict.fromkeys(("decode_concurrency", "prompt_concurrency", "prompt_cache_size"), (1, math.inf)),
+    "max_tokens": (-1, math.inf),  # -1: without an end
+    "seed": (0, 2**64 - 1),
+}
+ONE_OF = {"kv_bits": BITS, "kv_group_size": (32, 64, 128)}  # what MLX quantizes to
 
 
 def texts(*names: str) -> dict[str, tuple[str | None, str]]:
@@ -56,7 +73,16 @@ def run_command(name: str, arguments: list[str], description: str, help_texts: H
             del parser.parse_args
             nothing = {action.dest: None for action in actions_of(parser) if action.default == ""}
             parser.set_defaults(**nothing)
-            return describe(parser, help_texts).parse_args()
+            for action in actions_of(parser):
+                if is_size(action):
+                    action.type = size_or_zero
+                elif action.type is json.loads:
+                    action.type = _json
+                elif action.dest == "chat_template_config":  # mlx-lm reads it once the model is loaded
+                    action.type = _json_text
+            args = describe(parser, help_texts).parse_args()
+            _check(vars(args))
+            return args
 
         parser.parse_args = describe_and_parse
         return parser
@@ -72,5 +98,42 @@ def run_command(name: str, arguments: list[str], description: str, help_texts: H
         raise
     # Such as a prompt cache that does not exist, or a chat template that the tokenizer lacks.
     except Exception as error:
-        reason = reason_of(error)
-        raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason}") from error
+        raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason_of(error)}") from error
+
+
+def _check(options):
+    """Refuse what cannot be, before a model is loaded."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        where = f"{flag(name)} {value}"
+        if name in RANGES:
+            least, most = RANGES[name]
+            if not least <= value <= most or value == math.inf:
+                raise InputError(
+                    f"{where}: must be at least {least}{'' if most == math.inf else f' and at most {most}'}"
+                )
+        elif name in ONE_OF and value not in ONE_OF[name]:
+            raise InputError(f"{where}: must be one of {', '.join(map(str, ONE_OF[name]))}")
+        elif name == "prompt_cache_file" and not Path(value).is_file():
+            raise InputError(f"{where}: no such file; give one that mlx_lm.cache_prompt saved")
+        elif name in ("model", "draft_model"):
+            check_model(value)
+        elif name == "adapter_path":
+            read_config(Path(value))
+
+
+def _json(text):
+    """The JSON object that a text holds, as argparse's ``type``."""
+    try:
+        found = json.loads(text)
+    except (RecursionError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text}: must be a JSON object, such as {{"enable_thinking": false}}')
+    return found
+
+
+def _json_text(text):
+    _json(text)
+    return text

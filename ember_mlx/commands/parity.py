@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> int:
     parts += [LEGEND] if failed or args.verbose else []
     parts += [f"{TIMES}\n\n{format_timings(timings)}"] if args.verbose else []
     print(*parts, "", sep="\n\n", end="")
-    print(_closing(comparisons, here, not_here, recordings, seconds))
+    print(_closing(len(comparisons), failed, here, not_here, recordings, seconds))
     if args.json is not None:
         _replace(args.json, _report(about, map(_json_row, comparisons), failed, seconds, timings))
         if unfinished not in (None, args.json):
@@ -262,9 +262,8 @@ def _steps(one):
     return f" {one.steps}" if one.first_step == one.steps else f"s {one.first_step}-{one.steps}"
 
 
-def _closing(comparisons, here, not_here, recordings, seconds):
-    failed = sum(not one.passed for one in comparisons)
-    parts = [f"{len(comparisons)} comparisons, {failed} failed, {seconds:.0f} s"]
+def _closing(comparisons, failed, here, not_here, recordings, seconds):
+    parts = [f"{comparisons} comparisons, {failed} failed, {seconds:.0f} s"]
     parts += [f"run here: {', '.join(one.name for one in here)}"]
     parts += [f"not here: {implementations.listed(not_here)}"] if not_here else []
     parts += [", ".join(one.name for one in recordings) or "no recorded results"]

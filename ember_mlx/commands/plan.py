@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     if own.link is not None and workers == 1:
         raise InputError(f"--link {own.link}: no effect: it is for several hosts; add --workers N, or leave it out")
     backend = own.backend or machine.backend()
-    memory, source = machine.limited(args, *machine.memory(own.memory, backend))
+    memory, source = machine.limited(args, *machine.memory(own.memory, backend), own.memory)
     inputs = with_rows_of_data(args, read_inputs(args, workers), usual_rows="max_seq_length" not in own.given)
     model, run = inputs.model, inputs.run
     warning = choose(args, model.shapes(), workers=workers).warning
@@ -68,14 +68,16 @@ def main(arguments: list[str]) -> None:
         print(warning, file=sys.stderr)
     planned = plan(model, run, backend)
     report = Report(
-        name=args.model,
+        options=args,
         model=model,
         run=run,
         backend=backend,
         planned=planned,
         assumptions=inputs.assumptions,
-        alternatives={flags: plan(model, other, backend) for flags, other in alternatives(run).items()},
-        changes=advice(model, run, backend, memory) if planned.peak > memory else [],
+        alternatives={
+            flags: (other, plan(model, other, backend)) for flags, other in alternatives(args, model, run).items()
+        },
+        changes=advice(args, model, run, backend, memory) if planned.peak > memory else [],
         recommendations=recommendations(model, run, backend, planned, memory),
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ember_mlx.recipes import RECIPES
-from ember_mlx.shared.command_line import describe
+from ember_mlx.shared.command_line import describe, in_any_case
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.text_tables import text_table
 
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
         description="Files of options for `ember-mlx train --config`, with a reason for each value.",
         epilog=EPILOG,
     )
-    parser.add_argument("name", nargs="?")
+    parser.add_argument("name", nargs="?", type=in_any_case(RECIPES))
     parser.add_argument("--save-path")
     parser.add_argument("--overwrite", action="store_true")
     own = describe(parser, HELP).parse_args(arguments)

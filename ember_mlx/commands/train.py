@@ -9,6 +9,7 @@ from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporti
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
+from ember_mlx.planner.inputs import refuse_misfits
 from ember_mlx.planner.savings import with_savings
 
 __all__ = ["main"]
@@ -19,6 +20,8 @@ def main(arguments: list[str]) -> None:
     workers = Workers.join()
     try:
         args, given = _parse_together(arguments, workers)
+        if args.train and workers.size == 1:
+            refuse_misfits(args)
         run(with_savings(args, given) if args.train else args)
     except PeerLost as lost:
         leave(lost)

@@ -30,7 +30,7 @@ from ember_mlx.finetune import safe_reading
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.replacing import replaced
 
-__all__ = ["OUTTYPES", "Converter", "choose_converter", "convert_by_mlx_lm", "not_by_mlx_lm", "write_gguf"]
+__all__ = ["OUTTYPES", "Converter", "choose_converter", "convert_by_mlx_lm", "not_by_mlx_lm", "script_of", "write_gguf"]
 
 OUTTYPES = ("f16", "bf16", "f32", "q8_0")
 SCRIPT = "convert_hf_to_gguf.py"
@@ -69,6 +69,18 @@ def write_gguf(folder: Path, fused: Fused, converter: Converter, outtype: str) -
         return f"{name}; {write_modelfile(partial, name, fused)}"
 
 
+def script_of(llama_cpp: str) -> Path:
+    """The converter in the folder that ``--llama-cpp`` names.
+
+    Raises:
+        InputError: for a folder without it.
+    """
+    script = Path(llama_cpp) if Path(llama_cpp).name == SCRIPT else Path(llama_cpp) / SCRIPT
+    if not script.is_file():
+        raise InputError(f"--llama-cpp {llama_cpp}: has no {SCRIPT}; give the folder of llama.cpp: {GET_IT}")
+    return script
+
+
 def choose_converter(fused: Fused, llama_cpp: str | None, outtype: str) -> Converter:
     """The converter for a model: llama.cpp's if it is named, or else mlx-lm's, or else llama.cpp's on the PATH.
 
@@ -76,10 +88,7 @@ def choose_converter(fused: Fused, llama_cpp: str | None, outtype: str) -> Conve
         InputError: for a folder without the converter, and when there is none for this model.
     """
     if llama_cpp is not None:
-        script = Path(llama_cpp) if Path(llama_cpp).name == SCRIPT else Path(llama_cpp) / SCRIPT
-        if not script.is_file():
-            raise InputError(f"--llama-cpp {llama_cpp}: has no {SCRIPT}; give the folder of llama.cpp: {GET_IT}")
-        return _llama_cpp(script, fused, outtype)
+        return _llama_cpp(script_of(llama_cpp), fused, outtype)
     reason = not_by_mlx_lm(fused, outtype)
     if reason is None:
         return Converter(f"mlx-lm's converter, as f16{_other_splits(fused)}{_spaces(fused)}", convert_by_mlx_lm, 1)

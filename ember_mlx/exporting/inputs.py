@@ -125,7 +125,6 @@ def export_folder(folder: Path, needed: int, files: tuple[str, ...]) -> Iterator
         raise
     # RuntimeError of MLX, Exception of the tokenizers, OSError: a disk that is full, a folder that cannot be written.
     except Exception as error:
-        reason = reason_of(error)
         raise InputError(
-            f"--save-path {folder}: could not be written ({reason}); what was there is unchanged"
+            f"--save-path {folder}: could not be written ({reason_of(error)}); what was there is unchanged"
         ) from error

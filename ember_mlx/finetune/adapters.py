@@ -18,11 +18,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from ember_mlx.finetune import option_checks, safe_reading
+from ember_mlx.finetune import safe_reading
 from ember_mlx.finetune.added_tokens import add_tokens
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.choices import BITS
+from ember_mlx.finetune.merging import QUANTIZATION
 from ember_mlx.finetune.trainable import dequantize_modules
+from ember_mlx.finetune.yaml_sections import check_lora_parameters
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import find_token_tables
 
@@ -36,6 +38,7 @@ __all__ = [
     "TABLES",
     "add_tokens_of",
     "apply_adapter",
+    "check_file",
     "load",
     "load_file",
     "load_weights",
@@ -131,23 +134,27 @@ def apply_adapter(model: nn.Module, folder: Path, config: dict, adapter_config: 
 
 def _load_layers(model, adapters, adapter_config, folder):
     """As mlx-lm's ``load_adapters``, which reads the file itself and so would meet its refusal."""
-    kind = adapter_config.get("fine_tune_type", "lora")
-    if kind != "full":
-        try:
-            linear_to_lora_layers(
-                model, adapter_config["num_layers"], adapter_config["lora_parameters"], use_dora=kind == "dora"
-            )
-        # OverflowError: a rank beyond what an array can have
-        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}; {REMEDY}") from error
-    allowed = {
-        name: parameter
-        for name, parameter in tree_flatten(model.parameters())
-        if kind == "full" or name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
-    }
-    load_weights(model, adapters, allowed, f"adapter {folder}: {ADAPTERS}", REMEDY)
-    if kind != "full":
-        _refuse_missing(folder, model, adapters)
+    kind, where = adapter_config.get("fine_tune_type", "lora"), f"adapter {folder}: {ADAPTERS}"
+    if kind == "full":
+        load_weights(model, adapters, model.parameters(), where, REMEDY)
+        return
+    try:
+        linear_to_lora_layers(
+            model, adapter_config["num_layers"], adapter_config["lora_parameters"], use_dora=kind == "dora"
+        )
+    # OverflowError: a rank beyond what an array can have
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"adapter {folder} does not match the model: {_first_lines(error)}; {REMEDY}") from error
+    parameters = tree_flatten(model.parameters())
+    allowed = {name: array for name, array in parameters if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")}
+    load_weights(model, adapters, allowed, where, REMEDY)
+    # mlx-lm does not mind an adapter for fewer layers than its config says; half an adapter is no adapter.
+    missing = sorted(name for name in allowed if name not in adapters and not name.endswith(".m"))
+    if missing:
+        raise InputError(
+            f"adapter {folder} does not match the model: {missing[0]} (and {len(missing) - 1} more) is not in "
+            f"{ADAPTERS}; {REMEDY}"
+        )
 
 
 def refuse_other_tokens(path: Path, added_tokens: list[dict] | None) -> None:
@@ -177,14 +184,20 @@ def tables_of(path: Path) -> Path | None:
     return tables
 
 
+def check_file(path: Path) -> None:
+    """Raises InputError for a ``--resume-adapter-file`` that is none."""
+    if path.is_dir() and (path / ADAPTERS).is_file():
+        raise InputError(f"--resume-adapter-file {path}: is a folder; give {path / ADAPTERS}")
+    if not path.is_file():
+        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {ADAPTERS}")
+
+
 def load_file(model: nn.Module, path: Path) -> None:
     """Put the trained weights of an earlier run, of ``--resume-adapter-file``, into a model that is ready to train.
 
     Raises:
-        InputError: for a file that is not there or cannot be read, and for weights that do not train here.
+        InputError: for a file that cannot be read, and for weights that do not train here.
     """
-    if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {ADAPTERS}")
     tables = tables_of(path)
     for file in (path, tables) if tables else (path,):
         # What this run does not train, it would not save either.
@@ -231,7 +244,7 @@ def read_config(folder: Path) -> dict:
         safe_reading.check_types(config.get("num_layers"), int, f"{where}: num_layers")
         safe_reading.check_types(config.get("lora_parameters"), dict, f"{where}: lora_parameters")
         try:
-            option_checks.check_lora_parameters(config["lora_parameters"])
+            check_lora_parameters(config["lora_parameters"])
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
     return config
@@ -285,20 +298,9 @@ def _dequantize(model, tables, config):
     """Tables that were trained dequantized take the place of quantized ones, in the model and in its config."""
     quantized = [t.module_path for t in find_token_tables(model) if t.quantized and t.path in tables]
     dequantize_modules(model, quantized)
-    for key in ("quantization", "quantization_config"):
+    for key in QUANTIZATION:
         if key in config:
             config[key] |= dict.fromkeys(quantized, False)
-
-
-def _refuse_missing(folder, model, adapters):
-    """mlx-lm does not mind an adapter for fewer layers than its config says; half an adapter is no adapter."""
-    expected = {name for name, _ in tree_flatten(model.parameters()) if name.rpartition(".")[2] in ("lora_a", "lora_b")}
-    missing = sorted(expected - adapters.keys())
-    if missing:
-        raise InputError(
-            f"adapter {folder} does not match the model: {missing[0]} (and {len(missing) - 1} more) is not in "
-            f"{ADAPTERS}; {REMEDY}"
-        )
 
 
 def _first_lines(error):

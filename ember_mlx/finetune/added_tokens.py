@@ -21,7 +21,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 
-from ember_mlx.finetune.choices import ROLES, refuse_frozen_rows
+from ember_mlx.finetune.choices import ROLES
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.trainable import dequantize_to_train
 from ember_mlx.shared.errors import InputError, reason_of
@@ -55,15 +55,14 @@ def add_asked_tokens(
         The new tokenizer, and content, special and id of each token; None without ``--add-tokens``.
 
     Raises:
-        InputError: for a file that cannot be used, a token that is there already, is empty or repeats, a tokenizer or
-            a model that cannot grow, and for options under which the new rows would never train.
+        InputError: for a file that cannot be used, a token that is there already, is empty or repeats, and for a
+            tokenizer or a model that cannot grow.
     """
     if options.add_tokens is None:
         return tokenizer, None
     where = f"--add-tokens {options.add_tokens}"
     asked = read_tokens(Path(options.add_tokens))
     tables = find_token_tables(model)
-    refuse_frozen_rows(options, where)
     dequantize_to_train(model, [table.module_path for table in tables if table.quantized])
     rows = tables[0].shape[0] if tables else 0
     tokenizer, tokens = add_tokens(model, tokenizer, config, asked, where)

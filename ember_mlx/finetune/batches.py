@@ -35,15 +35,20 @@ class Rows(CacheDataset):
         return ([0], 0) if self.skipping else super().__getitem__(index)
 
 
-class _Numbered(CacheDataset):
-    """The tokens of rows, with the number of a row where mlx-lm's batches hand on how much of it is not learned."""
+class _Cut(CacheDataset):
+    """Rows as mlx-lm's batches would cut them, with a warning for each batch; a run tells once of all.
 
-    def __init__(self, rows: CacheDataset):
+    ``numbered`` ones have their number where mlx-lm's batches hand on how much of a row is not learned.
+    """
+
+    def __init__(self, rows: CacheDataset, max_seq_length: int, numbered: bool = False):
         super().__init__(rows)
         self.itemlen = rows.itemlen
+        self.max_seq_length, self.numbered = max_seq_length, numbered
 
     def __getitem__(self, index):
-        return self._data[index][0], index
+        tokens, learned = self._data[index]
+        return tokens[: self.max_seq_length], index if self.numbered else learned
 
 
 def batches_of(
@@ -61,10 +66,11 @@ def batches_of(
         options: Further ones of mlx-lm's ``iterate_batches``.
     """
     if not args.packing and (not args.mask_prompt or args.train_tables == "none"):
-        yield from iterate_batches(rows, args.batch_size, max_seq_length, **options)
+        yield from iterate_batches(_Cut(rows, max_seq_length), args.batch_size, max_seq_length, **options)
         return
     packs = isinstance(getattr(rows, "_data", None), PackedRows)
-    for tokens, lengths in iterate_batches(_Numbered(rows), args.batch_size, max_seq_length, **options):
+    numbered = _Cut(rows, max_seq_length, numbered=True)
+    for tokens, lengths in iterate_batches(numbered, args.batch_size, max_seq_length, **options):
         marks = np.zeros(tokens.shape, np.uint32 if packs else np.uint8)
         for row, (number, length) in zip(marks, lengths.tolist(), strict=True):
             of_row, learned = rows[number]

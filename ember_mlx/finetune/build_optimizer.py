@@ -13,7 +13,7 @@ from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.optimizer_names import BODY, canonical, settings
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.run_length import updates
-from ember_mlx.finetune.yaml_sections import make_optimizer, make_schedule
+from ember_mlx.finetune.yaml_sections import make_optimizer
 from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
@@ -162,7 +162,7 @@ def _warmed_up(rate, options):
 
 def _schedule(key, options):
     description = getattr(options, key)
-    schedule = make_schedule(key, description | {"warmup": options.warmup} if options.warmup else description)
+    schedule = build_schedule(description | {"warmup": options.warmup} if options.warmup else description)
     rates = schedule(mx.arange(updates(options)))
     if not mx.all((rates >= 0) & (rates <= SAFE_RATE)).item() or not rates.max().item() > 0:
         raise InputError(

@@ -19,7 +19,6 @@ __all__ = [
     "LORA_KEYS",
     "ROLES",
     "SHARDABLE",
-    "STREAMED_BY_DEFAULT",
     "Choices",
     "Shapes",
     "choose",
@@ -39,8 +38,6 @@ ROLES = {
     "none": (),
 }
 """The roles of token tables that each value of ``--train-tables`` means."""
-STREAMED_BY_DEFAULT = frozenset({"full"})
-"""The fine-tune types that stream, with tables, unless told otherwise; without tables a run is mlx-lm's, to the bit."""
 SHARDABLE = ("ember", "adamw", "sgd")
 """The optimizers whose step of a row needs none of the other rows, or, as Ember's, only their column means."""
 LORA_KEYS = ("rank", "scale", "dropout")
@@ -137,10 +134,12 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
     nothing_left = num_layers == 0 and (shapes.layers is not None or options.num_layers == 0)
     if nothing_left and not tables:
         raise InputError("--num-layers 0 --train-tables none: nothing is left to train; ask for layers or for tables")
-    clipped = options.clip_grad_norm is not None
+    if shapes.layers and (options.keep_inputs or 1) > shapes.layers:
+        raise InputError(f"--keep-inputs {options.keep_inputs}: the model has {shapes.layers} layers; use at most that")
+    streams = streams_by_default(options.fine_tune_type, bool(tables))
     not_streamed = None
-    if options.stream is None and streams_by_default(options.fine_tune_type, bool(tables)):
-        not_streamed = _reason_not_to_stream(workers, clipped)
+    if options.stream is None and streams:
+        not_streamed = _reason_not_to_stream(workers, options.clip_grad_norm is not None)
     warning = "" if full else _check_lora(options.lora_parameters, tables, num_layers, shapes)
     return Choices(
         tables=tuple(replace(table, quantized=False) for table in tables),
@@ -150,7 +149,7 @@ def choose(options: Any, shapes: Shapes, added_tokens: list[dict[str, Any]] | No
         table_rounding=rounding(options, [table.dtype for table in tables]),
         body_in_float32=bool(tables),
         body_rounding=_body_rounding(options, shapes, bool(tables)),
-        stream=_streams(options, streams_by_default(options.fine_tune_type, bool(tables), workers, clipped)),
+        stream=_streams(options, streams and not_streamed is None),
         not_streamed=not_streamed,
         warning=warning,
         added_tokens=added_tokens,
@@ -162,15 +161,15 @@ def rounding(options: Any, dtypes: Iterable[Any]) -> str:
 
     To nearest they lose a part of what training them brings, up to half (examples/benchmarks/quality).
     """
-    narrow = any(str(dtype).rpartition(".")[2] != "float32" for dtype in dtypes)
-    return options.table_rounding or ("stochastic" if options.table_optimizer == "ember" and narrow else "nearest")
+    stochastic = options.table_optimizer == "ember" and _any_narrow(dtypes)
+    return options.table_rounding or ("stochastic" if stochastic else "nearest")
 
 
 def _body_rounding(options, shapes, with_tables):
     """Without tables the run is mlx-lm's, to the bit. An int8 rest keeps by itself what rounding would lose."""
     split = settings(options, canonical(options.optimizer)).get("weights") is not None
     if options.body_rounding is None:
-        narrow = any(str(table.dtype).rpartition(".")[2] != "float32" for table in shapes.tables)
+        narrow = _any_narrow(table.dtype for table in shapes.tables)
         return "stochastic" if options.fine_tune_type == "full" and with_tables and narrow and not split else "nearest"
     if split and options.body_rounding == "stochastic":
         raise InputError(
@@ -180,8 +179,12 @@ def _body_rounding(options, shapes, with_tables):
     return options.body_rounding
 
 
+def _any_narrow(dtypes):
+    return any(str(dtype).rpartition(".")[2] != "float32" for dtype in dtypes)
+
+
 def streams_by_default(fine_tune_type: str, with_tables: bool, workers: int = 1, clipped: bool = False) -> bool:
-    """Whether a run streams without being told to.
+    """Whether a run streams without being told to: ``full`` does, with tables; without, it is mlx-lm's, to the bit.
 
     Args:
         fine_tune_type: As ``--fine-tune-type``.
@@ -189,8 +192,7 @@ def streams_by_default(fine_tune_type: str, with_tables: bool, workers: int = 1,
         workers: How many train together.
         clipped: Whether gradients are clipped by their global norm.
     """
-    may = _reason_not_to_stream(workers, clipped) is None
-    return fine_tune_type in STREAMED_BY_DEFAULT and with_tables and may
+    return fine_tune_type == "full" and with_tables and _reason_not_to_stream(workers, clipped) is None
 
 
 def _reason_not_to_stream(workers, clipped):
@@ -213,10 +215,11 @@ def _streams(options, by_default):
     return False
 
 
-def refuse_frozen_rows(options: Any, where: str) -> None:
-    """Refuse options under which the rows of new tokens would never train; ``where`` begins the message."""
-    if options.train_tables == "none":
-        raise InputError(f"{where}: the new tokens would learn nothing with --train-tables none: remove that flag")
+def refuse_frozen_rows(options: Any) -> None:
+    """Raises InputError for options under which the rows of new tokens would never train."""
+    if options.add_tokens is not None and options.train_tables == "none":
+        what = "the new tokens would learn nothing with --train-tables none"
+        raise InputError(f"--add-tokens {options.add_tokens}: {what}: remove that flag")
 
 
 def _tables(options, shapes):

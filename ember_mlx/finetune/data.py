@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tuner.datasets import create_dataset, load_dataset
+from mlx_lm.tuner.datasets import load_dataset
 
 from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
@@ -103,7 +103,8 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
             )
     for name in SETS:
         if file_of(args, name):
-            _read_set(args, name)
+            rows, _ = _read_set(args, name)
+            _refuse_few(args, name, len(rows))
 
 
 def file_of(args: Options, name: str) -> Path | None:
@@ -126,7 +127,7 @@ def load_data(
     """
     tried = []
     for name, found in load_sets(args, tokenizer, given).items():
-        used = args.test if name == "test" else args.train
+        used = _is_used(args, name)
         tried.append(TriedRows(found.rows if used else [], found.where))
     unshared = sum(rows.unshared for rows in tried)
     if unshared:
@@ -140,7 +141,21 @@ def load_data(
                 f"Warning: {rows.where(rows.empty_answers[0])} has an empty answer, {len(rows.empty_answers)} of "
                 f"{len(rows)} rows in all: the model learns to say nothing there. Fix or remove them"
             )
+    _tell_of_cut_rows(args, dict(zip(SETS, tried, strict=True)))
     return tuple(tried)
+
+
+def _tell_of_cut_rows(args, sets):
+    """Once for all; mlx-lm warns of each batch."""
+    limit = args.max_seq_length
+    cut = {name: sum(length > limit for length in rows.lengths) for name, rows in sets.items()}
+    if any(cut.values()):
+        told = " and ".join(f"{cut[name]:,} of {len(sets[name]):,} {name} rows" for name in sets if cut[name])
+        longest = max(max(rows.lengths, default=0) for rows in sets.values())
+        rprint(
+            f"Warning: --max-seq-length {limit} cuts {told}; the longest has {longest:,} tokens, and what is cut is "
+            "not learned. Raise it, or split these rows"
+        )
 
 
 def load_sets(args: Options, tokenizer: TokenizerWrapper, given: Rows | None = None) -> dict[str, DataSet]:
@@ -152,15 +167,22 @@ def load_sets(args: Options, tokenizer: TokenizerWrapper, given: Rows | None = N
     described = given is None and getattr(args, "hf_dataset", None)
     sets = _described_sets(args, tokenizer) if described else _sets(args, tokenizer, given)
     for name, found in sets.items():
-        used = args.test if name == "test" else args.train
-        if used and 0 < len(found) < args.batch_size:
-            raise InputError(
-                f"--data {args.data}: the {name} set has {len(found)} rows, fewer than --batch-size {args.batch_size}: "
-                f"use --batch-size {len(found)} or more rows"
-            )
-        if used and name != "valid" and not len(found):
+        _refuse_few(args, name, len(found))
+        if _is_used(args, name) and name != "valid" and not len(found):
             raise InputError(f"--data {args.data}: has no {name} set; name data with one")
     return sets
+
+
+def _is_used(args, name):
+    return args.test if name == "test" else args.train
+
+
+def _refuse_few(args, name, rows):
+    if _is_used(args, name) and 0 < rows < args.batch_size:
+        raise InputError(
+            f"--data {args.data}: the {name} set has {rows} rows, fewer than --batch-size {args.batch_size}: "
+            f"use --batch-size {rows} or more rows"
+        )
 
 
 def _described_sets(args, tokenizer):
@@ -195,7 +217,7 @@ def _sets(args, tokenizer, given):
 def _data_set(args: Options, placed: list[PlacedRow], layout: Layout | None, tokenizer) -> DataSet:
     if not placed:
         return DataSet()
-    rows = create_dataset([row for _, row in placed], tokenizer, layout.as_config())
+    rows = layout.data_set([row for _, row in placed], tokenizer)
     return DataSet(with_masked_prompts(rows, args), lambda i: placed[i].place)
 
 

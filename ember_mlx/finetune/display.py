@@ -43,7 +43,7 @@ class Display(TrainUI):
         super().report_train(it, train_loss, tokens_sec, trained_tokens)
 
     def report_val(self, it: int, val_loss: float, val_time: float) -> None:
-        """The loss of the validation before step ``it``."""
+        """The validation loss after step ``it``."""
         self._console.more = f"perplexity {perplexity(val_loss):,.4g}"
         super().report_val(it, val_loss, val_time)
 

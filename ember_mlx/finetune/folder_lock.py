@@ -19,8 +19,9 @@ CANNOT_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 class FolderLock:
     """Held from ``take`` until the end of its ``with``, or of the process, however that ends.
 
-    The file stays; the lock on it does not. ``take(make=False)`` takes it only where the file is there already, so that
-    a second run can be refused before it does anything, and nothing is written by one that is refused for its input.
+    The file stays, however a run ends; the lock on it does not. Were it removed, a run that had just opened it would
+    lock a file that no other run finds. ``take(make=False)`` takes it only where the file is there already, so that a
+    second run can be refused before it does anything, and nothing is written by one that is refused for its input.
 
     On a file system that knows no locks a run goes on without one, and says so: it has nothing else to lose by that.
     """

@@ -39,7 +39,7 @@ class LossHistory:
         self.optimizer = optimizer
         saved = saved or {"losses": {}, "trained_tokens": 0, "validations": None}
         self.losses = dict(saved["losses"])  # "train_loss" and "val_loss": [first, last]
-        self.trained_tokens = self._tokens_before = saved["trained_tokens"]
+        self.trained_tokens = saved["trained_tokens"]
         self._tokens_since = 0
         self.validations = Validations(args.patience, saved["validations"])
 
@@ -56,11 +56,10 @@ class LossHistory:
         self._tokens_since += sum(learned_tokens(batch))
 
     def on_train_loss_report(self, train_info: dict) -> None:
-        """Keep the loss, and hand on the report with the tokens of the runs before."""
+        """Keep the loss, and hand on the report; its tokens are those of the runs before, too."""
         # A step that was left out has a loss all the same, and one that stops the run is told between the steps.
         if math.isfinite(train_info["train_loss"]):
             self._keep("train_loss", train_info)
-        train_info["trained_tokens"] += self._tokens_before
         self.trained_tokens, self._tokens_since = int(train_info["trained_tokens"]), 0
         if self.args.token_tables:
             train_info["table_learning_rate"] = self.optimizer.table_learning_rate.item()

@@ -209,7 +209,7 @@ class Training:
                 value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
         self.model.train()
         seconds = time.perf_counter() - start
-        ui.report_val(step, value, seconds)
+        ui.report_val(step - 1, value, seconds)
         self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
         with self.whole(self.args.sample_prompts is not None):
             for watcher in self.watchers:
@@ -223,7 +223,7 @@ class Training:
         if dropped:
             of = f"--iters {done}" if done == self.args.iters else done
             rprint(
-                f"The last {dropped} of {of} steps are not applied: an update takes "
+                f"Of {of} steps the last {'is' if dropped == 1 else f'{dropped} are'} not applied: an update takes "
                 f"--grad-accumulation-steps {self.args.grad_accumulation_steps}"
             )
 
@@ -286,7 +286,7 @@ class Report:
         self.args = args
         self.optimizer = optimizer
         self.history = history
-        self.trained_tokens = 0
+        self.trained_tokens = history.trained_tokens
         self._begin()
 
     def _begin(self):

@@ -88,18 +88,17 @@ def merge_adapters(model: nn.Module, config: dict, *, requantize: int | None = N
     modules = [(path, module) for path, module in model.named_modules() if hasattr(module, "fuse")]
     for path, module in modules:
         settings = _quantization(module[_base_name(module)])
+        before |= {settings["bits"]} if settings else set()
         layer, weight_before, dtype = _merged(module)
         weight = layer.weight
         layer.set_dtype(dtype)
         if settings and requantize:
             if requantize < settings["bits"]:
                 raise InputError(f"--requantize {requantize}: {path} has {settings['bits']} bits; use at least that")
-            before.add(settings["bits"])
             settings = settings if settings["bits"] == requantize else _affine(settings, requantize)
             layer = layer.to_quantized(**settings)
             after.add(requantize)
         else:
-            before |= {settings["bits"]} if settings else set()
             settings = False if settings else None
             dtypes.add(dtype)
         sums.add(weight_before, weight, _weight(layer), layer.parameters())

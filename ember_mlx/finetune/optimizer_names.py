@@ -3,9 +3,13 @@
 It needs no MLX, so that options are checked and ``plan`` counts without it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["ALIASES", "BODY", "CLASSES", "RATES", "SPLIT", "canonical", "planned", "settings"]
+from ember_mlx.shared.command_line import in_any_case
+from ember_mlx.shared.errors import InputError
+
+__all__ = ["ALIASES", "BODY", "CLASSES", "RATES", "SPLIT", "canonical", "named", "planned", "settings"]
 
 BODY = ("adam-mini", "sinkgd", "flash-adamw", "flash-lion")
 """Of ours, for all that is no token table; beside those of mlx-lm."""
@@ -30,8 +34,30 @@ SPLIT = "bf16+int8"
 
 
 def canonical(name: str) -> str:
-    """The name in lower case, of an alias what it stands for."""
-    return ALIASES.get(name.lower(), name.lower())
+    """The name, of an alias what it stands for."""
+    return ALIASES.get(name, name)
+
+
+def named(config: Any, of_mlx_lm: Iterable[str]) -> Any:
+    """``optimizer_config`` with its names, also those that settings have as values, as they are written here.
+
+    Args:
+        config: As it was given; what is no dictionary stays, to be refused.
+        of_mlx_lm: The names of mlx-lm's optimizers, beside ours.
+
+    Raises:
+        InputError: for two keys that are one name.
+    """
+    if not isinstance(config, dict):
+        return config
+    read, found = in_any_case((*of_mlx_lm, *CLASSES, *ALIASES)), {}
+    for key, asked in config.items():
+        if read(key) in found:
+            raise InputError(f"optimizer_config: {key}: its settings are there twice; leave one of them out")
+        if isinstance(asked, dict):
+            asked = {name: value.lower() if isinstance(value, str) else value for name, value in asked.items()}
+        found[read(key)] = asked
+    return found
 
 
 def settings(options: Any, name: str) -> dict[str, Any]:

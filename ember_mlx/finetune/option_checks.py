@@ -3,15 +3,15 @@
 from typing import Any
 
 from ember_mlx.finetune import run_length
-from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
+from ember_mlx.finetune.choices import refuse_frozen_rows
 from ember_mlx.finetune.yaml_sections import check_sections
 from ember_mlx.optimizers.guarded import SAFE_RATE, check_clip_grad_norm
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.ember_options import BETA2_RANGE, check_row_limit
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, SMALLEST_NORMAL
 
-__all__ = ["check", "check_lora_parameters"]
+__all__ = ["check"]
 
 AT_LEAST = {
     "batch_size": 1,
@@ -25,6 +25,7 @@ AT_LEAST = {
     "grad_accumulation_steps": 1,
     "max_seq_length": 2,
     "sample_tokens": 1,
+    "keep_inputs": 1,
 }
 """The least of each whole number."""
 MOST_WHOLE = 2**63 - 1
@@ -64,16 +65,14 @@ def check(args: Any) -> None:
     _check_ember_options(args)
     for name in ("clip_grad_norm", "clip_layer_norm"):
         check_clip_grad_norm(f"{flag(name)} {getattr(args, name)}", getattr(args, name))
-    if args.keep_inputs is not None and args.keep_inputs < 1:
-        raise InputError(f"--keep-inputs {args.keep_inputs}: must be a whole number of at least 1")
     if args.log_jsonl == "":
         raise InputError("--log-jsonl '': give the name of a file")
     if args.resume == "":
         raise InputError("--resume '': give the folder of a checkpoint, or nothing for the newest in --adapter-path")
-    check_sections(args, CONFIG_DEFAULTS["optimizer_config"])
-    if args.fine_tune_type != "full":
-        check_lora_parameters(args.lora_parameters)
-    elif args.quantize is not None:
+    if args.train:
+        refuse_frozen_rows(args)
+    check_sections(args)
+    if args.fine_tune_type == "full" and args.quantize is not None:
         raise InputError(
             f"--quantize {args.quantize}: quantized layers cannot be trained, and --fine-tune-type full trains them: "
             "use lora or dora, or leave --quantize out"
@@ -91,20 +90,3 @@ def _check_ember_options(args):
         )
     for name in ("row_clip", "row_floor"):
         check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
-
-
-def check_lora_parameters(parameters: dict[str, Any]) -> None:
-    """Refuse a rank, scale, dropout or keys that cannot be."""
-    ranges = {
-        "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
-        "scale": (-LARGEST, ROUNDS_TO_INFINITY, "a number, finite in float32"),
-        "dropout": (0, 1, "at least 0 and below 1"),
-    }
-    for name, (least, below, in_words) in ranges.items():
-        value = parameters.get(name, least)  # what is missing, mlx-lm names
-        fits = isinstance(value, int if name == "rank" else int | float) and not isinstance(value, bool)
-        if not fits or not least <= value < below:
-            raise InputError(f"lora_parameters: {name}: {value!r} must be {in_words}")
-    keys = parameters.get("keys")
-    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise InputError(f"lora_parameters: keys: {keys} must be a list of modules, such as [self_attn.q_proj]")

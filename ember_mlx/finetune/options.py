@@ -14,12 +14,12 @@ from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, named
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
-from ember_mlx.shared.command_line import actions_of, describe, flag
+from ember_mlx.shared.command_line import actions_of, describe, flag, in_any_case, size_or_zero
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import A_SIZE, parse_size
 
@@ -37,14 +37,20 @@ __all__ = [
 ]
 
 SWITCH = {"action": "store_true"}
-ON_OR_OFF = {"action": argparse.BooleanOptionalAction}
 
 
-def _size(text):
-    try:
-        return parse_size(text, or_zero=True)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+class _OnOrOff(argparse.BooleanOptionalAction):
+    """Refuses ``--x --no-x``, of which argparse takes the last."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+        if before not in (None, getattr(namespace, self.dest)):
+            on, off = self.option_strings
+            raise InputError(f"{on} {off}: contradict each other; leave one of the two out")
+
+
+ON_OR_OFF = {"action": _OnOrOff}
 
 
 def _limit(text):
@@ -140,7 +146,7 @@ def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.Argument
     describe(parser, HELP, values)
     for action in actions_of(parser):
         if is_size(action):
-            action.type = _size
+            action.type = size_or_zero
     # mlx-lm gives some flags a default here, which hides what a YAML file says of them.
     parser.set_defaults(**dict.fromkeys(values))
     return parser
@@ -193,7 +199,7 @@ def complete(
     parser: argparse.ArgumentParser,
     options: dict[str, Any],
     data_required: bool,
-    warn: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None],
 ) -> tuple[Options, frozenset[str]]:
     """The checked options of what was given by name, with None for what was not: then ``config``, then the defaults.
 
@@ -231,6 +237,9 @@ def complete(
     for key, value in own.items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
+    options["optimizer_config"] = named(options["optimizer_config"], CONFIG_DEFAULTS["optimizer_config"])
+    for key in run_length.SCHEDULES:
+        options[key] = run_length.named(options[key])
     args = Options(**options)
     check(args)
     refuse_idle(args, given, flags, _own_defaults(), warn)
@@ -290,14 +299,15 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
             raise InputError(f"{where} must be true or false")
         return value
     if action.choices:
-        words = {str(choice): choice for choice in action.choices}
-        if str(value).lower() not in words:
+        found = in_any_case(action.choices)(str(value))
+        if found not in action.choices:
+            words = [str(choice) for choice in action.choices]
             raise InputError(f"{where} must be one of {', '.join(words)}{did_you_mean(str(value), words)}")
-        return words[str(value).lower()]
+        return found
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")
     try:
-        read = action.type(str(value) if action.type in (_size, _limit) else value)
+        read = action.type(str(value) if action.type in (size_or_zero, _limit) else value)
     except (argparse.ArgumentTypeError, OverflowError, TypeError, ValueError):  # int(inf) overflows
         read = None
     changed = action.type is int and not isinstance(value, str) and read != value

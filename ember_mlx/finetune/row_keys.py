@@ -7,20 +7,22 @@ questions with their answers.
 import json
 import shlex
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-from ember_mlx.finetune.options import Options, flag
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
+
+from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.rows import REMEDY, fault_of
+from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Layout", "layout_of", "mlx_lm_row"]
 
 ALPACA = ("instruction", "output")  # and often an input
 QUESTIONS = ("question", "answer")
-FEATURES = {"prompt_feature": "prompt", "completion_feature": "completion", "chat_feature": "messages"}
-FEATURES |= {"text_feature": "text"}
-"""The options that name keys, and the keys that they name by default."""
+FEATURES = ("prompt_feature", "completion_feature", "chat_feature", "text_feature")
+"""The options that name keys."""
 SHAREGPT = "conversations"
 ROLES = {
     "system": "system",
@@ -48,15 +50,16 @@ class Layout:
     chat: bool
     mask_prompt: bool
 
-    def as_config(self) -> SimpleNamespace:
-        """What ``mlx_lm.tuner.datasets.create_dataset`` is told of the rows of :func:`mlx_lm_row`."""
-        nothing = dict.fromkeys(("prompt_feature", "completion_feature", "chat_feature", "text_feature"))
+    def data_set(
+        self, rows: list[dict[str, Any]], tokenizer: TokenizerWrapper
+    ) -> ChatDataset | CompletionsDataset | TextDataset:
+        """mlx-lm's data set of rows of :func:`mlx_lm_row`."""
+        if self.chat:
+            return ChatDataset(rows, tokenizer, *self.keys, self.mask_prompt)
         if len(self.keys) == 2:
-            prompt, completion = ("prompt", "completion") if self.keys == ALPACA else self.keys
-            named = {"prompt_feature": prompt, "completion_feature": completion}
-        else:
-            named = {"chat_feature" if self.chat else "text_feature": self.keys[0]}
-        return SimpleNamespace(**nothing | named, mask_prompt=self.mask_prompt)
+            keys = ("prompt", "completion") if self.keys == ALPACA else self.keys
+            return CompletionsDataset(rows, tokenizer, *keys, self.mask_prompt)
+        return TextDataset(rows, tokenizer, *self.keys)
 
 
 def layout_of(args: Options, row: Any, where: str) -> Layout:
@@ -90,9 +93,10 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
             f"--mask-prompt: {where} has {keys[0]} and so no prompt; leave --mask-prompt out, or use rows of "
             f"{' and '.join(completions)}"
         )
-    for name, default in FEATURES.items():
+    usual = defaults()
+    for name in FEATURES:
         named = getattr(args, name)
-        if named not in (default, *keys):
+        if named not in (usual[name], *keys):
             raise InputError(
                 f"{flag(name)} {named}: no effect: {where} is trained on by its {' and '.join(keys)}; leave it out, or "
                 "take these keys out of the rows"
@@ -121,8 +125,7 @@ def mlx_lm_row(row: Any, layout: Layout, where: str) -> dict[str, Any]:
         row, fault = _with_messages(row, layout.keys[0])
     else:
         fault = _fault_of_input(row) if layout.keys == ALPACA else None
-    messages = layout.keys[0] if layout.chat else None
-    fault = fault or fault_of(row, layout.keys, messages, mask_prompt=layout.mask_prompt)
+    fault = fault or fault_of(row, layout.keys, chat=layout.chat, mask_prompt=layout.mask_prompt)
     if fault:
         raise InputError(f"{where} {fault}: {REMEDY}")
     return _completion(row) if layout.keys == ALPACA else row

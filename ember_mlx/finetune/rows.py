@@ -32,14 +32,14 @@ SAYS_SOMETHING = "tool_calls"  # beside it, a message needs no content
 
 
 def fault_of(
-    row: dict[str, Any], keys: tuple[str, ...], messages: str | None = None, *, mask_prompt: bool = False
+    row: dict[str, Any], keys: tuple[str, ...], *, chat: bool = False, mask_prompt: bool = False
 ) -> str | None:
     """What keeps a row from training, in words that follow its name, or None.
 
     Args:
         row (dict): It has the keys.
         keys (tuple): Of what it is trained on: the text, the prompt and the completion, or the messages.
-        messages (str, optional): The key of messages in this data set.
+        chat (bool): Whether the one key is that of messages.
         mask_prompt (bool): Whether answers alone are learned.
     """
     tools = row.get("tools")
@@ -47,12 +47,12 @@ def fault_of(
         return f"has tools of type {type(tools).__name__}, which must be a list"
     for key in keys:
         value = row[key]
-        if key == messages or len(keys) == 1:
-            if not isinstance(value, list if key == messages else str) or not value:
+        if len(keys) == 1:
+            if not isinstance(value, list if chat else str) or not value:
                 return f"has no {key} that can be trained on"
         elif fault := _fault_of_content(value):
             return f"has a {key} {fault}"
-    return _fault_of_turns(row[messages], mask_prompt) if keys == (messages,) else None
+    return _fault_of_turns(row[keys[0]], mask_prompt) if chat else None
 
 
 def _fault_of_turns(turns, mask_prompt):
@@ -111,7 +111,7 @@ class ChatRows:
         """See :func:`fault_of`."""
         if isinstance(self.rows, ChatDataset):
             key = self.rows.chat_key
-            fault = fault_of(row, (key,), key, mask_prompt=self.mask_prompt)
+            fault = fault_of(row, (key,), chat=True, mask_prompt=self.mask_prompt)
             if fault is None and self.mask_prompt and not self.last_alone and not has_answer(row[key]):
                 return "has no message of role assistant, and --mask-prompt learns nothing else"
             return fault

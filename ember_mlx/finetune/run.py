@@ -1,5 +1,6 @@
 """A run: mlx-lm's own steps in mlx-lm's own order, with the token tables among what trains."""
 
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,12 +16,13 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapter_saving, adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.before_loading import check_inputs, check_resumed, no_validation
 from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import Choices, choose
 from ember_mlx.finetune.chunked_loss import chunked_loss
-from ember_mlx.finetune.data import check_data_folder, load_data
+from ember_mlx.finetune.data import load_data
 from ember_mlx.finetune.disk import what_is_kept
 from ember_mlx.finetune.display import colours_on_a_terminal_alone
 from ember_mlx.finetune.evaluation import evaluate
@@ -30,7 +32,7 @@ from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.loop import Training
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.memory_limit import limited_memory, telling_what_helps
-from ember_mlx.finetune.options import Options, defaults
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import packed
 from ember_mlx.finetune.resume import (
     CONTENTS,
@@ -42,8 +44,8 @@ from ember_mlx.finetune.resume import (
     versions,
     weights_checksum,
 )
-from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
-from ember_mlx.finetune.samples import Samples, read_prompts
+from ember_mlx.finetune.run_length import asked, batches_an_epoch, passes, settled
+from ember_mlx.finetune.samples import Samples
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
 from ember_mlx.finetune.streamed import as_it_began, step_of
@@ -51,11 +53,13 @@ from ember_mlx.finetune.summary import Result, format_result, format_table, what
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
 __all__ = ["check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
+
+WORTH_COLLECTING = 2**22  # bytes: a collection can take half a second
 
 
 def run(
@@ -100,6 +104,8 @@ def run_with(
     """What :func:`run` does, with a model or rows that are in memory; it raises the same."""
     if not (args.train or args.test):
         raise InputError("train: false and test: false: nothing to do; ask for at least one")
+    if mx.get_active_memory() > WORTH_COLLECTING:
+        gc.collect()  # the model of a run before lies in circles of references, and would count in the peak of this one
     workers = Workers.join()
     deadline = PeerDeadline(workers, args.peer_timeout)
     with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
@@ -109,17 +115,7 @@ def run_with(
 def _run_together(given, args, callbacks, watchers, make_step, workers, deadline):
     workers.agree(options_to_agree(args))
     with workers.one_outcome():
-        check_data_folder(args, given.rows)
-        if args.train and args.sample_prompts is not None and workers.leads:
-            read_prompts(args.sample_prompts)  # again, with the tokenizer, when there is one
-        if args.train and args.shard_tables and workers.size == 1:
-            raise InputError("--shard-tables: is for several workers; start them with mlx.launch, or leave it out")
-        if args.batch_size % workers.size:
-            raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {workers.size} workers")
-        if args.train and args.shard_optimizer:
-            workers.refuse_without_sum_scatter("--shard-optimizer")
-        if workers.size == 1 and args.peer_timeout != defaults()["peer_timeout"]:
-            rprint(f"Warning: --peer-timeout {args.peer_timeout}: no effect: it is for several workers")
+        check_inputs(args, given.rows, workers)
     with limited_memory(args), FolderLock(Path(args.adapter_path)) as lock:
         with workers.one_outcome():
             if args.train and workers.leads:
@@ -129,6 +125,7 @@ def _run_together(given, args, callbacks, watchers, make_step, workers, deadline
 
 def _check_what_is_written(args, lock):
     check_adapter_folder(args)
+    check_resumed(args)
     if args.log_jsonl:
         run_log_writer.check(args, _resumes_in_place(args))
         if Path(args.log_jsonl).exists():
@@ -238,7 +235,7 @@ def train_model(
         loss_name="Validation loss" if valid_set else "Training loss",
         loss_before=loss_before,
         loss_after=loss_after,
-        peak_memory=peak_memory,
+        peak_memory=None if start and start.step == args.iters else peak_memory,
         trained=trained,
         files=[path for path in saved if path.is_file()],
         samples=samples.taken if samples else [],
@@ -261,10 +258,7 @@ def _samples(args, tokenizer, valid_set, workers, deadline):
     if args.sample_prompts is None:
         return None
     if not len(valid_set):
-        raise InputError(
-            f"--sample-prompts {args.sample_prompts}: they are answered at each validation, and no validation rows "
-            "exist: add a valid.jsonl, or --valid-fraction"
-        )
+        raise no_validation(args)
     return Samples(args, tokenizer, workers, deadline)
 
 
@@ -316,7 +310,14 @@ def _go_on(args, model, optimizer, of, rows):
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
     refuse_changes(args, checkpoint, of)
     position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
-    rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
+    if position.step == args.iters:
+        more = "--iters" if args.epochs is None else "--epochs"
+        rprint(
+            f"Nothing is left to train: step {position.step} of {checkpoint.folder} is the last of {asked(args)}; "
+            f"--resume with a higher {more} continues"
+        )
+    else:
+        rprint(f"Resuming after step {position.step}, from {checkpoint.folder}")
     return position, checkpoint.folder
 
 
@@ -373,12 +374,13 @@ def _reporting_callbacks(args):
         return get_reporting_callbacks(
             args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
         )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"--report-to {args.report_to}: {error}") from error
+    # Whatever the client of the service raises: no account, no connection.
+    except Exception as error:
+        raise InputError(f"--report-to {args.report_to}: {reason_of(error)}; log in there, or leave it out") from error
 
 
 def _test(args, model, test_set, between_batches=lambda: None):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
     loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)
-    rprint(f"Test loss {loss:.3f}, Test ppl {perplexity(loss):.3f}.")
+    rprint(f"Test loss {loss:.3f} nats a token; perplexity {perplexity(loss):.3f}.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["SCHEDULES", "asked", "batches_an_epoch", "check", "passes", "settled", "updates"]
+__all__ = ["SCHEDULES", "asked", "batches_an_epoch", "check", "named", "passes", "settled", "updates"]
 
 MOST_EPOCHS = 10**6
 SCHEDULES = ("lr_schedule", "table_lr_schedule")
@@ -24,6 +24,12 @@ def batches_an_epoch(options: Any, rows: int) -> int:
 def updates(options: Any, iters: int | None = None) -> int:
     """How many updates ``iters`` batches make (default: ``--iters``): schedules count updates, not batches."""
     return max((iters or options.iters) // options.grad_accumulation_steps, 1)
+
+
+def named(schedule: Any) -> Any:
+    """A schedule of the YAML file with its name in lower case, as MLX has it; what describes none stays."""
+    name = schedule.get("name") if isinstance(schedule, Mapping) else None
+    return schedule | {"name": name.lower()} if isinstance(name, str) else schedule
 
 
 def check(options: Any) -> None:

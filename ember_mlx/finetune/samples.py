@@ -112,7 +112,7 @@ def _of_json(where, line):
         raise InputError(
             f'{where}: must hold {{"prompt": "..."}}, {{"messages": [...]}} or {{"text": "..."}}; {REMEDY}'
         )
-    if fault := fault_of({"messages": asked}, ("messages",), "messages"):
+    if fault := fault_of({"messages": asked}, ("messages",), chat=True):
         raise InputError(f"{where} {fault}: {REMEDY}")
     turns = asked[:-1] if asked[-1]["role"] == "assistant" else asked
     if not turns:

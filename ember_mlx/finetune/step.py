@@ -128,7 +128,7 @@ class Step:
             return self._left_out(old, loss, tokens)
         self.model.update(weights)
         del gradients, groups, norm, squares  # now the new weights alone hold what they are made of
-        if self.optimizer.guard.judges_outcome and not self._is_finite():
+        if self.optimizer.judges_outcome and not self._is_finite():
             return self._left_out(old, loss, tokens)
         del old
         state = tree_flatten(self.optimizer.state)

@@ -54,13 +54,14 @@ class Result:
     Losses are nats a token, over the validation batches or, without a set, those of the first and the last report of
     the training; ``loss_before`` is None where these are one. ``samples`` has the answers to ``--sample-prompts``:
     ``{"step": ..., "samples": [{"prompt": ..., "answer": ...}, ...]}`` for each validation.
-    ``best`` is what ``best/`` holds, if it is kept. ``peak_worker`` is the one of several workers that had the peak.
+    ``peak_memory`` is in bytes, None where no step was left to take. ``best`` is what ``best/`` holds, if it is kept.
+    ``peak_worker`` is the one of several workers that had the peak.
     """
 
     loss_name: str
     loss_before: float | None
     loss_after: float
-    peak_memory: int
+    peak_memory: int | None
     trained: list[Trained]
     files: list[Path]
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -135,11 +136,15 @@ def format_table(lines: list[Trained]) -> str:
 def format_result(result: Result) -> str:
     """Losses, memory and the files of a run, in lines."""
     total = _total(result.trained)
-    whose = "" if result.peak_worker is None else f", of worker {result.peak_worker}"
+    memory = f"optimizer state {format_bytes(total.state_bytes)}"
+    if total.state_bytes != total.adam_bytes:
+        memory += f", where Adam would keep {format_bytes(total.adam_bytes)}"
+    if result.peak_memory is not None:
+        whose = "" if result.peak_worker is None else f", of worker {result.peak_worker}"
+        memory = f"peak memory {format_bytes(result.peak_memory)}{whose}; {memory}"
     lines = [
         f"{_losses(result)}.",
-        f"Peak memory {format_bytes(result.peak_memory)}{whose}; optimizer state "
-        f"{format_bytes(total.state_bytes)}, where Adam would keep {format_bytes(total.adam_bytes)}.",
+        f"{memory[0].upper()}{memory[1:]}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
         *_best(result),
     ]

@@ -13,8 +13,9 @@ from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["OBSOLETE", "OF_TEST", "RULES", "Rule", "idle", "refuse_idle"]
+__all__ = ["OF_TEST", "RULES", "Rule", "refuse_idle"]
 
 OF_TEST = frozenset(
     [
@@ -26,6 +27,7 @@ OF_TEST = frozenset(
 )
 """The options that a test without training reads."""
 OBSOLETE = ("dequantize_tables",)
+ALONE = "the tables train alone with --num-layers 0"
 OF_TABLES = (
     *("table_optimizer", "table_learning_rate", "table_weight_decay", "table_beta2", "table_beta2_decay"),
     *("table_row_clip", "table_row_floor", "table_rounding", "table_lr_schedule", "auto_savings"),
@@ -67,12 +69,12 @@ RULES = (
     Rule(
         ("bias_correction", "body_rounding", "optimizer", "learning_rate"),
         _tables_alone,
-        "the tables train alone with --num-layers 0",
+        ALONE,
     ),
     Rule(
         ("clip_layer_norm",),
         lambda run: _tables_alone(run) and run.table_optimizer == "ember",
-        "the tables train alone with --num-layers 0, and under Ember have no whole gradient",
+        f"{ALONE}, and under Ember have no whole gradient",
     ),
     Rule(
         ("body_rounding",),
@@ -94,13 +96,8 @@ RULES = (
 )
 
 
-def idle(options: Any, given: Collection[str]) -> dict[str, str]:
-    """The options of those given that change nothing, each with why. One that is switched off asks for nothing.
-
-    Args:
-        options: The run's.
-        given: The names of the options that the user has given.
-    """
+def _idle(options, given):
+    """The options of those given that change nothing, each with why. One that is switched off asks for nothing."""
     found = {}
     for rule in RULES:
         names = set(given) - OF_TEST if rule.names is None else set(given) & set(rule.names)
@@ -113,9 +110,8 @@ def idle(options: Any, given: Collection[str]) -> dict[str, str]:
 
 def _idle_sections(options):
     """The YAML keys with values of their own that say more than mlx-lm's defaults in vain, by why: its files do too."""
-    alone, body = "the tables train alone with --num-layers 0", canonical(options.optimizer)
-    no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else ""
-    no_adapters = no_adapters or (alone if _tables_alone(options) else "")
+    alone = ALONE if _tables_alone(options) else ""
+    no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else alone
     found = {}
     if no_adapters and options.lora_parameters != CONFIG_DEFAULTS["lora_parameters"]:
         found[no_adapters] = ["lora_parameters"]
@@ -125,8 +121,8 @@ def _idle_sections(options):
         if name == "sage":
             used = options.table_optimizer == "sage" and options.train_tables != "none"
             why = "" if used else "no table trains with --table-optimizer sage"
-        elif canonical(name) == body:
-            why = alone if _tables_alone(options) else ""
+        elif canonical(name) == canonical(options.optimizer):
+            why = alone
         else:
             why = f"--optimizer is {options.optimizer}"
         if why:
@@ -155,7 +151,7 @@ def refuse_idle(
             given all that its run was given.
     """
     warnings = _idle_sections(options) if options.train else {}
-    for name, why in idle(options, given).items():
+    for name, why in _idle(options, given).items():
         value = getattr(options, name)
         named = flag(name) if name in flags and name not in SCHEDULES else name
         shown = named if value is True else f"{named} {value}"
@@ -165,3 +161,18 @@ def refuse_idle(
             warnings.setdefault(why, []).append(shown)
     for why, several in warnings.items():
         warn(f"Warning: {', '.join(several)}: no effect: {why}")
+    if options.train:
+        for line in _nothing_moves(options):
+            warn(f"Warning: {line}")
+
+
+def _nothing_moves(options):
+    """A line for each learning rate under which no weight would change; a schedule has no such rate."""
+    tables = options.train_tables != "none"
+    still = options.learning_rate < SMALLEST_NORMAL and not options.lr_schedule and not _has_its_own_rate(options)
+    if still and not _tables_alone(options):
+        alone = "the token tables would train alone, as with --num-layers 0 --fine-tune-type lora in less memory"
+        yield f"--learning-rate {options.learning_rate:g}: {alone if tables else 'no weight would change'}"
+    if tables and options.table_learning_rate < SMALLEST_NORMAL and not options.table_lr_schedule:
+        rate = f"--table-learning-rate {options.table_learning_rate:g}"
+        yield f"{rate}: no token table would change; --train-tables none leaves them out"

@@ -27,19 +27,17 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{where}: no such file; give an existing one")
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; options take a few hundred")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; options take a few hundred")
         text = path.read_text(encoding="utf-8")
-        _refuse_repeated(yaml_nodes(text), where)
-        config = load_yaml(text)
-    except InputError:
-        raise
+        nodes, config = yaml_nodes(text), load_yaml(text)
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror or error})") from error
     # ValueError: a date that no calendar has, a number of thousands of digits, bytes that are not UTF-8.
     except (YamlError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{where} is not YAML: {reason_of(error)}") from error
+    _refuse_repeated(nodes, where)
     if not isinstance(config, dict):
         raise InputError(f"{where}: must hold `option: value` lines, as mlx_lm.lora takes them")
     check_values(config, where)

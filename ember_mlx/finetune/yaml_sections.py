@@ -1,26 +1,26 @@
 """The YAML keys that hold names and values of their own: which names they take, and values of which kind.
 
-What an optimizer or a schedule takes is read off its signature, so that mlx-lm's and ours are checked alike. What is
-checked here is also made here: no setting reaches MLX that it would refuse in words of its own, or in no words.
+What an optimizer or a schedule takes is read off its signature, so that mlx-lm's and ours are checked alike. No setting
+reaches MLX that it would refuse in words of its own, or in no words.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import mlx.optimizers as optim
 from mlx.optimizers import schedulers
-from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx import optimizers
 from ember_mlx.finetune.choices import LORA_KEYS
+from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.optimizer_names import ALIASES, CLASSES, canonical
 from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.shared.errors import InputError, did_you_mean
-from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_ONE, SMALLEST_NORMAL
+from ember_mlx.shared.float_formats import LARGEST, ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
-__all__ = ["check_sections", "make_optimizer", "make_schedule"]
+__all__ = ["check_lora_parameters", "check_schedule", "check_sections", "make_optimizer"]
 
 OF_A_DATA_SET = (
     *("path", "config", "train_split", "valid_split", "test_split"),
@@ -43,12 +43,8 @@ BY_NAME = {
 }
 
 
-def check_sections(options: Any, of_mlx_lm: Collection[str]) -> None:
+def check_sections(options: Any) -> None:
     """Refuse what mlx-lm would leave out in silence, and what would end in an error of MLX's.
-
-    Args:
-        options: The run's.
-        of_mlx_lm: The names of mlx-lm's optimizers, beside ours.
 
     Raises:
         InputError: for a name that is none, and for a value of the wrong kind or out of range.
@@ -58,14 +54,32 @@ def check_sections(options: Any, of_mlx_lm: Collection[str]) -> None:
             raise InputError(
                 f"{name} {getattr(options, name)}: must hold `name: value` lines, as mlx_lm.lora takes them"
             )
-    _check_optimizers(options.optimizer_config, (*of_mlx_lm, *CLASSES, *ALIASES))
+    _check_optimizers(options.optimizer_config)
     for key in SCHEDULES:
         if getattr(options, key) not in (None, {}):
-            _check_schedule(key, getattr(options, key))
-    hint = "; mlx-lm has no alpha: scale is alpha / rank" if "alpha" in options.lora_parameters else ""
+            check_schedule(key, getattr(options, key))
     if options.fine_tune_type != "full":
+        hint = "; mlx-lm has no alpha: scale is alpha / rank" if "alpha" in options.lora_parameters else ""
         _refuse_unknown("lora_parameters", options.lora_parameters, (*LORA_KEYS, "keys"), hint)
+        check_lora_parameters(options.lora_parameters)
     _check_data_sets(getattr(options, "hf_dataset", None))
+
+
+def check_lora_parameters(parameters: dict[str, Any]) -> None:
+    """Refuse a rank, scale, dropout or keys that cannot be."""
+    ranges = {
+        "rank": (1, 2**31, "a whole number of at least 1 and below 2^31"),
+        "scale": (-LARGEST, ROUNDS_TO_INFINITY, "a number, finite in float32"),
+        "dropout": (0, 1, "at least 0 and below 1"),
+    }
+    for name, (least, below, in_words) in ranges.items():
+        value = parameters.get(name, least)  # what is missing, choices.py names
+        fits = _is_real(value) and (name != "rank" or isinstance(value, int))
+        if not fits or not least <= value < below:
+            raise InputError(f"lora_parameters: {name}: {value!r} must be {in_words}")
+    keys = parameters.get("keys")
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise InputError(f"lora_parameters: keys: {keys} must be a list of modules, such as [self_attn.q_proj]")
 
 
 def make_optimizer(name: str, learning_rate: Any, given: dict[str, Any], asked: dict[str, Any]) -> optim.Optimizer:
@@ -79,36 +93,27 @@ def make_optimizer(name: str, learning_rate: Any, given: dict[str, Any], asked: 
     where = f"optimizer_config: {name}"
     made = getattr(optimizers, CLASSES[name]) if name in CLASSES else _of_mlx()[name]
     takes = {key: value for key, value in inspect.signature(made).parameters.items() if key != "model"}
-    del takes["learning_rate"]
     wrapped = name in CLASSES and "weights" not in takes
     if wrapped:
         takes["weights"] = inspect.signature(optimizers.FlashAdamW).parameters["weights"]
     for key, flag in _of_flags(name).items():
         if key in asked:
             raise InputError(f"{where}: {key}: is given by {flag}; leave it out here")
-        takes.pop(key, None)
+        del takes[key]
     _refuse_unknown(where, asked, takes)
     for key, value in asked.items():
         _check_setting(f"{where}: {key}", value, takes[key])
-    own = given | {key: value for key, value in asked.items() if not (wrapped and key == "weights")}
+    own = given | asked
+    split = own.pop("weights", None) if wrapped else None
     try:
         optimizer = made(learning_rate, **own)
-        return SplitWeights(optimizer, asked["weights"]) if wrapped and asked.get("weights") else optimizer
+        return SplitWeights(optimizer, split) if split else optimizer
     except ValueError as error:
         raise InputError(f"{where}: {asked}: {error}") from error
 
 
-def make_schedule(key: str, described: Any) -> Callable[[Any], Any]:
-    """The schedule that the YAML key ``key`` describes, as mlx-lm makes it. Its warm-up is a number of updates.
-
-    Raises:
-        InputError: for a description that makes none.
-    """
-    _check_schedule(key, described)
-    return build_schedule(described)
-
-
-def _check_schedule(key, described):
+def check_schedule(key: str, described: Any) -> None:
+    """Raises InputError where the YAML key ``key`` describes no schedule that mlx-lm can make."""
     example = "{name: cosine_decay, arguments: [1e-5, 1000]}"
     if not isinstance(described, dict):
         raise InputError(f"{key}: {described!r}: must hold a name and arguments, such as {example}")
@@ -147,9 +152,9 @@ def _of_flags(name):
     return {"learning_rate": "--learning-rate"}
 
 
-def _check_optimizers(config, known):
+def _check_optimizers(config):
     """A key that names no optimizer would be left out in silence, and so would one of two names of the same."""
-    asked = {}
+    known, asked = (*CONFIG_DEFAULTS["optimizer_config"], *CLASSES, *ALIASES), {}
     for name, settings in config.items():
         if name not in known:
             raise InputError(

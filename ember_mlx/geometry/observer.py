@@ -99,8 +99,7 @@ class Observer(Watcher):
         self.counts = sampling.count_tokens(rows, vocabulary, self.args.max_seq_length)
         self.classes = sampling.frequency_classes(self.counts)
         self.history = TokenHistory(vocabulary)
-        self.updates_to_come = self.args.iters // self.args.grad_accumulation_steps
-        self.every = max(self.updates_to_come // POINTS, 1)
+        self.every = max(self.args.iters // self.args.grad_accumulation_steps // POINTS, 1)
         on_disk = sum(4 * parameters[table.path].size for table in tables)
         # Whatever ends the run, this goes.
         self.kept = tempfile.TemporaryDirectory(prefix="measuring-", dir=self.folder)

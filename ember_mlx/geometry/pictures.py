@@ -97,20 +97,14 @@ def _add_legend(figure, theme, legend):
 
 
 def _second_moment(found):
-    panels = [
-        (
-            f"{table['path']} ({table['role']})",
-            [
-                (name, _steps_of(moment["rows"]), _steps_of(moment["rows"].get("noise")), 0)
-                for name, moment in table["second_moment"].items()
-            ]
-            + [
-                (f"{name}, columns", _steps_of(moment["columns"]), _steps_of(moment["columns"].get("noise")), 1)
-                for name, moment in table["second_moment"].items()
-            ],
-        )
-        for table in found["tables"]
-    ]
+    def row(words, errors, colour):
+        return words, _steps_of(errors), _steps_of(errors.get("noise")), colour
+
+    panels = []
+    for table in found["tables"]:
+        rows = [row(name, moment["rows"], 0) for name, moment in table["second_moment"].items()]
+        rows += [row(f"{name}, columns", moment["columns"], 1) for name, moment in table["second_moment"].items()]
+        panels.append((_title(table), rows))
     legend = [(0, "sampled rows, all columns"), (1, "sampled columns"), (None, "an exact rank one, with noisy squares")]
     options = {
         "title": "How Ember's step differs from that of a dense second moment",
@@ -138,7 +132,7 @@ def _successive(found):
         rows = [(name, table["successive_gradients"][name], None, 0) for name in CLASSES]
         # In an embedding the two are the same but for rows that rest.
         rows += [(f"{name}, seen again", table["gradients_when_seen_again"][name], None, 1) for name in CLASSES]
-        panels.append((f"{table['path']} ({table['role']})", rows))
+        panels.append((_title(table), rows))
     panels.append((_hidden_title(found), [("rows", found["hidden"]["successive_gradients"], None, 2)]))
     legend = [(0, "from one step to the next"), (1, "from one sighting of the token to the next"), (2, "other rows")]
     options = {
@@ -155,10 +149,7 @@ def _paths(found):
     def row(name, paths, colour):
         return name, _percent(paths["share"]), _percent(paths["walk_share"]), colour
 
-    panels = [
-        (f"{table['path']} ({table['role']})", [row(name, table["paths"][name], 0) for name in CLASSES])
-        for table in found["tables"]
-    ]
+    panels = [(_title(table), [row(name, table["paths"][name], 0) for name in CLASSES]) for table in found["tables"]]
     panels.append((_hidden_title(found), [row("rows", found["hidden"]["paths"], 2)]))
     legend = [(0, "rows of the table"), (2, "other rows"), (None, "random walks with the same moves")]
     options = {
@@ -168,6 +159,10 @@ def _paths(found):
         "legend": legend,
     }
     return panels, options
+
+
+def _title(table):
+    return f"{table['path']} ({table['role']})"
 
 
 def _hidden_title(found):
@@ -181,7 +176,7 @@ def _percent(shares):
 def _steps(found):
     panels = [
         (
-            f"{table['path']} ({table['role']})",
+            _title(table),
             [(_updates(gap), table["steps"][gap], None, 0 if gap in GAPS else 1) for gap in (*GAPS, NEW, OUTSIDE)],
         )
         for table in found["tables"]

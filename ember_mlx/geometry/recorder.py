@@ -61,21 +61,15 @@ class GradientRows:
         self.before = np.zeros(shape, np.float16)
         self.cosines = [measures.Histogram(COSINES) for _ in names]
 
-    def add(self, directions: np.ndarray) -> None:
-        self._count(measures.cosines(directions, self.before))
-        self.before[:] = directions
-
-    def add_seen(self, directions: np.ndarray, seen: np.ndarray) -> None:
-        """Only rows that were seen, each with the time that it was seen before."""
-        self._count(np.where(seen, measures.cosines(directions, self.before), np.nan))
+    def add(self, directions: np.ndarray, seen: np.ndarray | slice = slice(None)) -> None:
+        """Of all rows, or of those that were seen: each with the time that it was seen before."""
+        cosines, groups = measures.cosines(directions[seen], self.before[seen]), self.groups[seen]
+        for group, histogram in enumerate(self.cosines):
+            histogram.add(cosines[groups == group])
         self.before[seen] = directions[seen]
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {name: cosines.summary() for name, cosines in zip(self.names, self.cosines, strict=True)}
-
-    def _count(self, cosines):
-        for group, histogram in enumerate(self.cosines):
-            histogram.add(cosines[self.groups == group])
 
 
 class WeightPaths:
@@ -188,7 +182,7 @@ class TableRecord:
         self.block_r = r
         directions = measures.unit_rows(g)
         self.successive.add(directions)
-        self.seen_again.add_seen(directions, np.isin(self.sample.rows, history.pending))
+        self.seen_again.add(directions, np.isin(self.sample.rows, history.pending))
         self._add_steps(np.array(reading["tokens"]), np.array(reading["moved"]), history, update)
 
     def second_moment(self, r: mx.array, c: mx.array, rng: np.random.Generator) -> dict[str, Any]:

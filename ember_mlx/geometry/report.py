@@ -123,7 +123,7 @@ def _table(record, observer, tokenizer, rng):
         "successive_gradients": record.successive.summary(),
         "gradients_when_seen_again": record.seen_again.summary(),
         "random_cosine": 1 / math.sqrt(table.shape[1]),
-        "paths": _paths(record.paths, [CLASSES[kind] for kind in observer.classes[sample.path_rows]], CLASSES, rng),
+        "paths": _paths(record.paths.shares(rng), observer.classes[sample.path_rows]),
         "steps": {gap: histogram.summary() for gap, histogram in record.steps.items()},
         "steps_above_cold": {"learning_rates": COLD, "share": record.share_of_steps_above(COLD)},
         "largest_steps": [
@@ -166,10 +166,10 @@ def _hidden(observer, rng):
     }
 
 
-def _paths(paths, groups, names, rng):
-    rows = paths.shares(rng)
+def _paths(rows, classes):
     return {
-        name: _path_summary([row for row, group in zip(rows, groups, strict=True) if group == name]) for name in names
+        name: _path_summary([row for row, of_class in zip(rows, classes, strict=True) if of_class == kind])
+        for kind, name in enumerate(CLASSES)
     }
 
 

@@ -12,7 +12,7 @@ from functools import cache
 
 import mlx.core as mx
 
-__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel", "scalars"]
+__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel", "launch_of", "scalars"]
 
 MOST_THREADS = 256  # of a threadgroup
 SIMDGROUP = 32  # threads, on every GPU that MLX runs on
@@ -216,6 +216,25 @@ def kernel(text: Text, backend: str | None = None) -> Callable:
         header=text.header(backend),
         ensure_row_contiguous=False,
     )
+
+
+def launch_of(
+    constants: dict[str, object], groups: int, threads: int, shapes: list[tuple[int, ...]], dtypes: list[mx.Dtype]
+) -> dict:
+    """What a kernel is called with beside its inputs: constants, the size of its grid, in threads, and its outputs.
+
+    Args:
+        constants: Of the text, by name: numbers and dtypes.
+        groups, threads: Threadgroups, and the threads of each, in a row.
+        shapes, dtypes: Of the outputs.
+    """
+    return {
+        "template": list(constants.items()),
+        "grid": (groups * threads, 1, 1),
+        "threadgroup": (threads, 1, 1),
+        "output_shapes": shapes,
+        "output_dtypes": dtypes,
+    }
 
 
 def scalars(*numbers: float | mx.array) -> list[mx.array]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, launch_of
 
 __all__ = ["ARRAYS", "CHUNK", "TEXT", "differences", "launch", "sums_of_squares"]
 
@@ -97,21 +97,14 @@ def sums_of_squares(arrays: Sequence[mx.array]) -> mx.array:
 
 def launch(arrays: Sequence[mx.array]) -> dict:
     """What the kernel is called with for these ``ARRAYS`` arrays: its constants, the size of its grid, its output."""
-    threads = MOST_THREADS
     chunks = sum(-(-array.shape[0] * array.shape[1] // CHUNK) for array in arrays)
     constants = {
         "T": arrays[0].dtype,  # not in the text, but MLX's CUDA backend keeps compiled kernels by their name and these
         "VECTOR": BYTES_AT_ONCE // arrays[0].itemsize,
         "CHUNK": CHUNK,
-        "SIMDGROUPS": threads // SIMDGROUP,
+        "SIMDGROUPS": MOST_THREADS // SIMDGROUP,
     }
-    return {
-        "template": list(constants.items()),
-        "grid": (chunks * threads, 1, 1),
-        "threadgroup": (threads, 1, 1),
-        "output_shapes": [(chunks,)],
-        "output_dtypes": [mx.float32],
-    }
+    return launch_of(constants, chunks, MOST_THREADS, [(chunks,)], [mx.float32])
 
 
 def differences(dtype: mx.Dtype) -> str | None:

@@ -13,7 +13,7 @@ side. Such a tile is read along the rows and turned in threadgroup memory.
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, scalars
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, launch_of, scalars
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
     bit_keys,
@@ -178,13 +178,7 @@ def launch(w: mx.array, g: mx.array) -> dict:
         "THREADS": MOST_THREADS,
         "DROPPED_BITS": DROPPED_BITS[w.dtype],
     }
-    return {
-        "template": list(constants.items()),
-        "grid": (tiles * MOST_THREADS, 1, 1),
-        "threadgroup": (MOST_THREADS, 1, 1),
-        "output_shapes": [w.shape],
-        "output_dtypes": [w.dtype],
-    }
+    return launch_of(constants, tiles, MOST_THREADS, [w.shape], [w.dtype])
 
 
 def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:

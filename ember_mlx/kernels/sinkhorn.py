@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, launch_of
 
 __all__ = ["TEXT", "differences", "factors", "launch"]
 
@@ -198,13 +198,7 @@ def launch(g: mx.array, columns: int) -> dict[str, Any]:
         "SIMDGROUP": SIMDGROUP,
     }
     groups = -(-lines // (MOST_THREADS // SIMDGROUP * AT_ONCE))
-    return {
-        "template": list(constants.items()),
-        "grid": (matrices * groups * MOST_THREADS, 1, 1),
-        "threadgroup": (MOST_THREADS, 1, 1),
-        "output_shapes": [(matrices, lines)],
-        "output_dtypes": [mx.float32],
-    }
+    return launch_of(constants, matrices * groups, MOST_THREADS, [(matrices, lines)], [mx.float32])
 
 
 def differences(dtype: mx.Dtype) -> str | None:

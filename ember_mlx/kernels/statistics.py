@@ -12,7 +12,7 @@ by side in memory. To copy it would take a table, so the kernel reads it as it l
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, launch_of
 
 __all__ = ["ROWS", "TEXT", "differences", "launch", "mean_magnitudes", "mean_squares"]
 
@@ -178,13 +178,7 @@ def launch(g: mx.array, magnitudes: bool = False) -> dict:
         "SIMDGROUP": SIMDGROUP,
         "MAGNITUDES": int(magnitudes),
     }
-    return {
-        "template": list(constants.items()),
-        "grid": (groups * threads, 1, 1),
-        "threadgroup": (threads, 1, 1),
-        "output_shapes": [(rows,), (groups, columns)],
-        "output_dtypes": [mx.float32, mx.float32],
-    }
+    return launch_of(constants, groups, threads, [(rows,), (groups, columns)], [mx.float32] * 2)
 
 
 def differences(dtype: mx.Dtype) -> str | None:

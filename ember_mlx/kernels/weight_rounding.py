@@ -6,7 +6,7 @@ launch a weight: random bits are made of seed, step and place in the kernel, whe
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, launch_of
 from ember_mlx.kernels.rounding import FUNCTIONS
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
@@ -74,13 +74,7 @@ def launch(values: mx.array, dtype: mx.Dtype) -> dict:
     """What the kernel is called with: its constants, the size of its grid, and its output."""
     constants = {"W": dtype, "VECTOR": VECTOR, "THREADS": MOST_THREADS, "DROPPED_BITS": DROPPED_BITS[dtype]}
     groups = -(-values.size // (VECTOR * MOST_THREADS))
-    return {
-        "template": list(constants.items()),
-        "grid": (groups * MOST_THREADS, 1, 1),
-        "threadgroup": (MOST_THREADS, 1, 1),
-        "output_shapes": [values.shape],
-        "output_dtypes": [dtype],
-    }
+    return launch_of(constants, groups, MOST_THREADS, [values.shape], [dtype])
 
 
 def differences(dtype: mx.Dtype) -> str | None:

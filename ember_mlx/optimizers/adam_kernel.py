@@ -8,7 +8,7 @@ MLX gives the outputs of such a kernel memory of their own: nothing is updated i
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, scalars
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, launch_of, scalars
 from ember_mlx.kernels.rounding import FUNCTIONS
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
@@ -150,13 +150,7 @@ def launch(w: mx.array, g: mx.array, m: mx.array) -> dict:
         "DROPPED_BITS": DROPPED_BITS[w.dtype],
     }
     groups = -(-w.size // (vector * MOST_THREADS))
-    return {
-        "template": list(constants.items()),
-        "grid": (groups * MOST_THREADS, 1, 1),
-        "threadgroup": (MOST_THREADS, 1, 1),
-        "output_shapes": [w.shape] * 3,
-        "output_dtypes": [w.dtype, m.dtype, m.dtype],
-    }
+    return launch_of(constants, groups, MOST_THREADS, [w.shape] * 3, [w.dtype, m.dtype, m.dtype])
 
 
 def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype, m_dtype: mx.Dtype) -> str | None:

@@ -22,16 +22,13 @@ from mlx.utils import tree_flatten
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import adam_mini_kernel, module_roles
-from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, rows_of_block
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from ember_mlx.optimizers.ember import LEAST_BETA, bias_correction, mean_squares, update_second_moment
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
-
-# MLX computes up to 20 pieces at once, each with a few float32 copies of itself.
-PIECES, SMALLEST_PIECE = 512, 2**15
 
 
 def adam_mini_step(
@@ -188,8 +185,7 @@ def piece_of(
 def pieces(w: mx.array) -> list[slice]:
     """Slices of its rows, which are whole groups of 32 elements."""
     whole_groups = GROUP // math.gcd(w.shape[1], GROUP)
-    piece = max(SMALLEST_PIECE, w.size // PIECES) // w.shape[1]
-    piece = max(1, piece // whole_groups) * whole_groups
+    piece = max(1, rows_of_block(w) // whole_groups) * whole_groups
     return [slice(first, min(first + piece, len(w))) for first in range(0, len(w), piece)]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, scalars
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, launch_of, scalars
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum
 from ember_mlx.optimizers.flash_kernel import FUNCTIONS, MOST_FLIPPED
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
@@ -176,13 +176,8 @@ def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array, rows_are_b
         "SIMDGROUP": SIMDGROUP,
         "MOST_SIMDGROUPS": most // SIMDGROUP,
     }
-    return {
-        "template": list(constants.items()),
-        "grid": (rows * threads, 1, 1),
-        "threadgroup": (threads, 1, 1),
-        "output_shapes": [w.shape, m.shape, m_scales.shape, (rows,)],
-        "output_dtypes": [w.dtype, m.dtype, mx.float32, mx.float32],
-    }
+    shapes, dtypes = [w.shape, m.shape, m_scales.shape, (rows,)], [w.dtype, m.dtype, mx.float32, mx.float32]
+    return launch_of(constants, rows, threads, shapes, dtypes)
 
 
 def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:

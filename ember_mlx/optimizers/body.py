@@ -5,20 +5,27 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from ember_mlx.optimizers.checks import FINITE, as_number, check_number
+from ember_mlx.optimizers.checks import CheckedOptimizer, check_number
 from ember_mlx.optimizers.ember import bias_correction, update_second_moment
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
-__all__ = ["BodyOptimizer", "Rate", "Tree", "adamw_step"]
+__all__ = ["BodyOptimizer", "Rate", "Tree", "adamw_step", "rows_of_block"]
 
 Rate = float | Callable[[mx.array], mx.array]
 """A number, or a schedule: from the number of steps done to the value for the next one."""
 Tree = dict[str, Any]
 """Arrays by name, in dictionaries and lists, as modules have them."""
+
+# MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
+MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15  # elements
+
+
+def rows_of_block(x: mx.array) -> int:
+    """How many rows of a matrix (m, n) to compute at a time, or of several (..., m, n) together; 1 at least."""
+    return max(1, max(SMALLEST_BLOCK, x.size // MOST_BLOCKS) // (x.size // x.shape[-2]))
 
 
 def adamw_step(
@@ -42,14 +49,12 @@ def adamw_step(
     return new.astype(w.dtype), m, v
 
 
-class BodyOptimizer(Optimizer):
+class BodyOptimizer(CheckedOptimizer):
     """Weights of any shape, decoupled weight decay, ``betas`` and ``eps``; a subclass says its state and its step.
 
     A subclass gives ``state_of(path, parameter)``, name -> (shape, dtype), all of it zeros at the start, and
     ``apply_single``. State is kept by path. Vectors (norms, biases) get no weight decay unless ``decay_vectors``.
     """
-
-    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
 
     def __init__(
         self, learning_rate: Rate, betas: tuple[float, float], eps: float, weight_decay: Rate, decay_vectors: bool
@@ -85,11 +90,6 @@ class BodyOptimizer(Optimizer):
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
         """Nothing: ``init`` makes the state, which depends on the path."""
 
-    def apply_gradients(self, gradients: Tree, parameters: Tree) -> Tree:
-        if not self._initialized:  # MLX would call init with the gradients
-            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
-        return super().apply_gradients(gradients, parameters)
-
     def weight_decay_of(self, parameter: mx.array) -> float | mx.array:
         """The weight decay of a parameter: zero for vectors, unless they are to decay."""
         return self.state["weight_decay"] if parameter.ndim > 1 or self.decay_vectors else 0.0
@@ -111,12 +111,3 @@ class BodyOptimizer(Optimizer):
                     f"{type(self).__name__}: the state has {has} for {path} of shape {parameter.shape}, which needs "
                     f"{name} of shape {shape} and dtype {dtype}; load the state of this model, made with these options"
                 )
-
-    def _schedule(self, name, value):
-        """As ``_maybe_schedule``, but for what a schedule may return and what becomes of it."""
-        optimizer = type(self).__name__
-        if callable(value):
-            self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size, optimizer=optimizer))
-        else:
-            check_number(name, value, *FINITE, optimizer)
-            self._maybe_schedule(name, float(value))

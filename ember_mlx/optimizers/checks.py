@@ -1,4 +1,7 @@
-"""What the optimizers ask of options, parameters and loaded state: else InputError, before anything is computed."""
+"""What the optimizers ask of options, parameters and loaded state: else InputError, before anything is computed.
+
+:class:`CheckedOptimizer` is the base of Ember and of the optimizers of the body.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -6,15 +9,37 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx.shared.ember_options import SAMPLE, not_one_number, rounding_warning
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY
 
-__all__ = ["FINITE", "as_number", "check_number", "check_parameters", "check_state", "warning_of"]
+__all__ = ["CheckedOptimizer", "as_number", "check_number", "check_parameters", "check_state", "warning_of"]
 
 FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32, or a schedule")
+
+
+class CheckedOptimizer(Optimizer):
+    """An optimizer of one array at a time, with checked schedules, and state that is made of the parameters."""
+
+    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """One step: the new parameters, in a tree as that of ``gradients``; state that is missing is made first."""
+        if not self._initialized:  # MLX would call init with the gradients
+            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
+        return super().apply_gradients(gradients, parameters)
+
+    def _schedule(self, name, value):
+        """As ``_maybe_schedule``, but for what a schedule may return and what becomes of it."""
+        optimizer = type(self).__name__
+        if callable(value):
+            self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size, optimizer=optimizer))
+        else:
+            check_number(name, value, *FINITE, optimizer)
+            self._maybe_schedule(name, float(value))
 
 
 def check_number(name: str, value: Any, least: float, below: float, in_words: str, optimizer: str = "Ember") -> None:

@@ -19,7 +19,16 @@ import mlx.core as mx
 
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["GROUP", "decode_momentum", "decode_second_moment", "encode_momentum", "encode_second_moment", "groups_of"]
+__all__ = [
+    "GROUP",
+    "decode_momentum",
+    "decode_second_moment",
+    "encode_momentum",
+    "encode_second_moment",
+    "grouped",
+    "groups_of",
+    "ungrouped",
+]
 
 GROUP = 32  # neighbours that share a scale: a simdgroup
 # No scale is below: float16, by the publication, has nothing between 0 and 6e-8 anyway.
@@ -28,7 +37,7 @@ LEAST_SCALES = {mx.float32: SMALLEST_NORMAL, mx.float16: 1e-12}
 
 def encode_momentum(m: mx.array, scale_dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
     """Codes (groups, 32) int8 and scales (groups,) of ``m``, of any shape, float32; the last group is padded."""
-    m = _grouped(m)
+    m = grouped(m)
     scales = mx.maximum(mx.abs(m).max(axis=1), LEAST_SCALES[scale_dtype])
     z = m / scales[:, None]
     codes = mx.floor(127 * (2 * z / (1 + mx.abs(z))) + 0.5)
@@ -38,7 +47,7 @@ def encode_momentum(m: mx.array, scale_dtype: mx.Dtype = mx.float32) -> tuple[mx
 def decode_momentum(codes: mx.array, scales: mx.array, shape: tuple[int, ...]) -> mx.array:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     y = codes.astype(mx.float32) / 127
-    return _ungrouped(scales[:, None].astype(mx.float32) * y / (2 - mx.abs(y)), shape)
+    return ungrouped(scales[:, None].astype(mx.float32) * y / (2 - mx.abs(y)), shape)
 
 
 def encode_second_moment(
@@ -48,7 +57,7 @@ def encode_second_moment(
 
     With ``keep_positive`` a v above 0 gets at least the code 1.
     """
-    root = mx.sqrt(_grouped(v))
+    root = mx.sqrt(grouped(v))
     scales = mx.maximum(root.max(axis=1), LEAST_SCALES[scale_dtype])
     codes = mx.floor(255 * (root / scales[:, None]) + 0.5)
     if keep_positive:
@@ -59,7 +68,7 @@ def encode_second_moment(
 def decode_second_moment(codes: mx.array, scales: mx.array, shape: tuple[int, ...]) -> mx.array:
     """The float32 array of ``shape`` that the codes and scales stand for."""
     root = scales[:, None].astype(mx.float32) * codes.astype(mx.float32) / 255
-    return _ungrouped(mx.square(root), shape)
+    return ungrouped(mx.square(root), shape)
 
 
 def groups_of(size: int) -> int:
@@ -67,13 +76,14 @@ def groups_of(size: int) -> int:
     return -(-size // GROUP)
 
 
-def _grouped(x):
-    """(groups, 32), the last one filled up with zeros."""
+def grouped(x: mx.array) -> mx.array:
+    """Any array as (groups, 32), the last group filled up with zeros."""
     x = x.reshape(-1)
     missing = -x.size % GROUP
     return (mx.pad(x, (0, missing)) if missing else x).reshape(-1, GROUP)
 
 
-def _ungrouped(x, shape):
+def ungrouped(x: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """The first elements of (groups, 32), in ``shape``."""
     size = math.prod(shape)
     return (x if x.size == size else x.reshape(-1)[:size]).reshape(shape)

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
-from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import kernels
@@ -29,7 +28,7 @@ from ember_mlx.kernels.stochastic_rounding import (
     round_stochastically,
     table_seed,
 )
-from ember_mlx.optimizers.checks import FINITE, as_number, check_number, check_parameters, check_state, warning_of
+from ember_mlx.optimizers import checks
 from ember_mlx.optimizers.row_shards import RowShards
 from ember_mlx.shared.ember_options import (
     BETA2_RANGE,
@@ -204,7 +203,7 @@ def blocks(table: mx.array, block: int = ROWS_PER_BLOCK) -> list[slice]:
     return [slice(first, first + block) for first in range(0, len(table), block)]
 
 
-class Ember(Optimizer):
+class Ember(checks.CheckedOptimizer):
     r"""The Ember optimizer (Token Geometry, arXiv 2607.01455), for embedding tables and LM heads.
 
     For a table of shape (V, D) in float32, bfloat16 or float16 it keeps ``r`` of shape (V,) and ``c`` of shape (D,),
@@ -254,7 +253,7 @@ class Ember(Optimizer):
         seed: int = 0,
     ):
         super().__init__()
-        check_number("eps", eps, SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8")
+        checks.check_number("eps", eps, SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8")
         check_rounding(rounding, seed)
         self.beta2 = beta2
         self.eps = eps
@@ -267,19 +266,19 @@ class Ember(Optimizer):
         self._schedule("learning_rate", learning_rate)
         self._schedule("weight_decay", weight_decay)
         if callable(beta2):
-            check_beta2_schedule(lambda step: as_number("beta2", beta2(mx.array(step, mx.uint64)), step=step).item())
+            check_beta2_schedule(
+                lambda step: checks.as_number("beta2", beta2(mx.array(step, mx.uint64)), step=step).item()
+            )
             self._schedule("beta2", beta2)
             self.state["bias_correction"] = mx.array(0.0)
             self._schedulers["bias_correction"] = self._next_bias_correction  # after beta2, whose value it takes
         else:
-            check_number("beta2", beta2, *BETA2_RANGE)
+            checks.check_number("beta2", beta2, *BETA2_RANGE)
             self.beta2 = float(beta2)
-
-    one_array_at_a_time = True  # apply_gradients adds nothing but the state's making
 
     def init(self, parameters: dict) -> None:
         """Make the state of a tree of tables, or check what was loaded, and try the kernels."""
-        check_parameters(parameters)
+        checks.check_parameters(parameters)
         for dtype in {parameter.dtype for _, parameter in tree_flatten(parameters)}:
             kernels.usable(kernels.statistics, dtype)  # tried now: a first step may be one that MLX traces
             if self.rounding == "stochastic" and dtype in DROPPED_BITS:
@@ -289,16 +288,10 @@ class Ember(Optimizer):
             number = itertools.count()
             # A state from before may have none.
             tree_map(lambda _, s: s.setdefault("seed", table_seed(self.seed, next(number))), parameters, self.state)
-        check_state(self.state, parameters, callable(self.beta2))
-        if not self._warned and (found := warning_of(parameters, self.rounding, self._largest_learning_rate)):
+        checks.check_state(self.state, parameters, callable(self.beta2))
+        if not self._warned and (found := checks.warning_of(parameters, self.rounding, self._largest_learning_rate)):
             self._warned = True
             warn(found)
-
-    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
-        """One step: the new tables, in a tree as that of ``gradients``; state that is missing is made first."""
-        if not self._initialized:  # MLX would call init with the gradients
-            self.init(tree_map(lambda _, parameter: parameter, gradients, parameters))
-        return super().apply_gradients(gradients, parameters)
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
         """Zeros of (V,) and (D,), float32 whatever the dtype: a bfloat16 moment would never decay by 0.999."""
@@ -365,11 +358,3 @@ class Ember(Optimizer):
         if schedule is None:
             return self.learning_rate.item()
         return max(schedule(mx.array(step, mx.uint64)).item() for step in STEPS_TO_LOOK_AT)
-
-    def _schedule(self, name, value):
-        """As ``_maybe_schedule``, but for what a schedule may return and what becomes of it."""
-        if callable(value):
-            self._maybe_schedule(name, lambda step: as_number(name, value(step), step.size))
-        else:
-            check_number(name, value, *FINITE)
-            self._maybe_schedule(name, float(value))

@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 from ember_mlx import kernels
 from ember_mlx.optimizers import flash_kernel
 from ember_mlx.optimizers.body import BodyOptimizer, Rate
-from ember_mlx.optimizers.companded import GROUP, groups_of
+from ember_mlx.optimizers.companded import GROUP, grouped, groups_of, ungrouped
 from ember_mlx.optimizers.ember import LEAST_BETA
-from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, grouped, numbers_of, ungrouped
+from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, numbers_of
 from ember_mlx.optimizers.split_weights import check_some_are_bfloat16
 from ember_mlx.shared.errors import InputError
 
@@ -70,8 +70,8 @@ class _Flash(BodyOptimizer):
         names = [name for name in Stored._fields[2:] if name in state]
         state.update({name: getattr(new, name) for name in names})
         if rest is not None:
-            state["rest"] = ungrouped(new.rest, parameter)
-        return ungrouped(new.w, parameter)
+            state["rest"] = ungrouped(new.rest, parameter.shape)
+        return ungrouped(new.w, parameter.shape)
 
     def _splits(self, dtype):
         return self.weights is not None and dtype == mx.bfloat16

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ember_mlx.optimizers.companded import (
-    GROUP,
     decode_momentum,
     decode_second_moment,
     encode_momentum,
@@ -29,7 +28,7 @@ from ember_mlx.optimizers.ember import bias_correction
 from ember_mlx.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.optimizers.split_weights import join, split
 
-__all__ = ["Numbers", "Stored", "adamw", "flash_block", "flash_step", "grouped", "lion", "numbers_of", "ungrouped"]
+__all__ = ["Numbers", "Stored", "adamw", "flash_block", "flash_step", "lion", "numbers_of"]
 
 # MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
 MOST_BLOCKS, FEWEST_GROUPS = 512, 1024
@@ -123,15 +122,3 @@ def flash_block(stored: Stored, g: mx.array, numbers: Numbers, published: bool) 
         v_codes = encode_second_moment(v, scale_dtype, keep_positive=not published)
     weights = (w.astype(stored.w.dtype), None) if stored.rest is None else split(w)
     return Stored(*weights, *encode_momentum(m, scale_dtype), *v_codes)
-
-
-def grouped(x: mx.array) -> mx.array:
-    """Any array as (groups, 32), the last group filled up with zeros."""
-    x = x.reshape(-1)
-    missing = -x.size % GROUP
-    return (mx.pad(x, (0, missing)) if missing else x).reshape(-1, GROUP)
-
-
-def ungrouped(x: mx.array, like: mx.array) -> mx.array:
-    """The first elements of (groups, 32), in the shape of ``like``."""
-    return (x if x.size == like.size else x.reshape(-1)[: like.size]).reshape(like.shape)

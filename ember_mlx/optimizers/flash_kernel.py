@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel, scalars
+from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel, launch_of, scalars
 from ember_mlx.optimizers.companded import GROUP
 from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 from ember_mlx.optimizers.split_weights import join
@@ -182,14 +182,10 @@ def launch(stored: Stored, g: mx.array) -> dict[str, Any]:
         "VECTOR": VECTOR,
         "THREADS": MOST_THREADS,
     }
-    dtypes = stored.w.dtype, mx.int8, mx.int8, mx.float32, mx.uint8, mx.float32
-    return {
-        "template": list(constants.items()),
-        "grid": (-(-stored.m.size // (MOST_THREADS * VECTOR)) * MOST_THREADS, 1, 1),
-        "threadgroup": (MOST_THREADS, 1, 1),
-        "output_shapes": [(1 if old is None else old.size,) for old in stored],
-        "output_dtypes": list(dtypes),
-    }
+    groups = -(-stored.m.size // (MOST_THREADS * VECTOR))
+    shapes = [(1 if old is None else old.size,) for old in stored]
+    dtypes = [stored.w.dtype, mx.int8, mx.int8, mx.float32, mx.uint8, mx.float32]
+    return launch_of(constants, groups, MOST_THREADS, shapes, dtypes)
 
 
 def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:

@@ -158,51 +158,55 @@ def spoil_gradients_of_nonfinite(loss: Callable) -> Callable:
     return spoiling
 
 
-class Guard:
-    """Clipping and the non-finite guard, for the optimizer that holds one.
+class Guard(Optimizer):
+    """Clipping and the non-finite guard: what :class:`GuardedOptimizer` and ``PairedOptimizer`` share.
+
+    A subclass gives ``apply_unguarded(gradients, parameters)``, the update alone, of gradients that are judged and
+    clipped already.
 
     Args:
-        where (str): The class of that optimizer, for messages.
         parameters (dict): What it trains.
-        parts (list): The optimizers that do.
+        parts (dict): Name in ``state`` -> the optimizers that do.
         skip_nonfinite (bool): See :class:`GuardedOptimizer`.
         clip_grad_norm (float, optional): See :class:`GuardedOptimizer`.
     """
 
     def __init__(
-        self,
-        where: str,
-        parameters: dict,
-        parts: list[Optimizer],
-        skip_nonfinite: bool,
-        clip_grad_norm: float | None,
+        self, parameters: dict, parts: dict[str, Optimizer], skip_nonfinite: bool, clip_grad_norm: float | None
     ):
-        check_clip_grad_norm(f"{where}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
-        self.where = where
+        check_clip_grad_norm(f"{type(self).__name__}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
         self.skip_nonfinite = skip_nonfinite
         self.clip_grad_norm = clip_grad_norm
         dtypes = {array.dtype for _, array in tree_flatten(parameters)}
         # Where finite gradients may come to an infinity, the new weights are judged too, and old ones kept until then.
-        self.judges_outcome = skip_nonfinite and (mx.float16 in dtypes or any(map(_has_adafactor, parts)))
+        self.judges_outcome = skip_nonfinite and (mx.float16 in dtypes or any(map(_has_adafactor, parts.values())))
         if skip_nonfinite or clip_grad_norm is not None:
-            for dtype in dtypes:
-                kernels.usable(kernels.norms, dtype)  # tried now: a first step may be one that MLX traces
+            kernels.try_all(kernels.norms, parameters)
+        self._state = {name: part.state for name, part in parts.items()}
+        if skip_nonfinite:
+            self._state[COUNT] = mx.array(0, mx.uint32)
 
-    def state(self) -> dict:
-        """What the optimizer's state has beside that of its parts."""
-        return {COUNT: mx.array(0, mx.uint32)} if self.skip_nonfinite else {}
+    @property
+    def nonfinite_steps(self) -> mx.array | None:
+        """The number of steps that changed nothing, an mx.array; None without ``skip_nonfinite``."""
+        return self._state.get(COUNT)
 
-    def apply(self, update: Callable, state: dict, gradients: dict, parameters: dict) -> dict:
-        """The parameters after ``update(gradients, parameters)``, which changes ``state``, or as they were."""
+    def count_nonfinite(self) -> None:
+        """For a loop that judges by itself: one more step that changed nothing."""
+        self._state[COUNT] = self._state[COUNT] + 1
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """The parameters after one step, or as they were."""
         if not self.skip_nonfinite and self.clip_grad_norm is None:
-            return update(gradients, parameters)
+            return self.apply_unguarded(gradients, parameters)
         norm = global_norm(gradients)
         if self.clip_grad_norm is not None:
             gradients = clip_by_norm(gradients, norm, self.clip_grad_norm)
         if not self.skip_nonfinite:
-            return update(gradients, parameters)
+            return self.apply_unguarded(gradients, parameters)
+        state = self._state
         old, old_state = dict(tree_flatten(parameters)), dict(tree_flatten(state))
-        updated = update(gradients, parameters)
+        updated = self.apply_unguarded(gradients, parameters)
         finite = norm_is_safe(norm) & rates_are_safe(state)
         if self.judges_outcome:
             finite = finite & all_finite([array for _, array in tree_flatten(updated)])
@@ -218,14 +222,20 @@ class Guard:
         fill(state, selected)
         return tree_map_with_path(lambda path, array: mx.where(finite, array, old[path]), updated)
 
-    def assign(self, own_state: dict, state: dict) -> None:
-        """Put ``state``, nested or flat, into ``own_state`` by name: a compiled step holds these very containers."""
-        own, new = dict(tree_flatten(own_state)), dict(tree_flatten(state))
+    @property
+    def state(self) -> dict:
+        """That of the parts, and the number of steps that changed nothing."""
+        return self._state
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        """Put ``state``, nested or flat, into the own by name: a compiled step holds these very containers."""
+        own, new = dict(tree_flatten(self._state)), dict(tree_flatten(state))
         if COUNT in own:
             new.setdefault(COUNT, own[COUNT])  # from a run without the guard
         else:
             new.pop(COUNT, None)
-        where = f"{self.where}.state"
+        where = f"{type(self).__name__}.state"
         for name in own | new:
             if name not in own or name not in new:
                 raise InputError(
@@ -237,10 +247,10 @@ class Guard:
                     f"{where}: {name} has shape {new[name].shape} and dtype {new[name].dtype}, which must be "
                     f"{own[name].shape} and {own[name].dtype}: assign the state of this model"
                 )
-        fill(own_state, new)
+        fill(self._state, new)
 
 
-class GuardedOptimizer(Optimizer):
+class GuardedOptimizer(Guard):
     """Any MLX optimizer, with clipping and the non-finite guard before it.
 
     Args:
@@ -268,46 +278,17 @@ class GuardedOptimizer(Optimizer):
         skip_nonfinite: bool = False,
         clip_grad_norm: float | None = None,
     ):
-        self.guard = Guard("GuardedOptimizer", parameters, [optimizer], skip_nonfinite, clip_grad_norm)
+        super().__init__(parameters, {"rest": optimizer}, skip_nonfinite, clip_grad_norm)
         self.optimizer = optimizer
-        self._state = {"rest": optimizer.state} | self.guard.state()
         self.init(parameters)
 
     def init(self, parameters: dict) -> None:
         """Make the state of ``parameters``; what is there already stays. Done when the optimizer is made."""
         self.optimizer.init(parameters)
 
-    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
-        return self.guard.apply(self.apply_unguarded, self._state, gradients, parameters)
-
     def apply_unguarded(self, gradients: dict, parameters: dict) -> dict:
         """The update alone, of gradients that are judged and clipped already."""
         return self.optimizer.apply_gradients(gradients, parameters)
-
-    @property
-    def skip_nonfinite(self) -> bool:
-        return self.guard.skip_nonfinite
-
-    @property
-    def clip_grad_norm(self) -> float | None:
-        return self.guard.clip_grad_norm
-
-    @property
-    def nonfinite_steps(self) -> mx.array | None:
-        """The number of steps that changed nothing; None without ``skip_nonfinite``."""
-        return self._state.get(COUNT)
-
-    def count_nonfinite(self) -> None:
-        """For a loop that judges by itself: one more step that changed nothing."""
-        self._state[COUNT] = self._state[COUNT] + 1
-
-    @property
-    def state(self) -> dict:
-        return self._state
-
-    @state.setter
-    def state(self, state: dict) -> None:
-        self.guard.assign(self._state, state)
 
     @property
     def step(self) -> mx.array:

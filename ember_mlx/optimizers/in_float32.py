@@ -14,12 +14,13 @@ float16   float32                               float32
 In float16 Adam's eps of 1e-8 is 0, and a second moment below 6e-8 too: its first step is NaN.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 from mlx.optimizers import Adam, AdamW, MultiOptimizer, Optimizer
 
-__all__ = ["adam_moments", "adam_step", "in_float32", "in_place", "kernel_of_its_own", "stock_in_float32"]
+__all__ = ["adam_moments", "adam_step", "in_float32", "in_place", "kernel_of_its_own", "stock_in_float32", "wide_step"]
 
 TOO_SMALL = 2**19  # elements, whose memory is not worth a launch
 
@@ -53,11 +54,7 @@ def in_float32(optimizer: Optimizer, but: mx.Dtype | None = None) -> Optimizer:
             return apply_single(gradient, parameter, state)
         if widens_itself:
             return apply_single(gradient, _wide(parameter), state).astype(parameter.dtype)
-        wide = {name: _wide(array) for name, array in state.items()}
-        new = apply_single(_wide(gradient), _wide(parameter), wide)
-        for name, array in wide.items():
-            state[name] = array.astype(state[name].dtype) if name in state else array
-        return new.astype(parameter.dtype)
+        return wide_step(apply_single, gradient, parameter, state).astype(parameter.dtype)
 
     optimizer.init_single, optimizer.apply_single = init_wide, apply_wide
     return optimizer
@@ -140,6 +137,15 @@ def adam_moments(
     g_of_m, g_of_v = g.astype(dtype), kernel_of_its_own(g).astype(dtype)
     new_m = (b1 * m.astype(dtype) + (1 - b1) * g_of_m).astype(m.dtype)
     return new_m, (b2 * v.astype(dtype) + (1 - b2) * mx.square(g_of_v)).astype(v.dtype)
+
+
+def wide_step(apply_single: Callable, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+    """The new parameter in float32, of an ``apply_single`` that gets all in float32; ``state`` keeps its dtypes."""
+    new_state = {name: _wide(array) for name, array in state.items()}
+    new = apply_single(_wide(gradient), _wide(parameter), new_state)
+    for name, array in new_state.items():
+        state[name] = array.astype(state[name].dtype) if name in state else array
+    return new
 
 
 def _wide(array):

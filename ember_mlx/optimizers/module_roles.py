@@ -7,8 +7,10 @@ from ember_mlx.token_tables import find_token_tables
 __all__ = ["attention_heads", "convolutions", "lora_factors", "token_tables"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-HEADS = {"q_proj": ("n_heads", "num_heads", "num_attention_heads"), "k_proj": ("n_kv_heads", "num_kv_heads")}
-KEY_HEADS_ELSE = "num_key_value_heads"
+HEADS = {
+    "q_proj": ("n_heads", "num_heads", "num_attention_heads"),
+    "k_proj": ("n_kv_heads", "num_kv_heads", "num_key_value_heads"),
+}
 
 
 def attention_heads(model: nn.Module) -> dict[str, int]:
@@ -19,9 +21,8 @@ def attention_heads(model: nn.Module) -> dict[str, int]:
     """
     found = {}
     for path, module in model.named_modules():
-        for projection, counts in HEADS.items():
+        for projection, names in HEADS.items():
             layer = module.get(projection)
-            names = (*counts, KEY_HEADS_ELSE) if projection == "k_proj" else counts
             heads = next((count for name in names if isinstance(count := getattr(module, name, None), int)), None)
             if type(layer) is nn.Linear and heads and layer.weight.shape[0] % heads == 0:
                 found[f"{path}.{projection}.weight".lstrip(".")] = heads

@@ -6,7 +6,7 @@ from mlx.optimizers import MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ember_mlx.optimizers.body import Tree
-from ember_mlx.optimizers.guarded import COUNT, Guard
+from ember_mlx.optimizers.guarded import Guard
 from ember_mlx.optimizers.in_float32 import stock_in_float32
 from ember_mlx.shared.errors import InputError
 from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
@@ -14,7 +14,7 @@ from ember_mlx.token_tables import LOOKED_FOR, find_token_tables
 __all__ = ["PairedOptimizer"]
 
 
-class PairedOptimizer(Optimizer):
+class PairedOptimizer(Guard):
     """One optimizer for the token tables, another for the rest of a model, each with its own learning rate.
 
     Optimizers of ``mlx.optimizers`` compute in float32 for 16-bit weights here, and round once, to nearest: in float16
@@ -81,17 +81,13 @@ class PairedOptimizer(Optimizer):
         _refuse_shared(model, self._table_paths)
         self._rest_paths = frozenset(trainable) - self._table_paths
         self.rest = rest
-        self.guard = Guard("PairedOptimizer", trainable, [tables, rest], skip_nonfinite, clip_grad_norm)
-        self._state = {"rest": rest.state, "tables": tables.state} | self.guard.state()
+        super().__init__(trainable, {"rest": rest, "tables": tables}, skip_nonfinite, clip_grad_norm)
         self.init(trainable)
 
     def init(self, parameters: Tree) -> None:
         tables, rest = self._split(parameters)
         self.tables.init(tables)
         self.rest.init(self._as_rest_takes_it(rest))
-
-    def apply_gradients(self, gradients: Tree, parameters: Tree) -> Tree:
-        return self.guard.apply(self.apply_unguarded, self._state, gradients, parameters)
 
     def apply_unguarded(self, gradients: Tree, parameters: Tree) -> Tree:
         """The update alone, of gradients that are judged and clipped already."""
@@ -112,31 +108,6 @@ class PairedOptimizer(Optimizer):
             f"PairedOptimizer: {path} was not trainable when the optimizer was made, so no side has state for it; "
             "freeze it, or make a new PairedOptimizer after unfreezing it"
         )
-
-    @property
-    def skip_nonfinite(self) -> bool:
-        return self.guard.skip_nonfinite
-
-    @property
-    def clip_grad_norm(self) -> float | None:
-        return self.guard.clip_grad_norm
-
-    @property
-    def nonfinite_steps(self) -> mx.array | None:
-        """The number of steps that changed nothing, an mx.array; None without ``skip_nonfinite``."""
-        return self._state.get(COUNT)
-
-    def count_nonfinite(self) -> None:
-        """For a loop that judges by itself: one more step that changed nothing."""
-        self._state[COUNT] = self._state[COUNT] + 1
-
-    @property
-    def state(self) -> Tree:
-        return self._state
-
-    @state.setter
-    def state(self, state: Tree) -> None:
-        self.guard.assign(self._state, state)
 
     @property
     def step(self) -> mx.array:

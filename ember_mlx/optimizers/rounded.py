@@ -7,6 +7,7 @@ the new weight is rounded once, by bits that are keyed as those of token tables:
 import itertools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,11 +18,11 @@ from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
 from ember_mlx.optimizers import adam_kernel, sinkgd_kernel
 from ember_mlx.optimizers.ember import update_table
-from ember_mlx.optimizers.in_float32 import adam_moments
+from ember_mlx.optimizers.in_float32 import adam_moments, wide_step
 from ember_mlx.optimizers.sinkgd import SinkGD, sinkhorn_factors
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["StochasticRounding", "as_rows", "round_step"]
+__all__ = ["StochasticRounding", "round_step"]
 
 
 def round_step(w: mx.array, new: mx.array, seed: mx.array, t: mx.array) -> mx.array:
@@ -32,24 +33,19 @@ def round_step(w: mx.array, new: mx.array, seed: mx.array, t: mx.array) -> mx.ar
     Args:
         w: The old values, bfloat16 or float16, of any shape.
         new: The new ones, of the same shape, float32.
-        seed, t: Of ``w`` and of this step, uint32: they key the random bits, by rows and columns of :func:`as_rows`.
+        seed, t: Of ``w`` and of this step, uint32: they key the random bits, by all axes but the last, and that one.
 
     Returns:
         The new values, in the shape and dtype of ``w``.
     """
     step = w.astype(mx.float32) - new
-    rows, columns = as_rows(w.shape)
+    rows, columns = math.prod(w.shape[:-1]), w.shape[-1] if w.ndim else 1
     if kernels.usable(kernels.weight_rounding, w.dtype):
         values = (w.astype(mx.float32) - step).reshape(rows, columns)
         return kernels.weight_rounding.round_weights(values, seed, t, w.dtype).reshape(w.shape)
     keys, ones = bit_keys(seed, t, rows, columns), (mx.ones((rows,)), mx.ones((columns,)))
     w_rows, step = w.reshape(rows, columns), step.reshape(rows, columns)
     return update_table(w_rows, step, *ones, 1.0, 0.0, 0.0, keys).reshape(w.shape)
-
-
-def as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of an array: a vector is one row; all axes but the last are rows."""
-    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 class StochasticRounding(Optimizer):
@@ -115,10 +111,9 @@ class StochasticRounding(Optimizer):
         is_sinkgd = type(self.optimizer) is SinkGD and "m" not in state  # its vectors have AdamW's
         if is_sinkgd and kernels.usable(sinkgd_kernel, parameter.dtype, gradient.dtype):
             return self._step_sinkgd(parameter, gradient, seed, t)
-        wide = {name: _wide(value) for name, value in state.items() if name != "seed"}
-        new = self.optimizer.apply_single(_wide(gradient), _wide(parameter), wide)
-        for name, value in wide.items():
-            state[name] = value.astype(state[name].dtype) if name in state else value
+        inside = {name: value for name, value in state.items() if name != "seed"}
+        new = wide_step(self.optimizer.apply_single, gradient, parameter, inside)
+        state.update(inside)
         return round_step(parameter, new.astype(mx.float32), seed, t)
 
     def _step_adam(self, w, g, m, v, seed, t):
@@ -134,8 +129,8 @@ class StochasticRounding(Optimizer):
             return adam_kernel.step_weight(w, g, m, v, seed, t, **rates, **how)
         # The moments are computed twice, for the weight of views: what two kernels read, mx.compile makes by one more,
         # and in float32. So there are three, and what rounds.
-        moments = {"m": _wide(m[None]), "v": _wide(v[None])}
-        new = type(optimizer).apply_single(optimizer, _wide(g[None]), _wide(w[None]), moments)
+        stock = partial(type(optimizer).apply_single, optimizer)
+        new = wide_step(stock, g[None], w[None], {"m": m[None], "v": v[None]})
         return round_step(w[None], new, seed, t).squeeze(0), *adam_moments(g, m, v, optimizer.betas, mx.float32)
 
     def _step_sinkgd(self, w, g, seed, t):
@@ -156,7 +151,3 @@ class StochasticRounding(Optimizer):
     def state(self, state: dict[str, Any]) -> None:
         self._initialized = False
         self.optimizer.state = state
-
-
-def _wide(array):
-    return array.astype(mx.float32) if array.dtype in DROPPED_BITS else array

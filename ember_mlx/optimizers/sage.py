@@ -22,15 +22,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ember_mlx import kernels
-from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree
-from ember_mlx.optimizers.ember import bias_correction
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, rows_of_block
+from ember_mlx.optimizers.ember import bias_correction, blocks
 from ember_mlx.optimizers.ember import update_second_moment as running_mean
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
-
-# MLX computes up to 20 blocks at once, each with float32 copies of itself.
-MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15  # elements
 
 
 def sage_step(
@@ -76,11 +73,10 @@ def mean_magnitudes(g: mx.array) -> tuple[mx.array, mx.array]:
     if kernels.usable(kernels.statistics, g.dtype):
         row_means, column_means = kernels.statistics.mean_magnitudes(g)
         return column_means, row_means[:, None] != 0
-    block = max(1, max(SMALLEST_BLOCK, g.size // MOST_BLOCKS) // g.shape[1])
-    blocks = [g[first : first + block] for first in range(0, len(g), block)]
+    parts = [g[rows] for rows in blocks(g, rows_of_block(g))]
     # Two readings of each block: MLX would keep all magnitudes until the last of two uses.
-    has_gradient = mx.concatenate([(rows != 0).any(axis=1, keepdims=True) for rows in blocks])
-    return sum_of([mx.abs(rows.astype(mx.float32)).sum(axis=0) for rows in blocks]) / g.shape[0], has_gradient
+    has_gradient = mx.concatenate([(part != 0).any(axis=1, keepdims=True) for part in parts])
+    return sum_of([mx.abs(part.astype(mx.float32)).sum(axis=0) for part in parts]) / g.shape[0], has_gradient
 
 
 def sum_of(sums: list[mx.array]) -> mx.array:

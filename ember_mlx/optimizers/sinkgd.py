@@ -15,23 +15,16 @@ Only rows and columns are scaled, so :math:`x_{ij} = a_i g_{ij} b_j` always: fac
 """
 
 import math
-from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ember_mlx import kernels
 from ember_mlx.optimizers import module_roles
-from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step
+from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, adamw_step, rows_of_block
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["Pass", "SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
-
-# MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
-MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15
-
-Pass = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-"""From factors (a, b) to the next ones."""
+__all__ = ["SinkGD", "sinkgd_step", "sinkhorn_factors", "update_matrix"]
 
 
 def sinkgd_step(
@@ -62,30 +55,24 @@ def sinkhorn_factors(g: mx.array, passes: int, eps: float) -> tuple[mx.array, mx
         a, b = kernels.sinkhorn.factors(g.reshape(-1, *g.shape[-2:]), passes, eps)
         return a.reshape(g.shape[:-1]), b.reshape(*g.shape[:-2], g.shape[-1])
     a, b = mx.ones(g.shape[:-1], mx.float32), mx.ones((*g.shape[:-2], g.shape[-1]), mx.float32)
-    one_pass = pass_by_products(g, eps)
     for _ in range(passes):
-        a, b = one_pass(a, b)
+        a, b = one_pass(g, a, b, eps)
     return a, b
 
 
-def pass_by_products(g: mx.array, eps: float) -> Pass:
-    """(a, b) -> the next ones, of the norms of rows and columns; products with g squared, block by block."""
-    m, n = g.shape[-2:]
-    block = max(1, max(SMALLEST_BLOCK, g.size // MOST_BLOCKS) // (g.size // m))
-
-    def one_pass(a, b):
-        new_a, sums = [], mx.zeros(b.shape)
-        for first in range(0, m, block):
-            rows = slice(first, first + block)
-            # The sums of the block before come first: one block of squares is alive at a time.
-            (part,) = mx.depends([g[..., rows, :]], [sums])
-            squares = mx.square(part.astype(mx.float32))
-            row_norms = mx.sqrt((squares @ mx.square(b)[..., None])[..., 0])
-            new_a.append(rescaled(a[..., rows], row_norms, n, eps))
-            sums = sums + (mx.square(new_a[-1])[..., None, :] @ squares)[..., 0, :]
-        return mx.concatenate(new_a, axis=-1), rescaled(b, mx.sqrt(sums), m, eps)
-
-    return one_pass
+def one_pass(g: mx.array, a: mx.array, b: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """The next factors, by the norms of rows and then of columns: products with ``g`` squared, block by block."""
+    (m, n), block = g.shape[-2:], rows_of_block(g)
+    new_a, sums = [], mx.zeros(b.shape)
+    for first in range(0, m, block):
+        rows = slice(first, first + block)
+        # The sums of the block before come first: one block of squares is alive at a time.
+        (part,) = mx.depends([g[..., rows, :]], [sums])
+        squares = mx.square(part.astype(mx.float32))
+        row_norms = mx.sqrt((squares @ mx.square(b)[..., None])[..., 0])
+        new_a.append(rescaled(a[..., rows], row_norms, n, eps))
+        sums = sums + (mx.square(new_a[-1])[..., None, :] @ squares)[..., 0, :]
+    return mx.concatenate(new_a, axis=-1), rescaled(b, mx.sqrt(sums), m, eps)
 
 
 def rescaled(factor: mx.array, norms: mx.array, length: int, eps: float) -> mx.array:

@@ -9,7 +9,7 @@ MLX gives the output of such a kernel memory of its own: nothing is updated in p
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, SIMDGROUP, Text, kernel, scalars
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, SIMDGROUP, Text, kernel, launch_of, scalars
 from ember_mlx.kernels.rounding import FUNCTIONS
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
@@ -159,13 +159,7 @@ def launch(w: mx.array, g: mx.array) -> dict:
         "SIMDGROUP": SIMDGROUP,
         "DROPPED_BITS": DROPPED_BITS[w.dtype],
     }
-    return {
-        "template": list(constants.items()),
-        "grid": (groups * SIMDGROUPS * SIMDGROUP, 1, 1),
-        "threadgroup": (SIMDGROUPS * SIMDGROUP, 1, 1),
-        "output_shapes": [w.shape],
-        "output_dtypes": [w.dtype],
-    }
+    return launch_of(constants, groups, SIMDGROUPS * SIMDGROUP, [w.shape], [w.dtype])
 
 
 def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:

@@ -100,13 +100,9 @@ def _cases(entry, streams):
             yield from ((stream, shape) for shape in (entry.shapes if stream in STREAMS[:2] else entry.shapes[:1]))
 
 
-def _gradients(stream, shape):
-    gradients = list(Case(stream, SMALL, (STEPS,)).gradients())
-    return gradients[:STEPS] if shape is None else [gradient.reshape(shape) for gradient in gradients]
-
-
 def _compare(entry, implementation, stream, shape, dtype, count, about):
-    gradients = [cast_gradient(gradient, dtype) for gradient in _gradients(stream, shape)[:count]]
+    made = Case(stream, SMALL, (count,)).gradients()
+    gradients = [cast_gradient(gradient.reshape(shape or gradient.shape), dtype) for gradient in made]
     shape = gradients[0][0].shape
     about |= {"shape": shape}
     oracle = entry.oracle(shape, **entry.options)

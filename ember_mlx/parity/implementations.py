@@ -91,8 +91,15 @@ def _of_mlx():
 
 
 def _of_torch():
-    missing = dict.fromkeys(("eager cpu", "eager cuda", "compiled cpu", "compiled cuda"))
-    missing |= dict.fromkeys(("triton", "triton interpreted"))
+    how = {
+        "eager cpu": ("cpu", "eager", False),
+        "eager cuda": ("cuda", "eager", False),
+        "compiled cpu": ("cpu", "eager", True),
+        "compiled cuda": ("cuda", "eager", True),
+        "triton": ("cuda", "triton", False),
+        "triton interpreted": ("cpu", "triton", False),
+    }
+    missing = dict.fromkeys(how)
     try:
         import torch
 
@@ -108,14 +115,6 @@ def _of_torch():
         missing["compiled cpu"] = no_compiler
         missing["triton"] = no_cuda or no_triton or ("TRITON_INTERPRET=1 is set" if interpreted else None)
         missing["triton interpreted"] = no_triton or (None if interpreted else "needs TRITON_INTERPRET=1")
-    how = {
-        "eager cpu": ("cpu", "eager", False),
-        "eager cuda": ("cuda", "eager", False),
-        "compiled cpu": ("cpu", "eager", True),
-        "compiled cuda": ("cuda", "eager", True),
-        "triton": ("cuda", "triton", False),
-        "triton interpreted": ("cpu", "triton", False),
-    }
     limits = {
         # PyTorch's compiler cannot trace a gradient of another dtype than its table's.
         "compiled cpu": {"mixed": False},

@@ -91,15 +91,14 @@ class Architecture:
         if not self.heads:
             return []
         q, kv, d, m = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden, self.intermediate
-        attention, out, mlp = self.attention_bias, self.output_bias, self.mlp_bias
         shapes = {
-            "self_attn.q_proj": (d, q, attention),
-            "self_attn.k_proj": (d, kv, attention),
-            "self_attn.v_proj": (d, kv, attention),
-            "self_attn.o_proj": (q, d, out),
-            "mlp.gate_proj": (d, m, mlp),
-            "mlp.down_proj": (m, d, mlp),
-            "mlp.up_proj": (d, m, mlp),
+            "self_attn.q_proj": (d, q, self.attention_bias),
+            "self_attn.k_proj": (d, kv, self.attention_bias),
+            "self_attn.v_proj": (d, kv, self.attention_bias),
+            "self_attn.o_proj": (q, d, self.output_bias),
+            "mlp.gate_proj": (d, m, self.mlp_bias),
+            "mlp.down_proj": (m, d, self.mlp_bias),
+            "mlp.up_proj": (d, m, self.mlp_bias),
         }
         prefix = f"model.layers.{layer}."
         return [
@@ -121,6 +120,16 @@ class Architecture:
             for role, name in names.items()
         ]
 
+    def ends(self, dequantized: tuple = ()) -> tuple[Table, Table]:
+        """The embedding and the head: of a tied model the same table twice."""
+        tables = self.tables(dequantized)
+        return tables[0], tables[-1]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its layers are of a family that is planned to the last weight."""
+        return self.model_type in EXACT and self.layers > 0
+
     def shapes(self) -> Shapes:
         """What the choice of what trains depends on."""
         dtype = {width: name for name, width in WIDTHS.items()}[self.width]
@@ -130,8 +139,6 @@ class Architecture:
         ]
         linears = [self.linears(layer) for layer in range(self.layers)]
         modules = [*self.tables(), *itertools.chain.from_iterable(linears)]
-        # Other families may call the modules of their layers otherwise.
-        is_exact = self.model_type in EXACT and self.layers
         return Shapes(
             looked_for="config.json",
             layers=self.layers or None,
@@ -141,21 +148,22 @@ class Architecture:
                 frozenset(linear.name.removeprefix(f"model.layers.{layer}.") for linear in each)
                 for layer, each in enumerate(linears)
             )
-            if is_exact
+            if self.is_exact  # other families may call the modules of their layers otherwise
             else None,
             modules=frozenset(module.name for module in modules),
         )
 
     def with_rows(self, rows: int) -> "Architecture":
         """The same with token tables of so many rows, all of them plain weights: what ``--add-tokens`` makes of it."""
-        plain = dict.fromkeys((table.name for table in self.tables()), False)
-        quantization = self.quantization and self.quantization | plain
+        quantization = self.quantization and self.quantization | self._plain_tables()
         return replace(self, vocabulary=rows, quantization=quantization)
 
     def with_layers_of(self, bits: int) -> "Architecture":
         """The same with layers of so many bits, and plain token tables: what ``--quantize`` makes of it."""
-        plain = dict.fromkeys((table.name for table in self.tables()), False)
-        return replace(self, quantization={"bits": bits, "group_size": GROUP_SIZE} | plain)
+        return replace(self, quantization={"bits": bits, "group_size": GROUP_SIZE} | self._plain_tables())
+
+    def _plain_tables(self):
+        return dict.fromkeys((table.name for table in self.tables()), False)
 
     def _quantized(self, name, rows, columns):
         """Bytes of a packed weight with its scales, or None where it is not packed."""

@@ -36,7 +36,6 @@ class Device:
     The four speeds decide only how far the program runs ahead.
     """
 
-    name: str
     operations: int
     numbers: float
     ahead: int
@@ -54,9 +53,9 @@ CPU_OPERATIONS_AHEAD = int(TASKS_AHEAD * 10 / 3.5)
 # guesses, of a large M-series chip and of two cores; Metal's program is thought fast, so that its peak is rather too
 # high.
 DEVICES = {
-    "metal": Device("metal", 50, 50 * 2**20, TASKS_AHEAD, 400e9, 15e12, 8e-6, float("inf")),
-    "cuda": Device("cuda", 100, 1000 * 2**20, TASKS_AHEAD, 1.5e12, 400e12, 16e-6, 250e9),
-    "cpu": Device("cpu", 0, float("inf"), CPU_OPERATIONS_AHEAD, 10e9, 50e9, 8e-6, float("inf")),
+    "metal": Device(50, 50 * 2**20, TASKS_AHEAD, 400e9, 15e12, 8e-6, float("inf")),
+    "cuda": Device(100, 1000 * 2**20, TASKS_AHEAD, 1.5e12, 400e12, 16e-6, 250e9),
+    "cpu": Device(0, float("inf"), CPU_OPERATIONS_AHEAD, 10e9, 50e9, 8e-6, float("inf")),
 }
 
 

@@ -22,19 +22,17 @@ class Run:
         rank (int): Of LoRA.
         lora_keys (tuple, optional): The linears that LoRA is put on; None for all.
         tables (tuple[str]): The token tables that train, by their names.
-        optimizer, table_optimizer (str): "adam", "adamw", "adafactor", "sgd", "muon"; "ember" for tables too.
+        optimizer, table_optimizer (str): Names of :data:`ember_mlx.planner.optimizer_state.STATE`.
         stochastic_rounding, grad_checkpoint, chunked_loss (bool): As their options say.
         micro_batches (int): Batches of one update.
         evaluation_length (int): As ``length``, in validation; 0 where its rows are no longer.
         stream (bool): Whether every weight is stepped inside the backward pass (ember_mlx.streaming).
-        stream_as_usual (bool): Whether that was left to the defaults.
         keep_inputs (int): Then: of how many layers one keeps its input.
         norm_pass (bool): Whether gradients are clipped by their global norm, for which streaming goes backwards twice.
         body_rounding (str): "nearest" or "stochastic", of 16-bit weights that are no table.
         workers (int): How many share a batch.
         shard_optimizer (bool): Whether each of them keeps a part of the state of all but tables under Ember.
         shard_tables (bool): Whether they share the rows of the tables that train, too.
-        tables_must_train (bool): Whether frozen tables are out of the question: they have new rows, or no layer trains.
     """
 
     batch_size: int
@@ -51,7 +49,6 @@ class Run:
     chunked_loss: bool
     micro_batches: int
     evaluation_length: int = 0
-    tables_must_train: bool = False
     stream: bool = False
     keep_inputs: int = 1
     norm_pass: bool = False
@@ -59,7 +56,6 @@ class Run:
     workers: int = 1
     shard_optimizer: bool = False
     shard_tables: bool = False
-    stream_as_usual: bool = False
 
     def rows_here(self, table: Table) -> int:
         """How many rows of a table one worker keeps, at most."""
@@ -131,16 +127,20 @@ class Graph:
         operation.outputs = [Array(x.numbers, x.width, x.role, operation, base=x)]
         return operation.outputs[0]
 
+    def some_rows(self, table: Array, rows: int, columns: int) -> Array:
+        """So many rows of a table, which are a slice of it and no operation in the order."""
+        return Array(rows * columns, table.width, table.role, table.made_by, base=table)
+
     def elementwise(
         self, inputs: list[Array], numbers: int | None = None, width: float | None = None, role: str | None = None
     ) -> Array:
         """A number for each of the first input's, which may take its memory."""
         return self.make(inputs, numbers or inputs[0].numbers, width or inputs[0].width, True, role)
 
-    def several(self, inputs: list[Array], sizes: list[tuple[int, float]], role: str | None = None) -> list[Array]:
+    def several(self, inputs: list[Array], sizes: list[tuple[int, float]]) -> list[Array]:
         """One operation with several results, (numbers, width) of each."""
         operation = Operation(inputs, in_place=False)
-        operation.outputs = [Array(numbers, width, role or self.role, operation) for numbers, width in sizes]
+        operation.outputs = [Array(numbers, width, self.role, operation) for numbers, width in sizes]
         return operation.outputs
 
     def exist(self, numbers: int, width: float, role: str) -> Array:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
-from ember_mlx.finetune.choices import refuse_frozen_rows
+from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
@@ -21,7 +21,7 @@ from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
 from ember_mlx.shared.errors import InputError, reason_of
 
-__all__ = ["Inputs", "find_config", "read_inputs", "with_rows_of_data"]
+__all__ = ["Inputs", "find_config", "read_inputs", "refuse_misfits", "with_rows_of_data"]
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "tiktoken.model")
@@ -67,20 +67,41 @@ def read_inputs(args: options.Options, workers: int = 1) -> Inputs:
             planned.
     """
     config, path = find_config(args.model)
-    model = read_architecture(config, path.name)
+    model = _with_asked_layers(args, read_architecture(config, path.name))
     if args.sample_prompts is not None:
         read_prompts(args.sample_prompts)  # as train will
-    if args.quantize is not None:
-        if model.quantization:
-            raise InputError(
-                f"--quantize {args.quantize}: model {args.model}: is quantized already: leave --quantize out, or give "
-                "the same model in 16 bits"
-            )
-        model = model.with_layers_of(args.quantize)
     tokenizer, assumptions = None, []
     if args.add_tokens is not None:
-        model, tokenizer, assumptions = _with_new_tokens(args, model, _load_tokenizer(path, args)[0])
+        model, tokenizer, assumptions = _with_new_tokens(args, model, path)
     return Inputs(model, run_of(args, model, workers), path, tokenizer, assumptions, args.iters)
+
+
+def refuse_misfits(args: options.Options) -> None:
+    """Refuse what asks the model for what it lacks, by its config.json: ``train`` calls this before it loads a model.
+
+    Raises:
+        InputError: as ``train`` would. A model that is not there, or of another family than those that are planned
+            exactly, passes: the loaded one is asked.
+    """
+    try:
+        config, path = find_config(args.model)
+        model = read_architecture(config, path.name)
+    except InputError:
+        return
+    if model.is_exact:
+        choose(args, _with_asked_layers(args, model).shapes())
+
+
+def _with_asked_layers(args, model):
+    """The same with the layers of ``--quantize``."""
+    if args.quantize is None:
+        return model
+    if model.quantization:
+        raise InputError(
+            f"--quantize {args.quantize}: model {args.model}: is quantized already: leave --quantize out, or give "
+            "the same model in 16 bits"
+        )
+    return model.with_layers_of(args.quantize)
 
 
 def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool = False) -> Inputs:
@@ -176,7 +197,7 @@ def _has_tokenizer(folder):
     return any(any(folder.glob(name)) for name in VOCABULARIES)
 
 
-def _with_new_tokens(args, model, tokenizer):
+def _with_new_tokens(args, model, config_path):
     """Model and tokenizer as ``--add-tokens`` makes them, and a line on how many rows the tables have then.
 
     Raises:
@@ -184,7 +205,7 @@ def _with_new_tokens(args, model, tokenizer):
     """
     where = f"--add-tokens {args.add_tokens}"
     asked = read_tokens(Path(args.add_tokens))
-    refuse_frozen_rows(args, where)
+    tokenizer, _ = _load_tokenizer(config_path, args)
     if tokenizer is None:
         line = f"as if the {len(asked)} new tokens found no rows to spare: without the tokenizer that is not known"
         return model.with_rows(model.vocabulary + len(asked)), None, [line]

@@ -43,11 +43,8 @@ def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -
     graph.role = "logits"
     hidden, chosen, sums = h, graph.make([], n, FLOAT32), []
 
-    def part(words):
-        return Array(words * head.columns, w.width, w.role, w.made_by, base=w)
-
     for words in slices:
-        logits = graph.product([hidden, part(words)], n * words, head.columns)
+        logits = graph.product([hidden, graph.some_rows(w, words, head.columns)], n * words, head.columns)
         logits = graph.elementwise([logits], width=FLOAT32)
         sums.append(graph.make([logits], n, FLOAT32))
         place, inside = graph.make([], n), graph.make([], n)  # of the targets
@@ -58,9 +55,10 @@ def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -
     graph.role = "scratch"
     hidden, d_h, parts = h, graph.make([], h.numbers, FLOAT32), []
     for words in slices:
-        logits = graph.product([hidden, part(words)], n * words, head.columns, role="logits")
+        part = graph.some_rows(w, words, head.columns)
+        logits = graph.product([hidden, part], n * words, head.columns, role="logits")
         d_logits = graph.elementwise([logits, log_sum_exp], role="logits")  # one kernel: float32 inside alone
-        d_h = graph.elementwise([d_h, graph.product([d_logits, part(words)], h.numbers, words)])
+        d_h = graph.elementwise([d_h, graph.product([d_logits, part], h.numbers, words)])
         if trained:
             parts.append(graph.product([d_logits, hidden], words * head.columns, n, role="gradients"))
         hidden = graph.view(hidden, after=[d_h, *parts[-1:]])

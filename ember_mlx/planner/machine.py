@@ -40,7 +40,17 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
     return machine_limit(), "this machine has for it"
 
 
-def limited(options: Options, memory: int, source: str) -> tuple[int, str]:
-    """The same two, or what ``--memory-limit`` leaves of that memory."""
+def limited(options: Options, memory: int, source: str, asked: str | None = None) -> tuple[int, str]:
+    """The same two, or what ``--memory-limit`` leaves of that memory.
+
+    Args:
+        options: The run's.
+        memory, source: Of :func:`memory`.
+        asked: What ``--memory`` says, if it is given: then the words say which of the two flags counts.
+    """
     limit = options.memory_limit
-    return (memory, source) if limit in (None, NO_LIMIT) or limit >= memory else (limit, "--memory-limit is")
+    if limit in (None, NO_LIMIT):
+        return memory, source
+    if limit < memory:
+        return limit, "--memory-limit is" if asked is None else f"--memory-limit, below what --memory {asked} gives, is"
+    return memory, source if asked is None else f"as --memory-limit is no lower, {source}"

@@ -122,20 +122,18 @@ def attention(graph: Graph, q: Array, k: Array, v: Array) -> tuple[Array, Backwa
         p = graph.make([s], scores, in_place=True)
         return q_scaled, p
 
+    kept = None if fused else plain()
     if fused:
         o, stats = graph.several([q, k, v], [(q.numbers, graph.width), (n * model.heads, FLOAT32)])
     else:
-        q_scaled, p = plain()
-        o = graph.make([p, v], q.numbers)
+        o = graph.make([kept[1], v], q.numbers)
     flat = graph.elementwise([o])  # tokens before heads
 
     def backward(d_flat):
-        nonlocal q_scaled, p
         sizes = [(a.numbers, graph.width) for a in (q, k, v)]
         if fused_back:
             return graph.several([q, k, v, o, stats, d_flat], sizes)
-        if fused:
-            q_scaled, p = plain()
+        q_scaled, p = kept or plain()
         d_p = graph.make([d_flat, v], scores)
         products = graph.elementwise([d_p, p])
         d_s = graph.elementwise([p, products, graph.make([products], n * model.heads)])
@@ -144,8 +142,6 @@ def attention(graph: Graph, q: Array, k: Array, v: Array) -> tuple[Array, Backwa
         d_q = graph.elementwise([graph.make([d_s, k], q.numbers)])
         return d_q, _grouped(graph, graph.make([d_s, q_scaled], q.numbers), k), d_v
 
-    if fused:
-        q_scaled = p = None
     return flat, backward
 
 

@@ -6,7 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from ember_mlx.finetune.choices import DEFAULT_LAYERS, ROLES, SHARDABLE, choose, streams_by_default
+from ember_mlx.finetune.choices import DEFAULT_LAYERS, choose, refuse_frozen_rows
 from ember_mlx.finetune.optimizer_names import planned
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
@@ -125,7 +125,6 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         grad_checkpoint=bool(options.grad_checkpoint),
         chunked_loss=bool(options.chunked_loss),
         micro_batches=options.grad_accumulation_steps,
-        tables_must_train=options.add_tokens is not None or options.num_layers == 0,
         stream=choices.stream,
         keep_inputs=options.keep_inputs or 1,
         norm_pass=options.clip_grad_norm is not None,
@@ -133,77 +132,91 @@ def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:
         workers=workers,
         shard_optimizer=options.shard_optimizer and workers > 1,
         shard_tables=options.shard_tables,
-        stream_as_usual=options.stream is None,
     )
 
 
-def changed(run: Run, **changes: Any) -> Run:
-    """The run with other options: whether it streams goes with them, where that was left to the defaults."""
-    run = replace(run, **changes)
-    if not run.stream_as_usual or "stream" in changes:
-        return run
-    usual = streams_by_default(run.fine_tune_type, bool(run.tables), run.workers, run.norm_pass)
-    return replace(run, stream=usual)
+def alternatives(options: Any, model: Architecture, run: Run) -> dict[str, Run]:
+    """The same run with another optimizer on the tables, and with the tables frozen, by the flags that ask for it.
 
+    Each is planned as ``train`` runs it, so it may stream or not where the run does; what ``train`` refuses is left
+    out. Where the run freezes the tables, all of them train beside it, dequantized.
 
-def alternatives(run: Run) -> dict[str, Run]:
-    """The same run with another optimizer on the tables, and, where they may be, with the tables frozen.
-
-    By the flags that ask for it. Where the run freezes the tables, all of them train beside it, dequantized.
+    Args:
+        options, model: As for :func:`run_of`.
+        run: The one of these options, with rows as long as they are.
     """
-    thawed, flag = (run, "") if run.tables else (changed(run, tables=ROLES["auto"]), "--train-tables auto ")
-    names = [name for name in ("ember", "adamw", "adafactor") if name in SHARDABLE or not run.shard_tables]
-    kinds = {f"{flag}--table-optimizer {name}": replace(thawed, table_optimizer=name) for name in names}
-    return kinds if run.tables_must_train else kinds | {"--train-tables none": changed(run, tables=())}
+    thawed, flag = ({}, "") if run.tables else ({"train_tables": "auto"}, "--train-tables auto ")
+    names = ("ember", "adamw", "adafactor")
+    asked = {f"{flag}--table-optimizer {name}": thawed | {"table_optimizer": name} for name in names}
+    asked["--train-tables none"] = {"train_tables": "none", "shard_tables": False}
+    runs = {flags: _changed(options | changes, model, run) for flags, changes in asked.items()}
+    return {flags: other for flags, other in runs.items() if other is not None}
 
 
-def advice(model: Architecture, run: Run, backend: str, memory: int) -> list[tuple[str, Plan]]:
+def advice(options: Any, model: Architecture, run: Run, backend: str, memory: int) -> list[tuple[str, Plan]]:
     """The cheapest changes, one on top of the other, until the run fits: flags, and the plan with them so far.
 
     A change that saves less than 1 % is left out; of several values of one flag, the last stands. When all are made and
     it still does not fit, the last plan says so.
+
+    Args:
+        options, model, run: As for :func:`alternatives`.
+        backend: Where it trains.
+        memory: Bytes that it may take.
     """
     changes, now = [], plan(model, run, backend)
-    for flags, changes_of_it in _changes(model, run):
+    for flags, changes_of_it in _changes(options, model, run):
         if now.peak <= memory:
             break
-        candidate = changed(run, **changes_of_it)
+        candidate = _changed(options | changes_of_it, model, run)
+        if candidate is None:
+            continue
         after = plan(model, candidate, backend)
         if after.peak < 0.99 * now.peak:
-            run, now = candidate, after
+            options, run, now = options | changes_of_it, candidate, after
             if changes and changes[-1][0].split()[0] == flags.split()[0]:
                 changes.pop()
             changes.append((flags, after))
     return changes
 
 
-def _changes(model, run):
+def _changed(options, model, run):
+    """The run of other options, with rows as long as they were or may be; None where ``train`` refuses it."""
+    try:
+        refuse_frozen_rows(options)
+        other = run_of(options, model, run.workers)
+    except InputError:
+        return None
+    lengths = {name: min(getattr(run, name), other.length) for name in ("length", "evaluation_length")}
+    return replace(other, **lengths)
+
+
+def _changes(options, model, run):
     if not (run.grad_checkpoint or run.stream):
         yield "--grad-checkpoint", {"grad_checkpoint": True}
     if not (run.chunked_loss or run.stream):
         yield "--chunked-loss", {"chunked_loss": True}
     for flags, other in streamed_runs(model, run):
-        as_usual = run.stream_as_usual and "--stream" not in flags
-        yield flags, {"stream": other.stream, "keep_inputs": other.keep_inputs, "stream_as_usual": as_usual}
+        yield flags, {"stream": True} if flags == "--stream" else {"keep_inputs": other.keep_inputs}
     if run.stochastic_rounding and run.table_optimizer == "ember" and not run.stream:
-        yield "--table-rounding nearest", {"stochastic_rounding": False}
+        yield "--table-rounding nearest", {"table_rounding": "nearest"}
     length = max(run.length, run.evaluation_length) + 1
     while length // 2 >= SHORTEST:
         length //= 2
-        lengths = {name: min(getattr(run, name), length - 1) for name in ("length", "evaluation_length")}
-        yield f"--max-seq-length {length}", lengths
+        yield f"--max-seq-length {length}", {"max_seq_length": length}
     size = run.batch_size
     while size > 1:
         size //= 2
-        yield f"--batch-size {size * run.workers}", {"batch_size": size}
+        yield f"--batch-size {size * run.workers}", {"batch_size": size * run.workers}
     if run.fine_tune_type == "full":
-        fewer = f" --num-layers {DEFAULT_LAYERS}" if run.layers > DEFAULT_LAYERS else ""
-        of_lora = {"fine_tune_type": "lora", "layers": min(run.layers, DEFAULT_LAYERS)}
-        if run.stream and run.stream_as_usual:  # lora does not by itself
-            fewer, of_lora = f"{fewer} --stream", of_lora | {"stream": True, "stream_as_usual": False}
-        yield "--fine-tune-type lora" + fewer, of_lora
-    if run.tables and not run.tables_must_train:
-        yield "--train-tables none", {"tables": ()}
+        flags, of_lora = "--fine-tune-type lora", {"fine_tune_type": "lora"}
+        if run.layers > DEFAULT_LAYERS:
+            flags, of_lora = f"{flags} --num-layers {DEFAULT_LAYERS}", of_lora | {"num_layers": DEFAULT_LAYERS}
+        if run.stream and options.stream is None:  # lora does not by itself
+            flags, of_lora = f"{flags} --stream", of_lora | {"stream": True}
+        yield flags, of_lora
+    if run.tables:
+        yield "--train-tables none", {"train_tables": "none"}
 
 
 def _bytes(arrays):

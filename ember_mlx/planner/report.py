@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ember_mlx.finetune.disk import DiskUse
+from ember_mlx.finetune.options import Options
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.network import LINKS
@@ -23,6 +24,7 @@ PHASES = {
     "layers": "a layer, backwards, and its step",
     "embedding": "the embedding's step",
 }
+TURNED_OFF = "--no-stream"
 NUMBERS = {2: "16 bits", 4: "float32"}
 ROWS = ("weights", "gradients", "optimizer state", "activations", "logits", "scratch")
 
@@ -32,10 +34,10 @@ class Report:
     """All that ``ember-mlx plan`` reports.
 
     Args:
-        name (str): Of the model, as it was given.
+        options (Options): The run's, as they were given.
         model, run, backend, planned: What was planned, and its plan.
         assumptions (list[str]): Lines on what was assumed: how long rows are, and why.
-        alternatives (dict[str, Plan]): Other optimizers on the tables, by the flags that ask for them.
+        alternatives (dict[str, tuple[Run, Plan]]): Other optimizers on the tables, by the flags that ask for them.
         changes (list[tuple[str, Plan]]): What would make it fit.
         recommendations (list[Recommendation]): What saves memory and changes no result.
         disk (DiskUse): What it takes on the disk.
@@ -44,13 +46,13 @@ class Report:
         memory_source (str): Whose they are, as the subject and verb of a sentence: "this machine has".
     """
 
-    name: str
+    options: Options
     model: Architecture
     run: Run
     backend: str
     planned: Plan
     assumptions: list[str]
-    alternatives: dict[str, Plan]
+    alternatives: dict[str, tuple[Run, Plan]]
     changes: list[tuple[str, Plan]]
     recommendations: list[Recommendation]
     disk: DiskUse
@@ -72,12 +74,12 @@ class Report:
                 sizes.append(("  of which train", in_units(planned.trainable), ""))
         sizes.append(("predicted peak", "", in_units(planned.peak)))
         others = [
-            (LABELS[flags.split()[-1]], in_units(other.optimizer_state), in_units(other.peak))
-            for flags, other in self.alternatives.items()
+            (self._label(flags, other), in_units(other_plan.optimizer_state), in_units(other_plan.peak))
+            for flags, (other, other_plan) in self.alternatives.items()
         ]
         return "\n".join(
             [
-                f"{self.name}: {model.model_type}, {layers}, {model.vocabulary:,} tokens",
+                f"{self.options.model}: {model.model_type}, {layers}, {model.vocabulary:,} tokens",
                 f"{kinds}, batches of {run.batch_size} x {run.length} tokens{hosts}, on {self.backend}",
                 *self.assumptions,
                 "",
@@ -87,6 +89,7 @@ class Report:
                 "",
                 *self._phases(),
                 text_table(("with the token tables by", "all optimizer state", "peak"), others, right=(1, 2)),
+                *self._why_frozen_take_more(),
                 "",
                 *self._verdict(),
                 *self._network(),
@@ -108,7 +111,10 @@ class Report:
             "vocabulary": self.model.vocabulary,
             "fits": self.planned.peak <= self.memory,
             "planned": _plan_as_json(self.planned),
-            "alternatives": {flags: _plan_as_json(other) for flags, other in self.alternatives.items()},
+            "alternatives": {
+                flags: _plan_as_json(other_plan) | {"stream": other.stream, "layers": other.layers}
+                for flags, (other, other_plan) in self.alternatives.items()
+            },
             "changes": [{"flags": flags, "peak": after.peak} for flags, after in self.changes],
             "disk": vars(self.disk) | {"final": self.disk.final},
             "stream": self.run.stream,
@@ -117,6 +123,27 @@ class Report:
             "network": self._network_as_json(),
             "notes": self._notes(),
         }
+
+    def _label(self, flags, other):
+        """What trains the tables, and what else is not as in the run that is planned."""
+        label, run = LABELS[flags.split()[-1]], self.run
+        if other.stream != run.stream:
+            label += f", {'' if other.stream else 'not '}streamed"
+        if other.layers != run.layers:
+            label += f", {other.layers} layers"
+        return label
+
+    def _why_frozen_take_more(self):
+        """Of rows that do not stream, which say it themselves."""
+        peaks = {flags: found.peak for flags, (_, found) in self.alternatives.items()}
+        frozen = peaks.pop("--train-tables none", 0)
+        streamed = any(run.stream for run, _ in self.alternatives.values())
+        if streamed or frozen < 1.01 * min(peaks.values()):
+            return []
+        return [
+            "Frozen tables peak higher here: a head that trains is first in the backward pass, which frees the logits;",
+            "with a frozen one they stay until the last layer's gradients are there.",
+        ]
 
     def _network(self):
         """Of several workers, what each sends."""
@@ -154,11 +181,17 @@ class Report:
         return [text_table(("streamed step, phase by phase", "peak"), rows, right=(1,)), ""]
 
     def _recommended(self):
+        """What was turned off is told once: as an alternative, where it is not among the changes."""
+        begin = "Recommended"
+        if self.options.stream is False:
+            begin = f"Alternative to {TURNED_OFF}"
+            if any("--stream" in flags for flags, _ in self.changes):
+                return []
         lines = []
         for each in self.recommendations:
             on_top = " on top of that" if lines else ""
             lines.append(
-                f"Recommended{on_top}: {each.flags}, the same training in {in_units(each.saves)} less: a peak of "
+                f"{begin}{on_top}: {each.flags}, the same training in {in_units(each.saves)} less: a peak of "
                 f"{in_units(each.peak)}. By its operations a step takes about {each.time:.2f} times as long."
             )
         return lines
@@ -177,11 +210,14 @@ class Report:
         if not self.changes:
             return [f"{has}: it does not fit, and no change of flags makes it fit."]
         lines = [f"{has}: it does not fit. The cheapest changes, each on top of those before, and the new peak:"]
-        changes = [(f"  {flags}", in_units(after.peak)) for flags, after in self.changes]
+        changes = [(f"  {self._change(flags)}", in_units(after.peak)) for flags, after in self.changes]
         lines.append(text_table(("  change", "new peak"), changes, right=(1,)))
         if self.changes[-1][1].peak > self.memory:
             lines.append("With all of these it still does not fit: choose a smaller model, or a quantized one.")
         return lines
+
+    def _change(self, flags):
+        return f"{flags} instead of {TURNED_OFF}" if self.options.stream is False and "--stream" in flags else flags
 
 
 def _plan_as_json(planned):

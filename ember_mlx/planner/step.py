@@ -14,28 +14,25 @@ __all__ = ["build_step", "layer"]
 def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     """Forward, loss, backward and update, on "metal", "cuda" or "cpu"."""
     graph = Graph(model, run, backend)
-    tables = {table.name: table for table in model.tables(run.tables)}
-    of_role = {table.role: table for table in tables.values()}
-    embedding = of_role.get("tied") or of_role["embedding"]
-    head = of_role.get("tied") or of_role["head"]
-    trained = {table.name for table in tables.values() if table.role in run.tables}
-    w_embedding = _table(graph, embedding, embedding.name in trained)
+    embedding, head = model.ends(run.tables)
+    embedding_trains, head_trains = embedding.role in run.tables, head.role in run.tables
+    w_embedding = _table(graph, embedding, embedding_trains)
     x = _looked_up(graph, embedding, w_embedding)
-    first_trained = 0 if embedding.name in trained else max(model.layers - run.layers, 0)
+    first_trained = 0 if embedding_trains else max(model.layers - run.layers, 0)
     backs = []
     for i in range(model.layers):
         x, back = _checkpointed(graph, x, i) if run.grad_checkpoint else layer(graph, x, i)
         backs.append(back)
     full = run.fine_tune_type == "full"
     h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
-    w_head = _table(graph, head, head.name in trained)
+    w_head = _table(graph, head, head_trains)
     compute = chunked_loss if run.chunked_loss or run.is_sharded(head) else loss
-    d_h = compute(graph, h, head, w_head, head.name in trained)
+    d_h = compute(graph, h, head, w_head, head_trains)
     graph.role = "scratch"
     d_x = back_norm(d_h)
     for i in reversed(range(first_trained, model.layers)):
-        d_x = backs[i](d_x, i > first_trained or embedding.name in trained)
-    if embedding.name in trained:
+        d_x = backs[i](d_x, i > first_trained or embedding_trains)
+    if embedding_trains:
         if run.is_sharded(embedding):
             d_x = graph.elementwise([gathered(graph, d_x)])
         zeros = graph.make([], w_embedding.numbers, role="gradients")

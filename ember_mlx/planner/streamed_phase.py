@@ -22,6 +22,7 @@ class Phase:
 
     def __init__(self, model: Architecture, run: Run, backend: str, always: Counter):
         self.graph = Graph(model, run, backend)
+        self.input = self.graph.tokens * model.hidden  # numbers of one
         self.inputs = 0  # kept ones that the graph has not taken
         self._always = always
         ahead = bytes_ahead(always["weights"], always["optimizer state"])
@@ -32,7 +33,7 @@ class Phase:
     def take_input(self) -> Array:
         """One of the kept inputs, to be read."""
         self.inputs -= 1
-        return self.graph.exist(self.graph.tokens * self.graph.model.hidden, self.graph.width, "activations")
+        return self.graph.exist(self.input, self.graph.width, "activations")
 
     def one_behind(self, *arrays: Array) -> None:
         """Evaluate these; wait for those before them."""
@@ -102,14 +103,15 @@ class Phase:
             graph.results += [new, *state]
             group += [new, *state]
             if sum(array.nbytes for array in group) >= self._ahead // 2:
-                group = self._start(group)
+                self._start(group)
+                group = []
         self._start(group)
         graph.role = before
 
     def peak(self) -> Peak:
         """The worst moment."""
         graph = self.graph
-        graph.exist(self.inputs * graph.tokens * graph.model.hidden, graph.width, "activations")
+        graph.exist(self.inputs * self.input, graph.width, "activations")
         here = Counter()
         for array in graph.existing:
             here[array.role] += array.nbytes
@@ -126,4 +128,3 @@ class Phase:
         self._unfinished.append((len(self.graph.evaluations), nbytes))
         if not self._ahead:
             self.finish()
-        return []

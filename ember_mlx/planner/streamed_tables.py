@@ -16,23 +16,13 @@ class Head:
     Args:
         model, run: Shapes, and what of the options matters.
         table: The head.
-        trained: Whether it trains, whole or by blocks.
-        by_ember: Whether by blocks.
+        trained: Whether it trains: by blocks under Ember, else whole.
         weights: Bytes of all weights.
         on_a_gpu: Whether blocks are few and large.
     """
 
-    def __init__(
-        self,
-        model: Architecture,
-        run: Run,
-        table: Table,
-        trained: bool,
-        by_ember: bool,
-        weights: float,
-        on_a_gpu: bool,
-    ):
-        self.table, self.trained, self.by_ember = table, trained, by_ember
+    def __init__(self, model: Architecture, run: Run, table: Table, trained: bool, weights: float, on_a_gpu: bool):
+        self.table, self.trained, self.by_ember = table, trained, run.table_optimizer == "ember"
         self.width = model.width
         self.tokens = n = run.micro_batches * run.batch_size * run.length
         sizes = blocks_of_a_head(table.rows, table.columns, model.width, n, weights, on_a_gpu)
@@ -55,7 +45,7 @@ class Head:
         hidden = graph.make([hidden], n * self.table.columns)
         by_hidden, total = graph.make([], hidden.numbers, FLOAT32), graph.make([], n, FLOAT32)
         for words in self.blocks:
-            part = self._part(w, words)
+            part = graph.some_rows(w, words, self.table.columns)
             raw = graph.product([hidden, part], n * words, self.table.columns, role="logits")
             logits = graph.float32(raw)
             largest = graph.make([logits], n, FLOAT32)
@@ -108,7 +98,7 @@ class Head:
             d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=width)
             gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
             gradient = phase.mean(gradient)
-            written.append(new_rows(graph, gradient, self._part(w, words)))
+            written.append(new_rows(graph, gradient, graph.some_rows(w, words, self.table.columns)))
             phase.in_turn(written[-1])
             if sum(array.nbytes for array in written) >= self.waiting:
                 phase.finish()
@@ -151,13 +141,11 @@ class Head:
     def _logits(self, graph, hidden, kept, w, i, words):
         if kept:
             return kept[i]
-        return graph.product([hidden, self._part(w, words)], self.tokens * words, self.table.columns, role="logits")
+        part = graph.some_rows(w, words, self.table.columns)
+        return graph.product([hidden, part], self.tokens * words, self.table.columns, role="logits")
 
     def _weight(self, graph):
         return graph.weight(self.table.name, (self.table.rows, self.table.columns), False, nbytes=self.table.nbytes)
-
-    def _part(self, w, words):
-        return Array(words * self.table.columns, w.width, w.role, w.made_by, base=w)
 
 
 def step_looked_up(phase: Phase, table: Table) -> Array:

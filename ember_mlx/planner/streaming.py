@@ -67,40 +67,38 @@ def _inputs(calls, keep):
 class _Planned:
     def __init__(self, model, run, backend, step):
         self.model, self.run, self.backend = model, run, backend
-        tables = {table.role: table for table in model.tables(run.tables)}
-        self.embedding = tables.get("tied") or tables["embedding"]
-        self.head = tables.get("tied") or tables["head"]
+        self.embedding, self.head = model.ends(run.tables)
         self.always = Counter()
         for array in step.existing:
             if array.role in ("weights", "optimizer state"):
                 self.always[array.role] += array.nbytes
         by_ember = run.table_optimizer == "ember"
-        trained = [table.name for table in tables.values() if table.name in step.gradients]
+        trained = [table.name for table in model.tables() if table.name in step.gradients]
         self.looked_up = by_ember and self.embedding.name in trained
         self.whole = [] if by_ember else trained
         head_trained = self.head.name in trained
-        self.of_head = Head(
-            model, run, self.head, head_trained, by_ember, self.always["weights"], on_a_gpu=backend != "cpu"
-        )
-        full = run.fine_tune_type == "full"
+        self.of_head = Head(model, run, self.head, head_trained, self.always["weights"], on_a_gpu=backend != "cpu")
+        self.tied_by_ember = self.head.role == "tied" and by_ember
         self.lowest = 0 if self.embedding.name in trained else max(model.layers - run.layers, 0)
-        self.norm_trained = full and bool(run.tables)
+        self.norm_trained = run.fine_tune_type == "full" and bool(run.tables)
 
     def phases(self):
-        found = {"forward": self._forward(), "loss": self._loss(), "head": self._head()}
-        found["layers"] = self._layers()
-        found["embedding"] = self._embedding()
+        found = {
+            "forward": self._forward(),
+            "loss": self._loss(),
+            "head": self._head(),
+            "layers": self._layers(),
+            "embedding": self._embedding(),
+        }
         return {name: peak for name, peak in found.items() if peak}
 
-    def _begin(self, *, inputs=True, whole=(), logits=False):
+    def _begin(self, *, inputs=True, head_gradient=False, logits=False):
         """A phase, with what stands when it begins."""
         phase = Phase(self.model, self.run, self.backend, self.always)
-        tokens = phase.graph.tokens
-        phase.input = tokens * self.model.hidden
         calls = self.model.layers + self.looked_up
         number = _inputs(calls, self.run.keep_inputs) + (not self.looked_up)
         phase.inputs = number * self.run.micro_batches if inputs else 0
-        for _ in whole:
+        if head_gradient:
             phase.graph.exist(self.head.rows * self.head.columns, self.model.width, "gradients")
         if logits:
             self.of_head.stands(phase.graph)
@@ -122,7 +120,7 @@ class _Planned:
         return phase.peak()
 
     def _head(self):
-        if not self.of_head.trained or (self.head.role == "tied" and self.of_head.by_ember):
+        if not self.of_head.trained or self.tied_by_ember:
             return None
         phase = self._begin()
         phase.graph.exist(self.run.micro_batches * phase.input, phase.graph.width, "scratch")  # what goes to the layers
@@ -130,8 +128,7 @@ class _Planned:
         return phase.peak()
 
     def _layers(self):
-        tied = self.head.role == "tied" and self.of_head.by_ember
-        phase = self._begin(whole=[name for name in self.whole if name == self.head.name], logits=tied)
+        phase = self._begin(head_gradient=self.head.name in self.whole, logits=self.tied_by_ember)
         graph, model = phase.graph, self.model
         others = self.run.micro_batches - 1
         graph.exist(others * phase.input, graph.width, "scratch")  # their cotangents
@@ -157,12 +154,11 @@ class _Planned:
     def _embedding(self):
         if not (self.looked_up or self.whole):
             return None
-        tied = self.head.role == "tied" and self.of_head.by_ember
-        phase = self._begin(inputs=False, logits=tied)
-        graph, rows = phase.graph, None
+        phase = self._begin(inputs=False, logits=self.tied_by_ember)
+        graph = phase.graph
         if self.looked_up:
             rows = step_looked_up(phase, self.embedding)
-            if tied:
+            if self.tied_by_ember:
                 self.of_head.step(phase, rows)
         for name in self.whole:
             table = self.head if name == self.head.name else self.embedding

@@ -46,15 +46,20 @@ def judge(graph: Graph) -> None:
             if len(alike) == 1:
                 break
         sums.append(graph.make(alike, 1, FLOAT32))
+    in_turn = [[each] for each in sums] if graph.backend == "cpu" else []  # where each of them needs scratch
     norm = graph.make(sums, 1, FLOAT32)
-    _paced(graph, [*_as_made(graph), [norm]])
+    _paced(graph, [*_as_made(graph), *in_turn, [norm]])
 
 
 def _as_made(graph):
     """The gradients in the order of the backward pass."""
     layers, outside = _by_layer({name: [name] for name in graph.weights if name in graph.gradients})
     looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
-    groups = [[n for n in outside if n not in looked_up], *layers, [n for n in outside if n in looked_up]]
+    head = [n for n in outside if n not in looked_up]
+    width = max((graph.shapes[n][1] for n in head if len(graph.shapes[n]) == 2), default=0)
+    # With fewer tokens (the last one counts there) than the model is wide the layers come first, as in gradient_groups.
+    first = [*layers, head] if graph.run.batch_size * (graph.run.length + 1) < width else [head, *layers]
+    groups = [*first, [n for n in outside if n in looked_up]]
     return [[graph.gradients[name] for name in names] for names in groups]
 
 
@@ -71,6 +76,10 @@ def update(graph: Graph) -> None:
     groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
     _paced(graph, groups)
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
+    if "adafactor" in (graph.run.optimizer, graph.run.tables and graph.run.table_optimizer):
+        # Finite gradients may overflow there: what was before stays until the outcome is judged.
+        graph.results += [graph.weights[name] for name in graph.gradients]
+        graph.results += [array for array in graph.existing if array.role == "optimizer state"]
 
 
 def _by_layer(named):

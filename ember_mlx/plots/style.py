@@ -8,8 +8,8 @@ saves a PNG, and ``save_light_and_dark`` does both themes, for a README:
       <img alt="what it shows, in words" src="loss-light.png" width="800">
     </picture>
 
-Lines and bars that are drawn one after the other differ in more than colour: ``axes.plot(x, y, label=...)`` takes the
-next colour, dash and marker by itself, ``axes.bar(..., **theme.bar(i))`` the i-th colour and hatching.
+Lines that are drawn one after the other differ in more than colour: ``axes.plot(x, y, label=...)`` takes the next
+colour, dash and marker by itself.
 
 matplotlib is imported when something is drawn, never before; nothing of its global state is changed, no window opens.
 """
@@ -43,7 +43,6 @@ WIDTH, HEIGHT = 8.0, 4.5  # inches
 DPI = 160  # 1280 pixels, shown at 800: sharp where a screen has two pixels to a point, and 11 pt are then 15 pixels
 DASHES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 1)), (0, (8, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--")
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,6 @@ class Theme:
     text: str
     grid: str
     lines: tuple[str, ...]
-
-    def bar(self, i: int) -> dict:
-        """Keywords for ``axes.bar`` or ``axes.barh``: the i-th colour and hatching."""
-        return {
-            "color": self.lines[i % len(self.lines)],
-            "hatch": HATCHES[i % len(HATCHES)],
-            "edgecolor": self.background,
-        }
 
 
 # The colours of Okabe and Ito, "Color Universal Design", 2008; on each background those that stand out from it, most of
@@ -155,16 +146,15 @@ def literal(text: str) -> str:
     return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
-def units(unit: str, places: int | None = None) -> "EngFormatter":
+def units(unit: str) -> "EngFormatter":
     """A formatter that writes 3.1e9 as "3.1 GB" for the unit "B", and 0.02 as "20 ms" for "s", in powers of 1000.
 
-    For the ticks of an axis, ``axes.yaxis.set_major_formatter(units("B"))``, and for text, ``units("B", 2)(3.1e9)``:
-    "3.10 GB". ``places`` is the number of digits after the point; None is as many as are needed.
+    For the ticks of an axis, ``axes.yaxis.set_major_formatter(units("B"))``, and for text, ``units("B")(3.1e9)``.
     """
     require_matplotlib()
     from matplotlib.ticker import EngFormatter
 
-    return EngFormatter(unit=unit, places=places)
+    return EngFormatter(unit=unit)
 
 
 def thousands() -> "StrMethodFormatter":

@@ -2,12 +2,13 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ember_mlx.shared.errors import InputError, did_you_mean
+from ember_mlx.shared.units import parse_size
 
-__all__ = ["Help", "actions_of", "describe", "flag", "with_one_line_errors"]
+__all__ = ["Help", "actions_of", "describe", "flag", "in_any_case", "size_or_zero", "with_one_line_errors"]
 
 # {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
 Help = Mapping[str, Mapping[str, tuple[str | None, str]]]
@@ -30,9 +31,23 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def size_or_zero(text: str) -> int:
+    """Bytes, as argparse's ``type`` of an option that takes a size."""
+    try:
+        return parse_size(text, or_zero=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The options of a parser. argparse keeps this list to itself, and has no other."""
     return parser._actions
+
+
+def in_any_case(choices: Iterable[Any]) -> Callable[[str], Any]:
+    """What reads a name: the choice that it is, whatever its case, or else the same word, for the error to name."""
+    known = {str(choice).lower(): choice for choice in choices}
+    return lambda word: known.get(word.lower(), word)
 
 
 def describe(
@@ -65,8 +80,11 @@ def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     """The same parser, which raises InputError where argparse would print its usage and exit.
 
     It takes no abbreviations: one that is unique today would mean another flag, or none, tomorrow. No flag begins with
-    a digit, so that "-1GB" and "-1e-4" are values, as "-1" is to argparse.
+    a digit, so that "-1GB" and "-1e-4" are values, as "-1" is to argparse. Names of a fixed list are taken in any case.
     """
+    for action in actions_of(parser):
+        if action.choices and action.type in (None, str):
+            action.type = in_any_case(action.choices)
 
     def error(message):
         unknown = message.removeprefix("unrecognized arguments: ")

@@ -20,8 +20,8 @@ class InputError(ValueError):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " (did you mean 'X'?)" for the word of ``known`` that is spelt most like this one, or "" if none is."""
     # Without the dashes, which all flags share.
-    names = {name.lstrip("-"): name for name in known}
-    near = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=0.6)
+    names = {name.lstrip("-").lower(): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-").lower(), names, n=1, cutoff=0.6)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 

@@ -11,14 +11,13 @@ NO_LIMIT = 1000  # columns, for output that is redirected: a file does not fold
 
 
 def text_table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = (), gap: int = 2, total: bool = False
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = (), total: bool = False
 ) -> str:
     """A header, a line under it and the rows, as text.
 
     Args:
         header, rows: Cells, as they are to be read: nothing in them is taken for markup.
         right: The columns of numbers, which are aligned to the right and never folded.
-        gap: Spaces between columns.
         total: Whether the last row is a total, which is set off by a line.
     """
     from rich.box import Box
@@ -28,7 +27,7 @@ def text_table(
 
     rows, right = list(rows), set(right)
     lines = Box("    \n    \n -- \n    \n -- \n    \n    \n    \n", ascii=True)
-    table = Table(box=lines, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0), collapse_padding=True)
+    table = Table(box=lines, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True)
     for column, title in enumerate(header):
         is_number = column in right
         table.add_column(

@@ -11,6 +11,7 @@ from ember_mlx.streaming.glue import Glue
 from ember_mlx.streaming.head import StreamedHead
 from ember_mlx.streaming.layers import Layers
 from ember_mlx.streaming.pacing import Pace
+from ember_mlx.streaming.segments import restore_inputs
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
 from ember_mlx.streaming.units import Recording
@@ -119,7 +120,7 @@ class Backward:
         if all(cotangent is None for cotangent in cotangents):
             return None
         if call.dropped:
-            self._forward.segments.restore(recording, i, self._layers.units, self._pace.one_behind)
+            restore_inputs(recording, i, self._layers.units, self._pace.one_behind)
         for place, j in enumerate(outputs):
             given, output = cotangents[place], call.outputs[j]
             cotangents[place] = mx.zeros_like(output) if given is None else given.astype(output.dtype)

@@ -12,10 +12,10 @@ from ember_mlx.streaming.units import is_leaf, put_back_random_state
 from ember_mlx.streaming.weights import Weights
 
 __all__ = [
-    "check_at_least_one",
     "check_batches",
     "check_differentiable",
     "check_ids",
+    "check_keep_inputs",
     "check_model",
     "extremes_of",
     "refuse_a_trace",
@@ -29,15 +29,12 @@ def some_tokens() -> mx.array:
     return mx.arange(1, 7)[None]
 
 
-def check_at_least_one(name: str, value: int) -> int:
-    """The value of an option that counts something.
-
-    Raises:
-        InputError: for anything but a whole number from 1.
-    """
+def check_keep_inputs(value: int) -> None:
+    """Refuse anything but a whole number from 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"StreamedStep({name}={value!r}): must be a whole number, 1 or more; leave it out for all")
-    return value
+        raise InputError(
+            f"StreamedStep(keep_inputs={value!r}): must be a whole number, 1 or more; leave it out for all"
+        )
 
 
 def check_model(model: nn.Module) -> None:
@@ -137,7 +134,7 @@ def check_differentiable(model: nn.Module) -> None:
         put_back_random_state(key)
 
 
-def refuse_a_trace(weights: Weights, batches: Sequence[tuple] = ()) -> None:
+def refuse_a_trace(weights: Weights, batches: Sequence[tuple]) -> None:
     """Inside a trace MLX keeps the graph of what is evaluated: this would be a plain step, in more memory.
 
     Raises:

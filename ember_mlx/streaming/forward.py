@@ -8,7 +8,7 @@ from ember_mlx.streaming.call_tree import is_float
 from ember_mlx.streaming.glue import Glue
 from ember_mlx.streaming.layers import Layers
 from ember_mlx.streaming.pacing import Pace
-from ember_mlx.streaming.segments import Segments
+from ember_mlx.streaming.segments import drop_direct
 from ember_mlx.streaming.units import Recording, put_back_random_state, record
 
 __all__ = ["Forward", "Plan", "first_of"]
@@ -33,21 +33,22 @@ class Forward:
         self, layers: Layers, glue: Glue, embeddings: Container[str], keep_inputs: int, pace: Pace, notes: list[str]
     ):
         self.plans = {}
-        self.segments = Segments(keep_inputs)
         self._layers = layers
         self._glue = glue
         self._embeddings = embeddings
         self._pace = pace
         self._notes = notes
+        self._keep_inputs = keep_inputs
+        self._needed = None  # outputs, by (call, output), that the glue reads; nothing is dropped before they are known
 
     def __call__(self, run: Callable[[], object]) -> Recording:
         """Run the model, and make plans for what it calls in a new way."""
         key = mx.random.state[0]
-        recording = self._record(run, not self.plans)
+        recording = self._record(run, self._layers.call if self.plans else None)
         if any(self._key(recording, i) not in self.plans for i in range(len(recording.calls))):
             if self.plans:  # called in another way than before: look again
                 put_back_random_state(key)
-                recording = self._record(run, True)
+                recording = self._record(run, None)
             self._make_plans(recording)
             put_back_random_state(recording.key_after)
         return recording
@@ -58,14 +59,15 @@ class Forward:
 
     def drop_inputs(self, recording: Recording, i: int) -> None:
         """Let go of the inputs of call ``i`` that are to be made again."""
+        if self._needed is None or i % self._keep_inputs == 0:
+            return
         call, plan = recording.calls[i], self.plans.get(self._key(recording, i))
-        if i and (plan or call.sources):
-            self.segments.drop(recording, i, plan[0] if plan else _direct(call))
+        if plan or call.sources:
+            drop_direct(recording, i, plan[0] if plan else _direct(call), self._needed)
 
-    def _record(self, run, look_for_sources):
+    def _record(self, run, call_unit):
         after_call = lambda recording: self.drop_inputs(recording, len(recording.calls) - 1)  # noqa: E731
-        units, call_unit = self._layers.units, None if look_for_sources else self._layers.call
-        return record(run, units, self._pace.one_behind, look_for_sources, after_call, call_unit)
+        return record(run, self._layers.units, self._pace.one_behind, after_call, call_unit)
 
     def _key(self, recording, i):
         call = recording.calls[i]
@@ -84,12 +86,12 @@ class Forward:
             for i, call in enumerate(recording.calls)
         ]
         lowest = trains.index(True) if True in trains else len(trains)
-        if self.segments.needed is None:
+        if self._needed is None:
             zeros = mx.zeros_like(first_of(recording.result)[0])
-            self.segments.needed = frozenset(self._glue.vjp(recording, first_of, [zeros]))
-            if any(indirect[1:]) and self.segments.keep > 1:
+            self._needed = frozenset(self._glue.vjp(recording, first_of, [zeros]))
+            if any(indirect[1:]) and self._keep_inputs > 1:
                 self._notes.append("arithmetic between the layers reads their outputs: all inputs are kept")
-                self.segments.keep = 1
+                self._keep_inputs = 1
         for i in range(len(recording.calls)):
             wanted = {j: source for j, source in direct[i].items() if source[0] >= lowest}
             self.plans[self._key(recording, i)] = wanted, indirect[i]

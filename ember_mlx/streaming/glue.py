@@ -16,11 +16,7 @@ __all__ = ["Glue", "distinct"]
 
 
 class _ReachedError(Exception):
-    """A replay came to the call that it was to stop at."""
-
-    def __init__(self, leaves):
-        super().__init__()
-        self.leaves = leaves
+    """A replay came to the call that it was to stop at, which had these arrays."""
 
 
 class Glue:
@@ -93,7 +89,7 @@ class Glue:
             i, number = number, number + 1
             _, leaves, objects = flatten((arguments, keywords))
             if i == stop_at:
-                raise _ReachedError(leaves)
+                raise _ReachedError(*leaves)
             call = recording.calls[i]
             put_back_random_state(call.key_after)
             arrays = iter(outputs[i])
@@ -106,7 +102,7 @@ class Glue:
             try:
                 return recording.run()
             except _ReachedError as reached:
-                return reached.leaves
+                return reached.args
 
 
 def distinct(arrays: list[mx.array]) -> list[mx.array]:

@@ -31,7 +31,7 @@ class StreamedHead:
         path (str): Of that module.
         table (EmberTable, optional): Its weight, where Ember trains it.
         pace (Pace): Evaluates.
-        weights (int): Bytes of all weights of the model.
+        nbytes (int): Of all weights of the model.
         keep_logits (bool, optional): Whether the logits are kept between the passes. Default: by their size.
         block_rows (int, optional): Of a block.
 
@@ -45,15 +45,15 @@ class StreamedHead:
         path: str,
         table: EmberTable | None,
         pace: Pace,
-        weights: int,
-        keep_logits: bool | None = None,
-        block_rows: int | None = None,
+        nbytes: int,
+        keep_logits: bool | None,
+        block_rows: int | None,
     ):
         self.head = head
         self.path = path
         self.table = table
         self._pace = pace
-        self._nbytes = weights
+        self._nbytes = nbytes
         self._keep_logits = keep_logits
         self._block_rows = block_rows
         trained = [name for name, _ in tree_flatten(head.module.trainable_parameters())]
@@ -184,8 +184,7 @@ class StreamedHead:
     def _rows(self, rows):
         """The head's parameters, by name, of a slice or of some ids."""
         parameters = dict(tree_flatten(self.head.module.parameters()))
-        index = {0: rows, -1: (..., rows), None: ...}
-        return {name: array[index[self.head.axis(array)]] for name, array in parameters.items()}
+        return {name: array[self.head.index(array, rows)] for name, array in parameters.items()}
 
     def _of_block(self, number, block):
         """What its gradient is made of: kept logits, before what comes after the head, or what makes them again."""

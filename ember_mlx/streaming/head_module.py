@@ -1,6 +1,6 @@
 """The head of a model as a function of some rows of it, and what the model does to the logits after it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -8,6 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ember_mlx.shared.errors import InputError
+from ember_mlx.streaming.units import calls_go_to
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["Head", "check_after", "evaluating", "find_head"]
@@ -32,14 +33,14 @@ class Head:
     def hidden(self, inputs: mx.array) -> mx.array:
         """What goes into the head, (B, T, D): the model is run up to there."""
 
-        def stop(hidden):
-            raise _ReachedError(hidden)
+        def stop(_path, _own_call, arguments, _keywords):
+            raise _ReachedError(*arguments)
 
-        with in_place_of(self.module, self.method, stop):
+        with calls_go_to({"head": self.module}, stop, self.method):
             try:
                 self.model(inputs)
             except _ReachedError as reached:
-                return reached.hidden
+                return reached.args[0]
         raise NotCalledError
 
     def after(self, logits: mx.array) -> mx.array:
@@ -49,12 +50,12 @@ class Head:
         """
         answered = []
 
-        def answer(hidden):
-            answered.append(hidden)
+        def answer(*call):
+            answered.append(call)
             return logits
 
         # In training mode dropout would draw from the random state, for nothing too.
-        with evaluating(self.model), in_place_of(self.module, self.method, answer):
+        with evaluating(self.model), calls_go_to({"head": self.module}, answer, self.method):
             output = self.model(mx.array([[0]]))
         if len(answered) != 1:
             raise NotCalledError
@@ -88,13 +89,13 @@ class Head:
         """The axis of a parameter that runs over the vocabulary: the first, the last (lora_b), or None (lora_a)."""
         return next((axis for axis in (0, -1) if array.ndim and array.shape[axis] == self.vocabulary), None)
 
-    def index(self, array: mx.array, first: int, last: int) -> object:
-        """What cuts the words from ``first`` to before ``last`` out of a parameter."""
-        return {0: slice(first, last), -1: (..., slice(first, last)), None: ...}[self.axis(array)]
+    def index(self, array: mx.array, words: slice | mx.array) -> object:
+        """What takes these words, or the words of these ids, out of a parameter."""
+        return {0: words, -1: (..., words), None: ...}[self.axis(array)]
 
     def rows(self, arrays: list[mx.array], first: int, last: int) -> list[mx.array]:
         """Of each parameter, what belongs to these words."""
-        return [array[self.index(array, first, last)] for array in arrays]
+        return [array[self.index(array, slice(first, last))] for array in arrays]
 
     def joined(self, weight: mx.array, gradients: Sequence[mx.array]) -> mx.array:
         """The gradient of a weight from those of its slices; every slice adds to that of lora_a."""
@@ -105,28 +106,11 @@ class Head:
 
 
 class _ReachedError(Exception):
-    """The model's forward pass came to its head."""
-
-    def __init__(self, hidden):
-        super().__init__()
-        self.hidden = hidden
+    """The model's forward pass came to its head, with these hidden states."""
 
 
 class NotCalledError(Exception):
     """The model's forward pass did not call its head once."""
-
-
-@contextmanager
-def in_place_of(module: nn.Module, method: str, function: Callable) -> Iterator[None]:
-    """Within, a call of that method of the module is a call of the function."""
-    # A call looks `__call__` up in the class, so a subclass it is; the module stays what and where it was.
-    own, held = type(module), [function]  # a class is freed late: it must not hold what the function holds
-    module.__class__ = type(own.__name__, (own,), {method: lambda self, *arguments: held[0](*arguments)})
-    try:
-        yield
-    finally:
-        module.__class__ = own
-        held.clear()
 
 
 @contextmanager

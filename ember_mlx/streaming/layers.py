@@ -25,7 +25,7 @@ class Layers:
         without: Paths of trainable weights that others answer for.
     """
 
-    def __init__(self, units: dict[str, nn.Module], weights: Weights, without: frozenset[str] | set[str] = frozenset()):
+    def __init__(self, units: dict[str, nn.Module], weights: Weights, without: set[str]):
         self.units = units
         owned = [path for path in weights.places if path not in without]
         self.names = {unit: [path for path in owned if path.startswith(f"{unit}.")] for unit in units}
@@ -44,12 +44,11 @@ class Layers:
         result = own_call(*arguments, **keywords)
         if key not in self._calls:
             out_spec, _, _ = flatten(result)
+            self._calls[key] = None
             # A compiled function would draw the same each time, and would not see what an object brings.
-            compiles = key[1] is not None and signature(out_spec) is not None and call.key is mx.random.state[0]
-            function = (
-                mx.compile(_outputs(self.units[call.path], own_call.func, places, call.spec)) if compiles else None
-            )
-            self._calls[key] = compiles and (function, out_spec)
+            if key[1] is not None and signature(out_spec) is not None and call.key is mx.random.state[0]:
+                function = mx.compile(_outputs(self.units[call.path], own_call.func, places, call.spec))
+                self._calls[key] = function, out_spec
         return result
 
     def float_outputs(self, call: Call) -> list[int]:

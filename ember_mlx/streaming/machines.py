@@ -12,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 
 from ember_mlx.streaming.head import StreamedHead
-from ember_mlx.streaming.table import EmberTable
 
 __all__ = ["LookedUpRows", "Machines", "Reduce", "buckets"]
 
@@ -30,7 +29,7 @@ class Machines:
         together: Bytes of gradients that go over the wire at a time, or one array that has more.
     """
 
-    def __init__(self, reduce: Reduce | None, together: float = 2**25):
+    def __init__(self, reduce: Reduce | None, together: float):
         self.several = reduce is not None
         self._reduce = reduce
         self._together = together
@@ -52,7 +51,10 @@ class Machines:
         return (self.sum(array) / self.count).astype(array.dtype)
 
     def means(self, gradients: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
-        """The means of gradients by path, some of them at a time; the dict is emptied, last first."""
+        """The means of gradients by path, some at a time, last first; the dict is emptied. One machine gives all."""
+        if not self.several:
+            yield gradients
+            return
         for some in buckets(gradients, self._together):
             yield self._mean_together(some)
 
@@ -81,43 +83,40 @@ class Machines:
         parts = [self.mean(own[first : first + some]) for first in range(0, union.size, some)]
         return mx.array(union), mx.concatenate(parts)
 
-    def row_gradients(
-        self, head: StreamedHead, looked_up: LookedUpRows | None
-    ) -> list[tuple[slice, Callable[[], mx.array]]]:
-        """A head's gradient, block by block: the rows, and a function that makes it, (n, D) float32.
+    def head_statistics(
+        self, head: StreamedHead, looked_up: LookedUpRows | None, evaluate: Callable
+    ) -> tuple[mx.array, mx.array]:
+        """Means of squares of a head's gradient, over columns (V,) and rows (D,), float32.
 
         Args:
             head: Has the table, which may be tied.
             looked_up: Where it is tied, the rows that this machine has looked up.
+            evaluate: Takes the arrays of a block.
         """
-
-        def gradient_of(number):
-            block, of_block = head.blocks[number], head.block_gradient(number)
-            if looked_up is not None:
-                ids, added = looked_up
-                inside = mx.logical_and(ids >= block.start, ids < block.stop)
-                places = mx.where(inside, ids - block.start, 0)
-                of_block = of_block.at[places].add(mx.where(inside[:, None], added, 0))
-            return self.mean(of_block)
-
-        return [(block, lambda number=number: gradient_of(number)) for number, block in enumerate(head.blocks)]
-
-    def statistics(self, gradients: list, pace: Callable) -> tuple[mx.array, mx.array]:
-        """Means of squares over columns (V,) and rows (D,), float32, from ``row_gradients``."""
         row_means, columns = [], 0
-        for _, gradient in gradients:
-            squares = mx.square(gradient())
+        for number in range(len(head.blocks)):
+            squares = mx.square(self._block_gradient(head, number, looked_up))
             row_means.append(squares.mean(1))
             columns = columns + squares.sum(0)
-            pace(columns, row_means[-1])
+            evaluate(columns, row_means[-1])
         row_mean = mx.concatenate(row_means)
         return row_mean, columns / row_mean.size
 
-    def step(self, table: EmberTable, gradients: list) -> None:
-        """Step the table, whose second moments have been stepped."""
-        for block, gradient in gradients:
-            table.write(block, table.new_rows(block, gradient()))
-        table.flush()
+    def step_head(self, head: StreamedHead, looked_up: LookedUpRows | None) -> None:
+        """Step the table of the head, whose second moments have been stepped."""
+        for number, block in enumerate(head.blocks):
+            head.table.write(block, head.table.new_rows(block, self._block_gradient(head, number, looked_up)))
+        head.table.flush()
+
+    def _block_gradient(self, head, number, looked_up):
+        """The mean gradient of one of the head's blocks, (n, D) float32."""
+        block, of_block = head.blocks[number], head.block_gradient(number)
+        if looked_up is not None:
+            ids, added = looked_up
+            inside = mx.logical_and(ids >= block.start, ids < block.stop)
+            places = mx.where(inside, ids - block.start, 0)
+            of_block = of_block.at[places].add(mx.where(inside[:, None], added, 0))
+        return self.mean(of_block)
 
 
 def buckets(gradients: dict[str, mx.array], together: float) -> Iterator[dict[str, mx.array]]:

@@ -35,8 +35,8 @@ class Stepping:
         weights: Weights,
         pace: Pace,
         machines: Machines,
-        clip_layer_norm: float | None = None,
-        shards: Shards | None = None,
+        clip_layer_norm: float | None,
+        shards: Shards | None,
     ):
         self._updates = updates
         self._weights = weights
@@ -53,16 +53,14 @@ class Stepping:
         """Gradients by path; the dict is emptied, last first."""
         if self._shards:
             self._shards.step(gradients)
-        if self._machines.several and self._clip_layer_norm is None:
-            for some in self._machines.means(gradients):
+        means = self._machines.means(gradients)
+        if self._clip_layer_norm is None:
+            for some in means:
                 self._step(some, None)
             return
-        if self._machines.several:  # the norm is that of all means
-            for some in list(self._machines.means(gradients)):
-                gradients |= some
-        scale = None
-        if self._clip_layer_norm is not None and gradients:
-            scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0)
+        for some in list(means):  # the norm is that of all
+            gradients |= some
+        scale = mx.minimum(self._clip_layer_norm / (global_norm(gradients) + 1e-6), 1.0) if gradients else None
         self._step(gradients, scale)
 
     def _step(self, gradients, scale):
@@ -80,9 +78,8 @@ class Stepping:
     def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
         """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
         if self._machines.several and head:
-            gradients = self._machines.row_gradients(head, looked_up)
-            table.take(*self._machines.statistics(gradients, self._pace.one_behind))
-            self._machines.step(table, gradients)
+            table.take(*self._machines.head_statistics(head, looked_up, self._pace.one_behind))
+            self._machines.step_head(head, looked_up)
         elif head:
             table.take(*head.statistics(looked_up))
             head.step(looked_up)
@@ -124,8 +121,7 @@ class GlobalNorm:
     def table(self, table: EmberTable, head: StreamedHead | None, looked_up: LookedUpRows | None) -> None:
         """A table that Ember trains: the head, or the rows that an embedding has looked up, or both."""
         if self._machines.several and head:
-            gradients = self._machines.row_gradients(head, looked_up)
-            row_mean, _ = self._machines.statistics(gradients, self._pace.one_behind)
+            row_mean, _ = self._machines.head_statistics(head, looked_up, self._pace.one_behind)
         elif head:
             row_mean, _ = head.statistics(looked_up)
         elif looked_up is not None:

@@ -5,6 +5,7 @@ time, outside any trace; its cotangent is evaluated, then weight after weight it
 Of the head and the embedding, rows are stepped in blocks.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,10 +21,10 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import bytes_ahead
 from ember_mlx.streaming.backward import Backward
 from ember_mlx.streaming.checks import (
-    check_at_least_one,
     check_batches,
     check_differentiable,
     check_ids,
+    check_keep_inputs,
     check_model,
     extremes_of,
     refuse_a_trace,
@@ -130,9 +131,9 @@ class StreamedStep:
         self.model = model
         self.notes = []
         self.on_phase = None
-        self._loss = None if _is_the_usual(loss) else loss
+        self._loss = mean_loss if _is_the_usual(loss) else loss
         self._clip_layer_norm = clip_layer_norm
-        check_at_least_one("keep_inputs", keep_inputs)
+        check_keep_inputs(keep_inputs)
         check_clip_grad_norm(f"StreamedStep(clip_layer_norm={clip_layer_norm!r})", clip_layer_norm)
         check_model(model)
         check_differentiable(model)
@@ -220,7 +221,7 @@ class StreamedStep:
                 and types, for ids outside the vocabulary, and, without ``shares``, for a batch of which no token
                 counts.
         """
-        usual, extremes, began = self._loss in (None, mean_loss), [], mx.random.state[0]
+        usual, extremes, began = self._loss is mean_loss, [], mx.random.state[0]
         if usual:
             check_batches(batches)
             extremes = extremes_of(batches) if self._vocabulary else []
@@ -308,7 +309,7 @@ class StreamedStep:
         shapes = [array.shape for array in hidden]
         hidden = mx.concatenate([array.reshape(-1, array.shape[-1]) for array in hidden])
         loss, by_hidden = self._head.loss(hidden, mx.concatenate(targets), mx.concatenate(weights))
-        ends = [sum(shape[0] * shape[1] for shape in shapes[: i + 1]) for i in range(len(shapes) - 1)]
+        *ends, _ = itertools.accumulate(rows * length for rows, length, _ in shapes)
         parts = mx.split(by_hidden, ends) if ends else [by_hidden]
         cotangents = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         return loss.item(), int(mx.array(tokens).item()), cotangents
@@ -328,14 +329,13 @@ class StreamedStep:
     # What is where
 
     def _find_head(self, nbytes, keep_logits, block_rows):
-        if self._loss is not None:
+        if self._loss is not mean_loss:
             self.notes.append("the loss is the caller's own: logits and the head's gradient are whole")
             return None
         try:
             head = find_head(self.model)
             check_after(head)
         except InputError as error:
-            self._loss = mean_loss
             self.notes.append(f"{error}: logits and the head's gradient are whole")
             return None
         path = next(path for path, module in self.model.named_modules() if module is head.module)
@@ -367,7 +367,7 @@ class StreamedStep:
 
     def _table(self, path, module):
         ember = isinstance(self._updates.leaf(path), Ember)
-        return EmberTable(self._updates, path, module, "weight", self._pace) if ember else None
+        return EmberTable(self._updates, path, module, self._pace) if ember else None
 
 
 def _is_the_usual(loss):

@@ -21,16 +21,15 @@ class EmberTable:
     Args:
         updates (Updates): The optimizer.
         path (str): The table's name in the model; Ember trains it.
-        module (Module): What holds it, under ``name``.
+        module (Module): What holds it, as its ``weight``.
         pace (Pace): What is in flight.
     """
 
-    def __init__(self, updates: Updates, path: str, module: nn.Module, name: str, pace: Pace):
+    def __init__(self, updates: Updates, path: str, module: nn.Module, pace: Pace):
         self.path = path
-        self.shape = module[name].shape
+        self.shape = module.weight.shape
         self._updates = updates
         self._module = module
-        self._name = name
         self._pace = pace
         self._written, self._bytes = [], 0
         self._ember = updates.leaf(path)
@@ -42,17 +41,16 @@ class EmberTable:
     @property
     def weight(self) -> mx.array:
         """The table, (V, D)."""
-        return self._module[self._name]
+        return self._module.weight
 
     def take(self, row_mean: mx.array, column_mean: mx.array) -> None:
         """Step the second moments by a step's means of squares, (V,) and (D,), unless one is not finite."""
         state = self._updates.state(self.path)
         new = dict(state)
-        factors = self._ember.take_statistics(new, row_mean, column_mean)
+        self._a, self._b = self._ember.take_statistics(new, row_mean, column_mean)
         finite = mx.isfinite(row_mean.sum() + column_mean.sum())
         state.update({name: mx.where(finite, new[name], state[name]) for name in "rc"})
         self._updates.note(self.path, finite)
-        self._a, self._b = factors
         self._keys = self._ember.keys(state, self.shape)
         self._numbers = self._ember.learning_rate, self._ember.state["weight_decay"], finite
         mx.eval(state["r"], state["c"], self._a, self._b, finite, self._keys, self._numbers)
@@ -114,7 +112,7 @@ class EmberTable:
     def flush(self) -> None:
         """One wait for several blocks of rows: until nothing in flight holds the table."""
         self._pace.finish()
-        table = self._module[self._name]
+        table = self.weight
         for rows, new in self._written:
             table[rows] = new
         self._written, self._bytes = [], 0

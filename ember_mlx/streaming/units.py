@@ -47,34 +47,34 @@ class Recording:
     cotangents: dict = field(default_factory=dict)
 
 
-_hooked = {}  # id of a module -> its path, and where its calls go
+_hooked = {}  # id of a module, and the method -> its path, and where its calls go
 
 
 @contextmanager
-def calls_go_to(units: dict[str, nn.Module], function: Callable) -> Iterator[None]:
-    """Within, a call of a unit goes to ``function(path, own_call, arguments, keywords)``.
+def calls_go_to(modules: dict[str, nn.Module], function: Callable, method: str = "__call__") -> Iterator[None]:
+    """Within, a call of that method of a module goes to ``function(path, own_call, arguments, keywords)``.
 
     A call looks ``__call__`` up in the class, so a module gets a subclass of its own class for that time.
     """
-    own_classes = [(module, type(module)) for module in units.values()]
+    own_classes = [(module, type(module)) for module in modules.values()]
     try:
-        for path, module in units.items():
-            _hooked[id(module)] = path, function
-            module.__class__ = _hooked_class(type(module))
+        for path, module in modules.items():
+            _hooked[id(module), method] = path, function
+            module.__class__ = _hooked_class(type(module), method)
         yield
     finally:
         for module, own in own_classes:
             module.__class__ = own
-            _hooked.pop(id(module), None)
+            _hooked.pop((id(module), method), None)
 
 
 @cache
-def _hooked_class(own):
+def _hooked_class(own, method):
     def call(module, *arguments, **keywords):
-        path, function = _hooked[id(module)]
-        return function(path, partial(own.__call__, module), arguments, keywords)
+        path, function = _hooked[id(module), method]
+        return function(path, partial(getattr(own, method), module), arguments, keywords)
 
-    return type(own.__name__, (own,), {"__call__": call})
+    return type(own.__name__, (own,), {method: call})
 
 
 def find_units(model: nn.Module, run: Callable[[], object]) -> dict[str, nn.Module]:
@@ -122,9 +122,8 @@ def record(
     run: Callable[[], object],
     units: dict[str, nn.Module],
     evaluate: Callable,
-    look_for_sources: bool,
     after_call: Callable[[Recording], None],
-    call_unit: Callable | None = None,
+    call_unit: Callable | None,
 ) -> Recording:
     """Run the model as it is and keep what each call of a unit took and gave, evaluated call by call.
 
@@ -133,9 +132,9 @@ def record(
     Args:
         run: Runs the model; its result is kept, not evaluated.
         evaluate: Takes the arrays of a call and has them evaluated.
-        look_for_sources: Whether to note which inputs are outputs of earlier calls.
         after_call: Is called with the recording after each call.
-        call_unit: ``call_unit(call, own_call, arguments, keywords)`` makes a unit's result; None, it is called itself.
+        call_unit: ``call_unit(call, own_call, arguments, keywords)`` makes a unit's result. None: the unit itself does,
+            and what it took is looked for among the outputs of earlier calls.
     """
     recording = Recording(run, mx.random.state[0])
     made, alive = {}, []
@@ -144,9 +143,8 @@ def record(
         spec, leaves, objects = flatten((arguments, keywords))
         # Python's a += b and a[i] = b change an array itself, so what is kept is another array on the same data.
         call = Call(path, spec, [mx.stop_gradient(leaf) for leaf in leaves], mx.random.state[0])
-        if look_for_sources:
-            call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
         if call_unit is None:
+            call.sources = [made.get(id(leaf)) if is_leaf(leaf) else None for leaf in leaves]
             result = own_call(*arguments, **keywords)
         else:
             result = call_unit(call, own_call, arguments, keywords)
@@ -157,7 +155,7 @@ def record(
         call.outputs = [mx.stop_gradient(leaf) for leaf in outputs]
         evaluate(*call.outputs, *outputs, *call.inputs)
         call.key_after = mx.random.state[0]
-        if look_for_sources:
+        if call_unit is None:
             made.update({id(leaf): (len(recording.calls), j) for j, leaf in enumerate(outputs)})
             alive.extend(outputs)  # an id is one array's only while that array lives
         recording.calls.append(call)

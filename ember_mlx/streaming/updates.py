@@ -146,7 +146,7 @@ class Updates:
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
 
 
-def _applied(leaf, triples, shared, scale, totals=None):
+def _applied(leaf, triples, shared, scale, totals):
     """The updates of some arrays as a function of all that they read; layers of equal shapes share what is compiled."""
     own = {name: leaf.state[name] for name in shared}
     leaf.state.update(shared)

@@ -26,8 +26,8 @@ CYCLES_ASLEEP = 2_000_000  # about a millisecond: longer than Python needs to qu
 class PlainEmber(torch.optim.Optimizer):
     """The rule as one would write it down: whole tables in float32, and the second moment as a table."""
 
-    def __init__(self, params, lr, beta2=0.999, eps=1e-8):
-        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps})
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "beta2": 0.999, "eps": 1e-8})
 
     @torch.no_grad()
     def step(self):

@@ -7,9 +7,10 @@ peak_of_a_full_fine_tune_light.svg and _dark.svg beside them. All are of one kin
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
-from training_memory_pictures import COLOURS, save, style
+from training_memory_pictures import save_light_and_dark
 
 RESULTS = Path(__file__).parent / "results"
 ORDINARY, STREAMED = "qwen3-0.6b/untied/full/1x512", "qwen3-0.6b/1x512"
@@ -30,13 +31,8 @@ def main():
     ((device, version),) = machines
     peaks = [_of(reports[name]["rows"], way)["peak_memory"] / 1e9 for name, way, *_ in WAYS]
     weights = reports["streaming"]["rows"][f"{STREAMED}/stateless/streamed"]["bytes"]["weights"] / 1e9
-    import matplotlib
-
-    matplotlib.use("svg")
-    for mode, colours in COLOURS.items():
-        with matplotlib.rc_context(style(colours["text"])):
-            figure = _draw(peaks, weights, colours, f"{device}, MLX {version}")
-            save(figure, RESULTS / f"peak_of_a_full_fine_tune_{mode}.svg")
+    draw = partial(_draw, peaks, weights, f"{device}, MLX {version}")
+    save_light_and_dark(RESULTS / "peak_of_a_full_fine_tune", draw)
 
 
 def _of(rows, way):
@@ -45,7 +41,7 @@ def _of(rows, way):
     return rows
 
 
-def _draw(peaks, weights, colours, machine):
+def _draw(peaks, weights, machine, colours):
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(9, 2.9), layout="constrained")

@@ -70,12 +70,12 @@ def step_of(kind, made):
 
     if kind == "mlx-lm":
         return mlx_lm_step(made)
-    guard = made.optimizer.guard
-    step = Step(made.model, made.optimizer, made.loss)
-    after = NonfiniteSteps(made.optimizer, kind, lambda: False, lambda: None) if kind in ("stop", "skip") else None
+    optimizer = made.optimizer
+    step = Step(made.model, optimizer, made.loss)
+    after = NonfiniteSteps(optimizer, kind, lambda: False, lambda: None) if kind in ("stop", "skip") else None
 
     def take():
-        guard.skip_nonfinite, guard.clip_grad_norm = after is not None, CLIP if kind == "clip" else None
+        optimizer.skip_nonfinite, optimizer.clip_grad_norm = after is not None, CLIP if kind == "clip" else None
         result = step(made.batch)
         if after:
             after(1, result)
@@ -100,7 +100,7 @@ def mlx_lm_step(made):
         return value, tokens
 
     def take():
-        optimizer.guard.skip_nonfinite, optimizer.guard.clip_grad_norm = False, None
+        optimizer.skip_nonfinite, optimizer.clip_grad_norm = False, None
         value, tokens = step(made.batch)
         mx.eval(state, value, tokens)
         return value.item()

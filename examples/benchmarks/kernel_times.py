@@ -15,28 +15,22 @@ line of this file on a machine without a GPU, by small matrices.
 
 import argparse
 import re
-import statistics
 import time
 import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from benchmarking import CompiledStep, in_fresh_process, machine, write
+from benchmarking import CompiledStep, in_fresh_process, machine, median_seconds, write
 from kernel_cases import BASELINE, CUTS, PLACES, SIZES, STATISTICS, STEPS, Cut, checked, made, size
 
 WIDTHS = (576, 640, 896, 1024, 1152, 1536, 2560, 3072, 3584)
 
 
-def median_of(function, calls, samples, warm=3):
+def median_of(function, calls, samples):
     """Seconds of a call, the median over samples of several; ``function(count)`` waits for all."""
-    function(warm)
-    times = []
-    for _ in range(samples):
-        start = time.perf_counter()
-        function(calls)
-        times.append((time.perf_counter() - start) / calls)
-    return statistics.median(times)
+    function(3)  # to warm up
+    return median_seconds(partial(function, calls), samples) / calls
 
 
 def kernels_alone(function, calls):
@@ -61,6 +55,7 @@ def kernels_alone(function, calls):
 def time_step(step, cut, dtype, place, samples):
     """A row: a compiled step of one matrix; no kernel may fall back."""
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     (matrix, transposed), dtype = place, getattr(mx, dtype)
     shape = size(matrix)
@@ -75,16 +70,10 @@ def time_step(step, cut, dtype, place, samples):
         compiled = CompiledStep(optimizer, weight, gradient)
         del weight
         in_place = compiled.peak()
-        peak = compiled.peak(lambda step: [array for array in _leaves(step.state)])
+        peak = compiled.peak(lambda step: tree_flatten(step.state))
         seconds = median_of(compiled.take, 20, samples)
         kernels = kernels_alone(compiled.take, 5)
     return {"milliseconds": round(seconds * 1e3, 4), "peak_tables": peak, "in_place": in_place, "kernels": kernels}
-
-
-def _leaves(tree):
-    from mlx.utils import tree_flatten
-
-    return [array for _, array in tree_flatten(tree)]
 
 
 def time_statistics(cut, dtype, columns, samples, bandwidth):

@@ -1,5 +1,6 @@
 """Processes of this machine that work together, for two_gpus.py and two_macs.py: started, watched, ended in time."""
 
+import json
 import os
 import random
 import re
@@ -86,6 +87,20 @@ def free_port():
         with socket.socket() as found:
             if found.connect_ex(("127.0.0.1", port)):
                 return port
+
+
+def ring(folder, count):
+    """MLX's variables for each of so many workers of this machine, over the ring; the hosts stand in a file there."""
+    hosts = folder / f"hosts{count}.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(count)]))
+    return [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(count)]
+
+
+def prepare(folder):
+    """What two_workers.py trains, for a process of its own: MLX is not to start in this one."""
+    from two_workers import prepare
+
+    prepare(folder)
 
 
 def as_shell(code):

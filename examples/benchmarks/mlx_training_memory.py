@@ -26,10 +26,8 @@ from pathlib import Path
 from benchmarking import SEED, at_least_one, in_fresh_process, in_this_process, machine, write
 from row_workers import LEFT_OVER
 from training_memory_pictures import draw
-from training_memory_rows import ROW, asked_rows, config_of, read_report, words_of
+from training_memory_rows import ROW, TINY, asked_rows, config_of, read_report, words_of
 
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 WARM_UP = 2
 
 
@@ -91,7 +89,7 @@ def prepare(row, smoke):
     batch_size, length = int(of["batch_size"]), int(of["length"])
     config = config_of(row) | {"torch_dtype": "bfloat16"} | (TINY if smoke else {})
     made = Prepared(config, options.parse(words_of(row)), batch_size, max(length // 16, 1) if smoke else length)
-    made.optimizer.guard.skip_nonfinite = not of["unguarded"]
+    made.optimizer.skip_nonfinite = not of["unguarded"]
     made.logits = made.tokens * config["vocab_size"] * 2
     return made
 

@@ -64,7 +64,7 @@ def measure_mlx(name, shape, dtype, repeats, limit):
     """A row: the optimizer of MLX on a matrix (m, n) of that dtype."""
     import mlx.core as mx
     import mlx.optimizers
-    from mlx.utils import tree_flatten, tree_map
+    from mlx.utils import tree_flatten
 
     from ember_mlx import optimizers
 
@@ -82,7 +82,7 @@ def measure_mlx(name, shape, dtype, repeats, limit):
         optimizer = optimizers.SplitWeights(optimizer)
     step = CompiledStep(optimizer, weight, gradient)
     del weight
-    in_place, with_new = step.peak(), step.peak(lambda step: tree_map(lambda array: array, step.state))
+    in_place, with_new = step.peak(), step.peak(lambda step: tree_flatten(step.state))
     state_bytes = sum(array.nbytes for _, array in tree_flatten(optimizer.state) if array.ndim)
     table = step.table.weight
     return _row(partial(step.take, STEPS_PER_SAMPLE), repeats, deadline, state_bytes, table.size) | {

@@ -8,10 +8,11 @@ _dark.svg beside the file: of that model and batch, what is held between steps, 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from streaming_rows import parts_of
-from training_memory_pictures import COLOURS, save, style
+from training_memory_pictures import save_light_and_dark
 from training_memory_rows import read_report
 
 WAYS = {  # recipe and way, the label, the colour
@@ -48,14 +49,8 @@ def main():
     bars = {way: result for way, result in bars.items() if "peak_memory" in result}
     if not bars:
         raise SystemExit(f"--draw {args.draw}: no rows to draw; there are {', '.join(cases)}")
-    import matplotlib
-
-    matplotlib.use("svg")
     machine = f"{report['machine']['device']}, MLX {report['machine']['versions']['mlx']}"
-    for mode, colours in COLOURS.items():
-        with matplotlib.rc_context(style(colours["text"])):
-            figure = _draw(args.draw, bars, colours, machine)
-            save(figure, args.measured.parent / f"memory_of_recipes_{mode}.svg")
+    save_light_and_dark(args.measured.parent / "memory_of_recipes", partial(_draw, args.draw, bars, machine))
 
 
 def cases_of(rows: dict[str, dict]) -> dict[str, dict[str, dict]]:
@@ -88,7 +83,7 @@ def _figures(result):
     return [*sizes, f"{result['seconds'] * 1e3:.0f}", f"{result['tokens_per_second']:,.0f}"]
 
 
-def _draw(case, bars, colours, machine):
+def _draw(case, bars, machine, colours):
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(9, 0.9 + 0.42 * len(bars)), layout="constrained")

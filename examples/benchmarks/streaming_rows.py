@@ -2,6 +2,7 @@
 
 import re
 
+import training_memory_rows
 from training_memory_rows import MODELS, MORE_MODELS
 
 QWEN3_8B = MODELS["qwen3-0.6b"] | {
@@ -14,8 +15,7 @@ QWEN3_1_7B = MODELS["qwen3-0.6b"] | {"hidden_size": 2048, "intermediate_size": 6
 # An 8B model scaled down by 16 in width, so that a CPU sees what share of it each part has.
 TALL_QWEN3 = MORE_MODELS["mini-qwen3"] | {"num_hidden_layers": 36, "vocab_size": 9496}
 SHAPES = MODELS | MORE_MODELS | {"qwen3-1.7b": QWEN3_1_7B, "qwen3-8b": QWEN3_8B, "tall-qwen3": TALL_QWEN3}
-TINY = {"hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = training_memory_rows.TINY | {"num_hidden_layers": 3}
 RECIPES = {
     "stateless": ["--fine-tune-type", "full", "--optimizer", "sinkgd"],
     "adamw": ["--fine-tune-type", "full", "--optimizer", "adamw"],

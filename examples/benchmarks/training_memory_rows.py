@@ -93,6 +93,8 @@ MORE_MODELS = {
         "max_position_embeddings": 32_768,
     },
 }
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 4096, "head_dim": 16}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}  # of --smoke
 TOKENS = ["1x512", "4x1024", "1x2048"]
 TABLES = ["ember", "adamw", "frozen", "adafactor", "sgd"]
 WITH_CHUNKED_LOSS = ["ember", "adamw", "frozen"]

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarking import in_fresh_process, machine, write
-from local_processes import ROOT, SIGNALS, Processes, as_shell, free_port
+from local_processes import ROOT, SIGNALS, Processes, as_shell, free_port, prepare, ring
 
 HERE = Path(__file__).parent
 QWEN = ["qwen3-0.6b/untied/lora/4x1024/ember"]  # two tables: the most that has to be sent
@@ -48,17 +48,14 @@ class Parts:
 
     def environments(self, count):
         """MLX's variables for each of so many workers, as mlx.launch sets them; none for one alone."""
-        own = [{"CUDA_VISIBLE_DEVICES": str(rank)} if self.gpus else {} for rank in range(count)]
+        if not self.gpus:
+            return [{"OMP_NUM_THREADS": "1"} | each for each in ring(self.new_folder(), count)] if count > 1 else [{}]
+        own = [{"CUDA_VISIBLE_DEVICES": str(rank)} for rank in range(count)]
         if count == 1:
             return own
-        if self.gpus:
-            # Multicast over NVLink may put GPUs that others share out of service.
-            common = {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(free_port()), "NCCL_NVLS_ENABLE": "0"}
-            common["MLX_WORLD_SIZE"] = str(count)
-        else:
-            hosts = self.new_folder() / "hosts.json"
-            hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(count)]))
-            common = {"MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1"}
+        # Multicast over NVLink may put GPUs that others share out of service.
+        common = {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(free_port()), "NCCL_NVLS_ENABLE": "0"}
+        common["MLX_WORLD_SIZE"] = str(count)
         return [common | each | {"MLX_RANK": str(rank)} for rank, each in enumerate(own)]
 
     def new_folder(self):
@@ -281,10 +278,6 @@ class Parts:
         return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-def parts_of(parts):
-    return {name.removeprefix("part_"): getattr(parts, name) for name in dir(parts) if name.startswith("part_")}
-
-
 ORDER = ["warm", "equal", "kill", "signals", "speed", "speed_sharded", "fsdp2", "streams", "averages", "streamed",
          "torch", "cpu_stream"]  # fmt: skip
 
@@ -300,7 +293,7 @@ def main():
     here = in_fresh_process(machine, None if args.backend == "nccl" else "cpu")
     report = {"machine": here, "backend": args.backend, "parts": before}
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(prepared, Path(folder))
+        in_fresh_process(prepare, Path(folder))
         parts = Parts(Path(folder), args.backend)
         if "speed" in (args.only or ORDER):
             parts.warm_speed()
@@ -308,7 +301,7 @@ def main():
             if time.monotonic() - begun > args.seconds:
                 print(f"not begun: {name}", flush=True)
                 continue
-            part, start = parts_of(parts)[name], time.monotonic()
+            part, start = getattr(parts, f"part_{name}"), time.monotonic()
             try:
                 told = {"holds": True, "seen": part()}
             except (
@@ -327,12 +320,6 @@ def main():
         for each in parts.warming:
             each.end()
     sys.exit(not all(told["holds"] for told in report["parts"].values()))
-
-
-def prepared(folder):
-    from two_workers import prepare
-
-    prepare(folder)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,12 @@ import time
 from pathlib import Path
 
 from benchmarking import in_fresh_process, machine
-from local_processes import Processes, as_shell, free_port
+from local_processes import Processes, as_shell, prepare, ring
 
 HERE = Path(__file__).parent
 SLOW_SECONDS, SLOW_STEPS = 8, 4  # Metal ends a command buffer that waits for more than about 5 s
 OTHERS = ("MLX_RANK", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR")  # say who they are
 LIMIT = 300  # seconds of a part
-
-
-def prepared(folder):
-    from two_workers import prepare
-
-    prepare(folder)
 
 
 class Host:
@@ -116,7 +110,7 @@ def backend():
 def supervise(limit):
     """One host's process of mlx.launch: it starts the parts, and prints what its host has to tell."""
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(prepared, Path(folder))
+        in_fresh_process(prepare, Path(folder))
         here, host = in_fresh_process(machine), Host(Path(folder), limit)
         parts = host.parts()
     lines = [f"host {host.rank}: {json.dumps(here)}", f"host {host.rank}: exit codes {json.dumps(host.exit_codes)}"]
@@ -129,10 +123,7 @@ def supervise(limit):
 def loopback(limit):
     """Both hosts on this machine."""
     with tempfile.TemporaryDirectory() as folder:
-        hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
-        both = [{"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(2)]
-        processes = Processes([__file__, "--limit", limit], both, Path(folder))
+        processes = Processes([__file__, "--limit", limit], ring(Path(folder), 2), Path(folder))
         codes, _ = processes.finish(6 * limit)
         print("".join(processes.said(rank) for rank in range(2)), end="")
     return not any(codes)

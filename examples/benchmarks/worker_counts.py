@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from benchmarking import in_fresh_process, machine, write
-from local_processes import Processes, free_port
+from local_processes import Processes, prepare, ring
 from safetensors.numpy import load_file
 
 HERE = Path(__file__).parent
@@ -25,19 +25,9 @@ COUNTS = (1, 2, 4)
 FARTHEST, LOSSES_APART = 1e-4, 1e-5  # relative
 
 
-def prepared(folder):
-    from two_workers import prepare
-
-    prepare(folder)
-
-
 def environments(folder, count):
     """MLX's variables for each of so many workers; none for one alone."""
-    if count == 1:
-        return [{"OMP_NUM_THREADS": "1"}]
-    hosts = folder / f"hosts{count}.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(count)]))
-    return [{"OMP_NUM_THREADS": "1", "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} for rank in range(count)]
+    return [{"OMP_NUM_THREADS": "1"} | each for each in (ring(folder, count) if count > 1 else [{}])]
 
 
 def trained(folder, count, patience):
@@ -82,7 +72,7 @@ def main():
     args = parser.parse_args()
     report = {"machine": in_fresh_process(machine, "cpu"), "allowed": {"updates": FARTHEST, "losses": LOSSES_APART}}
     with tempfile.TemporaryDirectory() as folder:
-        in_fresh_process(prepared, Path(folder))
+        in_fresh_process(prepare, Path(folder))
         found = {count: trained(Path(folder), count, args.patience) for count in COUNTS}
         moved = resumed(Path(folder), args.patience)
     from two_workers import BATCH, ITERS, compare

@@ -202,7 +202,7 @@ def check_ranks_that_disagree_and_other_placements_are_refused():
         weights = Weights(UNEVEN, kind, True)
         optimizer = weights.optimizer(lr=1e-2 * (1 + RANK))
         before = [sharding.whole(w.detach()) for w in weights.parameters()]
-        raises("disagree on lr of group 0", train, weights, optimizer, 0, 1)
+        raises("disagree on lr of parameter 0", train, weights, optimizer, 0, 1)
         optimizer = weights.optimizer()
         weights.take_gradients(0)
         weights.others["vector"].grad = weights.others["vector"].grad if RANK else None

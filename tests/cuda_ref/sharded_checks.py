@@ -193,7 +193,7 @@ def check_disagreement():
 
         table = Table(random_values((7, 5)), way)
         optimizer = table.ember(rounding="stochastic", seed=RANK)
-        raises("disagree on the seed", train, table, optimizer, gradients[:1])
+        raises("disagree on seed", train, table, optimizer, gradients[:1])
 
         # A fault that only one rank can see must not leave the others waiting.
         table = Table(random_values((7, 5)), way)

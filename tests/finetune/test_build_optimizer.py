@@ -166,16 +166,11 @@ def test_the_tables_can_have_a_schedule_of_their_own(parse):
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ({"name": "sine", "arguments": [1]}, "lr_schedule: name: 'sine' is no schedule"),
-        ({"name": "cosine_decay"}, "lr_schedule: arguments: None: cosine_decay takes a list of init, decay_steps"),
-        ({"name": "cosine_decay", "arguments": ["fast", 10]}, "lr_schedule: arguments: init .*'fast' must be a number"),
         ({"name": "linear_schedule", "arguments": [0.0, 0.0, 5]}, "lr_schedule .*not all 0"),
-        ({"name": "cosine_decay", "arguments": [float("nan"), 10]}, "lr_schedule: .* nan must be a number"),
         ({"name": "linear_schedule", "arguments": [1.0, -1.0, 3]}, "lr_schedule .*at least 0"),
-        (3, "lr_schedule: 3: must hold a name and arguments"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused(parse, schedule, message):
+def test_a_schedule_of_rates_that_cannot_be_is_refused(parse, schedule, message):
     args = parse() | {"lr_schedule": schedule}
     with pytest.raises(InputError, match=message):
         body_optimizer(args)

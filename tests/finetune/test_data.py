@@ -20,7 +20,7 @@ def check(folder, train="", valid=None, **options):
     (folder / "train.jsonl").write_text(train)
     if valid is not None:
         (folder / "valid.jsonl").write_text(valid)
-    check_data_folder(SimpleNamespace(**DEFAULTS | {"data": str(folder)} | options))
+    check_data_folder(SimpleNamespace(**DEFAULTS | {"data": str(folder), "batch_size": 1} | options))
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused(show, folders, tmp_path):
         show("--show", -1)
     with pytest.raises(InputError, match="DATA is required"):
         data.main(["--model", str(folders["untied"])])
-    with pytest.raises(InputError, match=r"--model .*: its tokenizer cannot be loaded"):
+    with pytest.raises(InputError, match=r"--model .*: this folder has no config.json; give a model's folder"):
         show("--model", tmp_path)
 
 
@@ -118,5 +118,14 @@ def test_a_model_that_nobody_named_is_said_to_be_the_default(monkeypatch, path):
         raise OSError("no network")
 
     monkeypatch.setattr(data, "load_tokenizer", offline)
-    with pytest.raises(InputError, match=r"--model \S+ \(the default\): its tokenizer cannot be loaded \(no network\)"):
+    with pytest.raises(InputError, match=r"--model \S+ \(the default\): its tokenizer cannot be loaded: .*no network"):
         data.main([str(path)])
+
+
+def test_rows_that_are_cut_are_told_once_with_the_longest_and_the_remedy(show, path):
+    assert (
+        "Warning: --max-seq-length 32 cuts 2 of 4 train rows; the longest has 75 tokens, and what is cut is not "
+        in (short := show("--max-seq-length", 32))
+    )
+    assert short.count("--max-seq-length") == 1
+    assert "Warning: --max-seq-length" not in show("--max-seq-length", 75)

@@ -10,6 +10,7 @@ import pytest
 
 from ember_mlx.finetune import checkpoints
 
+TIMEOUTS = (2, 10, 50)  # a host that other processes keep waiting may come too late before any cable is cut
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 
 
@@ -27,12 +28,18 @@ def test_a_cut_cable_ends_both_hosts_and_nothing_is_saved_after_it(monkeypatch):
     import machines
     import network_hosts
 
-    monkeypatch.setattr(machines, "TIMEOUT", 2)
     monkeypatch.setattr(network_hosts, "TRAIN", network_hosts.TRAIN.replace("sleep(0.1)", "sleep(0.02)"))
     with machines.prepared(2, patience=2) as hosts:
         campaign = machines.Campaign(hosts, 0)
-        run = network_hosts.Run(hosts, campaign.words(1000))  # of steps that never end
-        run.wait_for_step(12)  # the limit is 20 mean steps, if that is more, and the first is slow
+        for timeout in TIMEOUTS:
+            monkeypatch.setattr(machines, "TIMEOUT", timeout)
+            run = network_hosts.Run(hosts, campaign.words(1000))  # of steps that never end
+            try:
+                run.wait_for_step(12)  # the limit is 20 mean steps, if that is more, and the first is slow
+                break
+            except AssertionError:
+                if 75 not in run.finish()[0] or timeout == TIMEOUTS[-1]:
+                    raise
         hosts.link(1, "down")
         campaign.ends_together(run, 75, 60)
         last = max(int(line.split()[1]) for line in run.said(0).splitlines() if line.startswith("step "))

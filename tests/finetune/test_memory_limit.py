@@ -193,6 +193,19 @@ def test_plan_knows_the_limit(parse):
         assert machine.limited(parse("--memory-limit", limit), 10**10, "this machine has")[0] == 10**10
 
 
+@pytest.mark.parametrize(
+    ("limit", "size", "words"),
+    [
+        ("1GB", 10**9, "--memory-limit, below what --memory 10GB gives, is"),
+        ("20GB", 10**10, "as --memory-limit is no lower, --memory is"),
+        ("none", 10**10, "--memory is"),
+    ],
+)
+def test_plan_says_which_of_memory_and_its_limit_counts(parse, limit, size, words):
+    asked = machine.memory("10GB", "cpu")
+    assert machine.limited(parse("--memory-limit", limit), *asked, "10GB") == (size, words)
+
+
 SHORTER, ALL = "a smaller --batch-size or --max-seq-length", "--grad-checkpoint, --chunked-loss, --stream"
 
 

@@ -1,11 +1,15 @@
 """Options: mlx_lm.lora's, taken from it, and the token tables'."""
 
+import json
+
 import pytest
 from mlx_lm import lora
 
 from ember_mlx import InputError
 from ember_mlx.commands import plan
 from ember_mlx.finetune import optimizer_names, option_help, options
+from ember_mlx.finetune.keywords import options_of
+from ember_mlx.shared.command_line import size_or_zero
 
 
 def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
@@ -17,7 +21,8 @@ def test_every_flag_of_mlx_lm_is_taken_with_its_type_and_choices():
         choices = action.choices and [*action.choices, *more]
         assert (ours[flag].choices, ours[flag].dest, ours[flag].nargs) == (choices, action.dest, action.nargs)
         # Sizes are read by mlx-lm's function too, behind one that turns what it raises into a message.
-        assert ours[flag].type is (options._size if flag == "--clear-cache-threshold" else action.type)
+        if not action.choices:
+            assert ours[flag].type is (size_or_zero if flag == "--clear-cache-threshold" else action.type)
 
 
 def test_the_defaults_are_those_of_mlx_lm():
@@ -75,6 +80,42 @@ def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
     options.parse_command(plan._parser(), ["--config", str(config)])
     said = capsys.readouterr()
     assert (said.out, said.err.splitlines()) == ("", [near, far])  # `plan --json` is read by programs
+
+
+IN_ANY_CASE = {"fine_tune_type": "LoRA", "table_optimizer": "Sage", "table_rounding": "Nearest", "on_nonfinite": "SKIP"}
+NESTED = {
+    "optimizer_config": {"AdamW_8bit": {"weights": "BF16+int8"}, "AdamW": {"betas": [0.9, 0.99]}, "MUON": None},
+    "lr_schedule": {"name": "Cosine_Decay", "arguments": [1e-3, 9]},
+}
+
+
+def test_names_in_any_case_are_recorded_in_one_by_flags_yaml_and_keywords(tmp_path):
+    (tmp_path / "c.yaml").write_text(json.dumps(IN_ANY_CASE | NESTED | {"optimizer": "AdamW_8BIT"}))
+    flags = [word for name, value in IN_ANY_CASE.items() for word in (options.flag(name), value)]
+    by_flags = options.parse([*flags, "--optimizer", "SinkGD"])
+    by_yaml = options.parse(["--config", str(tmp_path / "c.yaml")])
+    by_keywords, _ = options_of({"data": "d", "optimizer": "AdamW"} | IN_ANY_CASE | NESTED)
+    for args, optimizer in ((by_flags, "sinkgd"), (by_yaml, "adamw_8bit"), (by_keywords, "adamw")):
+        assert args.optimizer == optimizer
+        assert [getattr(args, name) for name in IN_ANY_CASE] == [value.lower() for value in IN_ANY_CASE.values()]
+    for args in (by_yaml, by_keywords):
+        settings = {"adamw_8bit": {"weights": "bf16+int8"}, "adamw": {"betas": [0.9, 0.99]}, "muon": None}
+        assert args.optimizer_config == settings
+        assert args.lr_schedule == {"name": "cosine_decay", "arguments": [1e-3, 9]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: ADAMWW", "must be one of adam, .*did you mean 'adamw'"),
+        ("optimizer_config: {ADAMWW: {}}", "ADAMWW: is the name of no optimizer .did you mean 'adamw'"),
+        ("optimizer_config: {AdamW: {}, adamw: {}}", "optimizer_config: adamw: its settings are there twice"),
+    ],
+)
+def test_a_name_that_is_wrong_in_any_case_gets_a_hint(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        options.parse(["--config", str(tmp_path / "c.yaml")])
 
 
 @pytest.mark.parametrize(

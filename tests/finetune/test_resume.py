@@ -1,6 +1,7 @@
 """Resumed runs: bit for bit what they would have been, or refused by what is another."""
 
 import datetime
+import gc
 import json
 import math
 import shutil
@@ -8,10 +9,14 @@ import shutil
 import mlx.core as mx
 import pytest
 from finetune.breaking import BreakAt, Breaks
+from mlx.utils import tree_flatten
 
 from ember_mlx import InputError
 from ember_mlx.finetune import checkpoints, options, resume
+from ember_mlx.finetune import run as run_module
+from ember_mlx.finetune.display import Display
 from ember_mlx.finetune.run import run
+from ember_mlx.finetune.watchers import Watcher
 
 YAML = """
 lora_parameters: {rank: 4, scale: 10.0, dropout: 0.3}
@@ -40,8 +45,7 @@ def assert_same(folder, other):
         assert [name for name in arrays if not mx.array_equal(arrays[name], others[name])] == []
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("kind", "accumulate"), [("lora", 1), ("lora", 3), ("dora", 1), ("full", 3)])
 def test_the_rest_of_a_resumed_run_is_that_of_an_uninterrupted_one_bit_for_bit(
     parse_resumable, tmp_path, kind, accumulate
 ):
@@ -70,8 +74,55 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(parse
         run(parse_resumable("--iters", 13, *short, "--resume"))
 
 
-def test_reports_after_a_resume_go_on_counting(parse_resumable):
-    reports = []
+@pytest.mark.parametrize(("epochs", "validates"), [(None, True), (0.5, False)])
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(parse, folders, tmp_path, capsys, epochs, validates):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid") if validates else ("train",):
+        shutil.copy(folders["data"] / f"{name}.jsonl", tmp_path / "data")
+    words = ["--data", tmp_path / "data", *([] if validates else ["--valid-fraction", 0])]
+    first = run(parse(*words) | {"epochs": epochs})
+    before = last_checkpoint(tmp_path / "adapters").position
+    capsys.readouterr()
+    again = run(parse(*words, "--resume") | {"epochs": epochs})
+    out = " ".join(capsys.readouterr().out.split())
+    length, more = ("--epochs 0.5 (3 steps)", "--epochs") if epochs else ("--iters 3", "--iters")
+    assert f"step-0000003 is the last of {length}; --resume with a higher {more} continues" in out
+    assert " Optimizer state 84.26 kB, where Adam" in out
+    for untrue in ("Resuming after", "eak memory", "tok/s", "100%"):
+        assert untrue not in out
+    assert again.peak_memory is None
+    assert (again.loss_before, again.loss_after) == (first.loss_before, first.loss_after)
+    assert last_checkpoint(tmp_path / "adapters").position == before
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_resumed_run_takes_no_more_memory_than_from_its_start(parse, monkeypatch, stream):
+    """Of a run before in this process nothing is left, nor of the weights that the checkpoint's replace."""
+    monkeypatch.setattr(run_module, "WORTH_COLLECTING", 0)
+    held = []
+
+    class Looks(Watcher):
+        def before_training(self, model, optimizer, tables, rows):
+            trees = (model.parameters(), optimizer.state)
+            held.append(mx.get_active_memory() - sum(array.nbytes for tree in trees for _, array in tree_flatten(tree)))
+
+    common = ["--fine-tune-type", "full", "--optimizer", "adamw", stream, "--iters", 1]
+    gc.collect()
+    gc.freeze()  # what other tests have made need not be looked through again
+    cache = mx.set_cache_limit(0)  # which hands out larger buffers than are asked for
+    others = mx.get_active_memory()
+    try:
+        run(parse(*common), watchers=[Looks()])
+        run(parse(*common, "--resume"), watchers=[Looks()])
+    finally:
+        mx.set_cache_limit(cache)
+        gc.unfreeze()
+    assert held[1] - others < 4096  # bytes; weights and state have 390,336
+
+
+def test_reports_after_a_resume_go_on_counting(parse_resumable, monkeypatch):
+    reports, shown = [], []
+    monkeypatch.setattr(Display, "report_train", lambda self, step, loss, speed, tokens: shown.append((step, tokens)))
 
     class Listens(BreakAt):
         def on_train_loss_report(self, info):
@@ -80,10 +131,12 @@ def test_reports_after_a_resume_go_on_counting(parse_resumable):
 
     with pytest.raises(Breaks):
         run(parse_resumable("--iters", 6, "--save-every", 2), Listens(5))
-    first, reports[:] = reports[:], []
+    assert shown == reports
+    first, reports[:], shown[:] = reports[:], [], []
     run(parse_resumable("--iters", 6, "--save-every", 2, "--resume"), Listens(None))
     assert [iteration for iteration, _ in reports] == [5, 6]
     assert reports[0] == first[4]
+    assert shown == reports
 
 
 @pytest.mark.parametrize("more", [["--mask-prompt"], ["--grad-accumulation-steps", 2]])
@@ -266,6 +319,16 @@ def swap_letters(tokenizer):
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% endfor %}"
 
 
+@pytest.fixture(scope="module")
+def of_one_step(folders, tmp_path_factory):
+    """The adapter folder of a run of one step."""
+    folder = tmp_path_factory.mktemp("one-step") / "adapters"
+    words = {"--model": folders["untied"], "--data": folders["data"], "--adapter-path": folder, "--iters": 1}
+    words |= {"--batch-size": 2, "--val-batches": 1}
+    run(options.parse([str(word) for pair in words.items() for word in pair]))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -277,11 +340,10 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% en
         ("tokenizer_config.json", lambda c: c.update(chat_template=TEMPLATE), "its tokenizer or chat template makes o"),
     ],
 )
-def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, file, change, message):
-    run(parse("--iters", 1, "--val-batches", 1))
+def test_a_change_of_the_model_is_seen_wherever_it_is(parse, folders, tmp_path, of_one_step, file, change, message):
     model = edited(folders["untied"], tmp_path / "m", file, change)
     with pytest.raises(InputError, match=message):
-        run(parse("--iters", 2, "--resume", "--model", model))
+        run(parse("--iters", 2, "--val-batches", 1, "--resume", of_one_step, "--model", model))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.uint32, mx.uint8, mx.int64, mx.bool_])

@@ -32,7 +32,8 @@ def loss(_, tokens, lengths):
 )
 def test_validation_names_rows_with_nothing_to_learn_once_and_leaves_them_out(rows, named, capsys):
     class Rows(list):
-        pass
+        def itemlen(self, index):
+            return len(self[index][0])
 
     rows = Rows(rows)
     for _ in range(2):
@@ -41,17 +42,17 @@ def test_validation_names_rows_with_nothing_to_learn_once_and_leaves_them_out(ro
     count = f"{named.count(',') + 1} of {len(rows)}"
     warning = f"{count} rows have nothing to learn; the mean loss leaves them out: {named}"
     assert said.count("nothing to learn") == bool(named)
-    assert not named or f"{warning} [WARNING]" in said  # mlx-lm warns of long rows again, the second time
+    assert said == (f"Warning: {warning}" if named else "")
 
 
-@pytest.mark.parametrize(("iters", "accumulation", "dropped"), [(10, 1, 0), (10, 5, 0), (10, 4, 2), (7, 4, 3)])
+@pytest.mark.parametrize(("iters", "accumulation", "dropped"), [(10, 1, 0), (10, 5, 0), (9, 4, 1), (7, 4, 3)])
 def test_batches_that_make_no_update_are_counted(iters, accumulation, dropped, capsys):
     args = SimpleNamespace(iters=iters, grad_accumulation_steps=accumulation)
     loop = SimpleNamespace(args=args, steps_done=iters)
     Training._report_dropped(loop)
     said = " ".join(capsys.readouterr().out.split())
     expected = (
-        f"The last {dropped} of --iters {iters} steps are not applied: an update takes "
+        f"Of --iters {iters} steps the last {'is' if dropped == 1 else f'{dropped} are'} not applied: an update takes "
         f"--grad-accumulation-steps {accumulation}"
     )
     assert said == (expected if dropped else "")

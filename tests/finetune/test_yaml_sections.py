@@ -2,12 +2,13 @@
 
 import mlx.core as mx
 import pytest
+from mlx_lm.tuner.utils import build_schedule
 
 from ember_mlx import InputError
 from ember_mlx.finetune import options
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.optimizer_names import CLASSES, canonical
-from ember_mlx.finetune.yaml_sections import BY_NAME, make_optimizer, make_schedule
+from ember_mlx.finetune.yaml_sections import BY_NAME, check_schedule, make_optimizer
 
 OPTIMIZERS = [*CONFIG_DEFAULTS["optimizer_config"], *CLASSES]
 COSINE = {"name": "cosine_decay", "arguments": [1e-4, 100]}
@@ -119,6 +120,8 @@ def test_any_value_of_any_setting_is_taken_or_refused_with_its_name(name, value)
         ({"warmup_steps": 3}, "warmup_steps: is no setting here"),
         ({"arguments": [1e-4]}, r"arguments: \[0.0001\]: cosine_decay takes a list of init, decay_steps, end"),
         ({"arguments": [1e-4, 9, 0.0, 0.0]}, "arguments: .*: cosine_decay takes a list of"),
+        ({"arguments": None}, "arguments: None: cosine_decay takes a list of"),
+        ({"arguments": [float("nan"), 9]}, "arguments: init of cosine_decay: nan must be a number"),
         ({"arguments": {"init": 1}}, "arguments: .*: cosine_decay takes a list of"),
         ({"arguments": ["1e-4", 9]}, "arguments: init of cosine_decay: '1e-4' must be a number"),
         *(({"arguments": [1e-4, steps]}, "arguments: decay_steps .*must be a whole") for steps in (0, 9.5, 2**31)),
@@ -128,13 +131,14 @@ def test_any_value_of_any_setting_is_taken_or_refused_with_its_name(name, value)
 )
 def test_a_schedule_says_which_part_of_it_cannot_be(changes, message):
     with pytest.raises(InputError, match=f"^lr_schedule: {message}"):
-        make_schedule("lr_schedule", COSINE | changes)
+        check_schedule("lr_schedule", COSINE | changes)
 
 
 def test_every_schedule_of_mlx_that_yaml_can_name_is_known():
     assert set(BY_NAME) == {"exponential_decay", "step_decay", "cosine_decay", "linear_schedule"}
-    made = make_schedule("lr_schedule", COSINE | {"warmup": 2, "arguments": [1e-4, 1e3]})
-    assert made(mx.array(1)).item() == pytest.approx(5e-5)
+    schedule = COSINE | {"warmup": 2, "arguments": [1e-4, 1e3]}
+    check_schedule("lr_schedule", schedule)
+    assert build_schedule(schedule)(mx.array(1)).item() == pytest.approx(5e-5)
 
 
 def test_a_warm_up_may_be_a_share_of_the_run(read):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ember_mlx.optimizers import FlashAdamW, flash_kernel
-from ember_mlx.optimizers.companded import GROUP, groups_of
-from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block, grouped
+from ember_mlx.optimizers.companded import GROUP, grouped, groups_of
+from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
 # Fewer than 8 elements, which Metal gets in another address space; part of a group; whole threadgroups; and some more.

@@ -62,14 +62,7 @@ def trained(ahead, tokens=9, tied=False, keep_logits=None, note=None, **options)
     return dict(tree_flatten(model.parameters())), step
 
 
-@pytest.fixture
-def _eager():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-@pytest.mark.usefixtures("_eager")
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("tokens", "keep_logits"), [(9, None), (41, None), (9, True)])
 def test_large_blocks_take_the_same_step(tokens, tied, keep_logits, monkeypatch):
@@ -83,7 +76,7 @@ def test_large_blocks_take_the_same_step(tokens, tied, keep_logits, monkeypatch)
         assert mx.allclose(weights[name], array, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.usefixtures("_eager")
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("tied", [False, True])
 def test_machines_that_are_run_ahead_agree_with_one(tied):
     """Both have the same batch, so that the mean of two is that of one."""

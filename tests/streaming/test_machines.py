@@ -14,13 +14,7 @@ from ember_mlx.streaming.shards import Group
 
 SEQUENCES = mx.random.randint(0, 170, (3, 9), key=mx.random.key(3))
 BATCHES = [(SEQUENCES[:2], mx.array([[0, 8], [1, 7]])), (SEQUENCES[2:, :6], mx.array([[0, 5]]))]
-
-
-@pytest.fixture(autouse=True)
-def _eager():
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def trained(

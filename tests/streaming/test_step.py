@@ -1,4 +1,4 @@
-"""What a streamed step does with optimizers, token tables, NaN, micro-batches and clipping; and what it refuses."""
+"""What a streamed step does with optimizers, token tables, heads, micro-batches and clipping."""
 
 from functools import partial
 
@@ -11,58 +11,16 @@ from architectures.build import build
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.trainer import default_loss
-from streaming_spy import Spy, ordinary, randomized, worst_difference
-from tiny_models import tiny_llama
+from streaming.small_steps import LONG, SHORT, batch_of, bits, llama, ordinary_steps, paired
+from streaming_spy import Spy, ordinary, worst_difference
 
-from ember_mlx import Ember, InputError, PairedOptimizer
-from ember_mlx.optimizers.guarded import GuardedOptimizer
+from ember_mlx import Ember, PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.optimizers.sinkgd import SinkGD
 from ember_mlx.parity.oracle_float64 import EmberOracle
 from ember_mlx.streaming import StreamedStep
-from ember_mlx.streaming.shards import Group
 
-SHORT, LONG = 7, 41  # below and above half the features, 32, at two sequences
-
-
-@pytest.fixture(autouse=True)
-def _eager():
-    """A CPU compiles each fused kernel for half a second; some tests below enable it again."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
-def batch_of(length, sequences=2):
-    batch = mx.random.randint(0, 170, (sequences, length), key=mx.random.key(3))
-    return batch, mx.array([[0, length - 1], [1, length - 2]] * (sequences // 2) or [[0, length - 1]])
-
-
-def llama(tied=False, **options):
-    return randomized(tiny_llama(tied=tied, hidden=64, **options)).train()
-
-
-def paired(model, rest=None, **options):
-    return PairedOptimizer(model, tables=Ember(1e-2), rest=rest or optim.AdamW(1e-3), **options)
-
-
-def arrays_of(model, optimizer):
-    return dict(tree_flatten({"model": model.parameters(), "optimizer": optimizer.state}))
-
-
-def bits(arrays):
-    return {name: bytes(np.array(mx.view(array, mx.uint8)) if array.ndim else repr(array.item()).encode())
-            for name, array in arrays.items()}  # fmt: skip
-
-
-def ordinary_steps(model, optimizer, batches, steps, loss=default_loss):
-    losses = []
-    for _ in range(steps):
-        (value, _), gradients = nn.value_and_grad(model, loss)(model, *batches)
-        optimizer.update(model, gradients)
-        mx.eval(model.parameters(), optimizer.state)
-        losses.append(value.item())
-    return losses
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -205,77 +163,6 @@ def test_clipping_by_layer_limits_tables_whose_gradients_are_whole():
     assert mx.linalg.norm(model.lm_head.weight - before.lm_head.weight).item() == pytest.approx(1e-3, rel=1e-3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_loss_that_is_not_finite_changes_no_bit(tied):
-    model = llama(tied)
-    optimizer = paired(model, skip_nonfinite=True)
-    step = StreamedStep(model, optimizer)
-    step(*batch_of(SHORT))
-    token = batch_of(SHORT)[0][0, 2].item()
-    model.model.embed_tokens.weight[token] = mx.nan
-    before = bits(arrays_of(model, optimizer))
-    result = step.accumulated([batch_of(SHORT)])
-    assert result.nonfinite == ("loss",)
-    assert optimizer.nonfinite_steps.item() == 1
-    optimizer.state["nonfinite_steps"] = mx.array(0, mx.uint32)
-    assert bits(arrays_of(model, optimizer)) == before
-
-
-class Poisoned(nn.Module):
-    """A layer whose gradient is NaN while ``on`` is."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-        self.use_sliding = False  # asked by mlx-lm's Llama
-        self.on = True
-
-    def __call__(self, x, *arguments, **keywords):
-        @mx.custom_function
-        def same(y):
-            return y
-
-        @same.vjp
-        def nan(primal, cotangent, output):
-            return cotangent * (mx.nan if self.on else 1)
-
-        return same(self.layer(x, *arguments, **keywords))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_nan_on_the_way_back_reaches_no_weight_and_is_named(tied):
-    model = llama(tied, layers=3)
-    model.model.layers[1] = Poisoned(model.model.layers[1])
-    optimizer = paired(model, skip_nonfinite=True)
-    step = StreamedStep(model, optimizer)
-    before = bits(dict(tree_flatten(model.parameters())))
-    result = step.accumulated([batch_of(SHORT)])
-    arrays = arrays_of(model, optimizer)
-    assert all(mx.isfinite(array).all() for array in arrays.values())
-    assert result.nonfinite[0].startswith("model.layers.1.layer.")
-    assert "model.embed_tokens.weight" in result.nonfinite
-    assert optimizer.nonfinite_steps.item() == 1
-    after = bits(dict(tree_flatten(model.parameters())))
-    changed = {name for name in after if after[name] != before[name]}
-    assert changed.isdisjoint(result.nonfinite)
-    assert changed | set(result.nonfinite) == set(after)
-    assert any(name.startswith("model.layers.2.") for name in changed)
-
-    model.model.layers[1].on = False
-    step = StreamedStep(model, optimizer)
-    assert step.accumulated([batch_of(SHORT)]).nonfinite == ()
-
-
-def test_a_norm_that_is_not_finite_changes_nothing():
-    model = llama(layers=3)
-    model.model.layers[1] = Poisoned(model.model.layers[1])
-    optimizer = paired(model, clip_grad_norm=1.0)
-    before = bits(arrays_of(model, optimizer))
-    result = StreamedStep(model, optimizer, clip_norm_pass=True).accumulated([batch_of(SHORT)])
-    assert result.nonfinite == ("gradient norm",)
-    assert bits(arrays_of(model, optimizer)) == before
-
-
 @pytest.mark.parametrize("rest", [optim.AdamW, SinkGD])
 def test_a_resumed_run_is_the_same_bit_for_bit(rest):
     def run(steps, weights=None, state=None):
@@ -333,79 +220,7 @@ def test_a_gpu_is_waited_for_behind():
         assert step(*batch_of(LONG)) == other(*batch_of(LONG))
 
 
-class NeedsAll(optim.SGD):
-    def apply_gradients(self, gradients, parameters):
-        return super().apply_gradients(gradients, parameters)
-
-
 def test_an_optimizer_may_keep_a_number_in_its_state():
     model, optimizer = llama(), optim.SGD(0.1)
     optimizer.state["warmup"] = 2.0
     assert StreamedStep(model, optimizer)(*batch_of(SHORT))[0] > 0
-
-
-def clipping(model):
-    return guarded(model, optim.SGD(0.1), clip_grad_norm=2.0)
-
-
-def guarded(model, optimizer, **options):
-    return GuardedOptimizer(model.trainable_parameters(), optimizer, **options)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda m: StreamedStep(m, NeedsAll(0.1)), "NeedsAll, which trains .* needs all gradients at once"),
-        (lambda m: StreamedStep(m, paired(m, NeedsAll(0.1))), "NeedsAll, which trains .*ordinary step"),
-        (lambda m: StreamedStep(m, StochasticRounding(NeedsAll(0.1))), "needs all gradients at once"),
-        (lambda m: StreamedStep(m, "sgd"), "must be an mlx.optimizers.Optimizer"),
-        (lambda m: StreamedStep(m, paired(m, clip_grad_norm=1.0)), "clip_norm_pass=True, or clip_layer_norm"),
-        (lambda m: StreamedStep(m, paired(m), clip_norm_pass=True), "clip_norm_pass=True.*no clip_grad_norm"),
-        (lambda m: StreamedStep(m, optim.SGD(1), clip_norm_pass=True), "clip_norm_pass=True.*no clip_grad_norm"),
-        (lambda m: StreamedStep(m, paired(m), lambda *_: mx.array(0.0), block_rows=9), "block_rows=9.*caller's own"),
-        (lambda m: StreamedStep(m, paired(m), lambda *_: mx.array(0.0), keep_logits=False), "keep_logits=False.*own"),
-        (lambda m: StreamedStep(m, paired(m), group=Group(0, 2, None, None)), "group=.*reduce"),
-        (lambda m: StreamedStep(m, paired(m, clipping(m))), "GuardedOptimizer.clip_grad_norm=2.0. stands inside"),
-        (lambda m: StreamedStep(m, guarded(m, clipping(m)), clip_norm_pass=True), "stands inside another"),
-        (lambda m: StreamedStep(m, guarded(m, paired(m, clip_grad_norm=3))), "clip_grad_norm=3. stands inside"),
-        (lambda m: StreamedStep(m, optim.MultiOptimizer([clipping(m)])), "stands inside another optimizer"),
-        (lambda m: StreamedStep(m, paired(m), keep_inputs=0), "keep_inputs=0.*1 or more"),
-        (lambda m: StreamedStep(m, paired(m), clip_layer_norm=-1), "clip_layer_norm=-1.*above 0"),
-        (lambda m: StreamedStep(paired(m), m), "type PairedOptimizer.*the model comes first"),
-        (lambda m: StreamedStep(m.freeze(), optim.SGD(1)), "nothing in the model is trainable"),
-        (lambda m: StreamedStep(m, optim.SGD(1)).accumulated([]), "no batch is given"),
-        (lambda m: StreamedStep(m, optim.SGD(1)).accumulated([(mx.ones((1, 3), mx.int32),)]), "a batch of 1 arrays"),
-        (lambda m: StreamedStep(m, optim.SGD(1))(np.ones((1, 3), int)), "type ndarray"),
-        (lambda m: StreamedStep(m, optim.SGD(1))(mx.ones((1, 3))), "float32: must be whole numbers"),
-        (lambda m: StreamedStep(m, optim.SGD(1))(mx.ones((1, 1), mx.int32)), "shape .1, 1.*2 or more"),
-        (lambda m: StochasticRounding(optim.MultiOptimizer([optim.SGD(1)])), "parts of a MultiOptimizer"),
-        (lambda m: StochasticRounding(optim.SGD(1), seed=-1), "seed=-1"),
-    ],
-)
-def test_what_cannot_be_streamed_is_refused(make, why):
-    with pytest.raises(InputError, match=why) as refused:
-        make(llama())
-    assert "\n" not in str(refused.value)
-
-
-def test_a_trace_around_it_is_refused_and_nothing_changes():
-    model = llama()
-    optimizer = GuardedOptimizer(model.trainable_parameters(), optim.SGD(0.1))
-    step = StreamedStep(model, optimizer)
-    before = bits(arrays_of(model, optimizer))
-    with pytest.raises(InputError, match="called inside nn.value_and_grad"):
-        nn.value_and_grad(model, lambda model: mx.array(step(*batch_of(SHORT))[0]))(model)
-    assert bits(arrays_of(model, optimizer)) == before
-    mx.enable_compile()
-    with pytest.raises(InputError, match="or mx.compile"):
-        mx.compile(lambda *batch: mx.array(step(*batch)[0]), inputs=[model.state])(*batch_of(SHORT))
-    with pytest.raises(InputError, match="or mx.compile"):  # the batch alone is traced
-        mx.compile(lambda *batch: mx.array(step(*batch)[0]))(*batch_of(SHORT))
-
-
-def test_a_model_with_nothing_to_train_is_refused():
-    model = llama()
-    step = StreamedStep(model, optim.SGD(0.1))
-    model.freeze()
-    with pytest.raises(InputError, match="unfreeze something"):
-        step(*batch_of(SHORT))

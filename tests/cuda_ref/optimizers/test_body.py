@@ -86,6 +86,31 @@ def test_values_out_of_range_are_refused_by_name_and_value(option, value):
             made(weights(), **{option: value})
 
 
+def test_hooks_of_loading_decide_what_is_loaded_and_see_it_as_it_is_kept(make):
+    saved = train(make(weights(torch.bfloat16)), 0, 2).state_dict()
+    optimizer, seen = make(weights(torch.bfloat16)), []
+    optimizer.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inside"])
+    optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(everything(loaded)))
+    optimizer.load_state_dict({"inside": saved})
+    assert seen == [everything(optimizer)]
+    assert seen[0][1] == [{name: bits(x) for name, x in state.items()} for state in saved["state"].values()]
+
+
+def test_a_learning_rate_in_a_tensor_is_looked_at_as_a_number_is(make):
+    for value in (torch.tensor(-1.0), torch.tensor(float("nan")), torch.ones(1), torch.tensor(0.1, device="meta")):
+        with pytest.raises(InputError, match=r"\(lr="):
+            make(weights()).add_param_group({"params": [nn.Parameter(torch.ones(2, 3))], "lr": value})
+
+
+def test_a_weight_that_was_resized_after_a_step_is_refused_before_another_moves():
+    optimizer = train(AdamMini(weights()), 0, 1)
+    optimizer.param_groups[0]["params"][-1].data = torch.ones(3, 5, 3)
+    before = everything(optimizer)
+    with pytest.raises(InputError, match=r"parameter 4 .*shape \(3, 5, 3\) on cpu, and its m shape \(2, 5, 3\)"):
+        train(optimizer, 1, 2)
+    assert everything(optimizer) == before
+
+
 def test_weights_and_gradients_that_it_does_not_take_are_refused(make):
     for wrong in (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(0, 3)):
         with pytest.raises(InputError, match="parameter 0 has shape"):
@@ -96,6 +121,9 @@ def test_weights_and_gradients_that_it_does_not_take_are_refused(make):
         make([w]).step()
     with pytest.raises(InputError, match="passes=0"):
         SinkGD([w], passes=0)
+    for made in (AdamMini, SinkGD):
+        with pytest.raises(InputError, match="model=list: must be the torch.nn.Module"):
+            made([w], model=[w])
     with pytest.raises(InputError, match="momentum='int4'"):
         AdamMini([w], momentum="int4")
 

@@ -65,7 +65,7 @@ def test_flash_agrees_with_float64_and_few_codes_are_flipped(kind, shape, implem
     flipped = []
     for t in range(1, 21):
         before, w.grad = as_float64(w), torch.tensor(gradient(shape, t), device=device)
-        zeros = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in optimizer.state_of(w).items()}
+        zeros = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in optimizer.state_of(w, {}).items()}
         state = {key: value.cpu().numpy() for key, value in (optimizer.state[w] or zeros).items()}
         expected, codes = flash_oracle.step(before, gradient(shape, t), state, t, 1e-3, betas, 1e-8, 0.1)
         optimizer.step()
@@ -107,6 +107,30 @@ def test_the_rest_is_in_the_state_dict_and_resumes_bit_for_bit():
     assert contents(second) == contents(straight)
     assert contents(second.optimizer) == contents(straight.optimizer)
     assert {w.dtype for w in second.param_groups[0]["params"]} == {torch.bfloat16, torch.float32}
+
+
+def split_adamw():
+    return SplitWeights(torch.optim.AdamW([("w", start((8, 6), "bfloat16"))], lr=1e-5))
+
+
+def test_a_split_optimizer_that_keeps_moments_resumes_them_in_float32_and_so_does_its_copy():
+    first, second = train(split_adamw(), 2), split_adamw()
+    (w,), (w2,) = first.param_groups[0]["params"], second.param_groups[0]["params"]
+    w2.data.copy_(w.data)
+    second.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inside"])
+    second.load_state_dict({"inside": pickle.loads(pickle.dumps(first.state_dict()))})
+    copied = pickle.loads(pickle.dumps(first))
+    for optimizer in (first, second, copied):
+        train(optimizer, 2, first=2)
+    assert contents(first.optimizer) == contents(second.optimizer) == contents(copied.optimizer)
+    assert contents(first) == contents(second) == contents(copied)
+
+
+def test_a_group_added_to_a_split_optimizer_has_the_options_of_the_one_inside():
+    optimizer = split_adamw()
+    optimizer.add_param_group({"params": [("v", start((3, 2), "bfloat16"))], "lr": 1e-4})
+    assert [group["betas"] for group in train(optimizer, 1).param_groups] == [(0.9, 0.999)] * 2
+    assert len(optimizer.state_dict()["param_groups"]) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
