@@ -83,7 +83,8 @@ if triton_kernels.available():
         else:
             direction = _running_mean(old, x, beta1, forget1, False)
             new = _running_mean(old, x, beta2, forget2, False)
-            y = kept * y - learning_rate * ((direction > 0).to(tl.float32) - (direction < 0).to(tl.float32))
+            sign = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
+            y = kept * y - learning_rate * tl.where(direction == direction, sign, direction)
         largest = _largest(tl.abs(new), least)
         tl.store(m_scales + group, largest, mask=is_group)
         z = new / largest[:, None]

@@ -56,12 +56,13 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 class CutLayers:
     """The layers of a model for one step by several micro-batches.
 
-    Run the model for each inside ``cut()``, calling ``end_run()`` after it; then differentiate what each run came to,
+    Run the model for each inside ``cut()``, giving ``end_run()`` what it came to; then differentiate that of each run,
     which goes as far as the last layer; then ``backward`` goes on from there.
 
     Raises:
         InputError: (a ``ValueError``) for a model without a ``nn.ModuleList`` of layers; in a run, for layers that are
-            not called once each in one order, or that take more than their hidden states that needs a gradient.
+            not called once each in one order, that take more than their hidden states that needs a gradient, or whose
+            input is used beside them, as by a residual that the model adds.
     """
 
     def __init__(self, model: nn.Module):
@@ -82,13 +83,15 @@ class CutLayers:
             for number, layer in enumerate(layers):
                 self._layers[number] = layer
 
-    def end_run(self) -> None:
-        """The run of one micro-batch is over."""
+    def end_run(self, output: Tensor) -> None:
+        """The run of one micro-batch is over; ``output`` is what will be differentiated."""
         run = self._cuts.copy()
         self._cuts.clear()
         order = [cut.layer for cut in run]
         if not run or len(set(order)) < len(order) or (self._runs and order != [c.layer for c in self._runs[0]]):
             raise _error("its layers are not called once each, in one order")
+        if not self._runs and _share_a_node([*(cut.hidden for cut in run), output]):
+            raise _error("the input of a layer is used again beside it, as by a residual outside")
         self._runs.append(run)
 
     def backward(self, step: Callable[[Iterable[nn.Parameter]], None]) -> None:
@@ -146,6 +149,23 @@ def _tensors(values):
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
+
+
+def _share_a_node(tensors):
+    """Whether the graphs of tensors meet before their leaves: one backward pass would free what another needs."""
+    seen = set()
+    for tensor in tensors:
+        of_this, ahead = set(), [tensor.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in of_this or hasattr(node, "variable"):  # which a leaf's node has
+                continue
+            if node in seen:
+                return True
+            of_this.add(node)
+            ahead += [following for following, _ in node.next_functions]
+        seen |= of_this
+    return False
 
 
 def _error(why):

@@ -19,6 +19,7 @@ from cuda_ref.streamed_model import CutLayers, head_input, makes_the_logits
 from cuda_ref.streamed_optimizer import alone, check_parameter, sides_of
 from cuda_ref.streamed_ranks import Ranks, Units
 from cuda_ref.token_tables import find_token_tables
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["StreamedBackward", "next_token_loss"]
@@ -90,6 +91,7 @@ class StreamedBackward:
                 f"StreamedBackward(model={type(model).__name__}): must be a torch.nn.Module on one device, not "
                 "wrapped: of a DistributedDataParallel give its .module, and group="
             )
+        check_switch("StreamedBackward", "keep_logits", keep_logits, or_none=True)
         self.model, self.optimizer = model, optimizer
         self.refused, self.nonfinite_steps, self.notes = (), 0, []
         self._loss, self._block_rows = loss or next_token_loss, block_rows
@@ -155,7 +157,7 @@ class StreamedBackward:
                 if not bool(torch.isfinite(loss)):
                     break
                 if layers:
-                    layers.end_run()
+                    layers.end_run(loss)
                     loss.backward()  # as far as the last layer, before the logits of the next
         if shares is None:
             refused.append("loss")
@@ -190,7 +192,7 @@ class StreamedBackward:
                 outputs.append(head_input(module, self.model, input_ids, inputs))
                 targets.append(labels[:, 1:].reshape(-1))
                 if layers:
-                    layers.end_run()
+                    layers.end_run(outputs[-1])
         counts = [of_one != IGNORED for of_one in targets]
         used = [h.detach()[:, :-1].flatten(0, 1)[count] for h, count in zip(outputs, counts, strict=True)]
         used, targets = torch.cat(used), torch.cat(targets)[torch.cat(counts)]

@@ -177,6 +177,15 @@ def test_what_was_given_can_change_without_changing_the_options():
     assert made.lora_parameters["rank"] == 4
 
 
+def test_a_tuple_is_a_list():
+    betas = {"betas": (0.9, 0.99)}
+    given = {"data": "x", "optimizer": "adam", "optimizer_config": {"adam": betas}}
+    given |= {"lr_schedule": {"name": "cosine_decay", "arguments": (1e-3, 10)}}
+    made = options_of(given)[0]
+    assert (made.optimizer_config["adam"]["betas"], made.lr_schedule["arguments"]) == ([0.9, 0.99], [1e-3, 10])
+    assert betas == {"betas": (0.9, 0.99)}
+
+
 ROW = {"text": "a"}
 
 

@@ -1,5 +1,7 @@
-"""What both Embers say of rounding and of schedules, here through MLX's."""
+"""What both Embers say of rounding and of schedules, here through MLX's; and options of every optimizer."""
 
+import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -10,8 +12,10 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
-from ember_mlx import Ember, InputError, PairedOptimizer
+from ember_mlx import Ember, InputError, PairedOptimizer, optimizers
+from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.shared.ember_options import check_beta2_schedule, rounding_warning
+from ember_mlx.streaming import StreamedStep
 
 
 def table(scale=0.02, dtype=mx.bfloat16):
@@ -154,3 +158,41 @@ def test_what_was_given_never_breaks_the_one_line_of_an_error(end):
     message = str(InputError(f"--data: a{end}b is not a folder"))
     assert len(message.splitlines()) == 1
     assert message.encode().isascii()
+
+
+WORDS = {"rounding": "Nearest", "momentum": "INT8", "weights": "BF16+int8", "state_format": "Published"}
+WORDS["implementation"] = "Triton"
+
+
+def of_both_frameworks():
+    """Each class that takes such options, with what else it needs."""
+    torch, cuda_ref = pytest.importorskip("torch"), pytest.importorskip("cuda_ref")
+    model, of_torch = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2)), torch.nn.Embedding(4, 2)
+    arguments = {
+        optimizers.SplitWeights: [optim.SGD(1e-3)],
+        PairedOptimizer: [model, optim.SGD(1e-3), optim.SGD(1e-3)],
+        GuardedOptimizer: [{}, optim.SGD(1e-3)],
+        StreamedStep: [model, optim.SGD(1e-3)],
+        cuda_ref.SplitWeights: [torch.optim.SGD(of_torch.bfloat16().parameters(), 1e-3)],
+        cuda_ref.StreamedBackward: [of_torch, torch.optim.SGD(of_torch.parameters(), 1e-3)],
+    }
+    usual = {getattr(optimizers, name): [1e-3] for name in optimizers.__all__}
+    usual |= {getattr(cuda_ref.optimizers, name): [of_torch.parameters(), 1e-3] for name in cuda_ref.optimizers.__all__}
+    for kind, given in (usual | arguments).items():
+        yield kind, [list(of_torch.parameters()) if inspect.isgenerator(one) else one for one in given]
+
+
+def test_a_switch_is_true_or_false_and_a_word_is_one_of_those_allowed():
+    found = []
+    for kind, given in of_both_frameworks():
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if name in WORDS:
+                value, says = WORDS[name], f"must be '.* .did you mean '{re.escape(WORDS[name].lower())}'"
+            elif parameter.annotation in (bool, bool | None):
+                value, says = "no", "must be True or False"
+            else:
+                continue
+            found.append(name)
+            with pytest.raises(InputError, match=rf"^{kind.__name__}\({name}='{re.escape(value)}'\): {says}"):
+                kind(*given, **{name: value})
+    assert len(found) >= 36

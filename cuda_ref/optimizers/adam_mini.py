@@ -30,7 +30,7 @@ from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from cuda_ref.optimizers.ember import bias_correction, blocks, mean_squares, update_second_moment
 from cuda_ref.sharding import RowShards, groups_on_all_ranks
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.ember_options import check_word
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
 
@@ -226,8 +226,7 @@ class AdamMini(BodyOptimizer):
         decay_vectors: bool = False,
         implementation: str = "auto",
     ):
-        if momentum not in ("float32", "int8"):
-            raise InputError(f"AdamMini(momentum={momentum!r}): must be 'float32' or 'int8'")
+        check_word("AdamMini", "momentum", momentum, ("float32", "int8"))
         self.momentum = momentum
         self._heads = module_roles.attention_heads(model) if model is not None else {}
         self._by_first = module_roles.convolutions(model) if model is not None else set()

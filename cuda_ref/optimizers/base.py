@@ -87,6 +87,7 @@ class CheckedOptimizer(Optimizer):
                     name: sharding.laid_out(state[name], dtype, w.device, self._shards_of(w, name))
                     for name, (_, dtype) in wanted.items()
                 }
+                self._fitted[w] = w.shape, w.device
 
         hooks = [
             self.register_load_state_dict_pre_hook(check),
@@ -118,6 +119,7 @@ class CheckedOptimizer(Optimizer):
             if w.grad is not None and not self.state[w]:
                 for name, (shape, dtype) in self._wanted(w, group).items():
                     self.state[w][name] = sharding.zeros(shape, dtype, w.device, self._shards_of(w, name))
+                self._fitted[w] = w.shape, w.device
 
     def _agree(self):
         """Find the sharded weights, and that all ranks are about to take the same step on them."""
@@ -154,16 +156,23 @@ class CheckedOptimizer(Optimizer):
             if w.grad is not None:
                 checks.check_gradient(type(self).__name__, self.noun, name, w)
                 if self._fitted.get(w) != (w.shape, w.device) and self.state.get(w):
-                    for key, (shape, _) in self._wanted(w, group).items():
-                        self._check_shape(name, w, key, shape)
+                    self._check_fit(name, w, group)
                     self._fitted[w] = w.shape, w.device
 
-    def _check_shape(self, name, w, key, shape):
-        found = self.state[w].get(key)
-        if found is not None and (not self._has_shape(found, key, w, shape) or found.device != w.device):
+    def _check_fit(self, name, w, group):
+        """Refuse a weight that was resized or moved away from its state: 8-bit moments may have the shape of both."""
+        wanted, left = self._wanted(w, group), []
+        for key, (shape, _) in wanted.items():
+            found = self.state[w].get(key)
+            if found is not None and (not self._has_shape(found, key, w, shape) or found.device != w.device):
+                left.append(f"its {key} shape {tuple(found.shape)} on {found.device}")
+        before = self._fitted.get(w, (w.shape,))[0]
+        if before != w.shape and len(wanted) > 1:  # beside the number of steps
+            left.append(f"its state is of shape {tuple(before)}")
+        if left:
             raise self._error(
-                f".step: {name} has shape {tuple(w.shape)} on {w.device}, and its {key} shape {tuple(found.shape)} on "
-                f"{found.device}; resize or move the model before the first step, or make the optimizer anew"
+                f".step: {name} has shape {tuple(w.shape)} on {w.device}, and {left[0]}; resize or move the model "
+                "before the first step, or make the optimizer anew"
             )
 
     def _has_shape(self, found, key, w, shape):

@@ -12,6 +12,7 @@ from cuda_ref.optimizers.base import CheckedOptimizer
 from cuda_ref.optimizers.checks import DTYPES, by_triton
 from cuda_ref.optimizers.ember import bias_correction, update_second_moment
 from cuda_ref.sharding import RowShards
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.float_formats import ROUNDS_TO_ONE
 
 __all__ = ["BodyOptimizer", "adamw_step"]
@@ -59,6 +60,7 @@ class BodyOptimizer(CheckedOptimizer):
         decay_vectors: bool,
         implementation: str,
     ):
+        check_switch(type(self).__name__, "decay_vectors", decay_vectors)
         self.decay_vectors = decay_vectors
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, implementation)
 

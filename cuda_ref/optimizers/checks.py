@@ -12,6 +12,7 @@ from cuda_ref import sharding, triton_kernels
 from ember_mlx.shared.ember_options import (
     SAMPLE,
     check_beta2_schedule,
+    check_word,
     not_one_number,
     rounding_warning,
 )
@@ -45,8 +46,7 @@ FINITE = (0, ROUNDS_TO_INFINITY, "zero or more and finite in float32")
 
 def check_implementation(optimizer: str, implementation: str) -> None:
     """Refuse what is no implementation, or cannot be found; ``optimizer`` is the name for the error."""
-    if implementation not in ("auto", "eager", "triton"):
-        raise InputError(f"{optimizer}(implementation={implementation!r}): must be 'auto', 'eager' or 'triton'")
+    check_word(optimizer, "implementation", implementation, ("auto", "eager", "triton"))
     if implementation == "triton" and not triton_kernels.available():
         raise InputError(f"{optimizer}(implementation='triton'): Triton is not installed; 'auto' does without it")
 

@@ -249,13 +249,13 @@ class Ember(CheckedOptimizer):
         self.rounding = rounding
         self.seed = seed
         self.row_shard_group = row_shard_group
-        self._warned = False
+        self._warned, self._numbers = False, {}
         defaults = {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, implementation)
 
     noun = "table"
     options = ("lr", "beta2", "eps", "weight_decay")
-    kept = ("implementation", "row_clip", "row_floor", "rounding", "seed", "_warned")
+    kept = ("implementation", "row_clip", "row_floor", "rounding", "seed", "_warned", "_numbers")
     optional_state: ClassVar[State] = {"seed": ((), torch.int32)}  # a state from before may have none
 
     def state_of(self, w: Tensor, group: dict) -> State:
@@ -269,6 +269,7 @@ class Ember(CheckedOptimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
+        self._numbers = {w: number for number, (_, w, _) in enumerate(self._named_weights())}
         if not self._warned and (found := checks.warning_of(self.param_groups[-1], self.rounding)):
             self._warned = True
             warn(found)
@@ -277,8 +278,8 @@ class Ember(CheckedOptimizer):
         super()._init_group()
         for number, (_, w, _) in enumerate(self._named_weights()) if self.rounding == "stochastic" else ():
             state = self.state.get(w)
-            if state and "seed" not in state:
-                state["seed"] = table_seed(self.seed, number).to(w.device)
+            if state and "seed" not in state:  # SplitWeights and streamed steps show one table at a time
+                state["seed"] = table_seed(self.seed, self._numbers.get(w, number)).to(w.device)
 
     def _facts_of(self, w, group):
         state = self.state.get(w)

@@ -13,8 +13,9 @@ from cuda_ref import flash_triton
 from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.companded import GROUP, grouped, groups_of, ungrouped
 from cuda_ref.optimizers.flash_arithmetic import Stored, flash_step, numbers_of
-from cuda_ref.optimizers.split_weights import check_some_are_bfloat16
+from cuda_ref.optimizers.split_weights import WEIGHTS, check_some_are_bfloat16
 from cuda_ref.sharding import groups_on_all_ranks
+from ember_mlx.shared.ember_options import check_word
 
 __all__ = ["FlashAdamW", "FlashLion"]
 
@@ -27,10 +28,8 @@ class _Flash(BodyOptimizer):
     has_second_moment: bool
 
     def __init__(self, params, lr, betas, eps, weight_decay, weights, state_format, implementation, decay_vectors):
-        if weights not in (None, "bf16+int8"):
-            raise self._error(f"(weights={weights!r}): must be 'bf16+int8' or None")
-        if state_format not in STATE_FORMATS:
-            raise self._error(f"(state_format={state_format!r}): must be 'float32' or 'published'")
+        check_word(type(self).__name__, "weights", weights, (*WEIGHTS, None))
+        check_word(type(self).__name__, "state_format", state_format, STATE_FORMATS)
         if implementation == "triton" and state_format == "published":
             raise self._error(
                 "(implementation='triton', state_format='published'): the kernel has the float32 format only: take "
@@ -105,7 +104,7 @@ class FlashAdamW(_Flash):
             where a parameter is on a CUDA device and Triton is installed. Default: ``"auto"``.
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
-    A NaN in a gradient makes the moments of its whole group NaN.
+    A NaN in a gradient makes its weight NaN, and the moments of its whole group.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is empty or not floating, for
@@ -134,7 +133,8 @@ class FlashAdamW(_Flash):
 class FlashLion(_Flash):
     r"""Lion with an 8-bit momentum [1]: 1.125 bytes of state a weight, 2.125 with the rest of bfloat16 weights.
 
-    It keeps ``m`` and ``m_scales`` as :class:`FlashAdamW` does, and takes the same options but for ``eps``.
+    It keeps ``m`` and ``m_scales`` as :class:`FlashAdamW` does, and takes the same options but for ``eps``. A NaN in a
+    gradient makes its weight NaN, as there, though other Lions let the sign of a NaN be 0.
 
     [1]: FlashOptim. arXiv 2602.23349.
 

@@ -75,8 +75,10 @@ def adamw(
 
 
 def lion(w: torch.Tensor, g: torch.Tensor, m: torch.Tensor, n: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lion in float32: the new ``w`` and ``m``."""
-    return n.kept * w - n.learning_rate * torch.sign(running_mean(m, g, n.beta1)), running_mean(m, g, n.beta2)
+    """Lion in float32: the new ``w`` and ``m``. The sign of a NaN is NaN, so that it is seen in the weight."""
+    direction = running_mean(m, g, n.beta1)
+    sign = torch.where(torch.isnan(direction), direction, torch.sign(direction))
+    return n.kept * w - n.learning_rate * sign, running_mean(m, g, n.beta2)
 
 
 def flash_step(stored: Stored, g: torch.Tensor, numbers: Numbers, published: bool = False) -> Stored:

@@ -31,6 +31,7 @@ from cuda_ref.optimizers.body import BodyOptimizer
 from cuda_ref.optimizers.ember import bias_correction, blocks
 from cuda_ref.optimizers.ember import update_second_moment as running_mean
 from cuda_ref.sharding import RowShards
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
@@ -186,8 +187,7 @@ class SAGE(BodyOptimizer):
         decay_vectors: bool = False,
         implementation: str = "auto",
     ):
-        if not isinstance(still_rows, bool):
-            raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
+        check_switch("SAGE", "still_rows", still_rows)
         self.still_rows = still_rows
         super().__init__(params, lr, betas, eps, weight_decay, decay_vectors, implementation)
 

@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 
 from cuda_ref.optimizers.base import WrappingOptimizer
 from cuda_ref.sharding import is_dtensor
+from ember_mlx.shared.ember_options import check_word
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["SplitWeights", "check_some_are_bfloat16", "half_unit", "join", "split"]
+__all__ = ["WEIGHTS", "SplitWeights", "check_some_are_bfloat16", "half_unit", "join", "split"]
 
+WEIGHTS = ("bf16+int8",)
 STEPS = 127  # of the rest, to either side
 # Of a bfloat16 number, 0.53 to 1.06 units in its last place: rounded up to nearest, that is its upper neighbour.
 NEXT = 1 + 2.0**-8 + 2.0**-12
@@ -76,8 +78,7 @@ class SplitWeights(WrappingOptimizer):
 
     def __init__(self, optimizer: Optimizer, weights: str = "bf16+int8"):
         name = type(optimizer).__name__
-        if weights != "bf16+int8":
-            raise InputError(f"SplitWeights(weights={weights!r}): must be 'bf16+int8'")
+        check_word("SplitWeights", "weights", weights, WEIGHTS)
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"SplitWeights({optimizer!r}): must be a torch.optim.Optimizer, made")
         if isinstance(optimizer, SplitWeights) or getattr(optimizer, "weights", None) is not None:
@@ -109,19 +110,32 @@ class SplitWeights(WrappingOptimizer):
         """One step on every parameter that has a gradient."""
         if closure is not None:
             raise InputError("SplitWeights.step(closure): takes none: compute the gradients before the step")
-        groups = [(group, list(group["params"])) for group in self.param_groups]
+        self._check_rests()
+        groups = [
+            (group, {name: list(group[name]) for name in ("params", "param_names") if name in group})
+            for group in self.param_groups
+        ]
         try:
-            for group, _ in groups:
-                group["params"] = []
-            for group, parameters in groups:
-                for w in parameters:
+            for group, whole in groups:
+                group.update({name: [] for name in whole})
+            for group, whole in groups:
+                for number, w in enumerate(whole["params"]):
                     if w.grad is not None:
-                        group["params"] = [w]
+                        group.update({name: [values[number]] for name, values in whole.items()})
                         self._step_parameter(w)
-                group["params"] = []
+                group.update({name: [] for name in whole})
         finally:
-            for group, parameters in groups:
-                group["params"] = parameters
+            for group, whole in groups:
+                group.update(whole)
+
+    def _check_rests(self):
+        for i, w in self._numbered():
+            rest = self.state[w].get("rest") if w.grad is not None else None
+            if rest is not None and rest.shape != w.shape:
+                raise InputError(
+                    f"SplitWeights.step: parameter {i} has shape {tuple(w.shape)}, and its rest shape "
+                    f"{tuple(rest.shape)}; resize the model before the first step, or make the optimizer anew"
+                )
 
     def _step_parameter(self, w):
         if w.dtype != torch.bfloat16:

@@ -13,8 +13,9 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import options, run_log_writer
 from ember_mlx.finetune.before_loading import check_inputs
 from ember_mlx.finetune.given import Given
-from ember_mlx.finetune.run import check_adapter_folder, run, run_with
+from ember_mlx.finetune.run import run, run_with
 from ember_mlx.finetune.safe_writing import existing_parent
+from ember_mlx.finetune.where_it_writes import check_adapter_folder
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.geometry import page, pictures, report
 from ember_mlx.geometry.observer import TIMED_UPDATES, Observer, Timed, Timer

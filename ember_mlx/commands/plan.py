@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.best import keeps_best
+from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.data import may_validate
 from ember_mlx.finetune.disk import disk_use, what_is_kept
@@ -54,6 +55,8 @@ def main(arguments: list[str]) -> None:
     if os.environ.get("MLX_RANK", "0") != "0":
         return  # the plan is the same for all, and the first prints it
     own, args = options.parse_command(_parser(), arguments)
+    if args.train and args.epochs is None:
+        check_rates(args, tables=args.train_tables != "none")
     workers = announced_workers() if own.workers is None else own.workers
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")

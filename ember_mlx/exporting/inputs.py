@@ -119,7 +119,7 @@ def export_folder(folder: Path, needed: int, files: tuple[str, ...]) -> Iterator
     """
     safe_writing.check_space("--save-path", folder, needed)
     try:
-        with safe_writing.new_folder(folder, lambda path: not any(map(path.match, files))) as partial:
+        with safe_writing.new_folder(folder.resolve(), lambda path: not any(map(path.match, files))) as partial:
             yield partial
     except InputError:
         raise

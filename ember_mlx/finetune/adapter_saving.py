@@ -51,7 +51,7 @@ class Saver:
                 f"--adapter-path {folder}: {CONFIG} would have {len(self.config):,} bytes, and at most "
                 f"{safe_reading.JSON_LIMIT // 2:,} are read again: add fewer tokens, or give a smaller YAML file"
             )
-        self.table_paths = set(args.token_tables) if args.fine_tune_type != "full" else set()
+        self.table_paths = args.token_tables if args.fine_tune_type != "full" else []
         self.replaced = [] if goes_on else run_files(folder)  # until the first save
         self.saved = False
 
@@ -72,7 +72,7 @@ class Saver:
             for path in (*self.replaced, *self.folder.glob(f"{safe_writing.PARTIAL}*.safetensors")):
                 if path.name not in files:
                     safe_writing.remove(path)
-            safe_writing.finish_swapping(self.folder / BEST)
+            safe_writing.finish_replacing(self.folder / BEST)
         self.saved, self.replaced = True, []
         self._prune(steps_done)
         return names
@@ -87,7 +87,7 @@ class Saver:
         Raises:
             OSError: for whatever the disk has against it; the ``best/`` that was there is as it was.
         """
-        with safe_writing.swapped_folder(self.folder / BEST) as best:
+        with safe_writing.new_folder(self.folder / BEST) as best:
             safe_writing.write_bytes(best / CONFIG, _as_config(self.options | {BEST: found}))
             files, metadata = self._arrays()
             for name, arrays in files.items():

@@ -7,7 +7,6 @@ a word, and the mean of their gradients is that of one machine with the whole ba
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -51,9 +50,7 @@ class _Cut(CacheDataset):
         return tokens[: self.max_seq_length], index if self.numbered else learned
 
 
-def batches_of(
-    args: Options, rows: CacheDataset, max_seq_length: int, **options: Any
-) -> Iterator[tuple[mx.array, mx.array]]:
+def batches_of(args: Options, rows: CacheDataset, loop: bool = False) -> Iterator[tuple[mx.array, mx.array]]:
     """mlx-lm's batches, in its order: tokens (B, T), and what is learned of them.
 
     That is mlx-lm's lengths, or marks where a row may have several spans: see :mod:`ember_mlx.streaming.marks`. By its
@@ -62,15 +59,15 @@ def batches_of(
     Args:
         args: The run's options.
         rows: The set.
-        max_seq_length: As the option.
-        options: Further ones of mlx-lm's ``iterate_batches``.
+        loop: Without end, each pass in another order.
     """
+    sizes = args.batch_size, args.max_seq_length
     if not args.packing and (not args.mask_prompt or args.train_tables == "none"):
-        yield from iterate_batches(_Cut(rows, max_seq_length), args.batch_size, max_seq_length, **options)
+        yield from iterate_batches(_Cut(rows, args.max_seq_length), *sizes, loop=loop)
         return
     packs = isinstance(getattr(rows, "_data", None), PackedRows)
-    numbered = _Cut(rows, max_seq_length, numbered=True)
-    for tokens, lengths in iterate_batches(numbered, args.batch_size, max_seq_length, **options):
+    numbered = _Cut(rows, args.max_seq_length, numbered=True)
+    for tokens, lengths in iterate_batches(numbered, *sizes, loop=loop):
         marks = np.zeros(tokens.shape, np.uint32 if packs else np.uint8)
         for row, (number, length) in zip(marks, lengths.tolist(), strict=True):
             of_row, learned = rows[number]
@@ -97,7 +94,7 @@ class TrainingBatches:
         self.step = self.drawn = 0
         self.epoch_random = self.first_evaluation = None
         self.workers = Workers.join()
-        self._batches = batches_of(args, rows, args.max_seq_length, loop=True)
+        self._batches = batches_of(args, rows, loop=True)
         if start is None:
             self.mark()
             return

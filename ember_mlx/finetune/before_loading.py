@@ -9,6 +9,7 @@ from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.added_tokens import read_tokens
 from ember_mlx.finetune.best import keeps_best
+from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.data import Rows, check_data_folder, may_validate
 from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.samples import read_prompts
@@ -31,6 +32,8 @@ def check_inputs(args: Options, rows: Rows | None, workers: Workers) -> None:
     """
     check_data_folder(args, rows)
     if args.train:
+        if args.epochs is None:  # else the rows say how far a schedule goes
+            check_rates(args, tables=args.train_tables != "none")
         _check_files(args, workers)
         if rows is None and not may_validate(args):
             keeps_best(args, tables=False, validates=False)

@@ -135,7 +135,7 @@ class BestAdapter:
             return
         in_place = resumed.resolve() == adapter.folder.resolve()
         if in_place:
-            safe_writing.finish_swapping(self.folder)
+            safe_writing.finish_replacing(self.folder)
         found = read_best(resumed / adapters.BEST)
         # On a branch, one of a later step is of another run. In the same folder a kill may have kept the checkpoint
         # from being as new.
@@ -173,7 +173,7 @@ class BestAdapter:
 
     def _bring(self):
         """Of the folder from which this one branched off; its files are never changed in place."""
-        with safe_writing.swapped_folder(self.folder) as best:
+        with safe_writing.new_folder(self.folder) as best:
             for path in adapter_saving.run_files(self.elsewhere):
                 safe_writing.link(path, best / path.name)
         self.elsewhere = None

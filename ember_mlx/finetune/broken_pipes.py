@@ -9,7 +9,7 @@ __all__ = ["outliving_its_readers"]
 
 
 @contextmanager
-def outliving_its_readers(reader_gone: Callable[[], None] | None = lambda: None) -> Iterator[None]:
+def outliving_its_readers(reader_gone: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Within ``with``, nothing that is told raises: what stdout and stderr do not take is let go.
 
     In ``ember-mlx train | tee log``, tee may die of the same Ctrl-C; rich, which mlx-lm tells with, would then exit.

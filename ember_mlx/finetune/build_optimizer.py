@@ -26,6 +26,7 @@ __all__ = [
     "body_learning_rate",
     "body_optimizer",
     "build_optimizer",
+    "check_rates",
     "growing_beta2",
     "peak",
     "table_learning_rate",
@@ -48,9 +49,9 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
     Raises:
         InputError: for settings of an optimizer or a schedule that cannot be.
     """
+    check_rates(options, bool(choices.tables))
     body = body_optimizer(options, model)
     guard = {"skip_nonfinite": True, "clip_grad_norm": options.clip_grad_norm}
-    _refuse_growth(options, "--optimizer", body, body_learning_rate(options))
     if canonical(options.optimizer) not in BODY:  # ours compute in float32 anyway
         body = in_float32(body, but=None if choices.body_in_float32 else mx.bfloat16)
     if choices.body_rounding == "stochastic":
@@ -58,9 +59,21 @@ def build_optimizer(model: nn.Module, options: Options, choices: Choices) -> Gua
         body = StochasticRounding(body, seed=(options.seed + 1) % 2**32)  # the tables have the seed itself
     if choices.tables:
         tables = table_optimizer(options, choices.table_rounding)
-        _refuse_growth(options, "--table-optimizer", tables, table_learning_rate(options))
         return PairedOptimizer(model, tables=tables, rest=body, **guard)
     return GuardedOptimizer(model.trainable_parameters(), body, **guard)
+
+
+def check_rates(options: Options, tables: bool) -> None:
+    """Refuse learning rates that are not fit for the run, and a weight decay that makes weights larger at them.
+
+    Args:
+        options: The run's, settled.
+        tables: Whether some train.
+    """
+    _refuse_growth(options, "--optimizer", body_optimizer(options), body_learning_rate(options))
+    if tables:
+        optimizer = table_optimizer(options, "nearest")
+        _refuse_growth(options, "--table-optimizer", optimizer, table_learning_rate(options))
 
 
 def body_optimizer(options: Options, model: nn.Module | None = None) -> optim.Optimizer:

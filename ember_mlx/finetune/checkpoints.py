@@ -1,10 +1,10 @@
 """Checkpoints: all of a run between two of its steps, so that it can go on as if it had never stopped.
 
-Where. Between two finished steps (``finetune/loop.py``) a checkpoint is
-written every ``--save-every`` steps, and before a signal stops the run; another one at the end. Gradients that are
-accumulated lie in the step; but while they gather, weights and optimizer stand still. So a
-checkpoint is always of the last step after which nothing was accumulated, whose random states and data position are
-kept for that: it can be taken at any step, and costs the repetition of the micro-batches since.
+Where. Between two finished steps (``finetune/loop.py``) a checkpoint is written every ``--save-every`` steps, and
+before a signal stops the run; another one at the end. Gradients that are accumulated lie in the step; but while they
+gather, weights and optimizer stand still. So a checkpoint is always of the last step after which nothing was
+accumulated, whose random states and data position are kept for that: it can be taken at any step, and costs the
+repetition of the micro-batches since.
 
 What. ``<adapter>/checkpoints/step-0000100/`` holds ``weights.safetensors``, everything that trains;
 ``optimizer.safetensors``, the optimizer's whole state; and ``checkpoint.json``: the position in the data, MLX's and
@@ -22,7 +22,6 @@ run or refused.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -288,18 +287,10 @@ def _read_index(folder):
 
 def _put_in_place(partial, path, others):
     """After a kill between any two of these, the newest is that of the run before or the one gone on from."""
-    aside = []
-    try:
-        for other in others:  # the oldest first
-            replaced = other.with_name(other.name + REPLACED)
-            safe_writing.remove(replaced)
-            os.rename(other, replaced)
-            aside.append((replaced, other))
-        os.rename(partial, path)
-    except BaseException:
-        for names in reversed(aside):
-            os.rename(*names)
-        raise
+    aside = [(other, other.with_name(other.name + REPLACED)) for other in others]  # the oldest first
+    for _, replaced in aside:
+        safe_writing.remove(replaced)
+    safe_writing.move_all([*aside, (partial, path)])
 
 
 def _not_replaced(folder):

@@ -45,6 +45,7 @@ def chunked_loss(
     """
     try:
         head = find_head(model)
+        check_after(head)
     except InputError as error:
         raise InputError(f"{flag}: {error}; train without {flag}") from None
     _check(head, flag)
@@ -149,10 +150,6 @@ def backward_in_slices(
 
 def _check(head, flag):
     """Refuse a model for which the slices would give another loss or other gradients than the whole."""
-    try:
-        check_after(head)
-    except InputError as error:
-        raise InputError(f"{flag}: {error}; train without {flag}") from None
     tokens = mx.linspace(0, head.vocabulary - 1, 8).astype(mx.int32).reshape(2, 4)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     with evaluating(head.model):

@@ -42,8 +42,8 @@ def evaluate(
     """
     empty, workers = [], Workers.join()
 
-    def batches(dataset, batch_size, max_seq_length, comm_group):
-        for whole in batches_of(args, dataset, max_seq_length):  # padded alike on all workers
+    def batches(dataset, **_):
+        for whole in batches_of(args, dataset):  # padded alike on all workers
             batch = tuple(each[workers.rank :: workers.size] for each in whole)
             empty.append(learned_tokens(batch).count(0))
             yield batch
@@ -71,9 +71,6 @@ def evaluate(
 
 def _name_empty(args, rows):
     """Say which rows the mean leaves out, counted from 1."""
-    empty = []
-    for i in range(len(rows)):
-        if not spans_of(*rows[i], args.max_seq_length):
-            empty.append(i + 1)
+    empty = [i + 1 for i in range(len(rows)) if not spans_of(*rows[i], args.max_seq_length)]
     shown = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
     rprint(f"Warning: {len(empty)} of {len(rows)} rows have nothing to learn; the mean loss leaves them out: {shown}")

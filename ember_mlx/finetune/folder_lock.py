@@ -28,12 +28,11 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
-        self._descriptor = None
-        self._files = {}  # descriptors by path
+        self._held = {}  # descriptors by path
 
     def take(self, make: bool) -> None:
         """Raises InputError when another process, or another run in this one, holds it."""
-        if self._descriptor is not None:
+        if self.path in self._held:
             return
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if make else 0)
         try:
@@ -64,7 +63,7 @@ class FolderLock:
                 f"Warning: --adapter-path {self.path.parent}: that file system knows no locks ({error.strerror}), so "
                 "nothing keeps a second run out of there; start none"
             )
-        self._descriptor = descriptor
+        self._held[self.path] = descriptor
         with suppress(OSError):  # it only tells whose the lock is, and the disk may be full
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -75,7 +74,7 @@ class FolderLock:
         Raises:
             InputError: when another run holds it; ``where`` names it.
         """
-        if path.resolve() in self._files:
+        if path.resolve() in self._held:
             return
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -86,7 +85,7 @@ class FolderLock:
         except OSError:
             os.close(descriptor)
             return
-        self._files[path.resolve()] = descriptor
+        self._held[path.resolve()] = descriptor
 
     @staticmethod
     def _holder(descriptor):
@@ -98,9 +97,6 @@ class FolderLock:
         return self
 
     def __exit__(self, *error):
-        for descriptor in self._files.values():
+        for descriptor in self._held.values():
             os.close(descriptor)
-        self._files.clear()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        self._held.clear()

@@ -26,7 +26,7 @@ def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
     """The options that a command line with the same values gives, and the names of those given; None is not given.
 
     Args:
-        given: By name, in the types that a YAML file has; a path may be a ``Path``. They are copied.
+        given: By name, in the types that a YAML file has; a path may be a ``Path``, a list a tuple. They are copied.
 
     Raises:
         InputError: for a name that is no option, and for a value that the command line refuses.
@@ -40,12 +40,20 @@ def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
             raise InputError(f"{name}: is no option of train{hint}")
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
+        value = _with_lists(value)
         if value is not None and name in actions:
             value = typed(f"{name}: {value!r}", value, actions[name])
         else:
             check_values(value, name)
-        values[name] = copy.deepcopy(value)
+        values[name] = value
     return complete(parser, values, data_required=True, warn=rprint)
+
+
+def _with_lists(value):
+    """A copy, with lists in the places of tuples."""
+    if isinstance(value, Mapping):
+        return {name: _with_lists(one) for name, one in value.items()}
+    return [_with_lists(one) for one in value] if isinstance(value, list | tuple) else copy.deepcopy(value)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ It does what mlx-lm's ``train`` does, to the bit, with mlx-lm's data sets, batch
 is also saved and stopped between two steps, starts from any position, and lets watchers look on.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,6 @@ from ember_mlx.finetune.nonfinite import NonfiniteSteps
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.position import Position, numpy_random
 from ember_mlx.finetune.saving import Saving
-from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.stop_signals import StopSignals
 from ember_mlx.finetune.time_left import TimeLeft
 from ember_mlx.finetune.watchers import StepResult, Watcher
@@ -55,9 +55,11 @@ class Training:
         callbacks (list): Of mlx-lm's kind; they hear of every report.
         watchers (list): They look on between the steps.
         start (Position, optional): Where to resume.
-        make_step (callable): Makes the step, as :class:`Step` is made: of model, optimizer, loss and accumulation.
-        deadline (PeerDeadline, optional): Hears of every meeting of the workers.
-        whole (callable): See :meth:`~ember_mlx.finetune.streamed.Streamed.whole`, and that of ``ShardedTables``.
+        make_step (callable): Makes the step, as a :class:`~ember_mlx.finetune.step.Step` is made: of model, optimizer,
+            loss and accumulation.
+        deadline (PeerDeadline): Hears of every meeting of the workers.
+        whole (callable): See :meth:`~ember_mlx.finetune.streamed.Streamed.whole`, and that of ``ShardedTables``;
+            ``nullcontext`` where every worker has all.
     """
 
     def __init__(
@@ -65,14 +67,14 @@ class Training:
         args: Options,
         model: nn.Module,
         optimizer: GuardedOptimizer | PairedOptimizer,
-        tables: list[TokenTable],
+        tables: Sequence[TokenTable],
         saving: Saving,
-        callbacks: Sequence[TrainingCallback] = (),
-        watchers: Sequence[Watcher] = (),
-        start: Position | None = None,
-        make_step: Callable = Step,
-        deadline: PeerDeadline | None = None,
-        whole: Callable = lambda needed=True: nullcontext(),
+        callbacks: Sequence[TrainingCallback],
+        watchers: Sequence[Watcher],
+        start: Position | None,
+        make_step: Callable,
+        deadline: PeerDeadline,
+        whole: Callable,
     ):
         self.args = args
         self.model = model
@@ -84,10 +86,10 @@ class Training:
         self.watchers = [*watchers, self.time_left]
         self.start = start
         self.make_step = make_step
-        self.workers = Workers.join()
-        self.deadline = deadline or PeerDeadline(self.workers, args.peer_timeout)
+        self.workers = deadline.workers
+        self.deadline = deadline
         self.signals = StopSignals()
-        self.deadline.signalled = lambda: self.signals.number is not None
+        self.deadline.signalled = lambda: bool(self.signals.number)
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
         self.same_batches = bool(args.token_tables or args.keep_best or args.patience)
         self.steps_done = args.iters
@@ -125,7 +127,7 @@ class Training:
     def _loop(self, take_step, loss, valid_set):
         args, batches = self.args, self.batches
         first, before_extra_evaluation = batches.step + 1, None
-        report = Report(args, self.optimizer, self.history)
+        report = Report(self.history)
         with Display(args.iters, self.workers.rank, self.time_left.seconds) as ui:
             for _ in range(batches.step):
                 ui.advance()
@@ -145,11 +147,10 @@ class Training:
                         break
 
                 start = time.perf_counter()
+                is_last = step % args.grad_accumulation_steps == 0
                 asked = [watcher.before_step(step, batch[:2]) for watcher in self.watchers]
                 with self.workers.own_randomness():
-                    result = take_step(
-                        batch, step % args.grad_accumulation_steps == 0, [each for each in asked if each is not None]
-                    )
+                    result = take_step(batch, is_last, [each for each in asked if each is not None])
                 report.add(result, start)
                 for watcher in self.watchers:
                     watcher.after_step(step, result)
@@ -164,7 +165,7 @@ class Training:
                     self.nonfinite(step, result)
                     batches.mark(before_extra_evaluation)
                     saves = step % args.save_every == 0 and step < args.iters and not self.nonfinite.nothing_is_learned
-                    if saves and not (step == 1 and self.workers.all_max(self._over_memory())):
+                    if saves and not (step == 1 and self.workers.all_max(int(is_over(args.memory_limit)))):
                         self._save(step)
                 self.deadline.passed()
                 signal = meeting.largest
@@ -174,7 +175,22 @@ class Training:
             rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
         self._report_dropped()
 
-    def validated(self, steps_done: int, loss: float, counts: bool = False, is_saved: bool = False) -> None:
+    def losses(self, loss: Callable, valid_set: Sequence) -> tuple[float | None, float]:
+        """Before and after, once trained: of the validation or, without a set, of the first and the last report.
+
+        Where these are one report, there is no before. The loss after the last step may be the lowest, too.
+        """
+        args, found = self.args, self.history.losses
+        if not valid_set:
+            first, last = found.get("train_loss", [math.nan] * 2)  # none of a finite loss
+            return (first if args.iters > args.steps_per_report else None), last
+        with self.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
+            last = evaluate(args, self.model, loss, CacheDataset(valid_set), args.val_batches, self.deadline.passed)
+        if self.same_batches:
+            self._validated(self.steps_done, last, is_saved=True)
+        return found.get("val_loss", [last])[0], last
+
+    def _validated(self, steps_done, loss, counts=False, is_saved=False):
         """After a validation: the weights are kept if its loss is the lowest.
 
         Args:
@@ -215,7 +231,7 @@ class Training:
             for watcher in self.watchers:
                 watcher.after_validation(step, value)
         if self.same_batches:
-            self.validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
+            self._validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
 
     def _report_dropped(self):
         done = self.steps_done
@@ -245,19 +261,13 @@ class Training:
         with self.workers.one_outcome():
             refuse_over(self.args)
 
-    def _over_memory(self):
-        return int(is_over(self.args.memory_limit))
-
     def _wish(self):
         """What this worker tells between two steps: that it took too much memory, or else the signal that it heard."""
-        return OVER_MEMORY if self._over_memory() else self._signal()
-
-    def _signal(self):
-        return self.signals.number or 0
+        return OVER_MEMORY if is_over(self.args.memory_limit) else self.signals.number
 
     def _meet(self):
         """The signal that any worker has heard, or 0."""
-        number = self.workers.all_max(self._signal())
+        number = self.workers.all_max(self.signals.number)
         self.deadline.passed()
         return number
 
@@ -282,11 +292,8 @@ class Report:
     One that is ``due`` waits for a step that tells of a batch.
     """
 
-    def __init__(self, args: Options, optimizer: GuardedOptimizer | PairedOptimizer, history: LossHistory):
-        self.args = args
-        self.optimizer = optimizer
+    def __init__(self, history: LossHistory):
         self.history = history
-        self.trained_tokens = history.trained_tokens
         self._begin()
 
     def _begin(self):
@@ -305,16 +312,16 @@ class Report:
         own = self.losses.item(), self.tokens.item(), mx.get_peak_memory()
         losses, counts, peaks = zip(*Workers.join().all_numbers(*own), strict=True)
         loss, tokens = sum(losses) / (self.steps * len(losses)), int(sum(counts))
-        self.trained_tokens += tokens
-        ui.report_train(step, loss, tokens / self.seconds, self.trained_tokens)
+        trained_tokens = self.history.trained_tokens + tokens
+        ui.report_train(step, loss, tokens / self.seconds, trained_tokens)
         self.history.on_train_loss_report(
             {
                 "iteration": step,
                 "train_loss": loss,
-                "learning_rate": self.optimizer.learning_rate.item(),
-                "iterations_per_second": self.args.steps_per_report / self.seconds,
+                "learning_rate": self.history.optimizer.learning_rate.item(),
+                "iterations_per_second": self.history.args.steps_per_report / self.seconds,
                 "tokens_per_second": tokens / self.seconds,
-                "trained_tokens": self.trained_tokens,
+                "trained_tokens": trained_tokens,
                 "peak_memory": max(peaks) / 1e9,
             }
         )

@@ -21,7 +21,7 @@ class Position:
         numpy_random (dict): NumPy's random state now: evaluations draw from it too.
         mlx_random (list): MLX's random state, two numbers.
         first_evaluation (dict): NumPy's random state from which the first evaluation drew its batches, or None.
-        record (dict): What Record keeps.
+        record (dict): What LossHistory keeps.
     """
 
     step: int

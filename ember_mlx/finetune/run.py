@@ -1,9 +1,8 @@
 """A run: mlx-lm's own steps in mlx-lm's own order, with the token tables among what trains."""
 
 import gc
-import math
-import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapter_saving, adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
-from ember_mlx.finetune.before_loading import check_inputs, check_resumed, no_validation
+from ember_mlx.finetune.before_loading import check_inputs, no_validation
 from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
@@ -52,12 +51,13 @@ from ember_mlx.finetune.streamed import as_it_began, step_of
 from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
+from ember_mlx.finetune.where_it_writes import check_adapter_folder, check_what_is_written, resumes_in_place
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.rows_apart import check_rows_stay_apart
 
-__all__ = ["check_adapter_folder", "choose_loss", "run", "run_with", "train_model"]
+__all__ = ["choose_loss", "run", "run_with", "train_model"]
 
 WORTH_COLLECTING = 2**22  # bytes: a collection can take half a second
 
@@ -109,31 +109,19 @@ def run_with(
     workers = Workers.join()
     deadline = PeerDeadline(workers, args.peer_timeout)
     with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
-        return _run_together(given, args, callbacks, watchers, make_step, workers, deadline)
-
-
-def _run_together(given, args, callbacks, watchers, make_step, workers, deadline):
-    workers.agree(options_to_agree(args))
-    with workers.one_outcome():
-        check_inputs(args, given.rows, workers)
-    with limited_memory(args), FolderLock(Path(args.adapter_path)) as lock:
+        workers.agree(options_to_agree(args))
         with workers.one_outcome():
-            if args.train and workers.leads:
-                _check_what_is_written(args, lock)
-        return _run(given, args, callbacks, lock, watchers, make_step, workers, deadline)
+            check_inputs(args, given.rows, workers)
+        with limited_memory(args), FolderLock(Path(args.adapter_path)) as lock:
+            with workers.one_outcome():
+                if args.train and workers.leads:
+                    check_what_is_written(args, lock)
+            return _run(given, args, callbacks, watchers, make_step, lock, deadline)
 
 
-def _check_what_is_written(args, lock):
-    check_adapter_folder(args)
-    check_resumed(args)
-    if args.log_jsonl:
-        run_log_writer.check(args, _resumes_in_place(args))
-        if Path(args.log_jsonl).exists():
-            lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
-    lock.take(make=False)
-
-
-def _run(given, args, callbacks, lock, watchers, make_step, workers, deadline):
+def _run(given, args, callbacks, watchers, make_step, lock, deadline):
+    """Load, train and test."""
+    workers, result = deadline.workers, None
     np.random.seed(args.seed)
     with workers.one_outcome():
         model, tokenizer, config = given.load(args)
@@ -146,18 +134,17 @@ def _run(given, args, callbacks, lock, watchers, make_step, workers, deadline):
         train_set = packed(args, train_set)
         if args.train:
             args = settled(args, batches_an_epoch(args, len(train_set)))
-        services = _reporting_callbacks(args) if workers.leads else None  # they record the options
-        callbacks = [*([services] if services else []), *callbacks]
+        if workers.leads and (services := _reporting_callbacks(args)):  # they record the options
+            callbacks = [services, *callbacks]
         if args.train:
             args = as_it_began(args, measured=bool(watchers) or make_step is not None)
             choices = choose(args, shapes_of(model), added_tokens, workers.size)
-            samples = _samples(args, tokenizer, valid_set, workers, deadline)
+            samples = _samples(args, tokenizer, valid_set, deadline)
         elif args.adapter_path != "":
             adapters.apply_adapter(model, Path(args.adapter_path), config)
-    result = None
     if args.train:
         result = train_model(
-            args, choices, model, train_set, valid_set, callbacks, lock, watchers, make_step, deadline, samples
+            args, choices, model, train_set, valid_set, callbacks, watchers, samples, make_step, lock, deadline
         )
     if args.test:
         rprint("Testing")
@@ -171,17 +158,17 @@ def train_model(
     model: nn.Module,
     train_set: Sequence,
     valid_set: Sequence,
-    callbacks: list[TrainingCallback],
+    callbacks: Sequence[TrainingCallback],
+    watchers: Sequence[Watcher],
+    samples: Samples | None,
+    make_step: Callable | None,
     lock: FolderLock,
-    watchers: Sequence[Watcher] = (),
-    make_step: Callable | None = None,
-    deadline: PeerDeadline | None = None,
-    samples: Samples | None = None,
+    deadline: PeerDeadline,
 ) -> Result:
     """Train ``model`` and save what was trained to ``args.adapter_path``."""
-    workers = Workers.join()
-    of = made_of(model, train_set, valid_set, workers.size)
-    contents = {"--add-tokens": choices.added_tokens} | {shown: of[name] for name, shown in CONTENTS.items()}
+    workers = deadline.workers
+    own_made_of = made_of(model, train_set, valid_set, workers.size)
+    contents = {"--add-tokens": choices.added_tokens} | {shown: own_made_of[name] for name, shown in CONTENTS.items()}
     for name, fact in contents.items():  # one by one: other rows have other tokens
         workers.agree({name: fact})
     with workers.one_outcome():
@@ -195,37 +182,36 @@ def train_model(
         trained = what_trains(model, optimizer, args, choices)
         asked_to_stream = args.stream
         args = args | choices.as_options()  # what the records of the run say of it
-        tables = list(choices.tables)
         print_trainable_parameters(model)
         rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
         if choices.warning:
             rprint(choices.warning)
-        how = {}
+        whole = nullcontext
         if make_step is None:
-            args, make_step, how = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)
+            args, make_step, whole = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)
         loss = choose_loss(args, model)
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
-    start, saving, log = _begin(args, model, optimizer, of, kept, len(train_set), lock, workers)
+    start, saving, log = _begin(args, model, optimizer, own_made_of, kept, len(train_set), lock, workers)
     sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
         rprint(f"{sharded}\n")
-        loss, make_step, how = sharded.loss, sharded.step, {"whole": sharded.whole}
+        loss, make_step, whole = sharded.loss, sharded.step, sharded.whole
     if samples:
         watchers = [*watchers, samples]
     if log:
         callbacks, watchers = [*callbacks, log], [*watchers, log]
         if samples:
             samples.listeners.append(log.on_samples)
-    training = Training(args, model, optimizer, tables, saving, callbacks, watchers, start, make_step, deadline, **how)
+    training = Training(
+        args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
+    )
     with telling_what_helps(args):  # by now it is known whether it streams
         peak_memory = training.train(loss, train_set, valid_set)
 
-    loss_before, loss_after = _losses(args, model, loss, valid_set, training)
-    if valid_set and training.same_batches:
-        training.validated(training.steps_done, loss_after, is_saved=True)
+    loss_before, loss_after = training.losses(loss, valid_set)
     if sharded:
         sharded.make_whole()
     if log:
@@ -253,13 +239,13 @@ def train_model(
     return result
 
 
-def _samples(args, tokenizer, valid_set, workers, deadline):
+def _samples(args, tokenizer, valid_set, deadline):
     """What answers ``--sample-prompts``, or None."""
     if args.sample_prompts is None:
         return None
     if not len(valid_set):
         raise no_validation(args)
-    return Samples(args, tokenizer, workers, deadline)
+    return Samples(args, tokenizer, deadline)
 
 
 def _set_what_trains(args, choices, model):
@@ -272,20 +258,20 @@ def _set_what_trains(args, choices, model):
         adapters.load_file(model, Path(args.resume_adapter_file))
 
 
-def _begin(args, model, optimizer, of, kept, rows, lock, workers):
+def _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers):
     """Go on from a checkpoint if that is asked for, and take the adapter folder; returns position, saving and log."""
     start = resumed = log = None
-    in_place = _resumes_in_place(args)
+    in_place = resumes_in_place(args)
     with workers.one_outcome():
         if workers.leads:
             if args.resume is not None:
-                start, resumed = _go_on(args, model, optimizer, of, rows)
-            steps_done = start.step if start else 0
+                start, resumed = _go_on(args, model, optimizer, own_made_of, rows)
             rprint(f"Disk: at most {refuse_full_disk(args, model, optimizer, kept)}")
             safe_writing.make_folder(Path(args.adapter_path))
             lock.take(make=True)
             check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
-        saving = Saving(args, model, optimizer, of, kept, resumed, in_place, start.step if start else 0)
+        steps_done = start.step if start else 0
+        saving = Saving(args, model, optimizer, own_made_of, kept, resumed, in_place, steps_done)
         if args.log_jsonl and workers.leads:
             safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
             lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")
@@ -295,21 +281,11 @@ def _begin(args, model, optimizer, of, kept, rows, lock, workers):
     return start, saving, log
 
 
-def _losses(args, model, loss, valid_set, training):
-    """Before and after: of the validation or, without a set, of the first and the last report, if these are two."""
-    if not valid_set:
-        first, last = training.history.losses.get("train_loss", [math.nan] * 2)  # none of a finite loss
-        return (first if args.iters > args.steps_per_report else None), last  # of a single report there is no before
-    with training.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
-        last = evaluate(args, model, loss, CacheDataset(valid_set), args.val_batches, training.deadline.passed)
-    return training.history.losses.get("val_loss", [last])[0], last
-
-
-def _go_on(args, model, optimizer, of, rows):
+def _go_on(args, model, optimizer, own_made_of, rows):
     """Put everything as the checkpoint has it; its position and its folder."""
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
-    refuse_changes(args, checkpoint, of)
-    position = restore(args, checkpoint, of, model, optimizer, batches_an_epoch(args, rows))
+    refuse_changes(args, checkpoint, own_made_of)
+    position = restore(args, checkpoint, own_made_of, model, optimizer, batches_an_epoch(args, rows))
     if position.step == args.iters:
         more = "--iters" if args.epochs is None else "--epochs"
         rprint(
@@ -334,41 +310,6 @@ def choose_loss(args: Options, model: nn.Module) -> Callable:
     return chunked_loss(model) if args.chunked_loss else mean_loss
 
 
-def check_adapter_folder(args: Options) -> None:
-    """Raises InputError for an ``--adapter-path`` that cannot be written to, or holds what the run would replace."""
-    if not args.adapter_path:
-        raise InputError("--adapter-path '': give a folder to save to")
-    folder = Path(args.adapter_path)
-    parent = safe_writing.existing_parent(folder)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--adapter-path {folder}: {parent} is no folder that can be written to; give another path")
-    saved = checkpoints.in_folder(folder)
-    if _resumes_in_place(args):
-        if args.overwrite:
-            raise InputError(
-                f"--overwrite: --resume continues the run in --adapter-path {folder}; leave one of them out"
-            )
-        if not saved:
-            raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
-    elif (adapter_saving.run_files(folder) or saved) and not args.overwrite:
-        raise InputError(
-            f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
-            f"the first save of this one{', or --resume to continue it' if saved else ''}"
-        )
-
-
-def _resumes_in_place(args):
-    """Whether the run goes on in the folder of its checkpoint, and does not branch off into another one."""
-    if args.resume is None or args.resume is True:
-        return args.resume is True
-    whole = checkpoints.adapter_folder_of(Path(args.resume))
-    if whole:
-        return whole.resolve() == Path(args.adapter_path).resolve()
-    folder = Path(args.resume).resolve()
-    in_it = folder.parent == (Path(args.adapter_path) / checkpoints.FOLDER).resolve()
-    return in_it and checkpoints.NAME.fullmatch(folder.name) is not None
-
-
 def _reporting_callbacks(args):
     try:
         return get_reporting_callbacks(
@@ -379,7 +320,7 @@ def _reporting_callbacks(args):
         raise InputError(f"--report-to {args.report_to}: {reason_of(error)}; log in there, or leave it out") from error
 
 
-def _test(args, model, test_set, between_batches=lambda: None):
+def _test(args, model, test_set, between_batches):
     """mlx-lm's test, whose function takes no loss."""
     loss = choose_loss(args, model)
     loss = evaluate(args, model, loss, CacheDataset(test_set), args.test_batches, between_batches)

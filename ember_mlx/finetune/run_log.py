@@ -98,7 +98,7 @@ def read(path: str | Path) -> Log:
 
 def _parse(line, where):
     try:
-        row = json.loads(line, parse_constant=_no_constant)
+        row = json.loads(line, parse_constant=safe_reading.no_constant)
     except (RecursionError, ValueError) as error:
         raise InputError(f"{where}: is not JSON ({error}); fix or remove that line") from error
     event = row.get("event") if isinstance(row, dict) else None
@@ -113,7 +113,3 @@ def _parse(line, where):
     if row["step"] < 0 or not all(-LARGEST < number < LARGEST for number in numbers):
         raise InputError(f"{where}: has a number that cannot be; fix or remove that line")
     return row
-
-
-def _no_constant(name):
-    raise ValueError(f"{name} is no number")

@@ -26,12 +26,12 @@ class RunLogWriter(TrainingCallback, Watcher):
     """Hears of the reports and writes a line for each. A line is in the file, or kept until the disk takes it.
 
     Args:
-        args: The run's options; ``log_jsonl`` is the file.
+        args: The run's options; ``log_jsonl`` is the file, which exists.
         steps_done (int): Where the run begins.
         goes_on (bool): Append to the log of the run that is resumed. Otherwise a log that is there is replaced.
 
     Raises:
-        OSError: when the folder of the file cannot be made, or the log that is there cannot be changed.
+        OSError: when the log that is there cannot be changed.
     """
 
     def __init__(self, args: Options, steps_done: int, goes_on: bool):
@@ -39,9 +39,7 @@ class RunLogWriter(TrainingCallback, Watcher):
         self.args = args
         self.update_ratio = UpdateRatio(args.token_tables)
         self._unwritten = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():  # the same file, on which the run has a lock
-            os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)
+        os.truncate(self.path, _whole_lines(self.path) if goes_on else 0)  # the same file, on which the run has a lock
         self._write("start", steps_done, format=run_log.FORMAT, options=as_json(vars(args)), versions=versions())
 
     def before_step(self, step: int, batch: tuple[mx.array, mx.array]) -> Measurement | None:

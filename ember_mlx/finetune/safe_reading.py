@@ -3,8 +3,9 @@
 import hashlib
 import json
 import stat
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ __all__ = [
     "check_arrays",
     "check_finite",
     "check_types",
+    "no_constant",
     "plain_file",
     "read_arrays",
     "read_json",
@@ -51,7 +53,7 @@ def read_json(path: Path, where: str) -> dict:
     try:
         if plain_file(path, where).stat().st_size > JSON_LIMIT:
             raise ValueError(f"larger than {JSON_LIMIT} bytes")
-        value = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        value = json.loads(path.read_bytes(), parse_constant=no_constant)
     except InputError:
         raise
     except (OSError, RecursionError, ValueError) as error:
@@ -64,28 +66,29 @@ def read_json(path: Path, where: str) -> dict:
 def read_arrays(path: Path, where: str) -> dict[str, mx.array]:
     """The arrays of a safetensors file by name. Their data is read when they are first used, as with ``mx.load``."""
     read_metadata(path, where)  # which checks every length, offset and shape in the header
-    try:
+    with _reading(path, where):
         return mx.load(str(path), format="safetensors")
-    except UNREADABLE as error:
-        raise InputError(f"{where}: {path.name} cannot be read ({reason_of(error)})") from error
 
 
 def read_metadata(path: Path, where: str) -> dict[str, str]:
     """What a safetensors file says beside its arrays."""
     plain_file(path, where)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except UNREADABLE as error:
-        raise InputError(f"{where}: {path.name} cannot be read ({reason_of(error)})") from error
+    with _reading(path, where), safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
 
 
 def sha256(path: Path, where: str) -> str:
     """The checksum of a file, in hexadecimal."""
+    plain_file(path, where)
+    with _reading(path, where), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _reading(path, where):
     try:
-        with open(plain_file(path, where), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+        yield
+    except UNREADABLE as error:
         raise InputError(f"{where}: {path.name} cannot be read ({reason_of(error)})") from error
 
 
@@ -139,5 +142,6 @@ def check_finite(arrays: dict[str, mx.array], where: str, remedy: str) -> None:
             raise InputError(f"{where}: {name} has {count} of {array.size} numbers that are not finite; {remedy}")
 
 
-def _no_constant(name):
+def no_constant(name: str) -> NoReturn:
+    """For ``json.loads``: raises ValueError for NaN and the infinities, which JSON does not have."""
     raise ValueError(f"{name} is no number")

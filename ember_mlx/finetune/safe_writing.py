@@ -21,13 +21,13 @@ __all__ = [
     "REMOVED",
     "check_space",
     "existing_parent",
-    "finish_swapping",
+    "finish_replacing",
     "link",
     "make_folder",
+    "move_all",
     "new_folder",
     "remove",
     "replace_together",
-    "swapped_folder",
     "sync_folder",
     "write_arrays",
     "write_bytes",
@@ -111,8 +111,7 @@ def check_space(flag: str, folder: Path, needed: int) -> None:
     Raises:
         InputError: then.
     """
-    on = next(path for path in folder.absolute().parents if path.exists())
-    free = shutil.disk_usage(on).free
+    free = shutil.disk_usage(existing_parent(folder.absolute().parent)).free
     if needed > free:
         raise InputError(
             f"{flag} {folder}: {format_bytes(needed)} are to be written, and {format_bytes(free)} are free there"
@@ -123,76 +122,58 @@ def check_space(flag: str, folder: Path, needed: int) -> None:
 def new_folder(path: Path, keeps: Callable[[Path], bool] = lambda _: False) -> Iterator[Path]:
     """A folder to write into. It takes the place of ``path``, whole, when the block ends, and is gone if that raises.
 
+    That is one step of the file system: a kill at any moment leaves the old folder or the new one. Where the system
+    cannot exchange two names, or something is kept, it takes several; :func:`finish_replacing` mends a kill between.
+
     Args:
-        path (Path): What it replaces, if that exists. Of a link, what the link leads to.
+        path (Path): What it replaces, if that exists. A link is replaced itself.
         keeps (callable): Of each entry of the folder that is replaced: whether it moves into the new one.
 
     Raises:
         OSError: for whatever the disk has against it; what was there is unchanged.
     """
-    path = path.resolve()
-    missing = [folder for folder in path.parents if not folder.exists()]
-    partial, replaced = (path.with_name(mark + path.name) for mark in (PARTIAL, REMOVED))
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    partial, replaced = _beside(path)
     try:
-        _finish_replacing(replaced, path, keeps)
         make_folder(path.parent)
-        remove(partial)
+        finish_replacing(path, keeps)
         partial.mkdir()
         yield partial
         for written in partial.rglob("*"):
             sync_folder(written)  # or a file
         sync_folder(partial)
         kept = [entry.name for entry in path.iterdir() if keeps(entry)] if path.exists() else []
-        moves = [(path, replaced)] if path.exists() else []
-        _move_all([*moves, (partial, path), *((replaced / name, path / name) for name in kept)])
+        if not path.exists():
+            os.rename(partial, path)
+        elif kept or not _exchange(partial, path):
+            move_all([(path, replaced), (partial, path), *((replaced / name, path / name) for name in kept)])
     except BaseException:
         with suppress(OSError):
-            remove(partial)
+            finish_replacing(path, keeps)
             for folder in missing:
                 folder.rmdir()
         raise
     with suppress(OSError):  # the next one tries again
         sync_folder(path.parent)
-        remove(replaced)
+        finish_replacing(path, keeps)
 
 
-@contextmanager
-def swapped_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of the folder ``path`` when the block ends.
-
-    That is one step of the file system: a kill at any moment leaves the old folder or the new one, whole. Only where
-    the system cannot exchange two names is there a moment with neither, which :func:`finish_swapping` mends.
-
-    Raises:
-        OSError: for whatever the disk has against it; what was there is unchanged.
-    """
-    partial = path.with_name(PARTIAL + path.name)
-    finish_swapping(path)
-    partial.mkdir()
-    try:
-        yield partial
-        sync_folder(partial)
-        if not path.exists():
-            os.rename(partial, path)
-        elif not _exchange(partial, path):
-            replaced = path.with_name(REMOVED + path.name)
-            _move_all([(path, replaced), (partial, path)])
-    except BaseException:
-        with suppress(OSError):
-            finish_swapping(path)
-        raise
-    with suppress(OSError):  # the next one tries again
-        sync_folder(path.parent)
-        finish_swapping(path)
-
-
-def finish_swapping(path: Path) -> None:
-    """Remove what a kill has left beside the folder ``path``; if that is not there, the old one is again."""
-    partial, replaced = (path.with_name(mark + path.name) for mark in (PARTIAL, REMOVED))
+def finish_replacing(path: Path, keeps: Callable[[Path], bool] = lambda _: False) -> None:
+    """What a kill in :func:`new_folder` has left to do: what was there is back, or the new folder is whole."""
+    partial, replaced = _beside(path)
     if replaced.exists() and not path.exists():
         os.rename(replaced, path)
+    elif replaced.exists():
+        for entry in replaced.iterdir():
+            if keeps(entry) and not (path / entry.name).exists():
+                os.rename(entry, path / entry.name)
     for left in (partial, replaced):
         remove(left)
+
+
+def _beside(path):
+    """The unfinished folder beside ``path``, and the one that is on its way out."""
+    return path.with_name(PARTIAL + path.name), path.with_name(REMOVED + path.name)
 
 
 def _exchange(one, other):
@@ -206,8 +187,8 @@ def _exchange(one, other):
     return False
 
 
-def _move_all(moves):
-    """All of them or none."""
+def move_all(moves: list[tuple[Path, Path]]) -> None:
+    """Rename each first path to its second, in this order: all of them or, raising OSError, none."""
     moved = []
     try:
         for source, target in moves:
@@ -217,17 +198,6 @@ def _move_all(moves):
         for names in reversed(moved):
             os.rename(*names)
         raise
-
-
-def _finish_replacing(replaced, path, keeps):
-    """What a kill between two moves has left to do."""
-    if replaced.exists() and not path.exists():
-        os.rename(replaced, path)
-    elif replaced.exists():
-        for entry in replaced.iterdir():
-            if keeps(entry) and not (path / entry.name).exists():
-                os.rename(entry, path / entry.name)
-        remove(replaced)
 
 
 def make_folder(path: Path) -> None:
@@ -270,12 +240,6 @@ class _Hashed(io.RawIOBase):
     def __init__(self, file):
         self.file = file
         self.sha256 = hashlib.sha256()
-
-    def writable(self):
-        return True
-
-    def seekable(self):
-        return True
 
     def tell(self):
         return self.file.tell()

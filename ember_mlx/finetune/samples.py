@@ -18,7 +18,6 @@ from ember_mlx.finetune.lost_peers import PeerDeadline
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import REMEDY, fault_of
 from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.token_tables import TokenTable
 
@@ -128,8 +127,7 @@ class Samples(Watcher):
     Args:
         args: The run's options.
         tokenizer: The run's.
-        workers: Of the run; the first alone needs the file.
-        deadline (PeerDeadline): Hears of every meeting.
+        deadline (PeerDeadline): Of the workers, of whom the first alone needs the file; it hears of every meeting.
 
     ``listeners`` are called with the steps done and the answers: ``[{"prompt": ..., "answer": ...}, ...]``. ``taken``
     has them all, as ``{"step": ..., "samples": ...}``.
@@ -138,15 +136,15 @@ class Samples(Watcher):
         InputError: on the first worker, for prompts that cannot be used; see :func:`read_prompts`.
     """
 
-    def __init__(self, args: Options, tokenizer: TokenizerWrapper, workers: Workers, deadline: PeerDeadline):
+    def __init__(self, args: Options, tokenizer: TokenizerWrapper, deadline: PeerDeadline):
         self.args = args
         self.tokenizer = tokenizer
-        self.workers = workers
+        self.workers = deadline.workers
         self.deadline = deadline
         self.listeners: list[Callable[[int, list[dict[str, str]]], None]] = []
         self.taken: list[dict[str, Any]] = []
         self.prompts: list[tuple[str, list[int]]] = []
-        for prompt in read_prompts(args.sample_prompts) if workers.leads else ():
+        for prompt in read_prompts(args.sample_prompts) if self.workers.leads else ():
             tokens = prompt.tokens(tokenizer)
             if not 0 < len(tokens) <= args.max_seq_length:
                 limit = f"1 to --max-seq-length {args.max_seq_length}"

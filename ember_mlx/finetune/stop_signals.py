@@ -37,11 +37,11 @@ class StopSignals:
     But for SIGHUP: when a terminal is closed, both it and its shell send that. A pipe that nobody reads any more sets
     ``number`` to SIGPIPE, which Python itself ignores; nothing that is told raises. In any thread but the main one this
     does nothing, as Python hears of signals there alone, and a signal that was ignored (nohup) stays so. The handlers
-    of before are put back at the end; ``number`` then still tells what was announced.
+    of before are put back at the end; ``number`` then still tells what was announced, 0 for nothing.
     """
 
     def __init__(self):
-        self.number = None
+        self.number = 0
         self._before = {}
         self._thread = None
         self._output = ExitStack()

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +40,10 @@ class Streamed:
 
     def __init__(self, model: nn.Module, optimizer: GuardedOptimizer | PairedOptimizer, args: Options):
         self.args = args
-        self._workers = Workers.join()
+        self._workers = workers = Workers.join()
+        group = None
+        if args.shard_optimizer:
+            group = Group(workers.rank, workers.size, mx.distributed.sum_scatter, mx.distributed.all_gather)
         try:
             self.step = StreamedStep(
                 model.train(),
@@ -49,8 +51,8 @@ class Streamed:
                 clip_norm_pass=args.clip_grad_norm is not None,
                 clip_layer_norm=args.clip_layer_norm,
                 keep_inputs=args.keep_inputs or 1,
-                reduce=mx.distributed.all_sum if self._workers.size > 1 else None,
-                group=_group(self._workers) if args.shard_optimizer else None,
+                reduce=mx.distributed.all_sum if workers.size > 1 else None,
+                group=group,
             )
         except InputError as error:
             which, remedy = "--stream", "--no-stream takes an ordinary step"
@@ -111,10 +113,6 @@ class Streamed:
         )
 
 
-def _group(workers):
-    return Group(workers.rank, workers.size, mx.distributed.sum_scatter, mx.distributed.all_gather)
-
-
 def as_it_began(args: Options, measured: bool) -> Options:
     """The options, with ``stream`` off where it is not given, and a checkpoint to resume did not stream.
 
@@ -136,8 +134,8 @@ def step_of(
     optimizer: GuardedOptimizer | PairedOptimizer,
     asked: bool | None,
     not_streamed: str | None,
-) -> tuple[Options, Callable, dict[str, Any]]:
-    """The run's options, with what is special about streaming it; what makes the step; and how the run saves.
+) -> tuple[Options, Callable, Callable]:
+    """The run's options, with what is special about streaming it; what makes the step; and what makes the state whole.
 
     Args:
         args: The run's options, with the choices.
@@ -151,13 +149,13 @@ def step_of(
     if not_streamed:
         rprint(f"Not streamed: {not_streamed}\n")
     if not args.stream:
-        return args, Step, {}
+        return args, Step, nullcontext
     try:
         streamed = Streamed(model, optimizer, args)
     except InputError as error:
         if asked:
             raise
         rprint(f"Not streamed: {str(error).removeprefix('--stream: ')}\n")
-        return args | {"stream": False}, Step, {}
+        return args | {"stream": False}, Step, nullcontext
     rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
-    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, {"whole": streamed.whole}
+    return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, streamed.whole

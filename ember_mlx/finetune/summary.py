@@ -166,15 +166,13 @@ def _best(result):
 def _losses(result):
     if result.loss_before is None:
         return f"{result.loss_name} {result.loss_after:.3f} nats a token, in the only report (no validation set)"
-    if result.loss_name == "Validation loss":
-        when, same = ("before", "after"), ", on the same batches"
-    else:
-        when, same = ("in the first report", "in the last"), ""
-    before, after = f"{result.loss_before:.3f} {when[0]}", f"{result.loss_after:.3f} {when[1]}"
-    line = f"{result.loss_name} {before}, {after}, in nats a token{same}"
+    before, after = f"{result.loss_name} {result.loss_before:.3f}", f"{result.loss_after:.3f}"
     if result.loss_name != "Validation loss":
-        return line
-    return f"{line}; perplexity {result.perplexity_before:,.4g} before, {result.perplexity_after:,.4g} after"
+        return f"{before} in the first report, {after} in the last, in nats a token"
+    return (
+        f"{before} before, {after} after, in nats a token, on the same batches; perplexity "
+        f"{result.perplexity_before:,.4g} before, {result.perplexity_after:,.4g} after"
+    )
 
 
 def _total(lines):

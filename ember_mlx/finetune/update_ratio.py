@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 
-__all__ = ["NAME", "UpdateRatio", "add_squares"]
+__all__ = ["NAME", "UpdateRatio"]
 
 ELEMENTS_PER_BLOCK = 2**20  # 4 MB of float32
 NAME = "update_ratio"
@@ -42,19 +42,18 @@ class UpdateRatio:
         sums = {side: (mx.array(0.0), mx.array(0.0)) for side in self._squares}
         for path in update.new:
             side = "tables" if path in self.table_paths else "body"
-            # No sum over all parameters in here: each is measured when it is updated, in whatever order that is.
-            zero = mx.array(0.0)
-            update.new[path], *squares = add_squares(update.old[path], update.new[path], zero, zero)
+            update.new[path], *squares = _measured(update.old[path], update.new[path])
             sums[side] = [total + square for total, square in zip(sums[side], squares, strict=True)]
         return sums
 
 
-def add_squares(old: mx.array, new: mx.array, step: mx.array, weights: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Add the sums of squares of ``new - old`` and of ``old`` to ``step`` and ``weights``, float32 scalars.
+def _measured(old, new):
+    """``new``, and the sums of squares of ``new - old`` and of ``old``, float32 scalars on which it now depends.
 
-    Returns:
-        ``new``, which now depends on the sums, and the sums: whoever evaluates ``new`` first lets go of ``old``.
+    So whoever evaluates ``new`` first lets go of ``old``. Each parameter has sums of its own: it is measured when it is
+    updated, in whatever order that is.
     """
+    step = weights = mx.array(0.0)
     columns = old.shape[-1] if old.ndim else 1
     old_rows, new_rows = old.reshape(-1, columns), new.reshape(-1, columns)
     block = max(1, ELEMENTS_PER_BLOCK // columns)

@@ -127,6 +127,10 @@ def _idle_sections(options):
             why = f"--optimizer is {options.optimizer}"
         if why:
             found.setdefault(why, []).append(f"optimizer_config: {name}")
+    for key in SCHEDULES:
+        asked = getattr(options, key) or {}
+        if asked.get("warmup_init") and not (asked.get("warmup") or options.warmup):
+            found.setdefault("nothing is warmed up; add a warmup", []).append(f"{key}: warmup_init")
     return found
 
 

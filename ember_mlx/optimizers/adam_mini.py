@@ -26,7 +26,7 @@ from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, rows_of_block
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from ember_mlx.optimizers.ember import LEAST_BETA, bias_correction, mean_squares, update_second_moment
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.ember_options import check_word
 
 __all__ = ["AdamMini", "adam_mini_step", "block_mean_squares", "blocks_of", "update_weights"]
 
@@ -256,8 +256,7 @@ class AdamMini(BodyOptimizer):
         decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
-        if momentum not in ("float32", "int8"):
-            raise InputError(f"AdamMini(momentum={momentum!r}): must be 'float32' or 'int8'")
+        check_word("AdamMini", "momentum", momentum, ("float32", "int8"))
         self.momentum = momentum
         self._heads = module_roles.attention_heads(model) if model else {}
         self._by_column = module_roles.lora_factors(model) if model else set()

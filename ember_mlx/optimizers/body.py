@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from ember_mlx.optimizers.checks import CheckedOptimizer, check_number
 from ember_mlx.optimizers.ember import bias_correction, update_second_moment
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, ROUNDS_TO_ONE, SMALLEST_NORMAL
 
@@ -71,6 +72,7 @@ class BodyOptimizer(CheckedOptimizer):
                 "usually (0.9, 0.999)"
             )
         check_number("eps", eps, SMALLEST_NORMAL, ROUNDS_TO_INFINITY, "a positive number, usually 1e-8", name)
+        check_switch(name, "decay_vectors", decay_vectors)
         self.eps = eps
         self.decay_vectors = decay_vectors
         self._schedule("learning_rate", learning_rate)

@@ -15,7 +15,8 @@ from ember_mlx.optimizers.body import BodyOptimizer, Rate
 from ember_mlx.optimizers.companded import GROUP, grouped, groups_of, ungrouped
 from ember_mlx.optimizers.ember import LEAST_BETA
 from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, numbers_of
-from ember_mlx.optimizers.split_weights import check_some_are_bfloat16
+from ember_mlx.optimizers.split_weights import WEIGHTS, check_some_are_bfloat16
+from ember_mlx.shared.ember_options import check_word
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["FlashAdamW", "FlashLion"]
@@ -32,10 +33,8 @@ class _Flash(BodyOptimizer):
     def __init__(self, learning_rate, betas, eps, weight_decay, weights, state_format, decay_vectors):
         super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
         name = type(self).__name__
-        if weights not in (None, "bf16+int8"):
-            raise InputError(f"{name}(weights={weights!r}): must be 'bf16+int8' or None")
-        if state_format not in STATE_FORMATS:
-            raise InputError(f"{name}(state_format={state_format!r}): must be 'float32' or 'published'")
+        check_word(name, "weights", weights, (*WEIGHTS, None))
+        check_word(name, "state_format", state_format, STATE_FORMATS)
         self.weights = weights
         self.state_format = state_format
 
@@ -110,7 +109,7 @@ class FlashAdamW(_Flash):
         decay_vectors (bool): Let norms and biases decay too. Default: ``False``.
 
     A callable is a schedule: it gets the number of steps done and returns the value for the next one. Before
-    ``mx.compile``, call ``init``. A NaN in a gradient makes the moments of its whole group NaN.
+    ``mx.compile``, call ``init``. A NaN in a gradient makes its weight NaN, and the moments of its whole group.
 
     Raises:
         InputError: (a ``ValueError``) for a value out of range, for a parameter that is empty or not floating, for
@@ -136,7 +135,8 @@ class FlashAdamW(_Flash):
 class FlashLion(_Flash):
     r"""Lion with an 8-bit momentum [1]: 1.125 bytes of state a weight, 2.125 with the rest of bfloat16 weights.
 
-    It keeps ``m`` and ``m_scales`` as :class:`FlashAdamW` does, and takes the same options but for ``eps``.
+    It keeps ``m`` and ``m_scales`` as :class:`FlashAdamW` does, and takes the same options but for ``eps``. A NaN in a
+    gradient makes its weight NaN, as there, though other Lions let the sign of a NaN be 0.
 
     [1]: FlashOptim. arXiv 2602.23349.
 

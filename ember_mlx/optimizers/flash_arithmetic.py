@@ -73,8 +73,10 @@ def adamw(w: mx.array, g: mx.array, m: mx.array, v: mx.array, n: Numbers) -> tup
 
 
 def lion(w: mx.array, g: mx.array, m: mx.array, n: Numbers) -> tuple[mx.array, mx.array]:
-    """Lion in float32: the new ``w`` and ``m``."""
-    return n.kept * w - n.learning_rate * mx.sign(running_mean(m, g, n.beta1)), running_mean(m, g, n.beta2)
+    """Lion in float32: the new ``w`` and ``m``. The sign of a NaN is NaN, so that it is seen in the weight."""
+    direction = running_mean(m, g, n.beta1)
+    sign = mx.where(mx.isnan(direction), direction, mx.sign(direction))
+    return n.kept * w - n.learning_rate * sign, running_mean(m, g, n.beta2)
 
 
 def flash_step(stored: Stored, g: mx.array, numbers: Numbers, published: bool = False) -> Stored:

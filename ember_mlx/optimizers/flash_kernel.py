@@ -69,7 +69,8 @@ SOURCE = """
             largest_root = larger(largest_root, second[i]);
         } else {
             const float direction = old + forget1 * (x[i] - old);
-            y[i] = decay * y[i] - rate * (direction > 0 ? 1.0f : direction < 0 ? -1.0f : 0.0f);
+            const float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : direction == 0 ? 0.0f : direction;
+            y[i] = decay * y[i] - rate * sign;
         }
     }
     #pragma unroll

@@ -21,6 +21,7 @@ from ember_mlx import kernels
 from ember_mlx.kernels.norms import ARRAYS
 from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.ember import blocks
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import ROUNDS_TO_INFINITY, SMALLEST_NORMAL
 
@@ -174,6 +175,7 @@ class Guard(Optimizer):
     def __init__(
         self, parameters: dict, parts: dict[str, Optimizer], skip_nonfinite: bool, clip_grad_norm: float | None
     ):
+        check_switch(type(self).__name__, "skip_nonfinite", skip_nonfinite)
         check_clip_grad_norm(f"{type(self).__name__}(clip_grad_norm={clip_grad_norm!r})", clip_grad_norm)
         self.skip_nonfinite = skip_nonfinite
         self.clip_grad_norm = clip_grad_norm

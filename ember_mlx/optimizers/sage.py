@@ -25,6 +25,7 @@ from ember_mlx import kernels
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, rows_of_block
 from ember_mlx.optimizers.ember import bias_correction, blocks
 from ember_mlx.optimizers.ember import update_second_moment as running_mean
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["SAGE", "column_damper", "mean_magnitudes", "sage_step", "update_parameter"]
@@ -155,8 +156,7 @@ class SAGE(BodyOptimizer):
         decay_vectors: bool = False,
     ):
         super().__init__(learning_rate, betas, eps, weight_decay, decay_vectors)
-        if not isinstance(still_rows, bool):
-            raise InputError(f"SAGE(still_rows={still_rows!r}): must be True or False")
+        check_switch("SAGE", "still_rows", still_rows)
         self.still_rows = still_rows
 
     def init(self, parameters: Tree) -> None:

@@ -12,11 +12,13 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx.optimizers.body import Tree
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
+from ember_mlx.shared.ember_options import check_word
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["SplitWeights", "check_some_are_bfloat16", "half_unit", "join", "split"]
+__all__ = ["WEIGHTS", "SplitWeights", "check_some_are_bfloat16", "half_unit", "join", "split"]
 
+WEIGHTS = ("bf16+int8",)
 STEPS = 127  # of the rest, to either side
 # Of a bfloat16 number, 0.53 to 1.06 units in its last place: rounded up to nearest, that is its upper neighbour.
 NEXT = 1 + 2.0**-8 + 2.0**-12
@@ -75,8 +77,7 @@ class SplitWeights(Optimizer):
 
     def __init__(self, optimizer: Optimizer, weights: str = "bf16+int8"):
         name = type(optimizer).__name__
-        if weights != "bf16+int8":
-            raise InputError(f"SplitWeights(weights={weights!r}): must be 'bf16+int8'")
+        check_word("SplitWeights", "weights", weights, WEIGHTS)
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"SplitWeights({optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         if isinstance(optimizer, MultiOptimizer):

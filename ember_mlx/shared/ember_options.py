@@ -1,4 +1,4 @@
-"""What the Embers of both frameworks ask of their options beyond ranges of numbers; needs neither framework."""
+"""What the optimizers of both frameworks ask of their options beyond ranges of numbers; needs neither framework."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.float_formats import ROUNDS_TO_ONE, unit_in_the_last_place
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "check_beta2_schedule",
     "check_rounding",
     "check_row_limit",
+    "check_switch",
+    "check_word",
     "not_one_number",
     "rounding_warning",
     "warn",
@@ -46,10 +48,24 @@ def check_row_limit(option: str, value: float | None, flag: str | None = None) -
     return float(value)
 
 
+def check_word(call: str, option: str, value: Any, allowed: tuple[str | None, ...]) -> None:
+    """Refuse what is none of the words ``allowed``; ``call`` is the class for the error."""
+    if not isinstance(value, str | None) or value not in allowed:
+        *others, last = map(repr, allowed)
+        in_words = f"{', '.join(others)} or {last}" if others else last
+        near = did_you_mean(str(value), filter(None, allowed))
+        raise InputError(f"{call}({option}={value!r}): must be {in_words}{near}")
+
+
+def check_switch(call: str, option: str, value: Any, or_none: bool = False) -> None:
+    """Refuse what is neither True nor False, such as the word "no", which Python takes for true."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        raise InputError(f"{call}({option}={value!r}): must be True or False{', or None' if or_none else ''}")
+
+
 def check_rounding(rounding: str, seed: int) -> None:
-    if rounding not in ROUNDINGS:
-        raise InputError(f"Ember(rounding={rounding!r}): must be 'nearest' or 'stochastic'")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    check_word("Ember", "rounding", rounding, ROUNDINGS)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise InputError(f"Ember(seed={seed!r}): must be a whole number from 0 to 2^32 - 1")
 
 

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ember_mlx.optimizers.ember import Ember
 from ember_mlx.optimizers.guarded import check_clip_grad_norm
+from ember_mlx.shared.ember_options import check_switch
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import bytes_ahead
 from ember_mlx.streaming.backward import Backward
@@ -134,6 +135,8 @@ class StreamedStep:
         self._loss = mean_loss if _is_the_usual(loss) else loss
         self._clip_layer_norm = clip_layer_norm
         check_keep_inputs(keep_inputs)
+        check_switch("StreamedStep", "clip_norm_pass", clip_norm_pass)
+        check_switch("StreamedStep", "keep_logits", keep_logits, or_none=True)
         check_clip_grad_norm(f"StreamedStep(clip_layer_norm={clip_layer_norm!r})", clip_layer_norm)
         check_model(model)
         check_differentiable(model)

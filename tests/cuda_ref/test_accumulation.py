@@ -146,15 +146,16 @@ class Twice(nn.Module):
         h = self.embed(ids)
         if self.how == "no list":
             return self.head(self.layers(h))
-        for layer in [*self.layers, *self.layers]:
-            h = layer(h)
+        for layer in [*self.layers, *self.layers] if self.how == "twice" else self.layers:
+            h = layer(h) if self.how == "twice" else h + layer(h.tanh())
         return self.head(h)
 
 
-def test_what_cannot_be_accumulated_is_refused_and_nothing_changes():
-    for how, says in (("twice", "not called once each"), ("no list", "no nn.ModuleList")):
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_cannot_be_accumulated_is_refused_and_nothing_changes(whole):
+    for how, says in (("twice", "not called once"), ("no list", "no nn.ModuleList"), ("beside", "used again beside")):
         model = Twice(how)
-        streamed = StreamedBackward(model, paired(model, ADAMW))
+        streamed = StreamedBackward(model, paired(model, ADAMW), next_token_loss if whole else None)
         before = bits(*model.parameters())
         with pytest.raises(InputError, match=f"{says}.*Give all sequences in one call"):
             streamed.accumulate([(ids, labels) for ids, labels in micro_batches()])

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import fuse as mlx_lm_fuse
 
 from ember_mlx import InputError, cli, load
-from ember_mlx.finetune import adapters, safe_reading, safe_writing
+from ember_mlx.finetune import adapter_saving, adapters, safe_reading, safe_writing
 from ember_mlx.finetune.run import run
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -253,3 +254,12 @@ def test_a_loaded_model_is_ready_to_write(parse, folders, tmp_path):
     assert not [name for name, module in model.named_modules() if module.training]
     assert mlx_lm.generate(model, tokenizer, "a", max_tokens=2) is not None
     assert [name for name, _ in tree_flatten(model.parameters()) if "lora_a" in name]
+
+
+def test_tables_are_saved_in_the_order_of_the_options(tmp_path):
+    """That of a set changes from process to process, and with it the bytes of the file."""
+    names = [f"table{i}" for i in range(9)]
+    model = SimpleNamespace(trainable_parameters=lambda: {name: mx.zeros(1) for name in sorted(names)})
+    args = SimpleNamespace(fine_tune_type="lora", token_tables=names[::-1])
+    files, _ = adapter_saving.Saver(tmp_path, model, args)._arrays()
+    assert list(files[adapters.TABLES]) == names[::-1]

@@ -215,8 +215,8 @@ def test_batches_have_marks_of_what_is_learned_and_no_padding(hf, parse, tmp_pat
     hf.chat_template = CHATML
     rows = [{"messages": TALK[:n]} for n in (4, 2)]
     data = load(parse, tmp_path, TokenizerWrapper(hf), rows)
-    args = parse("--mask-prompt", "--batch-size", 2)
-    [(tokens, marks)] = batches_of(args, Rows(data), max_seq_length)
+    args = parse("--mask-prompt", "--batch-size", 2, "--max-seq-length", max_seq_length)
+    [(tokens, marks)] = batches_of(args, Rows(data))
     mask = np.array(target_mask(tokens, marks))
     for i, row in enumerate(rows):
         spans = spans_of(*data.process(row), max_seq_length)

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import errors as of_hub
 
 from ember_mlx import InputError
-from ember_mlx.commands import geometry, train
+from ember_mlx.commands import geometry, plan, train
 from ember_mlx.finetune import options
 from ember_mlx.finetune.base_models import check_model, why_not_loaded
 from ember_mlx.finetune.run import run
@@ -59,6 +59,27 @@ def test_train_refuses_before_it_loads(folders, tmp_path, nothing_loads, monkeyp
     with pytest.raises(InputError, match=message):
         train.main([*short.split(), *words.format(**folders).split()])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [train, plan])
+def test_rates_that_are_not_fit_are_refused_before_a_model_is_loaded(folders, tmp_path, nothing_loads, capsys, command):
+    falling = "lr_schedule: {name: linear_schedule, arguments: [1.0, -1.0, 3]}"
+    still = "table_lr_schedule: {name: linear_schedule, arguments: [0.0, 0.0, 5]}"
+    decay = "optimizer: adamw\nlearning_rate: 30\noptimizer_config: {adamw: {weight_decay: 0.1}}"
+    of_tables = "table_learning_rate: 30\ntable_weight_decay: 0.1"
+    config = tmp_path / "config.yaml"
+    short = f"--model {folders['untied']} --data {folders['data']} --adapter-path {tmp_path}/a --config {config}"
+    for lines, says in (
+        (falling, "^lr_schedule .*at least 0"),
+        (still, "^table_lr_schedule .*not all 0"),
+        (decay, "^--optimizer AdamW.*at most 2"),
+        (of_tables, "^--table-optimizer Ember.*at most 2"),
+    ):
+        config.write_text(f"{lines}\niters: 3\nbatch_size: 2\n")
+        with pytest.raises(InputError, match=says):
+            command.main(short.split())
+    if command is plan:
+        plan.main([*short.split(), "--train-tables", "none"])  # the tables' rate means nothing
 
 
 @pytest.mark.parametrize("words", ["--report-to nowhere", "--sample-prompts /no/such.txt", "--num-layers 3"])

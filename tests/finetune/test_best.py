@@ -246,14 +246,14 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path, exc
             for name in ("mkdir", "rename", "unlink", "rmdir", "open", "fsync"):
                 setattr(os, name, or_die(getattr(os, name)))
             safe_writing._exchange = or_die(safe_writing._exchange if exchanges else lambda *_: False)
-            with safe_writing.swapped_folder(best) as folder:
+            with safe_writing.new_folder(best) as folder:
                 safe_writing.write_bytes(folder / "file", b"new")
             os._exit(0)
         killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
         if not exchanges:
-            safe_writing.finish_swapping(best)  # as the run does that goes on
+            safe_writing.finish_replacing(best)  # as the run does that goes on
         assert (best / "file").read_text() in ("old", "new")
-        with safe_writing.swapped_folder(best) as folder:
+        with safe_writing.new_folder(best) as folder:
             safe_writing.write_bytes(folder / "file", b"newest")
         assert [path.name for path in best.parent.iterdir()] == ["best"]
         assert (best / "file").read_text() == "newest"

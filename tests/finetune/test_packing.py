@@ -159,7 +159,7 @@ def test_the_batches_of_a_run_have_all_rows_cut_to_the_length(parse, folders):
     rows = load_data(args, load_tokenizer(folders["untied"]))[0]
     packs = PackedRows(rows, args)
     found = []
-    for tokens, marks in batches_of(args, Rows(packs), 24):
+    for tokens, marks in batches_of(args, Rows(packs)):
         tokens, marks = np.array(tokens)[0], np.array(marks)[0]
         assert marks.dtype == np.uint32
         for number in range(1, (marks >> 1).max() + 1):

@@ -365,5 +365,5 @@ def test_a_model_that_does_not_load_is_an_input_error(parse, tmp_path):
 @pytest.mark.parametrize("loss", [0.0, 709.0, 710.0, 1e6, math.inf, math.nan])
 def test_any_test_loss_is_printed(parse, monkeypatch, capsys, loss):
     monkeypatch.setattr("ember_mlx.finetune.run.evaluate", lambda *_: loss)
-    run_module._test(parse(), None, [])
+    run_module._test(parse(), None, [], None)
     assert f"Test loss {loss:.3f} nats a token; perplexity " in capsys.readouterr().out

@@ -65,6 +65,7 @@ def test_steps_between_reports_and_gathered_gradients_are_measured(parse, tmp_pa
 
 def test_a_full_disk_costs_no_line_and_not_the_run(parse, tmp_path, capsys):
     args = parse("--log-jsonl", tmp_path / "log.jsonl") | {"token_tables": []}
+    (tmp_path / "log.jsonl").touch()
     writer = RunLogWriter(args, 0, goes_on=False)
     size = (tmp_path / "log.jsonl").stat().st_size
     before, soft = signal.getsignal(signal.SIGXFSZ), resource.getrlimit(resource.RLIMIT_FSIZE)

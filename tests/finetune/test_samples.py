@@ -164,8 +164,10 @@ def test_prompts_are_tried_before_the_first_step(parse, prompts, folders, tmp_pa
 def test_a_run_that_a_signal_ends_answers_no_further(parse, prompts, folders):
     model, tokenizer, _ = load_base(str(folders["untied"]))
     passed = []
-    deadline = SimpleNamespace(signalled=lambda: len(passed) == 1, passed=lambda: passed.append(1))
-    samples = Samples(parse(*sampled(prompts)), tokenizer, Workers(0, 1), deadline)
+    deadline = SimpleNamespace(
+        workers=Workers(0, 1), signalled=lambda: len(passed) == 1, passed=lambda: passed.append(1)
+    )
+    samples = Samples(parse(*sampled(prompts)), tokenizer, deadline)
     samples.before_training(model, None, (), ())
     samples.after_validation(1, 0.0)
     assert (len(passed), samples.taken) == (2, [])
@@ -173,8 +175,8 @@ def test_a_run_that_a_signal_ends_answers_no_further(parse, prompts, folders):
 
 def test_ids_that_the_tokenizer_lacks_are_no_error(parse, prompts, folders):
     _, tokenizer, _ = load_base(str(folders["untied"]))
-    deadline = SimpleNamespace(signalled=lambda: False, passed=lambda: None)
-    samples = Samples(parse(*sampled(prompts)), tokenizer, Workers(0, 1), deadline)
+    deadline = SimpleNamespace(workers=Workers(0, 1), signalled=lambda: False, passed=lambda: None)
+    samples = Samples(parse(*sampled(prompts)), tokenizer, deadline)
     samples.before_training(WritesOne(300), None, (), ())
     samples.after_validation(1, 0.0)
     assert [each["answer"] for each in samples.taken[0]["samples"]] == ["", ""]

@@ -114,6 +114,14 @@ def test_a_schedule_of_the_tables_replaces_their_rate(capsys):
         options_of(given | {"table_learning_rate": None, "train_tables": "none"})
 
 
+def test_a_warmup_from_a_rate_needs_a_warmup(capsys):
+    schedule = {"name": "step_decay", "arguments": [1, 1, 1], "warmup_init": 0.5}
+    for more in ({}, {"lr_schedule": schedule | {"warmup": 2}}, {"warmup": 2.0}, {"train": False, "test": True}):
+        options_of({"data": "x", "lr_schedule": schedule} | more)
+        warned = "lr_schedule: warmup_init: no effect: nothing is warmed up; add a warmup" in capsys.readouterr().out
+        assert warned == (not more)
+
+
 def test_what_the_run_knows_alone_is_told_by_the_run(parse, capsys):
     with pytest.raises(InputError, match=r"--overwrite: --resume continues the run in --adapter-path"):
         run(parse("--peer-timeout", 9, "--resume", "--overwrite"))

@@ -116,6 +116,13 @@ def test_the_rest_is_saved_and_resumed_bit_for_bit_and_other_dtypes_have_none(tm
     assert "rest" not in after.state["b"]
 
 
+def test_no_two_tables_round_by_the_same_bits():
+    optimizer = SplitWeights(Ember(1e-3, rounding="stochastic"))
+    tables = {name: mx.ones((8, 6), mx.float16) for name in "ab"} | {"c": mx.ones((8, 6), mx.bfloat16)}
+    new = optimizer.apply_gradients({name: mx.full((8, 6), 0.3, w.dtype) for name, w in tables.items()}, tables)
+    assert not mx.array_equal(new["a"], new["b"]).item()
+
+
 def test_a_step_compiles_once():
     optimizer, w = SplitWeights(SAGE(1e-4)), {"w": mx.ones((4, 3), mx.bfloat16)}
     optimizer.init(w)

@@ -162,6 +162,36 @@ def test_weights_that_do_not_lie_row_by_row_step_alike(kind, implementation):
     assert torch.equal(plain, turned)
 
 
+@pytest.mark.parametrize("kind", [FlashAdamW, FlashLion])
+def test_a_nan_is_seen_in_its_weight_and_its_group(kind, implementation):
+    name, device = implementation
+    w = start((4, 32), device=device)
+    optimizer = kind([w], lr=1e-3, implementation=name)
+    w.grad = torch.ones_like(w)
+    w.grad[1, 2] = torch.nan
+    optimizer.step()
+    assert torch.isnan(w).nonzero().tolist() == [[1, 2]]
+    assert torch.isnan(optimizer.state[w]["m_scales"]).tolist() == [False, True, False, False]
+
+
+def test_a_weight_resized_within_its_groups_of_32_or_beside_its_rest_is_refused():
+    for make_one in (
+        lambda w: FlashAdamW([w], lr=1e-3),
+        lambda w: FlashLion([w], lr=1e-3),
+        lambda w: SplitWeights(torch.optim.SGD([w], lr=1e-3)),
+    ):
+        w = start((5, 7), "bfloat16")
+        optimizer = train(make_one(w), 1)
+        saved = optimizer.state_dict()
+        w.data = torch.ones(5, 8, dtype=torch.bfloat16)
+        with pytest.raises(InputError, match=r"\.step: parameter 0 .*shape \(5, 8\).* shape \(5, 7\); resize"):
+            train(optimizer, 1)
+        assert (w == 1).all()
+        w.data = start((5, 7), "bfloat16").data
+        optimizer.load_state_dict(saved)
+        train(optimizer, 1)
+
+
 BAD = [
     (lambda: SAGE([start((2, 3, 4))], lr=1e-3), r"shape \(2, 3, 4\).*SinkGD or AdamMini"),
     (lambda: SAGE([start((2, 3))], lr=-1.0), r"SAGE\(lr=-1.0\)"),

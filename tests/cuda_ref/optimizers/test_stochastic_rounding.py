@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch_tables import SHAPE, everything, parameter, random_table, tables_of, train, two_tables
 
-from cuda_ref import Ember
+from cuda_ref import Ember, SplitWeights
 from cuda_ref.optimizers.stochastic_rounding import bit_keys, random_bits, round_stochastically, table_seed
 from ember_mlx.parity import stochastic_rounding as reference
 from ember_mlx.parity.oracle_float64 import EmberOracle
@@ -83,6 +83,29 @@ def test_all_options_continue_bit_for_bit_from_a_file_and_in_a_copy(implementati
     twin = copy.deepcopy(first)
     assert everything(train(second, 3, first=2)) == everything(straight)
     assert everything(train(twin, 3, first=2)) == everything(straight)
+
+
+def test_every_table_has_the_seed_of_its_place_where_they_are_stepped_one_by_one():
+    def tables():
+        dtypes = ("float16", "bfloat16", "float16", "float16")
+        return [(f"t{number}", parameter(dtype=dtype)) for number, dtype in enumerate(dtypes)]
+
+    def stepped(make_one):
+        named = tables()
+        optimizer = make_one(Ember([{"params": named[:2]}, {"params": named[2:]}], lr=1e-3, rounding="stochastic"))
+        optimizer = copy.deepcopy(optimizer)
+        copies = [w for group in optimizer.param_groups for w in group["params"]]
+        for w in copies:
+            w.grad = random_table(dtype="float16", seed=1, scale=1.0).to(w.dtype)
+        optimizer.step()
+        assert [name for group in optimizer.param_groups for name in group["param_names"]] == ["t0", "t1", "t2", "t3"]
+        return [w for w in copies if w.dtype == torch.float16]
+
+    split, alone = stepped(SplitWeights), stepped(lambda ember: ember)
+    for one, other in zip(split, alone, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(split[0], split[1])
+    assert not torch.equal(split[1], split[2])
 
 
 def test_a_state_from_before_gets_its_seeds():
