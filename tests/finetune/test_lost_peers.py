@@ -1,6 +1,7 @@
 """A worker that gives up is gone with exit code 75, whatever nobody reads; one that saves does not give up."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,10 +13,19 @@ import pytest
 from ember_mlx.finetune.lost_peers import PeerDeadline
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.saving import Saving
+from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared import peer_deadline
 
 LEAVE = "from ember_mlx.shared.peer_deadline import leave; leave('the line')"
+
+
+class Interrupting(Watcher):
+    """Ctrl-C in the second step."""
+
+    def after_step(self, step, result):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("errors", ["read", "closed", "gone", "full"])
@@ -74,7 +84,6 @@ def test_every_save_of_a_run_is_work_alone(parse, monkeypatch):
     monkeypatch.setattr(PeerDeadline, "alone", noted)
     for name in ("save", "save_best", "save_checkpoint"):
         monkeypatch.setattr(Saving, name, watched(name, getattr(Saving, name)))
-    monkeypatch.setattr("ember_mlx.finetune.loop.Training._signal", lambda training: 15 * (training.batches.step > 1))
     with pytest.raises(KeyboardInterrupt):
-        run(parse("--iters", "3", "--save-every", "1", "--steps-per-eval", "1", "--keep-best"))
+        run(parse("--iters", "3", "--save-every", "1", "--steps-per-eval", "1", "--keep-best"), watchers=[Interrupting()])
     assert seen == {("save", True), ("save_best", True), ("save_checkpoint", True)}
