@@ -84,6 +84,7 @@ def test_every_save_of_a_run_is_work_alone(parse, monkeypatch):
     monkeypatch.setattr(PeerDeadline, "alone", noted)
     for name in ("save", "save_best", "save_checkpoint"):
         monkeypatch.setattr(Saving, name, watched(name, getattr(Saving, name)))
+    args = parse("--iters", "3", "--save-every", "1", "--steps-per-eval", "1", "--keep-best")
     with pytest.raises(KeyboardInterrupt):
-        run(parse(*"--iters 3 --save-every 1 --steps-per-eval 1 --keep-best".split()), watchers=[Interrupting()])
+        run(args, watchers=[Interrupting()])
     assert seen == {("save", True), ("save_best", True), ("save_checkpoint", True)}
