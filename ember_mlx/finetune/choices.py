@@ -286,5 +286,5 @@ def _check_lora(parameters, tables, num_layers, shapes):
             raise InputError(f"lora_parameters: keys {keys}: no layer has such a module; name one, as self_attn.q_proj")
         if idle:
             near = did_you_mean(idle[0], reachable)
-            return f"Warning: lora_parameters: keys: {', '.join(idle)}: no effect: no module has this name{near}"
+            return f"Warning: lora_parameters: keys: {', '.join(idle)}: no effect: no layer that trains has it{near}"
     return ""

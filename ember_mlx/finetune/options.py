@@ -107,6 +107,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shard_tables": (False, SWITCH),
 }
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
+RENAMED = {"lora_layers": "num_layers", "wandb": "report_to"}  # keys of older files for mlx-lm
 
 
 class Options(types.SimpleNamespace):
@@ -283,7 +284,8 @@ def _read_config(path, parser, warn):
     known = (actions.keys() | defaults() | {"hf_dataset"}) - {"help", "config"}
     for key, value in config.items():
         if key not in known:
-            warn(f"Warning: {where}: {key!r}: no effect: it is no option here{did_you_mean(key, known)}")
+            now = f"; mlx-lm has {RENAMED[key]} now" if key in RENAMED else did_you_mean(key, known)
+            warn(f"Warning: {where}: {key!r}: no effect: it is no option here{now}")
         if key in actions and value is not None:
             config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
     return config

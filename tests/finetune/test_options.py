@@ -76,7 +76,7 @@ def test_a_misspelt_yaml_key_is_pointed_out(tmp_path, capsys):
     assert near.endswith(
         "'table_learning_rates': no effect: it is no option here (did you mean 'table_learning_rate'?)"
     )
-    assert far.endswith("'wandb': no effect: it is no option here")
+    assert far.endswith("'wandb': no effect: it is no option here; mlx-lm has report_to now")
     options.parse_command(plan._parser(), ["--config", str(config)])
     said = capsys.readouterr()
     assert (said.out, said.err.splitlines()) == ("", [near, far])  # `plan --json` is read by programs
