@@ -124,8 +124,8 @@ def together(backend: str = "nccl", *, peer_timeout: int = 300, join_timeout: in
             if size == 1 or not _is_of_a_peer(error):
                 raise
             leave(_line(f"worker {rank}: another worker is lost ({_first_sentence(error)}); {REMEDY}"))
-    if size > 1:
-        dist.destroy_process_group()
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

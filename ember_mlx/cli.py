@@ -54,6 +54,11 @@ COMMANDS = (
 
 def main() -> None:
     """Entry point. Exit code 0; 2 for bad input, with a line that says what to do; 128 + the signal if stopped."""
+    # Python has None for what a shell has closed (>&-); a file that the run opens must not be taken for it.
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(os.devnull, mode) if stream is None else stream  # noqa: SIM115
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
     for stream in (sys.stdout, sys.stderr):
         # A file's name or a token may hold what the terminal's encoding does not have.
         if hasattr(stream, "reconfigure"):

@@ -47,6 +47,17 @@ def test_train_generate_and_fuse_as_a_person_would(folders, trained, tmp_path):
     assert written[0] == written[1]
 
 
+def test_what_a_shell_has_closed_is_nowhere(monkeypatch):
+    """Python has None for it, and the first file opened would have its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "--version"])
+    cli.main()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        assert stream.name == os.devnull
+        stream.close()
+
+
 def test_help_and_version_need_no_model():
     assert command("--version").stdout.strip() == version("ember-mlx")
     assert "ember-mlx train" in command("--help").stdout

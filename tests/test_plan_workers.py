@@ -6,6 +6,7 @@ import pytest
 from tiny_models import llama_config
 
 from ember_mlx.commands.plan import main
+from ember_mlx.demo import MODEL
 from ember_mlx.finetune import options
 from ember_mlx.planner import advice, plan, read_architecture, run_of
 from ember_mlx.planner.network import LINKS
@@ -52,6 +53,22 @@ def test_the_averages_of_what_is_joined_take_a_buffer():
 
     alone = most(1, "--train-tables", "none", "--fine-tune-type", "full")
     assert alone < most(2, "--train-tables", "none", "--fine-tune-type", "full") <= 2 * alone
+
+
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [
+        ("--batch-size 4 --max-seq-length 33", 16.42e6),
+        ("--batch-size 8 --max-seq-length 65", 28.42e6),
+        ("--batch-size 8 --max-seq-length 65 --fine-tune-type full --optimizer adamw", 33.46e6),
+        ("--batch-size 4 --max-seq-length 33 --fine-tune-type full", 26.93e6),
+        ("--batch-size 4 --max-seq-length 33 --fine-tune-type full --grad-accumulation-steps 3", 22.56e6),
+    ],
+)
+def test_the_peak_of_one_of_two_hosts_is_planned(words, measured):
+    """Measured with the demo's model in float32, by `mlx.launch -n 2 --backend ring` on a CPU, on 2026-11-29."""
+    config = json.loads((MODEL / "config.json").read_text()) | {"torch_dtype": "float32"}
+    assert planned(*words.split(), config=config).peak == pytest.approx(measured, rel=0.15)
 
 
 def test_advice_for_several_hosts_names_whole_batches():

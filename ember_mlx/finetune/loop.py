@@ -205,7 +205,7 @@ class Training:
         if self.saving.best:
             now = Best(steps_done, loss, batches)
             is_lower = self.workers.leads and self.saving.best.is_lower(now, validations.untrained)
-            with self.workers.one_outcome(), self.whole(is_lower):
+            with self.workers.one_outcome(), self.whole(is_lower), self.deadline.alone():
                 if self.workers.leads:
                     self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
@@ -244,11 +244,11 @@ class Training:
             )
 
     def _save(self, step):
-        with self.whole():
+        with self.whole(), self.deadline.alone():
             return self.saving.save(step, self.batches.position) if self.workers.leads else True
 
     def _save_checkpoint(self):
-        with self.whole():
+        with self.whole(), self.deadline.alone():
             return self.workers.leads and self.saving.save_checkpoint(self.batches.position)
 
     def _end_over_memory(self, step):

@@ -6,8 +6,9 @@ checkpoint is what counts.
 """
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared import peer_deadline
@@ -42,8 +43,13 @@ class PeerDeadline(peer_deadline.PeerDeadline):
 
 def leave(lost: PeerLost) -> None:
     """Print it and end the process at once."""
-    sys.stdout.flush()
-    peer_deadline.leave(_line(lost))
+    line = _line(lost)
+    held_up = threading.Timer(5, peer_deadline.leave, [line])  # by a pipe that nobody reads
+    held_up.daemon = True
+    held_up.start()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    peer_deadline.leave(line)
 
 
 def _line(text):

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ember_mlx.finetune.batches import rows_to_send
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
-from ember_mlx.finetune.workers import average_by_dtype
+from ember_mlx.finetune.workers import Workers, average_by_dtype
 from ember_mlx.optimizers.guarded import (
     GuardedOptimizer,
     all_finite,
@@ -47,7 +47,8 @@ class Step:
         reduce (callable): Gradients of this machine, and the rows of arrays that are enough -> their mean over all.
 
     Of several workers' batches (:func:`~ember_mlx.finetune.batches.own_part`) an untied embedding sends only the rows
-    that occur in an update, where these are fewer than all.
+    that occur in an update, where these are fewer than all. Their mean is an evaluation of its own, of gradients that
+    are there, and the update waits for it: macOS ends a GPU command that waits 5 seconds for a slower machine.
     """
 
     def __init__(
@@ -65,24 +66,24 @@ class Step:
         # A loss that is not finite must be seen by all machines, and in all that is accumulated: it spoils gradients.
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
-        lookup = self._looked_up_by_tokens()
+        several = Workers.join().size > 1
 
-        def rows_in(batch):
-            return batch[3].size if len(batch) > 3 else 0
+        def judged(gradients):
+            if accumulation > 1:
+                gradients = tree_map(lambda x: x / accumulation, gradients)
+            return gradients, self._squares_of(gradients) if self._judges else None
 
         @partial(mx.compile, inputs=held, outputs=held)
         def gradients_of(batch, accumulated, last):
             (value, tokens), gradients = value_and_grad(model, *batch[:3])
             if accumulated is not None:
                 gradients = tree_map(lambda x, y: x + y, gradients, accumulated)
-            if not last:
-                return value, tokens, gradients, None
-            gradients = reduce(gradients, {name: batch[3] for name in lookup if 0 < rows_in(batch) < lookup[name]})
-            if accumulation > 1:
-                gradients = tree_map(lambda x: x / accumulation, gradients)
-            return value, tokens, gradients, self._squares_of(gradients) if self._judges else None
+            return value, tokens, *(judged(gradients) if last and not several else (gradients, None))
 
         self._gradients_of = gradients_of
+        self._judged = mx.compile(judged) if several else None
+        self._reduce = reduce
+        self._table_rows = self._looked_up_by_tokens()
         self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._updates = {}  # by the names of what is measured
 
@@ -103,6 +104,12 @@ class Step:
             mx.eval(loss, tokens, mx.random.state)
             evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
+        if self._judged:
+            mx.eval(loss, tokens, mx.random.state)  # first: handed to a device together, both passes take more
+            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
+            gradients = self._reduce(gradients, self._rows_to_send(batch))
+            mx.eval(gradients)
+            gradients, squares = self._judged(gradients)
         norm = norm_of(squares) if self._judges else None
         weights = self.model.trainable_parameters()
         old = dict(tree_flatten({"weights": weights, "state": self.optimizer.state}))
@@ -128,6 +135,11 @@ class Step:
         evaluate_paced([*self._exchanged(), *update_groups(tree_flatten(weights), state)])
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
+
+    def _rows_to_send(self, batch):
+        """Of the embedding that tokens look up, the rows that have a gradient, where these are fewer than all."""
+        rows = batch[3] if len(batch) > 3 else mx.array([])
+        return {name: rows for name, number in self._table_rows.items() if 0 < rows.size < number}
 
     def _rows_of_all(self, rows, last):
         """For the last of some batches the rows of all, in one array; as many as a power of two, to compile few."""

@@ -239,8 +239,8 @@ def average_by_dtype(gradients: Any, rows: Mapping[str, mx.array] | None = None)
     flat, rows = tree_flatten(gradients), rows or {}
     sent = [(name, array[rows[name]] if name in rows else array) for name, array in flat]
     groups, averaged = {}, {}
-    for name, array in sent:  # rows apart: an embedding's gradient comes last, and what is joined to it would wait
-        groups.setdefault((str(array.dtype), name in rows), {})[name] = array
+    for name, array in sent:
+        groups.setdefault(str(array.dtype), {})[name] = array
     for _, group in sorted(groups.items()):
         averaged |= zip(group, average_gradients(list(group.values())), strict=True)
     for name, array in flat:

@@ -23,7 +23,11 @@ def judge(graph: Graph) -> None:
         for name, gradient in graph.gradients.items():
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
             graph.gradients[name] = graph.elementwise([gradient, before], role="gradients")
-    average(graph)
+    graph.evaluate(graph.losses, 0)
+    if graph.run.workers > 1:
+        _paced(graph, _as_made(graph))
+        average(graph)
+        graph.evaluate(list(graph.gradients.values()), len(graph.evaluations))
     graph.role = "scratch"
     order = [name for name in graph.weights if name in graph.gradients]
     small, sums = {}, []
@@ -44,15 +48,19 @@ def judge(graph: Graph) -> None:
         sums.append(graph.make(alike, 1, FLOAT32))
     in_turn = [[each] for each in sums] if graph.backend == "cpu" else []  # where each of them needs scratch
     norm = graph.make(sums, 1, FLOAT32)
-    layers, outside = _by_layer({name: [name] for name in order})
+    _paced(graph, [*_as_made(graph), *in_turn, [norm]])
+
+
+def _as_made(graph):
+    """The gradients in the order of the backward pass."""
+    layers, outside = _by_layer({name: [name] for name in graph.weights if name in graph.gradients})
     looked_up = [table.name for table in graph.model.tables() if table.role != "head"]
     head = [n for n in outside if n not in looked_up]
     width = max((graph.shapes[n][1] for n in head if len(graph.shapes[n]) == 2), default=0)
     # With fewer tokens (the last one counts there) than the model is wide the layers come first, as in gradient_groups.
     first = [*layers, head] if graph.run.batch_size * (graph.run.length + 1) < width else [head, *layers]
     groups = [*first, [n for n in outside if n in looked_up]]
-    graph.evaluate(graph.losses, 0)
-    _paced(graph, [*([graph.gradients[name] for name in names] for names in groups), *in_turn, [norm]])
+    return [[graph.gradients[name] for name in names] for names in groups]
 
 
 def update(graph: Graph) -> None:

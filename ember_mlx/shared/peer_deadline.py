@@ -5,9 +5,11 @@ all workers last met. Nothing is saved, because half an update may have reached 
 """
 
 import os
+import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, Protocol
 
 __all__ = ["EXIT_CODE", "PeerDeadline", "leave"]
@@ -42,6 +44,7 @@ class PeerDeadline:
         self._line = line
         self._began = self._last = time.monotonic()
         self._intervals = None
+        self._alone = False
         self._ended = threading.Event()
 
     def passed(self) -> None:
@@ -61,6 +64,16 @@ class PeerDeadline:
             return max(min(SECONDS_AFTER_SIGNAL, self.seconds), 3 * mean)
         return max(self.seconds, 20 * mean)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, this worker waits for no other, as while it saves, and may take as long as it needs."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._last = time.monotonic()
+            self._alone = False
+
     def __enter__(self):
         if self.workers.size > 1:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -72,12 +85,15 @@ class PeerDeadline:
     def _watch(self):
         while not self._ended.wait(min(1, self.seconds / 4)):
             limit = self.limit()
-            if time.monotonic() - self._last > limit:
+            if not self._alone and time.monotonic() - self._last > limit:
                 who = f"worker {self.workers.rank}"
                 leave(self._line(f"{who}: waited {limit:.0f} s for another worker, which is lost or stands still"))
 
 
 def leave(line: str) -> NoReturn:
     """Print a line and end the process at once: what a backend still waits for would hold up an orderly end."""
-    os.write(2, f"{line}\n".encode())  # the main thread may hold the lock of sys.stderr
-    os._exit(EXIT_CODE)
+    try:
+        if select.select([], [2], [], 1)[1]:  # a pipe or a terminal that nobody reads would hold it up for ever
+            os.write(2, f"{line}\n".encode())  # the main thread may hold the lock of sys.stderr
+    finally:  # also where stderr is closed, or its reader gone
+        os._exit(EXIT_CODE)

@@ -12,6 +12,7 @@ from tiny_models import loss, tiny_llama
 from ember_mlx import Ember, InputError, PairedOptimizer
 from ember_mlx.finetune.safe_writing import write_arrays
 from ember_mlx.finetune.step import Step
+from ember_mlx.finetune.workers import Workers
 from ember_mlx.optimizers.in_float32 import in_float32, in_place
 
 TOKENS = (mx.random.randint(0, 260, (2, 9), key=mx.random.key(0)),)
@@ -124,3 +125,20 @@ def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
     ):
         write_arrays(tmp_path / "adapters.safetensors", arrays)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
+    """Beside what the mean itself takes, which is none here: logits are what is largest."""
+    tokens, peaks = (mx.random.randint(0, 8192, (2, 65), key=mx.random.key(0)),), []
+    for size in (1, 2):
+        monkeypatch.setattr(Workers, "join", lambda size=size: Workers(0, size))
+        model = tiny_llama(vocabulary=8192)
+        model.set_dtype(mx.bfloat16)
+        step = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, lambda own, _: own)
+        found = []
+        for _ in range(5):  # how far MLX runs ahead depends on what else the machine does
+            mx.reset_peak_memory()
+            step(tokens)
+            found.append(mx.get_peak_memory())
+        peaks.append(min(found))
+    assert peaks[1] <= 1.2 * peaks[0]

@@ -77,13 +77,16 @@ def same_averages(rank):
 
 @contextmanager
 def counting_numbers():
-    """A list of how many numbers each step that is compiled within sends."""
+    """A list of how many numbers each update within sends, outside of what is compiled."""
     sent, all_sum = [], mx.distributed.all_sum
     before = Step.__init__.__defaults__
 
     def counted(gradients, rows=None):
-        with replaced(mx.distributed, "all_sum", lambda x, **how: sent.append(x.size) or all_sum(x, **how)):
-            return workers.average_by_dtype(gradients, rows)
+        sizes = []
+        with replaced(mx.distributed, "all_sum", lambda x, **how: sizes.append(x.size) or all_sum(x, **how)):
+            averaged = workers.average_by_dtype(gradients, rows)
+        sent.append(sum(sizes))
+        return averaged
 
     with replaced(Step.__init__, "__defaults__", (*before[:-1], counted)):
         yield sent
