@@ -11,6 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ember_mlx.finetune.one_behind import OneBehind
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.streaming.head_module import Head, check_after, evaluating, find_head
@@ -21,7 +22,7 @@ __all__ = ["backward_in_slices", "chunked_loss", "forward_in_slices", "loss_of"]
 
 
 def chunked_loss(
-    model: nn.Module, logits_at_once: int = CHUNKED_LOGITS, flag: str = "--chunked-loss"
+    model: nn.Module, logits_at_once: int = CHUNKED_LOGITS, flag: str = "--chunked-loss", for_validation: bool = False
 ) -> Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """The same loss as ``mlx_lm.tuner.trainer.default_loss``, for mlx-lm's ``train`` and ``evaluate``, in less memory.
 
@@ -33,6 +34,7 @@ def chunked_loss(
             the embedding when it is tied. The head may train or be frozen.
         logits_at_once (int): How many logits there may be at a time.
         flag (str): What asks for it, for errors.
+        for_validation (bool): Evaluate slice after slice, which takes less on a GPU; it then has no gradient.
 
     Returns:
         ``loss(model, batch, learned)``, for this model. ``batch`` is (B, T) token ids and ``learned`` (B, 2) the first
@@ -49,7 +51,7 @@ def chunked_loss(
     except InputError as error:
         raise InputError(f"{flag}: {error}; train without {flag}") from None
     _check(head, flag)
-    return loss_of(head, lambda hidden, targets: _cross_entropy(head, hidden, targets, logits_at_once))
+    return loss_of(head, lambda hidden, targets: _cross_entropy(head, hidden, targets, logits_at_once, for_validation))
 
 
 def loss_of(head: Head, cross_entropy: Callable[[mx.array, mx.array], mx.array]) -> Callable:
@@ -74,10 +76,14 @@ def loss_of(head: Head, cross_entropy: Callable[[mx.array, mx.array], mx.array])
     return loss
 
 
-def _cross_entropy(head, hidden, targets, logits_at_once):
+def _cross_entropy(head, hidden, targets, logits_at_once, for_validation=False):
     """Of each token, (B, T) float32, from the head's input (B, T, D) and the targets (B, T)."""
     width = max(logits_at_once // targets.size // 128, 1) * 128  # whole tiles of a matrix product
     slices = [(first, min(first + width, head.vocabulary)) for first in range(0, head.vocabulary, width)]
+
+    if for_validation:
+        log_sum_exp, chosen = forward_in_slices(head, hidden, head.weights(), targets, slices, OneBehind())
+        return log_sum_exp - chosen
 
     @mx.custom_function
     def ce_and_log_sum_exp(hidden, weights):
@@ -93,7 +99,12 @@ def _cross_entropy(head, hidden, targets, logits_at_once):
 
 
 def forward_in_slices(
-    head: Head, hidden: mx.array, weights: list[mx.array], targets: mx.array, slices: list[tuple[int, int]]
+    head: Head,
+    hidden: mx.array,
+    weights: list[mx.array],
+    targets: mx.array,
+    slices: list[tuple[int, int]],
+    after_slice: Callable[[mx.array, mx.array], None] = lambda *_: None,
 ) -> tuple[mx.array, mx.array]:
     """Each token's log-sum-exp over the head's words, and the logit of its target; (B, T) float32 both.
 
@@ -102,6 +113,7 @@ def forward_in_slices(
         hidden, weights: What goes into it, (B, T, D), and its weights that train.
         targets: (B, T) word numbers. One below 0 or from V on is no word of this head: its logit is 0.
         slices: The first and the one after the last word of each, in order.
+        after_slice: Called with what is left of each slice.
     """
     # For all slices at once: mx.compile builds another kernel for each number that stands in it.
     firsts, widths = (mx.array(each)[:, None, None] for each in zip(*((a, b - a) for a, b in slices), strict=True))
@@ -114,6 +126,7 @@ def forward_in_slices(
         log_sum_exps.append(mx.logsumexp(logits, axis=-1))
         chosen = mx.where(inside[i], mx.take_along_axis(logits, place[i], axis=-1).squeeze(-1), chosen)
         hidden = mx.depends(hidden, [log_sum_exps[-1], chosen])  # one slice after another
+        after_slice(log_sum_exps[-1], chosen)
     return mx.logsumexp(mx.stack(log_sum_exps), axis=0), chosen
 
 

@@ -1,7 +1,7 @@
 """The loss on a set: mlx-lm's ``evaluate``, where rows with nothing to learn are left out and named."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +11,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from ember_mlx.finetune.batches import batches_of
 from ember_mlx.finetune.history import learned_tokens
+from ember_mlx.finetune.one_behind import OneBehind
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import spans_of
 from ember_mlx.finetune.workers import Workers
@@ -27,6 +28,25 @@ def _streams_left_to_mlx() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _paced(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, layers are evaluated one after another."""
+    evaluated = OneBehind()
+
+    def paced(call):
+        def call_and_evaluate(*inputs, **more):
+            output = call(*inputs, **more)
+            evaluated(output)
+            return output
+
+        return call_and_evaluate
+
+    with ExitStack() as stack:
+        for kind in {type(layer) for layer in layers}:
+            stack.enter_context(replaced(kind, "__call__", paced(kind.__call__)))
+        yield
+
+
 @_streams_left_to_mlx()
 def evaluate(
     args: Options,
@@ -39,6 +59,7 @@ def evaluate(
     """The mean loss over the tokens of ``num_batches`` batches, or of all with -1, in nats.
 
     NaN only if no batch has anything to learn. ``between_batches`` is called after each batch; it may raise.
+    With ``--stream``, whose steps take little more than the weights, layers are paced.
     """
     empty, workers = [], Workers.join()
 
@@ -52,17 +73,18 @@ def evaluate(
         value, count = loss(model, tokens, learned)
         return mx.where(count > 0, value, 0), count
 
-    mean = trainer.evaluate(
-        model=model,
-        dataset=rows,
-        batch_size=args.batch_size,
-        num_batches=num_batches,
-        max_seq_length=args.max_seq_length,
-        loss=loss_or_nothing,
-        iterate_batches=batches,
-        clear_cache_threshold=args.clear_cache_threshold,
-        progress_callback=between_batches,
-    )
+    with _paced(model.layers) if args.stream else nullcontext():
+        mean = trainer.evaluate(
+            model=model,
+            dataset=rows,
+            batch_size=args.batch_size,
+            num_batches=num_batches,
+            max_seq_length=args.max_seq_length,
+            loss=loss_or_nothing,
+            iterate_batches=batches,
+            clear_cache_threshold=args.clear_cache_threshold,
+            progress_callback=between_batches,
+        )
     if workers.all_max(sum(empty)) and not getattr(rows, "empty_rows_named", False):
         rows.empty_rows_named = True
         _name_empty(args, rows)

@@ -302,12 +302,14 @@ def choose_loss(args: Options, model: nn.Module) -> Callable:
 
     With ``--stream`` it is for validation alone, whose logits would be the peak: in less memory where that can be.
     """
-    if args.stream and not args.chunked_loss:
-        try:
-            return chunked_loss(model)
-        except InputError:
-            return mean_loss
-    return chunked_loss(model) if args.chunked_loss else mean_loss
+    if not (args.stream or args.chunked_loss):
+        return mean_loss
+    try:
+        return chunked_loss(model, for_validation=bool(args.stream))
+    except InputError:
+        if args.chunked_loss:
+            raise
+        return mean_loss
 
 
 def _reporting_callbacks(args):

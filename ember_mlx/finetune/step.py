@@ -15,6 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ember_mlx.finetune.batches import rows_to_send
+from ember_mlx.finetune.one_behind import OneBehind
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 from ember_mlx.finetune.workers import Workers, average_by_dtype
 from ember_mlx.optimizers.guarded import (
@@ -244,14 +245,8 @@ def _by_layer(named):
 
 
 def evaluate_paced(groups: list[list[mx.array]]) -> None:
-    """Evaluate group after group; on a GPU each waits for the one before.
-
-    So what a group needs is freed before much more is under way: MLX takes memory for all that it hands a GPU ahead.
-    """
-    ahead = mx.default_device().type == mx.DeviceType.gpu  # a CPU gains nothing by it, and its peak would vary
-    before = []
+    """Evaluate group after group, and wait for all: so what a group needs is freed before much more is under way."""
+    evaluated = OneBehind()
     for group in groups:
-        mx.async_eval(group)
-        mx.eval(before if ahead else group)
-        before = group
-    mx.eval(before)
+        evaluated(*group)
+    evaluated.finish()

@@ -50,6 +50,7 @@ def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -
         place, inside = graph.make([], n), graph.make([], n)  # of the targets
         chosen = graph.elementwise([chosen, graph.make([logits, place], n, FLOAT32), inside])
         hidden = graph.view(hidden, after=[sums[-1], chosen])
+        graph.parts.append([sums[-1], chosen])
     log_sum_exp = graph.make([graph.make(sums, n * len(sums), FLOAT32)], n, FLOAT32)
     graph.losses.append(graph.make([graph.elementwise([log_sum_exp, chosen])], 1))
     graph.role = "scratch"

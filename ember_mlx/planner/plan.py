@@ -82,14 +82,17 @@ def _worst(peaks):
 
 
 def _evaluation_peak(model, run, backend):
-    """Of the loss alone: nothing is kept for a backward, and all that there is stays.
+    """Of the loss alone: nothing is kept for a backward, and all that there is stays. Of a streamed run it is paced.
 
     Attention is as it is in training, which for Metal's is too much.
     """
     length = max(run.length, run.evaluation_length)
     chunked = run.chunked_loss or (run.stream and not model.whole_head)
     step = build_step(model, replace(run, length=length, chunked_loss=chunked), backend)
-    return peak_memory([*step.losses, *step.existing], step.existing, DEVICES[backend])
+    results = [*step.losses, *step.existing]
+    parts = [*step.parts, results] if run.stream else [results]
+    waits = range(len(parts)) if backend == "cpu" else None
+    return peak_memory(results, step.existing, DEVICES[backend], parts, waits)
 
 
 def run_of(options: Any, model: Architecture, workers: int = 1) -> Run:

@@ -23,6 +23,7 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     for i in range(model.layers):
         x, back = _checkpointed(graph, x, i) if run.grad_checkpoint else layer(graph, x, i)
         backs.append(back)
+        graph.parts.append([x])
     full = run.fine_tune_type == "full"
     h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
     w_head = _table(graph, head, head_trains)

@@ -1,5 +1,6 @@
 """The loss without the logits: mlx-lm's own loss and gradients, whatever the head, and refused where it cannot be."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 from tiny_models import tiny_llama
 
 from ember_mlx import InputError
-from ember_mlx.finetune import options
+from ember_mlx.finetune import evaluation, options
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.run import run
 
@@ -203,3 +204,20 @@ def test_a_run_with_it_gives_the_run_without(parse):
     plain, chunked = run(parse(*words, adapter="plain")), run(parse(*words, "--chunked-loss", adapter="chunked"))
     assert chunked.loss_before == pytest.approx(plain.loss_before, rel=1e-6)
     assert chunked.loss_after == pytest.approx(plain.loss_after, rel=1e-4)
+
+
+def test_validation_of_a_streamed_run_takes_less_and_finds_the_same():
+    """Its layers and slices are evaluated one after another: a device is not handed all of them at once."""
+    model = tiny_llama(num_hidden_layers=8, hidden_size=64, vocab_size=4096)
+    mx.eval(model.parameters())
+    batch, learned = mx.random.randint(0, 4096, (2, 257), key=mx.random.key(4)), mx.array([[0, 256], [0, 200]])
+    found, peaks = [], []
+    for paced in (False, True):
+        loss = chunked_loss(model, 2**18, for_validation=paced)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        with evaluation._paced(model.layers) if paced else nullcontext():
+            found.append([each.item() for each in loss(model, batch, learned)])
+        peaks.append(mx.get_peak_memory() - mx.get_active_memory())
+    assert found[0] == found[1]
+    assert peaks[1] < 0.8 * peaks[0]
