@@ -185,7 +185,8 @@ def _write(folder, model, tokenizer, config, args, adapter_config):
                 "--format gguf --llama-cpp FOLDER`"
             )
         save(partial, fused.source, model, tokenizer, config, donate_model=False)
-        (partial / "README.md").write_text(model_card(args.model, folder.name, adapter_config), encoding="utf-8")
+        card = model_card(args.model, folder.name, adapter_config, len(model.layers))
+        (partial / "README.md").write_text(card, encoding="utf-8")
         for path in partial.glob("*.safetensors"):
             safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
         if args.export_gguf:

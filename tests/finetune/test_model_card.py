@@ -54,7 +54,7 @@ def test_a_fused_model_has_a_card_of_what_the_run_recorded(parse, folders, tmp_p
     loss = f"{result.loss_before:.3f} before, {result.loss_after:.3f} after"
     assert f"| validation loss | {loss}, in nats a token |" in card.text
     assert "| rows | 12 to train, 12 to validate |" in card.text
-    assert "lora of rank 8 in the last 2 layers; token tables model.embed_tokens.weight, lm_head.weight" in card.text
+    assert "lora of rank 8 in all layers; token tables model.embed_tokens.weight, lm_head.weight" in card.text
     assert f"ember-mlx {config_of(tmp_path / 'adapters')[RESULT]['versions']['ember-mlx']}" in card.text
     flags = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
     assert flags["mask_prompt"] is True
@@ -64,11 +64,34 @@ def test_a_fused_model_has_a_card_of_what_the_run_recorded(parse, folders, tmp_p
     assert str(tmp_path) not in (tmp_path / "mine" / "README.md").read_text()  # the hub need not know the disk
 
 
-def test_the_card_of_the_best_adapter_has_its_loss_alone(folders, parse, tmp_path):
+def test_the_card_of_the_best_adapter_says_as_much_as_the_last_ones(folders, parse, tmp_path):
+    """And that of an older version's, whose config has a loss and a step alone, says these."""
     result = run(parse("--table-learning-rate", 0.01))
-    text = model_card(str(folders["untied"]), "mine", config_of(tmp_path / "adapters" / "best"))
+    best, last = (config_of(tmp_path / "adapters" / name) for name in ("best", "."))
+    text = model_card(str(folders["untied"]), "mine", best)
+    loss = f"{result.loss_before:.3f} before, {result.best.validation_loss:.3f} after"
+    assert f"| validation loss | {loss}, in nats a token, the lowest of the run |" in text
+    assert f"| steps | {result.best.step} |" in text
+    for fact in ("rows", "with"):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {fact} |"))
+        assert row in model_card(str(folders["untied"]), "mine", last)
+    text = model_card(str(folders["untied"]), "mine", {name: best[name] for name in best if name != RESULT})
     assert f"| validation loss | {result.best.validation_loss:.3f} nats a token, the lowest of the run |" in text
-    assert "before" not in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "tables", "words"),
+    [
+        (4, ["lm_head.weight"], "full in all layers and outside them; token tables lm_head.weight"),
+        (2, ["lm_head.weight"], "full in the last 2 layers and outside them; token tables lm_head.weight"),
+        (0, ["lm_head.weight"], "full outside the layers; token tables lm_head.weight"),
+        (2, [], "full in the last 2 layers"),
+        (-1, None, "full in all layers"),
+    ],
+)
+def test_the_card_of_a_full_run_names_all_that_trained(folders, layers, tables, words):
+    config = {"fine_tune_type": "full", "num_layers": layers, "token_tables": tables}
+    assert f"| trained | {words} |" in model_card(str(folders["untied"]), "mine", config, layers=4)
 
 
 def test_what_was_not_recorded_is_not_on_the_card(parse, folders, tmp_path):
