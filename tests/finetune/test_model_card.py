@@ -37,11 +37,13 @@ def fused(model, adapter, folder):
     return ModelCard.load(folder / "README.md")
 
 
-def test_a_fused_model_has_a_card_of_what_the_run_recorded(parse, folders, tmp_path):
+def test_a_fused_model_has_a_card_of_what_the_run_recorded(parse, folders, tmp_path, capsys):
     base = shutil.copytree(folders["untied"], tmp_path / "base")
     (base / "README.md").write_text(BASE_CARD)
     result = run(parse("--table-learning-rate", 0.01, "--mask-prompt"))
     card = fused(base, tmp_path / "adapters", tmp_path / "mine")
+    said = "the adapters of 14 weights are merged; 100.0 % of their change is left; model.embed_tokens and lm_head are"
+    assert f"; {said} as trained\n" in capsys.readouterr().out
     assert card.data.to_dict() == {
         "license": "mit",
         "language": ["de", "eo"],
@@ -92,6 +94,13 @@ def test_the_card_of_the_best_adapter_says_as_much_as_the_last_ones(folders, par
 def test_the_card_of_a_full_run_names_all_that_trained(folders, layers, tables, words):
     config = {"fine_tune_type": "full", "num_layers": layers, "token_tables": tables}
     assert f"| trained | {words} |" in model_card(str(folders["untied"]), "mine", config, layers=4)
+
+
+def test_fuse_tells_that_a_full_run_has_no_adapter_to_merge(parse, folders, tmp_path, capsys):
+    run(parse("--fine-tune-type", "full", "--iters", 1))
+    card = fused(folders["untied"], tmp_path / "adapters", tmp_path / "mine")
+    assert capsys.readouterr().out.endswith("; all weights that trained are as trained\n")
+    assert "| trained | full in all layers and outside them;" in card.text
 
 
 def test_what_was_not_recorded_is_not_on_the_card(parse, folders, tmp_path):

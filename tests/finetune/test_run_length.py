@@ -76,7 +76,7 @@ def test_a_length_that_cannot_be_is_refused_in_one_line(arguments, message):
     [
         ({"iters": 9}, ["--epochs", 1], "--iters 9 and --epochs 1: each says how long"),
         ({"epochs": 1, "iters": 9}, [], "--iters 9 and --epochs 1: each says how long"),
-        ({"epochs": "many"}, [], "epochs: many must be a number"),
+        ({"epochs": "many"}, [], "epochs: 'many' must be a number"),
         ({"lr_schedule": SCHEDULE | {"warmup": 3}}, ["--warmup", 0.1], "--warmup 0.1: lr_schedule has a warmup of its"),
         ({"table_lr_schedule": SCHEDULE | {"warmup": 3}, "warmup": 2}, [], "table_lr_schedule has a warmup of its own"),
     ],
