@@ -109,7 +109,7 @@ def test_fewer_rows_than_a_batch_is_refused(tmp_path):
     with pytest.raises(InputError, match="the train set has 3 rows, fewer than --batch-size 4"):
         load_data(args, Template())
     args.batch_size = 2
-    with pytest.raises(InputError, match="the valid set has 1 rows, fewer than --batch-size 2: use --batch-size 1"):
+    with pytest.raises(InputError, match="the valid set has 1 row, fewer than --batch-size 2: lower it to at most 1"):
         load_data(args, Template())
 
 
