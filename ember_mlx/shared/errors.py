@@ -18,10 +18,16 @@ class InputError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'X'?)" for the word of ``known`` that is spelt most like this one, or "" if none is."""
+    """ " (did you mean 'X'?)" for the word of ``known`` that is spelt most like this one, or "" if none is.
+
+    One that shortens a name of several words to their initials, as lr does, is taken for that name.
+    """
     # Without the dashes, which all flags share.
     names = {name.lstrip("-").lower(): name for name in known}
-    near = difflib.get_close_matches(word.lstrip("-").lower(), names, n=1, cutoff=0.6)
+    word = word.lstrip("-").lower()
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if len(word) > 1:
+        near += [name for name in names if "".join(part[:1] for part in name.replace("_", "-").split("-")) == word]
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
