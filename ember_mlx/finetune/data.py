@@ -17,7 +17,7 @@ from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
 from ember_mlx.finetune.rows import TriedRows, with_masked_prompts
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
 from ember_mlx.shared.units import counted
 
 __all__ = [
@@ -86,14 +86,15 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
     if not is_local(args):
         if find_spec("datasets") is None:
             named = getattr(args, "hf_dataset", None)
-            what = "hf_dataset: " if named else f"--data {args.data}: is no file or folder here, and "
+            what = "hf_dataset: " if named else f"--data {args.data}: is no file or folder here{_near(args.data)}, and "
             raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
     path = Path(args.data)
     if not path.exists():
         is_file = path.suffix.lower() in FORMATS
-        what = "file does not exist" if is_file else "folder does not exist; it must hold train.jsonl"
-        raise InputError(f"--data {args.data}: this {what}")
+        what = "file does not exist" if is_file else "folder does not exist"
+        must = "" if is_file else "; it must hold train.jsonl"
+        raise InputError(f"--data {args.data}: this {what}{_near(path)}{must}")
     for name, needed in (("train", args.train), ("test", args.test)):
         if needed and file_of(args, name) is None:
             if path.is_file():
@@ -107,6 +108,10 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
         if file_of(args, name):
             rows, _ = _read_set(args, name)
             _refuse_few(args, name, len(rows))
+
+
+def _near(path):
+    return did_you_mean_path(path, lambda other: other.is_dir() or other.suffix.lower() in FORMATS)
 
 
 def file_of(args: Options, name: str) -> Path | None:

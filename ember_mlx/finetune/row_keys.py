@@ -98,7 +98,7 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
         named = getattr(args, name)
         if named not in (usual[name], *keys, *row):
             near = did_you_mean(named, map(str, row)) or f"; it has {', '.join(map(str, row))}"
-            raise InputError(f"{flag(name)} {named}: {where} has no such key{near}; write one as it is, or leave it out")
+            raise InputError(f"{flag(name)} {named}: {where} has no such key{near}; write one as is, or leave it out")
         if named not in (usual[name], *keys):
             raise InputError(
                 f"{flag(name)} {named}: no effect: {where} is trained on by its {' and '.join(keys)}; leave it out, or "

@@ -160,6 +160,9 @@ def test_a_missing_file_is_no_data_set_of_the_hub(load, tmp_path):
     for name in ("rows.csv", str(tmp_path / "rows.parquet")):
         with pytest.raises(InputError, match=f"--data {name}: this file does not exist"):
             load(name)
+    (tmp_path / "questions.csv").touch()
+    with pytest.raises(InputError, match="does not exist .did you mean '.*/questions.csv'"):
+        load(tmp_path / "question.csv")
     with pytest.raises(InputError, match="--test: .* is one file; give a folder with test.csv"):
         load(write(tmp_path / "rows.csv", LAYOUTS["text"]), "--test")
 
