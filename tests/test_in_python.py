@@ -207,6 +207,7 @@ ROW = {"text": "a"}
     ("given", "message"),
     [
         ({"learnin_rate": 1}, "learnin_rate: is no option of train (did you mean 'learning_rate'?)"),
+        ({"lr": 1}, "lr: is no option of train (did you mean 'learning_rate'?)"),
         ({"zzz": 1}, "zzz: is no option of train; `ember-mlx train --help` lists them"),
         ({"iters": "many"}, "iters: 'many' must be a whole number"),
         ({"iters": 2.5}, "iters: 2.5 must be a whole number"),
@@ -230,7 +231,7 @@ ROW = {"text": "a"}
         ({"data": ([ROW] * 3, [ROW, {}])}, "data: valid[1] has no text"),
         ({"data": ([ROW], [ROW], [ROW])}, "data: 3 lists: give one list of rows, or a (train, valid) pair"),
         ({"data": []}, "data: no rows to train on"),
-        ({"data": [ROW]}, "the train set has 1 rows, fewer than batch_size 2"),
+        ({"data": [ROW]}, "the train set has 1 row, fewer than batch_size 2"),
         ({"data": [ROW] * 9, "test": True}, "test=True: rows in memory have no test set"),
         ({"data": None}, "data is required"),
         ({"data": 7}, "data: int: give a path"),

@@ -56,7 +56,7 @@ def test_of_the_sets_that_fit_the_one_of_least_time_is_switched_on(words):
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (1, "this machine has for it"))
+    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (1, "this machine has"))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
     train.main([*words, "--iters", "1"])
     said = capsys.readouterr().out
     assert "Switched on: --stream, since this run is planned to take " in said
-    assert "and this machine has for it 1 bytes: " in said
+    assert "and this machine has 1 bytes: " in said
     assert "--no-stream turns it off" in said
     assert "Streamed: every weight is stepped inside the backward pass" in said
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
@@ -147,7 +147,7 @@ def test_a_resumed_run_takes_the_steps_that_it_took(folders, tmp_path, monkeypat
     """Without a limit the machine has enough."""
     monkeypatch.setattr(
         "ember_mlx.planner.machine.limited",
-        lambda options, *_: (10**12 if options.memory_limit else 1, "this machine has for it"),
+        lambda options, *_: (10**12 if options.memory_limit else 1, "this machine has"),
     )
     paths = {"--model": folders["untied"], "--data": folders["text"], "--adapter-path": tmp_path / "adapters"}
     words = [str(word) for pair in paths.items() for word in pair] + ["--batch-size", "2"]

@@ -302,7 +302,7 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
         return action.const if value else None
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise InputError(f"{where} must be true or false")
+            raise InputError(f"{where} must be true or false{', without quotes' if isinstance(value, str) else ''}")
         return value
     if action.choices:
         found = in_any_case(action.choices)(str(value))

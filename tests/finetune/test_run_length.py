@@ -196,6 +196,7 @@ def test_a_longer_run_whose_share_means_another_warm_up_is_refused_by_name(in_ep
             7,
             "9 steps of 2 packs: 3 passes over 7 packs (3 batches; the longest pack fills",
         ),
+        ({"iters": 1, "batch_size": 1}, 1, "1 step of 1 row: 1 pass over 1 row (1 batch)"),
         ({"iters": 1}, 100_000, "1 step of 2 rows: 2e-05 passes over 100,000 rows (50,000 batches)"),
     ],
 )
