@@ -11,8 +11,8 @@ from ember_mlx import InputError
 from ember_mlx.commands import train
 from ember_mlx.finetune import options
 from ember_mlx.planner import plan, read_architecture, run_of
+from ember_mlx.planner.operations import operations
 from ember_mlx.planner.savings import cheapest_savings, savings
-from ember_mlx.planner.streaming_advice import operations
 
 QWEN = {
     "model_type": "qwen3",
@@ -87,6 +87,8 @@ def test_what_the_user_has_decided_stays(folders, tmp_path, no_memory, words, ya
     *savings_lines, warning = lines
     assert [line.split()[2].strip(",") for line in savings_lines] == [options.flag(name) for name in switched_on]
     assert warning.startswith("Warning: with batches of 2 x 32 tokens this run is predicted to take ")
+    assert (" even so, and " in warning) == bool(switched_on)
+    assert ": a step that takes more ends the run; `ember-mlx plan`" in warning
 
 
 def test_a_run_that_fits_is_left_alone(parse):

@@ -128,7 +128,7 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     if args.epochs is not None:
-        lines.append(f"--epochs {args.epochs:g} is {passes(args, rows)}")
+        lines.insert(0, f"--epochs {args.epochs:g} is {passes(args, rows)}")
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
@@ -156,7 +156,8 @@ def _with_full_rows(args, inputs, why):
             f"--batch-size {args.batch_size} and --max-seq-length {args.max_seq_length}: batches of more than "
             f"{MOST_TOKENS:,} tokens are not planned; use lower ones"
         )
-    line = f"as if every row filled --max-seq-length {args.max_seq_length}: {why}; shorter rows take less"
+    line = f"as if every row filled --max-seq-length {args.max_seq_length}: {why}; shorter rows take less, and a row's "
+    line += "last token is only predicted"
     return replace(inputs, assumptions=[*inputs.assumptions, line])
 
 
