@@ -207,7 +207,7 @@ ROW = {"text": "a"}
         ({"adapter_path": 3}, "adapter_path: 3 must be text"),
         ({"lora_parameters": {"rank": 0}}, "lora_parameters: rank: 0 must be"),
         ({"lora_parameters": {"rank": {1}}}, "lora_parameters: rank: {1} is read as a set"),
-        ({"resume": True}, "resume: adapter_path {tmp}/a: it has no checkpoint; start without resume"),
+        ({"resume": True}, "resume: adapter_path {tmp}/a: it has no checkpoint; give another, or start without resume"),
         ({"adapter_path": "{tmp}/taken"}, "already holds another run; give another path, or overwrite=True to"),
         ({"mask_prompt": True, "data": [ROW] * 9}, "mask_prompt=True: data: train[0] has text and so no prompt"),
         ({"data": [ROW, {"txt": "b"}]}, "data: train[1] has no text"),

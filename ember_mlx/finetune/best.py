@@ -160,7 +160,7 @@ class BestAdapter:
             return [adapters.BEST]
         if self.elsewhere and self.found.batches == now.batches:
             self._bring()
-            return [adapters.BEST]
+            return [f"{adapters.BEST}, still that of step {self.found.step}: {self.found.validation_loss:.3f}"]
         return []
 
     def is_lower(self, now: Best, untrained: float | None) -> bool:

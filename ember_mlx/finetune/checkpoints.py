@@ -194,6 +194,11 @@ def adapter_folder_of(asked: Path) -> Path | None:
     return asked if (asked / FOLDER).is_dir() else None
 
 
+def run_folder_of(checkpoint: Path | None) -> Path | None:
+    """The adapter folder that a checkpoint lies in, if it does."""
+    return checkpoint.parent.parent if checkpoint and checkpoint.parent.name == FOLDER else None
+
+
 def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = print) -> Checkpoint:
     """The checkpoint that ``--resume`` means.
 

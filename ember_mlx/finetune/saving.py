@@ -59,7 +59,7 @@ class Saving:
         began_with = resumed if in_place else None
         self.began_with = began_with and began_with.name
         self.adapter = adapter_saving.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
-        self.best = BestAdapter(self.adapter, _adapter_folder(resumed), steps_done) if kept.best else None
+        self.best = BestAdapter(self.adapter, checkpoints.run_folder_of(resumed), steps_done) if kept.best else None
         self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
         self.failed = []  # in words, what could not be saved
@@ -163,11 +163,6 @@ class Saving:
             newest = f"{self.newest} is unchanged" if self.newest else "no checkpoint exists to resume from"
             rprint(f"  not saved  {self.failed[-1]}; {newest}")
             return []
-
-
-def _adapter_folder(checkpoint):
-    """The adapter folder that a checkpoint lies in, if it does."""
-    return checkpoint.parent.parent if checkpoint and checkpoint.parent.name == checkpoints.FOLDER else None
 
 
 def _tell(names):
