@@ -76,7 +76,7 @@ def train(
         print(result.loss_before, result.loss_after)
         print(mlx_lm.generate(result.model, result.tokenizer, prompt="Hello"))
 
-    It saves an adapter and checkpoints to ``adapter_path``, as the command does, and refuses a folder that holds
+    It saves an adapter and checkpoints to ``adapter_path`` (default: ./adapters), as the command does, and refuses a folder that holds
     another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's stop button) ends it
     between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is handled.
 

@@ -85,7 +85,7 @@ class StopSignals:
             name = signal.Signals(number).name
             if heard:
                 # No print: the main thread may hold the lock of stderr.
-                os.write(2, f"{name} again: left at once; what was saved before is kept\n".encode())
+                os.write(2, f"{name}: left at once; what was saved before is kept\n".encode())
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress bar hides
                 os._exit(128 + number)
