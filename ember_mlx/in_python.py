@@ -76,9 +76,10 @@ def train(
         print(result.loss_before, result.loss_after)
         print(mlx_lm.generate(result.model, result.tokenizer, prompt="Hello"))
 
-    It saves an adapter and checkpoints to ``adapter_path`` (default: ./adapters), as the command does, and refuses a folder that holds
-    another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's stop button) ends it
-    between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is handled.
+    It saves an adapter and checkpoints to ``adapter_path`` (default: ./adapters), as the command does, and refuses a
+    folder that holds another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's
+    stop button) ends it between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is
+    handled.
 
     Nothing is left behind in the process: memory limits, NumPy's and MLX's random states, signal handlers and
     mlx-lm's layers are as before. Its random numbers come from ``seed``. MLX's record of the peak memory starts anew.

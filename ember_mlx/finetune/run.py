@@ -267,7 +267,7 @@ def _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers):
             if args.resume is not None:
                 start, resumed = _go_on(args, model, optimizer, own_made_of, rows)
             disk = refuse_full_disk(args, model, optimizer, kept)
-            if start is None or start.step < args.iters:
+            if not (in_place and start.step == args.iters):
                 rprint(f"Disk: at most {disk}")
             safe_writing.make_folder(Path(args.adapter_path))
             lock.take(make=True)

@@ -58,6 +58,7 @@ class Saving:
         self.with_changes = args.resume_with_changes
         began_with = resumed if in_place else None
         self.began_with = began_with and began_with.name
+        self.began_at = steps_done if in_place else None
         self.adapter = adapter_saving.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
         self.best = BestAdapter(self.adapter, checkpoints.run_folder_of(resumed), steps_done) if kept.best else None
         self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
@@ -74,7 +75,8 @@ class Saving:
         adapter = self._tried(f"adapter of step {steps_done}", self.adapter.save, steps_done, numbered)
         if adapter and not self.checkpoints.keep:
             self.checkpoints.remove_others()  # of the run that the adapter of this one has now replaced
-        _tell(checkpoint + adapter)
+        if steps_done != self.began_at:  # of a finished run the same files are written again, which is no news
+            _tell(checkpoint + adapter)
         return bool(adapter)
 
     def save_best(self, now: Best, untrained: float | None, position: Position, is_saved: bool) -> None:

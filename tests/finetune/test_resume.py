@@ -87,8 +87,7 @@ def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(parse, folders
     out = " ".join(capsys.readouterr().out.split())
     length, more = ("--epochs 0.5 (3 steps)", "--epochs") if epochs else ("--iters 3", "--iters")
     assert f"step-0000003 is the last of {length}; --resume with a higher {more} continues" in out
-    assert " Optimizer state 84.26 kB, where Adam" in out
-    for untrue in ("Resuming after", "eak memory", "tok/s", "100%"):
+    for untrue in ("Resuming after", "eak memory", "tok/s", "100%", "Disk:", "save ", "where Adam", ".safetensors"):
         assert untrue not in out
     assert again.peak_memory is None
     assert (again.loss_before, again.loss_after) == (first.loss_before, first.loss_after)
