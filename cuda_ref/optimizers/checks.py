@@ -164,7 +164,7 @@ def fact_of(option: Any) -> Any:
 def _check_learning_rate(optimizer, group):
     lr = group["lr"]
     if isinstance(lr, torch.Tensor):
-        devices = {str(w.device) for w in group["params"]}
+        devices = {str(w.device) for w in group["params"]} or {str(lr.device)}  # SplitWeights empties the other groups
         if lr.ndim or lr.dtype not in (torch.float32, torch.float64) or {str(lr.device)} - devices - {"cpu"}:
             raise InputError(
                 f"{optimizer}(lr=...): a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype} on {lr.device}; must "

@@ -81,8 +81,8 @@ class SplitWeights(WrappingOptimizer):
         check_word("SplitWeights", "weights", weights, WEIGHTS)
         if not isinstance(optimizer, Optimizer):
             raise InputError(f"SplitWeights({optimizer!r}): must be a torch.optim.Optimizer, made")
-        if isinstance(optimizer, SplitWeights) or getattr(optimizer, "weights", None) is not None:
-            raise InputError(f"SplitWeights({name}): {name} splits weights already: take it as it is")
+        if hasattr(optimizer, "weights"):  # as of FlashAdamW, whose state has a rest of its own
+            raise InputError(f"SplitWeights({name}): {name} splits weights itself: take it with weights='bf16+int8'")
         for w in (w for group in optimizer.param_groups for w in group["params"]):
             if is_dtensor(w):
                 raise InputError(
@@ -167,23 +167,23 @@ class SplitWeights(WrappingOptimizer):
 
     def _load_parts(self, state_dict):
         """What the optimizer alone gave is taken, too: then every rest is 0."""
-        rests = {i: state["rest"] for i, state in state_dict["state"].items() if "rest" in state}
-        for i, w in self._numbered():
-            rest = rests.get(i)
+        rests = {}
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])  # a pair's tables start above 0
+        for i, (_, w) in zip(saved, self._numbered(), strict=False):  # the optimizer inside refuses other groups
+            rest = state_dict["state"].get(i, {}).get("rest")
             if rest is not None and (w.dtype != torch.bfloat16 or rest.shape != w.shape or rest.dtype != torch.int8):
                 raise InputError(
                     f"SplitWeights.load_state_dict: the state has a rest of shape {tuple(rest.shape)} and dtype "
                     f"{rest.dtype} for parameter {i}, of shape {tuple(w.shape)} and dtype {w.dtype}; it must be int8, "
                     "in the shape of a bfloat16 parameter. Load the state of this model"
                 )
+            if rest is not None:
+                rests[w] = {"rest": rest.to(w.device, copy=True)}
         others = {i: {name: value for name, value in state.items() if name != "rest"}
                   for i, state in state_dict["state"].items()}  # fmt: skip
         with self._seen_as_float32():
             self.optimizer.load_state_dict(state_dict | {"state": {i: state for i, state in others.items() if state}})
-        self.state = defaultdict(dict)
-        for i, w in self._numbered():
-            if i in rests:
-                self.state[w]["rest"] = rests[i].to(w.device, copy=True)
+        self.state = defaultdict(dict, rests)
 
     @contextmanager
     def _seen_as_float32(self):

@@ -82,8 +82,8 @@ class SplitWeights(Optimizer):
             raise InputError(f"SplitWeights({optimizer!r}): must be an mlx.optimizers.Optimizer, made")
         if isinstance(optimizer, MultiOptimizer):
             raise InputError(f"SplitWeights({name}): split the weights of each optimizer in it: {name} holds several")
-        if isinstance(optimizer, SplitWeights) or getattr(optimizer, "weights", None) is not None:
-            raise InputError(f"SplitWeights({name}): {name} splits weights already: take it as it is")
+        if hasattr(optimizer, "weights"):  # as of FlashAdamW, whose state has a rest of its own
+            raise InputError(f"SplitWeights({name}): {name} splits weights itself: take it with weights='bf16+int8'")
         self.optimizer = optimizer
         self.weights = weights
         self._initialized = False

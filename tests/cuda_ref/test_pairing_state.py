@@ -15,6 +15,7 @@ from torch.optim import SGD
 from torch_pair import RESTS, Model, V, differing, paired, rates, same_state, train, trained
 
 from cuda_ref import Ember, InputError
+from cuda_ref.optimizers import SplitWeights
 
 
 @pytest.mark.parametrize("rest", RESTS)
@@ -37,6 +38,18 @@ def test_state_keeps_float32_for_16_bit_tables():
     other.load_state_dict(optimizer.state_dict())
     assert same_state(optimizer, other)
     assert {state["r"].dtype for state in other.tables.state.values()} == {torch.float32}
+
+
+def test_rests_of_split_tables_come_back_whatever_their_number_in_the_pair():
+    sides = {side: lambda named: SplitWeights(SGD(named, lr=1e-3)) for side in ("tables", "rest")}
+    _, optimizer = trained(2, torch.bfloat16, **sides)
+    other = paired(Model().to(torch.bfloat16), **sides)
+    other.load_state_dict(optimizer.state_dict())
+    for side in ("tables", "rest"):
+        rests, found = ([s["rest"] for s in getattr(o, side).state.values()] for o in (optimizer, other))
+        assert any(rest.any() for rest in rests)
+        assert len(rests) == len(found)
+        assert all(map(torch.equal, rests, found))
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -144,8 +144,9 @@ def test_a_step_compiles_once():
     [
         (lambda: SplitWeights(Ember(1e-3), weights="int4"), "must be 'bf16\\+int8'"),
         (lambda: SplitWeights("adamw"), "must be an mlx.optimizers.Optimizer"),
-        (lambda: SplitWeights(SplitWeights(Ember(1e-3))), "splits weights already"),
-        (lambda: SplitWeights(FlashAdamW(1e-3, weights="bf16+int8")), "splits weights already"),
+        (lambda: SplitWeights(SplitWeights(Ember(1e-3))), "splits weights itself"),
+        (lambda: SplitWeights(FlashAdamW(1e-3, weights="bf16+int8")), "splits weights itself"),
+        (lambda: SplitWeights(FlashAdamW(1e-3)), "FlashAdamW splits weights itself: .* weights='bf16\\+int8'"),
         (lambda: SplitWeights(mlx.optimizers.MultiOptimizer([Ember(1e-3)])), "split the weights of each"),
         (lambda: SplitWeights(Ember(1e-3)).init({"w": mx.zeros((4, 2))}), "no parameter is bfloat16 .w is .*float32"),
         (lambda: FlashAdamW(1e-3, weights="bf16+int8").init({"w": mx.zeros((4, 2))}), "no parameter is bfloat16"),

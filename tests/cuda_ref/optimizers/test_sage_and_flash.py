@@ -192,6 +192,16 @@ def test_a_weight_resized_within_its_groups_of_32_or_beside_its_rest_is_refused(
         train(optimizer, 1)
 
 
+@pytest.mark.parametrize("kind", [Ember, SAGE])
+def test_a_rate_beside_the_weights_is_taken_though_groups_are_shown_one_at_a_time(kind):
+    weights = [torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16, device="meta")) for _ in "12"]
+    optimizer = SplitWeights(kind([{"params": [w]} for w in weights], lr=torch.tensor(1e-3, device="meta")))
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert all(optimizer.state[w]["rest"].shape == w.shape for w in weights)
+
+
 BAD = [
     (lambda: SAGE([start((2, 3, 4))], lr=1e-3), r"shape \(2, 3, 4\).*SinkGD or AdamMini"),
     (lambda: SAGE([start((2, 3))], lr=-1.0), r"SAGE\(lr=-1.0\)"),
@@ -202,7 +212,8 @@ BAD = [
     (lambda: FlashLion([start((0, 3))], lr=1e-3), "with elements"),
     (lambda: FlashLion([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))], lr=1e-3), "float64"),
     (lambda: SplitWeights(Ember([start((2, 3))], lr=1e-3)), "no parameter is bfloat16"),
-    (lambda: SplitWeights(FlashLion([start((2, 3), "bfloat16")], lr=1e-3, weights="bf16+int8")), "already"),
+    (lambda: SplitWeights(FlashLion([start((2, 3), "bfloat16")], lr=1e-3, weights="bf16+int8")), "itself"),
+    (lambda: SplitWeights(FlashLion([start((2, 3), "bfloat16")], lr=1e-3)), r"itself: .* weights='bf16\+int8'"),
 ]
 
 
