@@ -19,8 +19,8 @@ def check_what_is_written(args: Options, lock: FolderLock) -> None:
     Raises:
         InputError: for these, and where ``--resume`` finds no checkpoint.
     """
-    check_resumed(args)
     check_adapter_folder(args)
+    check_resumed(args)
     if args.log_jsonl:
         run_log_writer.check(args, resumes_in_place(args))
         if Path(args.log_jsonl).exists():
@@ -45,6 +45,7 @@ def check_adapter_folder(args: Options) -> None:
     elif (adapter_saving.run_files(folder) or saved) and not args.overwrite:
         which = f"{folder} (the default)" if args.adapter_path == defaults()["adapter_path"] else folder
         if args.resume is not None:
+            check_resumed(args)  # first: what is no checkpoint goes on nowhere
             own = checkpoints.adapter_folder_of(Path(args.resume)) or checkpoints.run_folder_of(Path(args.resume))
             than = f" than that of --resume {args.resume}"
             go_on = f", or --adapter-path {own} to go on with that run in its own folder" if own else ""
