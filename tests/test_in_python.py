@@ -19,6 +19,7 @@ from ember_mlx import InputError
 from ember_mlx.commands import train as command
 from ember_mlx.finetune import options
 from ember_mlx.finetune.keywords import NAMES, options_of
+from ember_mlx.finetune.samples import Prompt
 from ember_mlx.finetune.watchers import Watcher
 
 SHORT = {"iters": 3, "batch_size": 2, "val_batches": 2, "steps_per_report": 1, "keep_checkpoints": 0}
@@ -96,6 +97,19 @@ def test_what_comes_back(folders, tmp_path):
     assert "Llama" not in repr(result)
     with pytest.raises(AttributeError, match="options are never written to"):
         result.options.iters = 5
+
+
+def test_the_sample_of_the_page_asks_as_the_rows_were_trained(folders, tmp_path, monkeypatch):
+    page = (Path(ember_mlx.__file__).parent / "README.md").read_text()
+    sample = page.partition("```python\n")[2].partition("```")[0]
+    for named, here in {"Qwen/Qwen3-0.6B": folders["untied"], "questions.csv": folders["data"]}.items():
+        sample = sample.replace(named, str(here))
+    asked = []
+    monkeypatch.setattr(mlx_lm, "generate", lambda model, tokenizer, prompt: asked.append((tokenizer, prompt)))
+    monkeypatch.chdir(tmp_path)
+    exec(sample.replace("iters=200", "iters=1"), {})
+    [(tokenizer, prompt)] = asked
+    assert prompt == Prompt("", "Hello").tokens(tokenizer)  # those of `ember-mlx generate`
 
 
 def global_state():

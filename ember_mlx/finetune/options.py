@@ -294,7 +294,8 @@ def _read_config(path, parser, warn):
             now = f"; mlx-lm has {RENAMED[key]} now" if key in RENAMED else did_you_mean(key, known)
             warn(f"Warning: {where}: {key!r}: no effect: it is no option here{now}")
         if key in actions and value is not None:
-            config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
+            shown = repr(value) if isinstance(value, str) else value  # quotes and commas may be the fault
+            config[key] = typed(f"{where}: {key}: {shown}", value, actions[key])
     return config
 
 

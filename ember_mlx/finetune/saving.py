@@ -34,6 +34,7 @@ class Saving:
     Args:
         args, model, optimizer: The run's.
         made_of (dict): See :func:`ember_mlx.finetune.resume.made_of`.
+        rows (list[int]): How many it trains and validates on.
         kept (Kept): What of its saves is kept.
         resumed (Path, optional): The checkpoint with which the run began.
         in_place (bool): Whether that is in the same adapter folder.
@@ -46,6 +47,7 @@ class Saving:
         model: nn.Module,
         optimizer: GuardedOptimizer | PairedOptimizer,
         made_of: dict,
+        rows: list[int],
         kept: Kept,
         resumed: Path | None = None,
         in_place: bool = False,
@@ -63,6 +65,7 @@ class Saving:
         self.best = BestAdapter(self.adapter, checkpoints.run_folder_of(resumed), steps_done) if kept.best else None
         self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
+        self.recorded = {"rows": rows, "versions": self.described["versions"]}
         self.failed = []  # in words, what could not be saved
 
     def save(self, steps_done: int, position: Position) -> bool:
@@ -83,12 +86,14 @@ class Saving:
         """See :meth:`BestAdapter.hear`. A run that replaces another one does that first, by a save of its own."""
         if self.adapter.replaced and self.best.is_lower(now, untrained) and not self.save(now.step, position):
             return
-        _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved))
+        losses = {"loss_name": "Validation loss", "loss_before": untrained, "loss_after": now.validation_loss}
+        recorded = {RESULT: losses | {"steps": now.step} | self.recorded}
+        _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved, recorded))
 
     def record(self, result: dict) -> None:
         """Put what came of the run into the config of the adapter, for its model card."""
         if self.adapter.saved:
-            self._tried("what came of the run", self.adapter.save_config, {RESULT: result})
+            self._tried("what came of the run", self.adapter.save_config, {RESULT: result | self.recorded})
 
     def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
