@@ -51,6 +51,7 @@ __all__ = [
     "in_folder",
     "options_of",
     "read",
+    "run_folder_of",
 ]
 
 FOLDER = "checkpoints"
