@@ -78,9 +78,10 @@ def train(
         prompt = result.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         print(mlx_lm.generate(result.model, result.tokenizer, prompt))
 
-    It saves an adapter and checkpoints to ``adapter_path``, as the command does, and refuses a folder that holds
-    another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's stop button) ends it
-    between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is handled.
+    It saves an adapter and checkpoints to ``adapter_path`` (default: ./adapters), as the command does, and refuses a
+    folder that holds another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's
+    stop button) ends it between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is
+    handled.
 
     Nothing is left behind in the process: memory limits, NumPy's and MLX's random states, signal handlers and
     mlx-lm's layers are as before. Its random numbers come from ``seed``. MLX's record of the peak memory starts anew.

@@ -222,8 +222,9 @@ ROW = {"text": "a"}
         ({"adapter_path": 3}, "adapter_path: 3 must be text"),
         ({"lora_parameters": {"rank": 0}}, "lora_parameters: rank: 0 must be"),
         ({"lora_parameters": {"rank": {1}}}, "lora_parameters: rank: {1} is read as a set"),
-        ({"resume": True}, "resume: adapter_path {tmp}/a: it has no checkpoint; start without resume"),
+        ({"resume": True}, "resume: adapter_path {tmp}/a: it has no checkpoint; give another, or start without resume"),
         ({"adapter_path": "{tmp}/taken"}, "already holds another run; give another path, or overwrite=True to"),
+        ({"adapter_path": "{tmp}/taken"}, "with the first save of this one, or resume=True to continue it"),
         ({"mask_prompt": True, "data": [ROW] * 9}, "mask_prompt=True: data: train[0] has text and so no prompt"),
         ({"data": [ROW, {"txt": "b"}]}, "data: train[1] has no text"),
         ({"data": [ROW, 5]}, "data: train[1] has no text"),
@@ -246,6 +247,7 @@ ROW = {"text": "a"}
 def test_bad_input_is_one_line_that_names_the_keyword_and_writes_nothing(folders, tmp_path, given, message):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "adapters.safetensors").write_text("of another run")
+    (tmp_path / "taken" / "checkpoints" / "step-0000001").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
 
     def filled(value):

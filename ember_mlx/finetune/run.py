@@ -265,7 +265,9 @@ def _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers):
         if workers.leads:
             if args.resume is not None:
                 start, resumed = _go_on(args, model, optimizer, own_made_of, rows[0])
-            rprint(f"Disk: at most {refuse_full_disk(args, model, optimizer, kept)}")
+            disk = refuse_full_disk(args, model, optimizer, kept)
+            if not (in_place and start.step == args.iters):
+                rprint(f"Disk: at most {disk}")
             safe_writing.make_folder(Path(args.adapter_path))
             lock.take(make=True)
             check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone

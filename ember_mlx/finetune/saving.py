@@ -60,8 +60,9 @@ class Saving:
         self.with_changes = args.resume_with_changes
         began_with = resumed if in_place else None
         self.began_with = began_with and began_with.name
+        self.began_at = steps_done if in_place else None
         self.adapter = adapter_saving.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
-        self.best = BestAdapter(self.adapter, _adapter_folder(resumed), steps_done) if kept.best else None
+        self.best = BestAdapter(self.adapter, checkpoints.run_folder_of(resumed), steps_done) if kept.best else None
         self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
         self.recorded = {"rows": rows, "versions": self.described["versions"]}
@@ -77,7 +78,8 @@ class Saving:
         adapter = self._tried(f"adapter of step {steps_done}", self.adapter.save, steps_done, numbered)
         if adapter and not self.checkpoints.keep:
             self.checkpoints.remove_others()  # of the run that the adapter of this one has now replaced
-        _tell(checkpoint + adapter)
+        if steps_done != self.began_at:  # of a finished run the same files are written again, which is no news
+            _tell(checkpoint + adapter)
         return bool(adapter)
 
     def save_best(self, now: Best, untrained: float | None, position: Position, is_saved: bool) -> None:
@@ -168,11 +170,6 @@ class Saving:
             newest = f"{self.newest} is unchanged" if self.newest else "no checkpoint exists to resume from"
             rprint(f"  not saved  {self.failed[-1]}; {newest}")
             return []
-
-
-def _adapter_folder(checkpoint):
-    """The adapter folder that a checkpoint lies in, if it does."""
-    return checkpoint.parent.parent if checkpoint and checkpoint.parent.name == checkpoints.FOLDER else None
 
 
 def _tell(names):
