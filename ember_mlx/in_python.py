@@ -48,7 +48,7 @@ class Result(summary.Result):
         train_losses: Steps done -> mean training loss since the report before, in nats a token.
         valid_losses: Steps done -> validation loss then. Each validation draws its own batches, if not all are used.
         options: All options of the run, frozen; the defaults are filled in.
-        model: Trained, in eval mode, with its LoRA layers: ready for ``mlx_lm.generate``.
+        model: Trained, in eval mode, with its LoRA layers, for ``mlx_lm.generate``; see :func:`train` for the prompt.
         tokenizer: Its tokenizer, with the tokens that the run added.
     """
 
@@ -74,11 +74,14 @@ def train(
 
         result = ember_mlx.train("Qwen/Qwen3-0.6B", data="questions.csv", iters=200, adapter_path="adapters")
         print(result.loss_before, result.loss_after)
-        print(mlx_lm.generate(result.model, result.tokenizer, prompt="Hello"))
+        chat = [{"role": "user", "content": "Hello"}]  # trained through the chat template, asked through it
+        prompt = result.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        print(mlx_lm.generate(result.model, result.tokenizer, prompt))
 
-    It saves an adapter and checkpoints to ``adapter_path``, as the command does, and refuses a folder that holds
-    another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's stop button) ends it
-    between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is handled.
+    It saves an adapter and checkpoints to ``adapter_path`` (default: ./adapters), as the command does, and refuses a
+    folder that holds another run unless ``overwrite=True``. In the main thread, Ctrl-C (in a notebook, the kernel's
+    stop button) ends it between two steps, with a checkpoint; ``resume=True`` goes on. In other threads no signal is
+    handled.
 
     Nothing is left behind in the process: memory limits, NumPy's and MLX's random states, signal handlers and
     mlx-lm's layers are as before. Its random numbers come from ``seed``. MLX's record of the peak memory starts anew.

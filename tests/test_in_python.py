@@ -19,6 +19,7 @@ from ember_mlx import InputError
 from ember_mlx.commands import train as command
 from ember_mlx.finetune import options
 from ember_mlx.finetune.keywords import NAMES, options_of
+from ember_mlx.finetune.samples import Prompt
 from ember_mlx.finetune.watchers import Watcher
 
 SHORT = {"iters": 3, "batch_size": 2, "val_batches": 2, "steps_per_report": 1, "keep_checkpoints": 0}
@@ -96,6 +97,19 @@ def test_what_comes_back(folders, tmp_path):
     assert "Llama" not in repr(result)
     with pytest.raises(AttributeError, match="options are never written to"):
         result.options.iters = 5
+
+
+def test_the_sample_of_the_page_asks_as_the_rows_were_trained(folders, tmp_path, monkeypatch):
+    page = (Path(ember_mlx.__file__).parent / "README.md").read_text()
+    sample = page.partition("```python\n")[2].partition("```")[0]
+    for named, here in {"Qwen/Qwen3-0.6B": folders["untied"], "questions.csv": folders["data"]}.items():
+        sample = sample.replace(named, str(here))
+    asked = []
+    monkeypatch.setattr(mlx_lm, "generate", lambda model, tokenizer, prompt: asked.append((tokenizer, prompt)))
+    monkeypatch.chdir(tmp_path)
+    exec(sample.replace("iters=200", "iters=1"), {})
+    [(tokenizer, prompt)] = asked
+    assert prompt == Prompt("", "Hello").tokens(tokenizer)  # those of `ember-mlx generate`
 
 
 def global_state():
@@ -193,6 +207,7 @@ ROW = {"text": "a"}
     ("given", "message"),
     [
         ({"learnin_rate": 1}, "learnin_rate: is no option of train (did you mean 'learning_rate'?)"),
+        ({"lr": 1}, "lr: is no option of train (did you mean 'learning_rate'?)"),
         ({"zzz": 1}, "zzz: is no option of train; `ember-mlx train --help` lists them"),
         ({"iters": "many"}, "iters: 'many' must be a whole number"),
         ({"iters": 2.5}, "iters: 2.5 must be a whole number"),
@@ -207,8 +222,9 @@ ROW = {"text": "a"}
         ({"adapter_path": 3}, "adapter_path: 3 must be text"),
         ({"lora_parameters": {"rank": 0}}, "lora_parameters: rank: 0 must be"),
         ({"lora_parameters": {"rank": {1}}}, "lora_parameters: rank: {1} is read as a set"),
-        ({"resume": True}, "resume: adapter_path {tmp}/a: it has no checkpoint; start without resume"),
+        ({"resume": True}, "resume: adapter_path {tmp}/a: it has no checkpoint; give another, or start without resume"),
         ({"adapter_path": "{tmp}/taken"}, "already holds another run; give another path, or overwrite=True to"),
+        ({"adapter_path": "{tmp}/taken"}, "with the first save of this one, or resume=True to continue it"),
         ({"mask_prompt": True, "data": [ROW] * 9}, "mask_prompt=True: data: train[0] has text and so no prompt"),
         ({"data": [ROW, {"txt": "b"}]}, "data: train[1] has no text"),
         ({"data": [ROW, 5]}, "data: train[1] has no text"),
@@ -216,7 +232,7 @@ ROW = {"text": "a"}
         ({"data": ([ROW] * 3, [ROW, {}])}, "data: valid[1] has no text"),
         ({"data": ([ROW], [ROW], [ROW])}, "data: 3 lists: give one list of rows, or a (train, valid) pair"),
         ({"data": []}, "data: no rows to train on"),
-        ({"data": [ROW]}, "the train set has 1 rows, fewer than batch_size 2"),
+        ({"data": [ROW]}, "the train set has 1 row, fewer than batch_size 2"),
         ({"data": [ROW] * 9, "test": True}, "test=True: rows in memory have no test set"),
         ({"data": None}, "data is required"),
         ({"data": 7}, "data: int: give a path"),
@@ -231,6 +247,7 @@ ROW = {"text": "a"}
 def test_bad_input_is_one_line_that_names_the_keyword_and_writes_nothing(folders, tmp_path, given, message):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "adapters.safetensors").write_text("of another run")
+    (tmp_path / "taken" / "checkpoints" / "step-0000001").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
 
     def filled(value):

@@ -215,6 +215,11 @@ def test_one_optimizer_cannot_be_both_sides():
         PairedOptimizer(tiny_llama(), tables=optimizer, rest=optimizer)
 
 
+def test_swapped_sides_are_refused_with_the_right_ones():
+    with pytest.raises(InputError, match="with PairedOptimizer it is tables=, and another optimizer is rest="):
+        PairedOptimizer(tiny_llama(), tables=adamw(), rest=Ember(1e-3))
+
+
 @pytest.mark.parametrize("wrong", [None, Ember, "ember"])
 def test_what_is_no_optimizer_is_refused_by_name(wrong):
     with pytest.raises(InputError, match="PairedOptimizer.tables="):

@@ -87,6 +87,13 @@ def test_data_that_train_would_refuse_is_refused(parse, tmp_path):
             with_rows_of_data(args, read_inputs(args))
 
 
+def test_what_epochs_make_comes_before_the_length_of_rows(parse):
+    args = parse("--max-seq-length", 20, data="text") | {"epochs": 1.0}
+    of_epochs, *_, of_rows = with_rows_of_data(args, read_inputs(args)).assumptions
+    assert of_epochs.startswith("--epochs 1 is ")
+    assert "--max-seq-length 20 cuts" in of_rows  # which train tells alone
+
+
 def test_a_short_run_is_told_that_it_may_draw_shorter_rows(parse):
     for steps, told in ((5, True), (6, False)):  # of 12 rows, 2 at a time
         for limit in (2048, 20):

@@ -11,8 +11,8 @@ from ember_mlx import InputError
 from ember_mlx.commands import train
 from ember_mlx.finetune import options
 from ember_mlx.planner import plan, read_architecture, run_of
+from ember_mlx.planner.operations import operations
 from ember_mlx.planner.savings import cheapest_savings, savings
-from ember_mlx.planner.streaming_advice import operations
 
 QWEN = {
     "model_type": "qwen3",
@@ -56,7 +56,7 @@ def test_of_the_sets_that_fit_the_one_of_least_time_is_switched_on(words):
 
 @pytest.fixture
 def no_memory(monkeypatch):
-    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (1, "this machine has for it"))
+    monkeypatch.setattr("ember_mlx.planner.machine.memory", lambda asked, backend: (1, "this machine has"))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,8 @@ def test_what_the_user_has_decided_stays(folders, tmp_path, no_memory, words, ya
     *savings_lines, warning = lines
     assert [line.split()[2].strip(",") for line in savings_lines] == [options.flag(name) for name in switched_on]
     assert warning.startswith("Warning: with batches of 2 x 32 tokens this run is predicted to take ")
+    assert (" even so, and " in warning) == bool(switched_on)
+    assert ": a step that takes more ends the run; `ember-mlx plan`" in warning
 
 
 def test_a_run_that_fits_is_left_alone(parse):
@@ -124,7 +126,7 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
     train.main([*words, "--iters", "1"])
     said = capsys.readouterr().out
     assert "Switched on: --stream, since this run is planned to take " in said
-    assert "and this machine has for it 1 bytes: " in said
+    assert "and this machine has 1 bytes: " in said
     assert "--no-stream turns it off" in said
     assert "Streamed: every weight is stepped inside the backward pass" in said
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
@@ -147,7 +149,7 @@ def test_a_resumed_run_takes_the_steps_that_it_took(folders, tmp_path, monkeypat
     """Without a limit the machine has enough."""
     monkeypatch.setattr(
         "ember_mlx.planner.machine.limited",
-        lambda options, *_: (10**12 if options.memory_limit else 1, "this machine has for it"),
+        lambda options, *_: (10**12 if options.memory_limit else 1, "this machine has"),
     )
     paths = {"--model": folders["untied"], "--data": folders["text"], "--adapter-path": tmp_path / "adapters"}
     words = [str(word) for pair in paths.items() for word in pair] + ["--batch-size", "2"]

@@ -103,6 +103,7 @@ def test_a_chat_answers_as_generate_does_and_ends_with_its_input(folders, adapte
     [
         ("chat --adapter-path /no/such", "adapter /no/such: no such folder"),
         ("chat --model /no/such", "model /no/such: no such folder here"),
+        ("generate hello", "unrecognized arguments: hello; a value needs its flag, such as --prompt;"),
         ("chat --temp -1", "--temp -1.0: must be at least 0"),
         ("generate --prompt a --min-p 2", "--min-p 2.0: must be at least 0 and at most 1"),
         ("generate --prompt a --kv-bits 7", "--kv-bits 7: must be one of 2, 3, 4, 5, 6, 8"),

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.planner import advice, plan, read_architecture, run_of
-from ember_mlx.planner.streaming_advice import operations, recommendations
+from ember_mlx.planner.operations import operations
+from ember_mlx.planner.streaming_advice import recommendations
 from ember_mlx.shared import sizes_in_memory
 from ember_mlx.streaming import StreamedStep
 from ember_mlx.streaming.shards import Group
@@ -239,6 +241,18 @@ def test_a_run_that_does_not_fit_is_told_to_stream():
     assert not {"--stream", "--grad-checkpoint", "--chunked-loss"} & set(streams)
 
 
+def test_a_change_is_told_once_with_its_time(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    words = ["--model", str(tmp_path), "--max-seq-length", "129", "--backend", "cuda", "--memory", "1MB"]
+    main([*words, "--table-optimizer", "adamw"])
+    said = capsys.readouterr().out
+    assert said.count("--stream") == 1
+    assert "Recommended" not in said
+    assert "or add --quantize 4" in said
+    times = dict(re.findall(r"^  (--[a-z-]+) .* ([0-9.]+) times$", said, re.MULTILINE))
+    assert 1 < float(times["--grad-checkpoint"]) < float(times["--stream"])
+
+
 def test_operations_are_counted():
     """Of a model without attention's own products: 6 a weight, of which 2 are in the forward pass."""
     model, run = run_with(QWEN, *ORDINARY)
@@ -266,6 +280,7 @@ def test_the_command_prints_the_phases(tmp_path, capsys):
     assert "Alternative" not in said
     main([*words, "--stream", "--keep-inputs", "2"])
     said = capsys.readouterr().out
+    assert "validation, beside the step" in said
     assert "between steps: weights and state" in said
     assert "a layer, backwards" in said
     main([*words, "--json"])  # the default

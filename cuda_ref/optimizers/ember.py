@@ -339,8 +339,7 @@ class Ember(CheckedOptimizer):
         if not is_table or w.dtype not in checks.DTYPES:
             raise InputError(
                 f"Ember: {name} has shape {tuple(w.shape)} and dtype {w.dtype}; Ember takes 2-D token tables in "
-                "float32, bfloat16 or float16 only: give this parameter to another optimizer, for example with "
-                "cuda_ref.PairedOptimizer"
+                "float32, bfloat16 or float16 only: with PairedOptimizer it is tables=, and another optimizer is rest="
             )
         if self.row_shard_group is not None and sharding.is_dtensor(w):
             raise InputError(

@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> None:
     train = packed(args, sets["train"])
     if isinstance(train, PackedRows):
         print(
-            f"\nPacked: {len(sets['train']):,} train rows make {len(train):,} of {args.max_seq_length:,} tokens, "
-            f"{train.fullness:.1%} full; batches of {args.batch_size} of these"
+            f"\nPacked: {len(sets['train']):,} train rows make {len(train):,} packs of {args.max_seq_length:,} tokens, "
+            f"{train.fullness:.1%} full; in batches of {args.batch_size}"
         )
     for name, found in counts.items():
         if found.empty:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -60,11 +61,13 @@ def main(arguments: list[str]) -> None:
     if keep is None:
         with tempfile.TemporaryDirectory() as folder:
             demo(Path(folder))
+        print("Nothing is kept; --keep FOLDER keeps data, model and both adapters.")
     elif Path(keep).exists():
         raise InputError(f"--keep {keep}: folder already exists; choose a new one")
     else:
         demo(Path(keep))
-        print(f"Everything is in {keep}.")
+        model, data, *adapters = (shlex.quote(str(Path(keep, name))) for name in ("model", "data", "Ember", "AdamW"))
+        print(f"Kept: --model {model}, --data {data}, --adapter-path {' or '.join(adapters)}")
 
 
 def demo(folder: Path) -> None:
@@ -97,7 +100,8 @@ def _train_options(folder, name):
     paths = {"--model": folder / "model", "--data": folder / "data", "--adapter-path": folder / name}
     words = [str(word) for pair in (paths | SETTINGS).items() for word in pair]
     # The rate is one for Adam with bias correction: without, 40 steps end at 2.9 nats in place of 2.2.
-    return [*words, "--table-optimizer", name, "--bias-correction"]
+    # It validates at both ends alone, so the best adapter is the last.
+    return [*words, "--table-optimizer", name, "--bias-correction", "--no-keep-best"]
 
 
 def _complete(model, tokenizer, examples):

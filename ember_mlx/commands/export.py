@@ -9,7 +9,7 @@ from ember_mlx.exporting.inputs import check_save_path, load_fused
 from ember_mlx.exporting.ollama import write_model_for_ollama
 from ember_mlx.exporting.peft import write_peft
 from ember_mlx.shared.command_line import describe
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean_path
 
 __all__ = ["main"]
 
@@ -109,7 +109,8 @@ def _check(args):
     if args.llama_cpp is not None:
         script_of(args.llama_cpp)  # as the converter will, once the model is loaded
     if not args.no_adapter and not Path(args.adapter_path).is_dir() and args.format != "peft":
+        near = did_you_mean_path(args.adapter_path, Path.is_dir)
         raise InputError(
-            f"--adapter-path {args.adapter_path}: there is no such folder; give that of a run, or --no-adapter to "
-            "export the model as it is"
+            f"--adapter-path {args.adapter_path}: there is no such folder{near}; give that of a run, or --no-adapter "
+            "to export the model as it is"
         )

@@ -39,7 +39,7 @@ HELP = {
         "overwrite": (None, "Replace the model that --save-path holds."),
         "requantize": (
             "BITS",
-            "Quantize the layers with adapters again, to 2, 3, 4, 5, 6 or 8 bits. Rounding to 4 bits can undo most of "
+            "Quantize the weights with adapters again, to 2, 3, 4, 5, 6 or 8 bits. Rounding to 4 bits can undo most of "
             "what was learned. Default: they stay in 16 bits, or in the dtype of the model.",
         ),
         "quantize_tables": (
@@ -58,7 +58,7 @@ examples:
   ember-mlx fuse --model Qwen/Qwen3-0.6B --adapter-path adapters
       a folder that stock mlx-lm loads: mlx_lm.server --model fused_model
   ember-mlx fuse --model mlx-community/Qwen3-0.6B-4bit --requantize 8
-      of a quantized model; the layers with adapters at 8 bits
+      of a quantized model; the weights with adapters at 8 bits
   ember-mlx fuse --model Qwen/Qwen3-0.6B --save-path other --overwrite
       replace the model in that folder"""
 # What fuse itself writes. Other files in the folder stay.
@@ -110,7 +110,8 @@ def main(arguments: list[str]) -> None:
         dict(tree_flatten(model.parameters())), f"model {args.model} with {adapter}", "use an adapter of finite numbers"
     )
     _write(folder, model, tokenizer, config, args, adapter_config)
-    print(_summary(folder, size_before, _size(model), merged, tables, kept_of_tables))
+    words = _summary(folder, size_before, _size(model), merged, tables, kept_of_tables)
+    print(words + _trained_whole(adapter_config, tables))
     if args.upload_repo is not None:
         try:
             upload_to_hub(args.save_path, args.upload_repo)
@@ -185,7 +186,8 @@ def _write(folder, model, tokenizer, config, args, adapter_config):
                 "--format gguf --llama-cpp FOLDER`"
             )
         save(partial, fused.source, model, tokenizer, config, donate_model=False)
-        (partial / "README.md").write_text(model_card(args.model, folder.name, adapter_config), encoding="utf-8")
+        card = model_card(args.model, folder.name, adapter_config, len(model.layers))
+        (partial / "README.md").write_text(card, encoding="utf-8")
         for path in partial.glob("*.safetensors"):
             safe_reading.read_metadata(path, f"--save-path {folder}")  # is as long as its header says
         if args.export_gguf:
@@ -202,14 +204,23 @@ def _summary(folder, size_before, size, merged: Merged, tables: list[BaseTable],
     return words
 
 
+def _trained_whole(adapter_config, quantized):
+    """What has no adapter to be merged, and is not quantized."""
+    if adapter_config.get("fine_tune_type") == "full":
+        return "; all weights that trained are as trained"
+    paths = [path.rpartition(".")[0] for path in adapter_config.get("token_tables") or ()]
+    paths = [path for path in paths if path not in {table.path for table in quantized}]
+    return f"; {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} as trained" if paths else ""
+
+
 def _of_layers(merged):
-    of = f"the {merged.layers} layers with adapters"
+    of = f"the {merged.layers} weights with adapters"
     if merged.bits:
         words = f"; {of} are quantized at {_words(merged.bits)} bits again"
     elif merged.bits_before:
         words = f"; {of}, of {_words(merged.bits_before)} bits before, are in {str(merged.dtype).rpartition('.')[2]}"
     else:
-        words = f"; {of} are merged"
+        words = f"; the adapters of {merged.layers} weights are merged"
     remedy = "leave --requantize out, or give more bits" if merged.bits else "use the adapter as it is, unfused"
     return words + _left(merged.kept, remedy)
 

@@ -82,6 +82,7 @@ def main(arguments: list[str]) -> None:
         },
         changes=advice(args, model, run, backend, memory) if planned.peak > memory else [],
         recommendations=recommendations(model, run, backend, planned, memory),
+        steps=inputs.iters,
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",
         memory=memory,

@@ -68,7 +68,7 @@ def check_save_path(folder: Path, *, overwrite: bool, model: str | Path, adapter
     if (parent / CONFIG).is_file() and is_run_path(parent, folder):
         raise InputError(f"{where}: is of the run in {parent}, which may replace it; give another path")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace the model in it")
+        raise InputError(f"{where}: already exists; give another path, or --overwrite to replace what is in it")
 
 
 def load_fused(model_path: str, adapter: Path | None, **options: Any) -> Fused:

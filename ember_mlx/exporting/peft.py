@@ -152,7 +152,7 @@ def _whole(number):
 
 
 def _summary(config, added, quantized):
-    words = f"the adapters of {len(config['target_modules'])} layers"
+    words = f"the adapters of {len(config['target_modules'])} weights"
     words += "".join(f", {path}" for path in config["modules_to_save"] or ())
     if added:
         words += f", and the tokenizer with {added} more tokens"

@@ -77,18 +77,18 @@ class Saver:
         self._prune(steps_done)
         return names
 
-    def save_best(self, found: dict[str, Any], is_saved: bool) -> None:
+    def save_best(self, more: dict[str, Any], is_saved: bool) -> None:
         """Put what is trained so far into ``best/``, an adapter folder of its own, in the place of the one there.
 
         Args:
-            found: What its config says of it, under the key "best".
+            more: What its config says of it, beside the options.
             is_saved: Whether the last :meth:`save` was of the same weights: ``best/`` then holds the same files.
 
         Raises:
             OSError: for whatever the disk has against it; the ``best/`` that was there is as it was.
         """
         with safe_writing.new_folder(self.folder / BEST) as best:
-            safe_writing.write_bytes(best / CONFIG, _as_config(self.options | {BEST: found}))
+            safe_writing.write_bytes(best / CONFIG, _as_config(self.options | more))
             files, metadata = self._arrays()
             for name, arrays in files.items():
                 if is_saved:

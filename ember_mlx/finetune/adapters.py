@@ -25,7 +25,7 @@ from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.merging import QUANTIZATION
 from ember_mlx.finetune.trainable import dequantize_modules
 from ember_mlx.finetune.yaml_sections import check_lora_parameters
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean_path
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = [
@@ -189,7 +189,9 @@ def check_file(path: Path) -> None:
     if path.is_dir() and (path / ADAPTERS).is_file():
         raise InputError(f"--resume-adapter-file {path}: is a folder; give {path / ADAPTERS}")
     if not path.is_file():
-        raise InputError(f"--resume-adapter-file {path}: this file does not exist; give an {ADAPTERS}")
+        raise InputError(
+            f"--resume-adapter-file {path}: this file does not exist{did_you_mean_path(path)}; give an {ADAPTERS}"
+        )
 
 
 def load_file(model: nn.Module, path: Path) -> None:
@@ -227,7 +229,8 @@ def read_config(folder: Path) -> dict:
     """
     if not folder.is_dir():
         kept = " (best/ is kept once a validation is better than the untrained model)" if folder.name == BEST else ""
-        raise InputError(f"adapter {folder}: no such folder{kept}; give the --adapter-path of a finished run")
+        near = did_you_mean_path(folder, lambda other: (other / CONFIG).is_file())
+        raise InputError(f"adapter {folder}: no such folder{near}{kept}; give the --adapter-path of a finished run")
     if not (folder / CONFIG).is_file():
         raise InputError(f"adapter {folder}: it has no {CONFIG}{_unfinished(folder)}")
     config = safe_reading.read_json(folder / CONFIG, f"adapter {folder}")

@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 from ember_mlx.finetune.choices import ROLES
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.trainable import dequantize_to_train
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
 from ember_mlx.token_tables import find_token_tables
 
 __all__ = ["NewToken", "add_asked_tokens", "add_tokens", "grow_tokenizer", "read_tokens"]
@@ -88,7 +88,9 @@ def read_tokens(path: Path) -> list[tuple[str, bool]]:
         tokens = json.loads(text) if special else text.splitlines()
     except (OSError, RecursionError, ValueError) as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
-        raise InputError(f"{where}: cannot be read ({reason}); give a text of one token a line, or JSON") from error
+        raise InputError(
+            f"{where}: cannot be read ({reason}){did_you_mean_path(path)}; give a text of one token a line, or JSON"
+        ) from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise InputError(f'{where}: must hold a list of special tokens, such as ["<think>", "</think>"]')
     if not tokens:

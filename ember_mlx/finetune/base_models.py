@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ember_mlx.finetune.quantized_layers import quantize_layers
-from ember_mlx.shared.errors import InputError, did_you_mean, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
 
 __all__ = ["check_model", "load_base", "why_not_loaded"]
 
@@ -70,6 +70,7 @@ def check_model(path_or_hf_repo: str | Path, where: str | None = None) -> None:
 def why_not_loaded(path_or_hf_repo: str | Path, error: Exception) -> str:
     """Why a model, or its tokenizer, did not load, and the remedy, where there is one."""
     path = Path(path_or_hf_repo)
+    near = _near(path)
     if path.exists():
         return f"mlx-lm cannot load it: {reason_of(error)}"
     if isinstance(error, of_hub.GatedRepoError):
@@ -77,13 +78,12 @@ def why_not_loaded(path_or_hf_repo: str | Path, error: Exception) -> str:
     elif isinstance(error, of_hub.RepositoryNotFoundError):
         why = f"it has no public model of this name: {GIVE}; for a private one, `hf auth login`"
     elif isinstance(error, of_hub.LocalEntryNotFoundError | of_hub.OfflineModeIsEnabled | ConnectionError):
-        why = (
-            f"it cannot be reached, nor is all of the model in its cache: give a model's folder, or connect and run "
-            f"`hf download {path_or_hf_repo}`"
-        )
+        why = "it cannot be reached, nor is all of the model in its cache"
+        if not near:
+            why += f": give a model's folder, or connect and run `hf download {path_or_hf_repo}`"
     else:
         why = reason_of(error)
-    return f"no such folder here{_near(path)}, and the Hugging Face hub gave none: {why}"
+    return f"no such folder here{near}, and the Hugging Face hub gave none: {why}"
 
 
 def _may_be_on_hub(name):
@@ -95,12 +95,8 @@ def _may_be_on_hub(name):
 
 
 def _near(path):
-    """A hint at the folder beside it that is spelt most alike, or nothing."""
-    beside = path.parent
-    try:
-        return did_you_mean(str(path), [str(each) for each in beside.iterdir() if (each / "config.json").is_file()])
-    except OSError:
-        return ""
+    """A hint at the model whose folder is spelt most alike, or nothing."""
+    return did_you_mean_path(path, lambda folder: (folder / "config.json").is_file())
 
 
 def _what_it_is(folder):

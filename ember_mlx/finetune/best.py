@@ -143,24 +143,25 @@ class BestAdapter:
             self.found = found
             self.elsewhere = None if in_place else resumed / adapters.BEST
 
-    def hear(self, now: Best, untrained: float | None, is_saved: bool) -> list[str]:
+    def hear(self, now: Best, untrained: float | None, is_saved: bool, recorded: dict[str, Any]) -> list[str]:
         """Of a validation: keep the weights if its loss is the lowest of these batches; the names written.
 
         Args:
             now: The validation.
             untrained: The loss before the first step, whose weights nobody needs to keep.
             is_saved: Whether the adapter folder holds the same weights.
+            recorded: What else its config is to hold.
 
         Raises:
             OSError: for whatever the disk has against it; the ``best/`` that was there stays.
         """
         if self.is_lower(now, untrained):
-            self.adapter.save_best(now.to_json(), is_saved)
+            self.adapter.save_best(recorded | {adapters.BEST: now.to_json()}, is_saved)
             self.found, self.elsewhere = now, None
             return [adapters.BEST]
         if self.elsewhere and self.found.batches == now.batches:
             self._bring()
-            return [adapters.BEST]
+            return [f"{adapters.BEST} (still that of step {self.found.step}, whose loss was lower)"]
         return []
 
     def is_lower(self, now: Best, untrained: float | None) -> bool:

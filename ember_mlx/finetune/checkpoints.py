@@ -51,6 +51,7 @@ __all__ = [
     "in_folder",
     "options_of",
     "read",
+    "run_folder_of",
 ]
 
 FOLDER = "checkpoints"
@@ -192,6 +193,11 @@ def adapter_folder_of(asked: Path) -> Path | None:
     if asked.name == FOLDER:
         return asked.parent
     return asked if (asked / FOLDER).is_dir() else None
+
+
+def run_folder_of(checkpoint: Path | None) -> Path | None:
+    """The adapter folder that a checkpoint lies in, if it does."""
+    return checkpoint.parent.parent if checkpoint and checkpoint.parent.name == FOLDER else None
 
 
 def find(adapter_folder: Path, asked: str | bool, tell: Callable[[str], Any] = print) -> Checkpoint:

@@ -17,7 +17,8 @@ from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
 from ember_mlx.finetune.rows import TriedRows, with_masked_prompts
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
+from ember_mlx.shared.units import counted
 
 __all__ = [
     "VALID_FRACTION",
@@ -35,6 +36,7 @@ SETS = ("train", "valid", "test")
 ON_HUB = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 VALID_FRACTION = 0.05
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name of a warning that it gives once
 MOST_OF_FEW = 0.2  # of the rows, when --valid-fraction of them would not fill a batch
 
 
@@ -84,14 +86,15 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
     if not is_local(args):
         if find_spec("datasets") is None:
             named = getattr(args, "hf_dataset", None)
-            what = "hf_dataset: " if named else f"--data {args.data}: is no file or folder here, and "
+            what = "hf_dataset: " if named else f"--data {args.data}: is no file or folder here{_near(args.data)}, and "
             raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
         return
     path = Path(args.data)
     if not path.exists():
         is_file = path.suffix.lower() in FORMATS
-        what = "file does not exist" if is_file else "folder does not exist; it must hold train.jsonl"
-        raise InputError(f"--data {args.data}: this {what}")
+        what = "file does not exist" if is_file else "folder does not exist"
+        must = "" if is_file else "; it must hold train.jsonl"
+        raise InputError(f"--data {args.data}: this {what}{_near(path)}{must}")
     for name, needed in (("train", args.train), ("test", args.test)):
         if needed and file_of(args, name) is None:
             if path.is_file():
@@ -105,6 +108,10 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
         if file_of(args, name):
             rows, _ = _read_set(args, name)
             _refuse_few(args, name, len(rows))
+
+
+def _near(path):
+    return did_you_mean_path(path, lambda other: other.is_dir() or other.suffix.lower() in FORMATS)
 
 
 def file_of(args: Options, name: str) -> Path | None:
@@ -125,6 +132,8 @@ def load_data(
         InputError: for a set of fewer rows than a batch, and for a row that the tokenizer or its chat template
             refuses; it names file and line.
     """
+    # Of rows above its own limit the tokenizer says that errors will follow; --max-seq-length cuts them, as told below.
+    getattr(tokenizer, "deprecation_warnings", {})[TOO_LONG] = True
     tried = []
     for name, found in load_sets(args, tokenizer, given).items():
         used = _is_used(args, name)
@@ -154,7 +163,7 @@ def _tell_of_cut_rows(args, sets):
         longest = max(max(rows.lengths, default=0) for rows in sets.values())
         rprint(
             f"Warning: --max-seq-length {limit} cuts {told}; the longest has {longest:,} tokens, and what is cut is "
-            "not learned. Raise it, or split these rows"
+            "left out. Raise it, or split these rows"
         )
 
 
@@ -180,8 +189,8 @@ def _is_used(args, name):
 def _refuse_few(args, name, rows):
     if _is_used(args, name) and 0 < rows < args.batch_size:
         raise InputError(
-            f"--data {args.data}: the {name} set has {rows} rows, fewer than --batch-size {args.batch_size}: "
-            f"use --batch-size {rows} or more rows"
+            f"--data {args.data}: the {name} set has {counted(rows, 'row')}, fewer than --batch-size "
+            f"{args.batch_size}: lower it to at most {rows}, or add rows"
         )
 
 
@@ -227,11 +236,16 @@ def _rows_to_split_off(args, rows):
     if fraction and size < args.batch_size <= rows * MOST_OF_FEW:
         size = args.batch_size
     if not args.batch_size <= size <= rows - args.batch_size:
-        why = f" (--valid-fraction {fraction:g} of {rows} rows: no batch of {args.batch_size})" if fraction else ""
+        why, most = "", int(rows * MOST_OF_FEW)
+        if fraction:
+            lower = f"; --batch-size {most} does" if 0 < most < args.batch_size and size <= rows - most else ""
+            both = f"--valid-fraction {fraction:g} of {counted(rows, 'row')} does not leave both sets"
+            why = f" ({both} a batch of {args.batch_size}{lower})"
         rprint(f"Warning: no validation rows exist, and none are split off{why}: training without validation.")
         return 0
     why = f"--valid-fraction {fraction:g}" + (", at least a batch" if size > round(rows * fraction) else "")
-    rprint(f"No validation rows exist: {size} of {rows} rows are split off for it, by --seed {args.seed} ({why})")
+    split = f"{size} of {rows} rows are split off for validation, by --seed {args.seed} ({why})"
+    rprint(f"The data has no validation rows: {split}")
     return size
 
 

@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ember_mlx.finetune import adapters
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.data import Rows
-from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.quantized_layers import quantized_in_words
 from ember_mlx.finetune.summary import Result
 from ember_mlx.shared.errors import InputError
@@ -43,7 +43,8 @@ class Given:
             if bits:
                 raise InputError(f"--quantize {bits}: is for a model that is loaded here; give its path")
             return self.loaded
-        rprint("Loading pretrained model")
+        default = f" {args.model} (the default of --model)" if args.model == defaults()["model"] else ""
+        rprint(f"Loading pretrained model{default}")
         trust = {"trust_remote_code": args.trust_remote_code}
         loaded = load_base(args.model, quantize=bits, tokenizer_config=trust, **trust)
         if bits:

@@ -62,6 +62,7 @@ def naming_keywords() -> Iterator[None]:
     try:
         yield
     except InputError as error:
+        message = str(error).replace("--resume to", "resume=True to")
         switches = {action.dest: action.nargs == 0 for action in actions_of(build_parser()) if action.dest in NAMES}
 
         def as_keyword(found):
@@ -70,4 +71,4 @@ def naming_keywords() -> Iterator[None]:
                 return found[0]
             return f"{name}={not found[1]}" if switches[name] else name
 
-        raise InputError(FLAG.sub(as_keyword, str(error))) from error.__cause__
+        raise InputError(FLAG.sub(as_keyword, message)) from error.__cause__

@@ -6,13 +6,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from ember_mlx.finetune import options, safe_reading
+from ember_mlx.finetune import adapters, options, safe_reading
 from ember_mlx.finetune.best import Best
 from ember_mlx.finetune.resume import as_json
 
 __all__ = ["RESULT", "model_card"]
 
-RESULT = "result"  # the key of adapter_config.json under which a finished run says what came of it
+RESULT = "result"  # the key of adapter_config.json for what came of a run: at its end, or for best/ until then
 TYPES = {
     "loss_name": str,
     "loss_before": (float, int, type(None)),
@@ -29,7 +29,7 @@ NOT_SHOWN = {
 }
 
 
-def model_card(model: str, name: str, adapter_config: dict[str, Any]) -> str:
+def model_card(model: str, name: str, adapter_config: dict[str, Any], layers: int | None = None) -> str:
     """The card of ``model`` with the adapter of ``adapter_config`` merged.
 
     Of the base model's own card its licence and languages stand in the front matter, and its text below ours.
@@ -38,6 +38,7 @@ def model_card(model: str, name: str, adapter_config: dict[str, Any]) -> str:
         model: The base model: a folder, or a name on the hub. A folder is not named: it is of this machine.
         name: The heading.
         adapter_config: As ``read_config`` gives it. What it lacks is left out.
+        layers: How many the model has, if that is known.
 
     Raises:
         InputError: for a result that no run writes.
@@ -50,7 +51,7 @@ def model_card(model: str, name: str, adapter_config: dict[str, Any]) -> str:
     if origin:
         front |= {"base_model": origin, "base_model_relation": "finetune"}
     front |= {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx", "ember-mlx", kind]}
-    rows = [f"| {what} | {_in_a_cell(text)} |" for what, text in _facts(adapter_config)]
+    rows = [f"| {what} | {_in_a_cell(text)} |" for what, text in _facts(adapter_config, layers)]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
@@ -77,9 +78,9 @@ def _card_of(model):
         return None
 
 
-def _facts(config):
-    yield "trained", _what_trained(config)
-    result, best = config.get(RESULT), config.get("best")
+def _facts(config, layers):
+    yield "trained", _what_trained(config, layers)
+    result, best = config.get(RESULT), config.get(adapters.BEST)
     if isinstance(config.get("data"), str):
         # Of a path its last part: the rest is of this machine.
         data = config["data"] if config["data"].count("/") == 1 else Path(config["data"]).name
@@ -91,7 +92,8 @@ def _facts(config):
         losses = ((result["loss_before"], "before"), (result["loss_after"], "after"))
         words = ", ".join(f"{loss:.3f} {when}" for loss, when in losses if loss is not None)
         if words:
-            yield result["loss_name"].lower(), f"{words}, in nats a token"
+            lowest = ", the lowest of the run" if best is not None else ""
+            yield result["loss_name"].lower(), f"{words}, in nats a token{lowest}"
         yield "with", ", ".join(f"{what} {which}" for what, which in result["versions"].items())
     elif best is not None:
         safe_reading.check_types(best, Best.TYPES, "adapter_config.json: best")
@@ -103,15 +105,16 @@ def _in_a_cell(text):
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _what_trained(config):
-    kind = config.get("fine_tune_type", "lora")
+def _what_trained(config, of):
+    kind, tables = config.get("fine_tune_type", "lora"), config.get("token_tables") or []
     layers = config.get("num_layers")
     words = kind if kind == "full" else f"{kind} of rank {config['lora_parameters']['rank']}"
-    if layers != 0:
-        words += {1: " in the last layer", -1: " in all layers", None: ""}.get(layers, f" in the last {layers} layers")
-    elif kind != "full":
-        words = "no layer"
-    tables = [] if kind == "full" else config.get("token_tables") or []
+    outside = kind == "full" and tables  # with tables all that is outside the layers trains
+    if layers == 0:
+        words = "full outside the layers" if outside else "no layer"
+    elif layers is not None:
+        last = {1: "the last layer", -1: "all layers", of: "all layers"}.get(layers, f"the last {layers} layers")
+        words += f" in {last}" + (" and outside them" if outside else "")
     return words + (f"; token tables {', '.join(tables)}" if tables else "")
 
 

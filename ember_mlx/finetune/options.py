@@ -106,6 +106,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "log_jsonl": (None, {"type": str}),
     "shard_tables": (False, SWITCH),
 }
+HOW_LONG = {"iters": "epochs", "epochs": "iters"}  # each with the other
 YAML_ONLY = {"table_lr_schedule": None}  # beside mlx-lm's: lora_parameters, lr_schedule, optimizer_config, ...
 RENAMED = {"lora_layers": "num_layers", "wandb": "report_to"}  # keys of older files for mlx-lm
 
@@ -209,7 +210,7 @@ def complete(
         parser: That of :func:`build_parser`.
         options: By name.
         data_required: As for :func:`parse`.
-        warn: Is told a line of each option that has no effect and is not refused.
+        warn: Is told a line of each option that has no effect and is not refused, or that another one replaces.
 
     Returns:
         The options, and the names of those that were given, in ``config`` too.
@@ -219,7 +220,12 @@ def complete(
     """
     flags = frozenset(name for name, value in options.items() if value is not None)
     if options["config"]:
-        for key, value in _read_config(options["config"], parser, warn).items():
+        where = f"--config {options['config']}"
+        config = _read_config(options["config"], parser, warn)
+        for name, other in HOW_LONG.items():
+            if name in flags and config.get(other) is not None:
+                warn(f"{flag(name)} {options[name]:g} replaces {other} {config.pop(other):g} of {where}")
+        for key, value in config.items():
             if options.get(key) is None:
                 options[key] = value
     given = frozenset(name for name, value in options.items() if value is not None)
@@ -229,8 +235,9 @@ def complete(
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
     if options["iters"] is not None and options["epochs"] is not None:
-        both = f"--iters {options['iters']} and --epochs {options['epochs']:g}"
-        raise InputError(f"{both}: each says how long to train; give one, as a flag or in the YAML file")
+        of = "" if flags & HOW_LONG.keys() else f"--config {options['config']}: "
+        both = f"{of}--iters {options['iters']} and --epochs {options['epochs']:g}"
+        raise InputError(f"{both}: each says how long to train; give one of them")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
@@ -287,7 +294,8 @@ def _read_config(path, parser, warn):
             now = f"; mlx-lm has {RENAMED[key]} now" if key in RENAMED else did_you_mean(key, known)
             warn(f"Warning: {where}: {key!r}: no effect: it is no option here{now}")
         if key in actions and value is not None:
-            config[key] = typed(f"{where}: {key}: {value}", value, actions[key])
+            shown = repr(value) if isinstance(value, str) else value  # quotes and commas may be the fault
+            config[key] = typed(f"{where}: {key}: {shown}", value, actions[key])
     return config
 
 
@@ -301,7 +309,7 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
         return action.const if value else None
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise InputError(f"{where} must be true or false")
+            raise InputError(f"{where} must be true or false{', without quotes' if isinstance(value, str) else ''}")
         return value
     if action.choices:
         found = in_any_case(action.choices)(str(value))

@@ -15,7 +15,7 @@ from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.rows import REMEDY, fault_of
 from ember_mlx.shared.command_line import flag
-from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.errors import InputError, did_you_mean
 
 __all__ = ["Layout", "layout_of", "mlx_lm_row"]
 
@@ -96,6 +96,9 @@ def layout_of(args: Options, row: Any, where: str) -> Layout:
     usual = defaults()
     for name in FEATURES:
         named = getattr(args, name)
+        if named not in (usual[name], *keys, *row):
+            near = did_you_mean(named, map(str, row)) or f"; it has {', '.join(map(str, row))}"
+            raise InputError(f"{flag(name)} {named}: {where} has no such key{near}; write one as is, or leave it out")
         if named not in (usual[name], *keys):
             raise InputError(
                 f"{flag(name)} {named}: no effect: {where} is trained on by its {' and '.join(keys)}; leave it out, or "

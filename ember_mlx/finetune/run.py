@@ -40,7 +40,6 @@ from ember_mlx.finetune.resume import (
     refuse_changes,
     restore,
     share_position,
-    versions,
     weights_checksum,
 )
 from ember_mlx.finetune.run_length import asked, batches_an_epoch, passes, settled
@@ -193,7 +192,8 @@ def train_model(
     if workers.size > 1:
         workers.agree({"weights that train (--resume-adapter-file)": weights_checksum(model.trainable_parameters())})
 
-    start, saving, log = _begin(args, model, optimizer, own_made_of, kept, len(train_set), lock, workers)
+    rows = [len(train_set), len(valid_set)]
+    start, saving, log = _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers)
     sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
@@ -229,8 +229,7 @@ def train_model(
         peak_worker=training.peak_worker if workers.size > 1 else None,
     )
     if workers.leads:
-        rows = [len(train_set), len(valid_set)]
-        saving.record(result.to_json() | {"steps": training.steps_done, "rows": rows, "versions": versions()})
+        saving.record(result.to_json() | {"steps": training.steps_done})
     with outliving_its_readers():
         rprint(f"\n{format_result(result)}")
         training.nonfinite.report()
@@ -265,13 +264,15 @@ def _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers):
     with workers.one_outcome():
         if workers.leads:
             if args.resume is not None:
-                start, resumed = _go_on(args, model, optimizer, own_made_of, rows)
-            rprint(f"Disk: at most {refuse_full_disk(args, model, optimizer, kept)}")
+                start, resumed = _go_on(args, model, optimizer, own_made_of, rows[0])
+            disk = refuse_full_disk(args, model, optimizer, kept)
+            if not (in_place and start.step == args.iters):
+                rprint(f"Disk: at most {disk}")
             safe_writing.make_folder(Path(args.adapter_path))
             lock.take(make=True)
             check_adapter_folder(args)  # again: until now, in a new folder, another run may have been and gone
         steps_done = start.step if start else 0
-        saving = Saving(args, model, optimizer, own_made_of, kept, resumed, in_place, steps_done)
+        saving = Saving(args, model, optimizer, own_made_of, rows, kept, resumed, in_place, steps_done)
         if args.log_jsonl and workers.leads:
             safe_writing.make_folder(Path(args.log_jsonl).absolute().parent)
             lock.hold(Path(args.log_jsonl), f"--log-jsonl {args.log_jsonl}")

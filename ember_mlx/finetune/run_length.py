@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.units import counted
 
 __all__ = ["SCHEDULES", "asked", "batches_an_epoch", "check", "named", "passes", "settled", "updates"]
 
@@ -108,11 +109,11 @@ def passes(options: Any, rows: int) -> str:
     made = options.iters / batches
     left_out = rows - batches * options.batch_size
     row = "pack" if options.packing else "row"
-    steps = f"{options.iters:,} {'step' if options.iters == 1 else 'steps'} of {options.batch_size:,} {row}s"
+    steps = f"{counted(options.iters, 'step')} of {counted(options.batch_size, row)}"
     if options.grad_accumulation_steps > 1:
         steps += f", {updates(options):,} updates"
     number = f"{made:,.1f}".removesuffix(".0") if made >= 0.1 else f"{made:.2g}"
-    line = f"{steps}: {number} {'pass' if number == '1' else 'passes'} over {rows:,} {row}s ("
+    line = f"{steps}: {number} {'pass' if number == '1' else 'passes'} over {counted(rows, row)} ("
     line += f"{batches:,} {'batch' if batches == 1 else 'batches'}"
     if left_out > 0:
         line += f"; the longest {row} fills" if left_out == 1 else f"; the {left_out:,} longest {row}s fill"

@@ -18,7 +18,7 @@ from ember_mlx.finetune.lost_peers import PeerDeadline
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.rows import REMEDY, fault_of
 from ember_mlx.finetune.watchers import Watcher
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
 from ember_mlx.token_tables import TokenTable
 
 __all__ = ["Prompt", "Samples", "read_prompts"]
@@ -89,7 +89,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; give a few prompts")
         lines = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=None).readlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise InputError(
+            f"{where}: cannot be read ({getattr(error, 'strerror', None) or error}){did_you_mean_path(path)}"
+        ) from error
     read = _of_json if path.suffix.lower() == ".jsonl" else Prompt
     places = [(f"{where} line {number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not 0 < len(places) <= MOST_PROMPTS:

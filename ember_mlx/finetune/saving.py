@@ -34,6 +34,7 @@ class Saving:
     Args:
         args, model, optimizer: The run's.
         made_of (dict): See :func:`ember_mlx.finetune.resume.made_of`.
+        rows (list[int]): How many it trains and validates on.
         kept (Kept): What of its saves is kept.
         resumed (Path, optional): The checkpoint with which the run began.
         in_place (bool): Whether that is in the same adapter folder.
@@ -46,6 +47,7 @@ class Saving:
         model: nn.Module,
         optimizer: GuardedOptimizer | PairedOptimizer,
         made_of: dict,
+        rows: list[int],
         kept: Kept,
         resumed: Path | None = None,
         in_place: bool = False,
@@ -58,10 +60,12 @@ class Saving:
         self.with_changes = args.resume_with_changes
         began_with = resumed if in_place else None
         self.began_with = began_with and began_with.name
+        self.began_at = steps_done if in_place else None
         self.adapter = adapter_saving.Saver(self.folder, model, args, goes_on=in_place, keep=kept.numbered)
-        self.best = BestAdapter(self.adapter, _adapter_folder(resumed), steps_done) if kept.best else None
+        self.best = BestAdapter(self.adapter, checkpoints.run_folder_of(resumed), steps_done) if kept.best else None
         self.checkpoints = checkpoints.Checkpoints(self.folder, kept.checkpoints, began_with)
         self.described = {"options": as_json(vars(args)), "made_of": made_of, "versions": versions()}
+        self.recorded = {"rows": rows, "versions": self.described["versions"]}
         self.failed = []  # in words, what could not be saved
 
     def save(self, steps_done: int, position: Position) -> bool:
@@ -74,19 +78,22 @@ class Saving:
         adapter = self._tried(f"adapter of step {steps_done}", self.adapter.save, steps_done, numbered)
         if adapter and not self.checkpoints.keep:
             self.checkpoints.remove_others()  # of the run that the adapter of this one has now replaced
-        _tell(checkpoint + adapter)
+        if steps_done != self.began_at:  # of a finished run the same files are written again, which is no news
+            _tell(checkpoint + adapter)
         return bool(adapter)
 
     def save_best(self, now: Best, untrained: float | None, position: Position, is_saved: bool) -> None:
         """See :meth:`BestAdapter.hear`. A run that replaces another one does that first, by a save of its own."""
         if self.adapter.replaced and self.best.is_lower(now, untrained) and not self.save(now.step, position):
             return
-        _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved))
+        losses = {"loss_name": "Validation loss", "loss_before": untrained, "loss_after": now.validation_loss}
+        recorded = {RESULT: losses | {"steps": now.step} | self.recorded}
+        _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved, recorded))
 
     def record(self, result: dict) -> None:
         """Put what came of the run into the config of the adapter, for its model card."""
         if self.adapter.saved:
-            self._tried("what came of the run", self.adapter.save_config, {RESULT: result})
+            self._tried("what came of the run", self.adapter.save_config, {RESULT: result | self.recorded})
 
     def save_checkpoint(self, position: Position) -> bool:
         """The checkpoint alone, for a run that is to end here, and whether it is there; none of a weight of NaN."""
@@ -163,11 +170,6 @@ class Saving:
             newest = f"{self.newest} is unchanged" if self.newest else "no checkpoint exists to resume from"
             rprint(f"  not saved  {self.failed[-1]}; {newest}")
             return []
-
-
-def _adapter_folder(checkpoint):
-    """The adapter folder that a checkpoint lies in, if it does."""
-    return checkpoint.parent.parent if checkpoint and checkpoint.parent.name == checkpoints.FOLDER else None
 
 
 def _tell(names):

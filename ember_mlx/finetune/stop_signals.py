@@ -82,11 +82,13 @@ class StopSignals:
         while (number := os.read(self._read, 1)[0]) != 0:
             if number not in SIGNALS or (heard and number == signal.SIGHUP):
                 continue
+            name = signal.Signals(number).name
             if heard:
+                # No print: the main thread may hold the lock of stderr.
+                os.write(2, f"{name}: left at once; what was saved before is kept\n".encode())
                 if os.isatty(1):
                     os.write(1, b"\x1b[?25h\n")  # the cursor, which the progress bar hides
                 os._exit(128 + number)
             heard = True
             self._wish(number)
-            name = signal.Signals(number).name
             print(f"{name}: finishing this step, then saving; once more leaves at once", file=sys.stderr, flush=True)

@@ -134,17 +134,17 @@ def format_table(lines: list[Trained]) -> str:
 
 
 def format_result(result: Result) -> str:
-    """Losses, memory and the files of a run, in lines."""
+    """Losses, memory and the files of a run, in lines; losses alone where no step was left to take."""
+    if result.peak_memory is None:
+        return "\n".join([f"{_losses(result)}.", *_best(result)])
     total = _total(result.trained)
     memory = f"optimizer state {format_bytes(total.state_bytes)}"
     if total.state_bytes != total.adam_bytes:
         memory += f", where Adam would keep {format_bytes(total.adam_bytes)}"
-    if result.peak_memory is not None:
-        whose = "" if result.peak_worker is None else f", of worker {result.peak_worker}"
-        memory = f"peak memory {format_bytes(result.peak_memory)}{whose}; {memory}"
+    whose = "" if result.peak_worker is None else f", of worker {result.peak_worker}"
     lines = [
         f"{_losses(result)}.",
-        f"{memory[0].upper()}{memory[1:]}.",
+        f"Peak memory {format_bytes(result.peak_memory)}{whose}; {memory}.",
         *(f"  {path} ({format_bytes(path.stat().st_size)})" for path in result.files),
         *_best(result),
     ]

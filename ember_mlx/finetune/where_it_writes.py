@@ -6,7 +6,7 @@ from pathlib import Path
 from ember_mlx.finetune import adapter_saving, checkpoints, run_log_writer
 from ember_mlx.finetune.before_loading import check_resumed
 from ember_mlx.finetune.folder_lock import FolderLock
-from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.options import Options, defaults
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.shared.errors import InputError
 
@@ -42,12 +42,19 @@ def check_adapter_folder(args: Options) -> None:
             raise InputError(
                 f"--overwrite: --resume continues the run in --adapter-path {folder}; leave one of them out"
             )
-        if not saved:
-            raise InputError(f"--resume: --adapter-path {folder}: it has no checkpoint; start without --resume")
     elif (adapter_saving.run_files(folder) or saved) and not args.overwrite:
+        which = f"{folder} (the default)" if args.adapter_path == defaults()["adapter_path"] else folder
+        if args.resume is not None:
+            check_resumed(args)  # first: what is no checkpoint goes on nowhere
+            own = checkpoints.adapter_folder_of(Path(args.resume)) or checkpoints.run_folder_of(Path(args.resume))
+            than = f" than that of --resume {args.resume}"
+            go_on = f", or --adapter-path {own} to go on with that run in its own folder" if own else ""
+        else:
+            than = ""
+            go_on = ", or --resume to continue it" if saved else ""
         raise InputError(
-            f"--adapter-path {folder}: already holds another run; give another path, or --overwrite to replace it with "
-            f"the first save of this one{', or --resume to continue it' if saved else ''}"
+            f"--adapter-path {which}: already holds another run{than}; give another path, or --overwrite to replace it "
+            f"with the first save of this one{go_on}"
         )
 
 

@@ -64,7 +64,7 @@ def _has_new_adapters_rounded(options):
 
 
 RULES = (
-    Rule(None, lambda run: not run.train, "a test alone trains nothing; add --train"),
+    Rule(None, lambda run: not run.train, "--test alone trains nothing; add --train to train before it"),
     Rule(OF_TABLES, lambda run: run.train_tables == "none", "no table trains with --train-tables none"),
     Rule(
         ("bias_correction", "body_rounding", "optimizer", "learning_rate"),
@@ -158,7 +158,7 @@ def refuse_idle(
     for name, why in _idle(options, given).items():
         value = getattr(options, name)
         named = flag(name) if name in flags and name not in SCHEDULES else name
-        shown = named if value is True else f"{named} {value}"
+        shown = named if value is True else f"{named} {value:g}" if isinstance(value, float) else f"{named} {value}"
         if name in flags and name not in OBSOLETE and options.train and not own.get(name, "mlx-lm's"):
             raise InputError(f"{shown}: no effect: {why}, or leave it out")
         if name in flags or name in own:  # files of mlx-lm's have every key

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ember_mlx.finetune.mlx_lm_internals import YamlError, load_yaml, yaml_nodes
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
 
 __all__ = ["MOST_VALUES", "check_values", "read_yaml"]
 
@@ -26,7 +26,7 @@ def read_yaml(path: Path, where: str) -> dict[str, Any]:
             pair, circles of aliases, and more than ``MOST_VALUES`` values.
     """
     if not path.is_file():
-        raise InputError(f"{where}: no such file; give an existing one")
+        raise InputError(f"{where}: no such file{did_you_mean_path(path)}; give an existing one")
     if path.stat().st_size > MOST_BYTES:
         raise InputError(f"{where}: has more than {MOST_BYTES:,} bytes; options take a few hundred")
     try:

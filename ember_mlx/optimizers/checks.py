@@ -77,7 +77,7 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
         if parameter.ndim != 2 or not parameter.size or not mx.issubdtype(parameter.dtype, mx.floating):
             raise InputError(
                 f"Ember: {path} has shape {parameter.shape} and dtype {parameter.dtype}; Ember takes 2-D floating "
-                "token tables only; give this parameter to another optimizer, for example with PairedOptimizer"
+                "token tables only: with PairedOptimizer it is tables=, and another optimizer is rest="
             )
 
 

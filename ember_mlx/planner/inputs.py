@@ -19,7 +19,7 @@ from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.planner import Architecture, Run, read_architecture, run_of
-from ember_mlx.shared.errors import InputError, reason_of
+from ember_mlx.shared.errors import InputError, did_you_mean_path, reason_of
 
 __all__ = ["Inputs", "find_config", "read_inputs", "refuse_misfits", "with_rows_of_data"]
 
@@ -128,7 +128,7 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     if args.epochs is not None:
-        lines.append(f"--epochs {args.epochs:g} is {passes(args, rows)}")
+        lines.insert(0, f"--epochs {args.epochs:g} is {passes(args, rows)}")
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
@@ -156,7 +156,8 @@ def _with_full_rows(args, inputs, why):
             f"--batch-size {args.batch_size} and --max-seq-length {args.max_seq_length}: batches of more than "
             f"{MOST_TOKENS:,} tokens are not planned; use lower ones"
         )
-    line = f"as if every row filled --max-seq-length {args.max_seq_length}: {why}; shorter rows take less"
+    line = f"as if every row filled --max-seq-length {args.max_seq_length}: {why}; shorter rows take less, and a row's "
+    line += "last token is only predicted"
     return replace(inputs, assumptions=[*inputs.assumptions, line])
 
 
@@ -232,7 +233,8 @@ def find_config(model: str) -> tuple[dict[str, Any], Path]:
             raise InputError(f"--model {model}: has no config.json; give a model's folder, or a config.json")
     elif not path.is_file():
         if path.suffix == ".json" or path.is_absolute() or model.count("/") != 1:
-            raise InputError(f"--model {model}: no such file or folder; give a model's folder, or a config.json")
+            near = did_you_mean_path(path, Path.exists)
+            raise InputError(f"--model {model}: no such file or folder{near}; give a model's folder, or a config.json")
         path = _from_hub(model)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -266,8 +268,8 @@ def _from_hub(name):
     # Whatever the hub's client raises: a name that cannot be, no such model, no connection.
     except Exception as error:
         raise InputError(
-            f"--model {name}: no such folder here, and the Hugging Face hub gave no config.json ({reason_of(error)}): "
-            "give a model's folder or its config.json"
+            f"--model {name}: no such folder here{did_you_mean_path(name, Path.is_dir)}, and the Hugging Face hub gave "
+            f"no config.json ({reason_of(error)}): give a model's folder or its config.json"
         ) from error
 
 

@@ -37,7 +37,7 @@ def memory(asked: str | None, backend: str) -> tuple[int, str]:
         if backend == "metal":
             return int(GPU_SHARE_OF_A_MAC * size), f"of --memory {asked} a Mac's GPU may use about 75 % by default,"
         return size, "--memory is"
-    return machine_limit(), "this machine has for it"
+    return machine_limit(), "this machine has"
 
 
 def limited(options: Options, memory: int, source: str, asked: str | None = None) -> tuple[int, str]:

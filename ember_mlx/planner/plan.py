@@ -12,6 +12,7 @@ from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.evaluation import DEVICES, peak_memory
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.network import Traffic, traffic
+from ember_mlx.planner.operations import operations
 from ember_mlx.planner.step import build_step
 from ember_mlx.planner.streaming import streamed_phases, streamed_runs
 from ember_mlx.shared.errors import InputError
@@ -34,6 +35,8 @@ class Plan:
         peak (int): At that moment, in all.
         is_evaluation (bool): Whether that moment is one of validation.
         phases (dict[str, int]): Of a streamed step, the peak of each phase.
+        evaluation (int, optional): The peak of validation, where it may be the higher one.
+        operations (float): Multiplications of a step, for one token.
         traffic (Traffic, optional): What is sent, by one of several workers.
     """
 
@@ -46,13 +49,15 @@ class Plan:
     peak: int
     is_evaluation: bool
     phases: dict[str, int]
+    evaluation: int | None
+    operations: float
     traffic: Traffic | None
 
 
 def plan(model: Architecture, run: Run, backend: str) -> Plan:
     """Plan a run on "metal", "cuda" or "cpu". Pure arithmetic: of the order of a second for a large model."""
     step = build_step(model, run, backend)
-    phases = {}
+    phases, of_evaluation = {}, None
     if run.stream:
         phases = streamed_phases(model, run, backend, step)
         peak = of_step = _worst(phases.values())
@@ -71,6 +76,8 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         peak=int(peak.total),
         is_evaluation=peak.total > of_step.total,
         phases={name: int(phase.total) for name, phase in phases.items()},
+        evaluation=None if of_evaluation is None else int(of_evaluation.total),
+        operations=operations(model, run, backend),
         traffic=traffic(step) if run.workers > 1 else None,
     )
 

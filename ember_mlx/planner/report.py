@@ -40,6 +40,7 @@ class Report:
         alternatives (dict[str, tuple[Run, Plan]]): Other optimizers on the tables, by the flags that ask for them.
         changes (list[tuple[str, Plan]]): What would make it fit.
         recommendations (list[Recommendation]): What saves memory and changes no result.
+        steps (int): Of the run.
         disk (DiskUse): What it takes on the disk.
         link (str): Of several workers, one of :data:`ember_mlx.planner.network.LINKS`.
         memory (int): Bytes that this run may take.
@@ -55,6 +56,7 @@ class Report:
     alternatives: dict[str, tuple[Run, Plan]]
     changes: list[tuple[str, Plan]]
     recommendations: list[Recommendation]
+    steps: int
     disk: DiskUse
     link: str
     memory: int
@@ -79,7 +81,7 @@ class Report:
         ]
         return "\n".join(
             [
-                f"{self.options.model}: {model.model_type}, {layers}, {model.vocabulary:,} tokens",
+                f"{self.options.model}: {model.model_type}, {layers}, a vocabulary of {model.vocabulary:,} tokens",
                 f"{kinds}, batches of {run.batch_size} x {run.length} tokens{hosts}, on {self.backend}",
                 *self.assumptions,
                 "",
@@ -92,9 +94,9 @@ class Report:
                 *self._why_frozen_take_more(),
                 "",
                 *self._verdict(),
-                *self._network(),
-                f"Disk: at most {self.disk}.",
                 *self._recommended(),
+                *self._network(),
+                f"Disk, of {self.steps:,} steps: at most {self.disk}.",
                 *(f"Note: {note}." for note in self._notes()),
             ]
         )
@@ -115,7 +117,10 @@ class Report:
                 flags: _plan_as_json(other_plan) | {"stream": other.stream, "layers": other.layers}
                 for flags, (other, other_plan) in self.alternatives.items()
             },
-            "changes": [{"flags": flags, "peak": after.peak} for flags, after in self.changes],
+            "changes": [
+                {"flags": flags, "peak": after.peak, "time": self._time(after)} for flags, after in self.changes
+            ],
+            "steps": self.steps,
             "disk": vars(self.disk) | {"final": self.disk.final},
             "stream": self.run.stream,
             "keep_inputs": self.run.keep_inputs,
@@ -178,21 +183,21 @@ class Report:
             return []
         rows.append(("between steps: weights and state", in_units(planned.weights + planned.optimizer_state)))
         rows += [(PHASES[name], in_units(peak)) for name, peak in planned.phases.items()]
+        rows.append(("validation, beside the step", in_units(planned.evaluation)))
         return [text_table(("streamed step, phase by phase", "peak"), rows, right=(1,)), ""]
 
     def _recommended(self):
-        """What was turned off is told once: as an alternative, where it is not among the changes."""
-        begin = "Recommended"
-        if self.options.stream is False:
-            begin = f"Alternative to {TURNED_OFF}"
-            if any("--stream" in flags for flags, _ in self.changes):
-                return []
+        """What is not among the changes; what was turned off, as an alternative."""
+        told = {flags for flags, _ in self.changes}
+        if any(each.flags in told for each in self.recommendations):
+            return []
+        begin = "Recommended" if self.options.stream is not False else f"Alternative to {TURNED_OFF}"
         lines = []
         for each in self.recommendations:
             on_top = " on top of that" if lines else ""
             lines.append(
                 f"{begin}{on_top}: {each.flags}, the same training in {in_units(each.saves)} less: a peak of "
-                f"{in_units(each.peak)}. By its operations a step takes about {each.time:.2f} times as long."
+                f"{in_units(each.peak)}. By its operations a step takes about {each.time:.2f} times as long as without."
             )
         return lines
 
@@ -209,12 +214,24 @@ class Report:
             return [f"{has}: {fits}, with {in_units(self.memory - self.planned.peak)} to spare."]
         if not self.changes:
             return [f"{has}: it does not fit, and no change of flags makes it fit."]
-        lines = [f"{has}: it does not fit. The cheapest changes, each on top of those before, and the new peak:"]
-        changes = [(f"  {self._change(flags)}", in_units(after.peak)) for flags, after in self.changes]
-        lines.append(text_table(("  change", "new peak"), changes, right=(1,)))
+        lines = [f"{has}: it does not fit. The cheapest changes, each on top of those before:"]
+        changes = [
+            (f"  {self._change(flags)}", in_units(after.peak), f"{self._time(after):.2f} times")
+            for flags, after in self.changes
+        ]
+        lines.append(text_table(("  change", "new peak", "time of a token"), changes, right=(1, 2)))
+        lines.append("Time: by operations alone, over the run as planned.")
         if self.changes[-1][1].peak > self.memory:
-            lines.append("With all of these it still does not fit: choose a smaller model, or a quantized one.")
+            lines.append(f"With all of these it still does not fit: choose a smaller model{self._or_quantized()}.")
         return lines
+
+    def _time(self, after):
+        return after.operations / self.planned.operations
+
+    def _or_quantized(self):
+        if self.model.quantization:
+            return ""
+        return f", or add --quantize 4{' to lora' if self.run.fine_tune_type == 'full' else ''}"
 
     def _change(self, flags):
         return f"{flags} instead of {TURNED_OFF}" if self.options.stream is False and "--stream" in flags else flags

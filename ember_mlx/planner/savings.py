@@ -7,6 +7,7 @@ from pathlib import Path
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import checkpoints
+from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.optimizer_names import canonical, settings
 from ember_mlx.finetune.options import Options, flag
 from ember_mlx.finetune.workers import Workers
@@ -14,9 +15,9 @@ from ember_mlx.planner import machine
 from ember_mlx.planner.architecture import Architecture, read_architecture
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.inputs import find_config, read_inputs, with_rows_of_data
+from ember_mlx.planner.operations import operations
 from ember_mlx.planner.plan import plan
 from ember_mlx.planner.streaming import streamed_runs
-from ember_mlx.planner.streaming_advice import operations
 from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.shared.units import in_units
 
@@ -138,10 +139,12 @@ def _savings(options, given, workers):
         lines.insert(0, f"Planned {inputs.assumptions[-1]}")  # or the data has such rows
     peak = found[-1].peak if found else peak
     if peak > available:
+        even_so = " even so" if found else ""
+        ends = "" if options.memory_limit == NO_LIMIT else "a step that takes more ends the run; "
         tokens = f"{inputs.run.batch_size} x {max(inputs.run.length, inputs.run.evaluation_length)}"
         lines.append(
-            f"Warning: with batches of {tokens} tokens this run is predicted to take {in_units(peak)}, and {has}: "
-            "`ember-mlx plan` with the same flags names what to change"
+            f"Warning: with batches of {tokens} tokens this run is predicted to take {in_units(peak)}{even_so}, and "
+            f"{has}: {ends}`ember-mlx plan` with the same flags names what to change"
         )
     return {saving.option: True for saving in found}, lines
 

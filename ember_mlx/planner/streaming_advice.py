@@ -8,7 +8,7 @@ from ember_mlx.planner.graph import Run
 from ember_mlx.planner.plan import Plan, plan
 from ember_mlx.planner.streaming import streamed_runs
 
-__all__ = ["Recommendation", "operations", "recommendations"]
+__all__ = ["Recommendation", "recommendations"]
 
 WORTH = 0.1  # of what a run takes above weights and state
 ROOM = 0.1  # of the memory: with less to spare a run fits tightly, since plans are within about 10 %
@@ -41,35 +41,15 @@ def recommendations(model: Architecture, run: Run, backend: str, planned: Plan, 
         planned: The plan of the run as it is.
         memory: Bytes that it may take.
     """
-    found, now, before = [], planned.peak, run
+    found, now, before = [], planned, run
     fixed = planned.weights + planned.optimizer_state
     usual = streams_by_default(run.fine_tune_type, bool(run.tables), run.workers, run.norm_pass)
     for flags, other in streamed_runs(model, run):
-        after = plan(model, other, backend).peak
-        fits_well = now <= (1 - ROOM) * memory and not (usual and other.stream != before.stream)
-        if fits_well or now - after < WORTH * (now - fixed):
+        after = plan(model, other, backend)
+        fits_well = now.peak <= (1 - ROOM) * memory and not (usual and other.stream != before.stream)
+        saves = now.peak - after.peak
+        if fits_well or saves < WORTH * (now.peak - fixed):
             break
-        time = operations(model, other, backend) / operations(model, before, backend)
-        found.append(Recommendation(flags, after, now - after, time))
+        found.append(Recommendation(flags, after.peak, saves, after.operations / now.operations))
         now, before = after, other
     return found
-
-
-def operations(model: Architecture, run: Run, backend: str = "cpu") -> float:
-    """Multiplications of a step's products of matrices, for one token; a streamed head's logits are kept on a CPU."""
-    layer = sum(linear.inputs * linear.outputs for linear in (model.linears(0) if model.layers else ()))
-    layer += run.length * model.heads * model.head_dim  # queries by keys and scores by values, half of them masked
-    head, full = model.vocabulary * model.hidden, run.fine_tune_type == "full"
-    tokens = run.micro_batches * run.batch_size * run.length
-    below = model.layers if "embedding" in run.tables or "tied" in run.tables else run.layers
-    trained = run.layers if full else 0
-    head_trains = "head" in run.tables or "tied" in run.tables
-    backward = below + trained + (below if run.stream or run.grad_checkpoint else 0)
-    if not run.stream:
-        return layer * (model.layers + backward) + head * (2 + head_trains + run.chunked_loss)
-    backward += below * (1 - 1 / run.keep_inputs)
-    passes = 2  # logits, and the gradient by the hidden states
-    if head_trains:
-        passes += min(2 * tokens / model.hidden, 1) + 1  # statistics, and the rows' gradient
-        passes += 0 if backend == "cpu" else 2  # the logits again, for each of these
-    return layer * (model.layers + backward * (1 + run.norm_pass)) + head * passes

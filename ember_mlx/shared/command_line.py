@@ -93,6 +93,15 @@ def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
             # Of "--lerning-rate 1e-4" argparse names both words.
             words = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")]
             message += next(filter(None, (did_you_mean(word, flags) for word in words)), "")
+            if not unknown.startswith("-"):
+                likely = ["--config"] if unknown.endswith((".yaml", ".yml")) else []
+                likely += ["--prompt", "--data", "--adapter-path"]
+                message += next((f"; a value needs its flag, such as {flag}" for flag in likely if flag in flags), "")
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            for action in actions_of(parser):
+                if action.choices and "/".join(action.option_strings) in missing.split(", "):
+                    message += f": one of {', '.join(map(str, action.choices))}"
         wrong = re.search(r"^argument (\S+): invalid choice: '(.*)' \(choose from", message)
         if wrong:
             flags, word = wrong.groups()

@@ -1,9 +1,10 @@
 """The one exception that stands for bad input."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-__all__ = ["InputError", "did_you_mean", "reason_of"]
+__all__ = ["InputError", "did_you_mean", "did_you_mean_path", "reason_of"]
 
 
 class InputError(ValueError):
@@ -18,11 +19,31 @@ class InputError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'X'?)" for the word of ``known`` that is spelt most like this one, or "" if none is."""
+    """ " (did you mean 'X'?)" for the word of ``known`` that is spelt most like this one, or "" if none is.
+
+    One that shortens a name of several words to their initials, as lr does, is taken for that name.
+    """
     # Without the dashes, which all flags share.
     names = {name.lstrip("-").lower(): name for name in known}
-    near = difflib.get_close_matches(word.lstrip("-").lower(), names, n=1, cutoff=0.6)
+    word = word.lstrip("-").lower()
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if len(word) > 1:
+        near += [name for name in names if "".join(part[:1] for part in name.replace("_", "-").split("-")) == word]
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
+
+
+def did_you_mean_path(path: str | Path, fits: Callable[[Path], bool] = Path.is_file) -> str:
+    """The same for a path that does not exist, of those that fit and differ in the name that is missing; or ""."""
+    path = Path(path)
+    missing = next((each for each in (path, *path.parents) if each.parent.is_dir()), path)
+    rest = path.relative_to(missing)
+    try:
+        beside = [] if missing.exists() else missing.parent.iterdir()
+        names = {each.name.lower(): each / rest for each in beside if fits(each / rest)}
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(missing.name.lower(), names, n=1, cutoff=0.6)
+    return f" (did you mean {str(names[near[0]])!r}?)" if near else ""
 
 
 def reason_of(error: BaseException) -> str:

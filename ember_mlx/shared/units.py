@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-__all__ = ["A_SIZE", "format_bytes", "in_units", "parse_size"]
+__all__ = ["A_SIZE", "counted", "format_bytes", "in_units", "parse_size"]
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([MG]?|[MG]I?B)")
@@ -11,6 +11,11 @@ FACTORS = {"": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9
 A_SIZE = "a size of at least 1MB, in MB, GB, MiB or GiB: such as 16GB or 512MB"
 LEAST_SIZE = 10**6  # bytes: "16" is 16GB without its unit
 LARGEST_SIZE = 2**63 - 1  # bytes: what MLX takes
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 row" or "1,000 rows", for a noun whose plural ends in s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def in_units(nbytes: float) -> str:

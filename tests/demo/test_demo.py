@@ -38,6 +38,9 @@ def test_a_seventh_of_the_demo_does_what_it_says_in_a_third_of_its_time(tmp_path
     assert rows["optimizer state of the tables"].endswith("8.39 MB")
     assert {"prompt", "in the library", "before"} < rows.keys()
     assert int(re.search(r"(\d+) s in all", done.stdout)[1]) > 0
+    kept = f"Kept: --model {keep}/model, --data {keep}/data, --adapter-path {keep}/Ember or {keep}/AdamW\n"
+    assert done.stdout.endswith(kept)
+    assert "use it with" not in done.stdout  # of a folder that is gone without --keep
     assert processor_seconds < 45  # of one core; a clock would count what else the machine does
 
     # What it kept is an ordinary model, data set and adapter.

@@ -197,6 +197,7 @@ def test_added_words_are_said_to_lose_their_spaces(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "arguments are required: --format: one of peft, gguf, ollama; ember-mlx export --help"),
         (["--format", "peft", "--no-adapter"], "--no-adapter: peft holds adapters"),
         (["--format", "peft", "--llama-cpp", "x"], "--llama-cpp x: is of --format gguf, not peft"),
         (["--format", "ollama", "--base-model", "x"], "--base-model x: is of --format peft, not ollama"),

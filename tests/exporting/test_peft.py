@@ -62,7 +62,7 @@ def check_logits(base, adapter, tmp_path, ids=IDS):
 def test_peft_gives_the_same_logits_and_writes_the_same_file(folders, dora, tmp_path, capsys, base, kind):
     adapter = dora if kind == "dora" else train(tmp_path, folders, folders[base])
     export.main(words(folders[base], adapter, tmp_path / "peft"))
-    assert f"In {tmp_path / 'peft'}: the adapters of 14 layers, model.embed_tokens, lm_head" in capsys.readouterr().out
+    assert f"In {tmp_path / 'peft'}: the adapters of 14 weights, model.embed_tokens, lm_head" in capsys.readouterr().out
     model = check_logits(folders[base], adapter, tmp_path)
     model.save_pretrained(tmp_path / "again")
     ours, theirs = (mx.load(str(tmp_path / name / exporting.ADAPTER)) for name in ("peft", "again"))

@@ -3,6 +3,7 @@
 import argparse
 import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from huggingface_hub import errors as of_hub
@@ -10,9 +11,11 @@ from huggingface_hub import errors as of_hub
 from ember_mlx import InputError
 from ember_mlx.commands import geometry, plan, train
 from ember_mlx.finetune import options
+from ember_mlx.finetune.adapters import read_config
 from ember_mlx.finetune.base_models import check_model, why_not_loaded
 from ember_mlx.finetune.run import run
 from ember_mlx.shared.command_line import actions_of
+from ember_mlx.shared.errors import did_you_mean_path
 
 
 @pytest.fixture
@@ -123,6 +126,22 @@ def test_what_can_be_no_model_is_named_for_what_it_is(folders, tmp_path):
             check_model(given)
     for given in (folders["untied"], "Qwen/Qwen3-0.6B", "gpt2"):
         check_model(given)
+    near = why_not_loaded(tmp_path / "qwen", of_hub.LocalEntryNotFoundError("offline"))
+    assert f"did you mean '{model}'" in near
+    assert "hf download" not in near
+
+
+def test_the_hint_at_a_path_takes_only_what_is_missing_for_misspelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapters/best/adapter_config.json", "adapters/other/x", "run.yaml"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    with pytest.raises(InputError, match="adapter adapter/best: no such folder .did you mean 'adapters/best'"):
+        read_config(Path("adapter/best"))
+    for path in ("adapters/best", "adapters/zzz", "run.yaml", "nothing/like/it"):
+        assert not did_you_mean_path(path)
+    with pytest.raises(InputError, match="--config runs.yaml: no such file .did you mean 'run.yaml'"):
+        options.parse(["--config", "runs.yaml"])
 
 
 @pytest.mark.parametrize(

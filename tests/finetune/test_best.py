@@ -131,11 +131,12 @@ def test_a_resumed_run_knows_its_best(train, tmp_path, at):
     assert equal(tmp_path / "adapters" / "best", tmp_path / "whole" / "best")
 
 
-def test_a_branch_brings_the_best_of_before_it_and_no_later_one(train, tmp_path):
+def test_a_branch_brings_the_best_of_before_it_and_no_later_one(train, tmp_path, capsys):
     train([3.0, 2.5, 2.0, 2.5, 2.5])
     folder = tmp_path / "adapters"
     train([2.5, 2.5], "--resume", folder / "checkpoints" / "step-0000004", adapter="after")
     assert best_of(tmp_path / "after") == (3, 2.0)
+    assert "save  best (still that of step 3, whose loss was lower)\n" in capsys.readouterr().out
     assert equal(tmp_path / "after" / "best", folder / "best")
     train([2.5, 2.7, 2.9], "--resume", folder / "checkpoints" / "step-0000002", adapter="before")
     assert best_of(tmp_path / "before") == (3, 2.5)
@@ -214,7 +215,7 @@ def test_whichever_write_a_full_disk_refuses_a_whole_best_is_there(train, folder
             writes = [(safe_writing, name) for name in ("_sync", "link", "sync_folder", "remove")]
             disk = Refusing(broken, at, [*writes, (os, "mkdir"), (os, "rename"), (safe_writing, "_exchange")])
             try:
-                saver.save_best({"step": 9, "validation_loss": 1.0, "batches": ""}, is_saved)
+                saver.save_best({"best": {"step": 9, "validation_loss": 1.0, "batches": ""}}, is_saved)
             except OSError:
                 assert {path.name: path.read_bytes() for path in (folder / "best").iterdir()} == before
             else:

@@ -47,6 +47,10 @@ def test_the_kind_of_rows_is_that_of_the_first_line(tmp_path):
         with pytest.raises(InputError, match=f"line 2 has no {kind} that can be trained on"):
             check(tmp_path, "".join(json.dumps({kind: value}) + "\n" for value in (something, nothing)))
     check(tmp_path, '{"question": "a", "completion": "b"}', prompt_feature="question")
+    with pytest.raises(InputError, match="--prompt-feature Q: .* line 1 has no such key; it has text; write"):
+        check(tmp_path, '{"text": "a"}', prompt_feature="Q")
+    with pytest.raises(InputError, match="--prompt-feature Question: .* no such key .did you mean 'question'"):
+        check(tmp_path, '{"question": "a", "answer": "b"}', prompt_feature="Question")
     with pytest.raises(InputError, match="line 1 is of no kind that mlx-lm trains on: it needs the keys prompt and"):
         check(tmp_path, '{"question": "a"}')
     with pytest.raises(InputError, match=r"train.jsonl is empty"):
@@ -109,7 +113,7 @@ def test_fewer_rows_than_a_batch_is_refused(tmp_path):
     with pytest.raises(InputError, match="the train set has 3 rows, fewer than --batch-size 4"):
         load_data(args, Template())
     args.batch_size = 2
-    with pytest.raises(InputError, match="the valid set has 1 rows, fewer than --batch-size 2: use --batch-size 1"):
+    with pytest.raises(InputError, match="the valid set has 1 row, fewer than --batch-size 2: lower it to at most 1"):
         load_data(args, Template())
 
 

@@ -160,6 +160,9 @@ def test_a_missing_file_is_no_data_set_of_the_hub(load, tmp_path):
     for name in ("rows.csv", str(tmp_path / "rows.parquet")):
         with pytest.raises(InputError, match=f"--data {name}: this file does not exist"):
             load(name)
+    (tmp_path / "questions.csv").touch()
+    with pytest.raises(InputError, match="does not exist .did you mean '.*/questions.csv'"):
+        load(tmp_path / "question.csv")
     with pytest.raises(InputError, match="--test: .* is one file; give a folder with test.csv"):
         load(write(tmp_path / "rows.csv", LAYOUTS["text"]), "--test")
 
@@ -176,7 +179,7 @@ def test_validation_rows_are_split_off_by_the_seed(tmp_path, load, capsys):
     quarter, again = split("--valid-fraction", 0.25), split("--valid-fraction", 0.25)
     assert quarter == again
     assert len(quarter[0][1]) == 6
-    assert "6 of 24 rows are split off for it, by --seed 0 (--valid-fraction 0.25)" in capsys.readouterr().out
+    assert "6 of 24 rows are split off for validation, by --seed 0 (--valid-fraction 0.25)" in capsys.readouterr().out
     # What resume compares tells another seed, and another fraction.
     for other in (["0.25", "--seed", 1], ["0.5"]):
         assert split("--valid-fraction", *other)[1] != quarter[1]
@@ -196,7 +199,9 @@ def test_how_many_are_split_off(tmp_path, parse, tokenizer, arguments, size, cap
     path = write(tmp_path / "rows.jsonl", LAYOUTS["prompt"])
     _, valid, _ = load_data(parse("--data", path, "--batch-size", 1, *arguments), tokenizer)
     assert len(valid) == size
-    assert ("training without validation" in capsys.readouterr().out) == (not size)
+    said = capsys.readouterr().out
+    assert ("training without validation" in said) == (not size)
+    assert ("a batch of 5; --batch-size 4 does)" in said) == (arguments == ["--batch-size", 5])
 
 
 def test_a_row_that_is_split_off_keeps_its_line(tmp_path, load, tokenizer):

@@ -1,6 +1,7 @@
 """`ember-mlx data` says what is learned: as mlx-lm's own loss masks it, and as the tokenizer writes it."""
 
 import json
+import logging
 import re
 
 import mlx.core as mx
@@ -55,6 +56,12 @@ def test_the_learned_tokens_are_those_of_mlx_lms_loss(parse, folders, path, mask
     assert found.masked == len(ROWS) * bool(mask)
     assert found.empty == sum(not spans_of(*each, max_seq_length) for each in processed)
     assert (found.empty > 0) == bool(mask and max_seq_length < 512)
+
+
+def test_the_tokenizers_own_limit_warns_of_no_errors(parse, folders, path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "handlers", [caplog.handler])
+    load_data(parse("--data", path, "--batch-size", 1), load_tokenizer(folders["untied"], {"model_max_length": 8}))
+    assert not caplog.messages
 
 
 def test_what_is_learned_is_marked(show):
@@ -124,7 +131,7 @@ def test_a_model_that_nobody_named_is_said_to_be_the_default(monkeypatch, path):
 
 def test_rows_that_are_cut_are_told_once_with_the_longest_and_the_remedy(show, path):
     assert (
-        "Warning: --max-seq-length 32 cuts 2 of 4 train rows; the longest has 75 tokens, and what is cut is not "
+        "Warning: --max-seq-length 32 cuts 2 of 4 train rows; the longest has 75 tokens, and what is cut is left out"
         in (short := show("--max-seq-length", 32))
     )
     assert short.count("--max-seq-length") == 1

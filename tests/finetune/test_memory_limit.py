@@ -159,7 +159,7 @@ def test_no_size_is_refused_by_name_and_in_the_same_words(parse, tmp_path, flag,
     if flag != "--memory":
         name = flag[2:].replace("-", "_")
         (tmp_path / "c.yaml").write_text(f"{name}: '{text}'\n")
-        with pytest.raises(InputError, match=rf"{name}: {text} must be {A_SIZE}"):
+        with pytest.raises(InputError, match=rf"{name}: '{text}' must be {A_SIZE}"):
             parse("--config", tmp_path / "c.yaml")
 
 

@@ -189,7 +189,7 @@ def test_data_and_plan_say_how_many_packs_there_are(folders, capsys):
     words = [*PACKING, "--model", folders["untied"], "--data", folders["data"]]
     data_command.main(list(map(str, [*words, "--show", 0])))
     said = capsys.readouterr().out
-    assert "Packed: 12 train rows make 6 of 64 tokens, 97.4% full" in said
+    assert "Packed: 12 train rows make 6 packs of 64 tokens, 97.4% full" in said
     plan_command.main(list(map(str, [*words, "--json"])))
     planned = json.loads(capsys.readouterr().out)
     assert "--packing makes" in json.dumps(planned)

@@ -87,8 +87,7 @@ def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(parse, folders
     out = " ".join(capsys.readouterr().out.split())
     length, more = ("--epochs 0.5 (3 steps)", "--epochs") if epochs else ("--iters 3", "--iters")
     assert f"step-0000003 is the last of {length}; --resume with a higher {more} continues" in out
-    assert " Optimizer state 84.26 kB, where Adam" in out
-    for untrue in ("Resuming after", "eak memory", "tok/s", "100%"):
+    for untrue in ("Resuming after", "eak memory", "tok/s", "100%", "Disk:", "save ", "where Adam", ".safetensors"):
         assert untrue not in out
     assert again.peak_memory is None
     assert (again.loss_before, again.loss_after) == (first.loss_before, first.loss_after)
@@ -201,7 +200,7 @@ def test_a_run_branches_off_from_a_checkpoint_into_another_folder(parse_resumabl
     second = tmp_path / "adapters" / "checkpoints" / "step-0000002"
     run(parse_resumable("--iters", 6, "--resume", second, adapter="branch"))
     assert_same(tmp_path / "adapters", tmp_path / "branch")
-    with pytest.raises(InputError, match="branch: already holds another run; .*, or --resume to continue it"):
+    with pytest.raises(InputError, match="already holds another run than that of --resume .*, or --adapter-path "):
         run(parse_resumable("--iters", 6, "--resume", second, adapter="branch"))
     # In its own folder it goes back: what came later is made again.
     run(parse_resumable("--iters", 5, "--resume", second))
@@ -224,7 +223,7 @@ def test_an_adapter_folder_stands_for_its_newest_good_checkpoint(parse, tmp_path
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(parse, tmp_path):
-    with pytest.raises(InputError, match="it has no checkpoint; start without --resume"):
+    with pytest.raises(InputError, match="it has no checkpoint; give another, or start without"):
         run(parse("--resume"))
     with pytest.raises(InputError, match="--resume .*nowhere: .*this folder does not exist; .*has no good one either"):
         run(parse("--resume", tmp_path / "nowhere"))

@@ -55,7 +55,7 @@ def test_epochs_are_whole_updates_that_draw_at_least_so_much(in_epochs, epochs, 
         ("--epochs 0", "--epochs 0: must be a number above 0 and at most 1,000,000, such as 2 or 0.5"),
         ("--epochs nan", "--epochs nan: must be a number above 0"),
         ("--epochs inf", "--epochs inf: must be a number above 0"),
-        ("--epochs 2 --iters 5", "--iters 5 and --epochs 2: each says how long to train; give one, as a flag or in"),
+        ("--epochs 2 --iters 5", "--iters 5 and --epochs 2: each says how long to train; give one of them"),
         ("--warmup -1", "--warmup -1: must be a share of the run below 1, such as 0.03, or a whole number of updates"),
         ("--warmup nan", "--warmup nan: must be a share"),
         ("--warmup inf", "--warmup inf: must be a share"),
@@ -72,11 +72,27 @@ def test_a_length_that_cannot_be_is_refused_in_one_line(arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("file", "flags", "kept", "told"),
+    [
+        ("iters: 400", "--epochs 1", (1000, 1.0), "--epochs 1 replaces iters 400 of --config"),
+        ("epochs: 2", "--iters 5", (5, None), "--iters 5 replaces epochs 2 of --config"),
+        ("iters: 400\nepochs: 2", "--iters 5", (5, None), "--iters 5 replaces epochs 2 of --config"),
+    ],
+)
+def test_the_length_on_the_command_line_goes_before_that_of_the_file(tmp_path, capsys, file, flags, kept, told):
+    path = tmp_path / "a.yaml"
+    path.write_text(file)
+    args, given = options.parse_given(["--config", str(path), *flags.split()])
+    assert (args.iters, args.epochs) == kept
+    assert len({"iters", "epochs"} & given) == 1
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("values", "arguments", "message"),
     [
-        ({"iters": 9}, ["--epochs", 1], "--iters 9 and --epochs 1: each says how long"),
-        ({"epochs": 1, "iters": 9}, [], "--iters 9 and --epochs 1: each says how long"),
-        ({"epochs": "many"}, [], "epochs: many must be a number"),
+        ({"epochs": 1, "iters": 9}, [], r"--config .*: --iters 9 and --epochs 1: each says how long"),
+        ({"epochs": "many"}, [], "epochs: 'many' must be a number"),
         ({"lr_schedule": SCHEDULE | {"warmup": 3}}, ["--warmup", 0.1], "--warmup 0.1: lr_schedule has a warmup of its"),
         ({"table_lr_schedule": SCHEDULE | {"warmup": 3}, "warmup": 2}, [], "table_lr_schedule has a warmup of its own"),
     ],
@@ -196,6 +212,7 @@ def test_a_longer_run_whose_share_means_another_warm_up_is_refused_by_name(in_ep
             7,
             "9 steps of 2 packs: 3 passes over 7 packs (3 batches; the longest pack fills",
         ),
+        ({"iters": 1, "batch_size": 1}, 1, "1 step of 1 row: 1 pass over 1 row (1 batch)"),
         ({"iters": 1}, 100_000, "1 step of 2 rows: 2e-05 passes over 100,000 rows (50,000 batches)"),
     ],
 )

@@ -228,3 +228,4 @@ def test_the_second_signal_but_for_sighup_leaves_at_once_also_while_the_first_wa
         process.wait(timeout=0.3)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
+    assert process.stderr.read() == "SIGINT: left at once; what was saved before is kept\n"

@@ -100,7 +100,7 @@ def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
     file.write_text(f"table_row_clip: 3\ntest_batches: 9\n{schedule}\nlearning_rate: 1e-4\n")
     options.parse(["--config", str(file), "--train-tables", "none"])
     said = capsys.readouterr().out
-    assert said == "Warning: table_row_clip 3.0: no effect: no table trains with --train-tables none\n"
+    assert said == "Warning: table_row_clip 3: no effect: no table trains with --train-tables none\n"
     options.parse(["--config", str(file), "--learning-rate", "1e-3"])
     assert capsys.readouterr().out == "Warning: --learning-rate 0.001: no effect: lr_schedule replaces it\n"
 

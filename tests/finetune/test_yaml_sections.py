@@ -102,7 +102,7 @@ def test_what_mlx_lm_passes_over_is_no_more_than_warned_of(read, capsys, text, w
 
 def test_a_whole_number_may_stand_in_quotes_as_other_numbers_may(read):
     assert read("iters: '5'\nlearning_rate: '1e-4'").iters == 5
-    with pytest.raises(InputError, match=r"iters: 5\.0 must be a whole number"):
+    with pytest.raises(InputError, match=r"iters: '5\.0' must be a whole number"):
         read("iters: '5.0'")
 
 

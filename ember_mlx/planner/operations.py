@@ -1,0 +1,26 @@
+"""What a step computes, for its time."""
+
+from ember_mlx.planner.architecture import Architecture
+from ember_mlx.planner.graph import Run
+
+__all__ = ["operations"]
+
+
+def operations(model: Architecture, run: Run, backend: str = "cpu") -> float:
+    """Multiplications of a step's products of matrices, for one token; a streamed head's logits are kept on a CPU."""
+    layer = sum(linear.inputs * linear.outputs for linear in (model.linears(0) if model.layers else ()))
+    layer += run.length * model.heads * model.head_dim  # queries by keys and scores by values, half of them masked
+    head, full = model.vocabulary * model.hidden, run.fine_tune_type == "full"
+    tokens = run.micro_batches * run.batch_size * run.length
+    below = model.layers if "embedding" in run.tables or "tied" in run.tables else run.layers
+    trained = run.layers if full else 0
+    head_trains = "head" in run.tables or "tied" in run.tables
+    backward = below + trained + (below if run.stream or run.grad_checkpoint else 0)
+    if not run.stream:
+        return layer * (model.layers + backward) + head * (2 + head_trains + run.chunked_loss)
+    backward += below * (1 - 1 / run.keep_inputs)
+    passes = 2  # logits, and the gradient by the hidden states
+    if head_trains:
+        passes += min(2 * tokens / model.hidden, 1) + 1  # statistics, and the rows' gradient
+        passes += 0 if backend == "cpu" else 2  # the logits again, for each of these
+    return layer * (model.layers + backward * (1 + run.norm_pass)) + head * passes
