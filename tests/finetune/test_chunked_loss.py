@@ -208,7 +208,7 @@ def test_a_run_with_it_gives_the_run_without(parse):
 
 def test_validation_of_a_streamed_run_takes_less_and_finds_the_same():
     """Its layers and slices are evaluated one after another: a device is not handed all of them at once."""
-    model = tiny_llama(num_hidden_layers=8, hidden_size=64, vocab_size=4096)
+    model = tiny_llama(layers=8, hidden=64, vocabulary=4096)
     mx.eval(model.parameters())
     batch, learned = mx.random.randint(0, 4096, (2, 257), key=mx.random.key(4)), mx.array([[0, 256], [0, 200]])
     found, peaks = [], []
