@@ -10,7 +10,9 @@ from ember_mlx.finetune.evaluation import evaluate
 from ember_mlx.finetune.loop import Training
 
 GOOD, MASKED, CUT = ([1, 2, 3], 0), ([1] * 12, 12), ([1] * 12, 9)  # prompts that end beyond what is kept
-OPTIONS = SimpleNamespace(batch_size=1, max_seq_length=8, clear_cache_threshold=0, mask_prompt=False, packing=False)
+OPTIONS = SimpleNamespace(
+    stream=False, batch_size=1, max_seq_length=8, clear_cache_threshold=0, mask_prompt=False, packing=False
+)
 
 
 class Untrained:
