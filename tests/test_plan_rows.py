@@ -3,26 +3,12 @@
 import json
 
 import pytest
+from planned_models import QWEN
 
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune import options
 from ember_mlx.planner import alternatives, plan, read_architecture, run_of
 from ember_mlx.planner.step import build_step
-
-QWEN = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 384,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.mark.parametrize(
@@ -33,10 +19,7 @@ QWEN = {
         (["--fine-tune-type", "full"], 4),
         (["--fine-tune-type", "full", "--no-stream"], 4),
         (["--fine-tune-type", "full", "--stream"], 4),
-        (
-            ["--fine-tune-type", "full", "--keep-inputs", "2"],
-            3,
-        ),  # which train refuses without tables, as it streams not
+        (["--fine-tune-type", "full", "--keep-inputs", "2"], 3),  # without tables nothing streams: train refuses it
     ],
     ids=str,
 )

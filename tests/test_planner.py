@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes, quantize_model
+from planned_models import QWEN
 from processes import run_here
 
 from ember_mlx.commands.plan import main
@@ -30,20 +31,6 @@ from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
 from ember_mlx.shared.units import in_units
 
-QWEN = {
-    "model_type": "qwen3",
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 384,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 QWEN_2 = {**QWEN, "model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True}
 
 
