@@ -208,10 +208,11 @@ def train_model(
     training = Training(
         args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
     )
+    valid_rows = CacheDataset(valid_set)  # tokenized once for all validations
     with telling_what_helps(args):  # by now it is known whether it streams
-        peak_memory = training.train(loss, train_set, valid_set)
+        peak_memory = training.train(loss, train_set, valid_rows)
 
-    loss_before, loss_after = training.losses(loss, valid_set)
+    loss_before, loss_after = training.losses(loss, valid_rows)
     if sharded:
         sharded.make_whole()
     if log:
