@@ -181,10 +181,6 @@ def train_model(
         trained = what_trains(model, optimizer, args, choices)
         asked_to_stream = args.stream
         args = args | choices.as_options()  # what the records of the run say of it
-        print_trainable_parameters(model)
-        rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
-        if choices.warning:
-            rprint(choices.warning)
         whole = nullcontext
         if make_step is None:
             args, make_step, whole = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)
@@ -194,6 +190,10 @@ def train_model(
 
     rows = [len(train_set), len(valid_set)]
     start, saving, log = _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers)
+    print_trainable_parameters(model)
+    rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+    if choices.warning:
+        rprint(choices.warning)
     sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
