@@ -50,6 +50,8 @@ COMMANDS = (
     "recipes",
     "parity",
 )
+TOGETHER = ("train", "plan", "chat", "server")
+"""Those that know of the other workers of mlx.launch. Every other command is done by the first alone."""
 
 
 def main() -> None:
@@ -81,6 +83,14 @@ def _run(command, arguments):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if command != "parity":  # which says itself what it can do without
         _require_mlx(command)
+    rank = os.environ.get("MLX_RANK")
+    if rank and command not in TOGETHER:
+        if rank != "0":
+            return
+        from ember_mlx.finetune.workers import ANNOUNCES
+
+        for name in ANNOUNCES:  # it waits for nobody
+            os.environ.pop(name, None)
     try:
         # In one line, too: where in the library it arose is nothing to the user of a command.
         with replaced(warnings, "formatwarning", lambda text, *_: f"ember-mlx {command}: warning: {text}\n"):

@@ -10,6 +10,7 @@ from processes import without_torch
 
 import ember_mlx
 from ember_mlx import cli
+from ember_mlx.finetune.workers import announced_workers
 
 
 def command(*arguments, module="ember_mlx", **environment):
@@ -138,6 +139,16 @@ def test_an_unknown_command_is_refused():
     assert refused.returncode == 2
     assert "unknown command 'fine-tune'; the commands are train, " in refused.stderr
     assert "unknown command 'trian' (did you mean 'train'?)" in command("trian").stderr
+
+
+def test_of_the_workers_of_mlx_launch_the_first_does_what_one_process_does_and_waits_for_nobody(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "recipes"])
+    for rank, told in (("1", False), ("0", True)):
+        monkeypatch.setenv("MLX_RANK", rank)
+        monkeypatch.setenv("MLX_HOSTFILE", "/no/such")
+        cli.main()
+        assert bool(capsys.readouterr().out) == told
+    assert announced_workers() == 1
 
 
 def test_the_public_names_are_those_listed_and_all_are_there():

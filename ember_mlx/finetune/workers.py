@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ember_mlx.optimizers.row_shards import fault_of_sum_scatter
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
+__all__ = ["ANNOUNCES", "JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
 
 JOIN_SECONDS = 300
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
