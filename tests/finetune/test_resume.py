@@ -247,6 +247,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_when_asked_for_refused(parse, t
     assert last_checkpoint(tmp_path / "adapters").position.step == 5
 
 
+@pytest.mark.usefixtures("eager")
 def test_what_is_refused_has_told_of_no_run(parse, tmp_path, monkeypatch, capsys):
     run(parse("--iters", 1))
     assert "passes over" in capsys.readouterr().out
