@@ -82,6 +82,19 @@ def test_mlx_adamw_is_that_of_mlx(gradients):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_in_float32_it_is_the_adam_of_mlx(gradients):
+    """Which is what ``ember-mlx train`` has on the body by default."""
+    mx = pytest.importorskip("mlx.core")
+    import mlx.optimizers as optim
+
+    optimizer = optim.Adam(0.003)
+    w = {"w": mx.linspace(-1, 1, 96).reshape(12, 8)}
+    for g in gradients:
+        w = optimizer.apply_gradients({"w": mx.array(g.numpy())}, w)
+    ours = steps_of(lambda w: table_rules.MLXAdamW(w, torch.tensor(0.003), dtype=torch.float32), gradients)
+    torch.testing.assert_close(ours, torch.from_numpy(np.array(w["w"])), rtol=1e-5, atol=1e-6)
+
+
 def test_mlx_adamw_never_forgets_a_gradient(gradients):
     """0.999 is 1 in bfloat16: a fault of what is compared, which must not be mended by accident."""
     w = torch.nn.Parameter(torch.zeros(12, 8))

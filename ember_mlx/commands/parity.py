@@ -208,7 +208,7 @@ def format_failures(comparisons: list[Comparison]) -> str:
 
 def format_timings(timings: list[Timing]) -> str:
     """One line for each job, the longest first: seconds from the start of all to its own, of itself, of first steps."""
-    head = ("implementation", "optimizers", "dtype", "tables", "began", "seconds", "first steps", "process")
+    head = ("implementation", "optimizers", "dtype", "cases", "began", "seconds", "first steps", "process")
     rows = [map(_cell, astuple(one)) for one in _longest_first(timings)]
     return text_table(head, rows, right=range(4, 8))
 

@@ -51,9 +51,10 @@ def test_nothing_is_compiled_by_two_jobs_and_every_case_is_of_one():
     for one, dtype in product(chosen, dtypes):
         of_ember = [job.cases for job in jobs if job.cases and (job.implementation, job.dtype) == (one.name, dtype)]
         assert sorted((case for of_job in of_ember for case in of_job), key=cases.index) == cases
-        if "compiled" in one.name:
-            compiled = [{(case.shape, case.rule) for case in of_job} for of_job in of_ember]
-            assert sum(map(len, compiled)) == len(compiled) == len(set.union(*compiled))
+        compiled = [{(case.shape, case.rule) for case in of_job} for of_job in of_ember]
+        assert sum(map(len, compiled)) == len(set.union(*compiled))
+        # Each process asks of g++ what the processor can before it compiles: few that compile, and no longer one.
+        assert len(of_ember) == (2 if "compiled" in one.name else 1)
     of_body = [(job.implementation, job.dtype, job.optimizers) for job in jobs if not job.cases]
     by_kernels = ("AdamMini", "SAGE"), ("SinkGD", "SinkGD 2 passes")
     assert of_body == [("mlx cpu", dtype, names) for names in by_kernels for dtype in dtypes]

@@ -149,6 +149,8 @@ BODY_RULES = {
     "adamw-bf16-rest": BodyRule(_adamw, "AdamW, bf16 + int8 rest", rounding="rest"),
     "adamw-bf16-mlx": BodyRule(lambda groups, lr, model: MLXAdamW(groups, lr), "mlx-lm's AdamW, bf16",
                                rounding="nearest", clipped=False),
+    "adam-mlx": BodyRule(lambda groups, lr, model: MLXAdamW(groups, lr, dtype=torch.float32),
+                         "MLX's Adam, float32, not corrected", clipped=False),
     "flash": BodyRule(_flash, "FlashAdamW, bf16 + int8 rest", rounding="rest"),
     "adam-mini": BodyRule(_adam_mini, "Adam-mini"),
     "adam-mini-int8": BodyRule(partial(_adam_mini, momentum="int8"), "Adam-mini, int8 momentum"),

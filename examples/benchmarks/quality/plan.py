@@ -60,6 +60,7 @@ class Phase:
     probes: tuple[str, ...] = ()  # optimizers that are run once more, with the probe
     recipes: tuple[tuple[str, str], ...] = ()  # optimizers of body and tables
     finely: bool = True  # of recipes: with a quarter decade of the body's rate
+    given: tuple[tuple[str, str, float, float], ...] = ()  # body, tables and their rates (body, tables), not tuned
 
 
 # The rules of one family are one optimizer with other settings; its best is the one with the best tuning run.
@@ -113,7 +114,25 @@ def _recipe_by_recipe(settings, recipes):
     return [Phase((name,), (), recipes=(recipe,), finely=False) for name in settings for recipe in recipes]
 
 
+# What `ember-mlx train` does by default, and the same with a row floor: tables in bfloat16 at 1e-4 and 3.2e-4, and
+# MLX's Adam on the body, at mlx-lm's 1e-5 and at higher rates.
+WITHOUT_FLOOR, WITH_FLOOR = "ember-bf16-stochastic", "ember-bf16-stochastic-floor3"
+PLAIN, FLOORED, PLAIN_AND_FASTER = (WITHOUT_FLOOR, -8), (WITH_FLOOR, -7), (WITHOUT_FLOOR, -7)
+
+
+def _at_given_rates(settings, body, body_rate, *tables):
+    return Phase(settings, (), given=tuple((body, rule, body_rate, rate) for rule, rate in tables))
+
+
 PHASES = {
+    "defaults": [
+        _at_given_rates(CONSTANT[:2], "adam-mlx", -10, PLAIN, FLOORED, PLAIN_AND_FASTER),
+        _at_given_rates(CONSTANT[:2], "adam-mlx", -8, PLAIN, FLOORED),
+        _at_given_rates(CONSTANT[:2], "adam-mlx", -7, PLAIN, FLOORED),
+        _at_given_rates(WHOLE[:2], "adamw-bf16-stochastic", -7, PLAIN, FLOORED),
+        _at_given_rates(CONSTANT[2:], "adam-mlx", -10, PLAIN, FLOORED),
+        _at_given_rates(CONSTANT[2:], "adam-mlx", -8, PLAIN, FLOORED),
+    ],
     "recipes": [  # "frozen": what there was, and what the tables have to win
         Phase(WHOLE, (), seeds=(1,), recipes=(("frozen", "frozen"),)),
         *_recipe_by_recipe(WHOLE[1::-1], (*RECIPES, (BASELINE, "frozen"))),
@@ -223,6 +242,8 @@ def wanted(results, phases, settings=SETTINGS):
             for optimizer in phase.probes if body is not None else ():
                 rate, _ = _table_rate(name, optimizer, body, tuning, settings)
                 reported += [Run(name, optimizer, rate, body, 1, probe=True)] * (rate is not None)
+        for name, (body, tables, body_rate, rate) in ((name, four) for name in phase.settings for four in phase.given):
+            reported += [Run(name, tables, rate, body_rate, seed, body=body) for seed in phase.seeds]
         yield from (run for run in reported if run.key() not in results)
 
 

@@ -106,24 +106,25 @@ class Lion(Optimizer):
 
 
 class MLXAdamW(Optimizer):
-    """``mlx.optimizers.AdamW`` on a bfloat16 model, as mlx-lm makes it: no bias correction, every result bfloat16.
+    """``mlx.optimizers.AdamW`` as mlx-lm makes it: no bias correction, and every result in ``dtype``, the weights'.
 
-    Python's numbers become bfloat16 too, and 0.999 becomes 1: the second moment forgets nothing. The weights may be
-    float32 tensors that hold bfloat16 numbers. Weight decay is left out: 1 - lr * 0.01 is 1 in bfloat16.
+    In bfloat16 Python's numbers are bfloat16 too, and 0.999 is 1: the second moment forgets nothing. The weights may be
+    float32 tensors that hold bfloat16 numbers. Weight decay is left out: 1 - lr * 0.01 is 1 in bfloat16. In float32 it
+    is therefore ``mlx.optimizers.Adam``.
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-8, dtype=torch.bfloat16):
         super().__init__(params, {"lr": lr})
         device = self.param_groups[0]["params"][0].device
         numbers = (betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps)
-        self.numbers = [torch.tensor(number, dtype=torch.bfloat16, device=device) for number in numbers]
+        self.numbers = [torch.tensor(number, dtype=dtype, device=device) for number in numbers]
 
     @torch.no_grad()
     def step(self, closure=None):
         keep1, add1, keep2, add2, eps = self.numbers
         for group in self.param_groups:
-            weights, rate = group["params"], group["lr"].to(torch.bfloat16)
-            w, g = (torch.cat([x.detach().to(torch.bfloat16).flatten() for x in xs])
+            weights, rate = group["params"], group["lr"].to(keep1.dtype)
+            w, g = (torch.cat([x.detach().to(keep1.dtype).flatten() for x in xs])
                     for xs in (weights, [w.grad for w in weights]))  # fmt: skip
             state = self.state[weights[0]]  # of all of them, so that a step is some kernels instead of thousands
             if not state:
@@ -177,6 +178,11 @@ TABLE_RULES = {
     "ember-tableclip": (partial(FactoredRule, clip="table"), -5, "Ember, Adafactor's clipping"),
     "ember-bf16": (Ember, -5, "Ember, tables in bf16, nearest"),
     "ember-bf16-stochastic": (partial(Ember, rounding="stochastic"), -5, "Ember, tables in bf16, stochastic"),
+    "ember-bf16-stochastic-floor3": (
+        partial(Ember, rounding="stochastic", row_floor=3.0),
+        -4,
+        "Ember, tables in bf16, stochastic, row_floor 3",
+    ),
     "adamw-bf16": (_adamw, -4, "AdamW, tables in bf16, nearest"),
     "adamw-bf16-mlx": (MLXAdamW, -4, "mlx-lm's AdamW, tables in bf16"),
     "adam-mini": (partial(AdamMini, betas=(0.9, 0.999)), -4, "Adam-mini"),
