@@ -63,6 +63,7 @@ class Step:
         loss: Callable,
         accumulation: int = 1,
         reduce: Callable = average_by_dtype,
+        *,
         head_first: bool = False,
     ):
         self.model = model
