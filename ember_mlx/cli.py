@@ -1,9 +1,10 @@
 """The command line: which command, and errors in one line."""
 
 import os
+import signal
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from importlib.metadata import version
 
@@ -50,6 +51,8 @@ COMMANDS = (
     "recipes",
     "parity",
 )
+TOGETHER = ("train", "plan", "chat", "server")
+"""Those that know of the other workers of mlx.launch. Every other command is done by the first alone."""
 
 
 def main() -> None:
@@ -81,9 +84,21 @@ def _run(command, arguments):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if command != "parity":  # which says itself what it can do without
         _require_mlx(command)
+    rank = os.environ.get("MLX_RANK")
+    if rank and command not in TOGETHER:
+        if rank != "0":
+            return
+        from ember_mlx.finetune.workers import ANNOUNCES
+
+        for name in ANNOUNCES:  # it waits for nobody
+            os.environ.pop(name, None)
     try:
-        # In one line, too: where in the library it arose is nothing to the user of a command.
-        with replaced(warnings, "formatwarning", lambda text, *_: f"ember-mlx {command}: warning: {text}\n"):
+        with (
+            # Several workers keep the signals' own actions, which need not wait until a collective returns to Python.
+            nullcontext() if os.environ.get("MLX_RANK") else _stoppable(),
+            # In one line, too: where in the library it arose is nothing to the user of a command.
+            replaced(warnings, "formatwarning", lambda text, *_: f"ember-mlx {command}: warning: {text}\n"),
+        ):
             with nullcontext() if command == "parity" else torch_hidden():
                 module = import_module(f"ember_mlx.commands.{command}")
             exit_code = module.main(arguments)
@@ -95,6 +110,24 @@ def _run(command, arguments):
         left = getattr(interrupt, "left", "what was saved before is kept")
         _one_line(f"ember-mlx {command}", f"interrupted; {left}")
         sys.exit(getattr(interrupt, "exit_code", 130))
+
+
+@contextmanager
+def _stoppable():
+    """SIGTERM and SIGHUP raise what Ctrl-C does, with a shell's exit code, unless ignored."""
+
+    def stop(number, frame):
+        interrupt = KeyboardInterrupt()
+        interrupt.exit_code = 128 + number
+        raise interrupt
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _require_mlx(command):

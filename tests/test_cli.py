@@ -1,6 +1,7 @@
 """The command line, by running it."""
 
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from processes import without_torch
 
 import ember_mlx
 from ember_mlx import cli
+from ember_mlx.finetune.workers import announced_workers
 
 
 def command(*arguments, module="ember_mlx", **environment):
@@ -138,6 +140,33 @@ def test_an_unknown_command_is_refused():
     assert refused.returncode == 2
     assert "unknown command 'fine-tune'; the commands are train, " in refused.stderr
     assert "unknown command 'trian' (did you mean 'train'?)" in command("trian").stderr
+
+
+def test_of_the_workers_of_mlx_launch_the_first_does_what_one_process_does_and_waits_for_nobody(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "recipes"])
+    for rank, told in (("1", False), ("0", True)):
+        monkeypatch.setenv("MLX_RANK", rank)
+        monkeypatch.setenv("MLX_HOSTFILE", "/no/such")
+        cli.main()
+        assert bool(capsys.readouterr().out) == told
+    assert announced_workers() == 1
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_while_a_command_is_imported_is_told(monkeypatch, capsys, name, code):
+    number = getattr(signal, name)
+    ours = signal.default_int_handler if name == "SIGINT" else lambda *_: None
+    before = signal.signal(number, ours)
+    monkeypatch.setattr(cli, "import_module", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "parity"])
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert signal.getsignal(number) is ours
+    finally:
+        signal.signal(number, before)
+    assert exit_.value.code == code
+    assert capsys.readouterr().err == "ember-mlx parity: error: interrupted; what was saved before is kept\n"
 
 
 def test_the_public_names_are_those_listed_and_all_are_there():

@@ -262,6 +262,13 @@ def test_bad_input_is_one_line_that_names_the_keyword_and_writes_nothing(folders
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_option_without_effect_is_warned_of_by_its_keyword(capsys):
+    options_of({"data": "d", "learning_rate": 0.0})
+    said = capsys.readouterr().out
+    assert said.startswith("Warning: learning_rate 0: the token tables would train alone, as with num_layers 0")
+    assert "--" not in said
+
+
 def test_a_model_that_has_an_adapter_is_refused(folders, tmp_path):
     result = ember_mlx.train(folders["untied"], data=folders["data"], adapter_path=tmp_path / "a", **SHORT)
     with pytest.raises(InputError, match="it has an adapter already"):

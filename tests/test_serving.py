@@ -106,6 +106,8 @@ def test_a_chat_answers_as_generate_does_and_ends_with_its_input(folders, adapte
         ("generate hello", "unrecognized arguments: hello; a value needs its flag, such as --prompt;"),
         ("chat --temp -1", "--temp -1.0: must be at least 0"),
         ("generate --prompt a --min-p 2", "--min-p 2.0: must be at least 0 and at most 1"),
+        ("generate --prompt a --top-k -2", "--top-k -2: must be at least -1"),
+        ("server --port 65536 --max-tokens -1", "--max-tokens -1: must be at least 1"),
         ("generate --prompt a --kv-bits 7", "--kv-bits 7: must be one of 2, 3, 4, 5, 6, 8"),
         ("generate --prompt a --seed -1", "--seed -1: must be at least 0"),
         ("generate --prompt a --chat-template-config [1]", "--chat-template-config: [1]: must be a JSON object"),

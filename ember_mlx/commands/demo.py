@@ -5,6 +5,7 @@ import json
 import shlex
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import mlx.core as mx
@@ -59,8 +60,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--keep")
     keep = describe(parser, HELP).parse_args(arguments).keep
     if keep is None:
-        with tempfile.TemporaryDirectory() as folder:
-            demo(Path(folder))
+        # From within: it prints what it writes, and a path that is soon gone would send somebody there.
+        with tempfile.TemporaryDirectory() as folder, chdir(folder):
+            demo(Path())
         print("Nothing is kept; --keep FOLDER keeps data, model and both adapters.")
     elif Path(keep).exists():
         raise InputError(f"--keep {keep}: folder already exists; choose a new one")

@@ -44,12 +44,14 @@ TEXTS = {
 RANGES = {
     **dict.fromkeys(("top_p", "min_p", "xtc_probability"), (0, 1)),
     "xtc_threshold": (0, 0.5),
-    **dict.fromkeys(("temp", "top_k", "quantized_kv_start"), (0, math.inf)),
+    **dict.fromkeys(("temp", "quantized_kv_start"), (0, math.inf)),
     **dict.fromkeys(("max_kv_size", "prefill_step_size", "num_draft_tokens", "min_tokens_to_keep"), (1, math.inf)),
     **dict.fromkeys(("decode_concurrency", "prompt_concurrency", "prompt_cache_size"), (1, math.inf)),
     "max_tokens": (-1, math.inf),  # -1: without an end
+    "top_k": (-1, math.inf),  # -1: as 0
     "seed": (0, 2**64 - 1),
 }
+OF_SERVER = {"max_tokens": (1, math.inf), "top_k": (0, math.inf)}  # others it would take, and refuse each request
 ONE_OF = {"kv_bits": BITS, "kv_group_size": (32, 64, 128)}  # what MLX quantizes to
 
 
@@ -81,7 +83,7 @@ def run_command(name: str, arguments: list[str], description: str, help_texts: H
                 elif action.dest == "chat_template_config":  # mlx-lm reads it once the model is loaded
                     action.type = _json_text
             args = describe(parser, help_texts).parse_args()
-            _check(vars(args))
+            _check(vars(args), RANGES | OF_SERVER if name == "server" else RANGES)
             return args
 
         parser.parse_args = describe_and_parse
@@ -101,14 +103,14 @@ def run_command(name: str, arguments: list[str], description: str, help_texts: H
         raise InputError(f"mlx_lm.{name} cannot do that: {type(error).__name__}: {reason_of(error)}") from error
 
 
-def _check(options):
+def _check(options, ranges):
     """Refuse what cannot be, before a model is loaded."""
     for name, value in options.items():
         if value is None:
             continue
         where = f"{flag(name)} {value}"
-        if name in RANGES:
-            least, most = RANGES[name]
+        if name in ranges:
+            least, most = ranges[name]
             if not least <= value <= most or value == math.inf:
                 raise InputError(
                     f"{where}: must be at least {least}{'' if most == math.inf else f' and at most {most}'}"

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -106,7 +105,7 @@ def main(arguments: list[str]) -> int:
             _replace(unfinished, _report({"unfinished": True} | about, rows, failures, seconds, timings))
         held = len(rows), held[1] + 1, jobs
 
-    with _stoppable(progress, lambda: _what_is_left(args.json, unfinished, *held)):
+    with _telling_what_is_left(progress, lambda: _what_is_left(args.json, unfinished, *held)):
         comparisons = list(
             processes.run(
                 here,
@@ -139,27 +138,14 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def _stoppable(progress, left):
-    """SIGTERM and SIGHUP raise what Ctrl-C does, with a shell's exit code, unless ignored; nothing of a line stays.
-
-    What is raised says what is ``left()`` of the run.
-    """
-
-    def stop(number, frame):
-        interrupt = KeyboardInterrupt()
-        interrupt.exit_code = 128 + number
-        raise interrupt
-
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    before = [signal.signal(number, stop) for number in numbers]
+def _telling_what_is_left(progress, left):
+    """What stops the run says what is ``left()`` of it; nothing of a line of progress stays."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         interrupt.left = left()
         raise
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
         progress("")
 
 

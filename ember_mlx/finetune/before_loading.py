@@ -12,6 +12,7 @@ from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.data import Rows, check_data_folder, may_validate
 from ember_mlx.finetune.options import Options, defaults
+from ember_mlx.finetune.run_length import batches_an_epoch, settled
 from ember_mlx.finetune.samples import read_prompts
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError, did_you_mean
@@ -30,10 +31,11 @@ def check_inputs(args: Options, rows: Rows | None, workers: Workers) -> None:
     Raises:
         InputError: for the first that cannot be used.
     """
-    check_data_folder(args, rows)
+    trained = check_data_folder(args, rows)
     if args.train:
-        if args.epochs is None:  # else the rows say how far a schedule goes
-            check_rates(args, tables=args.train_tables != "none")
+        batches = None if args.packing or trained is None else batches_an_epoch(args, trained)
+        if args.epochs is None or batches:  # else the tokens say how far a schedule goes
+            check_rates(settled(args, batches), tables=args.train_tables != "none")
         _check_files(args, workers)
         if rows is None and not may_validate(args):
             keeps_best(args, tables=False, validates=False)

@@ -68,12 +68,15 @@ def may_validate(args: Options) -> bool:
     return bool(_valid_fraction(args)) or not is_local(args) or file_of(args, "valid") is not None
 
 
-def check_data_folder(args: Options, given: Rows | None = None) -> None:
+def check_data_folder(args: Options, given: Rows | None = None) -> int | None:
     """Check local data, as far as that needs no tokenizer. A data set of the hub is checked when it is loaded.
 
     Args:
         args: The run's.
         given: Rows in memory, which take the place of ``--data``.
+
+    Returns:
+        How many rows train; None of the hub's.
 
     Raises:
         InputError: for data that is missing, and for a row that cannot be trained on; it names file and line.
@@ -81,14 +84,13 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
     if given is not None:
         if args.test:
             raise InputError("--test: rows in memory have no test set; give a folder with test.jsonl")
-        _sets_of_given(args, given)
-        return
+        return _that_train(args, {name: len(rows) for name, (rows, _) in _sets_of_given(args, given).items()})
     if not is_local(args):
         if find_spec("datasets") is None:
             named = getattr(args, "hf_dataset", None)
             what = "hf_dataset: " if named else f"--data {args.data}: is no file or folder here{_near(args.data)}, and "
             raise InputError(f"{what}a data set of the Hugging Face hub needs: pip install 'mlx-lm[train]'")
-        return
+        return None
     path = Path(args.data)
     if not path.exists():
         is_file = path.suffix.lower() in FORMATS
@@ -104,10 +106,15 @@ def check_data_folder(args: Options, given: Rows | None = None) -> None:
                 f"--data {args.data}: it has no {name}.jsonl; put one row a line there, as JSON; "
                 f"{ends} are read too, and a file by its own name"
             )
-    for name in SETS:
-        if file_of(args, name):
-            rows, _ = _read_set(args, name)
-            _refuse_few(args, name, len(rows))
+    sizes = {name: len(_read_set(args, name)[0]) for name in SETS if file_of(args, name)}
+    for name, rows in sizes.items():
+        _refuse_few(args, name, rows)
+    return _that_train(args, sizes)
+
+
+def _that_train(args, sizes):
+    rows = sizes.get("train", 0)
+    return rows if sizes.get("valid") else rows - _split_off(args, rows)[0]
 
 
 def _near(path):
@@ -215,7 +222,9 @@ def _sets(args, tokenizer, given):
     if args.train and placed["valid"][0] and args.valid_fraction is not None:
         rprint(f"Warning: --valid-fraction {args.valid_fraction:g}: no effect: the data has validation rows")
     if args.train and not placed["valid"][0]:
-        (rows, layout), size = placed["train"], _rows_to_split_off(args, len(placed["train"][0]))
+        rows, layout = placed["train"]
+        size, told = _split_off(args, len(rows))
+        rprint(told)
         if size:
             chosen = set(np.random.RandomState(args.seed).permutation(len(rows))[:size].tolist())
             placed["train"] = [row for i, row in enumerate(rows) if i not in chosen], layout
@@ -230,7 +239,8 @@ def _data_set(args: Options, placed: list[PlacedRow], layout: Layout | None, tok
     return DataSet(with_masked_prompts(rows, args), lambda i: placed[i].place)
 
 
-def _rows_to_split_off(args, rows):
+def _split_off(args, rows):
+    """How many of the rows become validation rows, and what is said of it."""
     fraction = _valid_fraction(args)
     size = round(rows * fraction)
     if fraction and size < args.batch_size <= rows * MOST_OF_FEW:
@@ -241,12 +251,10 @@ def _rows_to_split_off(args, rows):
             lower = f"; --batch-size {most} does" if 0 < most < args.batch_size and size <= rows - most else ""
             both = f"--valid-fraction {fraction:g} of {counted(rows, 'row')} does not leave both sets"
             why = f" ({both} a batch of {args.batch_size}{lower})"
-        rprint(f"Warning: no validation rows exist, and none are split off{why}: training without validation.")
-        return 0
+        return 0, f"Warning: no validation rows exist, and none are split off{why}: training without validation."
     why = f"--valid-fraction {fraction:g}" + (", at least a batch" if size > round(rows * fraction) else "")
     split = f"{size} of {rows} rows are split off for validation, by --seed {args.seed} ({why})"
-    rprint(f"The data has no validation rows: {split}")
-    return size
+    return size, f"The data has no validation rows: {split}"
 
 
 def _valid_fraction(args):

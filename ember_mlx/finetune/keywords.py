@@ -25,6 +25,8 @@ FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z][a-z0-9-]*)")
 def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
     """The options that a command line with the same values gives, and the names of those given; None is not given.
 
+    Options without effect are warned of by keyword.
+
     Args:
         given: By name, in the types that a YAML file has; a path may be a ``Path``, a list a tuple. They are copied.
 
@@ -46,7 +48,7 @@ def options_of(given: Mapping[str, Any]) -> tuple[Options, frozenset[str]]:
         else:
             check_values(value, name)
         values[name] = value
-    return complete(parser, values, data_required=True, warn=rprint)
+    return complete(parser, values, data_required=True, warn=lambda line: rprint(_in_keywords(line)))
 
 
 def _with_lists(value):
@@ -62,13 +64,16 @@ def naming_keywords() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        message = str(error).replace("--resume to", "resume=True to")
-        switches = {action.dest: action.nargs == 0 for action in actions_of(build_parser()) if action.dest in NAMES}
+        raise InputError(_in_keywords(str(error))) from error.__cause__
 
-        def as_keyword(found):
-            name = found[2].replace("-", "_")
-            if name not in switches:
-                return found[0]
-            return f"{name}={not found[1]}" if switches[name] else name
 
-        raise InputError(FLAG.sub(as_keyword, message)) from error.__cause__
+def _in_keywords(text):
+    switches = {action.dest: action.nargs == 0 for action in actions_of(build_parser()) if action.dest in NAMES}
+
+    def as_keyword(found):
+        name = found[2].replace("-", "_")
+        if name not in switches:
+            return found[0]
+        return f"{name}={not found[1]}" if switches[name] else name
+
+    return FLAG.sub(as_keyword, text.replace("--resume to", "resume=True to"))

@@ -95,7 +95,7 @@ class Training:
         self.steps_done = args.iters
         self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
-    def train(self, loss: Callable, train_set: Sequence, valid_set: Sequence) -> int:
+    def train(self, loss: Callable, train_set: Sequence, valid_set: CacheDataset) -> int:
         """Take all the steps that are left, and save; returns the peak memory in bytes, the largest of all workers.
 
         Raises:
@@ -113,7 +113,7 @@ class Training:
                 checkpointing = args.grad_checkpoint and not args.stream
                 with _checkpointed(self.model.layers[0]) if checkpointing else nullcontext():
                     step = self.make_step(self.model, self.optimizer, shared_loss(loss), args.grad_accumulation_steps)
-                    self._loop(step, loss, CacheDataset(valid_set))
+                    self._loop(step, loss, valid_set)
             peaks = [int(peak) for (peak,) in self.workers.all_numbers(mx.get_peak_memory())]
             with self.workers.one_outcome():
                 self.nonfinite.refuse_nothing()
@@ -175,7 +175,7 @@ class Training:
             rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
         self._report_dropped()
 
-    def losses(self, loss: Callable, valid_set: Sequence) -> tuple[float | None, float]:
+    def losses(self, loss: Callable, valid_set: CacheDataset) -> tuple[float | None, float]:
         """Before and after, once trained: of the validation or, without a set, of the first and the last report.
 
         Where these are one report, there is no before. The loss after the last step may be the lowest, too.
@@ -185,7 +185,7 @@ class Training:
             first, last = found.get("train_loss", [math.nan] * 2)  # none of a finite loss
             return (first if args.iters > args.steps_per_report else None), last
         with self.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
-            last = evaluate(args, self.model, loss, CacheDataset(valid_set), args.val_batches, self.deadline.passed)
+            last = evaluate(args, self.model, loss, valid_set, args.val_batches, self.deadline.passed)
         if self.same_batches:
             self._validated(self.steps_done, last, is_saved=True)
         return found.get("val_loss", [last])[0], last

@@ -184,18 +184,29 @@ HELP: Help = {
             "With --stream: keep the input of every K-th layer and make the others again. Saves memory with long "
             "sequences, and takes a forward pass more. Default: 1, all are kept.",
         ),
-        "shard_optimizer": (
-            None,
-            "With --stream and several workers: each keeps a part of the optimizer's state of all but the tables. For "
-            "adamw, adam and sgd, over JACCL or NCCL.",
-        ),
         "chunked_loss": (None, "Compute the same loss without ever holding all logits: far less memory."),
         "memory_limit": (
             "SIZE",
             "End the run, with what it has saved, when MLX takes more memory than SIZE, such as 12GB; none: never. "
             "Default: what Metal recommends, elsewhere 0.9 of the GPU's or the machine's memory.",
         ),
-        "clear_cache_threshold": ("SIZE", "Clear MLX's cache when it is larger than SIZE, such as 2GB; 0: never."),
+        "clear_cache_threshold": ("SIZE", "Clear MLX's cache after each step that leaves more than SIZE, such as 2GB."),
+    },
+    "several workers, by mlx.launch": {
+        "shard_optimizer": (
+            None,
+            "With --stream: each keeps a part of the optimizer's state of all but the tables. For adamw, adam and sgd, "
+            "over JACCL or NCCL.",
+        ),
+        "shard_tables": (
+            None,
+            "Each keeps a part of the rows of the token tables, with their gradients, and sends activations instead. "
+            "Far less is sent, and less memory taken.",
+        ),
+        "peer_timeout": (
+            "SECONDS",
+            "End the run when no step ends for SECONDS, since another worker is lost. Slow steps get more.",
+        ),
     },
     "saving and resuming": {
         "adapter_path": ("FOLDER", "Where the adapter and the checkpoints are saved."),
@@ -211,16 +222,6 @@ HELP: Help = {
             None,
             "Keep the weights of the lowest validation loss in best/, an adapter of its own. Default: on where tables "
             "train and validation rows exist.",
-        ),
-        "shard_tables": (
-            None,
-            "With several workers: each keeps a part of the rows of the token tables, with their gradients, and sends "
-            "activations instead. Far less is sent, and less memory taken.",
-        ),
-        "peer_timeout": (
-            "SECONDS",
-            "With several workers: end the run when no step ends for SECONDS, since another worker is lost. Slow steps "
-            "get more.",
         ),
         "resume": (
             "FOLDER",

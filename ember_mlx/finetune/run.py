@@ -181,10 +181,6 @@ def train_model(
         trained = what_trains(model, optimizer, args, choices)
         asked_to_stream = args.stream
         args = args | choices.as_options()  # what the records of the run say of it
-        print_trainable_parameters(model)
-        rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
-        if choices.warning:
-            rprint(choices.warning)
         whole = nullcontext
         if make_step is None:
             args, make_step, whole = step_of(args, model, optimizer, asked_to_stream, choices.not_streamed)
@@ -194,6 +190,10 @@ def train_model(
 
     rows = [len(train_set), len(valid_set)]
     start, saving, log = _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers)
+    print_trainable_parameters(model)
+    rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+    if choices.warning:
+        rprint(choices.warning)
     sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
@@ -208,10 +208,11 @@ def train_model(
     training = Training(
         args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
     )
+    valid_rows = CacheDataset(valid_set)  # tokenized once for all validations
     with telling_what_helps(args):  # by now it is known whether it streams
-        peak_memory = training.train(loss, train_set, valid_set)
+        peak_memory = training.train(loss, train_set, valid_rows)
 
-    loss_before, loss_after = training.losses(loss, valid_set)
+    loss_before, loss_after = training.losses(loss, valid_rows)
     if sharded:
         sharded.make_whole()
     if log:

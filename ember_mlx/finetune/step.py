@@ -6,23 +6,23 @@ overflow from finite gradients: there old copies are kept until the new weights 
 """
 
 import re
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx.finetune.batches import rows_to_send
 from ember_mlx.finetune.one_behind import OneBehind
+from ember_mlx.finetune.places import Places
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
 from ember_mlx.finetune.workers import Workers, average_by_dtype
 from ember_mlx.optimizers.guarded import (
     GuardedOptimizer,
     all_finite,
     clip_by_norm,
-    fill,
     norm_is_safe,
     norm_of,
     spoil_gradients_of_nonfinite,
@@ -77,6 +77,7 @@ class Step:
         @partial(mx.compile, inputs=held, outputs=held)
         def gradients_of(batch, accumulated, last):
             (value, tokens), gradients = value_and_grad(model, *batch[:3])
+            gradients = dict(tree_flatten(gradients))
             if accumulated is not None:
                 gradients = tree_map(lambda x, y: x + y, gradients, accumulated)
             return value, tokens, *(judged(gradients) if last and not several else (gradients, None))
@@ -85,7 +86,13 @@ class Step:
         self._judged = mx.compile(judged) if several else None
         self._reduce = reduce
         self._table_rows = self._looked_up_by_tokens()
-        self._lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        self._weights = Places(model, dict(tree_flatten(model.trainable_parameters())))
+        self._state = Places({"state": optimizer.state})
+        lookups = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        weights = self._weights.arrays()
+        shapes = {path: array.shape for path, array in weights.items()}
+        self._gradient_groups = cache(lambda tokens: gradient_groups(shapes, lookups, tokens))
+        self._update_groups = update_groups({path: array.size for path, array in weights.items()}, self._state.names)
         self._updates = {}  # by the names of what is measured
 
     @property
@@ -103,39 +110,40 @@ class Step:
         if not last_of_accumulation:
             self.accumulated = gradients
             mx.eval(loss, tokens, mx.random.state)
-            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
+            evaluate_paced(self._grouped(gradients, batch))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         if self._judged:
             mx.eval(loss, tokens, mx.random.state)  # first: handed to a device together, both passes take more
-            evaluate_paced(gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size))
-            gradients = self._reduce(gradients, self._rows_to_send(batch))
+            evaluate_paced(self._grouped(gradients, batch))
+            gradients = dict(tree_flatten(self._reduce(gradients, self._rows_to_send(batch))))
             mx.eval(gradients)
             gradients, squares = self._judged(gradients)
         norm = norm_of(squares) if self._judges else None
-        weights = self.model.trainable_parameters()
-        old = dict(tree_flatten({"weights": weights, "state": self.optimizer.state}))
+        weights, state = self._weights.arrays(), self._state.arrays()
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
-        inputs = {each.name: each.inputs for each in measurements}
-        weights, readings = update(weights, gradients, norm, inputs)
+        new, readings = update(weights, gradients, norm, {each.name: each.inputs for each in measurements})
         mx.eval(loss, tokens, mx.random.state)
-        groups = gradient_groups(tree_flatten(gradients), self._lookups, batch[0].size)
+        groups = self._grouped(gradients, batch)
         if squares:
             on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch
             groups += [*([each] for each in squares if on_cpu), [norm]]
         evaluate_paced(groups)
         # Rates are not judged: options.py and, over a schedule, build_optimizer.py refuse unsafe ones before a run.
         if self.optimizer.skip_nonfinite and not norm_is_safe(norm.item()):
-            return self._left_out(old, loss, tokens)
-        self.model.update(weights)
+            return self._left_out(weights, state, loss, tokens)
+        self._weights.put(new)
         del gradients, groups, norm, squares  # now the new weights alone hold what they are made of
         if self.optimizer.judges_outcome and not self._is_finite():
-            return self._left_out(old, loss, tokens)
-        del old
-        state = tree_flatten(self.optimizer.state)
-        evaluate_paced([*self._exchanged(), *update_groups(tree_flatten(weights), state)])
+            return self._left_out(weights, state, loss, tokens)
+        del weights, state
+        new |= self._state.arrays()
+        evaluate_paced([*self._exchanged(), *([new[name] for name in group] for group in self._update_groups)])
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
+
+    def _grouped(self, gradients, batch):
+        return [[gradients[path] for path in group] for group in self._gradient_groups(batch[0].size)]
 
     def _rows_to_send(self, batch):
         """Of the embedding that tokens look up, the rows that have a gradient, where these are fewer than all."""
@@ -161,24 +169,21 @@ class Step:
             def update(weights, gradients, norm, inputs):
                 if self.optimizer.clip_grad_norm is not None:
                     gradients = clip_by_norm(gradients, norm, self.optimizer.clip_grad_norm)
-                new = self.optimizer.apply_unguarded(gradients, weights)
-                seen = Update(*(dict(tree_flatten(tree)) for tree in (weights, gradients, new)))
-                readings = {name: measure(seen, **inputs[name]) for name, measure in measures.items()}
-                return tree_unflatten(list(seen.new.items())), readings
+                tree = self.model.trainable_parameters()
+                trees = [tree_map_with_path(lambda path, _, of=of: of[path], tree) for of in (gradients, weights)]
+                new = dict(tree_flatten(self.optimizer.apply_unguarded(*trees)))
+                seen = Update(weights, gradients, new)
+                return new, {name: measure(seen, **inputs[name]) for name, measure in measures.items()}
 
             self._updates[names] = update
         return self._updates[names]
 
-    def _left_out(self, old, loss, tokens):
+    def _left_out(self, weights, state, loss, tokens):
         """The result of a step that changes nothing: everything is again what it was."""
-        changing = self._changing()
-        fill(changing, old)
-        self.model.update(changing["weights"])
+        self._weights.put(weights)
+        self._state.put(state)
         self.optimizer.count_nonfinite()
         return StepResult(loss, tokens, updated=False, nonfinite=True, measurements={})
-
-    def _changing(self):
-        return {"weights": self.model.trainable_parameters(), "state": self.optimizer.state}
 
     def _looked_up_by_tokens(self):
         return _looked_up_by_tokens(self.model)
@@ -205,42 +210,39 @@ def _looked_up_by_tokens(model):
     return {lookups[0].path: lookups[0].shape[0]}
 
 
-def gradient_groups(gradients: list[tuple[str, mx.array]], lookups: set[str], tokens: int) -> list[list[mx.array]]:
+def gradient_groups(shapes: Mapping[str, tuple[int, ...]], lookups: set[str], tokens: int) -> list[list[str]]:
     """In the order of the backward pass: head and final norm, the layers from the last, the embeddings in ``lookups``.
 
     So the logits and each layer's activations are freed as soon as its gradients are there. With fewer ``tokens`` in
     the batch than the model is wide, the head's gradient is larger than that of the logits, and waits for the layers'.
     """
-    layers, outside = _by_layer(gradients)
-    head = [array for path, array in outside if path not in lookups]
-    embeddings = [array for path, array in outside if path in lookups]
-    width = max((array.shape[-1] for array in head if array.ndim == 2), default=0)
+    layers, outside = _by_layer(shapes)
+    head = [path for path in outside if path not in lookups]
+    embeddings = [path for path in outside if path in lookups]
+    width = max((shapes[path][-1] for path in head if len(shapes[path]) == 2), default=0)
     return [*layers, head, embeddings] if tokens < width else [head, *layers, embeddings]
 
 
-def update_groups(weights: list[tuple[str, mx.array]], state: list[tuple[str, mx.array]]) -> list[list[mx.array]]:
-    """Layer by layer from the last, then what is in no layer from the smallest.
+def update_groups(sizes: Mapping[str, int], state: Iterable[str]) -> list[list[str]]:
+    """Layer by layer from the last, then what is in no layer from the smallest; ``sizes`` are those of the weights.
 
     A weight and its state are one group: what both are made of would live until the later one.
     """
-    layers, outside = _by_layer(weights + state)
-    paths = {path for path, _ in weights}
-    owners, rest = {path: [array] for path, array in outside if path in paths}, []
-    for name, array in outside:
+    layers, outside = _by_layer([*sizes, *state])
+    owners, rest = {path: [path] for path in outside if path in sizes}, []
+    for name in outside:
         if name not in owners:
             owner = next((path for path in owners if f".{path}." in name), None)
-            (rest if owner is None else owners[owner]).append(array)
-    return [*layers, rest, *sorted(owners.values(), key=lambda group: group[0].size)]
+            (rest if owner is None else owners[owner]).append(name)
+    return [*layers, rest, *sorted(owners.values(), key=lambda group: sizes[group[0]])]
 
 
-def _by_layer(named):
-    """The arrays of each layer, from the last, and the others with their names."""
+def _by_layer(names):
+    """Those of each layer, from the last, and the others."""
     layers, outside = {}, []
-    for name, array in named:
-        if number := LAYER.search(name):
-            layers.setdefault(int(number[1]), []).append(array)
-        else:
-            outside.append((name, array))
+    for name in names:
+        number = LAYER.search(name)
+        (layers.setdefault(int(number[1]), []) if number else outside).append(name)
     return [layers[number] for number in sorted(layers, reverse=True)], outside
 
 

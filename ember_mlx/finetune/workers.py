@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ember_mlx.optimizers.row_shards import fault_of_sum_scatter
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
+__all__ = ["ANNOUNCES", "JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
 
 JOIN_SECONDS = 300
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
@@ -50,8 +50,10 @@ class Workers:
         Raises:
             InputError: where several workers are announced and MLX finds this one alone, or cannot connect.
         """
+        if _JOINED:
+            return _JOINED[0]
         announced = announced_workers()
-        if announced > 1 and not _JOINED:
+        if announced > 1:
             rank = os.environ.get("MLX_RANK")
             print(
                 f"worker {rank} waits up to {limit} s for the others ({announced} in all)", file=sys.stderr, flush=True
@@ -75,8 +77,8 @@ class Workers:
                 f"{named}: at least {announced} workers are announced, but MLX connects {world.size()}: each "
                 "would train alone; check the --backend and --hostfile of mlx.launch, or for one alone unset these"
             )
-        _JOINED.add(True)
-        return cls(world.rank(), world.size())
+        _JOINED.append(cls(world.rank(), world.size()))
+        return _JOINED[0]
 
     @property
     def leads(self) -> bool:
@@ -217,7 +219,7 @@ class Meeting:
     largest: int = 0
 
 
-_JOINED = set()
+_JOINED = []
 
 
 def as_words(array: mx.array, widths: tuple[int, ...] = tuple(WORDS)) -> mx.array:

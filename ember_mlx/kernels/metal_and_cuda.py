@@ -187,13 +187,18 @@ FUNCTION void write_as(Pointer to, int64_t left, thread const X* x) {
 
 @dataclass(frozen=True)
 class Text:
-    """A kernel as it is written: its name, the names of its arrays, its functions and its body, in Metal's words."""
+    """A kernel as it is written: its name, the names of its arrays, its functions and its body, in Metal's words.
+
+    One that reads all inputs ``in_rows`` gets copies of those that lie otherwise. Operations of their own for that,
+    ``mx.contiguous``, cost a host their time even where there is nothing to copy.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     source: str
     functions: str = ""
+    in_rows: bool = False
 
     def header(self, backend: str) -> str:
         """What stands before the body for ``"metal"`` or ``"cuda"``."""
@@ -202,7 +207,7 @@ class Text:
 
 @cache
 def kernel(text: Text, backend: str | None = None) -> Callable:
-    """MLX's callable of ``text``; nothing is compiled yet. It copies no input, however it lies in memory.
+    """MLX's callable of ``text``; nothing is compiled yet. Unless ``in_rows`` it copies no input, however that lies.
 
     MLX's CUDA backend keeps compiled kernels on disk, by their name alone: a changed text needs another name.
     """
@@ -214,7 +219,7 @@ def kernel(text: Text, backend: str | None = None) -> Callable:
         output_names=list(text.outputs),
         source=text.source,
         header=text.header(backend),
-        ensure_row_contiguous=False,
+        ensure_row_contiguous=text.in_rows,
     )
 
 

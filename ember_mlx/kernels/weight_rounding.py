@@ -51,6 +51,7 @@ TEXT = Text(
     outputs=("rounded",),
     source=SOURCE,
     functions=FUNCTIONS,
+    in_rows=True,
 )
 
 
@@ -65,7 +66,7 @@ def round_weights(values: mx.array, seed: mx.array, t: mx.array, dtype: mx.Dtype
     Returns:
         (rows, columns) of that dtype.
     """
-    inputs = [mx.contiguous(values), seed.reshape(1), t.reshape(1)]
+    inputs = [values, seed.reshape(1), t.reshape(1)]
     (rounded,) = kernel(TEXT)(inputs=inputs, **launch(values, dtype))
     return rounded
 

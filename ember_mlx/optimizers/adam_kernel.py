@@ -100,6 +100,7 @@ TEXT = Text(
     outputs=("new_w", "new_m", "new_v"),
     source=SOURCE,
     functions=FUNCTIONS + TO_NEAREST,
+    in_rows=True,
 )
 
 
@@ -133,8 +134,8 @@ def step_weight(
     columns = w.shape[-1] if w.ndim else 1
     sizes = mx.array([w.size // columns, columns], mx.uint32)
     numbers = mx.array([betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], mx.float32)
-    arrays, rates = map(mx.contiguous, (w, g, m, v)), scalars(learning_rate, decay, correction)
-    inputs = [*arrays, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
+    rates = scalars(learning_rate, decay, correction)
+    inputs = [w, g, m, v, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
     return tuple(kernel(TEXT)(inputs=inputs, **launch(w, g, m)))
 
 

@@ -112,6 +112,7 @@ TEXT = Text(
     outputs=("new_w", "new_m", "new_m_scales", "new_v"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
+    in_rows=True,
 )
 
 
@@ -150,7 +151,7 @@ def step_rows(
         The new ``w``, ``m``, ``m_scales`` and ``v``.
     """
     scales = mx.zeros(1) if m_scales is None else m_scales
-    inputs = [mx.contiguous(x) for x in (w, g, m, scales, v)] + scalars(*numbers)
+    inputs = [w, g, m, scales, v, *scalars(*numbers)]
     w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales, rows_are_blocks))
     return w, m, None if m_scales is None else scales, v
 

@@ -93,7 +93,8 @@ class FlashAdamW(_Flash):
     r"""AdamW with 8-bit moments [1]: 2.25 bytes of state a weight, 3.25 with the rest of bfloat16 weights.
 
     Of a parameter of any shape, N weights in groups of 32 neighbours, it keeps the codes ``m`` int8 and ``v`` uint8 of
-    shape (groups, 32), and ``m_scales`` and ``v_scales`` of shape (groups,), float32; the last group is padded.
+    shape (groups, 32), and ``m_scales`` and ``v_scales`` of shape (groups,), float32; the last group is padded. So the
+    state does not tell a weight's shape, and one of another shape in as many groups takes it: load the weights first.
 
     [1]: FlashOptim. arXiv 2602.23349.
 

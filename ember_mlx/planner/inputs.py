@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.data import check_data_folder, file_of, is_local
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
@@ -125,6 +126,8 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
     batches = longest_batches(args, tokenizer)
     rows = batches["train"].packs or batches["train"].rows
     args = settled(args, batches_an_epoch(args, rows))
+    if args.epochs is not None:  # only now is it known how far a schedule goes
+        check_rates(args, tables=args.train_tables != "none")
     run = replace(inputs.run, length=batches["train"].width - 1)  # the last token is only predicted
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     if args.epochs is not None:

@@ -10,6 +10,7 @@ import mlx_lm
 import pytest
 
 from ember_mlx import load
+from ember_mlx.commands import demo
 
 # The demo with 6 of its 40 steps, few rows to validate on and one to show, a seventh of its work: the losses fall
 # as clearly.
@@ -55,3 +56,17 @@ def test_a_seventh_of_the_demo_does_what_it_says_in_a_third_of_its_time(tmp_path
     refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 2
     assert "folder already exists; choose a new one" in refused.stderr
+
+
+def test_without_keep_no_path_is_named_that_is_gone_at_its_end(monkeypatch, capsys):
+    folders = []
+
+    def short(folder):
+        (folder / "Ember").mkdir()
+        print("written:", folder / "Ember")
+        folders.append((folder / "Ember").resolve())
+
+    monkeypatch.setattr(demo, "demo", short)
+    demo.main([])
+    assert capsys.readouterr().out.startswith("written: Ember\nNothing is kept; --keep FOLDER keeps")
+    assert not folders[0].parent.exists()

@@ -78,9 +78,10 @@ def test_rates_that_are_not_fit_are_refused_before_a_model_is_loaded(folders, tm
         (decay, "^--optimizer AdamW.*at most 2"),
         (of_tables, "^--table-optimizer Ember.*at most 2"),
     ):
-        config.write_text(f"{lines}\niters: 3\nbatch_size: 2\n")
-        with pytest.raises(InputError, match=says):
-            command.main(short.split())
+        for length in ("iters: 3", "epochs: 0.5"):  # of 6 batches
+            config.write_text(f"{lines}\n{length}\nbatch_size: 2\n")
+            with pytest.raises(InputError, match=says):
+                command.main(short.split())
     if command is plan:
         plan.main([*short.split(), "--train-tables", "none"])  # the tables' rate means nothing
 

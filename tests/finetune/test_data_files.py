@@ -69,8 +69,10 @@ def tokenizer(folders):
 def load(parse, tokenizer):
     def load(data, *arguments):
         args = parse("--data", data, "--batch-size", 1, "--valid-fraction", 0, *arguments)
-        check_data_folder(args)
-        return load_data(args, tokenizer)
+        rows = check_data_folder(args)
+        found = load_data(args, tokenizer)
+        assert rows in (len(found[0]), None)  # known before there is a tokenizer, but of the hub
+        return found
 
     return load
 

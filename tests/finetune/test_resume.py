@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -244,6 +245,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_when_asked_for_refused(parse, t
     assert "Skipped: checkpoint" in said
     assert "Resuming after step 2" in said
     assert last_checkpoint(tmp_path / "adapters").position.step == 5
+
+
+@pytest.mark.usefixtures("eager")
+def test_what_is_refused_has_told_of_no_run(parse, tmp_path, monkeypatch, capsys):
+    run(parse("--iters", 1))
+    assert "passes over" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--seed was 0 and is now 1"):
+        run(parse("--seed", 1, "--resume"))
+    (last_checkpoint(tmp_path / "adapters").folder / "weights.safetensors").unlink()
+    with pytest.raises(InputError, match="all 1 checkpoints in it are damaged"):
+        run(parse("--resume"))
+    monkeypatch.setattr("ember_mlx.finetune.saving.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(InputError, match="0 B are free"):
+        run(parse(adapter="other"))
+    assert "passes over" not in capsys.readouterr().out
 
 
 def test_yaml_can_ask_for_it(tmp_path):

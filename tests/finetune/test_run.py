@@ -167,10 +167,11 @@ def test_checkpoints_of_a_lora_run_have_their_tables_beside_them(parse, tmp_path
 
 
 def test_the_loss_after_is_of_the_same_batches_as_the_loss_before(parse, folders, tmp_path, monkeypatch):
-    drawn = []
+    drawn, sets = [], []
 
     def recording(**options):
         batches = options["iterate_batches"]
+        sets.append(options["dataset"])
 
         def wrapped(**arguments):
             for batch in batches(**arguments):
@@ -184,6 +185,7 @@ def test_the_loss_after_is_of_the_same_batches_as_the_loss_before(parse, folders
     result = run(parse("--steps-per-eval", 2))
     first, *_, last = drawn
     assert len(first) == 2
+    assert all(each is sets[0] for each in sets)  # which keeps the tokens
     assert all(mx.array_equal(a[0], b[0]) for a, b in zip(first, last, strict=True))
     # And it is the loss of the weights that were saved.
     model, _ = load(folders["untied"], adapter_path=tmp_path / "adapters")

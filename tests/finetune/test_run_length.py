@@ -102,9 +102,11 @@ def test_a_length_in_yaml_that_cannot_be_is_refused(in_epochs, tmp_path, values,
         in_epochs(*yaml(tmp_path, **values), *arguments)
 
 
-def test_a_warm_up_that_outlasts_epochs_is_refused_when_the_rows_are_known(in_epochs):
-    with pytest.raises(InputError, match=re.escape("fewer than the 6 updates of --epochs 1 (6 steps)")):
-        run(in_epochs("--epochs", 1, "--warmup", 6))
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_warm_up_that_outlasts_epochs_is_refused_when_the_rows_are_known(in_epochs, packing, capsys):
+    with pytest.raises(InputError, match=r"fewer than the (\d) updates of --epochs 1 \(\1 steps\)"):
+        run(in_epochs("--epochs", 1, "--warmup", 6, *["--packing", "--max-seq-length", "64"] * packing))
+    assert ("Loading" in capsys.readouterr().out) == packing  # tokens say how many packs there are
 
 
 def rates(schedule, number):

@@ -178,11 +178,18 @@ def test_workers_drop_out_each_their_own_and_go_on_with_one_state(found):
 
 @pytest.mark.parametrize("variables", [{"MLX_RANK": "1"}, {"MLX_WORLD_SIZE": "2"}], ids=["rank", "size"])
 def test_a_group_of_one_where_several_were_announced_is_refused(monkeypatch, variables):
+    monkeypatch.setattr("ember_mlx.finetune.workers._JOINED", [])
     monkeypatch.setattr("ember_mlx.finetune.workers.mx.distributed.init", lambda: Alone())
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"at least 2 workers are announced, but MLX connects 1"):
         Workers.join(60)
+
+
+def test_who_has_joined_asks_the_environment_no_more(monkeypatch):
+    here = Workers.join()
+    monkeypatch.setenv("MLX_RANK", "x")
+    assert Workers.join() == here
 
 
 @pytest.mark.parametrize(

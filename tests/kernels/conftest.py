@@ -45,7 +45,7 @@ def make_emulated(tmp_path_factory):
                 text = partial(metal_text, metal_and_cuda.kernel.__wrapped__(kernel, "metal"))
             else:
                 text = partial(cuda_text, kernel.source, kernel.header("cuda"), kernel.inputs, kernel.outputs)
-        return EmulatedKernel(kernel.inputs, text, folder, checks, **options)
+        return EmulatedKernel(kernel.inputs, text, folder, checks, kernel.in_rows, **options)
 
     return make
 

@@ -44,17 +44,20 @@ class EmulatedKernel:
         text (callable): Called with the inputs and the arguments of the launch; returns the source, with signature.
         folder (Path): For what is compiled.
         checks (str): ``"memory"`` or ``"races"``.
+        in_rows (bool): Whether inputs that lie otherwise are copied, as MLX does it. Default: ``False``.
         backward (bool): Run threads and threadgroups in descending order. Default: ``False``.
     """
 
-    def __init__(self, names, text, folder, checks, backward=False):
+    def __init__(self, names, text, folder, checks, in_rows=False, backward=False):
         self.names = names
         self.text = text
         self.folder = folder
         self.checks = checks
+        self.in_rows = in_rows
         self.order = "backward" if backward else "forward"
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template):
+        inputs = [mx.contiguous(array) for array in inputs] if self.in_rows else inputs
         inputs = [as_mlx_laid_it(array) if isinstance(array, mx.array) else array for array in inputs]
         arrays = [table.as_mlx() for table in inputs]
         text = self.text(*arrays, grid=grid, threadgroup=threadgroup, output_shapes=output_shapes,
