@@ -152,7 +152,7 @@ HELP: Help = {
         "table_row_floor": (
             "FLOOR",
             "Protect tokens that your data never uses: rows with gradients below FLOOR times the table's RMS take "
-            "proportionally smaller steps, so a higher FLOOR wants a higher --table-learning-rate. 0 turns it off. "
+            "proportionally smaller steps. A higher FLOOR wants a higher --table-learning-rate. 0 turns it off. "
             f"ember only. Default: {ROW_FLOOR:g}.",
         ),
         "table_rounding": (
