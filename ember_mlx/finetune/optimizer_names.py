@@ -19,6 +19,7 @@ __all__ = [
     "SPLIT",
     "TABLE_RATE",
     "canonical",
+    "decided_defaults",
     "named",
     "planned",
     "settings",
@@ -57,6 +58,12 @@ SPLIT = "bf16+int8"
 def canonical(name: str) -> str:
     """The name, of an alias what it stands for."""
     return ALIASES.get(name, name)
+
+
+def decided_defaults(given: Mapping[str, Any]) -> dict[str, float | None]:
+    """The defaults that other options decide, by name; ``given`` has None for what is not given."""
+    rate = RATES.get(canonical(given["optimizer"] or ""))
+    return table_defaults(given) | ({} if rate is None else {"learning_rate": rate})
 
 
 def table_defaults(given: Mapping[str, Any], row_floor: float = ROW_FLOOR) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, TABLE_RATE, canonical, named, table_defaults
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, TABLE_RATE, decided_defaults, named
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
@@ -241,10 +241,7 @@ def complete(
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
-    own = defaults()
-    own["learning_rate"] = RATES.get(canonical(options["optimizer"] or own["optimizer"]), own["learning_rate"])
-    own |= table_defaults(options)
-    for key, value in own.items():
+    for key, value in (defaults() | decided_defaults(options)).items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
     options["optimizer_config"] = named(options["optimizer_config"], CONFIG_DEFAULTS["optimizer_config"])

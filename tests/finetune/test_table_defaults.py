@@ -1,6 +1,7 @@
 """What the tables' rate and Ember's row floor are where they are not given."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from ember_mlx import InputError
 from ember_mlx.commands import train
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.keywords import options_of
+from ember_mlx.finetune.model_card import model_card
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -59,6 +61,22 @@ def test_what_is_decided_is_recorded_and_told(tmp_path, folders):
     assert [line.learning_rate for line in result.trained if line.table] == ["0.0003"] * 2
     record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (record["table_row_floor"], record["table_learning_rate"]) == FLOORED
+
+
+def test_a_model_card_names_them_so_that_its_options_make_the_same_run(tmp_path):
+    record = vars(options.parse([]))
+    floor, rate = "table_row_floor: 3.0", "table_learning_rate: 0.0003"
+    for changed, shown in [
+        ({}, {floor, rate}),
+        ({"table_learning_rate": 1e-4}, {floor, "table_learning_rate: 0.0001"}),
+        ({"table_row_floor": 0.0, "table_learning_rate": 1e-4}, {"table_row_floor: 0.0"}),
+        ({"table_row_floor": None, "table_learning_rate": 1e-4}, {"table_row_floor: 0.0"}),  # of a run of before
+        ({"table_optimizer": "sgd", "table_row_floor": None, "table_learning_rate": 1e-4}, {"table_optimizer: sgd"}),
+        ({"optimizer": "sinkgd", "learning_rate": 1e-5}, {"optimizer: sinkgd", "learning_rate: 1.0e-05", floor, rate}),
+        ({"optimizer": "sinkgd", "learning_rate": 3e-4}, {"optimizer: sinkgd", "learning_rate: 0.0003", floor, rate}),
+    ]:
+        lines = model_card(str(tmp_path), "mine", record | changed).splitlines()
+        assert {line for line in lines if re.match("(table_)?(row_floor|learning_rate|optimizer):", line)} == shown
 
 
 def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tmp_path, capsys):
