@@ -254,9 +254,8 @@ def restore(
 def _changed_options(args, saved):
     own = as_json(vars(args))
     saved = as_json(options.defaults()) | BEFORE | saved  # of a release that had fewer
-    own, saved = (
-        {**each, "table_row_floor": each.get("table_row_floor") or 0.0} for each in (own, saved)
-    )  # null: none
+    for each in (own, saved):
+        each["table_row_floor"] = each.get("table_row_floor") or 0.0  # null is none
     in_parser = {action.dest for action in options.build_parser()._actions}
     for name in sorted((own.keys() | saved.keys()) - FREE):
         if own.get(name) != saved.get(name):
