@@ -7,6 +7,7 @@ overflow from finite gradients: there old copies are kept until the new weights 
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import cache, partial
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ember_mlx.finetune.batches import rows_to_send
+from ember_mlx.finetune.leaving_head import LeavingHead
 from ember_mlx.finetune.one_behind import OneBehind
 from ember_mlx.finetune.places import Places
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
@@ -46,6 +48,8 @@ class Step:
         loss (callable): mlx-lm's kind: ``loss(model, tokens, lengths)`` gives the mean and the number of tokens.
         accumulation (int): How many batches make one update.
         reduce (callable): Gradients of this machine, and the rows of arrays that are enough -> their mean over all.
+        head_first (bool): Evaluate what leaves the head before the layers' gradients begin, so that they are made
+            without the logits. For a loss that runs the model as it is, with all logits at once.
 
     Of several workers' batches (:func:`~ember_mlx.finetune.batches.own_part`) an untied embedding sends only the rows
     that occur in an update, where these are fewer than all. Their mean is an evaluation of its own, of gradients that
@@ -59,6 +63,8 @@ class Step:
         loss: Callable,
         accumulation: int = 1,
         reduce: Callable = average_by_dtype,
+        *,
+        head_first: bool = False,
     ):
         self.model = model
         self.optimizer = optimizer
@@ -68,6 +74,7 @@ class Step:
         value_and_grad = nn.value_and_grad(model, spoil_gradients_of_nonfinite(loss))
         held = [model.state, mx.random.state]
         several = Workers.join().size > 1
+        leaving_head = LeavingHead(model).noted if head_first else partial(nullcontext, ())
 
         def judged(gradients):
             if accumulation > 1:
@@ -76,11 +83,12 @@ class Step:
 
         @partial(mx.compile, inputs=held, outputs=held)
         def gradients_of(batch, accumulated, last):
-            (value, tokens), gradients = value_and_grad(model, *batch[:3])
+            with leaving_head() as left:
+                (value, tokens), gradients = value_and_grad(model, *batch[:3])
             gradients = dict(tree_flatten(gradients))
             if accumulated is not None:
                 gradients = tree_map(lambda x, y: x + y, gradients, accumulated)
-            return value, tokens, *(judged(gradients) if last and not several else (gradients, None))
+            return value, tokens, [*left], *(judged(gradients) if last and not several else (gradients, None))
 
         self._gradients_of = gradients_of
         self._judged = mx.compile(judged) if several else None
@@ -105,15 +113,15 @@ class Step:
         """Take one batch; update the weights if it is the last that is accumulated."""
         if self._rows is not None and len(batch) > 3:
             batch = (*batch[:3], *self._rows_of_all(batch[3], last_of_accumulation))
-        loss, tokens, gradients, squares = self._gradients_of(batch, self.accumulated, last_of_accumulation)
+        loss, tokens, left, gradients, squares = self._gradients_of(batch, self.accumulated, last_of_accumulation)
         self.accumulated = None
         if not last_of_accumulation:
             self.accumulated = gradients
-            mx.eval(loss, tokens, mx.random.state)
+            _evaluate_head(loss, tokens, left)
             evaluate_paced(self._grouped(gradients, batch))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
         if self._judged:
-            mx.eval(loss, tokens, mx.random.state)  # first: handed to a device together, both passes take more
+            _evaluate_head(loss, tokens, left)
             evaluate_paced(self._grouped(gradients, batch))
             gradients = dict(tree_flatten(self._reduce(gradients, self._rows_to_send(batch))))
             mx.eval(gradients)
@@ -123,7 +131,7 @@ class Step:
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
         new, readings = update(weights, gradients, norm, {each.name: each.inputs for each in measurements})
-        mx.eval(loss, tokens, mx.random.state)
+        _evaluate_head(loss, tokens, left)
         groups = self._grouped(gradients, batch)
         if squares:
             on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch
@@ -235,6 +243,13 @@ def update_groups(sizes: Mapping[str, int], state: Iterable[str]) -> list[list[s
             owner = next((path for path in owners if f".{path}." in name), None)
             (rest if owner is None else owners[owner]).append(name)
     return [*layers, rest, *sorted(owners.values(), key=lambda group: sizes[group[0]])]
+
+
+def _evaluate_head(loss, tokens, left):
+    """The loss first: handed to a device together, both passes take more. Then what leaves the head, held no longer."""
+    mx.eval(loss, tokens, mx.random.state)
+    mx.eval(left)
+    left.clear()
 
 
 def _by_layer(names):

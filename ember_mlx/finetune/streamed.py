@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -148,14 +149,15 @@ def step_of(
     """
     if not_streamed:
         rprint(f"Not streamed: {not_streamed}\n")
+    ordinary = partial(Step, head_first=not args.chunked_loss)
     if not args.stream:
-        return args, Step, nullcontext
+        return args, ordinary, nullcontext
     try:
         streamed = Streamed(model, optimizer, args)
     except InputError as error:
         if asked:
             raise
         rprint(f"Not streamed: {str(error).removeprefix('--stream: ')}\n")
-        return args | {"stream": False}, Step, nullcontext
+        return args | {"stream": False}, ordinary, nullcontext
     rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
     return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, streamed.whole

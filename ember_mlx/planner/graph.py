@@ -77,6 +77,7 @@ class Graph:
     Attributes:
         losses (list): What validation computes, too.
         parts (list[list]): What validation of a streamed run evaluates one after another, before its losses.
+        leaving_head (list): Gradients that are evaluated after the losses, before all others.
         results (list): The arrays that stay after the step.
         evaluations (list[list]): What is evaluated together, in this order.
         waits (list[int]): Of each, how many of the first are done before it begins.
@@ -91,7 +92,7 @@ class Graph:
         self.backend = backend
         self.tokens = run.batch_size * run.length
         self.width = model.width
-        self.existing, self.results, self.losses, self.parts = [], [], [], []
+        self.existing, self.results, self.losses, self.leaving_head, self.parts = [], [], [], [], []
         self.evaluations, self.waits = [], []
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}

@@ -91,7 +91,6 @@ class Report:
                 "",
                 *self._phases(),
                 text_table(("with the token tables by", "all optimizer state", "peak"), others, right=(1, 2)),
-                *self._why_frozen_take_more(),
                 "",
                 *self._verdict(),
                 *self._recommended(),
@@ -137,18 +136,6 @@ class Report:
         if other.layers != run.layers:
             label += f", {other.layers} layers"
         return label
-
-    def _why_frozen_take_more(self):
-        """Of rows that do not stream, which say it themselves."""
-        peaks = {flags: found.peak for flags, (_, found) in self.alternatives.items()}
-        frozen = peaks.pop("--train-tables none", 0)
-        streamed = any(run.stream for run, _ in self.alternatives.values())
-        if streamed or frozen < 1.01 * min(peaks.values()):
-            return []
-        return [
-            "Frozen tables peak higher here: a head that trains is first in the backward pass, which frees the logits;",
-            "with a frozen one they stay until the last layer's gradients are there.",
-        ]
 
     def _network(self):
         """Of several workers, what each sends."""

@@ -27,8 +27,11 @@ def build_step(model: Architecture, run: Run, backend: str) -> Graph:
     full = run.fine_tune_type == "full"
     h, back_norm = norm(graph, x, "model.norm", model.hidden, full and bool(run.tables))
     w_head = _table(graph, head, head_trains)
-    compute = chunked_loss if run.chunked_loss or run.is_sharded(head) else loss
-    d_h = compute(graph, h, head, w_head, head_trains)
+    in_slices = run.chunked_loss or run.is_sharded(head)
+    d_h = (chunked_loss if in_slices else loss)(graph, h, head, w_head, head_trains)
+    if not in_slices and (not head_trains or graph.tokens >= head.columns):  # as in ember_mlx.finetune.leaving_head
+        graph.leaving_head = [d_h] if embedding_trains or first_trained < model.layers else []
+        graph.leaving_head += [graph.gradients[head.name]] if head_trains else []
     graph.role = "scratch"
     d_x = back_norm(d_h)
     for i in reversed(range(first_trained, model.layers)):

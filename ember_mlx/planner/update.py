@@ -1,6 +1,7 @@
 """From gradients to weights, as in ember_mlx.finetune.step: one norm judges, then comes a paced update in place.
 
-The gradients are evaluated in the order of the backward pass, a layer at a time; then the update, likewise.
+The gradients are evaluated in the order of the backward pass: what leaves the head, then a layer at a time. Then comes
+the update, likewise.
 """
 
 from ember_mlx.planner.evaluation import Array
@@ -24,6 +25,7 @@ def judge(graph: Graph) -> None:
             before = graph.exist(gradient.numbers, gradient.width, "gradients")
             graph.gradients[name] = graph.elementwise([gradient, before], role="gradients")
     graph.evaluate(graph.losses, 0)
+    graph.evaluate(graph.leaving_head, 1)
     if graph.run.workers > 1:
         _paced(graph, _as_made(graph))
         average(graph)

@@ -71,7 +71,7 @@ def step_of(kind, made):
     if kind == "mlx-lm":
         return mlx_lm_step(made)
     optimizer = made.optimizer
-    step = Step(made.model, optimizer, made.loss)
+    step = Step(made.model, optimizer, made.loss, head_first=not made.args.chunked_loss)
     after = NonfiniteSteps(optimizer, kind, lambda: False, lambda: None) if kind in ("stop", "skip") else None
 
     def take():

@@ -115,7 +115,7 @@ def measure(row, warm_up, steps, smoke):
     with unpatched(type(model.layers[0])):
         if made.args.grad_checkpoint:
             grad_checkpoint(model.layers[0])
-        step = Step(model, optimizer, made.loss)
+        step = Step(model, optimizer, made.loss, head_first=not made.args.chunked_loss)
         for _ in range(warm_up + steps):
             mx.reset_peak_memory()
             start = time.perf_counter()

@@ -136,7 +136,7 @@ class Trained(Prepared):
 
         if way.endswith("checkpointed"):
             grad_checkpoint(self.model.layers[0])
-        step = Step(self.model, self.optimizer, default_loss)
+        step = Step(self.model, self.optimizer, default_loss, head_first=True)
         return lambda: step(self.batch).loss.item()
 
     def _take_steps(self, count, note):

@@ -51,7 +51,7 @@ def loss_and_gradients(here, tied):
     mx.eval(loss, gradients)
     tables = shard()
     step = tables.step(model, optimizer, shared_loss(tables.loss))
-    own_loss, _, own, _ = step._gradients_of(own_part((batch, learned), here), None, True)
+    own_loss, _, _, own, _ = step._gradients_of(own_part((batch, learned), here), None, True)
     own, squares = step._judged(step._reduce(own, {}))
     of_all = tables.shards.gather(own_loss[None]).mean()
     errors = [largest_error(of_all, loss), largest_error(norm_of(squares), global_norm(gradients))]

@@ -35,7 +35,7 @@ extern char __data_start, _end;  // of the static memory of this program, by the
 namespace {
 
 constexpr unsigned SIMDGROUP = 32;
-constexpr size_t STACK = 64 << 10, MOST_BUFFERS = 31;  // as many as Metal binds
+constexpr size_t STACK = 64 << 10, MOST_BUFFERS = 128;  // Metal binds 31, CUDA more
 constexpr long MOST_THREADGROUP_MEMORY = 32 << 10;
 
 [[noreturn]] void fail(const std::string& what) {
@@ -239,6 +239,7 @@ int main(int, char** arguments) {
         }
         buffers.push_back(buffer);
     }
+    if (buffers.size() > MOST_BUFFERS) fail("more buffers than MOST_BUFFERS");
     fibers.resize(threads);
     for (Fiber& fiber : fibers) fiber.stack = (char*)malloc(STACK);
     for (unsigned i = 0; i < groups; i++) {
