@@ -53,7 +53,7 @@ class Checkout:
     def __init__(self, folder: Path, row: str, smoke: bool):
         self.folder = folder
         words = [sys.executable, "-c", TAKING_TURNS, row, "smoke" if smoke else "whole"]
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115: it lives as long as the process
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said, "text": True}
         self.process = subprocess.Popen(words, cwd=folder, **pipes)
         self.steps = []
