@@ -19,6 +19,7 @@ from ember_mlx.finetune import summary
 from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.resume import tables_as_before
 from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
@@ -118,7 +119,7 @@ def train(
         stack.enter_context(_random_states_kept())
         if given.loaded is None and Workers.join().size == 1:
             refuse_misfits(args)
-        args = with_savings(args, asked)
+        args = with_savings(tables_as_before(args, asked), asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)
     trained.eval()

@@ -51,7 +51,7 @@ def same(one, other):
     ("how", "given"),
     [
         ("folders", {"fine_tune_type": "full", "learning_rate": 1e-3, "grad_checkpoint": True}),
-        ("folders", {"mask_prompt": True, "table_row_floor": 3.0, "seed": 7, "optimizer": "sinkgd"}),
+        ("folders", {"mask_prompt": True, "table_row_floor": 2.0, "seed": 7, "optimizer": "sinkgd"}),
         ("loaded model and rows", {}),
     ],
     ids=["full", "masked", "in memory"],

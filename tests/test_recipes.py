@@ -19,7 +19,7 @@ from ember_mlx.finetune.mlx_lm_internals import load_yaml
 from ember_mlx.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-TABLES = (ROOT / "examples/benchmarks/quality/tables.md").read_text()
+TABLES, WHOLE = ((ROOT / f"examples/benchmarks/quality/{name}.md").read_text() for name in ("tables", "recipes"))
 each = pytest.mark.parametrize("name", RECIPES)
 
 
@@ -66,9 +66,22 @@ def test_the_flags_names_and_commands_in_its_comments_exist(name, tmp_path, monk
             assert isinstance(parser.parse_args(words), argparse.Namespace)
 
 
+def section_of(text, setting):
+    return text.partition(f"\n## {setting}\n")[2].partition("\n## ")[0]
+
+
+def losses_with_a_floor(setting):
+    """By the rates of the body and of the tables, with a row floor of 3: the loss of the search's seed."""
+    line = re.search(
+        r"^\| AdamW; Ember, row_floor 3\b[^|]*\|([^|]+: [^|]+)\|$", section_of(WHOLE, setting), re.MULTILINE
+    )
+    tried = (one.partition(":") for one in line[1].split(";"))
+    return {tuple(map(float, rates.split())): float(loss) for rates, _, loss in tried}
+
+
 def rates_of(setting, tables):
     """The rates of the body and, by the optimizer of the tables, of these, as the benchmark's tables have them."""
-    section = TABLES.partition(f"\n## {setting}\n")[2].partition("\n## ")[0]
+    section = section_of(TABLES, setting)
     body = float(re.search(r"body at ([\d.e-]+)\.\n", section)[1])
     row = next(line for line in section.splitlines() if line.startswith(f"| {tables} |"))
     return body, float(row.split("|")[-2])
@@ -80,12 +93,20 @@ def test_the_rates_are_those_of_the_benchmark():
     assert values["new-language"]["lr_schedule"]["arguments"] == [body, 360, body / 10]
     assert values["new-language"]["table_learning_rate"] == table
     assert values["full-on-16gb"]["learning_rate"] == body
-    for setting in ("smollm2-rasbt", "smollm2-wikisql"):
-        assert rates_of(setting, "Ember") == (0.00032, values["full-on-16gb"]["table_learning_rate"])
+    for setting, off in (("smollm2-rasbt", 0), ("smollm2-wikisql", 0.0019)):
+        losses = losses_with_a_floor(setting)
+        ours = losses[0.00032, values["full-on-16gb"]["table_learning_rate"]]
+        assert ours - min(losses.values()) == pytest.approx(off, abs=1e-6)
     settings = [f"smollm2-{name}-lora-constant" for name in ("shakespeare", "wikisql", "rasbt")]
     assert [rates_of(setting, "Ember") for setting in settings] == [(1e-4, 1e-4), (3.2e-4, 1e-4), (3.2e-4, 1e-4)]
+    with_a_floor = [losses_with_a_floor(setting) for setting in settings]
+    best = [min(losses, key=losses.get) for losses in with_a_floor]
+    assert best == [(1e-4, 3.2e-4), (3.2e-4, 3.2e-4), (3.2e-4, 3.2e-4)]
     for name in ("first-lora", "added-tokens"):
-        assert (values[name]["learning_rate"], values[name]["table_learning_rate"]) == (1e-4, 1e-4)
+        assert (values[name]["learning_rate"], values[name]["table_learning_rate"]) == (1e-4, 3.2e-4)
+    for name, recipe in values.items():
+        assert recipe["table_row_floor"] == (0 if name in ("new-language", "from-nothing") else 3)
+    for name in ("first-lora", "added-tokens"):
         assert values[name]["lora_parameters"] == options.defaults()["lora_parameters"]
     for setting in ("untied-16k", "tied-16k"):
         body, table = rates_of(setting, "Ember, beta2 1 - t^-0.8")

@@ -99,7 +99,7 @@ def check(args: options.Options, out: Path) -> None:
             f"--table-optimizer {args.table_optimizer}: geometry measures whether Ember suits; leave it out"
         )
     if not (args.table_learning_rate > 0 or args.table_lr_schedule):
-        raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 1e-4")
+        raise InputError("--table-learning-rate 0: no row would move; give a number above 0, usually 3e-4")
     if Workers.join().size > 1:
         raise InputError("several workers: geometry measures on one machine; start it without mlx.launch")
     if args.patience is not None:

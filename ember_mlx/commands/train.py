@@ -6,6 +6,7 @@ import sys
 from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporting_lost_peers
+from ember_mlx.finetune.resume import tables_as_before
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
@@ -40,4 +41,5 @@ def _parse_together(arguments, workers):
     """The options and the names of those given, where no worker refuses its own; --peer-timeout is not known yet."""
     deadline = PeerDeadline(workers, options.defaults()["peer_timeout"] // 10)
     with reporting_lost_peers(workers), deadline, workers.one_outcome():
-        return options.parse_given(arguments, data_required=True)
+        args, given = options.parse_given(arguments, data_required=True)
+        return tables_as_before(args, given), given

@@ -111,7 +111,7 @@ def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
     if options.table_optimizer == "ember":
         if options.table_beta2_decay is not None:
             beta2 = growing_beta2(options.table_beta2_decay, options.table_beta2)
-        how = {"row_clip": options.table_row_clip, "row_floor": options.table_row_floor}
+        how = {"row_clip": options.table_row_clip, "row_floor": options.table_row_floor or None}
         return Ember(learning_rate, beta2, weight_decay=decay, **how, rounding=rounding, seed=options.seed)
     if options.table_optimizer == "sage":
         return make_optimizer("sage", learning_rate, {"weight_decay": decay}, settings(options, "sage"))

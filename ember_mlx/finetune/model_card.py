@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from ember_mlx.finetune import adapters, options, safe_reading
 from ember_mlx.finetune.best import Best
+from ember_mlx.finetune.optimizer_names import decided_defaults
 from ember_mlx.finetune.resume import as_json
 
 __all__ = ["RESULT", "model_card"]
@@ -121,5 +122,8 @@ def _what_trained(config, of):
 def _flags(config):
     """By name, in JSON's types, which YAML has too."""
     defaults = as_json(options.defaults())
+    if decided_defaults(defaults | config)["table_row_floor"] and config.get("table_row_floor", 0) is None:
+        config = config | {"table_row_floor": 0.0}  # of a run of before it had a default
+    decided = decided_defaults(defaults | config)
     shown = (defaults.keys() & config.keys()) - NOT_SHOWN
-    return {key: config[key] for key in sorted(shown) if config[key] != defaults[key]}
+    return {key: config[key] for key in sorted(shown) if not config[key] == defaults[key] == (defaults | decided)[key]}

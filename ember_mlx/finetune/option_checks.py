@@ -88,5 +88,6 @@ def _check_ember_options(args):
         raise InputError(
             f"--table-beta2-decay {decay}: must be above 0 and at most 1, usually 0.8; 1 is the mean of all steps"
         )
-    for name in ("row_clip", "row_floor"):
-        check_row_limit(name, getattr(args, f"table_{name}"), flag=flag(f"table_{name}"))
+    check_row_limit("row_clip", args.table_row_clip, flag="--table-row-clip")
+    if args.table_row_floor != 0:
+        check_row_limit("row_floor", args.table_row_floor, flag="--table-row-floor", off="; 0 turns it off")

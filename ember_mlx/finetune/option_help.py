@@ -3,7 +3,7 @@
 mlx-lm's own texts are replaced, since what they say is not all true here.
 """
 
-from ember_mlx.finetune.optimizer_names import RATES
+from ember_mlx.finetune.optimizer_names import FLOORED_TABLE_RATE, RATES, ROW_FLOOR, TABLE_RATE
 from ember_mlx.shared.command_line import Help
 
 __all__ = ["EPILOG", "HELP", "USAGE"]
@@ -135,7 +135,7 @@ HELP: Help = {
         "table_learning_rate": (
             "RATE",
             "Learning rate of the tables. With an lr_schedule in the YAML file it is that schedule's peak, unless a "
-            "table_lr_schedule is given too.",
+            f"table_lr_schedule is given too. Default: {FLOORED_TABLE_RATE:g}, without a row floor {TABLE_RATE:g}.",
         ),
         "table_weight_decay": ("DECAY", "Decoupled weight decay of the tables."),
         "table_beta2": ("BETA2", "Decay of the second moment; ember and adamw. Default: 0.999."),
@@ -152,7 +152,8 @@ HELP: Help = {
         "table_row_floor": (
             "FLOOR",
             "Protect tokens that your data never uses: rows with gradients below FLOOR times the table's RMS take "
-            "proportionally smaller steps. Use it with a higher --table-learning-rate. ember only. Default: off.",
+            "proportionally smaller steps. A higher FLOOR wants a higher --table-learning-rate. 0 turns it off. "
+            f"ember only. Default: {ROW_FLOOR:g}.",
         ),
         "table_rounding": (
             None,

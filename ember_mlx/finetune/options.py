@@ -14,7 +14,7 @@ from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
-from ember_mlx.finetune.optimizer_names import ALIASES, BODY, RATES, canonical, named
+from ember_mlx.finetune.optimizer_names import ALIASES, BODY, TABLE_RATE, decided_defaults, named
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
@@ -65,7 +65,7 @@ def _limit(text):
 OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "train_tables": ("auto", {"choices": ["auto", "embedding", "head", "none"]}),
     "table_optimizer": ("ember", {"choices": ["ember", "adamw", "adafactor", "sgd", "sage"]}),
-    "table_learning_rate": (1e-4, {"type": float}),
+    "table_learning_rate": (TABLE_RATE, {"type": float}),
     "table_weight_decay": (0.0, {"type": float}),
     "table_beta2": (None, {"type": float}),
     "table_beta2_decay": (None, {"type": float}),
@@ -241,9 +241,7 @@ def complete(
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
         options["train"] = not options["test"]
-    own = defaults()
-    own["learning_rate"] = RATES.get(canonical(options["optimizer"] or own["optimizer"]), own["learning_rate"])
-    for key, value in own.items():
+    for key, value in (defaults() | decided_defaults(options)).items():
         if options.get(key) is None:
             options[key] = copy.deepcopy(value)
     options["optimizer_config"] = named(options["optimizer_config"], CONFIG_DEFAULTS["optimizer_config"])

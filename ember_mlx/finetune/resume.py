@@ -3,18 +3,21 @@
 import hashlib
 import json
 import platform
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
-from ember_mlx.finetune import options, safe_reading
+from ember_mlx.finetune import checkpoints, options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
+from ember_mlx.finetune.optimizer_names import table_defaults
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
 from ember_mlx.finetune.run_length import asked, updates
@@ -31,6 +34,7 @@ __all__ = [
     "refuse_changes",
     "restore",
     "share_position",
+    "tables_as_before",
     "versions",
     "weights_checksum",
 ]
@@ -121,6 +125,28 @@ def versions() -> dict:
         "device": str(mx.default_device()),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def tables_as_before(args: options.Options, given: Collection[str]) -> options.Options:
+    """The options of a run; one that began without a row floor goes on without, unless told otherwise. It is said here.
+
+    So did all before ``--table-row-floor`` had a default.
+
+    Args:
+        args: The run's.
+        given: The names of the options that the user has given.
+    """
+    if args.resume is None:
+        return args
+    before = checkpoints.options_of(Path(args.adapter_path), args.resume)
+    if before.get("table_row_floor", args.table_row_floor):
+        return args
+    asked = {name: value if name in given else None for name, value in vars(args).items()}
+    began = {name: of for name, of in table_defaults(asked, row_floor=0.0).items() if name not in given}
+    if any(getattr(args, name) != of for name, of in began.items()):
+        flags = " and ".join(f"{options.flag(name)} {of:g}" for name, of in began.items())
+        rprint(f"As in the run that is resumed, which has no row floor: {flags}")
+    return args | began
 
 
 def options_to_agree(args: options.Options) -> dict:
@@ -228,6 +254,8 @@ def restore(
 def _changed_options(args, saved):
     own = as_json(vars(args))
     saved = as_json(options.defaults()) | BEFORE | saved  # of a release that had fewer
+    for each in (own, saved):
+        each["table_row_floor"] = each.get("table_row_floor") or 0.0  # null is none
     in_parser = {action.dest for action in options.build_parser()._actions}
     for name in sorted((own.keys() | saved.keys()) - FREE):
         if own.get(name) != saved.get(name):

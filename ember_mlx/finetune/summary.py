@@ -102,7 +102,9 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
             Trained(
                 table.path,
                 f"{table.module_path} ({table.role}, {rows} x {columns} {_dtype(table.dtype)}{dequantized})",
-                _name(optimizer.tables) + (ROUNDED if choices.table_rounding == "stochastic" else ""),
+                _name(optimizer.tables)
+                + (f", row floor {options.table_row_floor:g}" if options.table_row_floor else "")
+                + (ROUNDED if choices.table_rounding == "stochastic" else ""),
                 _rate(optimizer.tables, options),
                 rows * columns,
                 sum(array.nbytes for array in optimizer.tables.state[table.path].values()),

@@ -46,6 +46,7 @@ def build(
             "batch_size": args.batch_size,
             "fine_tune_type": args.fine_tune_type,
             "table_learning_rate": _learning_rate(args),
+            "row_floor": args.table_row_floor or None,
             "beta2": observer.beta2,
             "step_limit": observer.step_limit,
             "cold_updates": observer.cold_updates,

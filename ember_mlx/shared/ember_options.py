@@ -34,8 +34,12 @@ BETA2_RANGE = (0, ROUNDS_TO_ONE, "at least 0 and, in float32, below 1, usually 0
 LEAST, MOST = 1e-30, 1e30  # of row_clip and row_floor: beyond, float32 comes to infinity, and that times 0 to NaN
 
 
-def check_row_limit(option: str, value: float | None, flag: str | None = None) -> float | None:
+def check_row_limit(option: str, value: float | None, flag: str | None = None, off: str = "") -> float | None:
     """Of ``row_clip`` or ``row_floor``; ``flag`` is its name on the command line, where it comes from there.
+
+    Args:
+        option, value, flag: See above.
+        off: How the command line turns it off, for the error.
 
     Returns:
         The value as a plain float: NumPy would take ``numpy.float64(3) / array`` for its own.
@@ -43,7 +47,7 @@ def check_row_limit(option: str, value: float | None, flag: str | None = None) -
     if value is None:
         return None
     if not isinstance(value, Real) or not LEAST <= value <= MOST:
-        call, or_none = (f"{flag} {value}", "") if flag else (f"Ember({option}={value!r})", ", or None")
+        call, or_none = (f"{flag} {value}", off) if flag else (f"Ember({option}={value!r})", ", or None")
         raise InputError(f"{call}: must be a number from 1e-30 to 1e30, usually 1 to 10{or_none}")
     return float(value)
 

@@ -72,7 +72,8 @@ def test_the_options_of_ember_reach_it(parse):
     assert [at(limited, t - 1) for t in (1, 2, 1000)] == pytest.approx([0, 1 - 2**-0.8, 0.9], abs=1e-6)
     assert growing_beta2(50, None)(mx.array(100, mx.uint64)).item() < 1
     plain = table_optimizer(parse(), "nearest")
-    assert (plain.beta2, plain.row_clip, plain.row_floor) == (0.999, None, None)
+    assert (plain.beta2, plain.row_clip, plain.row_floor) == (0.999, None, 3)
+    assert table_optimizer(parse("--table-row-floor", 0), "nearest").row_floor is None
 
 
 def test_tables_of_16_bits_are_rounded_stochastically_unless_asked_otherwise(parse):

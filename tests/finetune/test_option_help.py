@@ -22,7 +22,7 @@ def test_every_option_is_described_once_in_a_group():
 
 @pytest.mark.parametrize("name", ACTIONS)
 def test_every_option_names_its_default(name):
-    text, value = ACTIONS[name].help, options.defaults()[name]
+    text, value = ACTIONS[name].help, getattr(options.parse([]), name)
     if name == "data":
         assert "Required" in text
         return
@@ -31,7 +31,7 @@ def test_every_option_names_its_default(name):
     if isinstance(value, bool) and name != "train":
         assert default.partition(",")[0] == ("on" if value else "off")
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        assert float(default) == value
+        assert float(default.partition(",")[0]) == value
     elif isinstance(value, str):
         assert default == value
 

@@ -34,7 +34,7 @@ def test_a_run_tells_everything_and_a_resumed_one_the_same(parse, tmp_path):
         assert row["perplexity"] == perplexity == pytest.approx(math.exp(row["validation_loss"]))
     for row in whole.train:
         assert all(row[name] > 0 for name in run_log.TRAIN)
-        assert row["table_learning_rate"] == pytest.approx(1e-4)
+        assert row["table_learning_rate"] == pytest.approx(3e-4)
         assert row["peak_memory"] < 1e9
 
     log = ["--log-jsonl", tmp_path / "broken" / "log.jsonl"]

@@ -109,7 +109,7 @@ def test_a_schedule_of_the_tables_replaces_their_rate(capsys):
     schedule = {"name": "step_decay", "arguments": [1, 1, 1]}
     given = {"data": "x", "table_learning_rate": 1e-3, "table_lr_schedule": schedule}
     options_of(given)
-    assert "table-learning-rate 0.001: no effect: table_lr_schedule replaces it" in capsys.readouterr().out
+    assert "table_learning_rate 0.001: no effect: table_lr_schedule replaces it" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"^table_lr_schedule \{.*\}: no effect: no table trains"):
         options_of(given | {"table_learning_rate": None, "train_tables": "none"})
 

@@ -174,10 +174,12 @@ def test_a_rate_on_a_schedule_that_begins_at_0_and_a_beta2_on_one_are_reported(f
     found = json.loads((tmp_path / "out" / "geometry.json").read_text())
     assert found["run"]["table_learning_rate"] == pytest.approx(4e-3, rel=0.1)
     assert found["run"]["beta2"] == pytest.approx(1 - 16**-0.8)
+    assert found["run"]["row_floor"] == 3
     for table in found["tables"]:
         assert all(row["learning_rates"] < 32 for row in table["largest_steps"] + table["rows_moved_most"])
     page = (tmp_path / "out" / "index.html").read_text()
     assert "None" not in page
+    assert "row floor 3;" in page
     assert "What it answers" not in page
 
 
