@@ -15,11 +15,12 @@ from pathlib import Path
 
 HEADER = "mlx/backend/cpu/compiled_preamble.h"
 FLAGS = ("-std=c++17", "-O3", "-Wall", "-fPIC")  # as MLX has them; with others g++ reads the header itself
-LESS = "-O1"  # than -O3, in a quarter less time; -O0 takes more, to write longer code
-# A kernel calls functions of libm alone: what else g++ links with takes the linker a sixth of the time.
+# -O1 takes a quarter less time; -O0 takes more, to write longer code. A kernel calls functions of libm alone: what else
+# g++ links with takes the linker a sixth of the time.
+QUICK = ("-O1", "-nostdlib", "-fno-use-linker-plugin")
 WRAPPER = """#!/bin/sh
 case " $* " in
-" {flags} -shared "*) set -- "$@" {less} -nostdlib -fno-use-linker-plugin -lm ;;
+" {flags} -shared "*) set -- "$@" {quick} -lm ;;
 esac
 exec "{compiler}" -I "{include}" "$@"
 """
@@ -49,7 +50,7 @@ def on_the_path() -> Path | None:
     compiled.parent.mkdir(parents=True)
     wrapper.parent.mkdir()
     text = folder / "text.h"
-    command = [compiler, *FLAGS, LESS, "-I", headers, "-x", "c++-header", text, "-o", compiled]
+    command = [compiler, *FLAGS, *QUICK, "-I", headers, "-x", "c++-header", text, "-o", compiled]
     for shorter in (SHORTER, ""):
         text.write_text(f'{shorter}#include "{headers / HEADER}"\n')
         if subprocess.run(command, capture_output=True).returncode == 0:
@@ -57,8 +58,8 @@ def on_the_path() -> Path | None:
     else:
         shutil.rmtree(folder)
         return None
-    words = {"flags": " ".join(FLAGS), "less": LESS, "compiler": compiler, "include": folder / "include"}
-    wrapper.write_text(WRAPPER.format(**words))
+    words = {"flags": " ".join(FLAGS), "quick": " ".join(QUICK), "compiler": compiler}
+    wrapper.write_text(WRAPPER.format(**words, include=folder / "include"))
     wrapper.chmod(0o755)
     os.environ["PATH"] = f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}"
     return folder
