@@ -221,6 +221,21 @@ def test_recipes_are_compared_seed_by_seed_and_what_they_forget_with_the_untrain
     assert "| nothing trained | 3.0000 ± 1.0000 | 3 | +0.8000 ± 0.0000 |" in text
 
 
+def test_tables_at_a_constant_rate_are_compared_with_ember_by_seed(tmp_path):
+    name, lines = "smollm2-rasbt-lora-constant", []
+    for rule, rate, ahead in (("ember", -8, 0.0), ("ember-floor3", -7, 0.1), ("frozen", 0, -0.3)):
+        for seed in (0, 1, 2):
+            run, loss = plan.Run(name, rule, rate, -7, seed), 1 + seed - ahead * seed
+            lines.append({"run": dataclasses.asdict(run), "valid_loss": loss, "decile_losses": [loss, *[2 * loss] * 9],
+                          "decile_counts": [10] * 10})  # fmt: skip
+    recipes.write_tables(recipes.Recipes(lines, lines), tmp_path / "recipes.md", lines)
+    text = (tmp_path / "recipes.md").read_text()
+    half = 12.706 * 0.05
+    floored = f"| 2.3500 ± 0.6364 | 2 | -0.1500 ± {half:.4f} | -0.3000 ± {2 * half:.4f} |"
+    assert f"| AdamW; Ember, row_floor 3 | 0.00032 0.00032 {floored}" in text
+    assert "| AdamW; tables not trained | 0.00032 | 2.9500" in text
+
+
 def test_recipes_are_all_compared_at_half_decades_or_all_at_quarters():
     """A campaign may be cut off when some recipes have their quarter decade and others have not."""
     name, both, losses, lines = "smollm2-rasbt", (("adamw", "adamw"), ("sinkgd", "ember")), {}, []

@@ -54,7 +54,7 @@ def in_this_process(function, *arguments):
         return function(*arguments)
     except BrokenProcessPool:
         return {"error": "the process was killed, as it is when memory runs out"}
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:
         return {"error": " ".join(str(error).split())[:300]}
 
 

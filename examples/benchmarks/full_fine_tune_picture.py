@@ -2,7 +2,7 @@
 
     python examples/benchmarks/full_fine_tune_picture.py
 
-It reads `two_checkouts_b40a75c_h200.json` and `streaming_h200.json` in results/, and writes
+It reads `two_checkouts_full_h200.json` and `streaming_h200.json` in results/, and writes
 peak_of_a_full_fine_tune_light.svg and _dark.svg beside them. All are of one kind of machine, or it ends.
 """
 
@@ -15,9 +15,9 @@ from training_memory_pictures import save_light_and_dark
 RESULTS = Path(__file__).parent / "results"
 ORDINARY, STREAMED = "qwen3-0.6b/untied/full/1x512", "qwen3-0.6b/1x512"
 WAYS = (  # the file, the way to the row in it, the label, the colour
-    ("two_checkouts_b40a75c", (f"{ORDINARY}/ember", "before"), "mlx-lm's loop: Ember, AdamW on the rest", "theirs"),
-    ("two_checkouts_b40a75c", (f"{ORDINARY}/adamw", "after"), "train: AdamW on all weights", "theirs"),
-    ("two_checkouts_b40a75c", (f"{ORDINARY}/ember", "after"), "train: Ember, AdamW on the rest", "ours"),
+    ("two_checkouts_full", (f"{ORDINARY}/ember", "before"), "mlx-lm's loop: Ember, AdamW on the rest", "theirs"),
+    ("two_checkouts_full", (f"{ORDINARY}/adamw", "after"), "train: AdamW on all weights", "theirs"),
+    ("two_checkouts_full", (f"{ORDINARY}/ember", "after"), "train: Ember, AdamW on the rest", "ours"),
     ("streaming", (f"{STREAMED}/adamw/streamed",), "train --stream: Ember, AdamW on the rest", "ours"),
     ("streaming", (f"{STREAMED}/stateless/streamed",), "train --stream: Ember, SinkGD on the rest", "ours"),
 )

@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarking import at_least_one, in_fresh_process, machine, write
@@ -52,7 +53,8 @@ class Checkout:
     def __init__(self, folder: Path, row: str, smoke: bool):
         self.folder = folder
         words = [sys.executable, "-c", TAKING_TURNS, row, "smoke" if smoke else "whole"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.said, "text": True}
         self.process = subprocess.Popen(words, cwd=folder, **pipes)
         self.steps = []
 
@@ -68,7 +70,9 @@ class Checkout:
     def _hear(self):
         told = self.process.stdout.readline()
         if not told:
-            raise SystemExit(f"{self.folder}: the process that measures {self.process.args[3]} ended")
+            self.said.seek(0)
+            last = (self.said.read().splitlines() or ["it said nothing"])[-1]
+            raise SystemExit(f"{self.folder}: the process that measures {self.process.args[3]} ended: {last}")
         return json.loads(told)
 
     def result(self):

@@ -3,6 +3,7 @@
     python examples/benchmarks/quality/recipes.py
 
 The tuning runs of results/*.jsonl count too; the reported seeds are those of results/recipes alone, of one kind of GPU.
+At a constant rate, as `ember-mlx train` has it, tables are compared with those of the earlier campaign, seeds and all.
 """
 
 import argparse
@@ -36,6 +37,7 @@ class Recipes:
         self.losses = {key: loss_of(line) for key, line in self.by_run.items()}
         self.runs = [Run(*key) for key in self.by_run]
         self.settings = [name for name in SETTINGS if any(run.setting == name and run.seed for run in self.runs)]
+        self.settings = [name for name in self.settings if not SETTINGS[name].constant]
         self.finely = {setting: self._ended_finely(setting) for setting in self.settings}
 
     def _ended_finely(self, setting):
@@ -148,6 +150,35 @@ def tuning_table(results, setting):
     return "\n".join(lines)
 
 
+def constant_table(lines, setting):
+    """Markdown: a row for each pair of optimizers and rates that has several seeds, the best first."""
+    groups = {}
+    for line in lines:
+        run = Run(**line["run"])
+        if run.setting == setting and run.seed != TUNING_SEED and not run.probe:
+            groups.setdefault((run.body, run.optimizer, run.body_rate, run.rate), {})[run.seed] = line
+    several = {group: Reported(None, by_seed) for group, by_seed in groups.items() if len(by_seed) > 1}
+    ember = next((reported for group, reported in several.items() if group[:2] == (BASELINE, "ember")), None)
+    if ember is None:
+        return ""
+    table = [
+        "| body; tables | rates of body, tables | validation loss | runs | minus Ember | the nine rarer tenths |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for group, reported in sorted(several.items(), key=lambda item: mean(item[1].losses())):
+        body, rule, *rates = group
+        rates = " ".join(rate_in_words(rate) for rate in (rates[:1] if rule == "frozen" else rates))
+        losses = reported.losses()
+        differences = ["", ""]
+        if reported is not ember:
+            differences = [in_interval(*against(reported, ember)), in_interval(*paired(reported, ember, rarer_loss))]
+        table.append(
+            f"| {name_of((body, rule))} | {rates} | {mean(losses):.4f} ± {stdev(losses):.4f} | {len(losses)} "
+            f"| {' | '.join(differences)} |"
+        )
+    return "\n".join(table)
+
+
 def draw_differences(results, shown, figure, theme):
     """A panel a setting: each recipe's distance to AdamW."""
     shared = sorted({r for s in shown for r in results.recipes(s)} - {UNTRAINED, ADAMW, (BASELINE, "frozen")},
@@ -168,7 +199,8 @@ def draw_differences(results, shown, figure, theme):
     figure.supxlabel("validation loss minus AdamW's, all float32: left is better (95 % interval)", fontsize=11)
 
 
-def write_tables(results, path):
+def write_tables(results, path, constant=()):
+    """``constant`` are the lines of all campaigns, for the settings with a constant rate."""
     parts = [
         "# Whole recipes\n\nWritten by recipes.py from results/recipes/*.jsonl; do not edit. Loss in nats a token; "
         "mean ± standard deviation over seeds. Differences are paired by seed: mean ± half of the 95 % interval of "
@@ -182,6 +214,10 @@ def write_tables(results, path):
                 f"other data sets rose above that of the untrained model:\n\n{table}\n"
             )
         parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
+    for setting in (name for name in SETTINGS if SETTINGS[name].constant):
+        if table := constant_table(constant, setting):
+            parts.append(f"## {setting}\n\n{in_words(setting)}. Of two campaigns.\n\n{table}\n")
+            parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
     path.write_text("\n".join(parts))
 
 
@@ -193,9 +229,10 @@ def main():
     lines = read_results(sorted((args.results / "recipes").glob("*.jsonl")))
     if not lines:
         raise SystemExit(f"{args.results / 'recipes'}: no results in *.jsonl; run.py --phases recipes makes them")
-    results = Recipes(read_results(sorted(args.results.glob("*.jsonl"))), lines)
+    earlier = read_results(sorted(args.results.glob("*.jsonl")))
+    results = Recipes(earlier, lines)
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
-    write_tables(results, args.out / "recipes.md")
+    write_tables(results, args.out / "recipes.md", [*earlier, *lines])
     for name, chosen in (("recipes", True), ("pretraining_recipes", False)):
         compared = [s for s in results.settings if results.reported(s, ADAMW).by_seed]
         shown = [s for s in compared if bool(SETTINGS[s].start) == chosen]
