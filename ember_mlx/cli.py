@@ -86,7 +86,8 @@ def _run(command, arguments):
         _require_mlx(command)
     rank = os.environ.get("MLX_RANK")
     if rank and command not in TOGETHER:
-        if rank != "0":
+        if rank != "0":  # told, since the variable may be left over
+            print(f"ember-mlx {command}: left to the first worker; this one has MLX_RANK={rank}", file=sys.stderr)
             return
         from ember_mlx.finetune.workers import ANNOUNCES
 

@@ -18,6 +18,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from ember_mlx.finetune import summary
 from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.keywords import naming_keywords, options_of
+from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.resume import tables_as_before
 from ember_mlx.finetune.run import run_with
@@ -117,9 +118,12 @@ def train(
         if not args.train:
             raise InputError("train: False would not train; leave it out, or use `ember-mlx train --test`")
         stack.enter_context(_random_states_kept())
-        if given.loaded is None and Workers.join().size == 1:
+        workers = Workers.join()
+        if given.loaded is None and workers.size == 1:
             refuse_misfits(args)
-        args = with_savings(tables_as_before(args, asked), asked)
+        with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout):
+            args = tables_as_before(args, asked, workers)
+        args = with_savings(args, asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)
     trained.eval()

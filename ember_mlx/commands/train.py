@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
 def _parse_together(arguments, workers):
     """The options and the names of those given, where no worker refuses its own; --peer-timeout is not known yet."""
     deadline = PeerDeadline(workers, options.defaults()["peer_timeout"] // 10)
-    with reporting_lost_peers(workers), deadline, workers.one_outcome():
-        args, given = options.parse_given(arguments, data_required=True)
-        return tables_as_before(args, given), given
+    with reporting_lost_peers(workers), deadline:
+        with workers.one_outcome():
+            args, given = options.parse_given(arguments, data_required=True)
+        return tables_as_before(args, given, workers), given

@@ -7,7 +7,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ember_mlx.shared.errors import InputError
 from ember_mlx.streaming.head_module import find_head
 from ember_mlx.streaming.units import calls_go_to
 
@@ -24,7 +23,7 @@ class LeavingHead:
     def __init__(self, model: nn.Module):
         try:
             self._head = find_head(model)
-        except InputError:
+        except Exception:  # also what a model raises that one token alone does not suit: it trains all the same
             self._head = None
 
     @contextmanager
@@ -49,6 +48,8 @@ class LeavingHead:
             return cotangent
 
         def call(_path, own_call, arguments, keywords):
+            if not arguments:  # the hidden states have a name that only the model knows
+                return own_call(**keywords)
             hidden, *rest = arguments
             own = tree_flatten(module.trainable_parameters())
             logits = hidden.size // hidden.shape[-1] * self._head.vocabulary

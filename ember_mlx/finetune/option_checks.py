@@ -31,6 +31,8 @@ AT_LEAST = {
 MOST_WHOLE = 2**63 - 1
 NUMBERS = {"learning_rate": SAFE_RATE, "table_learning_rate": SAFE_RATE, "table_weight_decay": LARGEST}
 """The most of each number; the least is 0."""
+OF_EMBER = {"table_beta2_decay": None, "table_row_clip": None, "table_row_floor": 0, "table_rounding": "nearest"}
+"""Ember's alone, each with what asks for what all others do; a flag gives it over a recipe's."""
 
 
 def check(args: Any) -> None:
@@ -80,9 +82,10 @@ def check(args: Any) -> None:
 
 
 def _check_ember_options(args):
-    for name in ("table_beta2_decay", "table_row_clip", "table_row_floor", "table_rounding"):
-        if args.table_optimizer != "ember" and getattr(args, name) not in (None, "nearest"):  # as all others round
-            raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out")
+    for name, off in OF_EMBER.items():
+        if args.table_optimizer != "ember" and getattr(args, name) not in (None, off):
+            or_off = "" if off is None else f", or give {off}"
+            raise InputError(f"{flag(name)}: is for ember alone, not for {args.table_optimizer}; leave it out{or_off}")
     decay = args.table_beta2_decay
     if decay is not None and not SMALLEST_NORMAL <= decay <= 1:
         raise InputError(

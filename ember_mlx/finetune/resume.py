@@ -127,7 +127,7 @@ def versions() -> dict:
     }
 
 
-def tables_as_before(args: options.Options, given: Collection[str]) -> options.Options:
+def tables_as_before(args: options.Options, given: Collection[str], workers: Workers) -> options.Options:
     """The options of a run; one that began without a row floor goes on without, unless told otherwise. It is said here.
 
     So did all before ``--table-row-floor`` had a default.
@@ -135,11 +135,9 @@ def tables_as_before(args: options.Options, given: Collection[str]) -> options.O
     Args:
         args: The run's.
         given: The names of the options that the user has given.
+        workers: All of them call this; rank 0 alone needs the checkpoint.
     """
-    if args.resume is None:
-        return args
-    before = checkpoints.options_of(Path(args.adapter_path), args.resume)
-    if before.get("table_row_floor", args.table_row_floor):
+    if not workers.all_max(int(workers.leads and _began_without_floor(args))):
         return args
     asked = {name: value if name in given else None for name, value in vars(args).items()}
     began = {name: of for name, of in table_defaults(asked, row_floor=0.0).items() if name not in given}
@@ -147,6 +145,11 @@ def tables_as_before(args: options.Options, given: Collection[str]) -> options.O
         flags = " and ".join(f"{options.flag(name)} {of:g}" for name, of in began.items())
         rprint(f"As in the run that is resumed, which has no row floor: {flags}")
     return args | began
+
+
+def _began_without_floor(args):
+    before = {} if args.resume is None else checkpoints.options_of(Path(args.adapter_path), args.resume)
+    return bool(before) and not before.get("table_row_floor")
 
 
 def options_to_agree(args: options.Options) -> dict:

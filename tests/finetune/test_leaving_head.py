@@ -56,8 +56,25 @@ def test_a_head_whose_gradient_is_larger_than_the_logits_waits(tokens, noted):
     assert len(left) == noted
 
 
-def test_of_a_model_without_a_head_nothing_is_noted():
-    model = nn.Linear(4, 4)
+class NamesIts(nn.Module):
+    """It calls its head by keyword; where ``several``, on no token alone."""
+
+    def __init__(self, several):
+        super().__init__()
+        self.several = several
+        self.embed_tokens, self.lm_head = nn.Embedding(64, 8), nn.Linear(8, 64, bias=False)
+
+    def __call__(self, inputs):
+        if self.several and inputs.size == 1:
+            raise ValueError("one token alone")
+        hidden = self.embed_tokens(inputs)
+        return self.lm_head(hidden) if self.several else self.lm_head(x=hidden)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 4), lambda: NamesIts(False), lambda: NamesIts(True)])
+def test_of_a_model_whose_head_cannot_be_had_nothing_is_noted(make):
+    model = make()
+    inputs = mx.ones(64) if isinstance(model, nn.Linear) else mx.zeros((1, 9), mx.int32)
     with LeavingHead(model).noted() as left:
-        nn.value_and_grad(model, lambda model: model(mx.ones(4)).sum())(model)
+        nn.value_and_grad(model, lambda model: model(inputs).sum())(model)
     assert left == []

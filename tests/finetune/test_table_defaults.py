@@ -38,6 +38,7 @@ def decided(args):
         ("", "table_lr_schedule: {name: cosine_decay, arguments: [1e-3, 9]}", FLOORED),
         *((f"--table-optimizer {name}", "{}", NONE) for name in ("adamw", "adafactor", "sgd", "sage")),
         ("", "table_optimizer: adamw", NONE),
+        ("--table-optimizer adamw --table-row-floor 0", "table_row_floor: 3", PLAIN),  # a recipe beside AdamW
         ("--train-tables none", "{}", NONE),
     ],
 )
@@ -50,7 +51,7 @@ def test_a_keyword_of_python_decides_as_a_flag_does():
     for given, expected in [({}, FLOORED), ({"table_row_floor": 0}, PLAIN), ({"table_row_floor": None}, FLOORED)]:
         assert decided(options_of({"data": "x"} | given)[0]) == expected
     for name in ("adamw", "sgd"):
-        with pytest.raises(InputError, match="^--table-row-floor: is for ember alone"):
+        with pytest.raises(InputError, match="^--table-row-floor: is for ember alone.*or give 0$"):
             options_of({"data": "x", "table_optimizer": name, "table_row_floor": 3.0})
 
 

@@ -338,6 +338,11 @@ def test_a_signal_to_one_worker_stops_all_at_one_step_with_one_checkpoint(found)
     assert "To resume:" not in found[1]["errors"]
 
 
+def test_what_began_without_a_row_floor_goes_on_without_where_rank_0_alone_has_its_checkpoint(found):
+    assert [each["goes on"] for each in found] == [None, None]
+    assert found[0]["output"].count("which has no row floor: --table-row-floor 0 and --table-learning-rate 0.0001") == 1
+
+
 @pytest.mark.parametrize("name", ["over_memory", "over_memory_shared"])
 def test_too_much_memory_of_one_worker_ends_all_saved_once_and_told_once(found, name):
     """As of one alone: exit code 2, and the checkpoint of that step. What is shared out is met for no more often."""

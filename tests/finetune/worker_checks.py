@@ -379,7 +379,8 @@ def main():
     found["resumed"] = trained(own / "resumed", [*words, "--resume", str(checkpoint)])
     found["refused"] = refused(own, words, here.rank)
     found["over_memory"] = over_memory(own / "over_memory", words)
-    found["signalled"] = disturbed(own / "signalled", words, 1, 4, send(signal.SIGTERM))
+    found["signalled"] = disturbed(own / "signalled", [*words, "--table-row-floor", 0], 1, 4, send(signal.SIGTERM))
+    found["goes on"] = command([*words, "--resume", own / "signalled", "--iters", 5, "--adapter-path", own / "goes_on"])
     (folder / f"found{here.rank}.json").write_text(json.dumps(found))
     disturbed(own / "killed", words, 1, 4, send(signal.SIGKILL))
 
