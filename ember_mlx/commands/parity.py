@@ -15,7 +15,7 @@ from ember_mlx.parity.suite import ORACLE, Comparison
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.environment import environment
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.text_tables import text_table
+from ember_mlx.shared.text_tables import is_narrow, text_table
 
 __all__ = ["format_ended", "format_failures", "format_summary", "format_table", "format_timings", "main"]
 
@@ -224,8 +224,11 @@ def _grouped(comparisons, key):
 
 
 def _format_rows(rows):
-    head = ("implementation", "stream", "quantity", "ULPs", "allowed", "relative", "of allowed", "result", "where")
-    return text_table(head, rows, right=range(3, 7))
+    numbers = ("ULPs", "allowed", "relative", "of allowed", "result")
+    if is_narrow():
+        rows = ((f"{', '.join(row[:3])}: {row[-1]}", *row[3:-1]) for row in rows)
+        return text_table(("implementation, stream, quantity: where", *numbers), rows, right=range(1, 5))
+    return text_table(("implementation", "stream", "quantity", *numbers, "where"), rows, right=range(3, 7))
 
 
 def _row(against, implementation, stream, quantity, group):

@@ -22,12 +22,13 @@ from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
-from ember_mlx.shared.text_tables import text_table
+from ember_mlx.shared.text_tables import is_narrow, text_table
 from ember_mlx.shared.units import format_bytes
 
 __all__ = ["Result", "Trained", "format_result", "format_table", "what_trains"]
 
 ROUNDED = ", stochastic rounding"
+STATES = ("optimizer state", "Adam would keep")
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,20 @@ def what_trains(model: nn.Module, optimizer: GuardedOptimizer, options: Options,
 
 
 def format_table(lines: list[Trained]) -> str:
-    """A table of what trains, with the total in the last row; it folds at the terminal's width."""
-    rows = [(line.what, line.optimizer, line.learning_rate, *_sizes(line)) for line in lines]
-    rows.append(("in all", "", "", *_sizes(_total(lines))))
-    header = ("trains", "optimizer", "learning rate", "parameters", "optimizer state", "Adam would keep")
+    """A table of what trains, with the total in the last row; on a narrow terminal a row has two lines."""
+    total = _total(lines)
+    sizes = [_sizes(line) for line in (*lines, total)]
+    if is_narrow():
+        # A table's shape gives its parameters.
+        cells = [f"{line.what}\n  {line.optimizer}, {line.learning_rate}" for line in lines]
+        cells.append(f"in all, {total.parameters:,} parameters")
+        rows = [(cell, *nbytes) for cell, (_, *nbytes) in zip(cells, sizes, strict=True)]
+        return text_table(("trains\n  optimizer, learning rate", *STATES), rows, right=(1, 2), total=True)
+    rows = [
+        (line.what, line.optimizer, line.learning_rate, *of_line)
+        for line, of_line in zip((*lines, total), sizes, strict=True)
+    ]
+    header = ("trains", "optimizer", "learning rate", "parameters", *STATES)
     return text_table(header, rows, right=(3, 4, 5), total=True)
 
 
