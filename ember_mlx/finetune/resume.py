@@ -17,7 +17,7 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import checkpoints, options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.optimizer_names import table_defaults
+from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
 from ember_mlx.finetune.run_length import asked, updates
@@ -128,28 +128,39 @@ def versions() -> dict:
 
 
 def tables_as_before(args: options.Options, given: Collection[str], workers: Workers) -> options.Options:
-    """The options of a run; one that began without a row floor goes on without, unless told otherwise. It is said here.
+    """The options of a run; one that is resumed keeps row floor and table rate where they are not given, and says so.
 
-    So did all before ``--table-row-floor`` had a default.
+    So it goes on as it began, whatever decided them: the defaults of then, a flag or a file. Other tables and another
+    optimizer of theirs have their own.
 
     Args:
         args: The run's.
         given: The names of the options that the user has given.
         workers: All of them call this; rank 0 alone needs the checkpoint.
+
+    Raises:
+        InputError: for a number of the checkpoint that no run can have.
     """
-    if not workers.all_max(int(workers.leads and _began_without_floor(args))):
-        return args
-    asked = {name: value if name in given else None for name, value in vars(args).items()}
-    began = {name: of for name, of in table_defaults(asked, row_floor=0.0).items() if name not in given}
-    if any(getattr(args, name) != of for name, of in began.items()):
-        flags = " and ".join(f"{options.flag(name)} {of:g}" for name, of in began.items())
-        rprint(f"As in the run that is resumed, which has no row floor: {flags}")
-    return args | began
+    taken = json.loads(workers.text_of_leader(json.dumps(_tables_then(args, given) if workers.leads else {})))
+    if taken:
+        with workers.one_outcome():
+            check(args | taken)
+        flags = " and ".join(f"{options.flag(name)} {of:g}" for name, of in taken.items())
+        rprint(f"As in the run that is resumed: {flags}")
+    return args | taken
 
 
-def _began_without_floor(args):
+def _tables_then(args, given):
+    """What the checkpoint has otherwise, by name, of the two options of which defaults are decided."""
     before = {} if args.resume is None else checkpoints.options_of(Path(args.adapter_path), args.resume)
-    return bool(before) and not before.get("table_row_floor")
+    if any(before.get(name) != getattr(args, name) for name in ("table_optimizer", "train_tables")):
+        return {}
+    then = {
+        "table_row_floor": before.get("table_row_floor") or 0.0,  # null is none
+        "table_learning_rate": before.get("table_learning_rate"),
+    }
+    numbers = {name: of for name, of in then.items() if name not in given and type(of) in (int, float)}
+    return {name: of for name, of in numbers.items() if of != (getattr(args, name) or 0.0)}
 
 
 def options_to_agree(args: options.Options) -> dict:
