@@ -195,23 +195,36 @@ def share_position(
     return position
 
 
-def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: dict) -> None:
+def refuse_changes(
+    args: options.Options, checkpoint: Checkpoint, own_made_of: dict, model: nn.Module, optimizer: GuardedOptimizer
+) -> None:
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
-        InputError: for that, and when ``--iters`` is below the steps that are done.
+        InputError: for that, when ``--iters`` is below the steps that are done, and also with ``--resume-with-changes``
+            when the checkpoint's weights or optimizer state do not fit what was changed.
     """
-    step = checkpoint.position.step
+    step, where = checkpoint.position.step, f"--resume: checkpoint {checkpoint.folder}"
     if args.iters < step:
         raise InputError(
             f"{asked(args)}: checkpoint {checkpoint.folder} has {step} steps done; ask for at least that many"
         )
     changed = [*_changed_options(args, checkpoint.options), *_changed_contents(own_made_of, checkpoint.made_of)]
-    if changed and not args.resume_with_changes:
-        raise InputError(
-            f"--resume: checkpoint {checkpoint.folder} is of another run: {'; '.join(changed)}. Give what it was made "
-            "with, or --resume-with-changes to use its weights and state anyway"
-        )
+    weights_fit = _fit(checkpoint.weights, model.trainable_parameters())
+    fits = weights_fit and _fit(checkpoint.optimizer, optimizer.state)
+    if changed and not (args.resume_with_changes and fits):
+        if added := _other_added_tokens(args, checkpoint.options):
+            raise InputError(f"{where} is of a run {added}")
+        or_else = ""
+        if fits:
+            or_else = ", or --resume-with-changes to use its weights and state anyway"
+        elif weights_fit:
+            adapter = checkpoint.folder.absolute().parents[1] / "adapters.safetensors"
+            or_else = (
+                ". The optimizer's state cannot be used with that; the weights alone can, by a new run: "
+                f"--resume-adapter-file {adapter}, without --resume, and with a new --adapter-path"
+            )
+        raise InputError(f"{where} is of another run: {'; '.join(changed)}. Give what it was made with{or_else}")
     if changed:
         rprint(f"Resuming with changes: {'; '.join(changed)}")
     own_versions = versions()
@@ -263,6 +276,23 @@ def restore(
     if position.drawn >= batches_an_epoch:
         raise InputError(f"{where}: {position.drawn} batches drawn, of {batches_an_epoch} an epoch; use another one")
     return position
+
+
+def _fit(arrays, tree):
+    own = dict(tree_flatten(tree))
+    return arrays.keys() == own.keys() and all(
+        (array.shape, array.dtype) == (own[name].shape, own[name].dtype) for name, array in arrays.items()
+    )
+
+
+def _other_added_tokens(args, saved):
+    """In words, with the remedy, or None: other tables, tokens and settings of the model all come of them."""
+    then, now = saved.get("added_tokens") or [], getattr(args, "added_tokens", None) or []
+    if then == now:
+        return None
+    if not then:
+        return "that added no tokens: leave out --add-tokens"
+    return f"that added {'other ' if now else ''}tokens: give its file, --add-tokens FILE"
 
 
 def _changed_options(args, saved):
