@@ -23,7 +23,6 @@ __all__ = [
     "named",
     "planned",
     "settings",
-    "table_defaults",
 ]
 
 BODY = ("adam-mini", "sinkgd", "flash-adamw", "flash-lion")
@@ -63,20 +62,15 @@ def canonical(name: str) -> str:
 def decided_defaults(given: Mapping[str, Any]) -> dict[str, float | None]:
     """The defaults that other options decide, by name; ``given`` has None for what is not given."""
     rate = RATES.get(canonical(given["optimizer"] or ""))
-    return table_defaults(given) | ({} if rate is None else {"learning_rate": rate})
+    return _table_defaults(given) | ({} if rate is None else {"learning_rate": rate})
 
 
-def table_defaults(given: Mapping[str, Any], row_floor: float = ROW_FLOOR) -> dict[str, float | None]:
-    """The defaults of ``table_row_floor`` and ``table_learning_rate``, which other options decide.
-
-    Args:
-        given: Options by name, with None for what is not given.
-        row_floor: Ember's default floor; 0 is none.
-    """
+def _table_defaults(given: Mapping[str, Any]) -> dict[str, float | None]:
+    """Of the tables' floor and rate; ``given`` as above."""
     if given["train_tables"] == "none" or given["table_optimizer"] not in (None, "ember"):
         return {"table_row_floor": None, "table_learning_rate": TABLE_RATE}
-    floor = row_floor if given["table_row_floor"] is None else given["table_row_floor"]
-    return {"table_row_floor": row_floor, "table_learning_rate": FLOORED_TABLE_RATE if floor else TABLE_RATE}
+    floor = ROW_FLOOR if given["table_row_floor"] is None else given["table_row_floor"]
+    return {"table_row_floor": ROW_FLOOR, "table_learning_rate": FLOORED_TABLE_RATE if floor else TABLE_RATE}
 
 
 def named(config: Any, of_mlx_lm: Iterable[str]) -> Any:

@@ -151,9 +151,10 @@ HELP: Help = {
         ),
         "table_row_floor": (
             "FLOOR",
-            "Protect tokens that your data never uses: rows with gradients below FLOOR times the table's RMS take "
-            "proportionally smaller steps. A higher FLOOR wants a higher --table-learning-rate. 0 turns it off. "
-            f"ember only. Default: {ROW_FLOOR:g}.",
+            "Rows with gradients below FLOOR times the table's RMS take proportionally smaller steps. An average row "
+            "steps at a FLOOR-th of the rate, a token that your data never uses hardly. A higher FLOOR wants a higher "
+            "--table-learning-rate. 0 turns it off. ember only. "
+            f"Default: {ROW_FLOOR:g}.",
         ),
         "table_rounding": (
             None,

@@ -52,6 +52,7 @@ class _OnOrOff(argparse.BooleanOptionalAction):
 
 
 ON_OR_OFF = {"action": _OnOrOff}
+NUMBER_OR_ZERO = "a number; 0 turns it off"
 
 
 def _limit(text):
@@ -59,6 +60,13 @@ def _limit(text):
         return NO_LIMIT if text.lower() == NO_LIMIT else parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error}, or {NO_LIMIT}") from None
+
+
+def _number_or_zero(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be {NUMBER_OR_ZERO}") from None
 
 
 # Our own options: each with its default, and what argparse is told. option_help.py has the texts.
@@ -70,7 +78,7 @@ OWN_OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "table_beta2": (None, {"type": float}),
     "table_beta2_decay": (None, {"type": float}),
     "table_row_clip": (None, {"type": float}),
-    "table_row_floor": (None, {"type": float}),
+    "table_row_floor": (None, {"type": _number_or_zero}),
     "table_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "body_rounding": (None, {"choices": ["nearest", "stochastic"]}),
     "quantize": (None, {"type": int, "choices": BITS}),
@@ -323,6 +331,7 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
         read = None
     changed = action.type is int and not isinstance(value, str) and read != value
     if read is None or changed or isinstance(value, bool):
-        kind = {int: "a whole number", float: "a number"}.get(action.type, A_SIZE)
+        kinds = {int: "a whole number", float: "a number", _number_or_zero: NUMBER_OR_ZERO}
+        kind = kinds.get(action.type, A_SIZE)
         raise InputError(f"{where} must be {kind}")
     return read

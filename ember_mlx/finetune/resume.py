@@ -17,7 +17,7 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import checkpoints, options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.optimizer_names import table_defaults
+from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
 from ember_mlx.finetune.run_length import asked, updates
@@ -128,28 +128,39 @@ def versions() -> dict:
 
 
 def tables_as_before(args: options.Options, given: Collection[str], workers: Workers) -> options.Options:
-    """The options of a run; one that began without a row floor goes on without, unless told otherwise. It is said here.
+    """The options of a run; one that is resumed keeps row floor and table rate where they are not given, and says so.
 
-    So did all before ``--table-row-floor`` had a default.
+    So it goes on as it began, whatever decided them: the defaults of then, a flag or a file. Other tables and another
+    optimizer of theirs have their own.
 
     Args:
         args: The run's.
         given: The names of the options that the user has given.
         workers: All of them call this; rank 0 alone needs the checkpoint.
+
+    Raises:
+        InputError: for a number of the checkpoint that no run can have.
     """
-    if not workers.all_max(int(workers.leads and _began_without_floor(args))):
-        return args
-    asked = {name: value if name in given else None for name, value in vars(args).items()}
-    began = {name: of for name, of in table_defaults(asked, row_floor=0.0).items() if name not in given}
-    if any(getattr(args, name) != of for name, of in began.items()):
-        flags = " and ".join(f"{options.flag(name)} {of:g}" for name, of in began.items())
-        rprint(f"As in the run that is resumed, which has no row floor: {flags}")
-    return args | began
+    taken = json.loads(workers.text_of_leader(json.dumps(_tables_then(args, given) if workers.leads else {})))
+    if taken:
+        with workers.one_outcome():
+            check(args | taken)
+        flags = " and ".join(f"{options.flag(name)} {of:g}" for name, of in taken.items())
+        rprint(f"As in the run that is resumed: {flags}")
+    return args | taken
 
 
-def _began_without_floor(args):
+def _tables_then(args, given):
+    """What the checkpoint has otherwise, by name, of the two options of which defaults are decided."""
     before = {} if args.resume is None else checkpoints.options_of(Path(args.adapter_path), args.resume)
-    return bool(before) and not before.get("table_row_floor")
+    if any(before.get(name) != getattr(args, name) for name in ("table_optimizer", "train_tables")):
+        return {}
+    then = {
+        "table_row_floor": before.get("table_row_floor") or 0.0,  # null is none
+        "table_learning_rate": before.get("table_learning_rate"),
+    }
+    numbers = {name: of for name, of in then.items() if name not in given and type(of) in (int, float)}
+    return {name: of for name, of in numbers.items() if of != (getattr(args, name) or 0.0)}
 
 
 def options_to_agree(args: options.Options) -> dict:
@@ -184,23 +195,36 @@ def share_position(
     return position
 
 
-def refuse_changes(args: options.Options, checkpoint: Checkpoint, own_made_of: dict) -> None:
+def refuse_changes(
+    args: options.Options, checkpoint: Checkpoint, own_made_of: dict, model: nn.Module, optimizer: GuardedOptimizer
+) -> None:
     """Refuse, by name, what would make the rest another run; with ``--resume-with-changes`` tell it only.
 
     Raises:
-        InputError: for that, and when ``--iters`` is below the steps that are done.
+        InputError: for that, when ``--iters`` is below the steps that are done, and also with ``--resume-with-changes``
+            when the checkpoint's weights or optimizer state do not fit what was changed.
     """
-    step = checkpoint.position.step
+    step, where = checkpoint.position.step, f"--resume: checkpoint {checkpoint.folder}"
     if args.iters < step:
         raise InputError(
             f"{asked(args)}: checkpoint {checkpoint.folder} has {step} steps done; ask for at least that many"
         )
     changed = [*_changed_options(args, checkpoint.options), *_changed_contents(own_made_of, checkpoint.made_of)]
-    if changed and not args.resume_with_changes:
-        raise InputError(
-            f"--resume: checkpoint {checkpoint.folder} is of another run: {'; '.join(changed)}. Give what it was made "
-            "with, or --resume-with-changes to use its weights and state anyway"
-        )
+    weights_fit = _fit(checkpoint.weights, model.trainable_parameters())
+    fits = weights_fit and _fit(checkpoint.optimizer, optimizer.state)
+    if changed and not (args.resume_with_changes and fits):
+        if added := _other_added_tokens(args, checkpoint.options):
+            raise InputError(f"{where} is of a run {added}")
+        or_else = ""
+        if fits:
+            or_else = ", or --resume-with-changes to use its weights and state anyway"
+        elif weights_fit:
+            adapter = checkpoint.folder.absolute().parents[1] / "adapters.safetensors"
+            or_else = (
+                ". The optimizer's state cannot be used with that; the weights alone can, by a new run: "
+                f"--resume-adapter-file {adapter}, without --resume, and with a new --adapter-path"
+            )
+        raise InputError(f"{where} is of another run: {'; '.join(changed)}. Give what it was made with{or_else}")
     if changed:
         rprint(f"Resuming with changes: {'; '.join(changed)}")
     own_versions = versions()
@@ -252,6 +276,23 @@ def restore(
     if position.drawn >= batches_an_epoch:
         raise InputError(f"{where}: {position.drawn} batches drawn, of {batches_an_epoch} an epoch; use another one")
     return position
+
+
+def _fit(arrays, tree):
+    own = dict(tree_flatten(tree))
+    return arrays.keys() == own.keys() and all(
+        (array.shape, array.dtype) == (own[name].shape, own[name].dtype) for name, array in arrays.items()
+    )
+
+
+def _other_added_tokens(args, saved):
+    """In words, with the remedy, or None: other tables, tokens and settings of the model all come of them."""
+    then, now = saved.get("added_tokens") or [], getattr(args, "added_tokens", None) or []
+    if then == now:
+        return None
+    if not then:
+        return "that added no tokens: leave out --add-tokens"
+    return f"that added {'other ' if now else ''}tokens: give its file, --add-tokens FILE"
 
 
 def _changed_options(args, saved):

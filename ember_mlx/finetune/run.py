@@ -286,7 +286,7 @@ def _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers):
 def _go_on(args, model, optimizer, own_made_of, rows):
     """Put everything as the checkpoint has it; its position and its folder."""
     checkpoint = checkpoints.find(Path(args.adapter_path), args.resume, rprint)
-    refuse_changes(args, checkpoint, own_made_of)
+    refuse_changes(args, checkpoint, own_made_of, model, optimizer)
     position = restore(args, checkpoint, own_made_of, model, optimizer, batches_an_epoch(args, rows))
     if position.step == args.iters:
         more = "--iters" if args.epochs is None else "--epochs"

@@ -160,10 +160,15 @@ def test_a_run_with_new_tokens_resumes_bit_for_bit_and_no_other_tokens_do(parse,
         assert whole.keys() == longer.keys()
         assert all(mx.array_equal(array, longer[path]) for path, array in whole.items())
     (tmp_path / "moved.txt").write_text("other\n")
-    with pytest.raises(InputError, match="added_tokens was"):
+    its_file = "give its file, --add-tokens FILE$"
+    with pytest.raises(InputError, match=f"of a run that added other tokens: {its_file}"):
         run(parse(*moved, "--resume", adapter="longer"))
-    with pytest.raises(InputError, match="added_tokens was"):
-        run(parse(*moved[2:], "--resume", adapter="longer"))
+    for more in ([], ["--resume-with-changes"]):
+        with pytest.raises(InputError, match=f"of a run that added tokens: {its_file}"):
+            run(parse(*moved[2:], "--resume", *more, adapter="longer"))
+    run(parse("--iters", 1, adapter="none"))
+    with pytest.raises(InputError, match="that added no tokens: leave out --add-tokens$"):
+        run(parse(*moved, "--resume", adapter="none"))
 
 
 def test_a_test_alone_reads_the_data_with_the_new_tokens(parse, folders, tmp_path, tokens, capsys):

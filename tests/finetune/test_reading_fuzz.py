@@ -228,7 +228,7 @@ def test_a_checkpoint_made_to_do_harm_with_right_checksums_is_refused_or_gone_on
         with only_within(copy):
             try:
                 checkpoint = checkpoints.read(copy)
-                resume.refuse_changes(args, checkpoint, made_of)
+                resume.refuse_changes(args, checkpoint, made_of, model, optimizer)
                 position = resume.restore(args, checkpoint, made_of, model, optimizer, 6)
                 history.LossHistory(args, [], optimizer, position.record)
             except InputError as error:

@@ -177,8 +177,18 @@ def test_what_makes_another_run_is_refused_by_name_unless_asked_for(parse, folde
     callback = type("", (), {"on_train_loss_report": reports.append, "on_val_loss_report": lambda _: None})
     run(parse("--iters", 8, "--resume", *changed, "--resume-with-changes"), callback)
     assert [report["learning_rate"] for report in reports] == [0.5, 0.5]
-    with pytest.raises(InputError, match=r"optimizer.safetensors: tables.lm_head.weight.c is not of this run"):
-        run(parse("--iters", 8, *changed, "--table-optimizer", "sgd", "--resume", "--resume-with-changes"))
+
+
+def test_a_state_that_cannot_be_used_is_refused_with_the_way_to_its_weights_alone(parse, tmp_path):
+    run(parse("--iters", 2, "--optimizer", "adam-mini"))
+    adapter = tmp_path / "adapters" / "adapters.safetensors"
+    for other in (["--optimizer", "sinkgd"], ["--optimizer", "adam-mini", "--table-optimizer", "sgd"]):
+        for more in ([], ["--resume-with-changes"]):
+            with pytest.raises(InputError, match=f"was .* and is now .*alone can.*--resume-adapter-file {adapter}, "):
+                run(parse("--iters", 4, *other, "--resume", *more))
+    run(parse("--iters", 1, "--optimizer", "sinkgd", "--resume-adapter-file", adapter, adapter="new"))
+    with pytest.raises(InputError, match=r"--num-layers was .*\. Give what it was made with$"):
+        run(parse("--iters", 4, "--optimizer", "adam-mini", "--num-layers", 1, "--resume", "--resume-with-changes"))
 
 
 def test_the_same_data_and_model_elsewhere_are_the_same(parse, folders, tmp_path):

@@ -10,9 +10,10 @@ import pytest
 import ember_mlx
 from ember_mlx import InputError
 from ember_mlx.commands import train
-from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune import checkpoints, options, resume
 from ember_mlx.finetune.keywords import options_of
 from ember_mlx.finetune.model_card import model_card
+from ember_mlx.finetune.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -95,7 +96,7 @@ def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tm
 
     words += ["--adapter-path", str(tmp_path / "old"), "--resume"]
     for given, message in [
-        ("--table-row-floor 3", "rate was 0.0001 and is now 0.0003; --table-row-floor was 0.0 and is now 3.0"),
+        ("--table-row-floor 3", "run: --table-row-floor was 0.0 and is now 3.0. Give"),
         ("--table-learning-rate 3e-4", "run: --table-learning-rate was 0.0001 and is now 0.0003. Give"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -103,7 +104,7 @@ def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tm
     capsys.readouterr()
     train.main(words)
     said = " ".join(capsys.readouterr().out.split())
-    assert "which has no row floor: --table-row-floor 0 and --table-learning-rate 0.0001 " in said
+    assert "As in the run that is resumed: --table-row-floor 0 and --table-learning-rate 0.0001 " in said
     assert "Resuming after step 2" in said
     old, whole = (checkpoints.find(tmp_path / name, True) for name in ("old", "whole"))
     assert old.position == whole.position
@@ -112,3 +113,42 @@ def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tm
     # Its record says 0 by now, and the next one to go on keeps that too.
     again = ember_mlx.train(**kept, iters=6, resume=True, adapter_path=tmp_path / "old", quiet=True)
     assert decided(again.options) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("began", "resumed", "said"),
+    [
+        ("--table-row-floor 0 --table-learning-rate 3e-4", "", "--table-row-floor 0"),
+        ("--table-row-floor 0", "", "--table-row-floor 0 and --table-learning-rate 0.0001"),
+        ("--table-row-floor 10 --table-learning-rate 1e-3", "", "--table-row-floor 10 and --table-learning-rate 0.001"),
+        ("--table-learning-rate 5e-4", "", "--table-learning-rate 0.0005"),
+        ("--table-row-floor 0", "--table-row-floor 0", ""),
+        ("--table-row-floor 0 --table-learning-rate 3e-4", "--table-row-floor 0", "--table-learning-rate 0.0003"),
+        ("", "", ""),
+        ("--table-optimizer adamw", "--table-optimizer adamw", ""),
+        (
+            "--table-row-floor 10 --table-learning-rate 5e-4",
+            "--table-optimizer sgd",
+            None,
+        ),  # another optimizer's floor and rate
+    ],
+)
+def test_a_resumed_run_keeps_the_floor_and_the_rate_that_are_not_given(monkeypatch, capsys, began, resumed, said):
+    before = options.parse(began.split())
+    monkeypatch.setattr(checkpoints, "options_of", lambda folder, asked: resume.as_json(vars(before)))
+    args, given = options.parse_given(["--resume", *resumed.split()])
+    kept = resume.tables_as_before(args, given, Workers(0, 1))
+    assert (decided(kept) == decided(before)) == (said is not None)
+    assert capsys.readouterr().out == (f"As in the run that is resumed: {said}\n" if said else "")
+
+
+def test_a_rate_of_a_checkpoint_that_no_run_can_have_is_refused(monkeypatch):
+    args, given = options.parse_given(["--resume"])
+    for wrong, message in [
+        ({"table_learning_rate": -1.0}, "rate -1.0: must"),
+        ({"table_row_floor": 1e99}, "r 1e.99: "),
+    ]:
+        before = resume.as_json(vars(args)) | wrong
+        monkeypatch.setattr(checkpoints, "options_of", lambda folder, asked, before=before: before)
+        with pytest.raises(InputError, match=message):
+            resume.tables_as_before(args, given, Workers(0, 1))

@@ -340,7 +340,10 @@ def test_a_signal_to_one_worker_stops_all_at_one_step_with_one_checkpoint(found)
 
 def test_what_began_without_a_row_floor_goes_on_without_where_rank_0_alone_has_its_checkpoint(found):
     assert [each["goes on"] for each in found] == [None, None]
-    assert found[0]["output"].count("which has no row floor: --table-row-floor 0 and --table-learning-rate 0.0001") == 1
+    assert (
+        found[0]["output"].count("As in the run that is resumed: --table-row-floor 0 and --table-learning-rate 0.0001")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("name", ["over_memory", "over_memory_shared"])
