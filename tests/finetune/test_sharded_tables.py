@@ -103,8 +103,9 @@ def same_steps(words, ours, theirs):
             step = weight - begun.get(name, mx.zeros_like(weight))
             error = mx.linalg.norm((theirs.weights[name] - weight).reshape(-1)) / mx.linalg.norm(step.reshape(-1))
             assert error.item() < 1e-4, name
-    for name, array in ours.optimizer.items():
-        assert mx.allclose(theirs.optimizer[name], array, rtol=1e-4, atol=1e-9), name
+    for name, array in ours.optimizer.items():  # by its size: single momenta are differences of larger numbers
+        error = mx.abs(theirs.optimizer[name].astype(mx.float32) - array.astype(mx.float32)).max()
+        assert error.item() <= 1e-5 * mx.abs(array).max().item(), name
 
 
 def newest(folder):
