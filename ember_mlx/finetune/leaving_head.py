@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ember_mlx.streaming.glue import heard
 from ember_mlx.streaming.head_module import find_head
 from ember_mlx.streaming.units import calls_go_to
 
@@ -38,15 +39,6 @@ class LeavingHead:
             return
         module = self._head.module
 
-        @mx.custom_function
-        def noted(array):
-            return array
-
-        @noted.vjp
-        def note(_primal, cotangent, _output):
-            left.append(cotangent)
-            return cotangent
-
         def call(_path, own_call, arguments, keywords):
             if not arguments:  # the hidden states have a name that only the model knows
                 return own_call(**keywords)
@@ -55,9 +47,9 @@ class LeavingHead:
             logits = hidden.size // hidden.shape[-1] * self._head.vocabulary
             if sum(weight.size for _, weight in own) > logits:
                 return own_call(*arguments, **keywords)
-            module.update(tree_unflatten([(name, noted(weight)) for name, weight in own]))
+            module.update(tree_unflatten([(name, heard(weight, left.append)) for name, weight in own]))
             try:
-                return own_call(noted(hidden), *rest, **keywords)
+                return own_call(heard(hidden, left.append), *rest, **keywords)
             finally:
                 module.update(tree_unflatten(own))
 

@@ -12,7 +12,7 @@ from ember_mlx.streaming.call_tree import build, flatten, is_float
 from ember_mlx.streaming.units import Recording, calls_go_to, put_back_random_state
 from ember_mlx.streaming.weights import Weights
 
-__all__ = ["Glue", "distinct"]
+__all__ = ["Glue", "distinct", "heard"]
 
 
 class _ReachedError(Exception):
@@ -57,10 +57,10 @@ class Glue:
 
         def function(*primals):
             for name, weight in zip(self.names, primals, strict=False):
-                self._weights[name] = _probe(weight, reached, name)
+                self._weights[name] = heard(weight, lambda _, name=name: reached.add(name))
             outputs = [list(call.outputs) for call in recording.calls[:stop_at]]
             for (i, j), array in zip(places, primals[len(weights) :], strict=True):
-                outputs[i][j] = _probe(array, reached, (i, j))
+                outputs[i][j] = heard(array, lambda _, at=(i, j): reached.add(at))
             return distinct(pick(self._replay(recording, outputs, stop_at)))
 
         primals = [*weights, *(calls[i].outputs[j] for i, j in places)]
@@ -107,19 +107,19 @@ class Glue:
 
 def distinct(arrays: list[mx.array]) -> list[mx.array]:
     """``mx.vjp`` counts the cotangent of an array that it is given twice only once."""
-    return [_probe(array, set(), None) for array in arrays]
+    return [heard(array, lambda _: None) for array in arrays]
 
 
-def _probe(array, reached, key):
-    """The same array; ``key`` comes into ``reached`` if a cotangent arrives at it."""
+def heard(array: mx.array, hear: Callable[[mx.array], object]) -> mx.array:
+    """The same array; ``hear`` is called with the cotangent that arrives at it."""
 
     @mx.custom_function
     def same(array):
         return array
 
     @same.vjp
-    def note(primal, cotangent, output):
-        reached.add(key)
+    def tell(_primal, cotangent, _output):
+        hear(cotangent)
         return cotangent
 
     return same(array)
