@@ -1,5 +1,7 @@
 """What leaves the head is evaluated before the layers' gradients: the same bits, and no logits while those are made."""
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -31,6 +33,7 @@ def test_the_bits_are_the_same_and_the_logits_are_gone(tied, workers, monkeypatc
     evaluate_paced, active, held, ends = step_module.evaluate_paced, [], [], []
 
     def noting(groups):
+        mx.synchronize()  # MLX gives memory back on a thread of its own
         active.append(mx.get_active_memory())
         evaluate_paced(groups)
 
@@ -39,6 +42,7 @@ def test_the_bits_are_the_same_and_the_logits_are_gone(tied, workers, monkeypatc
         model = tiny_llama(tied, vocabulary=VOCABULARY)
         optimizer = PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3))
         step = Step(model, optimizer, counted, 2, same, head_first=head_first)
+        gc.collect()  # of what was before, too
         before, first = mx.get_active_memory(), len(active)
         losses = [step(batch, last).loss for batch, last in zip(BATCHES, (False, True), strict=True)]
         held.append(active[first] - before)
