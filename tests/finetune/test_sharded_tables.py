@@ -34,7 +34,7 @@ def start_on_gpus(command):
     environment = os.environ | {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(free_ports(1)[0])}
     # Multicast over NVLink may put GPUs that others share out of service.
     environment |= {"MLX_WORLD_SIZE": str(WORKERS), "NCCL_NVLS_ENABLE": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
