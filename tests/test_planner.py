@@ -28,7 +28,7 @@ from ember_mlx.planner.optimizer_state import state_of
 from ember_mlx.planner.savings import savings
 from ember_mlx.planner.step import build_step
 from ember_mlx.shared.errors import InputError
-from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
+from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS, words_of_a_sharded_head
 from ember_mlx.shared.units import in_units
 
 QWEN_2 = {**QWEN, "model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True}
@@ -138,6 +138,13 @@ def test_chunks_never_hold_the_logits_of_the_whole_vocabulary():
     one_after_another = replace(DEVICES["cpu"], ahead=0)
     logits = peak_memory(step.results, step.existing, one_after_another).most["logits"]
     assert logits < 6.5 * CHUNKED_LOGITS
+
+
+def test_a_sharded_head_has_four_slices_and_with_chunked_loss_those_that_it_takes():
+    qwen = {"rows": 151_936 // 2, "tokens": 2 * 4096}
+    assert words_of_a_sharded_head(**qwen, chunked=False) == 151_936 // 8
+    assert words_of_a_sharded_head(**qwen, chunked=True) == CHUNKED_LOGITS // (2 * 4096)
+    assert words_of_a_sharded_head(rows=4096, tokens=64, chunked=False) >= 4096
 
 
 def test_stochastic_rounding_writes_a_new_table_where_the_nearest_is_written_in_place():

@@ -196,7 +196,7 @@ def train_model(
         rprint(choices.warning)
     sharded = None
     if args.shard_tables:
-        sharded = ShardedTables(model, optimizer, choices.tables, workers, loss)
+        sharded = ShardedTables(model, optimizer, choices.tables, workers, loss, chunked=bool(args.chunked_loss))
         rprint(f"{sharded}\n")
         loss, make_step, whole = sharded.loss, sharded.step, sharded.whole
     if samples:

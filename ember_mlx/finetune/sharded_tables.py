@@ -38,6 +38,7 @@ class ShardedTables:
         tables: Those that train; :func:`check_modules` has passed them.
         workers: Of the run, at least two.
         loss (callable): The run's, of whole tables. :attr:`loss` is the one of these.
+        chunked: Whether it makes as few logits at a time as ``--chunked-loss``.
 
     Raises:
         InputError: when the loss is not what it was.
@@ -50,6 +51,8 @@ class ShardedTables:
         tables: Sequence[TokenTable],
         workers: Workers,
         loss: Callable,
+        *,
+        chunked: bool = False,
     ):
         self.workers = workers
         self._optimizer = optimizer.tables
@@ -67,7 +70,8 @@ class ShardedTables:
         self._optimizer.row_shards = self.shards
         self.loss = loss
         if head:
-            self.loss = sharded_loss(Head(model, head.module, head.method, self.shards.rows), self.shards)
+            of_own_rows = Head(model, head.module, head.method, self.shards.rows)
+            self.loss = sharded_loss(of_own_rows, self.shards, chunked=chunked)
         self._refuse_another_loss(model, before)
 
     def __str__(self):

@@ -120,18 +120,21 @@ class Step:
             _evaluate_head(loss, tokens, left)
             evaluate_paced(self._grouped(gradients, batch))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
-        if self._judged:
-            _evaluate_head(loss, tokens, left)
-            evaluate_paced(self._grouped(gradients, batch))
-            gradients = dict(tree_flatten(self._reduce(gradients, self._rows_to_send(batch))))
-            mx.eval(gradients)
-            gradients, squares = self._judged(gradients)
+        own = reduced = None
+        if self._judged:  # laid out, too
+            own = gradients
+            reduced = dict(tree_flatten(self._reduce(own, self._rows_to_send(batch))))
+            gradients, squares = self._judged(reduced)
         norm = norm_of(squares) if self._judges else None
         weights, state = self._weights.arrays(), self._state.arrays()
         mx.async_eval(loss, tokens, mx.random.state)
         update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
         new, readings = update(weights, gradients, norm, {each.name: each.inputs for each in measurements})
         _evaluate_head(loss, tokens, left)
+        if own:
+            evaluate_paced(self._grouped(own, batch))
+            mx.eval(reduced)
+            del own, reduced
         groups = self._grouped(gradients, batch)
         if squares:
             on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ember_mlx.finetune.chunked_loss import backward_in_slices, forward_in_slices, loss_of
 from ember_mlx.optimizers.row_shards import RowShards
-from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
+from ember_mlx.shared.sizes_in_memory import words_of_a_sharded_head
 from ember_mlx.streaming.head_module import Head
 
 __all__ = ["ShardedEmbedding", "look_up", "sharded_cross_entropy", "sharded_loss"]
@@ -54,16 +54,17 @@ def look_up(weight: mx.array, ids: mx.array, shards: RowShards) -> mx.array:
     return rows(weight)
 
 
-def sharded_loss(head: Head, shards: RowShards, logits_at_once: int = CHUNKED_LOGITS) -> Callable:
+def sharded_loss(head: Head, shards: RowShards, *, chunked: bool = False) -> Callable:
     """The loss of :func:`ember_mlx.finetune.chunked_loss.chunked_loss`, whose ``head`` has the words of the rows here.
 
-    All workers call it together, with batches of one shape; each gets the mean over its own tokens.
+    All workers call it together, with batches of one shape; each gets the mean over its own tokens. With
+    ``chunked`` there are as few logits at a time as with ``--chunked-loss``.
     """
-    return loss_of(head, lambda hidden, targets: sharded_cross_entropy(head, shards, hidden, targets, logits_at_once))
+    return loss_of(head, lambda hidden, targets: sharded_cross_entropy(head, shards, hidden, targets, chunked))
 
 
 def sharded_cross_entropy(
-    head: Head, shards: RowShards, hidden: mx.array, targets: mx.array, logits_at_once: int
+    head: Head, shards: RowShards, hidden: mx.array, targets: mx.array, chunked: bool
 ) -> mx.array:
     """Of each token of this worker, (B, T) float32, over the words of all workers.
 
@@ -71,10 +72,11 @@ def sharded_cross_entropy(
         head: Its words are the rows here.
         shards: Of its table.
         hidden, targets: This worker's: the head's input (B, T, D), and the targets (B, T).
-        logits_at_once: How many logits there may be at a time.
+        chunked: Whether there are as few logits at a time as with ``--chunked-loss``.
     """
     targets = shards.gather(targets) - shards.first_row
-    number = min(-(-shards.most_rows // max(logits_at_once // targets.size, 1)), shards.total_rows // shards.size)
+    words = words_of_a_sharded_head(shards.most_rows, targets.size, chunked)
+    number = min(-(-shards.most_rows // words), shards.total_rows // shards.size)
     bounds = [i * shards.rows // number for i in range(number + 1)]
     slices = list(itertools.pairwise(bounds))
 

@@ -4,7 +4,7 @@ from ember_mlx.planner.architecture import Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.sharding import gathered, own_part
-from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS
+from ember_mlx.shared.sizes_in_memory import CHUNKED_LOGITS, words_of_a_sharded_head
 
 __all__ = ["chunked_loss", "loss"]
 
@@ -38,7 +38,8 @@ def chunked_loss(graph: Graph, h: Array, head: Table, w: Array, trained: bool) -
     sharded, rows = graph.run.is_sharded(head), graph.run.rows_here(head)
     n = graph.tokens * (graph.run.workers if sharded else 1)
     h = gathered(graph, h) if sharded else h
-    words = min(max(CHUNKED_LOGITS // n // 128, 1) * 128, rows)
+    whole_tiles = max(CHUNKED_LOGITS // n // 128, 1) * 128
+    words = min(words_of_a_sharded_head(rows, n, graph.run.chunked_loss) if sharded else whole_tiles, rows)
     slices = [min(words, rows - first) for first in range(0, rows, words)]
     graph.role = "logits"
     hidden, chosen, sums = h, graph.make([], n, FLOAT32), []

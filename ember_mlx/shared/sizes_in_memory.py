@@ -9,9 +9,11 @@ __all__ = [
     "blocks_of_a_head",
     "bytes_ahead",
     "bytes_of_kept_logits",
+    "words_of_a_sharded_head",
 ]
 
 CHUNKED_LOGITS = 2**23  # of --chunked-loss, tokens times words; an array of them is 34 MB in float32
+SHARDED_SLICES = 4  # of --shard-tables; a GPU waits for the host at each
 
 # Of a streamed step:
 LEAST_AHEAD, SHARE_AHEAD, LITTLE_STATE = 2**25, 64, 8
@@ -23,6 +25,20 @@ SHARE_OF_SCRATCH, MOST_SCRATCH = 8, 2**29
 SHARE_THAT_WAITS = 4  # of the scratch, for new rows that are not yet written
 FEWEST_BLOCKS = 4
 TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets
+
+
+def words_of_a_sharded_head(rows: int, tokens: int, chunked: bool) -> int:
+    """How many words of a sharded head have their logits at a time.
+
+    A quarter of them has, in float32, no more bytes than an ordinary step's logits in 16 bits.
+
+    Args:
+        rows: Of the head, on one worker.
+        tokens: Of all workers.
+        chunked: Whether there may be no more logits than with --chunked-loss.
+    """
+    words = max(CHUNKED_LOGITS // tokens, 1)
+    return words if chunked else max(words, -(-rows // SHARDED_SLICES))
 
 
 def bytes_ahead(weights: float, state: float) -> float:

@@ -142,6 +142,20 @@ def part_streams(here, folder, cpu=""):
     }
 
 
+def part_bandwidth(here, folder, rows="151936", columns="1024"):
+    """Milliseconds of a sum over the workers, of a table in bfloat16 and of one number, in median."""
+    found = {}
+    for shape in ((int(rows), int(columns)), (1,)):
+        array, seconds = mx.ones(shape, mx.bfloat16), []
+        for _ in range(12):
+            mx.eval(array)
+            start = time.perf_counter()
+            mx.eval(mx.distributed.all_sum(array))
+            seconds.append(time.perf_counter() - start)
+        found[f"{array.nbytes:,} bytes"] = round(1e3 * statistics.median(seconds[2:]), 3)
+    return found
+
+
 def part_averages(here, folder):
     """Test 3: averages by dtype have the bits of MLX's, in few calls."""
     mx.random.seed(here.rank)

@@ -84,7 +84,7 @@ def look_at(check, ranks, found):
         print(f"  {case}: " + ", ".join(f"{name} {error:.2f}" for name, error in errors.items()) + " of the allowed")
 
 
-# What the example imports, so that torchrun can fork its ranks, which then do not import it each.
+# What the example imports, so that torchrun can fork its ranks, which then do not import it each. CUDA bears no fork.
 TORCHRUN = """
 import torch._dynamo, torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, transformers
 from torch.distributed.run import main
@@ -95,7 +95,7 @@ main()
 
 def with_torchrun(processes):
     launcher = ["-c", TORCHRUN, "--run-path", "--start-method=fork"]
-    if sys.platform != "linux":
+    if sys.platform != "linux" or torch.cuda.is_available():
         launcher = ["-m", "torch.distributed.run"]
     launcher += ["--standalone", f"--nproc-per-node={processes}"]
     command, threads = [sys.executable, *launcher, str(EXAMPLE)], os.environ | {"OMP_NUM_THREADS": "1"}

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from tiny_models import loss, tiny_llama
 
 from ember_mlx import Ember, InputError, PairedOptimizer
+from ember_mlx.finetune import step
 from ember_mlx.finetune.safe_writing import write_arrays
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.workers import Workers
@@ -142,3 +143,15 @@ def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
             found.append(mx.get_peak_memory())
         peaks.append(min(found))
     assert peaks[1] <= 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_update_is_laid_out_before_the_host_waits_for_gradients(monkeypatch, size):
+    monkeypatch.setattr(Workers, "join", lambda: Workers(0, size))
+    model, done = tiny_llama(), []
+    taken = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, lambda own, _: own)
+    lay_out, evaluate = taken._compiled_update, step.evaluate_paced
+    monkeypatch.setattr(taken, "_compiled_update", lambda *names: done.append("laid out") or lay_out(*names))
+    monkeypatch.setattr(step, "evaluate_paced", lambda groups: done.append("waited") or evaluate(groups))
+    taken((mx.random.randint(0, 64, (2, 9), key=mx.random.key(0)),))
+    assert done == ["laid out", *["waited"] * (1 + size)]
