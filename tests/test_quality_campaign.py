@@ -236,6 +236,36 @@ def test_tables_at_a_constant_rate_are_compared_with_ember_by_seed(tmp_path):
     assert "| AdamW; tables not trained | 0.00032 | 2.9500" in text
 
 
+def test_runs_at_given_rates_are_compared_where_one_thing_differs_and_what_they_forget_is_told(tmp_path):
+    name, lines = "smollm2-rasbt-lora-constant", []
+    plain, floored = plan.WITHOUT_FLOOR, plan.WITH_FLOOR
+    runs = [plan.Run("smollm2-rasbt", "frozen", 0, 0, 1, body="frozen")]
+    runs += [plan.Run(name, "ember", -8, -7, seed) for seed in (1, 2)]
+    given = ((plain, -8, -10), (floored, -7, -10), (plain, -8, -8), (floored, -7, -8), (floored, -6, -8))
+    runs += [
+        plan.Run(name, rule, rate, body, seed, body="adam-mlx") for rule, rate, body in given for seed in (0, 1, 2)
+    ]
+    for run in runs:  # seed 0 would turn every difference around
+        loss = 3 + run.body_rate / 10 - (0.1 * run.seed if run.optimizer == floored else 0) + (run.seed or 9 * run.rate)
+        lines.append({"run": dataclasses.asdict(run), "valid_loss": loss, "decile_losses": [3 * loss, *[2 * loss] * 9],
+                      "decile_counts": [10] * 10, "other_losses": {"a": -loss, "b": -3 * loss}})  # fmt: skip
+    recipes.write_tables(recipes.Recipes([], lines), tmp_path / "recipes.md", lines)
+    text = (tmp_path / "recipes.md").read_text()
+    rows = [row for row in text.splitlines() if row.startswith(("| 1e-05 |", "| 0.0001 |"))]
+    half, low, high = 12.706 * 0.05, "row_floor 3, 0.00032", "no floor, 0.0001"
+    gain = (
+        f"2 | -0.1500 ± {half:.4f} | -0.4500 ± {3 * half:.4f} | -0.3000 ± {2 * half:.4f} | +0.3000 ± {2 * half:.4f} |"
+    )
+    slower = "2 | -0.2000 ± 0.0000 | -0.6000 ± 0.0000 | -0.4000 ± 0.0000 | +0.4000 ± 0.0000 |"
+    assert rows == [  # not the rates that no phase gives
+        f"| 1e-05 | {low} | 1e-05 | {high} | {gain}",
+        f"| 1e-05 | {low} | 0.0001 | {low} | {slower}",
+        f"| 1e-05 | {high} | 0.0001 | {high} | {slower}",
+        f"| 0.0001 | {low} | 0.0001 | {high} | {gain}",
+    ]
+    assert "| AdamW; Ember | 0.00032 0.0001 | 3.8000 ± 0.7071 | 2 |  |  | +0.400 |" in text
+
+
 def test_recipes_are_all_compared_at_half_decades_or_all_at_quarters():
     """A campaign may be cut off when some recipes have their quarter decade and others have not."""
     name, both, losses, lines = "smollm2-rasbt", (("adamw", "adamw"), ("sinkgd", "ember")), {}, []

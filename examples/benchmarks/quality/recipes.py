@@ -4,10 +4,12 @@
 
 The tuning runs of results/*.jsonl count too; the reported seeds are those of results/recipes alone, of one kind of GPU.
 At a constant rate, as `ember-mlx train` has it, tables are compared with those of the earlier campaign, seeds and all.
+The phase "defaults" has no search: its runs at given rates are compared pair by pair.
 """
 
 import argparse
 import math
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -97,6 +99,10 @@ def forgotten(line, untrained):
     return mean(rises) if rises else math.nan
 
 
+def others_loss(line):
+    return mean(line["other_losses"].values())
+
+
 def losses_table(results, setting):
     """Markdown: a row a recipe."""
     baseline = results.reported(setting, ADAMW)
@@ -150,20 +156,26 @@ def tuning_table(results, setting):
     return "\n".join(lines)
 
 
-def constant_table(lines, setting):
-    """Markdown: a row for each pair of optimizers and rates that has several seeds, the best first."""
+def by_rates(lines, setting):
+    """{(body, tables, rate of the body, of the tables): its runs by seed}, the tuning seed left out."""
     groups = {}
     for line in lines:
         run = Run(**line["run"])
         if run.setting == setting and run.seed != TUNING_SEED and not run.probe:
             groups.setdefault((run.body, run.optimizer, run.body_rate, run.rate), {})[run.seed] = line
-    several = {group: Reported(None, by_seed) for group, by_seed in groups.items() if len(by_seed) > 1}
+    return {group: Reported(None, dict(sorted(by_seed.items()))) for group, by_seed in groups.items()}
+
+
+def constant_table(lines, setting, untrained):
+    """Markdown: a row for each pair of optimizers and rates that has several seeds, the best first."""
+    several = {group: runs for group, runs in by_rates(lines, setting).items() if len(runs.by_seed) > 1}
     ember = next((reported for group, reported in several.items() if group[:2] == (BASELINE, "ember")), None)
     if ember is None:
         return ""
     table = [
-        "| body; tables | rates of body, tables | validation loss | runs | minus Ember | the nine rarer tenths |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| body; tables | rates of body, tables | validation loss | runs | minus Ember | the nine rarer tenths "
+        "| rise on other data sets |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for group, reported in sorted(several.items(), key=lambda item: mean(item[1].losses())):
         body, rule, *rates = group
@@ -172,11 +184,41 @@ def constant_table(lines, setting):
         differences = ["", ""]
         if reported is not ember:
             differences = [in_interval(*against(reported, ember)), in_interval(*paired(reported, ember, rarer_loss))]
+        rise = mean(forgotten(line, untrained) for line in reported.by_seed.values()) if untrained else math.nan
         table.append(
             f"| {name_of((body, rule))} | {rates} | {mean(losses):.4f} ± {stdev(losses):.4f} | {len(losses)} "
-            f"| {' | '.join(differences)} |"
+            f"| {' | '.join(differences)} | {'' if math.isnan(rise) else f'{rise:+.3f}'} |"
         )
     return "\n".join(table)
+
+
+def defaults_table(lines, setting):
+    """Markdown: of the runs at given rates, each two that differ in the tables alone or in the body's rate alone."""
+    given = {four for phase in plan.PHASES["defaults"] if setting in phase.settings for four in phase.given}
+    found = {four: runs for four, runs in by_rates(lines, setting).items() if four in given}
+    table = [
+        "| body at | tables | minus: body at | tables | runs | validation loss | most frequent tenth | the other nine "
+        "| other data sets |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    # With a floor before without, high rates of the tables before low ones, low rates of the body before high ones.
+    in_order = sorted(found.items(), key=lambda item: (item[0][2], item[0][1] != plan.WITH_FLOOR, -item[0][3]))
+    numbers = (loss_of, lambda line: line["decile_losses"][0], rarer_loss, others_loss)
+    for (one, ours), (other, theirs) in combinations(in_order, 2):
+        if one[2] == other[2] or one[1::2] == other[1::2]:
+            words = (
+                f"{rate_in_words(body_rate)} | {'row_floor 3' if rule == plan.WITH_FLOOR else 'no floor'}, "
+                f"{rate_in_words(rate)}" for _, rule, body_rate, rate in (one, other)
+            )  # fmt: skip
+            cells = (in_interval(*paired(ours, theirs, number)) for number in numbers)
+            table.append(f"| {' | '.join(words)} | {against(ours, theirs)[2]} | {' | '.join(cells)} |")
+    return "\n".join(table) if len(table) > 2 else ""
+
+
+def defaults_part(lines, setting):
+    table = defaults_table(lines, setting)
+    words = "Phase `defaults`: bf16 tables rounded stochastically, rates as given, differences by seed"
+    return [f"{words}:\n\n{table}\n"] if table else []
 
 
 def draw_differences(results, shown, figure, theme):
@@ -214,9 +256,12 @@ def write_tables(results, path, constant=()):
                 f"other data sets rose above that of the untrained model:\n\n{table}\n"
             )
         parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
+        parts += defaults_part(constant, setting)
+    untrained = {SETTINGS[name].data: results.reported(name, UNTRAINED).by_seed.get(1) for name in results.settings}
     for setting in (name for name in SETTINGS if SETTINGS[name].constant):
-        if table := constant_table(constant, setting):
-            parts.append(f"## {setting}\n\n{in_words(setting)}. Of two campaigns.\n\n{table}\n")
+        if table := constant_table(constant, setting, untrained.get(SETTINGS[setting].data)):
+            parts.append(f"## {setting}\n\n{in_words(setting)}. Of several campaigns.\n\n{table}\n")
+            parts += defaults_part(constant, setting)
             parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
     path.write_text("\n".join(parts))
 
