@@ -17,7 +17,7 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import choose
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
-from ember_mlx.planner import advice, plan, read_architecture, run_of
+from ember_mlx.planner import advice, plan, read_architecture, run_of, streamed_tables
 from ember_mlx.planner.operations import operations
 from ember_mlx.planner.streaming_advice import recommendations
 from ember_mlx.shared import sizes_in_memory
@@ -260,10 +260,25 @@ def test_operations_are_counted():
     head = 4096 * 128
     assert operations(model, run) == 3 * body + 3 * head
     assert operations(model, replace(run, grad_checkpoint=True)) == 4 * body + 3 * head
-    assert operations(model, replace(run, stream=True)) == 4 * body + 4 * head
-    assert operations(model, replace(run, stream=True), "cuda") == 4 * body + 6 * head
-    assert operations(model, replace(run, stream=True, keep_inputs=2)) == 4.5 * body + 4 * head
-    assert operations(model, replace(run, stream=True, norm_pass=True)) == 7 * body + 4 * head
+    assert operations(model, replace(run, stream=True)) == 4 * body + 3 * head
+    assert operations(model, replace(run, stream=True), "cuda") == 4 * body + 4 * head
+    assert operations(model, replace(run, stream=True, keep_inputs=2)) == 4.5 * body + 3 * head
+    assert operations(model, replace(run, stream=True, norm_pass=True)) == 7 * body + 3 * head
+    model, run = run_with(QWEN | {"vocab_size": 16_384}, *ORDINARY)  # more words to a token: the gradient is made twice
+    assert operations(model, replace(run, stream=True)) == 4 * body + 4 * 4 * head
+    assert operations(model, replace(run, stream=True), "cuda") == 4 * body + 6 * 4 * head
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tokens", "kept"), [(512, False), (1024, True), (2048, True)])
+def test_a_head_whose_gradient_is_kept_is_not_the_peak(monkeypatch, tokens, kept, tied):
+    model, run = run_with(QWEN | {"vocab_size": 32_000, "tie_word_embeddings": tied}, *FULL, "--stream", length=tokens)
+    found = plan(model, run, "cuda")
+    monkeypatch.setattr(streamed_tables, "keeps_gradient_of_a_head", lambda *_: False)
+    twice = plan(model, run, "cuda")
+    phase = "embedding" if tied else "head"
+    assert found.peak == twice.peak
+    assert (found.phases[phase] > twice.phases[phase]) == kept
 
 
 def test_the_command_prints_the_phases(tmp_path, capsys):

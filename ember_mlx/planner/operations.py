@@ -2,6 +2,7 @@
 
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
+from ember_mlx.shared.sizes_in_memory import keeps_gradient_of_a_head
 
 __all__ = ["operations"]
 
@@ -9,6 +10,7 @@ __all__ = ["operations"]
 def operations(model: Architecture, run: Run, backend: str = "cpu") -> float:
     """Multiplications of a step's products of matrices, for one token; a streamed head's logits are kept on a CPU."""
     layer = sum(linear.inputs * linear.outputs for linear in (model.linears(0) if model.layers else ()))
+    weights = model.width * (layer * model.layers + sum(table.rows * table.columns for table in model.tables()))
     layer += run.length * model.heads * model.head_dim  # queries by keys and scores by values, half of them masked
     head, full = model.vocabulary * model.hidden, run.fine_tune_type == "full"
     tokens = run.micro_batches * run.batch_size * run.length
@@ -21,6 +23,9 @@ def operations(model: Architecture, run: Run, backend: str = "cpu") -> float:
     backward += below * (1 - 1 / run.keep_inputs)
     passes = 2  # logits, and the gradient by the hidden states
     if head_trains:
-        passes += min(2 * tokens / model.hidden, 1) + 1  # statistics, and the rows' gradient
-        passes += 0 if backend == "cpu" else 2  # the logits again, for each of these
+        on_a_gpu = backend != "cpu"
+        shape = model.vocabulary, model.hidden, model.width, tokens, weights, on_a_gpu
+        once = run.workers == 1 and keeps_gradient_of_a_head(*shape)
+        passes += 1 if once else min(2 * tokens / model.hidden, 1) + 1  # statistics, and the rows' gradient
+        passes += on_a_gpu * (1 if once else 2)  # the logits again, for each of these
     return layer * (model.layers + backward * (1 + run.norm_pass)) + head * passes

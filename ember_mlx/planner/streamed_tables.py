@@ -5,7 +5,12 @@ from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
 from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
-from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, blocks_of_a_head, bytes_of_kept_logits
+from ember_mlx.shared.sizes_in_memory import (
+    TARGETS_AT_ONCE,
+    blocks_of_a_head,
+    bytes_of_kept_logits,
+    keeps_gradient_of_a_head,
+)
 
 __all__ = ["Head", "step_looked_up"]
 
@@ -25,7 +30,9 @@ class Head:
         self.table, self.trained, self.by_ember = table, trained, run.table_optimizer == "ember"
         self.width = model.width
         self.tokens = n = run.micro_batches * run.batch_size * run.length
-        sizes = blocks_of_a_head(table.rows, table.columns, model.width, n, weights, on_a_gpu)
+        shape = table.rows, table.columns, model.width, n, weights, on_a_gpu
+        sizes = blocks_of_a_head(*shape)
+        self.keeps_gradient = run.workers == 1 and keeps_gradient_of_a_head(*shape)
         self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights, on_a_gpu)
         self.waiting = sizes.waiting
         self.blocks, self.stepped = (
@@ -87,16 +94,17 @@ class Head:
                 phase.in_turn(parts[-1])
             graph.results += [hidden, *parts]
             return
-        columns = self._statistics(phase, hidden, kept, w)
+        columns, gradients = self._statistics(phase, hidden, kept, w)
         several = graph.run.workers > 1
         if looked_up is not None and not several:
             looked_up = graph.elementwise([looked_up, self._rows_gradient(graph, hidden, w, looked_up)])
             phase.one_behind(columns, looked_up)
         written = []
         for i, words in enumerate(self.stepped):
-            width = FLOAT32 if several else graph.width
-            d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=width)
-            gradient = graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
+            if gradients:
+                gradient, gradients[i] = gradients[i], None
+            else:
+                gradient = self._gradient(graph, hidden, kept, w, i, words, FLOAT32 if several else graph.width)
             gradient = phase.mean(gradient)
             written.append(new_rows(graph, gradient, graph.some_rows(w, words, self.table.columns)))
             phase.in_turn(written[-1])
@@ -113,7 +121,15 @@ class Head:
         quadratic = n <= features // 2 and graph.run.workers == 1
         gram = graph.product([wide], n * n, features, FLOAT32) if quadratic else wide
         columns = graph.make([], n * n if quadratic else features, FLOAT32)
-        for i, words in enumerate(self.stepped if graph.run.workers > 1 else self.blocks):
+        gradients = []
+        for i, words in enumerate(self.stepped if graph.run.workers > 1 or self.keeps_gradient else self.blocks):
+            if self.keeps_gradient:
+                gradients.append(self._gradient(graph, hidden, kept, w, i, words, graph.width))
+                squares = graph.float32(gradients[-1])
+                columns = graph.elementwise([columns, graph.make([squares], features, FLOAT32)])
+                of_rows = graph.make([squares], words, FLOAT32)
+                phase.in_turn(columns, of_rows, gradients[-1])
+                continue
             logits = self._logits(graph, hidden, kept, w, i, words)
             d = graph.elementwise([logits], width=FLOAT32, role="logits")
             if quadratic:
@@ -125,7 +141,12 @@ class Head:
             of_rows = graph.make([of_rows], words, FLOAT32)
             phase.in_turn(columns, of_rows)
         graph.results += kept
-        return graph.make([columns, wide], features, FLOAT32)
+        return graph.make([columns, wide], features, FLOAT32), gradients
+
+    def _gradient(self, graph, hidden, kept, w, i, words, width):
+        """That of a block."""
+        d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=width)
+        return graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
 
     def _rows_gradient(self, graph, hidden, w, looked_up):
         """The head's gradient in the rows that were looked up."""

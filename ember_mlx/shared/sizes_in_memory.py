@@ -9,6 +9,7 @@ __all__ = [
     "blocks_of_a_head",
     "bytes_ahead",
     "bytes_of_kept_logits",
+    "keeps_gradient_of_a_head",
     "words_of_a_sharded_head",
 ]
 
@@ -24,6 +25,7 @@ LOGITS_AT_ONCE = 2**24
 SHARE_OF_SCRATCH, MOST_SCRATCH = 8, 2**29
 SHARE_THAT_WAITS = 4  # of the scratch, for new rows that are not yet written
 FEWEST_BLOCKS = 4
+NUMBERS_OF_A_LAYER = 64  # of a token, in model widths: what a layer's backward pass holds, or more
 TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets
 
 
@@ -98,6 +100,22 @@ def blocks_of_a_head(
         return _multiple(-(-vocabulary // max(FEWEST_BLOCKS, -(-vocabulary // most))))  # of one size
 
     return HeadBlocks(rows(scratch, squared), rows(scratch - waiting, int(stepped)), waiting)
+
+
+def keeps_gradient_of_a_head(
+    vocabulary: int, features: int, width: float, tokens: int, weights: float, on_a_gpu: bool
+) -> bool:
+    """Whether a head's gradient is made once and kept, from its statistics to its step, in place of being made twice.
+
+    So it is where a layer's backward pass takes more than it does with its scratch: then it is not the peak. Few tokens
+    have their statistics from quadratic forms.
+
+    Args:
+        vocabulary, features, width, tokens, weights, on_a_gpu: As of :func:`blocks_of_a_head`.
+    """
+    stepped = blocks_of_a_head(vocabulary, features, width, tokens, weights, on_a_gpu).stepped
+    taken = vocabulary * features * width + stepped * (3 * 4 * tokens + 4 * features)
+    return tokens > features // 2 and taken <= NUMBERS_OF_A_LAYER * tokens * features * width
 
 
 def _multiple(rows):

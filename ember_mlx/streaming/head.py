@@ -2,8 +2,9 @@
 
 Three passes. The first takes the log-sum-exp and, rescaled along with it, the gradient by the hidden states. The second
 takes the means of squares of the head's gradient, which is all that Ember asks of it. The third makes the gradient
-block by block and steps the rows. What is kept between them are the logits, or nothing where they are too many. What
-a block needs is one compiled function in each pass: a GPU waits for the host, which hands it one block after another.
+block by block and steps the rows. What is kept between them are the logits, or nothing where they are too many. In long
+batches a layer takes more than the head's gradient: there it is kept from the second pass to the third. What a block
+needs is one compiled function in each pass: a GPU waits for the host, which hands it one block after another.
 
 The gradient is G = d' H with d (N, V) by the logits and H (N, D). So the mean square of row i is d_i' K d_i with
 K = H H' / D, and that of column j is h_j' P h_j with P = d d' / V: below N = D / 2 that is cheaper than G, and more
@@ -15,7 +16,12 @@ from functools import partial
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ember_mlx.shared.sizes_in_memory import TARGETS_AT_ONCE, blocks_of_a_head, bytes_of_kept_logits
+from ember_mlx.shared.sizes_in_memory import (
+    TARGETS_AT_ONCE,
+    blocks_of_a_head,
+    bytes_of_kept_logits,
+    keeps_gradient_of_a_head,
+)
 from ember_mlx.streaming.head_module import Head
 from ember_mlx.streaming.pacing import Pace
 from ember_mlx.streaming.table import EmberTable
@@ -62,6 +68,7 @@ class StreamedHead:
         self._quadratic = mx.compile(self._quadratic_of)
         self._squares = mx.compile(self._squares_of)
         self._gradient = mx.compile(partial(self._gradient_of, mx.float32))
+        self._kept_gradient = mx.compile(self._kept_gradient_of)
         self._new_rows = mx.compile(self._new_rows_of)
         self._of_others = mx.compile(self._others_of)
         self._of_targets = mx.compile(self._targets_of)
@@ -78,7 +85,7 @@ class StreamedHead:
         self._hidden, self._targets, self._weights = hidden, targets, weights
         self._ids = mx.arange(self.head.vocabulary)
         keeps = self._cut()
-        self._kept = []
+        self._kept, self._gradients = [], []
         largest, total, by_hidden = mx.full((n,), -1e30), mx.zeros((n,)), mx.zeros(hidden.shape)
         for block in self._read:
             largest, total, by_hidden, logits = self._forward(hidden, self._rows(block), largest, total, by_hidden)
@@ -96,21 +103,29 @@ class StreamedHead:
         """Of the gradient that is still to be made."""
         self._weights = self._weights * factor
 
-    def statistics(self, looked_up: tuple[mx.array, mx.array] | None = None) -> tuple[mx.array, mx.array]:
+    def statistics(
+        self, looked_up: tuple[mx.array, mx.array] | None = None, *, step_follows: bool = False
+    ) -> tuple[mx.array, mx.array]:
         """Pass 2: means of squares of the table's gradient, over columns (V,) and rows (D,), float32.
 
         Args:
             looked_up (tuple, optional): For a tied table, ids (U,) and their embeddings' gradient, (U, D) float32.
+            step_follows (bool): At once, so that the gradient may be kept for it.
         """
         hidden, vocabulary = self._hidden.astype(mx.float32), self.head.vocabulary
         n, features = hidden.shape
         quadratic = n <= features // 2
         function, factor = (self._quadratic, hidden @ hidden.T / features) if quadratic else (self._squares, hidden)
         row_means, columns = [], mx.zeros((n, n) if quadratic else (features,))
-        for number, block in enumerate(self._read):
-            columns, of_rows = function(columns, factor, *self._of_block(number, block))
+        if keeps := step_follows and self._may_keep_gradient:
+            function, factor = self._kept_gradient, None
+        for number, block in enumerate(self.blocks if keeps else self._read):
+            columns, of_rows, *gradient = function(columns, factor, *self._of_block(number, block))
             row_means.append(of_rows)
-            self._pace.in_turn(columns, of_rows)
+            self._gradients += gradient
+            if self._kept and keeps:
+                self._kept[number] = None
+            self._pace.in_turn(columns, of_rows, *gradient)
         row_mean = mx.concatenate(row_means)
         column_sum = ((columns @ hidden) * hidden).sum(0) if quadratic else columns
         if looked_up is not None:
@@ -133,11 +148,15 @@ class StreamedHead:
             mx.eval(of_ids)
             del gradient, added
         room = self._waiting
+        let_go = self._gradients or self._kept
         for number, block in enumerate(self.blocks):
-            new = self._new_rows(self.table.read_by(block), *self._of_block(number, block))
-            if self._kept:
-                room += self._kept[number].nbytes
-                self._kept[number] = None
+            if self._gradients:
+                new = self.table.new_rows(block, self._gradients[number])
+            else:
+                new = self._new_rows(self.table.read_by(block), *self._of_block(number, block))
+            if let_go:
+                room += let_go[number].nbytes
+                let_go[number] = None
             self.table.write(block, new, room)
             del new
         if looked_up is not None:
@@ -162,7 +181,9 @@ class StreamedHead:
 
     def forget(self) -> None:
         """Let go of what belongs to this step."""
-        self._hidden = self._kept = self._log_sum_exp = self._weights = self._targets = self._ids = None
+        self._hidden = self._kept = self._gradients = self._log_sum_exp = self._weights = self._targets = self._ids = (
+            None
+        )
 
     def _cut(self):
         """Cut the head for these tokens; say whether the logits are kept, which then have the blocks of the step."""
@@ -173,6 +194,7 @@ class StreamedHead:
         if keeps is None:
             keeps = n * vocabulary * width <= bytes_of_kept_logits(self._nbytes, on_a_gpu)
         keeps = keeps and bool(self.table or self.others)
+        self._may_keep_gradient = keeps_gradient_of_a_head(vocabulary, features, width, n, self._nbytes, on_a_gpu)
         self._waiting = sizes.waiting
         stepped = self._block_rows or sizes.stepped
         read = stepped if keeps else self._block_rows or sizes.rows
@@ -245,6 +267,12 @@ class StreamedHead:
     def _squares_of(self, columns, hidden, *block):
         squares = mx.square(self._by_logits(*block).T @ hidden)
         return columns + squares.sum(0), squares.mean(1)
+
+    def _kept_gradient_of(self, columns, _, *block):
+        _, _, hidden, *_ = block
+        gradient = self._gradient_of(hidden.dtype, *block)
+        squares = mx.square(gradient.astype(mx.float32))
+        return columns + squares.sum(0), squares.mean(1), gradient
 
     def _gradient_of(self, dtype, *block):
         _, _, hidden, *_ = block

@@ -81,7 +81,7 @@ class Stepping:
             table.take(*self._machines.head_statistics(head, looked_up, self._pace.one_behind))
             self._machines.step_head(head, looked_up)
         elif head:
-            table.take(*head.statistics(looked_up))
+            table.take(*head.statistics(looked_up, step_follows=True))
             head.step(looked_up)
         elif looked_up is not None:
             if self._machines.several:

@@ -11,8 +11,8 @@ from tiny_models import tiny_llama
 
 from ember_mlx import Ember, PairedOptimizer
 from ember_mlx.shared import sizes_in_memory
-from ember_mlx.shared.sizes_in_memory import blocks_of_a_head, bytes_of_kept_logits
-from ember_mlx.streaming import StreamedStep
+from ember_mlx.shared.sizes_in_memory import blocks_of_a_head, bytes_of_kept_logits, keeps_gradient_of_a_head
+from ember_mlx.streaming import StreamedStep, head
 
 SHAPES = {  # vocabulary, features, bytes of all weights in 16 bits
     "SmolLM2-135M": (49152, 576, 270e6),
@@ -54,7 +54,8 @@ def test_a_cpu_has_36_blocks_and_keeps_logits_and_long_batches_are_cut_alike_any
 def trained(ahead, tokens=9, tied=False, keep_logits=None, note=None, **options):
     """The weights after a step, and the step."""
     model = randomized(tiny_llama(tied=tied, vocabulary=VOCABULARY, hidden=HIDDEN)).train()
-    optimizer = PairedOptimizer(model, tables=Ember(1e-2, weight_decay=0.1), rest=optim.SGD(0.1))
+    clips = {"clip_grad_norm": 1.0} if "clip_norm_pass" in options else {}
+    optimizer = PairedOptimizer(model, tables=Ember(1e-2, weight_decay=0.1), rest=optim.SGD(0.1), **clips)
     step = StreamedStep(model, optimizer, keep_logits=keep_logits, **options)
     step._pace.ahead = ahead
     step.on_phase = note
@@ -74,6 +75,35 @@ def test_large_blocks_take_the_same_step(tokens, tied, keep_logits, monkeypatch)
     assert of_large == of_small if keep_logits else of_large <= of_small / 2
     for name, array in expected.items():
         assert mx.allclose(weights[name], array, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("keep_logits", [None, True])
+@pytest.mark.parametrize("clip", [{}, {"clip_norm_pass": True}])
+def test_a_gradient_that_is_kept_takes_the_same_step(tied, keep_logits, clip, monkeypatch):
+    def steps(keeps):
+        made = []
+        monkeypatch.setattr(head, "keeps_gradient_of_a_head", lambda *_: keeps)
+        by_logits = head.StreamedHead._by_logits
+        monkeypatch.setattr(head.StreamedHead, "_by_logits", lambda *of: made.append(1) or by_logits(*of))
+        weights, step = trained(2**20, 41, tied, keep_logits, **clip)
+        monkeypatch.undo()
+        assert step._head._gradients is None
+        return weights, len(made), len(step._head._read)
+
+    (once, few, _), (twice, many, read) = steps(True), steps(False)
+    assert many - few == read  # those of the pass that only reads
+    for name, array in twice.items():
+        assert mx.allclose(once[name], array, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("shape", "least"), [("SmolLM2-135M", 1536), ("Llama-3.2-1B", 3072), ("Qwen3-8B", 3584)])
+def test_a_gradient_is_kept_where_a_batch_is_long(shape, least):
+    vocabulary, features, weights = SHAPES[shape]
+    for tokens, kept in ((512, False), (least - 512, False), (least, True), (2 * least, True)):
+        assert keeps_gradient_of_a_head(vocabulary, features, 2, tokens, weights, True) == kept
+    assert not keeps_gradient_of_a_head(100, features, 2, features // 2, weights, True)  # these have quadratic forms
 
 
 @pytest.mark.usefixtures("eager")
