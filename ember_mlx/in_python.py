@@ -20,7 +20,7 @@ from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.resume import tables_as_before
+from ember_mlx.finetune.resume import rates_as_before
 from ember_mlx.finetune.run import run_with
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.workers import Workers
@@ -122,7 +122,7 @@ def train(
         if given.loaded is None and workers.size == 1:
             refuse_misfits(args)
         with reporting_lost_peers(workers), PeerDeadline(workers, args.peer_timeout):
-            args = tables_as_before(args, asked, workers)
+            args = rates_as_before(args, asked, workers)
         args = with_savings(args, asked)
         history = _History()
         result, trained, tokenizer = run_with(given, args, [*callbacks, history], watchers)

@@ -6,7 +6,7 @@ import sys
 from ember_mlx.finetune import options
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporting_lost_peers
-from ember_mlx.finetune.resume import tables_as_before
+from ember_mlx.finetune.resume import rates_as_before
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.stop_signals import Interrupted
 from ember_mlx.finetune.workers import Workers
@@ -43,4 +43,4 @@ def _parse_together(arguments, workers):
     with reporting_lost_peers(workers), deadline:
         with workers.one_outcome():
             args, given = options.parse_given(arguments, data_required=True)
-        return tables_as_before(args, given, workers), given
+        return rates_as_before(args, given, workers), given

@@ -17,6 +17,7 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import checkpoints, options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
+from ember_mlx.finetune.optimizer_names import RATES, canonical
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
@@ -31,10 +32,10 @@ __all__ = [
     "checksum",
     "made_of",
     "options_to_agree",
+    "rates_as_before",
     "refuse_changes",
     "restore",
     "share_position",
-    "tables_as_before",
     "versions",
     "weights_checksum",
 ]
@@ -127,11 +128,11 @@ def versions() -> dict:
     }
 
 
-def tables_as_before(args: options.Options, given: Collection[str], workers: Workers) -> options.Options:
-    """The options of a run; one that is resumed keeps row floor and table rate where they are not given, and says so.
+def rates_as_before(args: options.Options, given: Collection[str], workers: Workers) -> options.Options:
+    """The options of a run; one that is resumed keeps row floor and rates where they are not given, and says so.
 
-    So it goes on as it began, whatever decided them: the defaults of then, a flag or a file. Other tables and another
-    optimizer of theirs have their own.
+    So it goes on as it began, whatever decided them: the defaults of then, a flag or a file. That is of the tables, and
+    of one of our optimizers on the body; another optimizer, or other tables, have their own.
 
     Args:
         args: The run's.
@@ -141,7 +142,7 @@ def tables_as_before(args: options.Options, given: Collection[str], workers: Wor
     Raises:
         InputError: for a number of the checkpoint that no run can have.
     """
-    taken = json.loads(workers.text_of_leader(json.dumps(_tables_then(args, given) if workers.leads else {})))
+    taken = json.loads(workers.text_of_leader(json.dumps(_defaults_then(args, given) if workers.leads else {})))
     if taken:
         with workers.one_outcome():
             check(args | taken)
@@ -150,15 +151,15 @@ def tables_as_before(args: options.Options, given: Collection[str], workers: Wor
     return args | taken
 
 
-def _tables_then(args, given):
-    """What the checkpoint has otherwise, by name, of the two options of which defaults are decided."""
+def _defaults_then(args, given):
+    """What the checkpoint has otherwise, by name, of the options of which defaults are decided."""
     before = {} if args.resume is None else checkpoints.options_of(Path(args.adapter_path), args.resume)
-    if any(before.get(name) != getattr(args, name) for name in ("table_optimizer", "train_tables")):
-        return {}
-    then = {
-        "table_row_floor": before.get("table_row_floor") or 0.0,  # null is none
-        "table_learning_rate": before.get("table_learning_rate"),
-    }
+    then = {}
+    if all(before.get(name) == getattr(args, name) for name in ("table_optimizer", "train_tables")):
+        then["table_row_floor"] = before.get("table_row_floor") or 0.0  # null is none
+        then["table_learning_rate"] = before.get("table_learning_rate")
+    if before.get("optimizer") == args.optimizer and canonical(args.optimizer) in RATES:
+        then["learning_rate"] = before.get("learning_rate")
     numbers = {name: of for name, of in then.items() if name not in given and type(of) in (int, float)}
     return {name: of for name, of in numbers.items() if of != (getattr(args, name) or 0.0)}
 

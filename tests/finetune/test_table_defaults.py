@@ -75,7 +75,7 @@ def test_a_model_card_names_them_so_that_its_options_make_the_same_run(tmp_path)
         ({"table_row_floor": None, "table_learning_rate": 1e-4}, {"table_row_floor: 0.0"}),  # of a run of before
         ({"table_optimizer": "sgd", "table_row_floor": None, "table_learning_rate": 1e-4}, {"table_optimizer: sgd"}),
         ({"optimizer": "sinkgd", "learning_rate": 1e-5}, {"optimizer: sinkgd", "learning_rate: 1.0e-05", floor, rate}),
-        ({"optimizer": "sinkgd", "learning_rate": 3e-4}, {"optimizer: sinkgd", "learning_rate: 0.0003", floor, rate}),
+        ({"optimizer": "sinkgd", "learning_rate": 1e-4}, {"optimizer: sinkgd", "learning_rate: 0.0001", floor, rate}),
     ]:
         lines = model_card(str(tmp_path), "mine", record | changed).splitlines()
         assert {line for line in lines if re.match("(table_)?(row_floor|learning_rate|optimizer):", line)} == shown
@@ -125,6 +125,9 @@ def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tm
         ("--table-row-floor 0", "--table-row-floor 0", ""),
         ("--table-row-floor 0 --table-learning-rate 3e-4", "--table-row-floor 0", "--table-learning-rate 0.0003"),
         ("", "", ""),
+        ("--optimizer sinkgd --learning-rate 3e-4", "--optimizer sinkgd", "--learning-rate 0.0003"),
+        ("--optimizer sinkgd --learning-rate 3e-4", "--optimizer sinkgd --learning-rate 1e-4", ""),
+        ("--optimizer adamw --learning-rate 3e-4", "--optimizer adamw", ""),  # has always had mlx-lm's default
         ("--table-optimizer adamw", "--table-optimizer adamw", ""),
         (
             "--table-row-floor 10 --table-learning-rate 5e-4",
@@ -137,7 +140,7 @@ def test_a_resumed_run_keeps_the_floor_and_the_rate_that_are_not_given(monkeypat
     before = options.parse(began.split())
     monkeypatch.setattr(checkpoints, "options_of", lambda folder, asked: resume.as_json(vars(before)))
     args, given = options.parse_given(["--resume", *resumed.split()])
-    kept = resume.tables_as_before(args, given, Workers(0, 1))
+    kept = resume.rates_as_before(args, given, Workers(0, 1))
     assert (decided(kept) == decided(before)) == (said is not None)
     assert capsys.readouterr().out == (f"As in the run that is resumed: {said}\n" if said else "")
 
@@ -151,4 +154,4 @@ def test_a_rate_of_a_checkpoint_that_no_run_can_have_is_refused(monkeypatch):
         before = resume.as_json(vars(args)) | wrong
         monkeypatch.setattr(checkpoints, "options_of", lambda folder, asked, before=before: before)
         with pytest.raises(InputError, match=message):
-            resume.tables_as_before(args, given, Workers(0, 1))
+            resume.rates_as_before(args, given, Workers(0, 1))
