@@ -3,6 +3,7 @@
 from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
+from ember_mlx.planner.operations import sizes_of_a_layer
 from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
 from ember_mlx.shared.sizes_in_memory import (
@@ -32,7 +33,7 @@ class Head:
         self.tokens = n = run.micro_batches * run.batch_size * run.length
         shape = table.rows, table.columns, model.width, n, weights, on_a_gpu
         sizes = blocks_of_a_head(*shape)
-        self.keeps_gradient = run.workers == 1 and keeps_gradient_of_a_head(*shape)
+        self.keeps_gradient = run.workers == 1 and keeps_gradient_of_a_head(*shape, **sizes_of_a_layer(model, run))
         self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights, on_a_gpu)
         self.waiting = sizes.waiting
         self.blocks, self.stepped = (
