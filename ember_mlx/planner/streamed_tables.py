@@ -98,7 +98,7 @@ class Head:
         columns, gradients = self._statistics(phase, hidden, kept, w)
         several = graph.run.workers > 1
         if looked_up is not None and not several:
-            looked_up = graph.elementwise([looked_up, self._rows_gradient(graph, hidden, w, looked_up)])
+            looked_up = graph.elementwise([looked_up, self._rows_gradient(phase, hidden, w, looked_up)])
             phase.one_behind(columns, looked_up)
         written = []
         for i, words in enumerate(self.stepped):
@@ -149,16 +149,23 @@ class Head:
         d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=width)
         return graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
 
-    def _rows_gradient(self, graph, hidden, w, looked_up):
-        """The head's gradient in the rows that were looked up."""
+    def _rows_gradient(self, phase, hidden, w, looked_up):
+        """The head's gradient in the rows that were looked up, some at a time."""
+        graph, parts = phase.graph, []
         ids = looked_up.numbers // self.table.columns
-        gathered = graph.make([w], looked_up.numbers)
-        logits = graph.product([hidden, gathered], self.tokens * ids, self.table.columns, role="logits")
-        one_hot = graph.make([graph.make([], self.tokens * ids, 1)], self.tokens * ids, FLOAT32)
-        d = graph.float32(logits)
-        for _ in range(4):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
-            d = graph.elementwise([d, one_hot], role="logits")
-        return graph.product([d, graph.float32(hidden)], looked_up.numbers, self.tokens, FLOAT32)
+        for first in range(0, ids, TARGETS_AT_ONCE):
+            number = min(TARGETS_AT_ONCE, ids - first)
+            gathered = graph.make([w], number * self.table.columns)
+            logits = graph.product([hidden, gathered], self.tokens * number, self.table.columns, role="logits")
+            one_hot = graph.make([graph.make([], self.tokens * number, 1)], self.tokens * number, FLOAT32)
+            d = graph.float32(logits)
+            for _ in range(
+                4
+            ):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
+                d = graph.elementwise([d, one_hot], role="logits")
+            parts.append(graph.product([d, graph.float32(hidden)], gathered.numbers, self.tokens, FLOAT32))
+            phase.in_turn(parts[-1])
+        return graph.make(parts, looked_up.numbers, FLOAT32)
 
     def _logits(self, graph, hidden, kept, w, i, words):
         if kept:

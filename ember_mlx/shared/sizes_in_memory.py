@@ -27,7 +27,7 @@ SHARE_THAT_WAITS = 4  # of the scratch, for new rows that are not yet written
 FEWEST_BLOCKS = 4
 # Numbers that a layer's backward pass holds, for each output of its linears and each feature: measured, and by plan.
 HELD_ON_A_CPU, HELD_ON_A_GPU = 4, 5
-TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets
+TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets; and rows that were looked up
 
 
 def words_of_a_sharded_head(rows: int, tokens: int, chunked: bool) -> int:

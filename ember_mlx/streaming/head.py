@@ -140,8 +140,13 @@ class StreamedHead:
         return row_mean, column_sum / vocabulary
 
     def rows_gradient(self, ids: mx.array) -> mx.array:
-        """The head's gradient in a few rows, (U, D) float32."""
-        return self._gradient_of(mx.float32, self._rows(ids), ids, *self._of_tokens())
+        """The head's gradient in the rows of ids, (U, D) float32."""
+        parts = []
+        for first in range(0, ids.size, TARGETS_AT_ONCE):
+            some = ids[first : first + TARGETS_AT_ONCE]
+            parts.append(self._gradient_of(mx.float32, self._rows(some), some, *self._of_tokens()))
+            self._pace.in_turn(parts[-1])
+        return mx.concatenate(parts)
 
     def step(self, looked_up: tuple[mx.array, mx.array] | None = None) -> None:
         """Pass 3: the table's rows, whose second moments have been stepped. The logits are let go of on the way."""

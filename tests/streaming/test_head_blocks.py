@@ -162,3 +162,16 @@ def test_the_scratch_of_a_head_is_what_is_counted(tokens, tied):
     read = sizes.rows * (12 * n + 4 * HIDDEN * (n > HIDDEN // 2))
     counted = max(read, sizes.stepped * (12 * n + 8 * HIDDEN) + sizes.waiting)
     assert 0.5 * counted < max(phases[phase] for phase in ("loss", "embedding" if tied else "head")) <= counted
+
+
+def test_targets_and_looked_up_rows_meet_all_tokens_some_at_a_time(monkeypatch):
+    rows, found = head.StreamedHead._rows, []
+    for at_once in (512, 16):
+        sizes = []
+        monkeypatch.setattr(head, "TARGETS_AT_ONCE", at_once)
+        monkeypatch.setattr(head.StreamedHead, "_rows", lambda own, ids, to=sizes: to.append(ids) or rows(own, ids))
+        found.append((trained(0, 41, tied=True)[0], max(ids.size for ids in sizes if isinstance(ids, mx.array))))
+    (whole, most), (in_parts, few) = found
+    assert few == 16 < most
+    for name, array in whole.items():
+        assert mx.allclose(in_parts[name], array, rtol=1e-5, atol=1e-6), name
