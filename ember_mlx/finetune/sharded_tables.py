@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ember_mlx.finetune.chunked_loss import chunked_loss
 from ember_mlx.finetune.step import Step
 from ember_mlx.finetune.vocabulary_parallel import ShardedEmbedding, sharded_loss
-from ember_mlx.finetune.workers import Workers, average_by_dtype
+from ember_mlx.finetune.workers import Averages, Workers
 from ember_mlx.optimizers.guarded import norm_of, squares_of
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.row_shards import RowShards
@@ -149,9 +149,10 @@ class ShardedStep(Step):
         super().__init__(*made_of, reduce=self._average_others)
 
     def _average_others(self, gradients, _):
-        tables, others = self._apart(gradients)
-        averaged = average_by_dtype(tree_unflatten(others)) if others else {}
-        return tree_unflatten([*tree_flatten(averaged), *tables])
+        _, others = self._apart(gradients)
+        averages = Averages(dict(others))
+        averages.means = {name: averages.means.get(name, array) for name, array in gradients.items()}
+        return averages
 
     def _looked_up_by_tokens(self):
         return {}

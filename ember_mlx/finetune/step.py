@@ -20,7 +20,7 @@ from ember_mlx.finetune.leaving_head import LeavingHead
 from ember_mlx.finetune.one_behind import OneBehind
 from ember_mlx.finetune.places import Places
 from ember_mlx.finetune.watchers import Measurement, StepResult, Update
-from ember_mlx.finetune.workers import Workers, average_by_dtype
+from ember_mlx.finetune.workers import Averages, Workers
 from ember_mlx.optimizers.guarded import (
     GuardedOptimizer,
     all_finite,
@@ -47,13 +47,14 @@ class Step:
             out; with ``clip_grad_norm`` the norm that is judged clips, too.
         loss (callable): mlx-lm's kind: ``loss(model, tokens, lengths)`` gives the mean and the number of tokens.
         accumulation (int): How many batches make one update.
-        reduce (callable): Gradients of this machine, and the rows of arrays that are enough -> their mean over all.
+        reduce (callable): Gradients of this machine by name, and the rows of arrays that are enough -> their
+            :class:`~ember_mlx.finetune.workers.Averages` over all.
         head_first (bool): Evaluate what leaves the head before the layers' gradients begin, so that they are made
             without the logits. For a loss that runs the model as it is, with all logits at once.
 
     Of several workers' batches (:func:`~ember_mlx.finetune.batches.own_part`) an untied embedding sends only the rows
-    that occur in an update, where these are fewer than all. Their mean is an evaluation of its own, of gradients that
-    are there, and the update waits for it: macOS ends a GPU command that waits 5 seconds for a slower machine.
+    that occur in an update, where these are fewer than all. Large gradients are sent while others are made. A GPU is
+    handed nothing that waits for the network: macOS ends a command that waits 5 seconds for a slower machine.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Step:
         optimizer: GuardedOptimizer | PairedOptimizer,
         loss: Callable,
         accumulation: int = 1,
-        reduce: Callable = average_by_dtype,
+        reduce: Callable = Averages,
         *,
         head_first: bool = False,
     ):
@@ -120,11 +121,10 @@ class Step:
             _evaluate_head(loss, tokens, left)
             evaluate_paced(self._grouped(gradients, batch))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
-        own = reduced = None
+        own = averages = None
         if self._judged:  # laid out, too
-            own = gradients
-            reduced = dict(tree_flatten(self._reduce(own, self._rows_to_send(batch))))
-            gradients, squares = self._judged(reduced)
+            own, averages = gradients, self._reduce(gradients, self._rows_to_send(batch))
+            gradients, squares = self._judged(averages.means)
         norm = norm_of(squares) if self._judges else None
         weights, state = self._weights.arrays(), self._state.arrays()
         mx.async_eval(loss, tokens, mx.random.state)
@@ -132,9 +132,7 @@ class Step:
         new, readings = update(weights, gradients, norm, {each.name: each.inputs for each in measurements})
         _evaluate_head(loss, tokens, left)
         if own:
-            evaluate_paced(self._grouped(own, batch))
-            mx.eval(reduced)
-            del own, reduced
+            self._exchange(own, averages, batch)
         groups = self._grouped(gradients, batch)
         if squares:
             on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where each of them needs scratch
@@ -152,6 +150,22 @@ class Step:
         evaluate_paced([*self._exchanged(), *([new[name] for name in group] for group in self._update_groups)])
         mx.eval(readings)
         return StepResult(loss, tokens, updated=True, nonfinite=False, measurements=readings)
+
+    def _exchange(self, own, averages, batch):
+        """Evaluate gradients, sums and means, and let go of all that are not means."""
+        evaluated, alone = OneBehind(), {names[0]: names for names in averages.sums if len(names) == 1}
+        for paths in self._gradient_groups(batch[0].size):
+            evaluated(*(own[path] for path in paths))
+            for path in paths:
+                del own[path]
+                if path in alone:
+                    mx.async_eval(averages.sums[alone[path]])  # which no GPU waits for
+        evaluated.finish()
+        del evaluated
+        mx.eval(list(averages.sums.values()))
+        averages.sums.clear()
+        mx.eval(averages.means)
+        averages.means.clear()
 
     def _grouped(self, gradients, batch):
         return [[gradients[path] for path in group] for group in self._gradient_groups(batch[0].size)]

@@ -18,15 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_unflatten
 
 from ember_mlx.optimizers.row_shards import fault_of_sum_scatter
 from ember_mlx.shared.errors import InputError
 
-__all__ = ["ANNOUNCES", "JOIN_SECONDS", "Meeting", "Workers", "announced_workers", "as_words", "average_by_dtype"]
+__all__ = ["ANNOUNCES", "JOIN_SECONDS", "Averages", "Meeting", "Workers", "announced_workers", "as_words"]
 
 JOIN_SECONDS = 300
+TOGETHER = 2**25  # bytes of gradients that go over the wire at once, as of mlx.nn.average_gradients
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
 
 
@@ -228,29 +227,56 @@ def as_words(array: mx.array, widths: tuple[int, ...] = tuple(WORDS)) -> mx.arra
     return array.reshape(-1).view(WORDS[width])
 
 
-def average_by_dtype(gradients: Any, rows: Mapping[str, mx.array] | None = None) -> Any:
-    """The mean of a tree of gradients over all workers, as ``mlx.nn.average_gradients`` gives it.
+class Averages:
+    """The means of gradients over all workers, laid out: nothing is sent before the sums are evaluated.
 
-    That joins small arrays for the network only where all have one dtype; float32 adapters beside 16-bit tables would
-    go one by one. So it is called once a dtype. Of two workers it has the same bits; more add in another order.
+    Small ones of a dtype are joined for the network, as ``mlx.nn.average_gradients`` does where all have one dtype. Of
+    two workers the means have its bits; more add in another order.
 
     Args:
-        gradients: The tree.
+        gradients: By name.
         rows: Of arrays, by name, the rows that are sent: distinct, and the same on all workers. The others become 0.
+
+    Attributes:
+        sums (dict): What goes over the wire, by the names of the gradients in it. It is evaluated by itself, and let go
+            of then: a GPU command that also divides would wait for the network.
+        means (dict): By name.
     """
-    flat, rows = tree_flatten(gradients), rows or {}
-    sent = [(name, array[rows[name]] if name in rows else array) for name, array in flat]
-    groups, averaged = {}, {}
-    for name, array in sent:
-        groups.setdefault(str(array.dtype), {})[name] = array
-    for _, group in sorted(groups.items()):
-        averaged |= zip(group, average_gradients(list(group.values())), strict=True)
-    for name, array in flat:
-        if name in rows:
-            whole = mx.zeros_like(array)
-            whole[rows[name]] = averaged[name]
-            averaged[name] = whole
-    return tree_unflatten([(name, averaged[name]) for name, _ in flat])
+
+    def __init__(self, gradients: Mapping[str, mx.array], rows: Mapping[str, mx.array] | None = None):
+        rows, workers = rows or {}, mx.distributed.init().size()
+        sent = {name: array[rows[name]] if name in rows else array for name, array in gradients.items()}
+        self.sums, found = {}, {}
+        for names in _together(sent):
+            joined = mx.concatenate([sent[name].reshape(-1) for name in names]) if len(names) > 1 else sent[names[0]]
+            total = self.sums[names] = mx.distributed.all_sum(joined)
+            ends = np.cumsum([sent[name].size for name in names])[:-1].tolist()
+            parts = mx.split(total / workers, ends) if ends else [total / workers]
+            found |= {name: part.reshape(sent[name].shape) for name, part in zip(names, parts, strict=True)}
+        for name, array in gradients.items():
+            if name in rows:
+                whole = mx.zeros_like(array)
+                whole[rows[name]] = found[name]
+                found[name] = whole
+        self.means = {name: found[name] for name in gradients}
+
+
+def _together(arrays):
+    """The names of arrays that are sent at once: large ones alone, so that they can go as soon as they are there."""
+    dtypes = sorted({str(array.dtype) for array in arrays.values()})
+    for own in ([name for name, array in arrays.items() if str(array.dtype) == dtype] for dtype in dtypes):
+        some, nbytes = [], 0
+        for name in own:
+            if arrays[name].nbytes >= TOGETHER:
+                yield (name,)
+                continue
+            some.append(name)
+            nbytes += arrays[name].nbytes
+            if nbytes >= TOGETHER:
+                yield tuple(some)
+                some, nbytes = [], 0
+        if some:
+            yield tuple(some)
 
 
 def announced_workers() -> int:

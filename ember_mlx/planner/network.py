@@ -1,8 +1,8 @@
 """Several workers: what the mean of their gradients takes, in memory and on the network.
 
 A worker of N has its N-th part of a batch's rows. Its gradients go out as ``ember_mlx.finetune.workers`` sends them:
-dtype by dtype, joined up to 32 MiB, and of an untied embedding the rows of the whole batch's tokens. A ring sends
-2 (N - 1) / N of that from each worker. What is sent beside it, to meet and to report, is below 1 kB a step.
+dtype by dtype, small ones joined up to 32 MiB, and of an untied embedding the rows of the whole batch's tokens. A ring
+sends 2 (N - 1) / N of that from each worker. What is sent beside it, to meet and to report, is below 1 kB a step.
 
 A streamed step (ember_mlx.streaming.machines) sends a head under Ember twice in float32, and of an embedding the rows
 that any worker looked up, and which these are. A pass for the norm sends all once more.
@@ -21,7 +21,7 @@ __all__ = ["LINKS", "Traffic", "average", "part_of", "traffic"]
 # Bytes a second, one way. 10GbE: what is left of 1.25e9 by TCP. RDMA over Thunderbolt 5: 5 to 6 GB/s were reported in
 # mlx-lm's pull request 955. TCP over Thunderbolt 5: a guess.
 LINKS = {"10GbE": 1.1e9, "TB": 3e9, "RDMA": 6e9}
-JOINED = 32 * 2**20  # all_reduce_size of mlx.nn.average_gradients
+JOINED = 32 * 2**20  # TOGETHER of ember_mlx.finetune.workers, which needs MLX
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,13 @@ def average(graph: Graph) -> None:
         if name in rows:
             part = graph.make([part], rows[name] * graph.shapes[name][1], part.width, role="gradients")
         buffers = groups.setdefault((part.width, name in rows), [{}])
+        if part.nbytes >= JOINED:
+            buffers.insert(0, {name: part})
+            continue
         if sum(array.nbytes for array in buffers[-1].values()) >= JOINED:
             buffers.append({})
         buffers[-1][name] = part
-    for group in itertools.chain.from_iterable(groups.values()):
+    for group in filter(None, itertools.chain.from_iterable(groups.values())):
         parts = list(group.values())
         if len(parts) > 1:
             parts = [graph.make(parts, sum(part.numbers for part in parts), parts[0].width, role="gradients")]

@@ -30,7 +30,7 @@ with torch_hidden():
     from ember_mlx.finetune import options, run, step
     from ember_mlx.finetune.resume import weights_checksum
     from ember_mlx.finetune.watchers import Watcher
-    from ember_mlx.finetune.workers import Workers, average_by_dtype
+    from ember_mlx.finetune.workers import Averages, Workers
 
 BEGUN = time.perf_counter()
 BATCH, ITERS = 4, 20
@@ -164,7 +164,7 @@ def part_averages(here, folder):
     gradients, calls, all_sum = adapters | tables, [], mx.distributed.all_sum
     expected = average_gradients(gradients)
     with replaced(mx.distributed, "all_sum", lambda *arrays, **how: calls.append(1) or all_sum(*arrays, **how)):
-        found = average_by_dtype(gradients)
+        found = Averages(gradients).means
     same = all(mx.array_equal(found[name], expected[name]).item() for name in gradients)
     most = -(-sum(array.nbytes for array in gradients.values()) // 2**25) + 2
     return {"arrays": len(gradients), "calls": len(calls), "at most": most, "bits of MLX": same}

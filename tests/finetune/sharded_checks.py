@@ -52,7 +52,7 @@ def loss_and_gradients(here, tied):
     tables = shard()
     step = tables.step(model, optimizer, shared_loss(tables.loss))
     own_loss, _, _, own, _ = step._gradients_of(own_part((batch, learned), here), None, True)
-    own, squares = step._judged(step._reduce(own, {}))
+    own, squares = step._judged(step._reduce(own, {}).means)
     of_all = tables.shards.gather(own_loss[None]).mean()
     errors = [largest_error(of_all, loss), largest_error(norm_of(squares), global_norm(gradients))]
     own = dict(tree_flatten(own))

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -26,6 +27,10 @@ TABLES = {
 
 def counted(model, tokens):
     return loss(model, tokens), mx.array(tokens.size)
+
+
+def as_they_are(gradients, _):
+    return SimpleNamespace(sums={}, means=dict(gradients))
 
 
 def made(dtype=mx.float32, tables="ember", rest=lambda: optim.Adam(1e-3), **options):
@@ -135,7 +140,7 @@ def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
         monkeypatch.setattr(Workers, "join", lambda size=size: Workers(0, size))
         model = tiny_llama(vocabulary=8192)
         model.set_dtype(mx.bfloat16)
-        step = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, lambda own, _: own)
+        step = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, as_they_are)
         found = []
         for _ in range(5):  # how far MLX runs ahead depends on what else the machine does
             mx.reset_peak_memory()
@@ -149,9 +154,37 @@ def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
 def test_the_update_is_laid_out_before_the_host_waits_for_gradients(monkeypatch, size):
     monkeypatch.setattr(Workers, "join", lambda: Workers(0, size))
     model, done = tiny_llama(), []
-    taken = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, lambda own, _: own)
-    lay_out, evaluate = taken._compiled_update, step.evaluate_paced
+    taken = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, as_they_are)
+    lay_out, evaluate = taken._compiled_update, step.OneBehind.__call__
     monkeypatch.setattr(taken, "_compiled_update", lambda *names: done.append("laid out") or lay_out(*names))
-    monkeypatch.setattr(step, "evaluate_paced", lambda groups: done.append("waited") or evaluate(groups))
+    monkeypatch.setattr(step.OneBehind, "__call__", lambda *of: done.append("waited") or evaluate(*of))
     taken((mx.random.randint(0, 64, (2, 9), key=mx.random.key(0)),))
-    assert done == ["laid out", *["waited"] * (1 + size)]
+    assert done == ["laid out", *["waited"] * (len(done) - 1)]
+    assert len(done) > 4
+
+
+def test_a_large_sum_is_begun_while_other_gradients_are_made_and_all_before_the_means(monkeypatch):
+    monkeypatch.setattr(Workers, "join", lambda: Workers(0, 2))
+    model, done, sent = tiny_llama(tied=False), [], []
+
+    def averages(gradients, _):
+        sums = {("lm_head.weight",): gradients["lm_head.weight"] * 1}
+        sums[tuple(gradients.keys() - {"lm_head.weight"})] = mx.concatenate([g.reshape(-1) for g in gradients.values()])
+        sent.extend(sums.values())
+        return SimpleNamespace(sums=sums, means={name: gradient * 1 for name, gradient in gradients.items()})
+
+    def noted(name, evaluate):
+        def note(*arrays):
+            flat = [array for _, array in tree_flatten(list(arrays))]
+            done.append((name, [number for number, each in enumerate(sent) if any(each is array for array in flat)]))
+            return evaluate(*arrays)
+
+        return note
+
+    taken = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, averages)
+    for name in ("eval", "async_eval"):
+        monkeypatch.setattr(mx, name, noted(name, getattr(mx, name)))
+    taken((mx.random.randint(0, 64, (2, 33), key=mx.random.key(0)),))
+    of_sums = [number for number, (_, some) in enumerate(done) if some]
+    assert [done[number] for number in of_sums] == [("async_eval", [0]), ("eval", [0, 1])]
+    assert of_sums[1] - of_sums[0] > 4

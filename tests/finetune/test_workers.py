@@ -15,7 +15,7 @@ from finetune.streamed_runs import STREAMED, without_compilation
 from processes import without_torch
 from tiny_models import HIDDEN
 
-from ember_mlx.finetune import checkpoints, options
+from ember_mlx.finetune import checkpoints, options, workers
 from ember_mlx.finetune.run import run
 from ember_mlx.finetune.workers import Workers, announced_workers
 from ember_mlx.planner import plan
@@ -382,3 +382,10 @@ def test_whoever_waits_in_vain_to_join_says_so_and_ends(tmp_path):
     ended = finish([first, other])
     assert ended[0][0].returncode == -signal.SIGALRM
     assert ended[0][2].strip() == "worker 0 waits up to 2 s for the others (2 in all)"
+
+
+def test_large_gradients_are_sent_alone_and_small_ones_of_a_dtype_together(monkeypatch):
+    monkeypatch.setattr(workers, "TOGETHER", 400)
+    sizes = {"a": 10, "b": 99, "head": 100, "c": 50, "d": 1}
+    gradients = {name: mx.ones(size) for name, size in sizes.items()} | {"half": mx.ones(10, mx.bfloat16)}
+    assert list(workers.Averages(gradients).sums) == [("half",), ("a", "b"), ("head",), ("c", "d")]
