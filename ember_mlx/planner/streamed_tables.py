@@ -3,6 +3,7 @@
 from ember_mlx.planner.architecture import Architecture, Table
 from ember_mlx.planner.evaluation import Array
 from ember_mlx.planner.graph import FLOAT32, Graph, Run
+from ember_mlx.planner.operations import sizes_of_a_layer
 from ember_mlx.planner.streamed_phase import Phase
 from ember_mlx.planner.update import rounded
 from ember_mlx.shared.sizes_in_memory import (
@@ -32,7 +33,7 @@ class Head:
         self.tokens = n = run.micro_batches * run.batch_size * run.length
         shape = table.rows, table.columns, model.width, n, weights, on_a_gpu
         sizes = blocks_of_a_head(*shape)
-        self.keeps_gradient = run.workers == 1 and keeps_gradient_of_a_head(*shape)
+        self.keeps_gradient = run.workers == 1 and keeps_gradient_of_a_head(*shape, **sizes_of_a_layer(model, run))
         self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights, on_a_gpu)
         self.waiting = sizes.waiting
         self.blocks, self.stepped = (
@@ -97,7 +98,7 @@ class Head:
         columns, gradients = self._statistics(phase, hidden, kept, w)
         several = graph.run.workers > 1
         if looked_up is not None and not several:
-            looked_up = graph.elementwise([looked_up, self._rows_gradient(graph, hidden, w, looked_up)])
+            looked_up = graph.elementwise([looked_up, self._rows_gradient(phase, hidden, w, looked_up)])
             phase.one_behind(columns, looked_up)
         written = []
         for i, words in enumerate(self.stepped):
@@ -148,16 +149,23 @@ class Head:
         d = graph.elementwise([self._logits(graph, hidden, kept, w, i, words)], width=width)
         return graph.product([d, hidden], words * self.table.columns, self.tokens, width, role="gradients")
 
-    def _rows_gradient(self, graph, hidden, w, looked_up):
-        """The head's gradient in the rows that were looked up."""
+    def _rows_gradient(self, phase, hidden, w, looked_up):
+        """The head's gradient in the rows that were looked up, some at a time."""
+        graph, parts = phase.graph, []
         ids = looked_up.numbers // self.table.columns
-        gathered = graph.make([w], looked_up.numbers)
-        logits = graph.product([hidden, gathered], self.tokens * ids, self.table.columns, role="logits")
-        one_hot = graph.make([graph.make([], self.tokens * ids, 1)], self.tokens * ids, FLOAT32)
-        d = graph.float32(logits)
-        for _ in range(4):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
-            d = graph.elementwise([d, one_hot], role="logits")
-        return graph.product([d, graph.float32(hidden)], looked_up.numbers, self.tokens, FLOAT32)
+        for first in range(0, ids, TARGETS_AT_ONCE):
+            number = min(TARGETS_AT_ONCE, ids - first)
+            gathered = graph.make([w], number * self.table.columns)
+            logits = graph.product([hidden, gathered], self.tokens * number, self.table.columns, role="logits")
+            one_hot = graph.make([graph.make([], self.tokens * number, 1)], self.tokens * number, FLOAT32)
+            d = graph.float32(logits)
+            for _ in range(
+                4
+            ):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
+                d = graph.elementwise([d, one_hot], role="logits")
+            parts.append(graph.product([d, graph.float32(hidden)], gathered.numbers, self.tokens, FLOAT32))
+            phase.in_turn(parts[-1])
+        return graph.make(parts, looked_up.numbers, FLOAT32)
 
     def _logits(self, graph, hidden, kept, w, i, words):
         if kept:

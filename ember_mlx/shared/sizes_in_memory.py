@@ -25,8 +25,9 @@ LOGITS_AT_ONCE = 2**24
 SHARE_OF_SCRATCH, MOST_SCRATCH = 8, 2**29
 SHARE_THAT_WAITS = 4  # of the scratch, for new rows that are not yet written
 FEWEST_BLOCKS = 4
-NUMBERS_OF_A_LAYER = 64  # of a token, in model widths: what a layer's backward pass holds, or more
-TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets
+# Numbers that a layer's backward pass holds, for each output of its linears and each feature: measured, and by plan.
+HELD_ON_A_CPU, HELD_ON_A_GPU = 4, 5
+TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets; and rows that were looked up
 
 
 def words_of_a_sharded_head(rows: int, tokens: int, chunked: bool) -> int:
@@ -103,7 +104,15 @@ def blocks_of_a_head(
 
 
 def keeps_gradient_of_a_head(
-    vocabulary: int, features: int, width: float, tokens: int, weights: float, on_a_gpu: bool
+    vocabulary: int,
+    features: int,
+    width: float,
+    tokens: int,
+    weights: float,
+    on_a_gpu: bool,
+    *,
+    tokens_of_a_layer: int,
+    outputs_of_a_layer: int,
 ) -> bool:
     """Whether a head's gradient is made once and kept, from its statistics to its step, in place of being made twice.
 
@@ -112,10 +121,16 @@ def keeps_gradient_of_a_head(
 
     Args:
         vocabulary, features, width, tokens, weights, on_a_gpu: As of :func:`blocks_of_a_head`.
+        tokens_of_a_layer: Of the largest micro-batch, which a layer's backward pass takes at a time.
+        outputs_of_a_layer: Numbers of a token that its linears give together; 0 where no layer has a backward pass.
     """
+    if not outputs_of_a_layer:
+        return False
+    held = HELD_ON_A_GPU if on_a_gpu else HELD_ON_A_CPU
+    of_a_layer = held * (outputs_of_a_layer + features) * tokens_of_a_layer * width
     stepped = blocks_of_a_head(vocabulary, features, width, tokens, weights, on_a_gpu).stepped
     taken = vocabulary * features * width + stepped * (3 * 4 * tokens + 4 * features)
-    return tokens > features // 2 and taken <= NUMBERS_OF_A_LAYER * tokens * features * width
+    return tokens > features // 2 and taken <= of_a_layer
 
 
 def _multiple(rows):

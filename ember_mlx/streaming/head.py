@@ -40,6 +40,7 @@ class StreamedHead:
         nbytes (int): Of all weights of the model.
         keep_logits (bool, optional): Whether the logits are kept between the passes. Default: by their size.
         block_rows (int, optional): Of a block.
+        outputs_of_a_layer (int): As :func:`~ember_mlx.streaming.units.outputs_of_a_layer` gives it.
 
     Attributes:
         blocks (list[slice]): Of a step, the rows that are stepped together; the same on all machines.
@@ -54,6 +55,7 @@ class StreamedHead:
         nbytes: int,
         keep_logits: bool | None,
         block_rows: int | None,
+        outputs_of_a_layer: int,
     ):
         self.head = head
         self.path = path
@@ -62,6 +64,7 @@ class StreamedHead:
         self._nbytes = nbytes
         self._keep_logits = keep_logits
         self._block_rows = block_rows
+        self._outputs_of_a_layer = outputs_of_a_layer
         trained = [name for name, _ in tree_flatten(head.module.trainable_parameters())]
         self.others = [name for name in trained if table is None or f"{path}.{name}" != table.path]
         self._forward = mx.compile(self._forward_of)
@@ -73,18 +76,19 @@ class StreamedHead:
         self._of_others = mx.compile(self._others_of)
         self._of_targets = mx.compile(self._targets_of)
 
-    def loss(self, hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def loss(self, hidden: mx.array, targets: mx.array, weights: mx.array, at_once: int) -> tuple[mx.array, mx.array]:
         """Pass 1: the loss, float32, and its gradient by the hidden states.
 
         Args:
             hidden (array): (N, D).
             targets (array): (N,) token ids.
             weights (array): (N,) float32, what the cross entropy of each token counts.
+            at_once (int): Tokens of the largest micro-batch.
         """
         n = targets.size
         self._hidden, self._targets, self._weights = hidden, targets, weights
         self._ids = mx.arange(self.head.vocabulary)
-        keeps = self._cut()
+        keeps = self._cut(at_once)
         self._kept, self._gradients = [], []
         largest, total, by_hidden = mx.full((n,), -1e30), mx.zeros((n,)), mx.zeros(hidden.shape)
         for block in self._read:
@@ -136,8 +140,13 @@ class StreamedHead:
         return row_mean, column_sum / vocabulary
 
     def rows_gradient(self, ids: mx.array) -> mx.array:
-        """The head's gradient in a few rows, (U, D) float32."""
-        return self._gradient_of(mx.float32, self._rows(ids), ids, *self._of_tokens())
+        """The head's gradient in the rows of ids, (U, D) float32."""
+        parts = []
+        for first in range(0, ids.size, TARGETS_AT_ONCE):
+            some = ids[first : first + TARGETS_AT_ONCE]
+            parts.append(self._gradient_of(mx.float32, self._rows(some), some, *self._of_tokens()))
+            self._pace.in_turn(parts[-1])
+        return mx.concatenate(parts)
 
     def step(self, looked_up: tuple[mx.array, mx.array] | None = None) -> None:
         """Pass 3: the table's rows, whose second moments have been stepped. The logits are let go of on the way."""
@@ -185,16 +194,19 @@ class StreamedHead:
             None
         )
 
-    def _cut(self):
+    def _cut(self, at_once):
         """Cut the head for these tokens; say whether the logits are kept, which then have the blocks of the step."""
         vocabulary, (n, features) = self.head.vocabulary, self._hidden.shape
         on_a_gpu, width = self._pace.ahead > 0, self._hidden.itemsize
-        sizes = blocks_of_a_head(vocabulary, features, width, n, self._nbytes, on_a_gpu)
+        shape = vocabulary, features, width, n, self._nbytes, on_a_gpu
+        sizes = blocks_of_a_head(*shape)
         keeps = self._keep_logits
         if keeps is None:
             keeps = n * vocabulary * width <= bytes_of_kept_logits(self._nbytes, on_a_gpu)
         keeps = keeps and bool(self.table or self.others)
-        self._may_keep_gradient = keeps_gradient_of_a_head(vocabulary, features, width, n, self._nbytes, on_a_gpu)
+        self._may_keep_gradient = keeps_gradient_of_a_head(
+            *shape, tokens_of_a_layer=at_once, outputs_of_a_layer=self._outputs_of_a_layer
+        )
         self._waiting = sizes.waiting
         stepped = self._block_rows or sizes.stepped
         read = stepped if keeps else self._block_rows or sizes.rows

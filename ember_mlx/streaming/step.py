@@ -45,7 +45,7 @@ from ember_mlx.streaming.rows_apart import rows_apart
 from ember_mlx.streaming.shards import Group, Shards
 from ember_mlx.streaming.sinks import GlobalNorm, Stepping
 from ember_mlx.streaming.table import EmberTable
-from ember_mlx.streaming.units import find_units, put_back_random_state
+from ember_mlx.streaming.units import find_units, outputs_of_a_layer, put_back_random_state
 from ember_mlx.streaming.updates import Updates
 from ember_mlx.streaming.weights import Weights
 from ember_mlx.token_tables import find_token_tables
@@ -166,7 +166,8 @@ class StreamedStep:
         ahead = bytes_ahead(nbytes, of_this_machine) if run_ahead is None else run_ahead
         self._machines = Machines(reduce, ahead // 2)
         self._pace = Pace(ahead)
-        self._head = self._find_head(nbytes, keep_logits, block_rows)
+        outputs = outputs_of_a_layer(model, units)
+        self._head = self._find_head(nbytes, keep_logits, block_rows, outputs)
         if self._head is None and (keep_logits is not None or block_rows is not None):
             raise InputError(
                 f"StreamedStep(keep_logits={keep_logits}, block_rows={block_rows}): no effect: {self.notes[-1]}; leave "
@@ -311,7 +312,8 @@ class StreamedStep:
             tokens = tokens + (mask.sum() if share > 0 else 0)
         shapes = [array.shape for array in hidden]
         hidden = mx.concatenate([array.reshape(-1, array.shape[-1]) for array in hidden])
-        loss, by_hidden = self._head.loss(hidden, mx.concatenate(targets), mx.concatenate(weights))
+        at_once = max(rows * length for rows, length, _ in shapes)
+        loss, by_hidden = self._head.loss(hidden, mx.concatenate(targets), mx.concatenate(weights), at_once)
         *ends, _ = itertools.accumulate(rows * length for rows, length, _ in shapes)
         parts = mx.split(by_hidden, ends) if ends else [by_hidden]
         cotangents = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -331,7 +333,7 @@ class StreamedStep:
 
     # What is where
 
-    def _find_head(self, nbytes, keep_logits, block_rows):
+    def _find_head(self, nbytes, *settings):
         if self._loss is not mean_loss:
             self.notes.append("the loss is the caller's own: logits and the head's gradient are whole")
             return None
@@ -348,7 +350,7 @@ class StreamedStep:
             table = self._table(f"{path}.weight", head.module)
             if table is None:
                 self.notes.append(f"{path}.weight is not trained by Ember: its gradient is whole")
-        return StreamedHead(head, path, table, self._pace, nbytes, keep_logits, block_rows)
+        return StreamedHead(head, path, table, self._pace, nbytes, *settings)
 
     def _find_embeddings(self):
         """The embeddings whose rows are stepped as they are looked up, by path."""

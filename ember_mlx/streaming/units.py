@@ -16,7 +16,16 @@ from mlx.utils import tree_flatten
 
 from ember_mlx.streaming.call_tree import flatten
 
-__all__ = ["Call", "Recording", "calls_go_to", "find_units", "is_leaf", "put_back_random_state", "record"]
+__all__ = [
+    "Call",
+    "Recording",
+    "calls_go_to",
+    "find_units",
+    "is_leaf",
+    "outputs_of_a_layer",
+    "put_back_random_state",
+    "record",
+]
 
 
 @dataclass
@@ -97,6 +106,29 @@ def find_units(model: nn.Module, run: Callable[[], object]) -> dict[str, nn.Modu
     in_order = list(modules)
     members = sorted((path for parent in outermost for path in lists[parent]), key=in_order.index)
     return {path: modules[path] for path in _called(modules, members, run)}
+
+
+def outputs_of_a_layer(model: nn.Module, units: dict[str, nn.Module]) -> int:
+    """How many numbers of a token the linears of the widest unit give together; experts count as one.
+
+    0 where nothing trains but the head and what comes after the units: then no unit has a backward pass.
+    """
+    modules = dict(model.named_modules())
+    trained = [path for path, _ in tree_flatten(model.trainable_parameters())]
+    in_units = tuple(f"{unit}." for unit in units)
+    if not any(path.startswith(in_units) or _is_embedding(modules, path) for path in trained):
+        return 0
+    weights = {unit: tree_flatten(module.parameters()) for unit, module in units.items()}
+    linears = ((array for path, array in pairs if _is_matrix(path, array)) for pairs in weights.values())
+    return max((sum(array.shape[-2] for array in arrays) for arrays in linears), default=0)
+
+
+def _is_embedding(modules, path):
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.Embedding)
+
+
+def _is_matrix(path, array):
+    return path.rpartition(".")[2] == "weight" and array.ndim > 1
 
 
 def _called(modules, paths, run):

@@ -3,6 +3,7 @@
 import gc
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
@@ -84,7 +85,7 @@ def test_large_blocks_take_the_same_step(tokens, tied, keep_logits, monkeypatch)
 def test_a_gradient_that_is_kept_takes_the_same_step(tied, keep_logits, clip, monkeypatch):
     def steps(keeps):
         made = []
-        monkeypatch.setattr(head, "keeps_gradient_of_a_head", lambda *_: keeps)
+        monkeypatch.setattr(head, "keeps_gradient_of_a_head", lambda *_, **of: keeps)
         by_logits = head.StreamedHead._by_logits
         monkeypatch.setattr(head.StreamedHead, "_by_logits", lambda *of: made.append(1) or by_logits(*of))
         weights, step = trained(2**20, 41, tied, keep_logits, **clip)
@@ -98,12 +99,39 @@ def test_a_gradient_that_is_kept_takes_the_same_step(tied, keep_logits, clip, mo
         assert mx.allclose(once[name], array, rtol=1e-5, atol=1e-6), name
 
 
-@pytest.mark.parametrize(("shape", "least"), [("SmolLM2-135M", 1536), ("Llama-3.2-1B", 3072), ("Qwen3-8B", 3584)])
+@pytest.mark.parametrize(("shape", "least"), [("SmolLM2-135M", 1536), ("Llama-3.2-1B", 3072), ("Qwen3-8B", 4096)])
 def test_a_gradient_is_kept_where_a_batch_is_long(shape, least):
     vocabulary, features, weights = SHAPES[shape]
+    of_layers = {"SmolLM2-135M": 5184, "Llama-3.2-1B": 23552, "Qwen3-8B": 38912}[shape]
     for tokens, kept in ((512, False), (least - 512, False), (least, True), (2 * least, True)):
-        assert keeps_gradient_of_a_head(vocabulary, features, 2, tokens, weights, True) == kept
-    assert not keeps_gradient_of_a_head(100, features, 2, features // 2, weights, True)  # these have quadratic forms
+        assert keeps(vocabulary, features, tokens, weights, tokens, of_layers) == kept
+    assert not keeps(100, features, features // 2, weights, features // 2, of_layers)  # these have quadratic forms
+    assert not keeps(vocabulary, features, least, weights, least // 2, of_layers)  # of two micro-batches
+    assert not keeps(vocabulary, features, least, weights, least, of_layers // 2)  # thin layers
+    assert not keeps(vocabulary, features, 2 * least, weights, 2 * least, 0)  # none has a backward pass
+
+
+def keeps(vocabulary, features, tokens, weights, of_a_layer, outputs):
+    of_layers = {"tokens_of_a_layer": of_a_layer, "outputs_of_a_layer": outputs}
+    return keeps_gradient_of_a_head(vocabulary, features, 2, tokens, weights, True, **of_layers)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_head_is_told_of_the_layers_is_what_the_plan_counts(tied, monkeypatch):
+    asked = []
+    monkeypatch.setattr(head, "keeps_gradient_of_a_head", lambda *_, **of: asked.append(of))
+    model = tiny_llama(tied=tied, hidden=HIDDEN)
+    step = StreamedStep(model, PairedOptimizer(model, tables=Ember(1e-2), rest=optim.SGD(0.1)))
+    step.accumulated([(mx.ones((rows, 9), mx.int32), mx.array([[0, 9]] * rows)) for rows in (2, 3, 1)])
+    outputs = sum(
+        module.weight.shape[0] for _, module in model.layers[0].named_modules() if isinstance(module, nn.Linear)
+    )
+    assert asked == [{"tokens_of_a_layer": 3 * 8, "outputs_of_a_layer": outputs}]
+    model.freeze()
+    (model.model.embed_tokens if tied else model.lm_head).unfreeze()
+    step = StreamedStep(model, PairedOptimizer(model, tables=Ember(1e-2), rest=optim.SGD(0.1)))
+    assert step._head._outputs_of_a_layer == (outputs if tied else 0)  # an embedding's gradient comes through all
 
 
 @pytest.mark.usefixtures("eager")
@@ -134,3 +162,16 @@ def test_the_scratch_of_a_head_is_what_is_counted(tokens, tied):
     read = sizes.rows * (12 * n + 4 * HIDDEN * (n > HIDDEN // 2))
     counted = max(read, sizes.stepped * (12 * n + 8 * HIDDEN) + sizes.waiting)
     assert 0.5 * counted < max(phases[phase] for phase in ("loss", "embedding" if tied else "head")) <= counted
+
+
+def test_targets_and_looked_up_rows_meet_all_tokens_some_at_a_time(monkeypatch):
+    rows, found = head.StreamedHead._rows, []
+    for at_once in (512, 16):
+        sizes = []
+        monkeypatch.setattr(head, "TARGETS_AT_ONCE", at_once)
+        monkeypatch.setattr(head.StreamedHead, "_rows", lambda own, ids, to=sizes: to.append(ids) or rows(own, ids))
+        found.append((trained(0, 41, tied=True)[0], max(ids.size for ids in sizes if isinstance(ids, mx.array))))
+    (whole, most), (in_parts, few) = found
+    assert few == 16 < most
+    for name, array in whole.items():
+        assert mx.allclose(in_parts[name], array, rtol=1e-5, atol=1e-6), name
