@@ -17,7 +17,6 @@ from mlx_lm.cli_ui import rprint
 from ember_mlx.finetune import checkpoints, options, safe_reading
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
-from ember_mlx.finetune.optimizer_names import RATES, canonical
 from ember_mlx.finetune.option_checks import check
 from ember_mlx.finetune.position import Position, numpy_random, set_numpy_random, set_random
 from ember_mlx.finetune.rows import TriedRows
@@ -131,8 +130,8 @@ def versions() -> dict:
 def rates_as_before(args: options.Options, given: Collection[str], workers: Workers) -> options.Options:
     """The options of a run; one that is resumed keeps row floor and rates where they are not given, and says so.
 
-    So it goes on as it began, whatever decided them: the defaults of then, a flag or a file. That is of the tables, and
-    of one of our optimizers on the body; another optimizer, or other tables, have their own.
+    So it goes on as it began, whatever decided them: the defaults of then, a flag or a file. Other tables and another
+    optimizer have their own.
 
     Args:
         args: The run's.
@@ -158,7 +157,7 @@ def _defaults_then(args, given):
     if all(before.get(name) == getattr(args, name) for name in ("table_optimizer", "train_tables")):
         then["table_row_floor"] = before.get("table_row_floor") or 0.0  # null is none
         then["table_learning_rate"] = before.get("table_learning_rate")
-    if before.get("optimizer") == args.optimizer and canonical(args.optimizer) in RATES:
+    if before.get("optimizer") == args.optimizer:
         then["learning_rate"] = before.get("learning_rate")
     numbers = {name: of for name, of in then.items() if name not in given and type(of) in (int, float)}
     return {name: of for name, of in numbers.items() if of != (getattr(args, name) or 0.0)}

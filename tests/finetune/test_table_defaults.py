@@ -127,7 +127,8 @@ def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tm
         ("", "", ""),
         ("--optimizer sinkgd --learning-rate 3e-4", "--optimizer sinkgd", "--learning-rate 0.0003"),
         ("--optimizer sinkgd --learning-rate 3e-4", "--optimizer sinkgd --learning-rate 1e-4", ""),
-        ("--optimizer adamw --learning-rate 3e-4", "--optimizer adamw", ""),  # has always had mlx-lm's default
+        ("--optimizer adamw --learning-rate 3e-4", "--optimizer adamw", "--learning-rate 0.0003"),
+        ("--optimizer adamw --learning-rate 3e-4", "--optimizer sgd", ""),  # has its own
         ("--table-optimizer adamw", "--table-optimizer adamw", ""),
         (
             "--table-row-floor 10 --table-learning-rate 5e-4",
