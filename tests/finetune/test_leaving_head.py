@@ -7,7 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
-from tiny_models import HIDDEN, loss, tiny_llama
+from tiny_models import HIDDEN, alone, loss, tiny_llama
 
 from ember_mlx import Ember, PairedOptimizer
 from ember_mlx.finetune import step as step_module
@@ -21,10 +21,6 @@ BATCHES = [(mx.random.randint(0, VOCABULARY, (2, 65), key=mx.random.key(i)),) fo
 
 def counted(model, tokens):
     return loss(model, tokens), mx.array(tokens.size)
-
-
-def same(gradients, _):
-    return gradients
 
 
 @pytest.mark.parametrize(("tied", "workers"), [(True, 1), (False, 1), (True, 2)])
@@ -41,7 +37,7 @@ def test_the_bits_are_the_same_and_the_logits_are_gone(tied, workers, monkeypatc
     for head_first in (False, True):
         model = tiny_llama(tied, vocabulary=VOCABULARY)
         optimizer = PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3))
-        step = Step(model, optimizer, counted, 2, same, head_first=head_first)
+        step = Step(model, optimizer, counted, 2, alone, head_first=head_first)
         gc.collect()  # of what was before, too
         before, first = mx.get_active_memory(), len(active)
         losses = [step(batch, last).loss for batch, last in zip(BATCHES, (False, True), strict=True)]

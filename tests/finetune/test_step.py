@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten
-from tiny_models import loss, tiny_llama
+from tiny_models import alone, loss, tiny_llama
 
 from ember_mlx import Ember, InputError, PairedOptimizer
 from ember_mlx.finetune import step
@@ -27,10 +27,6 @@ TABLES = {
 
 def counted(model, tokens):
     return loss(model, tokens), mx.array(tokens.size)
-
-
-def as_they_are(gradients, _):
-    return SimpleNamespace(sums={}, means=dict(gradients))
 
 
 def made(dtype=mx.float32, tables="ember", rest=lambda: optim.Adam(1e-3), **options):
@@ -140,7 +136,7 @@ def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
         monkeypatch.setattr(Workers, "join", lambda size=size: Workers(0, size))
         model = tiny_llama(vocabulary=8192)
         model.set_dtype(mx.bfloat16)
-        step = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, as_they_are)
+        step = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, alone)
         found = []
         for _ in range(5):  # how far MLX runs ahead depends on what else the machine does
             mx.reset_peak_memory()
@@ -154,7 +150,7 @@ def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
 def test_the_update_is_laid_out_before_the_host_waits_for_gradients(monkeypatch, size):
     monkeypatch.setattr(Workers, "join", lambda: Workers(0, size))
     model, done = tiny_llama(), []
-    taken = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, as_they_are)
+    taken = Step(model, PairedOptimizer(model, Ember(1e-3), optim.SGD(1e-3)), counted, 1, alone)
     lay_out, evaluate = taken._compiled_update, step.OneBehind.__call__
     monkeypatch.setattr(taken, "_compiled_update", lambda *names: done.append("laid out") or lay_out(*names))
     monkeypatch.setattr(step.OneBehind, "__call__", lambda *of: done.append("waited") or evaluate(*of))
