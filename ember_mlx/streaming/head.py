@@ -190,9 +190,8 @@ class StreamedHead:
 
     def forget(self) -> None:
         """Let go of what belongs to this step."""
-        self._hidden = self._kept = self._gradients = self._log_sum_exp = self._weights = self._targets = self._ids = (
-            None
-        )
+        self._hidden = self._log_sum_exp = self._weights = self._targets = self._ids = None
+        self._kept = self._gradients = None
 
     def _cut(self, at_once):
         """Cut the head for these tokens; say whether the logits are kept, which then have the blocks of the step."""
