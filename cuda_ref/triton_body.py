@@ -4,13 +4,15 @@ Row means and column sums come from the first kernel of ``triton_kernels``. No a
 bits. All arithmetic is float32.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 
-from cuda_ref import triton_kernels
+from cuda_ref import flash_triton, triton_kernels
 from cuda_ref.optimizers.companded import GROUP
-from cuda_ref.triton_kernels import device_of, statistics_tile, update_tile
+from cuda_ref.triton_kernels import device_of, launchable, statistics_tile, update_tile
+from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 if triton_kernels.available():
     import triton
@@ -18,29 +20,61 @@ if triton_kernels.available():
 
     # Triton finds what a kernel calls among the globals of its file.
     _load, _rows_of = triton_kernels._load, triton_kernels._rows_of
-    _row_means_and_column_sums = triton_kernels._row_means_and_column_sums
-    _running_mean = triton_kernels._running_mean
+    _one_minus_exp, _running_mean = triton_kernels._one_minus_exp, triton_kernels._running_mean
+    decoded_momentum, momentum_codes = flash_triton.decoded_momentum, flash_triton.momentum_codes
+    largest_of = flash_triton.largest_of
 
-__all__ = ["mean_magnitudes", "mean_squares", "norms", "update_flat", "update_matrix", "update_parameter"]
+__all__ = [
+    "mean_magnitudes",
+    "norms",
+    "rates_of_blocks",
+    "row_mean_squares",
+    "update_flat",
+    "update_matrix",
+    "update_parameter",
+]
 
-GROUPS_PER_PROGRAM = 64
+# Of AdamMini. Elements of a tile whose rows are averaged, and how many of a row one program takes at most.
+TILE, LONGEST_PIECE = 4096, 32768
+FLAT_GROUPS = {False: 32, True: 64}  # of its update, a program: by whether the momentum is float32
+BLOCKS_PER_PROGRAM = 512
 # Of a Sinkhorn pass, which takes whole rows. As many programs at most as an H100 runs at once, 8 a multiprocessor.
 PASS_ROWS_PER_PROGRAM, MOST_PASS_PROGRAMS = 96, 1056
 ELEMENTS_AT_ONCE = 16384
 
 
-def mean_squares(g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``mean_squares`` of ``cuda_ref.optimizers.ember``."""
+def row_mean_squares(g: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """As ``mean_squares`` of ``cuda_ref.optimizers.ember``, but of rows alone: no block of AdamMini is a column."""
     rows, columns = g.shape
-    row_means = torch.zeros(rows, dtype=torch.float32, device=g.device)
-    tile = statistics_tile(columns, g.itemsize)
-    programs = triton.cdiv(rows, tile["ROWS"])
-    column_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)
+    width = min(triton.next_power_of_2(columns), TILE)
+    pieces = triton.cdiv(columns, LONGEST_PIECE)
+    means = torch.empty((rows, pieces), dtype=torch.float32, device=g.device)
     with device_of(g):
-        _row_means_and_column_sums[(programs,)](
-            g, *g.stride(), row_means, None, column_sums, rows, columns, 0.0, 1.0, BETA2_IS_TENSOR=False, **tile
+        _mean_squares_of_rows[(triton.cdiv(rows, TILE // width), pieces)](
+            g, *g.stride(), means, rows, columns, PIECE=LONGEST_PIECE, ROWS=TILE // width, COLUMNS=width
         )
-    return row_means, column_sums.sum(dim=0) / rows
+    return means.reshape(rows) if pieces == 1 else means.sum(dim=1), None
+
+
+def rates_of_blocks(
+    v: torch.Tensor,
+    squares: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``rates_of_blocks`` of ``cuda_ref.optimizers.adam_mini``, but ``v`` is overwritten where it is contiguous."""
+    v, rates = v.contiguous(), torch.empty_like(squares)
+    learning_rate = launchable(learning_rate, v.device)
+    log_betas = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    with device_of(v):
+        _rates_of_blocks[(triton.cdiv(v.numel(), BLOCKS_PER_PROGRAM),)](
+            v, squares, rates, t, learning_rate, v.numel(), float(beta2), 1.0 - beta2, *log_betas, float(eps),
+            RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), BLOCKS=BLOCKS_PER_PROGRAM,
+        )  # fmt: skip
+    return v, rates
 
 
 def update_flat(
@@ -51,13 +85,18 @@ def update_flat(
     beta1: float,
     decay: float | torch.Tensor,
 ) -> None:
-    """As ``update_in_place`` and ``update_in_pieces`` of ``cuda_ref.optimizers.adam_mini``, of contiguous arrays."""
+    """As ``update_in_place`` and ``update_in_pieces`` of ``cuda_ref.optimizers.adam_mini``, of contiguous arrays.
+
+    ``rates`` has one of each row, or one of all.
+    """
     codes, scales = m if isinstance(m, tuple) else (m, None)
-    decay = _number(decay, w.device)
+    decay, columns = launchable(decay, w.device), w.shape[1]
+    per_program = FLAT_GROUPS[scales is None]
     with device_of(w):
-        _update_groups[(triton.cdiv(w.numel(), GROUP * GROUPS_PER_PROGRAM),)](
-            w, g, codes, scales, rates, decay, w.numel(), w.shape[1], int(len(rates) > 1), int(rates.shape[1] > 1),
-            float(beta1), 1.0 - beta1, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM,
+        _update_groups[(triton.cdiv(w.numel(), GROUP * per_program),)](
+            w, g, codes, scales, rates, decay, w.numel(), columns, columns // GROUP, int(len(rates) > 1),
+            float(beta1), 1.0 - beta1, SMALLEST_NORMAL, DECAY_IS_TENSOR=isinstance(decay, torch.Tensor),
+            WHOLE_GROUPS=columns % GROUP == 0, GROUP=GROUP, GROUPS=per_program,
         )  # fmt: skip
 
 
@@ -168,37 +207,72 @@ def _whole_rows(columns):
 if triton_kernels.available():
 
     @triton.jit
-    def _update_groups(
-        w, g, m, scales, rates, decay, size, columns, row_step, column_step, beta1, forget1,
-        GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    def _mean_squares_of_rows(
+        g, g_row, g_column, means, rows, columns, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     ):  # fmt: skip
-        decay = tl.load(decay)
-        group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-        i = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = i < size
-        if scales is None:
-            moment = tl.load(m + i, mask=inside, other=0)
+        i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        piece, pieces = tl.program_id(1), tl.num_programs(1)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first_column in range(piece * PIECE, tl.minimum(columns, (piece + 1) * PIECE), COLUMNS):
+            j = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
+            x = _load(g, i, g_row, j, g_column, i < rows, columns)
+            sums += x * x
+        tl.store(means + i * pieces + piece, tl.sum(sums, 1) / columns, mask=i < rows)
+
+    @triton.jit
+    def _rates_of_blocks(
+        v, squares, rates, t, learning_rate, blocks, beta2, forget2, log_beta1, log_beta2, eps,
+        RATE_IS_TENSOR: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        if RATE_IS_TENSOR:
+            learning_rate = tl.load(learning_rate)
+        learning_rate, eps = tl.cast(learning_rate, tl.float32), tl.cast(eps, tl.float32)
+        step = tl.load(t)
+        corrections = (_one_minus_exp(step * tl.cast(log_beta1, tl.float32)),
+                       _one_minus_exp(step * tl.cast(log_beta2, tl.float32)))  # fmt: skip
+        i = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        inside = i < blocks
+        square = tl.load(squares + i, mask=inside, other=0)
+        square = _running_mean(tl.load(v + i, mask=inside, other=0), square, beta2, forget2, False)
+        tl.store(v + i, square, mask=inside)
+        denominator = tl.sqrt_rn(square / corrections[1]) + eps
+        tl.store(rates + i, learning_rate / corrections[0] / denominator, mask=inside)
+
+    @triton.jit
+    def _update_groups(
+        w, g, m, scales, rates, decay, size, columns, groups_of_row, row_step, beta1, forget1, least,
+        DECAY_IS_TENSOR: tl.constexpr, WHOLE_GROUPS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    ):  # fmt: skip
+        if DECAY_IS_TENSOR:
+            decay = tl.load(decay)
+        decay = tl.cast(decay, tl.float32)
+        # Backwards: the last rows that were read for their means are the likeliest to be in the cache still.
+        group = (tl.num_programs(0) - 1 - tl.program_id(0)) * GROUPS + tl.arange(0, GROUPS)
+        at = group.to(tl.int64)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        some = group.to(tl.int64) * GROUP < size
+        has_codes = (at >= 0) & some[:, None]
+        if WHOLE_GROUPS:  # then a group is of one row
+            inside = has_codes
+            rate = tl.load(rates + (group // groups_of_row) * row_step, mask=some, other=0)[:, None]
         else:
-            some = group * GROUP < size
-            y = tl.load(m + i, mask=some[:, None], other=0).to(tl.float32) / 127.0
-            moment = tl.load(scales + group, mask=some, other=0)[:, None] * y / (2 - tl.abs(y))
-        x = tl.load(g + i, mask=inside, other=0).to(tl.float32)
-        moment = _running_mean(moment, x, beta1, forget1, False)
-        rate = tl.load(rates + (i // columns) * row_step + (i % columns) * column_step, mask=inside, other=0)
-        new = decay * tl.load(w + i, mask=inside, other=0).to(tl.float32) - rate * moment
-        tl.store(w + i, new.to(w.dtype.element_ty), mask=inside)
+            inside = at < size
+            rate = tl.load(rates + (at // columns) * row_step, mask=inside, other=0)
         if scales is None:
-            tl.store(m + i, moment, mask=inside)
+            moment = tl.load(m + at, mask=inside, other=0)
+        else:
+            scale = tl.load(scales + group, mask=some, other=0)
+            moment = decoded_momentum(tl.load(m + at, mask=has_codes, other=0), scale)
+        x = tl.load(g + at, mask=inside, other=0).to(tl.float32)
+        moment = _running_mean(moment, x, beta1, forget1, False)
+        new = decay * tl.load(w + at, mask=inside, other=0).to(tl.float32) - rate * moment
+        tl.store(w + at, new.to(w.dtype.element_ty), mask=inside)
+        if scales is None:
+            tl.store(m + at, moment, mask=inside)
         else:
             moment = tl.where(inside, moment, 0)
-            # A NaN reaches its group: maxima here would leave it out.
-            spoiled = tl.sum((moment != moment).to(tl.int32), 1) > 0
-            scale = tl.maximum(tl.max(tl.abs(moment), 1), 1.1754943508222875e-38)
-            scale = tl.where(spoiled, float("nan"), scale)
-            z = moment / scale[:, None]
-            code = tl.floor(127.0 * (2 * z / (1 + tl.abs(z))) + 0.5)
-            tl.store(m + i, code.to(tl.int8), mask=some[:, None])
+            scale = largest_of(moment, least)
             tl.store(scales + group, scale, mask=some)
+            tl.store(m + at, momentum_codes(moment, scale), mask=has_codes)
 
     @triton.jit
     def _sinkhorn_pass(

@@ -49,7 +49,8 @@ def adam_mini_step(
     beta2: float,
     eps: float,
     weight_decay: float,
-    means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = mean_squares,
+    means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]] = mean_squares,
+    rates_of: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     update: Callable[..., Any] | None = None,
     shards: RowShards | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -63,16 +64,16 @@ def adam_mini_step(
         t (Tensor): The number of this step, from 1.
         learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
         beta1, beta2, eps (float): :math:`\\beta_1`, :math:`\\beta_2` and :math:`\\epsilon`.
-        means, update (callable): In the places of ``mean_squares`` and of the updates below, as Triton has them.
+        means, rates_of, update (callable): In the places of ``mean_squares``, of ``rates_of_blocks`` and of the updates
+            below, as Triton has them.
         shards (RowShards, optional): Of a weight with blocks that lie on several ranks: a vector, or heads of rows.
             ``w``, ``g`` and ``m`` are this rank's, ``v`` is that of all.
 
     Returns:
         ``w`` and ``m``, overwritten, and the new ``v``.
     """
-    v = update_second_moment(v, block_mean_squares(g, tuple(v.shape), means, shards), beta2)
-    denominator = torch.sqrt(v / bias_correction(t, beta2)) + eps
-    rates = learning_rate / bias_correction(t, beta1) / denominator
+    squares = block_mean_squares(g, tuple(v.shape), means, shards)
+    v, rates = (rates_of or rates_of_blocks)(v, squares, t, learning_rate, beta1, beta2, eps)
     if shards is None or w.ndim < 2:
         rates = spread(rates, w.shape)
     else:
@@ -91,7 +92,7 @@ def adam_mini_step(
 def block_mean_squares(
     g: torch.Tensor,
     blocks: tuple[int, ...],
-    means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = mean_squares,
+    means: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]] = mean_squares,
     shards: RowShards | None = None,
 ) -> torch.Tensor:
     """Means of ``g`` squared over each block, float32, of the shape ``blocks``."""
@@ -103,8 +104,25 @@ def block_mean_squares(
         row_means, shape = shards.all_rows(row_means), (shards.total_rows, *g.shape[1:])
     if rows.shape[1] > 1 and blocks and blocks[-1] == rows.shape[1]:
         return column_means.reshape(blocks)
+    if row_means.numel() == math.prod(blocks):  # rows are blocks
+        return row_means.reshape(blocks)
     split = [part for n, length in zip(blocks[:-1], shape[:-1], strict=True) for part in (n, length // max(n, 1))]
     return row_means.reshape(split or [1]).mean(dim=tuple(range(1, len(split), 2)) or None).reshape(blocks)
+
+
+def rates_of_blocks(
+    v: torch.Tensor,
+    squares: torch.Tensor,
+    t: torch.Tensor,
+    learning_rate: float | torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new ``v``, and the rate of each block: its momentum times that is the step."""
+    v = update_second_moment(v, squares, beta2)
+    denominator = torch.sqrt(v / bias_correction(t, beta2)) + eps
+    return v, learning_rate / bias_correction(t, beta1) / denominator
 
 
 def spread(of_blocks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -255,8 +273,10 @@ class AdamMini(BodyOptimizer):
             shards = None  # rows are blocks: each lies on one rank
         kernels = {}
         if self.by_triton(w) and w.is_contiguous() and g.is_contiguous():
-            kernels = {"means": triton_body.mean_squares, "update": triton_body.update_flat}
+            kernels = {"means": triton_body.row_mean_squares, "rates_of": triton_body.rates_of_blocks}
+            kernels["update"] = triton_body.update_flat
         m = state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"])
         options = group["lr"], *group["betas"], group["eps"], self.weight_decay_of(w, group)
         _, _, v = adam_mini_step(w, g, m, state["v"], state["step"], *options, shards=shards, **kernels)
-        state["v"].copy_(v)
+        if v is not state["v"]:
+            state["v"].copy_(v)

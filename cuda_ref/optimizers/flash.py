@@ -56,15 +56,14 @@ class _Flash(BodyOptimizer):
     def step_weight(self, w, g, state, group, shards):
         if not w.numel():  # of a sharded weight a rank may have nothing
             return
-        decay = self.weight_decay_of(w, group)
-        numbers = numbers_of(state["step"], group["lr"], decay, group["betas"], group["eps"])
+        options = state["step"], group["lr"], self.weight_decay_of(w, group), group["betas"], group["eps"]
         moments = [state[name][: groups_of(w.numel())] if name in state else None for name in Stored._fields[2:]]
         rest = state.get("rest")
         if self.state_format == "float32" and self.by_triton(w):
-            flash_triton.flash_step(Stored(w, rest, *moments), g, numbers)
+            flash_triton.flash_step(Stored(w, rest, *moments), g, *options)
             return
         stored = Stored(grouped(w), None if rest is None else grouped(rest), *moments)
-        flash_step(stored, grouped(g), numbers, self.state_format == "published")
+        flash_step(stored, grouped(g), numbers_of(*options), self.state_format == "published")
         if not w.is_contiguous() or w.numel() % GROUP:  # then the groups are copies
             w.copy_(ungrouped(stored.w, w.shape))
             if rest is not None:
