@@ -38,9 +38,10 @@ __all__ = [
 TILE, LONGEST_PIECE = 4096, 32768
 FLAT_GROUPS = {False: 32, True: 64}  # of its update, a program: by whether the momentum is float32
 BLOCKS_PER_PROGRAM = 512
-# Of a Sinkhorn pass, which takes whole rows. As many programs at most as an H100 runs at once, 8 a multiprocessor.
-PASS_ROWS_PER_PROGRAM, MOST_PASS_PROGRAMS = 96, 1056
-ELEMENTS_AT_ONCE = 16384
+# Of a Sinkhorn pass, which takes whole rows. As many programs as an H100 or H200 runs at once, of 132 multiprocessors;
+# but each leaves a sum of every column, so it takes 8 rows at least.
+PASS_TILE, PASS_THREAD_ELEMENTS, FEWEST_PASS_ROWS, MULTIPROCESSORS = 4096, 32, 8, 132
+UPDATE_TILE = {"ROWS": 8, "COLUMNS": 512}
 
 
 def row_mean_squares(g: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -104,7 +105,8 @@ def norms(g: torch.Tensor, eps: float) -> Callable[[torch.Tensor, torch.Tensor],
     """As ``norms_by_products`` of ``cuda_ref.optimizers.sinkgd``, reading ``g`` once a pass."""
     matrices = g.reshape(-1, *g.shape[-2:])
     rows, columns = g.shape[-2:]
-    rows_per_program = max(PASS_ROWS_PER_PROGRAM, triton.cdiv(rows, MOST_PASS_PROGRAMS))
+    tile, at_once = _whole_rows(columns)
+    rows_per_program = max(FEWEST_PASS_ROWS, triton.cdiv(rows, at_once * MULTIPROCESSORS))
     programs = triton.cdiv(rows, rows_per_program)
     sums = torch.empty((len(matrices), programs, columns), dtype=torch.float32, device=g.device)
 
@@ -115,7 +117,7 @@ def norms(g: torch.Tensor, eps: float) -> Callable[[torch.Tensor, torch.Tensor],
             for matrix, a_of, b_of, new_of, sums_of in parts:
                 _sinkhorn_pass[(programs,)](
                     matrix, *matrix.stride(), a_of, b_of, new_of, sums_of, rows, columns, columns**0.5, float(eps),
-                    ROWS_PER_PROGRAM=rows_per_program, **_whole_rows(columns),
+                    ROWS_PER_PROGRAM=rows_per_program, **tile,
                 )  # fmt: skip
         return a_new, torch.sqrt(sums.sum(dim=1)).reshape(b.shape)
 
@@ -132,7 +134,7 @@ def update_matrix(
 ) -> torch.Tensor:
     """As ``update_matrix`` of ``cuda_ref.optimizers.sinkgd``."""
     rows, columns = w.shape[-2:]
-    rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
+    rate, decay = (launchable(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
     matrices = zip(
         w.view(-1, rows, columns),
         g.reshape(-1, rows, columns),
@@ -140,12 +142,13 @@ def update_matrix(
         b.reshape(-1, columns),
         strict=True,
     )
-    tile = update_tile(columns, g.itemsize)
+    grid = triton.cdiv(columns, UPDATE_TILE["COLUMNS"]), triton.cdiv(rows, UPDATE_TILE["ROWS"])
     with device_of(w):
         for w_of, g_of, a_of, b_of in matrices:
-            _scale_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
-                w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns, **tile
-            )
+            _scale_and_subtract[grid](
+                w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns,
+                RATE_IS_TENSOR=isinstance(rate, torch.Tensor), **UPDATE_TILE,
+            )  # fmt: skip
     return w
 
 
@@ -195,13 +198,14 @@ def _number(number, device):
 
 
 def _whole_rows(columns):
-    """The tile of a kernel that needs the rows whole, padded to a power of two; more warps where one has more."""
+    """The tile of a pass, rows padded to a power of two, and how many of its programs one multiprocessor runs at once.
+
+    A thread holds 32 elements, with their column's sum and factor: 16 warps of those fill the registers.
+    """
     width = triton.next_power_of_2(columns)
-    return {
-        "ROWS": max(1, ELEMENTS_AT_ONCE // width),
-        "COLUMNS": width,
-        "num_warps": min(32, 4 * max(1, width // ELEMENTS_AT_ONCE)),
-    }
+    rows = max(1, PASS_TILE // width)
+    warps = min(32, max(1, rows * width // (32 * PASS_THREAD_ELEMENTS)))
+    return {"ROWS": rows, "COLUMNS": width, "num_warps": warps}, max(1, 16 // warps)
 
 
 if triton_kernels.available():
@@ -299,20 +303,20 @@ if triton_kernels.available():
     @triton.jit
     def _scale_and_subtract(
         w, w_row, w_column, g, g_row, g_column, a, b, rate, decay, rows, columns,
-        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        RATE_IS_TENSOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        rate, decay = tl.load(rate), tl.load(decay)
-        program = tl.program_id(0)
-        for first_column in range(0, columns, COLUMNS):
-            j = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
-            column_factor = tl.load(b + j, mask=j < columns, other=0)
-            for tile in range(0, ROWS_PER_PROGRAM, ROWS):
-                i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
-                row_factor = tl.load(a + i, mask=inside, other=0)
-                x = row_factor[:, None] * _load(g, i, g_row, j, g_column, inside, columns) * column_factor[None, :]
-                new = decay * _load(w, i, w_row, j, w_column, inside, columns) - rate * x
-                place = w + i[:, None] * w_row + j[None, :] * w_column
-                tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
+        if RATE_IS_TENSOR:
+            rate, decay = tl.load(rate), tl.load(decay)
+        rate, decay = tl.cast(rate, tl.float32), tl.cast(decay, tl.float32)
+        i = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        j = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = i < rows
+        row_factor = tl.load(a + i, mask=inside, other=0)
+        column_factor = tl.load(b + j, mask=j < columns, other=0)
+        x = row_factor[:, None] * _load(g, i, g_row, j, g_column, inside, columns) * column_factor[None, :]
+        new = decay * _load(w, i, w_row, j, w_column, inside, columns) - rate * x
+        place = w + i[:, None] * w_row + j[None, :] * w_column
+        tl.store(place, new.to(w.dtype.element_ty), mask=inside[:, None] & (j < columns)[None, :])
 
     @triton.jit
     def _column_sums_of_magnitudes(
