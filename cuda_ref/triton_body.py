@@ -28,6 +28,7 @@ __all__ = [
     "mean_magnitudes",
     "norms",
     "rates_of_blocks",
+    "rescaled",
     "row_mean_squares",
     "update_flat",
     "update_matrix",
@@ -39,8 +40,9 @@ TILE, LONGEST_PIECE = 4096, 32768
 FLAT_GROUPS = {False: 32, True: 64}  # of its update, a program: by whether the momentum is float32
 BLOCKS_PER_PROGRAM = 512
 # Of a Sinkhorn pass, which takes whole rows. As many programs as an H100 or H200 runs at once, of 132 multiprocessors;
-# but each leaves a sum of every column, so it takes 8 rows at least.
+# but each leaves a sum of every column, so it takes 8 rows at least. Rows to come wait in shared memory, 64 KiB at most.
 PASS_TILE, PASS_THREAD_ELEMENTS, FEWEST_PASS_ROWS, MULTIPROCESSORS = 4096, 32, 8, 132
+MOST_STAGES, PASS_BUFFER = 3, 65536
 UPDATE_TILE = {"ROWS": 8, "COLUMNS": 512}
 
 
@@ -105,7 +107,7 @@ def norms(g: torch.Tensor, eps: float) -> Callable[[torch.Tensor, torch.Tensor],
     """As ``norms_by_products`` of ``cuda_ref.optimizers.sinkgd``, reading ``g`` once a pass."""
     matrices = g.reshape(-1, *g.shape[-2:])
     rows, columns = g.shape[-2:]
-    tile, at_once = _whole_rows(columns)
+    tile, at_once = _whole_rows(columns, g.itemsize)
     rows_per_program = max(FEWEST_PASS_ROWS, triton.cdiv(rows, at_once * MULTIPROCESSORS))
     programs = triton.cdiv(rows, rows_per_program)
     sums = torch.empty((len(matrices), programs, columns), dtype=torch.float32, device=g.device)
@@ -122,6 +124,17 @@ def norms(g: torch.Tensor, eps: float) -> Callable[[torch.Tensor, torch.Tensor],
         return a_new, torch.sqrt(sums.sum(dim=1)).reshape(b.shape)
 
     return one_pass
+
+
+def rescaled(factor: torch.Tensor, norms: torch.Tensor, length: int, eps: float) -> torch.Tensor:
+    """As ``rescaled`` of ``cuda_ref.optimizers.sinkgd``."""
+    factor, norms = factor.contiguous(), norms.contiguous()
+    new = torch.empty_like(norms)
+    with device_of(norms):
+        _rescaled[(triton.cdiv(norms.numel(), BLOCKS_PER_PROGRAM),)](
+            factor, norms, new, norms.numel(), length**0.5, float(eps), BLOCKS=BLOCKS_PER_PROGRAM
+        )
+    return new
 
 
 def update_matrix(
@@ -197,15 +210,16 @@ def _number(number, device):
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
-def _whole_rows(columns):
+def _whole_rows(columns, itemsize):
     """The tile of a pass, rows padded to a power of two, and how many of its programs one multiprocessor runs at once.
 
-    A thread holds 32 elements, with their column's sum and factor: 16 warps of those fill the registers.
+    A thread holds 32 elements, with their columns' sums and factors: 16 warps of those fill the registers.
     """
     width = triton.next_power_of_2(columns)
     rows = max(1, PASS_TILE // width)
     warps = min(32, max(1, rows * width // (32 * PASS_THREAD_ELEMENTS)))
-    return {"ROWS": rows, "COLUMNS": width, "num_warps": warps}, max(1, 16 // warps)
+    stages = min(MOST_STAGES, 1 + PASS_BUFFER // (rows * width * itemsize))
+    return {"STAGES": stages, "ROWS": rows, "COLUMNS": width, "num_warps": warps}, max(1, 16 // warps)
 
 
 if triton_kernels.available():
@@ -281,24 +295,33 @@ if triton_kernels.available():
     @triton.jit
     def _sinkhorn_pass(
         g, g_row, g_column, a, b, a_new, column_sums, rows, columns, wanted, eps,
-        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        ROWS_PER_PROGRAM: tl.constexpr, STAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        wanted, eps = tl.cast(wanted, tl.float32), tl.cast(eps, tl.float32)
         program = tl.program_id(0)
         j = tl.arange(0, COLUMNS).to(tl.int64)
         weights = tl.load(b + j, mask=j < columns, other=0)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for tile in range(0, ROWS_PER_PROGRAM, ROWS):
+        for tile in tl.range(0, ROWS_PER_PROGRAM, ROWS, num_stages=STAGES):
             i, inside = _rows_of(program, tile, rows, ROWS_PER_PROGRAM, ROWS)
             x = _load(g, i, g_row, j, g_column, inside, columns)
             weighted = x * weights[None, :]
             norm = tl.sqrt_rn(tl.sum(weighted * weighted, 1))
-            before = tl.load(a + i, mask=inside, other=0)
-            factor = tl.where(norm == 0, 0.0, before * wanted / (before * norm + eps))
+            factor = _factor(tl.load(a + i, mask=inside, other=0), norm, wanted, eps)
             tl.store(a_new + i, factor, mask=inside)
             x *= tl.where(inside, factor, 0.0)[:, None]
             sums += x * x
         tl.store(column_sums + program.to(tl.int64) * columns + j, tl.sum(sums, 0), mask=j < columns)
+
+    @triton.jit
+    def _rescaled(factors, norms, new, size, wanted, eps, BLOCKS: tl.constexpr):
+        i = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+        factor, norm = tl.load(factors + i, mask=i < size, other=0), tl.load(norms + i, mask=i < size, other=0)
+        tl.store(new + i, _factor(factor, norm, wanted, eps), mask=i < size)
+
+    @triton.jit
+    def _factor(before, norm, wanted, eps):
+        wanted, eps = tl.cast(wanted, tl.float32), tl.cast(eps, tl.float32)
+        return tl.where(norm == 0, 0.0, before * wanted / (before * norm + eps))
 
     @triton.jit
     def _scale_and_subtract(

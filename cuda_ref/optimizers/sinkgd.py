@@ -45,6 +45,7 @@ def sinkgd_step(
     eps: float,
     weight_decay: float | torch.Tensor,
     norms: Callable[[torch.Tensor, float], Norms] | None = None,
+    rescale: Callable[..., torch.Tensor] | None = None,
     update: Callable[..., Any] | None = None,
     shards: RowShards | None = None,
 ) -> torch.Tensor:
@@ -56,13 +57,14 @@ def sinkgd_step(
         learning_rate, weight_decay (Tensor or float): :math:`\\eta` and the decoupled :math:`\\lambda`.
         passes (int): :math:`L`. 2 bring the rows within 0.3 % of one size, 3 within 0.01 %.
         eps (float): :math:`\\epsilon`.
-        norms, update (callable, optional): In the places of ``norms_by_products`` and ``update_matrix``.
+        norms, rescale, update (callable, optional): In the places of ``norms_by_products``, ``rescaled`` and
+            ``update_matrix``.
         shards (RowShards, optional): Of a matrix whose rows lie on several ranks; ``w`` and ``g`` are this rank's.
 
     Returns:
         ``w``, overwritten.
     """
-    a, b = sinkhorn_factors(g, passes, eps, norms or norms_by_products, shards)
+    a, b = sinkhorn_factors(g, passes, eps, norms or norms_by_products, shards, rescale)
     return (update or update_matrix)(w, g, a, b, learning_rate, weight_decay)
 
 
@@ -72,6 +74,7 @@ def sinkhorn_factors(
     eps: float,
     norms: Callable[[torch.Tensor, float], Norms],
     shards: RowShards | None = None,
+    rescale: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors a, (..., m), and b, (..., n), of the rows and columns of ``g``, float32.
 
@@ -84,7 +87,7 @@ def sinkhorn_factors(
         a, column_norms = one_pass(a, b)
         if shards is not None:
             column_norms = torch.sqrt(shards.sum_over_ranks(torch.square(column_norms)))
-        b = rescaled(b, column_norms, m, eps)
+        b = (rescale or rescaled)(b, column_norms, m, eps)
     return a, b
 
 
@@ -189,7 +192,8 @@ class SinkGD(BodyOptimizer):
         if "m" not in state:
             kernels = {}
             if self.by_triton(w):
-                kernels = {"norms": triton_body.norms, "update": triton_body.update_matrix}
+                kernels = {"norms": triton_body.norms, "rescale": triton_body.rescaled}
+                kernels["update"] = triton_body.update_matrix
             shards = shards if w.ndim == 2 else None  # else whole matrices
             sinkgd_step(w, g, lr, self.passes, eps, decay, shards=shards, **kernels)
             return
