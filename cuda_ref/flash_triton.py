@@ -80,7 +80,7 @@ if triton_kernels.available():
         if rest is not None:
             y += _half_unit(y) * (tl.load(rest + at, mask=inside, other=0).to(tl.float32) * (1 / 127))
         scale = tl.load(m_scales + group, mask=is_group, other=0)
-        old = decoded_momentum(tl.load(m + at, mask=has_codes, other=0), scale)
+        old = _decoded_momentum(tl.load(m + at, mask=has_codes, other=0), scale)
         if v is not None:
             step = tl.load(t)
             rate = learning_rate / _one_minus_exp(step * tl.cast(log_beta1, tl.float32))
@@ -90,7 +90,7 @@ if triton_kernels.available():
             root = _root(_running_mean(root * root, x * x, beta2, forget2, False))
             new = _running_mean(old, x, beta1, forget1, False)
             y = kept * y - rate * (new / (root * unbiased + eps))
-            largest = largest_of(root, least)
+            largest = _largest_of(root, least)
             tl.store(v_scales + group, largest, mask=is_group)
             codes = 255 * (root * (1 / largest)[:, None])
             # No positive second moment gets the code 0.
@@ -101,9 +101,9 @@ if triton_kernels.available():
             new = _running_mean(old, x, beta2, forget2, False)
             sign = (direction > 0).to(tl.float32) - (direction < 0).to(tl.float32)
             y = kept * y - learning_rate * tl.where(direction == direction, sign, direction)
-        largest = largest_of(new, least)
+        largest = _largest_of(new, least)
         tl.store(m_scales + group, largest, mask=is_group)
-        tl.store(m + at, momentum_codes(new, largest), mask=has_codes)
+        tl.store(m + at, _momentum_codes(new, largest), mask=has_codes)
         if BFLOAT16:
             low = _to_bfloat16(y)
             if rest is not None:
@@ -115,7 +115,7 @@ if triton_kernels.available():
         tl.store(w + at, y.to(w.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def decoded_momentum(codes, scales):
+    def _decoded_momentum(codes, scales):
         """As ``decode_momentum`` of ``cuda_ref.optimizers.companded``, of (GROUPS, 32) and (GROUPS,)."""
         code = codes.to(tl.float32)
         # y / (2 - |y|) is code / (254 - |code|): a reciprocal root, twice, is a third of a division of any numbers.
@@ -123,14 +123,14 @@ if triton_kernels.available():
         return scales[:, None] * (code * one_over * one_over)
 
     @triton.jit
-    def momentum_codes(moment, scales):
+    def _momentum_codes(moment, scales):
         """As ``encode_momentum`` of ``cuda_ref.optimizers.companded`` by these scales."""
         z = moment * (1 / scales)[:, None]
         one_over = tl.rsqrt(1 + tl.abs(z))
         return tl.floor(254 * (z * one_over * one_over) + 0.5).to(tl.int8)
 
     @triton.jit
-    def largest_of(moments, least):
+    def _largest_of(moments, least):
         """The largest magnitude of each group, (GROUPS,), at least that; NaN where there is one.
 
         By their bits, whose order is that of the magnitudes, with NaN above all.

@@ -21,8 +21,8 @@ if triton_kernels.available():
     # Triton finds what a kernel calls among the globals of its file.
     _load, _rows_of = triton_kernels._load, triton_kernels._rows_of
     _one_minus_exp, _running_mean = triton_kernels._one_minus_exp, triton_kernels._running_mean
-    decoded_momentum, momentum_codes = flash_triton.decoded_momentum, flash_triton.momentum_codes
-    largest_of = flash_triton.largest_of
+    _decoded_momentum, _momentum_codes = flash_triton._decoded_momentum, flash_triton._momentum_codes
+    _largest_of = flash_triton._largest_of
 
 __all__ = [
     "mean_magnitudes",
@@ -40,7 +40,7 @@ TILE, LONGEST_PIECE = 4096, 32768
 FLAT_GROUPS = {False: 32, True: 64}  # of its update, a program: by whether the momentum is float32
 BLOCKS_PER_PROGRAM = 512
 # Of a Sinkhorn pass, which takes whole rows. As many programs as an H100 or H200 runs at once, of 132 multiprocessors;
-# but each leaves a sum of every column, so it takes 8 rows at least. Rows to come wait in shared memory, 64 KiB at most.
+# but each leaves a sum of every column, so it takes 8 rows at least. Rows to come wait in 64 KiB of shared memory.
 PASS_TILE, PASS_THREAD_ELEMENTS, FEWEST_PASS_ROWS, MULTIPROCESSORS = 4096, 32, 8, 132
 MOST_STAGES, PASS_BUFFER = 3, 65536
 UPDATE_TILE = {"ROWS": 8, "COLUMNS": 512}
@@ -279,7 +279,7 @@ if triton_kernels.available():
             moment = tl.load(m + at, mask=inside, other=0)
         else:
             scale = tl.load(scales + group, mask=some, other=0)
-            moment = decoded_momentum(tl.load(m + at, mask=has_codes, other=0), scale)
+            moment = _decoded_momentum(tl.load(m + at, mask=has_codes, other=0), scale)
         x = tl.load(g + at, mask=inside, other=0).to(tl.float32)
         moment = _running_mean(moment, x, beta1, forget1, False)
         new = decay * tl.load(w + at, mask=inside, other=0).to(tl.float32) - rate * moment
@@ -288,9 +288,9 @@ if triton_kernels.available():
             tl.store(m + at, moment, mask=inside)
         else:
             moment = tl.where(inside, moment, 0)
-            scale = largest_of(moment, least)
+            scale = _largest_of(moment, least)
             tl.store(scales + group, scale, mask=some)
-            tl.store(m + at, momentum_codes(moment, scale), mask=has_codes)
+            tl.store(m + at, _momentum_codes(moment, scale), mask=has_codes)
 
     @triton.jit
     def _sinkhorn_pass(

@@ -146,11 +146,7 @@ if triton is not None:
             beta2 = tl.load(beta2)
             forget = 1 - beta2
         beta2, forget = tl.cast(beta2, tl.float32), tl.cast(forget, tl.float32)  # torch.compile passes 64 bits
-        if beta2 < 0.5:
-            mean = beta2 * moment + forget * x
-        else:
-            mean = moment + forget * (x - moment)
-        return mean
+        return beta2 * moment + forget * x if beta2 < 0.5 else moment + forget * (x - moment)
 
     @triton.jit
     def _update_table(

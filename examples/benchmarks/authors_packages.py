@@ -5,9 +5,10 @@
     PYTHONPATH=.:/tmp/authors python examples/benchmarks/authors_packages.py --out RESULT.json
 
 The packages are called as they are, and are no dependencies of this project; a missing one leaves rows with an
-``error``. Of the author's Ember there is no package. All start from equal weights and get equal gradients. `way_error`
-is how far the weights are, after ten steps, from those of the same rule in float64, over how far these have gone;
-`from_authors` is the same between the two implementations. Times are of the GPU alone, as in cuda_table_step.py.
+``error``. SinkGD stands alone, and of the author's Ember there is no package. All start from equal weights and get
+equal gradients. `way_error` is how far the weights are, after ten steps, from those of the same rule in float64, over
+how far these have gone; `from_authors` is the same between the two implementations. Times are of the GPU alone, as in
+cuda_table_step.py.
 `--smoke` runs every line on a CPU with tiny shapes; its times are null, and FlashOptim has no CPU.
 """
 
@@ -20,11 +21,11 @@ import torch
 from benchmarking import SEED, at_least_one, in_this_process, machine, write
 from cuda_table_step import milliseconds
 
-from cuda_ref import AdamMini, FlashAdamW
+from cuda_ref import AdamMini, FlashAdamW, SinkGD
 
 SHAPES, TINY = [(4096, 12288), (151_936, 1024)], [(32, 64)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STEPS = 10
+STEPS, PASSES = 10, 2
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -51,6 +52,7 @@ OPTIMIZERS = {
     "FlashAdamW": (None, lambda w: FlashAdamW([w], **OPTIONS), "FlashAdamW", DTYPES),
     "FlashAdamW 24 bits, authors'": ("flashoptim", partial(their_flash_adamw, bits=24), "24 bits", ["bfloat16"]),
     "FlashAdamW 24 bits": (None, lambda w: FlashAdamW([w], weights="bf16+int8", **OPTIONS), "24 bits", ["bfloat16"]),
+    f"SinkGD, {PASSES} passes": (None, lambda w: SinkGD([w], passes=PASSES, **OPTIONS), "SinkGD", DTYPES),
 }
 
 
@@ -77,12 +79,23 @@ def exact_way(rule, shape, dtype, device):
     beta1, beta2 = OPTIONS["betas"]
     for t, g in enumerate(gradients(shape, dtype, device), start=1):
         g = g.double()
+        if rule == "SinkGD":
+            w.mul_(1 - OPTIONS["lr"] * OPTIONS["weight_decay"]).sub_(of_one_size(g), alpha=OPTIONS["lr"])
+            continue
         m.lerp_(g, 1 - beta1)
         squares = g.square().mean(dim=1, keepdim=True) if rule == "Adam-mini" else g.square_()
         v = beta2 * v + (1 - beta2) * squares
         w.mul_(1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
         w.addcdiv_(m, (v / (1 - beta2**t)).sqrt() + OPTIONS["eps"], value=-OPTIONS["lr"] / (1 - beta1**t))
     return w.sub_(before).float()
+
+
+def of_one_size(g):
+    """SinkGD's step: rows and columns brought to a root mean square of 1, in turns, in place."""
+    for _ in range(PASSES):
+        for dim in (1, 0):
+            g.mul_(g.shape[dim] ** 0.5 / (g.norm(dim=dim, keepdim=True) + OPTIONS["eps"]))
+    return g
 
 
 def measure(make, shape, dtype, device, exact, theirs, repeats):

@@ -5,11 +5,12 @@ import torch
 from torch_family import AGREEMENT, as_float64, gradient, start
 
 from cuda_ref import AdamMini, FlashAdamW, FlashLion, SinkGD, flash_triton, triton_body, triton_kernels
+from cuda_ref.optimizers.split_weights import join
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(not triton_kernels.available(DEVICE), reason="Triton is not installed")
 
-# Rows of whole groups of 32 and of broken ones, of one element, one row, longer than a piece; vectors, numbers, experts.
+# Rows of whole groups of 32 and of others, of one element, one row, longer than a piece; vectors, numbers, experts.
 SHAPES = [(6, 64), (9, 33), (3, 100), (40, 1), (1, 96), (1, 1), (2, 300), (130,), (), (3, 5, 33), (2, 7, 32)]
 KINDS = {
     "AdamMini": (AdamMini, {}),
@@ -116,3 +117,32 @@ def test_moments_of_very_small_and_large_gradients_keep_their_codes(scale):
     for name in ("m", "v"):
         assert (states[0][name].int() - states[1][name].int()).abs().max() <= 1, name
     torch.testing.assert_close(states[0]["v_scales"], states[1]["v_scales"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [FlashAdamW, FlashLion])
+@pytest.mark.parametrize("shape", [(6, 64), (9, 33)], ids=str)
+def test_a_weight_with_its_rest_steps_as_by_plain_operations(kind, shape, tiles):
+    found = []
+    for name in ("triton", "eager"):
+        w = start(shape, "bfloat16", DEVICE)
+        optimizer = kind([w], lr=1e-3, weight_decay=0.1, weights="bf16+int8", implementation=name)
+        for t in range(2):
+            w.grad = torch.tensor(gradient(shape, t), device=DEVICE).bfloat16()
+            optimizer.step()
+        found.append(join(w.detach(), optimizer.state[w]["rest"]))
+    # A rest that is rounded the other way is 1/127 of half a bfloat16's unit; a flipped code is 1/127 of a step.
+    allowed = (1e-3 if kind is FlashAdamW else 0) / 127 + 2.0**-14 * found[1].abs() + 1e-9
+    assert ((found[0] - found[1]).abs() <= allowed).all()
+
+
+def test_what_is_not_finite_or_beyond_bfloat16_has_no_rest():
+    w = torch.nn.Parameter(torch.ones(1, 32, dtype=torch.bfloat16, device=DEVICE))
+    w.data[0, :3] = torch.tensor([torch.inf, torch.nan, torch.finfo(torch.bfloat16).max], dtype=torch.bfloat16)
+    optimizer = FlashLion([w], lr=1e-3, weights="bf16+int8", implementation="triton")
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    optimizer.state[w]["rest"][0, 2] = 127  # with it the weight is half a unit beyond the largest
+    optimizer.step()
+    assert w[0, :3].tolist()[::2] == [torch.inf, torch.inf]
+    assert torch.isnan(w[0, 1])
+    assert optimizer.state[w]["rest"][0, :3].tolist() == [0, 0, 0]
