@@ -1,7 +1,8 @@
 """What AdamMini, SinkGD and SAGE do to whole weights, in Triton: arrays are read as often as must be, and none is made.
 
-Row means and column sums come from the first kernel of ``triton_kernels``. No atomics: the same input gives the same
-bits. All arithmetic is float32.
+AdamMini reads a gradient for the means of its rows, and again with the weight. SinkGD reads it once a pass, SAGE once
+for its statistics, and both once more with the weight. No atomics: the same input gives the same bits. All arithmetic
+is float32.
 """
 
 import math
@@ -37,7 +38,7 @@ __all__ = [
 
 # Of AdamMini. Elements of a tile whose rows are averaged, and how many of a row one program takes at most.
 TILE, LONGEST_PIECE = 4096, 32768
-FLAT_GROUPS = {False: 32, True: 64}  # of its update, a program: by whether the momentum is float32
+FLAT_GROUPS, CODED_GROUPS = 64, 32  # of its update, a program: with float32 momentum, and with codes
 BLOCKS_PER_PROGRAM = 512
 # Of a Sinkhorn pass, which takes whole rows. As many programs as an H100 or H200 runs at once, of 132 multiprocessors;
 # but each leaves a sum of every column, so it takes 8 rows at least. Rows to come wait in 64 KiB of shared memory.
@@ -94,7 +95,7 @@ def update_flat(
     """
     codes, scales = m if isinstance(m, tuple) else (m, None)
     decay, columns = launchable(decay, w.device), w.shape[1]
-    per_program = FLAT_GROUPS[scales is None]
+    per_program = FLAT_GROUPS if scales is None else CODED_GROUPS
     with device_of(w):
         _update_groups[(triton.cdiv(w.numel(), GROUP * per_program),)](
             w, g, codes, scales, rates, decay, w.numel(), columns, columns // GROUP, int(len(rates) > 1),

@@ -26,7 +26,7 @@ IN_CODES = ("AdamMini int8", "FlashAdamW", "FlashLion")
 def tiles(request, monkeypatch):
     """The kernels with their own tiles, and with such that every weight takes several programs."""
     if request.param == "cut small":
-        of_the_body = {"TILE": 32, "LONGEST_PIECE": 64, "BLOCKS_PER_PROGRAM": 4, "FLAT_GROUPS": {False: 2, True: 4}}
+        of_the_body = {"TILE": 32, "LONGEST_PIECE": 64, "BLOCKS_PER_PROGRAM": 4, "FLAT_GROUPS": 4, "CODED_GROUPS": 2}
         of_the_body |= {"PASS_TILE": 64, "FEWEST_PASS_ROWS": 3, "MULTIPROCESSORS": 1}
         of_the_body |= {"UPDATE_TILE": {"ROWS": 2, "COLUMNS": 16}}
         for name, value in of_the_body.items():
@@ -34,7 +34,7 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr(flash_triton, "GROUPS_PER_PROGRAM", 2)
 
 
-def stepped(kind, shapes, implementation, rate=1e-2, steps=3, model=None):
+def stepped(kind, shapes, implementation, rate=1e-2, steps=2, model=None):
     made, options = KINDS[kind]
     options = options | ({"model": model} if model is not None else {})
     weights = [start(shape, device=DEVICE) for shape in shapes] if model is None else list(model.parameters())
@@ -70,10 +70,10 @@ def test_a_weight_of_any_shape_steps_as_by_plain_operations(kind, tiles):
     assert_alike(kind, SHAPES, *(stepped(kind, SHAPES, name) for name in ("triton", "eager")))
 
 
-def test_a_learning_rate_in_a_tensor_is_the_number_in_it(tiles):
-    for kind in KINDS:
-        number, tensor = (stepped(kind, SHAPES, "triton", rate)[0] for rate in (0.25, torch.tensor(0.25)))
-        assert all(torch.equal(*pair) for pair in zip(number, tensor, strict=True)), kind
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_learning_rate_in_a_tensor_is_the_number_in_it(kind):
+    number, tensor = (stepped(kind, [(9, 33)], "triton", rate, steps=1)[0] for rate in (0.25, torch.tensor(0.25)))
+    assert torch.equal(*number, *tensor)
 
 
 @pytest.mark.parametrize("kind", ["AdamMini", "AdamMini int8"])
