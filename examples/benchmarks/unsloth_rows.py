@@ -1,13 +1,13 @@
 """Memory and time of a step on all weights of Qwen3-0.6B (bf16, random weights) in unsloth, beside plain transformers.
 
-    pip install --target /tmp/unsloth unsloth
-    PYTHONPATH=.:/tmp/unsloth python examples/benchmarks/unsloth_rows.py --out RESULT.json
+    pip install unsloth  # in an environment of its own
+    PYTHONPATH=. python examples/benchmarks/unsloth_rows.py --out RESULT.json
 
 unsloth is called from its package and is no dependency of this project: its files are under Apache, LGPL and AGPL, and
 nothing of it is copied or kept. Where it is missing its rows have an ``error``. Its loader, its loss and its gradient
-checkpointing are as it sets them: inputs of layers go to the host's memory. The 8-bit AdamW is bitsandbytes' own, with
-8 bits for the tables too. Both libraries load one folder and get the same tokens, so that their losses tell whether
-they compute the same.
+checkpointing are as it sets them: norms in float32, and inputs of layers from 2 MB on in the host's memory, which is
+not counted here. The 8-bit AdamW is bitsandbytes' own, with 8 bits for the tables too. Both libraries load one folder
+and get the same tokens, so that their losses tell whether they compute the same.
 
 The peak is of the steps after the warm-up; held is what is allocated between steps, weights and all. A library has a
 process of its own for each model, and its rows run there one after another. ``--smoke`` is a tiny model on the CPU;
@@ -29,14 +29,13 @@ from pathlib import Path
 from benchmarking import SEED, at_least_one, in_this_process, machine, write
 from training_memory_rows import MODELS, TINY
 
+TYINGS = ("untied", "tied")
 TOKENS = ("1x512", "4x1024")
 OPTIMIZERS = {"unsloth": ("fused AdamW", "8-bit AdamW"), "transformers": ("fused AdamW",)}
 WARM_UP = 3
 LONGEST = 2048  # below 512 unsloth keeps the inputs of layers on the device
-OFFLINE = {  # there is nothing to download, and it shall not ask
+OFFLINE = {  # there is nothing to download; unsloth sets the flags of transformers and datasets by the first
     "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
 }
@@ -71,12 +70,11 @@ def make_folder(folder, config, device):
 
 def load(library, folder, device):
     """The model of a folder in training, with gradient checkpointing."""
-    if library == "unsloth":
-        from unsloth import FastLanguageModel  # before anything imports transformers, which it changes
-
     import torch
 
     if library == "unsloth":
+        from unsloth import FastLanguageModel
+
         model, _ = FastLanguageModel.from_pretrained(
             str(folder), full_finetuning=True, dtype=torch.bfloat16, load_in_4bit=False, max_seq_length=LONGEST,
             use_gradient_checkpointing="unsloth",
@@ -110,6 +108,8 @@ def measure(library, folder, tokens, optimizer, device, steps):
 
 
 def _measure(library, folder, tokens, optimizer, device, steps):
+    if library == "unsloth":
+        import unsloth  # noqa: F401 - first of all: it sets PyTorch's allocator, and changes transformers
     import torch
 
     on_gpu = device == "cuda"
@@ -125,7 +125,10 @@ def _measure(library, folder, tokens, optimizer, device, steps):
         if on_gpu and step == WARM_UP:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+        loss, logits = output.loss, output.logits
+        whole_logits = torch.is_tensor(logits) and logits.numel() > 0
+        del output, logits
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,6 +149,7 @@ def _measure(library, folder, tokens, optimizer, device, steps):
         "seconds": round(seconds, 5),
         "tokens_a_second": round(ids.numel() / seconds, 1),
         "first_seconds": round(times[0], 2),
+        "whole_logits": whole_logits,  # or chunks, inside the loss
         "attention": model.config._attn_implementation,
         "losses": [round(loss, 4) for loss in losses],
     }
@@ -164,8 +168,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=at_least_one, default=9, help="timed, after three")
+    parser.add_argument("--models", nargs="+", choices=TYINGS, default=TYINGS)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     args = parser.parse_args(argv)
+    import torch  # not above, for a row's process imports this file, too
+
+    if not args.smoke and not torch.cuda.is_available():
+        parser.exit(2, "unsloth_rows.py: error: no CUDA device here; --smoke runs on the CPU\n")
     device = "cpu" if args.smoke else "cuda"
     config, tokens = MODELS["qwen3-0.6b"], TOKENS
     if args.smoke:
@@ -176,7 +185,7 @@ def main(argv=None):
     write(args.out, report)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.update(OFFLINE | {name: f"{scratch}/{name.lower()}" for name in CACHES})
-        for tying in ("untied", "tied"):
+        for tying in args.models:
             folder = Path(scratch) / tying
             make_folder(folder, config | {"tie_word_embeddings": tying == "tied"}, device)
             for library in OPTIMIZERS:
