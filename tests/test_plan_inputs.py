@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+from mlx_lm.utils import load_tokenizer
 from tiny_models import write_data, write_model
 
 from ember_mlx.commands.plan import main
 from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.base_models import load_base
+from ember_mlx.finetune.data import load_data
 from ember_mlx.finetune.options import defaults
 from ember_mlx.planner import advice, alternatives, plan
 from ember_mlx.planner.inputs import read_inputs, with_rows_of_data
@@ -92,6 +95,17 @@ def test_what_epochs_make_comes_before_the_length_of_rows(parse):
     of_epochs, *_, of_rows = with_rows_of_data(args, read_inputs(args)).assumptions
     assert of_epochs.startswith("--epochs 1 is ")
     assert "--max-seq-length 20 cuts" in of_rows  # which train tells alone
+
+
+def test_rows_are_counted_as_train_counts_them(parse, tmp_path, capsys):
+    """Those that are split off for validation, and the longest, which fills no batch."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": "y" * (20 + i)}) + "\n" for i in range(11)))
+    args = parse("--data", tmp_path, "--batch-size", 2) | {"epochs": 2.0}
+    split, of_epochs, _ = with_rows_of_data(args, read_inputs(args)).assumptions
+    load_data(args, load_tokenizer(Path(args.model)))
+    assert split in capsys.readouterr().out
+    assert "2 of 11 rows are split off" in split
+    assert of_epochs.endswith("2 passes over 9 rows (4 batches; the longest row fills no batch)")
 
 
 def test_a_short_run_is_told_that_it_may_draw_shorter_rows(parse):

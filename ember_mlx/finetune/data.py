@@ -30,6 +30,7 @@ __all__ = [
     "load_data",
     "load_sets",
     "may_validate",
+    "split_off",
 ]
 
 SETS = ("train", "valid", "test")
@@ -114,7 +115,7 @@ def check_data_folder(args: Options, given: Rows | None = None) -> int | None:
 
 def _that_train(args, sizes):
     rows = sizes.get("train", 0)
-    return rows if sizes.get("valid") else rows - _split_off(args, rows)[0]
+    return rows if sizes.get("valid") else rows - split_off(args, rows)[0]
 
 
 def _near(path):
@@ -223,7 +224,7 @@ def _sets(args, tokenizer, given):
         rprint(f"Warning: --valid-fraction {args.valid_fraction:g}: no effect: the data has validation rows")
     if args.train and not placed["valid"][0]:
         rows, layout = placed["train"]
-        size, told = _split_off(args, len(rows))
+        size, told = split_off(args, len(rows))
         rprint(told)
         if size:
             chosen = set(np.random.RandomState(args.seed).permutation(len(rows))[:size].tolist())
@@ -239,8 +240,8 @@ def _data_set(args: Options, placed: list[PlacedRow], layout: Layout | None, tok
     return DataSet(with_masked_prompts(rows, args), lambda i: placed[i].place)
 
 
-def _split_off(args, rows):
-    """How many of the rows become validation rows, and what is said of it."""
+def split_off(args: Options, rows: int) -> tuple[int, str]:
+    """How many of the training rows become validation rows, where there are none, and what is said of it."""
     fraction = _valid_fraction(args)
     size = round(rows * fraction)
     if fraction and size < args.batch_size <= rows * MOST_OF_FEW:

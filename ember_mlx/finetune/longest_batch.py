@@ -29,8 +29,9 @@ class LongestBatch:
         width (int): Tokens of each of its rows, with the padding; the last token is only predicted.
         longest (int): Tokens of its longest row.
         is_cut (bool): Whether that is longer than ``--max-seq-length``; how much longer other rows are was not asked.
-        tokenized, rows (int): How many rows were tokenized, those of the most characters, of how many. Where these
-            differ and nothing is cut, a row of fewer characters could be one of more tokens.
+        tokenized, rows (int): How many rows were tokenized, those of the most characters, of how many in batches. Where
+            these differ and nothing is cut, a row of fewer characters could be one of more tokens.
+        all_rows (int): Those of a last, smaller batch too, which is left out.
         packs (int): With ``--packing``, how many packs the rows make; where not all were tokenized, about as many.
     """
 
@@ -39,6 +40,7 @@ class LongestBatch:
     is_cut: bool
     tokenized: int
     rows: int
+    all_rows: int
     packs: int = 0
 
 
@@ -81,7 +83,7 @@ def longest_batch(rows: Any, batch_size: int, max_seq_length: int, where: Callab
     if not longest:
         raise InputError(f"{where(0)}: the chat template makes nothing of it: see chat_template of the tokenizer")
     width = _padded(longest, max_seq_length)
-    return LongestBatch(width, longest, longest > max_seq_length, tokenized, len(of_batches))
+    return LongestBatch(width, longest, longest > max_seq_length, tokenized, len(of_batches), len(rows))
 
 
 def _packed_batch(found: DataSet, args: Options) -> LongestBatch:
@@ -100,7 +102,8 @@ def _packed_batch(found: DataSet, args: Options) -> LongestBatch:
     else:
         fullest, number = capacity, -(-sum(cut) * sum(sizes) // (characters * capacity))
     width = _padded(fullest, capacity)
-    return LongestBatch(width, max(lengths), max(lengths) > capacity, len(lengths), len(sizes), number)
+    cuts, rows = max(lengths) > capacity, len(sizes)
+    return LongestBatch(width, max(lengths), cuts, len(lengths), rows, rows, number)
 
 
 def _padded(tokens, max_seq_length):

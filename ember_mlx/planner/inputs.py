@@ -15,7 +15,7 @@ from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
 from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.choices import choose
-from ember_mlx.finetune.data import check_data_folder, file_of, is_local
+from ember_mlx.finetune.data import check_data_folder, file_of, is_local, split_off
 from ember_mlx.finetune.longest_batch import LongestBatch, longest_batches
 from ember_mlx.finetune.run_length import batches_an_epoch, passes, settled
 from ember_mlx.finetune.samples import read_prompts
@@ -124,7 +124,7 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
     if without:
         return _with_full_rows(args, inputs, without)
     batches = longest_batches(args, tokenizer)
-    rows = batches["train"].packs or batches["train"].rows
+    rows = batches["train"].packs or batches["train"].all_rows
     args = settled(args, batches_an_epoch(args, rows))
     if args.epochs is not None:  # only now is it known how far a schedule goes
         check_rates(args, tables=args.train_tables != "none")
@@ -132,6 +132,9 @@ def with_rows_of_data(args: options.Options, inputs: Inputs, *, usual_rows: bool
     lines = [f"{run.length} tokens: {_why_so_long(args, 'train', batches['train'])}"]
     if args.epochs is not None:
         lines.insert(0, f"--epochs {args.epochs:g} is {passes(args, rows)}")
+    if not file_of(args, "valid"):
+        every = sum(batches[name].all_rows for name in ("train", "valid") if name in batches)
+        lines.insert(0, split_off(args, every)[1])
     name = max(batches, key=lambda name: batches[name].width)
     if name != "train":
         run = replace(run, evaluation_length=batches[name].width - 1)
