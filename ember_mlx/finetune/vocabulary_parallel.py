@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ember_mlx.finetune.chunked_loss import backward_in_slices, forward_in_slices, loss_of
-from ember_mlx.optimizers.row_shards import RowShards
+from ember_mlx.optimizers.row_shards import RowShards, places_among
 from ember_mlx.shared.sizes_in_memory import words_of_a_sharded_head
 from ember_mlx.streaming.head_module import Head
 
@@ -38,9 +38,8 @@ def look_up(weight: mx.array, ids: mx.array, shards: RowShards) -> mx.array:
         ids: Of one shape on all workers.
         shards: Of the table.
     """
-    place = shards.gather(ids) - shards.first_row
-    inside = ((place >= 0) & (place < shards.rows))[..., None]
-    place = mx.where(inside.squeeze(-1), place, 0)
+    place, inside = places_among(shards.gather(ids), shards.first_row, shards.rows)
+    inside = inside[..., None]
 
     @mx.custom_function
     def rows(weight):

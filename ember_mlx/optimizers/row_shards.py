@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-__all__ = ["RowShards", "fault_of_sum_scatter"]
+__all__ = ["RowShards", "fault_of_sum_scatter", "places_among"]
 
 
 def fault_of_sum_scatter(size: int) -> RuntimeError | None:
@@ -18,6 +18,15 @@ def fault_of_sum_scatter(size: int) -> RuntimeError | None:
     except RuntimeError as error:
         return error
     return None
+
+
+def places_among(ids: mx.array, first_row: int, rows: int) -> tuple[mx.array, mx.array]:
+    """Where the ids of a table stand among ``rows`` of its rows from ``first_row`` on, and whether they do.
+
+    Those that do not are spread over the rows: where all of them add their zeros to one, a GPU takes them one by one.
+    """
+    place = ids - first_row
+    return place % rows, (place >= 0) & (place < rows)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
+from ember_mlx.optimizers.row_shards import places_among
 from ember_mlx.streaming.head import StreamedHead
 
 __all__ = ["LookedUpRows", "Machines", "Reduce", "buckets"]
@@ -113,8 +114,7 @@ class Machines:
         block, of_block = head.blocks[number], head.block_gradient(number)
         if looked_up is not None:
             ids, added = looked_up
-            inside = mx.logical_and(ids >= block.start, ids < block.stop)
-            places = mx.where(inside, ids - block.start, 0)
+            places, inside = places_among(ids, block.start, block.stop - block.start)
             of_block = of_block.at[places].add(mx.where(inside[:, None], added, 0))
         return self.mean(of_block)
 

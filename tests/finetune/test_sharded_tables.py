@@ -18,7 +18,7 @@ from tiny_models import write_data, write_model
 from ember_mlx.finetune import checkpoints, options
 from ember_mlx.finetune.run import run
 from ember_mlx.kernels.stochastic_rounding import bit_keys
-from ember_mlx.optimizers.row_shards import RowShards
+from ember_mlx.optimizers.row_shards import RowShards, places_among
 from ember_mlx.shared.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +145,15 @@ def test_the_rows_of_all_workers_are_the_table_and_their_keys_its_keys(size, row
     seed, t = mx.array(7, mx.uint32), mx.array(3)
     parts = mx.concatenate([bit_keys(seed, t, each.rows, 4, each.first_row)[0] for each in shards])
     assert mx.array_equal(parts, bit_keys(seed, t, rows, 4)[0])
+
+
+def test_ids_of_other_workers_are_spread_over_the_rows_here():
+    """On a GPU additions to one row wait for each other, those of zeros too."""
+    ids = mx.arange(400)
+    place, inside = places_among(ids, 100, 50)
+    assert inside.tolist() == [100 <= i < 150 for i in range(400)]
+    assert place[100:150].tolist() == list(range(50))
+    assert mx.zeros(50, mx.int32).at[place].add(1).tolist() == [8] * 50
 
 
 @pytest.mark.parametrize(
