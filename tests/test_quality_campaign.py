@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import multiprocessing
+import re
 import threading
 
 import pytest
