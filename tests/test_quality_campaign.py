@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import multiprocessing
+import re
 import threading
 
 import pytest
@@ -219,6 +220,25 @@ def test_recipes_are_compared_seed_by_seed_and_what_they_forget_with_the_untrain
     assert f"| SinkGD; Ember | 2.0980 ± 0.9990 | 3 | -0.1020 ± {half:.4f} | 0.00032 0.0001 |" in text
     assert f"| SinkGD; Ember | -0.1020 ± {half:.4f} | -0.2040 ± {2 * half:.4f} | -0.900 ± 0.000 |" in text
     assert "| nothing trained | 3.0000 ± 1.0000 | 3 | +0.8000 ± 0.0000 |" in text
+
+
+def test_pretraining_has_the_rarest_tokens_and_pairs_in_place_of_other_data_sets(tmp_path):
+    lines, above = [], {("adamw", "adamw"): 0.0, ("sinkgd", "adamw"): 0.1, ("sinkgd", "sage"): 0.4}
+    for (body, tables), behind in above.items():
+        for step, seed in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, 2)):
+            for run in (plan.Run("llama-16k", tables, -5, -7 + step, seed, body=body),
+                        plan.Run("llama-16k", tables, -5 + step, -7, seed, body=body)):  # fmt: skip
+                loss = 4 + seed + abs(step) + behind * (1 + seed / 10)
+                lines.append({"run": dataclasses.asdict(run), "valid_loss": loss, "decile_counts": [10] * 10,
+                              "decile_losses": [loss, *[2 * loss] * 8, 3 * loss]})  # fmt: skip
+    recipes.write_tables(recipes.Recipes([], lines), tmp_path / "recipes.md")
+    text, half = (tmp_path / "recipes.md").read_text(), 12.706 * 0.005
+    assert "| most frequent tenth of the tokens | the other nine | the rarest |" in text
+    assert "other data sets" not in text
+    thrice = f"+0.3450 ± {3 * half:.4f} |"
+    assert re.search(rf"\| SinkGD; AdamW \| \+0.1150 ± {half:.4f} \| [^|]+ \| {re.escape(thrice)}", text)
+    assert f"| SinkGD; SAGE | SinkGD; AdamW | {thrice}" in text
+    assert "| Lion" not in text
 
 
 def test_tables_at_a_constant_rate_are_compared_with_ember_by_seed(tmp_path):

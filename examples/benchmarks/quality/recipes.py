@@ -29,6 +29,12 @@ ORDER = dict.fromkeys(
     (*plan.RECIPES, *plan.MORE_RECIPES, *plan.FLOOR_RECIPES, (BASELINE, "frozen"), UNTRAINED, *plan.PRETRAINING_RECIPES)
 )
 
+# Of pretraining, beside each other: the SAGE paper's claims, Ember beside SinkGD, and what its beta2 is worth.
+PAIRS = (
+    (("sinkgd", "sage"), ("lion", "lion")), (("sinkgd", "sage"), ("sinkgd", "adamw")),
+    (("sinkgd", "ember-growing"), ("sinkgd", "adamw")), (("adamw", "ember-growing"), (BASELINE, "ember")),
+)  # fmt: skip
+
 
 class Recipes:
     """All lines, by recipe: (optimizer of the body, optimizer of the tables)."""
@@ -125,23 +131,31 @@ def losses_table(results, setting):
 
 
 def forgetting_table(results, setting):
-    """Markdown: what a recipe does to tokens and to texts that the data hardly has; "" of pretraining."""
+    """Markdown: what a recipe does to tokens, and in fine-tuning to texts, that the data hardly has."""
     untrained = results.reported(setting, UNTRAINED).by_seed.get(1)
     adamw = results.reported(setting, ADAMW)
-    if not untrained or not adamw.by_seed:
+    if not adamw.by_seed:
         return ""
-    lines = [
-        "| body; tables | most frequent tenth of the tokens | the other nine | other data sets |",
-        "| --- | --- | --- | --- |",
-    ]
+    numbers = {"most frequent tenth of the tokens": lambda line: line["decile_losses"][0], "the other nine": rarer_loss}
+    if not untrained:  # pretraining, whose texts have some thousand tokens of the rarest tenth
+        numbers["the rarest"] = lambda line: line["decile_losses"][-1]
+    heads = ["body; tables", *numbers, *(["other data sets"] if untrained else [])]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
     for recipe in (recipe for recipe in results.recipes(setting) if recipe != UNTRAINED):
         reported = results.reported(setting, recipe)
-        tenths = ["" if recipe == ADAMW else in_interval(*paired(reported, adamw, number))
-                  for number in (lambda line: line["decile_losses"][0], rarer_loss)]  # fmt: skip
-        rises = [forgotten(line, untrained) for line in reported.by_seed.values()]
-        spread = f" ± {stdev(rises):.3f}" if len(rises) > 1 else ""
-        lines.append(f"| {name_of(recipe)} | {' | '.join(tenths)} | {mean(rises):+.3f}{spread} |")
+        cells = ["" if recipe == ADAMW else in_interval(*paired(reported, adamw, of)) for of in numbers.values()]
+        if untrained:
+            rises = [forgotten(line, untrained) for line in reported.by_seed.values()]
+            cells.append(f"{mean(rises):+.3f}" + (f" ± {stdev(rises):.3f}" if len(rises) > 1 else ""))
+        lines.append(f"| {name_of(recipe)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def pairs_table(results, setting):
+    """Markdown: the pairs of PAIRS of which both have runs."""
+    found = ((pair, against(*(results.reported(setting, recipe) for recipe in pair))) for pair in PAIRS)
+    rows = [f"| {name_of(a)} | {name_of(b)} | {in_interval(*how)} |" for (a, b), how in found if how[2]]
+    return "\n".join(["| body; tables | minus: body; tables | validation loss |", "| --- | --- | --- |", *rows])
 
 
 def tuning_table(results, setting):
@@ -234,7 +248,7 @@ def draw_differences(results, shown, figure, theme):
                 axes.errorbar([difference], [y], xerr=[0 if math.isnan(half) else half], marker="o", capsize=3,
                               color=theme.lines[0], linestyle="none", markevery=1)  # fmt: skip
         axes.axvline(0, color=theme.text, linewidth=1, linestyle="-", marker="")
-        axes.set_title(SETTINGS[setting].data.removeprefix("smollm2_"))
+        axes.set_title(SETTINGS[setting].data.removeprefix("smollm2_") if SETTINGS[setting].start else setting)
         axes.set_yticks(range(len(shared)), [name_of(recipe) for recipe in shared])
         axes.set_ylim(len(shared) - 0.5, -0.5)
         axes.grid(False, axis="y")
@@ -251,10 +265,11 @@ def write_tables(results, path, constant=()):
     for setting in results.settings:
         parts.append(f"## {setting}\n\n{in_words(setting)}.\n\n{losses_table(results, setting)}\n")
         if table := forgetting_table(results, setting):
-            parts.append(
-                "Loss minus AdamW's, by how frequent tokens are in the training text; then how much the loss on the "
-                f"other data sets rose above that of the untrained model:\n\n{table}\n"
-            )
+            rise = "; then how much the loss on the other data sets rose above that of the untrained model"
+            words = "Loss minus AdamW's, by how frequent tokens are in the training text"
+            parts.append(f"{words}{rise if SETTINGS[setting].start else ''}:\n\n{table}\n")
+        if not SETTINGS[setting].start:
+            parts.append(f"Beside each other:\n\n{pairs_table(results, setting)}\n")
         parts.append(f"Tuning, seed {TUNING_SEED}:\n\n{tuning_table(results, setting)}\n")
         parts += defaults_part(constant, setting)
     untrained = {SETTINGS[name].data: results.reported(name, UNTRAINED).by_seed.get(1) for name in results.settings}

@@ -67,7 +67,7 @@ SETTINGS = {
         )
         for data, steps in (("wikisql", 100), ("rasbt", 50), ("shakespeare", 400))
     },
-    # 71 M weights, 38 M of them in the body
+    # 72 M weights, 39 M of them in the body
     "llama-16k": Setting(
         Shape(32768, 512, 12, 8, 1408, tied=False),
         "text",
