@@ -308,12 +308,17 @@ def test_the_command_prints_the_phases(tmp_path, capsys):
     assert report["recommendations"][0]["saves"] > 0
 
 
-def test_the_benchmark_compares_streamed_steps(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_compares_streamed_and_ordinary_steps(tmp_path, monkeypatch, capsys):
     row, phases = "mini-qwen3/tied/1x64/lora/streamed/keep2", ("forward", "loss", "layers", "embedding")
-    result = {"peak_memory": 10**8, "phases": {name: {"peak": 10**8} for name in phases}}
+    ordinary, theirs = ("mini-qwen3/1x64/lora/ordinary-checkpointed", "mini-qwen3/1x64/lora-adamw/mlx-lm")
+    streamed = {"peak_memory": 10**8, "phases": {name: {"peak": 10**8} for name in phases}}
+    rows = {row: streamed, ordinary: {"peak_memory": 10**8, "phases": {}}, theirs: {"peak_memory": 10**8, "phases": {}}}
     machine = {"backend": "cuda", "device": "a GPU", "versions": {"mlx": "1.2.3"}}
-    (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": {row: result}}))
+    (tmp_path / "measured.json").write_text(json.dumps({"machine": machine, "rows": rows}))
     script = Path(__file__).parents[1] / "examples" / "benchmarks" / "planned_memory.py"
     words = ["--measured", tmp_path / "measured.json", "--out", tmp_path / "table.md"]
     run_here(script, *words, monkeypatch=monkeypatch, capsys=capsys)
-    assert f"| {row} | " in (tmp_path / "table.md").read_text()
+    written = (tmp_path / "table.md").read_text()
+    assert f"| {row} | " in written
+    assert f"| {ordinary} | " in written
+    assert theirs not in written

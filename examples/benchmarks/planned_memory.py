@@ -2,9 +2,9 @@
 
     python examples/benchmarks/planned_memory.py --measured RESULT.json --out planned_memory.md
 
-RESULT.json is of mlx_training_memory.py, of two_checkouts.py (the second checkout counts), or of streaming_memory.py,
-whose phases are compared too. Needs no GPU: the file says what was run, and on which backend. Left out are rows without
-the guard, which `train` has always, and ordinary steps of streaming_memory.py, which are not those of `train`.
+RESULT.json is of mlx_training_memory.py, of two_checkouts.py (the second checkout counts), or of streaming_memory.py:
+of that, streamed steps phase by phase, then the ordinary ones. Needs no GPU: the file says what was run, and on which
+backend. Left out are rows without the guard, which `train` has always, and steps that are not those of `train`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from ember_mlx.finetune import options
 from ember_mlx.planner import Plan, plan, read_architecture, run_of
 
 TARGET = 0.10
+WAYS = {"a streamed": ("streamed",), "an ordinary": ("ordinary", "ordinary-checkpointed")}  # as train steps
 
 
 def planned(row: str, backend: str) -> Plan:
@@ -31,35 +32,35 @@ def planned(row: str, backend: str) -> Plan:
     return plan(model, run, backend)
 
 
-def planned_stream(row: str, backend: str) -> Plan:
+def planned_recipe(row: str, backend: str) -> Plan:
     model = read_architecture(streaming_rows.config_of(row), row)
     args = options.parse([*streaming_rows.words_of(row), *streaming_rows.streaming_words_of(row)])
     run = run_of(args | {"optimizer_config": streaming_rows.optimizer_config_of(row)}, model)
     found = plan(model, run, backend)
-    return replace(found, peak=max(found.phases.values()))  # of the step: it was not validated
+    return replace(found, peak=max(found.phases.values(), default=found.peak))  # of the step: it was not validated
 
 
-def compare_streams(report: dict) -> list[tuple[str, Plan, dict]]:
-    """Of each measured row that streams: its name, its plan, and what was measured."""
+def compare_recipes(report: dict, ways: tuple[str, ...]) -> list[tuple[str, Plan, dict]]:
+    """Of each measured row that is stepped in one of these ways: its name, its plan, and what was measured."""
     backend = report["machine"]["backend"]
     rows = {row: result for row, result in report["rows"].items() if "peak_memory" in result}
     return [
-        (row, planned_stream(row, backend), result)
+        (row, planned_recipe(row, backend), result)
         for row, result in rows.items()
-        if streaming_rows.parts_of(row)["way"] == "streamed"
+        if streaming_rows.parts_of(row)["way"] in ways
     ]
 
 
-def table_of_streams(compared, machine) -> str:
-    """As Markdown, with how many rows are within the target."""
+def table_of_recipes(compared, kind, machine) -> str:
+    """As Markdown, with how many rows are within the target; the phases of those that have them."""
     errors = [predicted.peak / result["peak_memory"] - 1 for _, predicted, result in compared]
     names = list(compared[0][1].phases)
     lines = [
-        f"# Peak of a streamed step, predicted and measured: {machine['device']}, MLX {machine['versions']['mlx']}",
+        f"# Peak of {kind} step, predicted and measured: {machine['device']}, MLX {machine['versions']['mlx']}",
         "",
-        f"{_summary(errors)}. Whole steps, in MB of 10^6 bytes; then the errors phase by phase.",
+        f"{_summary(errors)}. Whole steps, in MB of 10^6 bytes{'; then the errors phase by phase' if names else ''}.",
         "",
-        f"| model/batch x tokens/recipe/way | predicted, MB | measured, MB | error | {' | '.join(names)} |",
+        f"| {' | '.join(['model/batch x tokens/recipe/way', 'predicted, MB', 'measured, MB', 'error', *names])} |",
         f"| --- | ---: | ---: | ---: |{' ---: |' * len(names)}",
     ]
     for (row, predicted, result), error in zip(compared, errors, strict=True):
@@ -67,8 +68,8 @@ def table_of_streams(compared, machine) -> str:
             f"{predicted.phases[name] / result['phases'][name]['peak'] - 1:+.1%}" if name in predicted.phases else ""
             for name in names
         ]
-        peaks = f"{predicted.peak / 1e6:.1f} | {result['peak_memory'] / 1e6:.1f}"
-        lines.append(f"| {row} | {peaks} | {error:+.1%} | {' | '.join(phases)} |")
+        peaks = [f"{predicted.peak / 1e6:.1f}", f"{result['peak_memory'] / 1e6:.1f}"]
+        lines.append(f"| {' | '.join([row, *peaks, f'{error:+.1%}', *phases])} |")
     return "\n".join(lines)
 
 
@@ -112,11 +113,15 @@ def main():
     parser.add_argument("--out", type=Path, help="a Markdown file to write the table to")
     args = parser.parse_args()
     report = read_report(args.measured)
-    streams = all(streaming_rows.ROW.fullmatch(row) for row in report["rows"])
-    compared = (compare_streams if streams else compare)(report)
-    if not compared or report["machine"].get("smoke"):
+    if all(streaming_rows.ROW.fullmatch(row) for row in report["rows"]):
+        compared = {kind: compare_recipes(report, ways) for kind, ways in WAYS.items()}
+        tables = [table_of_recipes(rows, kind, report["machine"]) for kind, rows in compared.items() if rows]
+    else:
+        rows = compare(report)
+        tables = [table(rows, report["machine"])] if rows else []
+    if not tables or report["machine"].get("smoke"):
         raise SystemExit(f"{args.measured}: must have rows that were measured, with the guard and without --smoke")
-    text = (table_of_streams if streams else table)(compared, report["machine"])
+    text = "\n\n".join(tables)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

@@ -1,6 +1,6 @@
 """The table of recipes as Markdown, and a picture of it, from a file of `streaming_memory.py --rows recipes`.
 
-    python examples/benchmarks/recipes_report.py examples/benchmarks/results/recipes_cpu.json
+    python examples/benchmarks/recipes_report.py RESULT.json > RESULT.md
     python examples/benchmarks/recipes_report.py RESULT.json --draw 'qwen3-0.6b, 1 x 512'
 
 Prints a table for each model and batch that was measured. With `--draw` it writes memory_of_recipes_light.svg and
@@ -42,14 +42,15 @@ def main():
     args = parser.parse_args()
     report = read_report(args.measured)
     cases = cases_of(report["rows"])
-    print("\n\n".join(table(case, rows) for case, rows in cases.items()))
+    machine = f"{report['machine']['device']}, MLX {report['machine']['versions']['mlx']}"
+    heading = f"# Recipes, each with its peak, what it holds, and its time: {machine}"
+    print("\n\n".join([heading, *(table(case, rows) for case, rows in cases.items())]))
     if args.draw is None:
         return
     bars = {way: cases[args.draw][way] for way in WAYS if way in cases.get(args.draw, {})}
     bars = {way: result for way, result in bars.items() if "peak_memory" in result}
     if not bars:
         raise SystemExit(f"--draw {args.draw}: no rows to draw; there are {', '.join(cases)}")
-    machine = f"{report['machine']['device']}, MLX {report['machine']['versions']['mlx']}"
     save_light_and_dark(args.measured.parent / "memory_of_recipes", partial(_draw, args.draw, bars, machine))
 
 
