@@ -40,20 +40,18 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
-def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # workers are started later, and inherit PATH
-        config.mlx_header = precompiled_header.on_the_path()
-        config.products = quick_products.library()
-        if config.products:
-            processes.with_quick_products(config.products)
+# Now, and not when pytest is configured: the conftests of folders import MLX before that. Workers inherit both.
+HEADER = PRODUCTS = None
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    HEADER, PRODUCTS = precompiled_header.on_the_path(), quick_products.library()
+    if PRODUCTS:
+        processes.with_quick_products(PRODUCTS)
 
 
-def pytest_unconfigure(config):
+def pytest_unconfigure():
     gc.unfreeze()  # else libraries say at the end of Python that they leak
-    if getattr(config, "mlx_header", None):
-        shutil.rmtree(config.mlx_header, ignore_errors=True)
-    if getattr(config, "products", None):
-        shutil.rmtree(config.products.parent, ignore_errors=True)
+    for folder in filter(None, (HEADER, PRODUCTS and PRODUCTS.parent)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

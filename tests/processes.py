@@ -15,7 +15,8 @@ def python_path(*folders: str | Path) -> str:
 
 
 def with_quick_products(library: Path) -> None:
-    """In this process, which has not imported MLX, and those it starts."""
+    """In this process, which has not imported MLX, and those it starts: products of two libraries differ in bits."""
+    assert "mlx.core" not in sys.modules, "MLX was imported before tests/conftest.py, and keeps its own products"
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     os.environ["EMBER_TESTS_PRODUCTS"] = str(library)
     os.environ["PYTHONPATH"] = python_path(*filter(None, [os.environ.get("PYTHONPATH")]))
