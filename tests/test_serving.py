@@ -1,7 +1,9 @@
 """`chat` and `server`: mlx-lm's own, with token tables; what they write is what `generate` writes."""
 
+import argparse
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from mlx_lm import chat as mlx_lm_chat
 from mlx_lm import server as mlx_lm_server
 
 from ember_mlx import cli, load
+from ember_mlx.commands import server
 from ember_mlx.finetune.run import run
 
 QUESTION = "train 3"
@@ -64,7 +67,7 @@ def test_the_server_answers_as_generate_does_with_its_adapter_and_with_one_that_
     words = [sys.executable, "-m", "ember_mlx", "server", "--model", model, "--port", port]
     log = (tmp_path / "log").open("w")
     # In a session of its own, which takes SIGINT whatever the one of the tests does with it.
-    with subprocess.Popen(list(map(str, words)), stderr=log, start_new_session=True) as server:
+    with subprocess.Popen(list(map(str, words)), stderr=log, start_new_session=True) as process:
         try:
             base, trained = answer_of(model), answer_of(model, adapter)
             assert base != trained
@@ -74,10 +77,10 @@ def test_the_server_answers_as_generate_does_with_its_adapter_and_with_one_that_
                     assert ask(port) == base
                     break
                 except urllib.error.URLError:
-                    assert server.poll() is None, (tmp_path / "log").read_text()
+                    assert process.poll() is None, (tmp_path / "log").read_text()
                     assert time.monotonic() < end
                     time.sleep(0.1)
-            assert ask(port, adapters=str(adapter)) == trained
+            assert ask(port, adapters=str(adapter)) == ask(port, adapters=str(adapter), model=str(model)) == trained
             code, error = ask(port, adapters=str(tmp_path))
             assert code == 404
             assert "it has no adapter_config.json; give the --adapter-path of a finished run" in error
@@ -85,11 +88,37 @@ def test_the_server_answers_as_generate_does_with_its_adapter_and_with_one_that_
             assert code == 404
             assert "lm_head.weight is not among the parameters to load" in error
             assert ask(port) == base  # after all that
-            server.send_signal(signal.SIGINT)
-            assert server.wait(30) == 0
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
         finally:
-            server.kill()
+            process.kill()
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_model_that_is_served_has_its_adapter_also_where_a_request_names_it(tmp_path, monkeypatch):
+    """As clients do that take a name from /v1/models, where its folder stands."""
+    asked = []
+
+    def stock_load(self, *names):
+        asked.append(names)
+
+    def run_command(*_):
+        for model in ("default_model", "folder", str(folder), str(folder / ".." / "folder"), "another"):
+            for named in (None, "other"):
+                provider = mlx_lm_server.ModelProvider(argparse.Namespace(**options))
+                provider.load(model, named, "default_model")
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = {"model": "folder", "adapter_path": "own", "draft_model": None, "pipeline": False}
+    options |= {"trust_remote_code": False, "chat_template": ""}
+    monkeypatch.setattr(mlx_lm_server.ModelProvider, "load", stock_load)
+    monkeypatch.setattr(server, "run_command", run_command)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    server.main([])
+    own, other = ("default_model", None, "default_model"), ("folder", "other", "default_model")
+    assert asked == [own, other] * 4 + [("another", None, "default_model"), ("another", "other", "default_model")]
 
 
 def test_a_chat_answers_as_generate_does_and_ends_with_its_input(folders, adapter, monkeypatch, capsys):

@@ -119,6 +119,7 @@ def _complete(model, tokenizer, examples):
 
 def _format(results, examples, completions):
     rows = [
+        ("learning rate of the tables", *(f"{TABLE_RATES[name]:g}" for name in results)),
         ("validation loss before", *(f"{result.loss_before:.3f}" for result in results.values())),
         ("validation loss after", *(f"{result.loss_after:.3f}" for result in results.values())),
         ("optimizer state of the tables", *(format_bytes(result.table_state_bytes) for result in results.values())),
@@ -130,4 +131,5 @@ def _format(results, examples, completions):
         shown = {"prompt": example["prompt"], "in the library": example["completion"]}
         shown |= {name: texts[i] for name, texts in completions.items()}
         lines += [*(f"{name:<16}{text}" for name, text in shown.items()), ""]
+    lines.append("So small a model, of 1.6 M weights, goes in circles now and then.\n")
     return "\n".join(lines)

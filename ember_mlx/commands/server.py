@@ -44,7 +44,8 @@ HELP = {
     | texts("kv_group_size", "quantized_kv_start", "prefill_step_size", "pipeline"),
 }
 EPILOG = """\
-A request may name another adapter folder as "adapters", and another model as "model".
+A request may name another adapter folder as "adapters", and another model as "model". The model that is served
+has its adapter, named or not.
 
 examples:
   ember-mlx server --model Qwen/Qwen3-0.6B --adapter-path adapters
@@ -82,9 +83,10 @@ def main(arguments: list[str]) -> None:
                     self.tried.set()
 
             def load(self, model_path, adapter_path=None, draft_model_path=None):
-                # mlx-lm's gives the default model the default adapter, whatever adapter the request names.
-                if adapter_path is not None and model_path == "default_model":
-                    model_path = self.cli_args.model
+                # mlx-lm's gives the default model the default adapter, whatever adapter the request names, and where
+                # the request names the model, as clients do that ask /v1/models, none.
+                if model_path == "default_model" or _is_same(model_path, self.cli_args.model):
+                    model_path = "default_model" if adapter_path is None else self.cli_args.model
                 return super().load(model_path, adapter_path, draft_model_path)
 
         class Generator(module.ResponseGenerator):
@@ -111,6 +113,11 @@ def main(arguments: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _is_same(named, served):
+    """Whether a request names the model that is served, by its name or by its folder, as /v1/models lists it."""
+    return served is not None and (named == served or os.path.realpath(named) == os.path.realpath(served))
 
 
 def _check_address(host, port):

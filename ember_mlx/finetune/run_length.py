@@ -14,6 +14,7 @@ from ember_mlx.shared.units import counted
 __all__ = ["SCHEDULES", "asked", "batches_an_epoch", "check", "named", "passes", "settled", "updates"]
 
 MOST_EPOCHS = 10**6
+FEW_BATCHES = 10  # of packs, each of many rows: as few steps an epoch learn little
 SCHEDULES = ("lr_schedule", "table_lr_schedule")
 
 
@@ -119,6 +120,8 @@ def passes(options: Any, rows: int) -> str:
         line += f"; the longest {row} fills" if left_out == 1 else f"; the {left_out:,} longest {row}s fill"
         line += " no batch"
     line += ")"
+    if options.packing and batches < FEW_BATCHES:
+        line += "; a lower --max-seq-length or --batch-size makes more steps"
     if options.warmup:
         line += f"; learning rates rise over the first {options.warmup:,} updates"
     return line
