@@ -16,6 +16,7 @@ SMALL, NEIGHBOURS, SCRATCH = 2**16, 16, 2**17  # of ember_mlx.optimizers.guarded
 MOST_BLOCKS = 256  # of an array that are planned one by one; the norm of a large one has more, and smaller
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
+OF_KERNELS = ("adam-mini", "flash-adamw", "flash-lion")  # whose step is a kernel on a GPU, however it rounds
 
 
 def judge(graph: Graph) -> None:
@@ -117,9 +118,16 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
     rounds = run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32
-    by_kernel = optimizer in ("adam", "adamw") or (optimizer == "sinkgd" and len(shape) > 1)
-    if rounds and by_kernel and graph.backend != "cpu":  # one kernel, and new memory for the weight and its state
-        new, *state = graph.several([w, gradient, *kept], [(array.numbers, array.width) for array in (w, *kept)])
+    on_gpu = graph.backend != "cpu"
+    if rounds and on_gpu and optimizer == "sinkgd" and len(shape) > 1:  # one kernel, that reads gradients as they lie
+        new, state = graph.make([w, gradient], w.numbers), []
+    elif rounds and on_gpu and optimizer in ("adam", "adamw"):
+        new, *state = _by_kernel(graph, shape, gradient, w, kept)
+    elif on_gpu and optimizer.startswith(OF_KERNELS):
+        wide_w, wide_g = (graph.float32(array) for array in (w, gradient)) if rounds else (w, gradient)
+        new, *state = _by_kernel(graph, shape, wide_g, wide_w, kept)
+        if rounds:
+            new = graph.make([graph.elementwise([new, wide_w])], w.numbers)
     else:
         new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
         if rounds:
@@ -131,6 +139,13 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     for array in state:
         array.role = "optimizer state"
     return new, state
+
+
+def _by_kernel(graph, shape, g, w, kept):
+    """One kernel gives the weight and its state new memory. It reads rows, so a transposed gradient is copied."""
+    if len(shape) > 1 and graph.run.fine_tune_type == "full":  # as it comes out of a product of matrices
+        g = graph.make([g], g.numbers, g.width)
+    return graph.several([w, g, *kept], [(array.numbers, array.width) for array in (w, *kept)])
 
 
 def rounded(graph: Graph, w: Array, step: Array, rows: int) -> Array:
