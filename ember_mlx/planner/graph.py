@@ -93,7 +93,7 @@ class Graph:
         self.tokens = run.batch_size * run.length
         self.width = model.width
         self.existing, self.results, self.losses, self.leaving_head, self.parts = [], [], [], [], []
-        self.evaluations, self.waits = [], []
+        self.evaluations, self.waits, self.last = [], [], None
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}
         self.role = "activations"

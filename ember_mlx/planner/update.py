@@ -77,6 +77,7 @@ def update(graph: Graph) -> None:
         graph.results += new[name]
     layers, outside = _by_layer(new)
     groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
+    graph.last = None if graph.backend == "cpu" else len(graph.evaluations)
     _paced(graph, groups)
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
     if "adafactor" in (graph.run.optimizer, graph.run.tables and graph.run.table_optimizer):
