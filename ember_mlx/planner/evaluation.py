@@ -137,7 +137,7 @@ def peak_memory(
     device: Device,
     evaluations: list[list[Array]] | None = None,
     waits: list[int] | None = None,
-    last: int | None = None,
+    late: Collection[int] = (),
 ) -> Peak:
     """Compute arrays in MLX's order, and say how much memory the step takes.
 
@@ -147,8 +147,8 @@ def peak_memory(
         device: Where it is computed.
         evaluations: What is evaluated together, one after another. Default: ``results`` at once.
         waits: Of each of these, how many of the first must be done before it begins. Default: all but the one before.
-        last: From this one on, a GPU gives memory back as late as it may: once what read it has been waited for. MLX
-            does so on a thread of its own, which may come long after the device.
+        late: The numbers of those in which no memory is free before what read it has been waited for, as if the program
+            took no time: so it was measured of a GPU's update from the second step on.
     """
     orders, made = [], set()
     for group in [results] if evaluations is None else evaluations:
@@ -166,7 +166,7 @@ def peak_memory(
     ends = []  # of each evaluation, its number of batches
     for number, order in enumerate(orders):
         done = max(number - 1, 0) if waits is None else waits[number]
-        clock.is_late = last is not None and number >= last
+        clock.is_late = number in late
         if done:
             clock.wait_for(ends[done - 1])
         for operation in order:

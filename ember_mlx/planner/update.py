@@ -16,7 +16,7 @@ SMALL, NEIGHBOURS, SCRATCH = 2**16, 16, 2**17  # of ember_mlx.optimizers.guarded
 MOST_BLOCKS = 256  # of an array that are planned one by one; the norm of a large one has more, and smaller
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
-OF_KERNELS = ("adam-mini", "flash-adamw", "flash-lion")  # whose step is a kernel on a GPU, however it rounds
+WHOLE_KERNELS = ("adam-mini", "flash-adamw", "flash-lion")  # whose whole step is one on a GPU
 
 
 def judge(graph: Graph) -> None:
@@ -76,9 +76,9 @@ def update(graph: Graph) -> None:
         new[name] = [weight, *state]
         graph.results += new[name]
     layers, outside = _by_layer(new)
-    groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
-    graph.last = None if graph.backend == "cpu" else len(graph.evaluations)
-    _paced(graph, groups)
+    if graph.backend != "cpu":  # a layer's few kernels are handed over faster than any of them is done
+        graph.late = range(len(graph.evaluations), len(graph.evaluations) + len(layers))
+    _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
     if "adafactor" in (graph.run.optimizer, graph.run.tables and graph.run.table_optimizer):
         # Finite gradients may overflow there: what was before stays until the outcome is judged.
@@ -120,14 +120,14 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     wide = max(w.width, FLOAT32) if run.tables else w.width
     rounds = run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32
     on_gpu = graph.backend != "cpu"
-    if rounds and on_gpu and optimizer == "sinkgd" and len(shape) > 1:  # one kernel, that reads gradients as they lie
+    if rounds and on_gpu and optimizer == "sinkgd" and len(shape) > 1:  # a kernel that reads gradients as they lie
         new, state = graph.make([w, gradient], w.numbers), []
     elif rounds and on_gpu and optimizer in ("adam", "adamw"):
         new, *state = _by_kernel(graph, shape, gradient, w, kept)
-    elif on_gpu and optimizer.startswith(OF_KERNELS):
-        wide_w, wide_g = (graph.float32(array) for array in (w, gradient)) if rounds else (w, gradient)
+    elif on_gpu and optimizer.startswith(WHOLE_KERNELS):
+        wide_w, wide_g = (graph.elementwise([x], width=FLOAT32) if rounds else x for x in (w, gradient))
         new, *state = _by_kernel(graph, shape, wide_g, wide_w, kept)
-        if rounds:
+        if rounds:  # the new weight less the old one, in float32, which another kernel rounds
             new = graph.make([graph.elementwise([new, wide_w])], w.numbers)
     else:
         new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
