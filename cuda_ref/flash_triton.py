@@ -10,7 +10,7 @@ import torch
 from cuda_ref import triton_kernels
 from cuda_ref.optimizers.companded import GROUP
 from cuda_ref.optimizers.flash_arithmetic import Stored
-from cuda_ref.triton_kernels import device_of, launchable
+from cuda_ref.triton_kernels import device_of, launchable, shares
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 if triton_kernels.available():
@@ -45,10 +45,10 @@ def flash_step(
     with device_of(w):
         _flash_step[(triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
             w, stored.rest, g.contiguous(), stored.m, stored.m_scales, stored.v, stored.v_scales, w.numel(), groups,
-            t, learning_rate, float(weight_decay), *(number for beta in betas for number in (float(beta), 1.0 - beta)),
-            *log_betas, float(eps), SMALLEST_NORMAL,
-            RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), BFLOAT16=w.dtype == torch.bfloat16,
-            WHOLE_GROUPS=w.numel() % GROUP == 0, GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM, num_warps=NUM_WARPS,
+            t, learning_rate, float(weight_decay), *shares(betas[0]), *shares(betas[1]), *log_betas,
+            float(eps), SMALLEST_NORMAL, RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
+            BFLOAT16=w.dtype == torch.bfloat16, WHOLE_GROUPS=w.numel() % GROUP == 0,
+            GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM, num_warps=NUM_WARPS,
         )  # fmt: skip
     if not stored.w.is_contiguous():
         stored.w.copy_(w)

@@ -239,8 +239,9 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, shar
 
 def laid_out(saved: torch.Tensor, dtype: torch.dtype, device: torch.device, shards: RowShards | None) -> torch.Tensor:
     """A copy of saved state, a DTensor or a plain tensor of all rows or of those here, laid out as ``zeros`` does."""
+    row_by_row = {"copy": True, "memory_format": torch.contiguous_format}  # the steps write by place in memory
     if shards is None:
-        return whole(saved).to(device, dtype, copy=True)
+        return whole(saved).to(device, dtype, **row_by_row)
     if is_dtensor(saved) and (saved.device_mesh, saved.placements) == (shards.mesh, shards.placements):
         return saved.to(dtype, copy=True)
     saved = whole(saved)
@@ -248,10 +249,10 @@ def laid_out(saved: torch.Tensor, dtype: torch.dtype, device: torch.device, shar
         mine = (
             slice(shards.first_row, shards.first_row + shards.rows) if len(saved) == shards.total_rows else slice(None)
         )
-        return saved[mine].to(device, dtype, copy=True)
+        return saved[mine].to(device, dtype, **row_by_row)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(saved.to(device, dtype, copy=True), shards.mesh, shards.placements, src_data_rank=None)
+    return distribute_tensor(saved.to(device, dtype, **row_by_row), shards.mesh, shards.placements, src_data_rank=None)
 
 
 def groups_on_all_ranks(w: torch.Tensor, shards: RowShards | None) -> int:

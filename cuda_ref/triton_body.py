@@ -12,7 +12,7 @@ import torch
 
 from cuda_ref import flash_triton, triton_kernels
 from cuda_ref.optimizers.companded import GROUP
-from cuda_ref.triton_kernels import device_of, launchable, statistics_tile, update_tile
+from cuda_ref.triton_kernels import device_of, launchable, shares, statistics_tile, update_tile
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 if triton_kernels.available():
@@ -75,7 +75,7 @@ def rates_of_blocks(
     log_betas = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     with device_of(v):
         _rates_of_blocks[(triton.cdiv(v.numel(), BLOCKS_PER_PROGRAM),)](
-            v, squares, rates, t, learning_rate, v.numel(), float(beta2), 1.0 - beta2, *log_betas, float(eps),
+            v, squares, rates, t, learning_rate, v.numel(), *shares(beta2), *log_betas, float(eps),
             RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), BLOCKS=BLOCKS_PER_PROGRAM,
         )  # fmt: skip
     return v, rates
@@ -95,11 +95,12 @@ def update_flat(
     """
     codes, scales = m if isinstance(m, tuple) else (m, None)
     decay, columns = launchable(decay, w.device), w.shape[1]
+    row_step = rates.expand(len(w), 1).stride(0)  # 0 also where one block is all rows
     per_program = FLAT_GROUPS if scales is None else CODED_GROUPS
     with device_of(w):
         _update_groups[(triton.cdiv(w.numel(), GROUP * per_program),)](
-            w, g, codes, scales, rates, decay, w.numel(), columns, columns // GROUP, int(len(rates) > 1),
-            float(beta1), 1.0 - beta1, SMALLEST_NORMAL, DECAY_IS_TENSOR=isinstance(decay, torch.Tensor),
+            w, g, codes, scales, rates, decay, w.numel(), columns, columns // GROUP, row_step,
+            *shares(beta1), SMALLEST_NORMAL, DECAY_IS_TENSOR=isinstance(decay, torch.Tensor),
             WHOLE_GROUPS=columns % GROUP == 0, GROUP=GROUP, GROUPS=per_program,
         )  # fmt: skip
 
@@ -149,20 +150,18 @@ def update_matrix(
     """As ``update_matrix`` of ``cuda_ref.optimizers.sinkgd``."""
     rows, columns = w.shape[-2:]
     rate, decay = (launchable(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
-    matrices = zip(
-        w.view(-1, rows, columns),
-        g.reshape(-1, rows, columns),
-        a.reshape(-1, rows),
-        b.reshape(-1, columns),
-        strict=True,
-    )
-    grid = triton.cdiv(columns, UPDATE_TILE["COLUMNS"]), triton.cdiv(rows, UPDATE_TILE["ROWS"])
+    matrices = w.reshape(-1, rows, columns)
+    parts = zip(matrices, g.reshape(-1, rows, columns), a.reshape(-1, rows), b.reshape(-1, columns), strict=True)
+    # Of one axis: the others of a grid end at 65535.
+    programs = triton.cdiv(rows, UPDATE_TILE["ROWS"]) * triton.cdiv(columns, UPDATE_TILE["COLUMNS"])
     with device_of(w):
-        for w_of, g_of, a_of, b_of in matrices:
-            _scale_and_subtract[grid](
+        for w_of, g_of, a_of, b_of in parts:
+            _scale_and_subtract[(programs,)](
                 w_of, *w_of.stride(), g_of, *g_of.stride(), a_of, b_of, rate, decay, rows, columns,
                 RATE_IS_TENSOR=isinstance(rate, torch.Tensor), **UPDATE_TILE,
             )  # fmt: skip
+    if w.ndim > 3 and not w.is_contiguous():  # then its matrices are a copy
+        w.copy_(matrices.reshape(w.shape))
     return w
 
 
@@ -200,7 +199,7 @@ def update_parameter(
     with device_of(w):
         _damp_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
             w, *w.stride(), g, *g.stride(), m, *m.stride(), h, moves, rate, decay, rows, columns,
-            float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, **tile,
+            *shares(beta1), *shares(beta2), **tile,
         )  # fmt: skip
 
 
@@ -332,8 +331,9 @@ if triton_kernels.available():
         if RATE_IS_TENSOR:
             rate, decay = tl.load(rate), tl.load(decay)
         rate, decay = tl.cast(rate, tl.float32), tl.cast(decay, tl.float32)
-        i = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        j = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        program, across = tl.num_programs(0) - 1 - tl.program_id(0), tl.cdiv(columns, COLUMNS)
+        i = (program // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        j = (program % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         inside = i < rows
         row_factor = tl.load(a + i, mask=inside, other=0)
         column_factor = tl.load(b + j, mask=j < columns, other=0)

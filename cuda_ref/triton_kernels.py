@@ -19,7 +19,7 @@ except ImportError:  # a Mac, or a CPU build of PyTorch
 from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS
 from cuda_ref.sharding import RowShards
 
-__all__ = ["available", "device_of", "ember_step", "launchable", "statistics_tile", "update_tile"]
+__all__ = ["available", "device_of", "ember_step", "launchable", "shares", "statistics_tile", "update_tile"]
 
 COLUMN_TILE = {"ROWS": 1024, "COLUMNS": 16, "num_warps": 8}  # of the second kernel
 
@@ -39,6 +39,11 @@ def device_of(x: torch.Tensor) -> AbstractContextManager:
 def launchable(number: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
     """A number as kernels take it: an integer 1 or a NumPy number would make another kernel, or none."""
     return number.to(device) if isinstance(number, torch.Tensor) else float(number)
+
+
+def shares(beta: float) -> tuple[float, float]:
+    """What the old mean weighs in a running one, and what the new value; floats also of a NumPy number."""
+    return float(beta), 1.0 - float(beta)
 
 
 def ember_step(
@@ -61,7 +66,7 @@ def ember_step(
     """As ``ember_step`` of ``cuda_ref.optimizers.ember``, except that ``w``, ``r`` and ``c`` are overwritten."""
     rows, columns = w.shape
     scheduled = isinstance(beta2, torch.Tensor)
-    beta2, forget = (beta2, 0.0) if scheduled else (float(beta2), 1.0 - beta2)
+    beta2, forget = (beta2, 0.0) if scheduled else shares(beta2)
     log_beta2 = 0.0 if scheduled else math.log(beta2) if beta2 > 0 else -math.inf
     row_mean = None if row_clip is None else torch.empty_like(r)
     seed = seed if w.dtype in DROPPED_BITS else None

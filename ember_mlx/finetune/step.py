@@ -121,14 +121,14 @@ class Step:
             _evaluate_head(loss, tokens, left)
             evaluate_paced(self._grouped(gradients, batch))
             return StepResult(loss, tokens, updated=False, nonfinite=False, measurements={})
+        mx.async_eval(loss, tokens, mx.random.state)  # while it is computed, all below is laid out, and not yet begun
         own = averages = None
-        if self._judged:  # laid out, too
+        if self._judged:
             own, averages = gradients, self._reduce(gradients, self._rows_to_send(batch))
             gradients, squares = self._judged(averages.means)
         norm = norm_of(squares) if self._judges else None
         weights, state = self._weights.arrays(), self._state.arrays()
-        mx.async_eval(loss, tokens, mx.random.state)
-        update = self._compiled_update(tuple(measurements))  # laid out while the loss is computed, not yet begun
+        update = self._compiled_update(tuple(measurements))
         new, readings = update(weights, gradients, norm, {each.name: each.inputs for each in measurements})
         _evaluate_head(loss, tokens, left)
         if own:
