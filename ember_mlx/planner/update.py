@@ -16,6 +16,7 @@ SMALL, NEIGHBOURS, SCRATCH = 2**16, 16, 2**17  # of ember_mlx.optimizers.guarded
 MOST_BLOCKS = 256  # of an array that are planned one by one; the norm of a large one has more, and smaller
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
+FEW_KERNELS = ("adam", "flash", "sinkgd")  # a layer's are handed over faster than any is done; of others none measured
 WHOLE_KERNELS = ("adam-mini", "flash-adamw", "flash-lion")  # whose whole step is one on a GPU
 
 
@@ -76,7 +77,7 @@ def update(graph: Graph) -> None:
         new[name] = [weight, *state]
         graph.results += new[name]
     layers, outside = _by_layer(new)
-    if graph.backend != "cpu":  # a layer's few kernels are handed over faster than any of them is done
+    if graph.backend != "cpu" and graph.run.optimizer.startswith(FEW_KERNELS):
         graph.late = range(len(graph.evaluations), len(graph.evaluations) + len(layers))
     _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
