@@ -1,4 +1,4 @@
-"""A model for the tests of plans, by its config alone."""
+"""Models for the tests of plans, by their configs alone."""
 
 QWEN = {
     "model_type": "qwen3",
@@ -13,4 +13,15 @@ QWEN = {
     "rope_theta": 1e4,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
+}
+LLAMA_1B = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
 }

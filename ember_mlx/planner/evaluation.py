@@ -137,6 +137,7 @@ def peak_memory(
     device: Device,
     evaluations: list[list[Array]] | None = None,
     waits: list[int] | None = None,
+    late: Collection[int] = (),
 ) -> Peak:
     """Compute arrays in MLX's order, and say how much memory the step takes.
 
@@ -146,6 +147,8 @@ def peak_memory(
         device: Where it is computed.
         evaluations: What is evaluated together, one after another. Default: ``results`` at once.
         waits: Of each of these, how many of the first must be done before it begins. Default: all but the one before.
+        late: The numbers of those in which no memory is free before what read it has been waited for, as if the program
+            took no time: so it was measured of a GPU's update from the second step on.
     """
     orders, made = [], set()
     for group in [results] if evaluations is None else evaluations:
@@ -163,6 +166,7 @@ def peak_memory(
     ends = []  # of each evaluation, its number of batches
     for number, order in enumerate(orders):
         done = max(number - 1, 0) if waits is None else waits[number]
+        clock.is_late = number in late
         if done:
             clock.wait_for(ends[done - 1])
         for operation in order:
@@ -211,6 +215,8 @@ class _Clock:
         self.device = device
         self.now = self.device_free_at = 0.0
         self.done_at = []
+        self.waited_for = 0  # so many of the batches
+        self.is_late = False
         self._begin()
 
     @property
@@ -219,7 +225,9 @@ class _Clock:
         return len(self.done_at)
 
     def is_done(self, batch):
-        return batch is None or (batch < self.batch and self.done_at[batch] <= self.now)
+        if batch is None or batch < self.waited_for:
+            return True
+        return batch < self.batch and not self.is_late and self.done_at[batch] <= self.now
 
     def allocate(self, new_bytes):
         self.now += new_bytes / self.device.new_bytes_a_second
@@ -234,15 +242,15 @@ class _Clock:
 
     def wait_for(self, batches):
         """The first so many are done before anything more is encoded."""
-        if batches:
+        if batches > self.waited_for:
+            self.waited_for = batches
             self.now = max(self.now, self.done_at[batches - 1])
 
     def hand_over(self):
         if self.operations:
             self.device_free_at = max(self.device_free_at, self.now) + self.seconds
             self.done_at.append(self.device_free_at)
-            if self.batch > self.device.ahead:
-                self.now = max(self.now, self.done_at[self.batch - 1 - self.device.ahead])
+            self.wait_for(self.batch - self.device.ahead)
             self._begin()
 
     def _begin(self):

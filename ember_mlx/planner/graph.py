@@ -81,6 +81,7 @@ class Graph:
         results (list): The arrays that stay after the step.
         evaluations (list[list]): What is evaluated together, in this order.
         waits (list[int]): Of each, how many of the first are done before it begins.
+        late (range): The numbers of those in which no memory is free before it has been waited for.
         existing (list): The arrays that exist before the step.
         weights, gradients, shapes (dict): By name; shapes are of what trains.
         role (str): What arrays are made as, until it is changed.
@@ -93,7 +94,7 @@ class Graph:
         self.tokens = run.batch_size * run.length
         self.width = model.width
         self.existing, self.results, self.losses, self.leaving_head, self.parts = [], [], [], [], []
-        self.evaluations, self.waits = [], []
+        self.evaluations, self.waits, self.late = [], [], range(0)
         self.weights, self.gradients, self.shapes = {}, {}, {}
         self._cast = {}
         self.role = "activations"

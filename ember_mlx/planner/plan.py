@@ -62,7 +62,8 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         phases = streamed_phases(model, run, backend, step)
         peak = of_step = _worst(phases.values())
     else:
-        peak = of_step = peak_memory(step.results, step.existing, DEVICES[backend], step.evaluations, step.waits)
+        graph = step.results, step.existing, DEVICES[backend], step.evaluations, step.waits, step.late
+        peak = of_step = peak_memory(*graph)
     if run.evaluation_length > run.length or run.stream:
         of_evaluation = _evaluation_peak(model, run, backend)
         peak = _worst([of_step, of_evaluation])

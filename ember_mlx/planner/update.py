@@ -16,6 +16,8 @@ SMALL, NEIGHBOURS, SCRATCH = 2**16, 16, 2**17  # of ember_mlx.optimizers.guarded
 MOST_BLOCKS = 256  # of an array that are planned one by one; the norm of a large one has more, and smaller
 ADDED_AT_ONCE = 16  # that many additions are compiled into one kernel
 ROWS_OF_KERNEL = 128  # of ember_mlx.kernels.statistics
+FEW_KERNELS = ("adam", "flash", "sinkgd")  # a layer's are handed over faster than any is done; of others none measured
+WHOLE_KERNELS = ("adam-mini", "flash-adamw", "flash-lion")  # whose whole step is one on a GPU
 
 
 def judge(graph: Graph) -> None:
@@ -75,8 +77,9 @@ def update(graph: Graph) -> None:
         new[name] = [weight, *state]
         graph.results += new[name]
     layers, outside = _by_layer(new)
-    groups = [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)]
-    _paced(graph, groups)
+    if graph.backend != "cpu" and graph.run.optimizer.startswith(FEW_KERNELS):
+        graph.late = range(len(graph.evaluations), len(graph.evaluations) + len(layers))
+    _paced(graph, [*layers, *sorted(outside.values(), key=lambda group: group[0].numbers)])
     graph.results += [w for name, w in graph.weights.items() if name not in graph.gradients]  # frozen
     if "adafactor" in (graph.run.optimizer, graph.run.tables and graph.run.table_optimizer):
         # Finite gradients may overflow there: what was before stays until the outcome is judged.
@@ -117,9 +120,16 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     # MLX's own optimizers compute 16-bit weights in float32 where tables train (ember_mlx.optimizers.in_float32).
     wide = max(w.width, FLOAT32) if run.tables else w.width
     rounds = run.body_rounding == "stochastic" and not is_table and w.width < FLOAT32
-    by_kernel = optimizer in ("adam", "adamw") or (optimizer == "sinkgd" and len(shape) > 1)
-    if rounds and by_kernel and graph.backend != "cpu":  # one kernel, and new memory for the weight and its state
-        new, *state = graph.several([w, gradient, *kept], [(array.numbers, array.width) for array in (w, *kept)])
+    on_gpu = graph.backend != "cpu"
+    if rounds and on_gpu and optimizer == "sinkgd" and len(shape) > 1:  # a kernel that reads gradients as they lie
+        new, state = graph.make([w, gradient], w.numbers), []
+    elif rounds and on_gpu and optimizer in ("adam", "adamw"):
+        new, *state = _by_kernel(graph, shape, gradient, w, kept)
+    elif on_gpu and optimizer.startswith(WHOLE_KERNELS):
+        wide_w, wide_g = (graph.elementwise([x], width=FLOAT32) if rounds else x for x in (w, gradient))
+        new, *state = _by_kernel(graph, shape, wide_g, wide_w, kept)
+        if rounds:  # the new weight less the old one, in float32, which another kernel rounds
+            new = graph.make([graph.elementwise([new, wide_w])], w.numbers)
     else:
         new, state = RULES.get(optimizer, _elementwise)(graph, shape, gradient, w, kept, wide)
         if rounds:
@@ -131,6 +141,13 @@ def stepped(graph: Graph, name: str, is_table: bool) -> tuple[Array, list[Array]
     for array in state:
         array.role = "optimizer state"
     return new, state
+
+
+def _by_kernel(graph, shape, g, w, kept):
+    """One kernel gives the weight and its state new memory. It reads rows, so a transposed gradient is copied."""
+    if len(shape) > 1 and graph.run.fine_tune_type == "full":  # as it comes out of a product of matrices
+        g = graph.make([g], g.numbers, g.width)
+    return graph.several([w, g, *kept], [(array.numbers, array.width) for array in (w, *kept)])
 
 
 def rounded(graph: Graph, w: Array, step: Array, rows: int) -> Array:
