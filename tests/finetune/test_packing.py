@@ -1,6 +1,7 @@
 """`--packing`: the same loss as of rows one by one, by a model that keeps them apart, or one line that says why not."""
 
 import json
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +22,7 @@ from ember_mlx.finetune.data import load_data
 from ember_mlx.finetune.packing import PackedRows, first_fit, packs_of
 from ember_mlx.finetune.run import run
 from ember_mlx.streaming import StreamedStep
+from ember_mlx.streaming import rows_apart as module
 from ember_mlx.streaming.marks import marks_of, marks_of_pack
 from ember_mlx.streaming.mean_loss import mean_loss
 from ember_mlx.streaming.rows_apart import check_rows_stay_apart
@@ -132,6 +134,17 @@ def test_models_that_keep_rows_apart_are_taken(name, dtype):
     model.set_dtype(dtype)
     for length in (4, 21):
         check_rows_stay_apart(model, length)
+
+
+def test_a_row_may_be_rounded_otherwise_beside_another(monkeypatch):
+    """As some libraries' products do."""
+    apart = []
+    monkeypatch.setattr(module, "_distance", lambda *_: apart[0])
+    model = randomized(build("llama", tied=False))
+    for distance, refused in ((2e-6, False), (2e-3, True)):
+        apart[:] = [distance]
+        with pytest.raises(InputError, match="does not keep") if refused else nullcontext():
+            check_rows_stay_apart(model, 8)
 
 
 @pytest.mark.parametrize(
