@@ -42,9 +42,10 @@ def ordinary(model, batch, lengths, loss=default_loss):
 def worst_difference(found, expected):
     """Over all arrays, in the largest element of each; an array whose gradient is zero must be left alone, or zero.
 
-    What is below 1e-7 of the largest gradient of the model is rounding: a scale before a norm, a gate that cancels.
+    What is below 2e-7 of the largest gradient of the model, two eps, is rounding, which hangs on the library of the
+    products: a scale before a norm, a gate that cancels.
     """
-    worst, least = (0.0, None), 1e-3 * max(mx.abs(gradient).max().item() for gradient in expected.values())
+    worst, least = (0.0, None), 2e-3 * max(mx.abs(gradient).max().item() for gradient in expected.values())
     for name, gradient in expected.items():
         error = mx.abs(mx.nan_to_num(found[name], nan=0.0) - gradient).max().item()
         worst = max(worst, (error / max(mx.abs(gradient).max().item(), least), name), key=lambda pair: pair[0])

@@ -79,7 +79,7 @@ def of_plan(tmp_path):
 
 def of_demo(tmp_path):
     result = Result("Validation loss", 5.123, 2.234, 1_234_567_890, TRAINED, [])
-    demo._format({"ember": result, "adamw": result}, [], {})
+    demo._format({"Ember": result, "AdamW": result}, [], {})
 
 
 def of_data(tmp_path):
