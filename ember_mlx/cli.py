@@ -66,7 +66,17 @@ def main() -> None:
         # A file's name or a token may hold what the terminal's encoding does not have.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    arguments = sys.argv[1:]
+    try:
+        _dispatch(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted
+        from ember_mlx.finetune.broken_pipes import lead_nowhere
+
+        lead_nowhere(sys.stdout)
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _dispatch(arguments):
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
@@ -105,6 +115,8 @@ def _run(command, arguments):
             exit_code = module.main(arguments)
         if exit_code:
             sys.exit(exit_code)
+    except BrokenPipeError:
+        raise
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full
         sys.exit(_one_line(f"ember-mlx {command}", str(error)))
     except KeyboardInterrupt as interrupt:

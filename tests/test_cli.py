@@ -154,6 +154,17 @@ def test_of_the_workers_of_mlx_launch_the_first_does_what_one_process_does_and_w
     assert announced_workers() == 1
 
 
+@pytest.mark.parametrize("words", [["data", "--model", "untied", "data"], ["recipes"], ["--help"]])
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(folders, words):
+    """As `| head -1` does."""
+    words = [sys.executable, "-m", "ember_mlx", words[0], *(folders.get(word, word) for word in words[1:])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nowhere:
+        ended = subprocess.run(list(map(str, words)), stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_while_a_command_is_imported_is_told(monkeypatch, capsys, name, code):
     number = getattr(signal, name)

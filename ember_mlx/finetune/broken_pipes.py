@@ -4,8 +4,18 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
-__all__ = ["outliving_its_readers"]
+__all__ = ["lead_nowhere", "outliving_its_readers"]
+
+
+def lead_nowhere(stream: TextIO) -> None:
+    """For a stream that has lost its reader: what is still buffered would raise once more at Python's end."""
+    with suppress(OSError, ValueError, AttributeError):  # of a stream without a descriptor
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 @contextmanager
@@ -49,15 +59,7 @@ class _Outliving:
         try:
             function(*arguments)
         except BrokenPipeError:
-            self._lead_nowhere()
+            lead_nowhere(self._stream)
             self._reader_gone()
         except OSError:  # a disk that is full, say: when there is room again, the rest is taken
             pass
-
-    def _lead_nowhere(self):
-        """What is still buffered would raise once more when Python flushes it at its end, and change the exit code."""
-        with suppress(OSError, ValueError, AttributeError):  # of a stream without a descriptor
-            descriptor = self._stream.fileno()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

@@ -7,7 +7,10 @@ from typing import Protocol
 __all__ = ["Run", "name_runs"]
 
 # Where a run is and how it is watched; these say nothing of what was tried.
-NOT_OF_THE_RUN = {"adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"}
+NOT_OF_THE_RUN = {
+    *("adapter_path", "log_jsonl", "overwrite", "resume", "report_to", "project_name", "config"),
+    *("streaming_notes", "memory_limit", "peer_timeout"),
+}
 LONGEST_NAME = 90  # of a legend in two columns, in characters
 
 
