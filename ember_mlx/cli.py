@@ -6,8 +6,8 @@ import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from importlib.metadata import version
 
+from ember_mlx.shared.environment import version_of
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.replacing import replaced, torch_hidden
 
@@ -81,7 +81,7 @@ def _dispatch(arguments):
     if command in ("-h", "--help"):
         print(USAGE)
     elif command in ("-v", "--version"):
-        print(version("ember-mlx"))
+        print(version_of("ember-mlx"))
     elif command in COMMANDS:
         _run(command, arguments[1:])
     else:

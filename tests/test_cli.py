@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from processes import without_torch
@@ -12,6 +12,7 @@ from processes import without_torch
 import ember_mlx
 from ember_mlx import cli
 from ember_mlx.finetune.workers import announced_workers
+from ember_mlx.shared import environment
 
 
 def command(*arguments, module="ember_mlx", **environment):
@@ -47,6 +48,19 @@ def test_train_generate_and_fuse_as_a_person_would(folders, trained, tmp_path):
     stock = command("generate", "--model", fused, *text, module="mlx_lm", **without_torch())
     written = [output.stdout.split("==========")[1] for output in (generated, stock)]
     assert written[0] == written[1]
+
+
+def test_a_checkout_that_is_not_installed_tells_its_version(monkeypatch, capsys):
+    """As on PYTHONPATH alone; of other packages it then knows none."""
+
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(environment, "version", missing)
+    monkeypatch.setattr(sys, "argv", ["ember-mlx", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"{version('ember-mlx')}\n"
+    assert environment.version_of("mlx") is None
 
 
 def test_what_a_shell_has_closed_is_nowhere(monkeypatch):

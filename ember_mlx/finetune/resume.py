@@ -6,7 +6,6 @@ import platform
 from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ from ember_mlx.finetune.rows import TriedRows
 from ember_mlx.finetune.run_length import asked, updates
 from ember_mlx.finetune.workers import Workers, as_words
 from ember_mlx.optimizers.guarded import GuardedOptimizer, fill
+from ember_mlx.shared.environment import version_of
 from ember_mlx.shared.errors import InputError
 
 __all__ = [
@@ -59,7 +59,7 @@ SHARED = {
     *("iters", "epochs", "steps_per_report", "save_every", "train", "test", "test_batches", "on_nonfinite"),
     *("keep_best", "patience", "shard_optimizer", "shard_tables"),
 }
-version = cache(metadata.version)  # it reads and parses a file
+version = cache(version_of)  # it reads and parses a file
 CONTENTS = {"data": "rows (--data)", "tokens": "tokens (--model)", "model": "weights (--model)"}  # of `made_of`
 BEFORE = {"stream": False, "body_rounding": "nearest"}  # what a release did that had no such choice
 CONSTANTS = ("learning_rate", "weight_decay")  # kept by MLX in an optimizer's state, but given by the options

@@ -4,21 +4,29 @@ import datetime
 import os
 import platform
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-__all__ = ["device", "environment"]
+__all__ = ["device", "environment", "version_of"]
 
 PACKAGES = ("ember-mlx", "mlx", "mlx-lm", "numpy", "torch", "transformers", "triton")
 
 
+def version_of(package: str) -> str | None:
+    """The version of a package, None if it is not installed; of this one in a checkout, what that says of itself."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        if package != "ember-mlx" or not project.is_file():
+            return None
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+
+
 def environment() -> dict:
     """Machine, versions and date, as JSON takes them; what is not installed has no version."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions = {"python": platform.python_version()} | {package: version_of(package) for package in PACKAGES}
     return {
         "machine": {
             "system": platform.platform(),
