@@ -1,10 +1,12 @@
 """What the benchmarks share: the machine in words, a fresh process for each row, timing, and the JSON file."""
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,15 +27,25 @@ def backend():
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def commit():
+    """That of the checkout; of a copy without git, what EMBER_COMMIT says, or None."""
+    with contextlib.suppress(OSError):
+        words = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        told = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+        return told or os.environ.get("EMBER_COMMIT")
+    return os.environ.get("EMBER_COMMIT")
+
+
 def machine(on=None):
-    """The machine, the versions, the day and the seed. ``on`` is what was measured: metal, cuda or cpu.
+    """The machine, the versions, the commit, the day and the seed. ``on`` is what was measured: metal, cuda or cpu.
 
     Without ``on`` that is what MLX computes on: call it in a process of its own then, for it starts MLX.
     """
     on = on or backend()  # first: environment() asks a framework that is imported already for the GPU
     here = environment()
     machine = here.pop("machine")
-    return {"backend": on, "device": machine["processor" if on == "cpu" else "gpu"], **machine, **here, "seed": SEED}
+    device = machine["processor" if on == "cpu" else "gpu"]
+    return {"backend": on, "device": device, **machine, **here, "commit": commit(), "seed": SEED}
 
 
 def in_fresh_process(function, *arguments, environment=None):
