@@ -112,18 +112,19 @@ def norms(g: torch.Tensor, eps: float) -> Callable[[torch.Tensor, torch.Tensor],
     tile, at_once = _whole_rows(columns, g.itemsize)
     rows_per_program = max(FEWEST_PASS_ROWS, triton.cdiv(rows, at_once * MULTIPROCESSORS))
     programs = triton.cdiv(rows, rows_per_program)
-    sums = torch.empty((len(matrices), programs, columns), dtype=torch.float32, device=g.device)
+    parts_of_sums = torch.empty((programs, columns), dtype=torch.float32, device=g.device)  # of one matrix at a time
 
     def one_pass(a, b):
-        a_new = torch.empty_like(a)
-        parts = zip(matrices, *(x.reshape(-1, x.shape[-1]) for x in (a, b, a_new)), sums, strict=True)
+        a_new, sums = torch.empty_like(a), []
+        parts = zip(matrices, *(x.reshape(-1, x.shape[-1]) for x in (a, b, a_new)), strict=True)
         with device_of(g):
-            for matrix, a_of, b_of, new_of, sums_of in parts:
+            for matrix, a_of, b_of, new_of in parts:
                 _sinkhorn_pass[(programs,)](
-                    matrix, *matrix.stride(), a_of, b_of, new_of, sums_of, rows, columns, columns**0.5, float(eps),
-                    ROWS_PER_PROGRAM=rows_per_program, **tile,
+                    matrix, *matrix.stride(), a_of, b_of, new_of, parts_of_sums, rows, columns, columns**0.5,
+                    float(eps), ROWS_PER_PROGRAM=rows_per_program, **tile,
                 )  # fmt: skip
-        return a_new, torch.sqrt(sums.sum(dim=1)).reshape(b.shape)
+                sums.append(parts_of_sums.sum(dim=0))
+        return a_new, torch.sqrt(torch.stack(sums) if b.ndim > 1 else sums[0]).reshape(b.shape)
 
     return one_pass
 
