@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 from processes import without_torch
@@ -57,6 +58,8 @@ def test_a_checkout_that_is_not_installed_tells_its_version(monkeypatch, capsys)
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr(environment, "version", missing)
+    checkout = Path(__file__).parents[1]  # while the tests may run on an installed copy
+    monkeypatch.setattr(environment, "__file__", str(checkout / "ember_mlx" / "shared" / "environment.py"))
     monkeypatch.setattr(sys, "argv", ["ember-mlx", "--version"])
     cli.main()
     assert capsys.readouterr().out == f"{version('ember-mlx')}\n"
