@@ -115,7 +115,7 @@ def _run(command, arguments):
             exit_code = module.main(arguments)
         if exit_code:
             sys.exit(exit_code)
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError that main() ends without a word
         raise
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a disk that is full
         sys.exit(_one_line(f"ember-mlx {command}", str(error)))

@@ -21,11 +21,11 @@ import numpy as np
 
 from ember_mlx.optimizers.row_shards import fault_of_sum_scatter
 from ember_mlx.shared.errors import InputError
+from ember_mlx.shared.sizes_in_memory import GRADIENTS_TOGETHER, sent_together
 
 __all__ = ["ANNOUNCES", "JOIN_SECONDS", "Averages", "Meeting", "Workers", "announced_workers", "as_words"]
 
 JOIN_SECONDS = 300
-TOGETHER = 2**25  # bytes of gradients that go over the wire at once, as of mlx.nn.average_gradients
 WORDS = {4: mx.uint32, 2: mx.uint16, 1: mx.uint8}  # by bytes
 
 
@@ -262,21 +262,12 @@ class Averages:
 
 
 def _together(arrays):
-    """The names of arrays that are sent at once: large ones alone, so that they can go as soon as they are there."""
-    dtypes = sorted({str(array.dtype) for array in arrays.values()})
-    for own in ([name for name, array in arrays.items() if str(array.dtype) == dtype] for dtype in dtypes):
-        some, nbytes = [], 0
-        for name in own:
-            if arrays[name].nbytes >= TOGETHER:
-                yield (name,)
-                continue
-            some.append(name)
-            nbytes += arrays[name].nbytes
-            if nbytes >= TOGETHER:
-                yield tuple(some)
-                some, nbytes = [], 0
-        if some:
-            yield tuple(some)
+    """The names of arrays that are sent at once, dtype by dtype."""
+    by_dtype = {}
+    for name, array in arrays.items():
+        by_dtype.setdefault(str(array.dtype), {})[name] = array.nbytes
+    for _, nbytes in sorted(by_dtype.items()):
+        yield from sent_together(nbytes, GRADIENTS_TOGETHER)
 
 
 def announced_workers() -> int:

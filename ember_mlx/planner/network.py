@@ -8,20 +8,19 @@ A streamed step (ember_mlx.streaming.machines) sends a head under Ember twice in
 that any worker looked up, and which these are. A pass for the norm sends all once more.
 """
 
-import itertools
 from collections import Counter
 from dataclasses import dataclass
 
 from ember_mlx.planner.evaluation import Array, Operation
 from ember_mlx.planner.graph import FLOAT32, Graph
 from ember_mlx.planner.sharding import around_tables, sharded_tables
+from ember_mlx.shared.sizes_in_memory import GRADIENTS_TOGETHER, sent_together
 
 __all__ = ["LINKS", "Traffic", "average", "part_of", "traffic"]
 
 # Bytes a second, one way. 10GbE: what is left of 1.25e9 by TCP. RDMA over Thunderbolt 5: 5 to 6 GB/s were reported in
 # mlx-lm's pull request 955. TCP over Thunderbolt 5: a guess.
 LINKS = {"10GbE": 1.1e9, "TB": 3e9, "RDMA": 6e9}
-JOINED = 32 * 2**20  # TOGETHER of ember_mlx.finetune.workers, which needs MLX
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,18 @@ def average(graph: Graph) -> None:
     """The gradients become the means over all workers: parts of joined buffers, and of an embedding a new array."""
     if graph.run.workers == 1:
         return
-    rows, groups, sharded = _rows_to_send(graph), {}, sharded_tables(graph)
+    rows, kinds, sharded = _rows_to_send(graph), {}, sharded_tables(graph)
     for name in (name for name in graph.weights if name in graph.gradients and name not in sharded):
         part = graph.gradients[name]
         if name in rows:
             part = graph.make([part], rows[name] * graph.shapes[name][1], part.width, role="gradients")
-        buffers = groups.setdefault((part.width, name in rows), [{}])
-        if part.nbytes >= JOINED:
-            buffers.insert(0, {name: part})
-            continue
-        if sum(array.nbytes for array in buffers[-1].values()) >= JOINED:
-            buffers.append({})
-        buffers[-1][name] = part
-    for group in filter(None, itertools.chain.from_iterable(groups.values())):
+        kinds.setdefault((part.width, name in rows), {})[name] = part
+    groups = [
+        {name: kind[name] for name in names}
+        for kind in kinds.values()
+        for names in sent_together({name: part.nbytes for name, part in kind.items()}, GRADIENTS_TOGETHER)
+    ]
+    for group in groups:
         parts = list(group.values())
         if len(parts) > 1:
             parts = [graph.make(parts, sum(part.numbers for part in parts), parts[0].width, role="gradients")]

@@ -159,9 +159,8 @@ class Head:
             logits = graph.product([hidden, gathered], self.tokens * number, self.table.columns, role="logits")
             one_hot = graph.make([graph.make([], self.tokens * number, 1)], self.tokens * number, FLOAT32)
             d = graph.float32(logits)
-            for _ in range(
-                4
-            ):  # it is not compiled: less the log-sum-exp, its exponent, less the targets, times weights
+            # It is not compiled: less the log-sum-exp, its exponent, less the targets, times weights.
+            for _ in range(4):
                 d = graph.elementwise([d, one_hot], role="logits")
             parts.append(graph.product([d, graph.float32(hidden)], gathered.numbers, self.tokens, FLOAT32))
             phase.in_turn(parts[-1])

@@ -1,20 +1,24 @@
 """How much of a step is in memory at a time: training and the planner, which needs no MLX, ask here."""
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 __all__ = [
     "CHUNKED_LOGITS",
+    "GRADIENTS_TOGETHER",
     "TARGETS_AT_ONCE",
     "HeadBlocks",
     "blocks_of_a_head",
     "bytes_ahead",
     "bytes_of_kept_logits",
     "keeps_gradient_of_a_head",
+    "sent_together",
     "words_of_a_sharded_head",
 ]
 
 CHUNKED_LOGITS = 2**23  # of --chunked-loss, tokens times words; an array of them is 34 MB in float32
 SHARDED_SLICES = 4  # of --shard-tables; a GPU waits for the host at each
+GRADIENTS_TOGETHER = 2**25  # bytes of them that go over the wire at once, as of mlx.nn.average_gradients
 
 # Of a streamed step:
 LEAST_AHEAD, SHARE_AHEAD, LITTLE_STATE = 2**25, 64, 8
@@ -28,6 +32,26 @@ FEWEST_BLOCKS = 4
 # Numbers that a layer's backward pass holds, for each output of its linears and each feature: measured, and by plan.
 HELD_ON_A_CPU, HELD_ON_A_GPU = 4, 5
 TARGETS_AT_ONCE = 512  # tokens; each meets the rows of all the others' targets; and rows that were looked up
+
+
+def sent_together(nbytes: Mapping[str, float], at_once: int) -> Iterator[tuple[str, ...]]:
+    """The names of gradients of one dtype that are sent as one array.
+
+    Large ones go alone, so that they can go as soon as they are there. Small ones are joined until they are ``at_once``
+    bytes or more.
+    """
+    some, size = [], 0
+    for name, of_one in nbytes.items():
+        if of_one >= at_once:
+            yield (name,)
+            continue
+        some.append(name)
+        size += of_one
+        if size >= at_once:
+            yield tuple(some)
+            some, size = [], 0
+    if some:
+        yield tuple(some)
 
 
 def words_of_a_sharded_head(rows: int, tokens: int, chunked: bool) -> int:

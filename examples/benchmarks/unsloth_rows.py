@@ -23,11 +23,12 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarking import SEED, at_least_one, in_this_process, machine, write
 from training_memory_rows import MODELS, TINY
+
+from ember_mlx.shared.environment import version_of
 
 TYINGS = ("untied", "tied")
 TOKENS = ("1x512", "4x1024")
@@ -41,14 +42,6 @@ OFFLINE = {  # there is nothing to download; unsloth sets the flags of transform
 }
 CACHES = ("UNSLOTH_COMPILE_LOCATION", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # deleted with the models
 PACKAGES = ("unsloth", "unsloth_zoo", "trl", "peft", "bitsandbytes", "xformers", "torchao")
-
-
-def version_of(package):
-    """Its version, or None where it is missing."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def make_folder(folder, config, device):

@@ -385,7 +385,7 @@ def test_whoever_waits_in_vain_to_join_says_so_and_ends(tmp_path):
 
 
 def test_large_gradients_are_sent_alone_and_small_ones_of_a_dtype_together(monkeypatch):
-    monkeypatch.setattr(workers, "TOGETHER", 400)
+    monkeypatch.setattr(workers, "GRADIENTS_TOGETHER", 400)
     sizes = {"a": 10, "b": 99, "head": 100, "c": 50, "d": 1}
     gradients = {name: mx.ones(size) for name, size in sizes.items()} | {"half": mx.ones(10, mx.bfloat16)}
     assert list(workers.Averages(gradients).sums) == [("half",), ("a", "b"), ("head",), ("c", "d")]
