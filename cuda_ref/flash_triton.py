@@ -3,14 +3,12 @@
 One kernel reads weight, gradient and codes once and writes weight and codes. A program takes whole groups of 32.
 """
 
-import math
-
 import torch
 
 from cuda_ref import triton_kernels
 from cuda_ref.optimizers.companded import GROUP
 from cuda_ref.optimizers.flash_arithmetic import Stored
-from cuda_ref.triton_kernels import device_of, launchable, shares
+from cuda_ref.triton_kernels import device_of, launchable, log_of, shares
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 if triton_kernels.available():
@@ -41,12 +39,11 @@ def flash_step(
     """
     w, groups = stored.w.contiguous(), len(stored.m)
     learning_rate = launchable(learning_rate, w.device)
-    log_betas = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
     with device_of(w):
         _flash_step[(triton.cdiv(groups, GROUPS_PER_PROGRAM),)](
             w, stored.rest, g.contiguous(), stored.m, stored.m_scales, stored.v, stored.v_scales, w.numel(), groups,
-            t, learning_rate, float(weight_decay), *shares(betas[0]), *shares(betas[1]), *log_betas,
-            float(eps), SMALLEST_NORMAL, RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
+            t, learning_rate, float(weight_decay), *shares(betas[0]), *shares(betas[1]),
+            *map(log_of, betas), float(eps), SMALLEST_NORMAL, RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor),
             BFLOAT16=w.dtype == torch.bfloat16, WHOLE_GROUPS=w.numel() % GROUP == 0,
             GROUP=GROUP, GROUPS=GROUPS_PER_PROGRAM, num_warps=NUM_WARPS,
         )  # fmt: skip

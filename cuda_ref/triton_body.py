@@ -5,14 +5,13 @@ for its statistics, and both once more with the weight. No atomics: the same inp
 is float32.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 
 from cuda_ref import flash_triton, triton_kernels
 from cuda_ref.optimizers.companded import GROUP
-from cuda_ref.triton_kernels import device_of, launchable, shares, statistics_tile, update_tile
+from cuda_ref.triton_kernels import device_of, launchable, log_of, shares, statistics_tile, update_tile
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 if triton_kernels.available():
@@ -72,11 +71,10 @@ def rates_of_blocks(
     """As ``rates_of_blocks`` of ``cuda_ref.optimizers.adam_mini``, but ``v`` is overwritten where it is contiguous."""
     v, rates = v.contiguous(), torch.empty_like(squares)
     learning_rate = launchable(learning_rate, v.device)
-    log_betas = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
     with device_of(v):
         _rates_of_blocks[(triton.cdiv(v.numel(), BLOCKS_PER_PROGRAM),)](
-            v, squares, rates, t, learning_rate, v.numel(), *shares(beta2), *log_betas, float(eps),
-            RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), BLOCKS=BLOCKS_PER_PROGRAM,
+            v, squares, rates, t, learning_rate, v.numel(), *shares(beta2), log_of(beta1), log_of(beta2),
+            float(eps), RATE_IS_TENSOR=isinstance(learning_rate, torch.Tensor), BLOCKS=BLOCKS_PER_PROGRAM,
         )  # fmt: skip
     return v, rates
 
@@ -195,20 +193,13 @@ def update_parameter(
     """As ``update_in_place`` of ``cuda_ref.optimizers.sage``."""
     w, g, m = (torch.atleast_2d(x) for x in (w, g, m))
     rows, columns = w.shape
-    rate, decay = (_number(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
+    rate, decay = (launchable(number, w.device) for number in (learning_rate, 1 - learning_rate * weight_decay))
     tile = update_tile(columns, g.itemsize)
     with device_of(w):
         _damp_and_subtract[(triton.cdiv(rows, tile["ROWS_PER_PROGRAM"]),)](
             w, *w.stride(), g, *g.stride(), m, *m.stride(), h, moves, rate, decay, rows, columns,
-            *shares(beta1), *shares(beta2), **tile,
+            *shares(beta1), *shares(beta2), RATE_IS_TENSOR=isinstance(rate, torch.Tensor), **tile,
         )  # fmt: skip
-
-
-def _number(number, device):
-    """A number of a step as one float32 beside the weights; a plain one is filled in there, not copied."""
-    if isinstance(number, torch.Tensor):
-        return number.to(device, torch.float32)
-    return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def _whole_rows(columns, itemsize):
@@ -363,9 +354,11 @@ if triton_kernels.available():
     def _damp_and_subtract(
         w, w_row, w_column, g, g_row, g_column, m, m_row, m_column, h, moves, rate, decay, rows, columns,
         beta1, forget1, beta2, forget2,
-        ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        RATE_IS_TENSOR: tl.constexpr, ROWS_PER_PROGRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        rate, decay = tl.load(rate), tl.load(decay)
+        if RATE_IS_TENSOR:
+            rate, decay = tl.load(rate), tl.load(decay)
+        rate, decay = tl.cast(rate, tl.float32), tl.cast(decay, tl.float32)
         # Backwards, as in the step of a table: the last rows are the likeliest to be in the cache still.
         program = tl.num_programs(0) - 1 - tl.program_id(0)
         for first_column in range(0, columns, COLUMNS):

@@ -19,7 +19,7 @@ except ImportError:  # a Mac, or a CPU build of PyTorch
 from cuda_ref.optimizers.stochastic_rounding import DROPPED_BITS
 from cuda_ref.sharding import RowShards
 
-__all__ = ["available", "device_of", "ember_step", "launchable", "shares", "statistics_tile", "update_tile"]
+__all__ = ["available", "device_of", "ember_step", "launchable", "log_of", "shares", "statistics_tile", "update_tile"]
 
 COLUMN_TILE = {"ROWS": 1024, "COLUMNS": 16, "num_warps": 8}  # of the second kernel
 
@@ -46,6 +46,11 @@ def shares(beta: float) -> tuple[float, float]:
     return float(beta), 1.0 - float(beta)
 
 
+def log_of(beta: float) -> float:
+    """Of which a kernel makes the bias correction of any step."""
+    return math.log(beta) if beta > 0 else -math.inf
+
+
 def ember_step(
     w: torch.Tensor,  # (V, D)
     g: torch.Tensor,  # (V, D)
@@ -67,7 +72,7 @@ def ember_step(
     rows, columns = w.shape
     scheduled = isinstance(beta2, torch.Tensor)
     beta2, forget = (beta2, 0.0) if scheduled else shares(beta2)
-    log_beta2 = 0.0 if scheduled else math.log(beta2) if beta2 > 0 else -math.inf
+    log_beta2 = 0.0 if scheduled else log_of(beta2)
     row_mean = None if row_clip is None else torch.empty_like(r)
     seed = seed if w.dtype in DROPPED_BITS else None
     tile_of_statistics, tile_of_update = (cut(columns, g.itemsize) for cut in (statistics_tile, update_tile))
