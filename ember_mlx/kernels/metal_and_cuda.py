@@ -12,7 +12,18 @@ from functools import cache
 
 import mlx.core as mx
 
-__all__ = ["BYTES_AT_ONCE", "CUDA", "METAL", "MOST_THREADS", "SIMDGROUP", "Text", "kernel", "launch_of", "scalars"]
+__all__ = [
+    "BYTES_AT_ONCE",
+    "CUDA",
+    "METAL",
+    "MOST_THREADS",
+    "SIMDGROUP",
+    "Text",
+    "flag",
+    "kernel",
+    "launch_of",
+    "scalars",
+]
 
 MOST_THREADS = 256  # of a threadgroup
 SIMDGROUP = 32  # threads, on every GPU that MLX runs on
@@ -245,3 +256,8 @@ def launch_of(
 def scalars(*numbers: float | mx.array) -> list[mx.array]:
     """Each number as an input of a kernel, float32 of shape (1,): by itself, since to join them takes a kernel each."""
     return [mx.array(number, mx.float32).reshape(1) for number in numbers]
+
+
+def flag(value: bool | mx.array) -> mx.array:
+    """A bool as an input of a kernel, of shape (1,)."""
+    return mx.array(value, mx.bool_).reshape(1)

@@ -10,10 +10,11 @@ same bits.
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, launch_of
 
-__all__ = ["ARRAYS", "CHUNK", "TEXT", "differences", "launch", "sums_of_squares"]
+__all__ = ["ARRAYS", "CHUNK", "TEXT", "differences", "largest_sums", "launch", "sums_of_squares"]
 
 # Of a launch. Metal binds 31 buffers, and each array takes three; CUDA takes 4096 bytes, and each array takes 128.
 ARRAYS = 24 if mx.cuda.is_available() else 8
@@ -93,6 +94,20 @@ def sums_of_squares(arrays: Sequence[mx.array]) -> mx.array:
     """
     padded = [*arrays, *[mx.zeros((1, 1), arrays[0].dtype)] * (ARRAYS - len(arrays))]
     return kernel(TEXT)(inputs=padded, **launch(padded))[0]
+
+
+def largest_sums(arrays: Sequence[mx.array]) -> mx.array:
+    """Of each array the largest sum of squares of ``CHUNK`` elements, (len(arrays),) float32; NaN where one is NaN.
+
+    Args:
+        arrays: As of :func:`sums_of_squares`.
+    """
+    ends = np.cumsum([-(-array.size // CHUNK) for array in arrays])
+    first = np.array([0, *ends[:-1]])
+    most = max(ends - first)
+    # An array of fewer chunks than another has its last one several times.
+    chunks = np.minimum(first[:, None] + np.arange(most), ends[:, None] - 1)
+    return sums_of_squares(arrays)[mx.array(chunks.astype(np.uint32))].max(axis=1)
 
 
 def launch(arrays: Sequence[mx.array]) -> dict:

@@ -6,9 +6,11 @@ operations there are three kernels and one that rounds, and the new weight is a 
 MLX gives the outputs of such a kernel memory of their own: nothing is updated in place.
 """
 
+import math
+
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, kernel, launch_of, scalars
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, Text, flag, kernel, launch_of, scalars
 from ember_mlx.kernels.rounding import FUNCTIONS
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
@@ -29,6 +31,7 @@ SOURCE = """
     const int64_t first = thread_index * VECTOR, left = size - first;
     const float kept1 = betas[0], taken1 = betas[1], kept2 = betas[2], taken2 = betas[3], eps = betas[4];
     const float rate = learning_rate[0], kept = decay[0], scale = correction[0];
+    const bool steps = finite[0];
     const uint32_t step_key = mix(seed[0] ^ mix(t[0]));
     int64_t row = quotient_of(first, columns), column = first - row * columns;
     uint32_t row_key = mix(step_key ^ static_cast<uint32_t>(row));
@@ -64,6 +67,7 @@ SOURCE = """
     }
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
+        if (!steps) continue;
         mean[i] = kept1 * mean[i] + taken1 * x[i];
         square[i] = kept2 * square[i] + taken2 * (x[i] * x[i]);
         const float stepped = y[i] * kept - rate * mean[i] / (sqrt(square[i]) * scale + eps);
@@ -96,7 +100,7 @@ FUNCTION float bfloat16_of(float value) {
 
 TEXT = Text(
     name="ember_adam_with_stochastic_rounding",
-    inputs=("w", "g", "m", "v", "sizes", "seed", "t", "betas", "learning_rate", "decay", "correction"),
+    inputs=("w", "g", "m", "v", "sizes", "seed", "t", "betas", "learning_rate", "decay", "correction", "finite"),
     outputs=("new_w", "new_m", "new_v"),
     source=SOURCE,
     functions=FUNCTIONS + TO_NEAREST,
@@ -117,6 +121,7 @@ def step_weight(
     correction: float | mx.array,
     betas: tuple[float, float],
     eps: float,
+    finite: bool | mx.array = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """One step on the GPU that is MLX's default device, computed in float32; new ``w``, ``m`` and ``v``.
 
@@ -130,11 +135,12 @@ def step_weight(
         decay (float or array): What a weight is multiplied by.
         correction (float or array): What the root of ``v`` is multiplied by: 1, or 1 / sqrt(1 - beta2^t).
         betas, eps: As of ``mlx.optimizers.Adam``.
+        finite (bool or array): False, and all three are what they were, whatever ``g`` holds.
     """
     columns = w.shape[-1] if w.ndim else 1
     sizes = mx.array([w.size // columns, columns], mx.uint32)
     numbers = mx.array([betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], mx.float32)
-    rates = scalars(learning_rate, decay, correction)
+    rates = [*scalars(learning_rate, decay, correction), flag(finite)]
     inputs = [w, g, m, v, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
     return tuple(kernel(TEXT)(inputs=inputs, **launch(w, g, m)))
 
@@ -158,7 +164,8 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype, m_dtype: mx.Dtype) -> str 
     """Where the kernel differs from plain operations in weights of those dtypes, in words, or None.
 
     All products are by powers of two, and squares are exact, so every bit must agree: of other numbers a GPU may round
-    a sum of products once where plain operations round twice. Rows end inside a thread's elements and between two.
+    a sum of products once where plain operations round twice. Rows end inside a thread's elements and between two. Of
+    a gradient that is not finite nothing may change.
     """
     seed, t = table_seed(0, 1), mx.array(3, mx.uint32)
     options = {"learning_rate": mx.array(0.5), "decay": 0.5, "correction": 2.0, "betas": (0.5, 0.5), "eps": 1.0}
@@ -171,7 +178,9 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype, m_dtype: mx.Dtype) -> str 
         stepped = wide_w * 0.5 - 0.5 * new_m / (mx.sqrt(new_v) * 2 + 1)
         random = random_bits(*bit_keys(seed, t, w.size // shape[-1], shape[-1])).reshape(shape)
         expected = round_stochastically(wide_w - (wide_w - stepped), random, w_dtype), new_m, new_v
-        for name, a, b in zip(("weight", "m", "v"), found, expected, strict=True):
+        found += step_weight(w, g * math.nan, m, v, seed, t, **options, finite=False)
+        names = ("weight", "m", "v", "weight left alone", "m left alone", "v left alone")
+        for name, a, b in zip(names, found, (*expected, w, m, v), strict=True):
             wrong = (a != b.astype(a.dtype)).sum().item()
             if wrong:
                 return f"{wrong} of the {a.size} values of {name} of {shape} differ, in {w_dtype} and {m_dtype}"

@@ -39,8 +39,11 @@ __all__ = [
     "norm_is_safe",
     "norm_of",
     "rates_are_safe",
+    "safe_norms",
+    "selected",
     "spoil_gradients_of_nonfinite",
     "squares_of",
+    "sum_is_safe",
 ]
 
 SAFE_NORM = 1e18  # its square is 1e36, of 3e38 in float32
@@ -124,6 +127,46 @@ def norm_of(squares: list[mx.array]) -> mx.array:
 def norm_is_safe(norm: float | mx.array) -> bool | mx.array:
     """Whether gradients of this global norm, a number or an array, may update weights; NaN is not."""
     return norm <= SAFE_NORM
+
+
+def safe_norms(gradients: list[mx.array]) -> list[mx.array]:
+    """Of each gradient whether its norm is safe, bool arrays (); with few kernels where a GPU has one for several.
+
+    What shares a kernel is needed at one time: all these gradients are there together.
+    """
+    safe, alike = [None] * len(gradients), {}
+    for place, gradient in enumerate(gradients):
+        if kernels.usable(kernels.norms, gradient.dtype):
+            alike.setdefault(gradient.dtype, []).append(place)
+        else:
+            safe[place] = sum_is_safe(gradient)
+    for places in alike.values():
+        for first in range(0, len(places), ARRAYS):
+            some = places[first : first + ARRAYS]
+            arrays = [gradients[place].reshape(-1, gradients[place].shape[-1]) for place in some]
+            flags = norm_is_safe(mx.sqrt(kernels.norms.largest_sums(arrays)))
+            for place, flag in zip(some, mx.split(flags, len(some)), strict=True):
+                safe[place] = flag.reshape(())
+    return safe
+
+
+def sum_is_safe(gradient: mx.array) -> mx.array:
+    """Whether a gradient is finite, a bool array (), and so are the squares of its elements, without scratch.
+
+    Its sum keeps every NaN and infinity, and makes nothing of its size. Only float16 overflows in a sum by itself.
+    """
+    wide = gradient.astype(mx.float32) if gradient.dtype == mx.float16 else gradient
+    return norm_is_safe(mx.abs(wide.sum().astype(mx.float32)))
+
+
+def selected(
+    finite: mx.array, updated: mx.array, parameter: mx.array, new: dict[str, mx.array], state: dict[str, mx.array]
+) -> mx.array:
+    """``updated`` if ``finite``, else ``parameter``; so it becomes of ``new``, made of ``state``. Both are computed."""
+    for name, value in new.items():
+        if value is not state.get(name):
+            new[name] = mx.where(finite, value, state[name])
+    return mx.where(finite, updated, parameter)
 
 
 def rates_are_safe(state: Tree) -> mx.array:

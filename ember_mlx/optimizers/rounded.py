@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_map
 from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
 from ember_mlx.optimizers import adam_kernel, sinkgd_kernel
-from ember_mlx.optimizers.ember import update_table
+from ember_mlx.optimizers.ember import bias_correction, update_table
+from ember_mlx.optimizers.guarded import selected
 from ember_mlx.optimizers.in_float32 import adam_moments, wide_step
 from ember_mlx.optimizers.sinkgd import SinkGD, sinkhorn_factors
 from ember_mlx.shared.errors import InputError
@@ -101,46 +102,81 @@ class StochasticRounding(Optimizer):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """The parameter after one step, in its own shape and dtype; ``state`` is stepped in place."""
+        if (step := self._kernel_for(gradient, parameter, state)) is not None:
+            return step(gradient, parameter, state)
         if parameter.dtype not in DROPPED_BITS:
             return self.optimizer.apply_single(gradient, parameter, state)
         seed, t = state["seed"], self.step.astype(mx.uint32)
-        if type(self.optimizer) in (Adam, AdamW):
-            arrays = parameter, gradient, state["m"], state["v"]
-            new, state["m"], state["v"] = self._step_adam(*arrays, seed, t)
-            return new
-        is_sinkgd = type(self.optimizer) is SinkGD and "m" not in state  # its vectors have AdamW's
-        if is_sinkgd and kernels.usable(sinkgd_kernel, parameter.dtype, gradient.dtype):
-            return self._step_sinkgd(parameter, gradient, seed, t)
+        if self._is_adam:
+            # The moments are computed twice, for the weight of views: what two kernels read, mx.compile makes by one
+            # more, and in float32. So there are three, and what rounds.
+            w, g, m, v = parameter, gradient, state["m"], state["v"]
+            stock = partial(type(self.optimizer).apply_single, self.optimizer)
+            new = wide_step(stock, g[None], w[None], {"m": m[None], "v": v[None]})
+            state["m"], state["v"] = adam_moments(g, m, v, self.optimizer.betas, mx.float32)
+            return round_step(w[None], new, seed, t).squeeze(0)
         inside = {name: value for name, value in state.items() if name != "seed"}
         new = wide_step(self.optimizer.apply_single, gradient, parameter, inside)
         state.update(inside)
         return round_step(parameter, new.astype(mx.float32), seed, t)
 
-    def _step_adam(self, w, g, m, v, seed, t):
-        """New ``w``, ``m`` and ``v``: by a kernel on a GPU."""
-        optimizer = self.optimizer
-        if kernels.usable(adam_kernel, w.dtype, g.dtype, m.dtype):
-            (b1, b2), rate, correction = optimizer.betas, optimizer.learning_rate.astype(mx.float32), 1.0
-            decay = 1 - rate * optimizer.weight_decay if isinstance(optimizer, AdamW) else 1.0
-            if optimizer.bias_correction:
-                rate, correction = rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)
-            how = {"betas": optimizer.betas, "eps": optimizer.eps}
-            rates = {"learning_rate": rate, "decay": decay, "correction": correction}
-            return adam_kernel.step_weight(w, g, m, v, seed, t, **rates, **how)
-        # The moments are computed twice, for the weight of views: what two kernels read, mx.compile makes by one more,
-        # and in float32. So there are three, and what rounds.
-        stock = partial(type(optimizer).apply_single, optimizer)
-        new = wide_step(stock, g[None], w[None], {"m": m[None], "v": v[None]})
-        return round_step(w[None], new, seed, t).squeeze(0), *adam_moments(g, m, v, optimizer.betas, mx.float32)
+    def apply_single_if(
+        self, finite: mx.array, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
+        """As :meth:`apply_single` where ``finite``, a bool array (), else nothing changes; a kernel selects itself."""
+        if (step := self._kernel_for(gradient, parameter, state)) is not None:
+            return step(gradient, parameter, state, finite)
+        new = dict(state)
+        updated = self.apply_single(gradient, parameter, new)
+        updated = selected(finite, updated, parameter, new, state)
+        state.update(new)
+        return updated
 
-    def _step_sinkgd(self, w, g, seed, t):
-        """The new matrix or matrices, (..., m, n), by a kernel on a GPU."""
+    @property
+    def _is_adam(self):
+        return type(self.optimizer) in (Adam, AdamW)
+
+    def _kernel_for(self, gradient, parameter, state):
+        """What makes the whole step by one kernel on a GPU, or None."""
+        if parameter.dtype not in DROPPED_BITS:
+            return None
+        is_sinkgd = type(self.optimizer) is SinkGD
+        if is_sinkgd and "m" not in state:
+            return self._step_sinkgd if kernels.usable(sinkgd_kernel, parameter.dtype, gradient.dtype) else None
+        if is_sinkgd or self._is_adam:
+            dtypes = parameter.dtype, gradient.dtype, state["m"].dtype
+            return self._step_adam if kernels.usable(adam_kernel, *dtypes) else None
+        return None
+
+    def _step_adam(self, gradient, parameter, state, finite=True):
+        optimizer, (b1, b2) = self.optimizer, self.optimizer.betas
+        rate, correction = optimizer.learning_rate.astype(mx.float32), 1.0
+        decay = 1 - rate * self._decay_of(parameter)
+        if type(optimizer) is SinkGD:
+            rate, correction = rate / bias_correction(self.step, b1), mx.rsqrt(bias_correction(self.step, b2))
+        elif optimizer.bias_correction:
+            rate, correction = rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)
+        new, state["m"], state["v"] = adam_kernel.step_weight(
+            parameter, gradient, state["m"], state["v"], state["seed"], self.step.astype(mx.uint32),
+            learning_rate=rate, decay=decay, correction=correction, betas=optimizer.betas, eps=optimizer.eps,
+            finite=finite,
+        )  # fmt: skip
+        return new
+
+    def _step_sinkgd(self, gradient, parameter, state, finite=True):
+        """Of a matrix or matrices, (..., m, n)."""
         optimizer, flat = self.optimizer, lambda x, axes: x.reshape(-1, *x.shape[x.ndim - axes :])
-        a, b = sinkhorn_factors(g, optimizer.passes, optimizer.eps)
+        a, b = sinkhorn_factors(gradient, optimizer.passes, optimizer.eps)
         rate = optimizer.learning_rate.astype(mx.float32)
-        rates = {"learning_rate": rate, "decay": 1 - rate * optimizer.weight_decay_of(w)}
-        arrays = flat(w, 2), flat(g, 2), flat(a, 1), flat(b, 1), seed, t
-        return sinkgd_kernel.update_matrix(*arrays, **rates).reshape(w.shape)
+        arrays = flat(parameter, 2), flat(gradient, 2), flat(a, 1), flat(b, 1)
+        rates = {"learning_rate": rate, "decay": 1 - rate * self._decay_of(parameter), "finite": finite}
+        new = sinkgd_kernel.update_matrix(*arrays, state["seed"], self.step.astype(mx.uint32), **rates)
+        return new.reshape(parameter.shape)
+
+    def _decay_of(self, parameter):
+        if type(self.optimizer) is SinkGD:
+            return self.optimizer.weight_decay_of(parameter)
+        return getattr(self.optimizer, "weight_decay", 0.0)
 
     @property
     def state(self) -> dict[str, Any]:

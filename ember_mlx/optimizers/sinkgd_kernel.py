@@ -7,9 +7,11 @@ they lie in columns, as they come out of MLX's matrix product: registers turn th
 MLX gives the output of such a kernel memory of its own: nothing is updated in place.
 """
 
+import math
+
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, SIMDGROUP, Text, kernel, launch_of, scalars
+from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, SIMDGROUP, Text, flag, kernel, launch_of, scalars
 from ember_mlx.kernels.rounding import FUNCTIONS
 from ember_mlx.kernels.stochastic_rounding import (
     DROPPED_BITS,
@@ -44,6 +46,7 @@ SOURCE = """
     const bool together = rows >= VECTOR && left >= VECTOR && columns % VECTOR == 0 && aligned<VECTOR>(w)
         && (along_rows || row_step == 1) && g_step % VECTOR == 0 && aligned<VECTOR>(g + g_at);
     const float rate = learning_rate[0], kept = decay[0];
+    const bool steps = finite[0];
     const uint32_t step_key = mix(seed[0] ^ mix(t[0]));
     float of_column[VECTOR];
     uint32_t column_keys[VECTOR];
@@ -80,7 +83,9 @@ SOURCE = """
             widen(old[k], y);
             #pragma unroll
             for (int v = 0; v < VECTOR; v++)
-                y[v] = stepped<DROPPED_BITS>(y[v], of_row, x[k][v], of_column[v], rate, kept, row_key ^ column_keys[v]);
+                if (steps) y[v] = stepped<DROPPED_BITS>(
+                    y[v], of_row, x[k][v], of_column[v], rate, kept, row_key ^ column_keys[v]
+                );
             write_together<VECTOR, W>(new_w + at + static_cast<int64_t>(k) * columns, y);
         }
     } else {
@@ -93,9 +98,10 @@ SOURCE = """
                 if (v >= left) continue;
                 const int64_t here = at + static_cast<int64_t>(k) * columns + v;
                 const float x = static_cast<float>(g[g_at + k * row_step + v * column_step]);
-                new_w[here] = static_cast<W>(stepped<DROPPED_BITS>(
-                    static_cast<float>(w[here]), of_row, x, of_column[v], rate, kept, row_key ^ column_keys[v]
-                ));
+                const float y = static_cast<float>(w[here]);
+                new_w[here] = static_cast<W>(steps ? stepped<DROPPED_BITS>(
+                    y, of_row, x, of_column[v], rate, kept, row_key ^ column_keys[v]
+                ) : y);
             }
         }
     }
@@ -111,7 +117,7 @@ FUNCTION float stepped(float w, float a, float g, float b, float rate, float kep
 
 TEXT = Text(
     name="ember_sinkgd_with_stochastic_rounding",
-    inputs=("w", "g", "a", "b", "seed", "t", "learning_rate", "decay"),
+    inputs=("w", "g", "a", "b", "seed", "t", "learning_rate", "decay", "finite"),
     outputs=("new_w",),
     source=SOURCE,
     functions=FUNCTIONS + STEPPED,
@@ -128,6 +134,7 @@ def update_matrix(
     *,
     learning_rate: float | mx.array,
     decay: float | mx.array,
+    finite: bool | mx.array = True,
 ) -> mx.array:
     """New ``w`` on the GPU that is MLX's default device: ``decay * w - learning_rate * a g b``, computed in float32.
 
@@ -139,9 +146,10 @@ def update_matrix(
         seed, t (array): Of the weight and of this step, uint32: they key the random bits, by all axes but the last, and
             that one.
         learning_rate, decay (float or array): Of the step, and what a weight is multiplied by.
+        finite (bool or array): False, and the new ``w`` is ``w``, whatever ``g`` holds.
     """
     arrays = [mx.contiguous(w), g, mx.contiguous(a), mx.contiguous(b), seed.reshape(1), t.reshape(1)]
-    return kernel(TEXT)(inputs=arrays + scalars(learning_rate, decay), **launch(w, g))[0]
+    return kernel(TEXT)(inputs=[*arrays, *scalars(learning_rate, decay), flag(finite)], **launch(w, g))[0]
 
 
 def launch(w: mx.array, g: mx.array) -> dict:
@@ -167,7 +175,8 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
 
     All factors are powers of two, so every bit must agree: of other numbers a GPU may round a sum of products once
     where plain operations round twice. There is more than one threadgroup, the last incomplete, in both directions.
-    Blocks are whole, and read at once, or end inside; gradients lie in memory as most do, and then transposed.
+    Blocks are whole, and read at once, or end inside; gradients lie in memory as most do, and then transposed. By one
+    that is not finite nothing may change.
     """
     seed, t = table_seed(0, 1), mx.array(3, mx.uint32)
     for shape in ((2, 40, SIMDGROUP * SIMDGROUPS * 2 + 16), (2, 35, 21)):
@@ -180,8 +189,9 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
         expected = round_stochastically(wide - (wide - moved), bits, w_dtype)
         for way, gradient in {"": g, "transposed ": mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2)}.items():
             found = update_matrix(w, gradient, a, b, seed, t, learning_rate=0.25, decay=0.5)
-            wrong = (found != expected).sum().item()
+            left = update_matrix(w, gradient * math.nan, a, b, seed, t, learning_rate=0.25, decay=0.5, finite=False)
+            wrong = (found != expected).sum().item() + (left != w).sum().item()
             if wrong:
-                values = f"{wrong} of the {w.size} values of {w_dtype} matrices of {shape}"
+                values = f"{wrong} of the {2 * w.size} values of {w_dtype} matrices of {shape}"
                 return f"{values} differ, by {way}{g_dtype} gradients"
     return None

@@ -1,5 +1,7 @@
 """What becomes of a gradient as soon as it can be made: a step of its weight, or its square for the global norm."""
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 from ember_mlx.optimizers.guarded import global_norm
@@ -45,7 +47,7 @@ class Stepping:
         self._clip_layer_norm = clip_layer_norm
         self._shards = shards
 
-    def bytes_made(self, paths: list[str]) -> int:
+    def bytes_made(self, paths: Iterable[str]) -> int:
         """Bytes of the weights and the state that a step of these makes new."""
         return sum(self._updates.nbytes[path] for path in paths)
 
@@ -64,7 +66,10 @@ class Stepping:
         self._step(gradients, scale)
 
     def _step(self, gradients, scale):
-        stepped = self._updates({path: self._weights[path] for path in gradients}, gradients, scale)
+        together = self._pace.takes_together(self.bytes_made(gradients))
+        weights = {path: self._weights[path] for path in gradients}
+        stepped = self._updates(weights, gradients, scale, together=together)
+        del weights
         gradients.clear()
         # The module lets go of the old weights before the new ones are made: they may take their place.
         for path in stepped:
@@ -105,7 +110,7 @@ class GlobalNorm:
         self._machines = machines
         self._squares = mx.array(0.0)
 
-    def bytes_made(self, paths: list[str]) -> int:
+    def bytes_made(self, paths: Iterable[str]) -> int:
         """Bytes of the weights and the state that a step of these makes new."""
         return 0
 

@@ -4,6 +4,7 @@ MLX's ``apply_gradients`` steps the counter at each call, so it is taken apart h
 infinity in it changes neither its weight nor the weight's state, and is named at the end of the step.
 """
 
+import itertools
 from functools import partial
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import mlx.nn as nn
 from mlx.optimizers import SGD, Adafactor, MultiOptimizer, Optimizer
 from mlx.utils import tree_flatten
 
-from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, norm_is_safe
+from ember_mlx.optimizers.guarded import GuardedOptimizer, all_finite, safe_norms, selected, sum_is_safe
 from ember_mlx.optimizers.paired import PairedOptimizer
 from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.optimizers.split_weights import SplitWeights
@@ -53,7 +54,10 @@ class Updates:
             for path, weight in trainable.items()
         }
         self._leaves = list({id(leaf): leaf for leaf in self._of.values()}.values())
-        self._functions = {id(leaf): mx.compile(partial(_applied, leaf)) for leaf in self._leaves}
+        self._functions = {
+            (id(leaf), together): mx.compile(partial(_applied, leaf, together))
+            for leaf, together in itertools.product(self._leaves, (False, True))
+        }
         self._unread = {id(leaf): _unread(leaf) for leaf in self._leaves}
         self._finite = {}
         self._shared = {}
@@ -91,6 +95,8 @@ class Updates:
         gradients: dict[str, mx.array],
         scale: mx.array | None = None,
         sums: dict[str, mx.array] | None = None,
+        *,
+        together: bool = False,
     ) -> dict[str, tuple[mx.array, list[mx.array]]]:
         """New weights and what is new of their states, by path, lazy; the states are updated.
 
@@ -100,6 +106,7 @@ class Updates:
             weights, gradients (dict): By path, of the same paths.
             scale (array, optional): What the gradients are multiplied by.
             sums (dict, optional): Of the whole gradients, which are then judged, where these are parts.
+            together (bool): Whether all gradients may be there at one time: then they are judged with fewer kernels.
         """
         by_leaf, results = {}, {}
         for path in gradients:
@@ -112,7 +119,7 @@ class Updates:
                 for path, state in zip(paths, states, strict=True)
             ]
             totals = None if sums is None else [sums[path] for path in paths]
-            applied = self._functions[leaf](triples, self._shared[leaf], scale, totals)
+            applied = self._functions[leaf, together](triples, self._shared[leaf], scale, totals)
             for path, state, (weight, new, finite) in zip(paths, states, applied, strict=True):
                 state.update(new)
                 self.note(path, finite)
@@ -146,29 +153,32 @@ class Updates:
         return [*own, *(value for value in self.optimizer.state.values() if isinstance(value, mx.array))]
 
 
-def _applied(leaf, triples, shared, scale, totals):
+def _applied(leaf, together, triples, shared, scale, totals):
     """The updates of some arrays as a function of all that they read; layers of equal shapes share what is compiled."""
     own = {name: leaf.state[name] for name in shared}
     leaf.state.update(shared)
     try:
-        totals = totals or [None] * len(triples)
-        return [_applied_to_one(leaf, *triple, scale, total) for triple, total in zip(triples, totals, strict=True)]
+        if scale is not None:
+            triples = [((gradient * scale).astype(gradient.dtype), *others) for gradient, *others in triples]
+        judged = totals or [gradient for gradient, *_ in triples]
+        safe = safe_norms(judged) if together and not totals else [sum_is_safe(each) for each in judged]
+        return [_applied_to_one(leaf, *triple, finite) for triple, finite in zip(triples, safe, strict=True)]
     finally:
         leaf.state.update(own)
 
 
-def _applied_to_one(leaf, gradient, weight, state, scale, total):
-    if scale is not None:
-        gradient = (gradient * scale).astype(gradient.dtype)
-    finite = _is_safe(gradient if total is None else total)
+def _applied_to_one(leaf, gradient, weight, state, finite):
     new = dict(state)
-    updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
-    if weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor):  # there finite gradients may overflow
-        finite = finite & all_finite([updated])
-    changed = {
-        name: mx.where(finite, value, state[name]) for name, value in new.items() if value is not state.get(name)
-    }
-    return mx.where(finite, updated, weight), changed, finite
+    may_overflow = weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor)  # of finite gradients
+    if hasattr(leaf, "apply_single_if") and not may_overflow:
+        updated = leaf.apply_single_if(finite, gradient, weight, new)
+    else:
+        updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
+        if may_overflow:
+            finite = finite & all_finite([updated])
+        updated = selected(finite, updated, weight, new, state)
+    changed = {name: value for name, value in new.items() if value is not state.get(name)}
+    return updated, changed, finite
 
 
 def _all(flags):
@@ -185,15 +195,6 @@ def _all_of(flags):
     while len(flags) > 1:
         flags = [mx.logical_and(one, other) for one, other in zip(flags[::2], flags[1::2], strict=True)]
     return flags[0]
-
-
-def _is_safe(gradient):
-    """A sum keeps every NaN and infinity, and an element whose square would overflow. It makes nothing of their size.
-
-    Only float16 overflows in a sum by itself.
-    """
-    wide = gradient.astype(mx.float32) if gradient.dtype == mx.float16 else gradient
-    return norm_is_safe(mx.abs(wide.sum().astype(mx.float32)))
 
 
 def _leaf_of(optimizer, path, weight):

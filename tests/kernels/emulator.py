@@ -29,7 +29,7 @@ CHECKS = {
 OPTIONS = ["-std=c++17", "-O0", "-g1", "-w", "-D_GLIBCXX_BITS_SPECFUN_H", "-I", EMULATION]
 LINKER = ["-fuse-ld=gold"] if shutil.which("ld.gold") else []  # in a third of the time
 CUDA_TYPES = {mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t",
-              mx.int8: "int8_t", mx.uint8: "uint8_t"}  # fmt: skip
+              mx.int8: "int8_t", mx.uint8: "uint8_t", mx.bool_: "bool"}  # fmt: skip
 
 
 class EmulationError(Exception):

@@ -5,7 +5,7 @@ import mlx.optimizers as optim
 import pytest
 
 from ember_mlx import kernels
-from ember_mlx.optimizers import adam_kernel
+from ember_mlx.optimizers import SinkGD, adam_kernel
 from ember_mlx.optimizers.rounded import StochasticRounding
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
@@ -50,11 +50,34 @@ def test_the_texts_step_as_plain_operations_do(make_emulated, monkeypatch, dtype
                 assert mx.array_equal(found, expected), name
 
 
+@pytest.mark.parametrize("finite", [True, False])
+def test_vectors_under_sinkgd_step_as_plain_operations_do(emulated, monkeypatch, finite):
+    w, g = (mx.random.normal((300,), key=mx.random.key(number)).astype(mx.bfloat16) for number in range(2))
+    optimizer = StochasticRounding(SinkGD(1e-2, betas=(0.8, 0.95), weight_decay=0.1, decay_vectors=True))
+    optimizer.init({"w": w})
+    optimizer.state["step"] = mx.array(3, mx.uint64)
+    before = {"m": mx.ones((300,)), "v": mx.ones((300,)), "seed": optimizer.state["w"]["seed"]}
+
+    def stepped():
+        state = dict(before)
+        new = optimizer.apply_single_if(mx.array(finite), g if finite else g * mx.nan, w, state)
+        return new.astype(mx.float32), state["m"], state["v"]
+
+    plain, kernel = stepped(), emulated("metal", "memory", module=adam_kernel)
+    monkeypatch.setattr(adam_kernel, "kernel", lambda text: kernel)
+    monkeypatch.setattr(kernels, "usable", lambda module, *dtypes: module is adam_kernel)
+    for ours, expected in zip(stepped(), plain, strict=True):
+        assert mx.allclose(ours, expected, rtol=1e-6, atol=0)
+    if not finite:
+        assert all(mx.array_equal(x, y) for x, y in zip(plain, (w, before["m"], before["v"]), strict=True))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ("i < left; i++", "i < VECTOR; i++", "heap-buffer-overflow"),
         ("static_cast<uint32_t>(++row)", "static_cast<uint32_t>(row)", "values of weight"),
+        ("if (!steps) continue;", "", "values of weight left alone"),
     ],
 )
 def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with, old, new, says):

@@ -48,6 +48,22 @@ def of_ways(shapes, dtype, ways):
     return [laid(way, table(shape, dtype)) for shape, way in zip(shapes, ways, strict=True)]
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf, 2e18])
+def test_of_several_gradients_each_is_judged_by_its_own_numbers(emulated, monkeypatch, wrong):
+    kernel, launches = emulated("metal", "memory", module=norms), []
+    monkeypatch.setattr(norms, "kernel", lambda text: launches.append(text) or kernel)
+    monkeypatch.setattr(kernels, "usable", lambda module, dtype: module is norms and dtype == mx.bfloat16)
+    shapes = [(3,), (2, norms.CHUNK), (5,), (7, 64), (1,), (2, 3, 4)] * 2
+    for place in (0, 1, 3, 11):
+        gradients = [mx.ones(shape, mx.bfloat16) for shape in shapes] + [mx.ones((9,)), mx.full((9,), np.nan)]
+        flat = gradients[place].reshape(-1)
+        flat[-1] = wrong
+        gradients[place] = flat.reshape(shapes[place])
+        expected = [number not in (place, 13) for number in range(14)]
+        assert [flag.item() for flag in guarded.safe_norms(gradients)] == expected
+    assert len(launches) == 4 * -(-12 // norms.ARRAYS)
+
+
 @pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
 def test_the_metal_text_is_right_touches_nothing_else_and_has_no_races(emulated, dtype):
     first = emulated("metal", "memory", module=norms)

@@ -6,7 +6,10 @@ import pytest
 from mlx.utils import tree_flatten
 from streaming.small_steps import SHORT, arrays_of, batch_of, bits, llama, paired
 
+from ember_mlx.optimizers import SinkGD
+from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.streaming import StreamedStep
+from ember_mlx.streaming.updates import Updates
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -70,6 +73,26 @@ def test_a_nan_on_the_way_back_reaches_no_weight_and_is_named(tied):
     model.model.layers[1].on = False
     step = StreamedStep(model, optimizer)
     assert step.accumulated([batch_of(SHORT)]).nonfinite == ()
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_a_weight_is_judged_by_its_own_gradient(together, dtype):
+    model = nn.Linear(4, 3)
+    model.set_dtype(dtype)
+    optimizer = StochasticRounding(SinkGD(0.1))
+    updates, weights = Updates(optimizer, model), dict(tree_flatten(model.parameters()))
+    for wrong in weights:
+        before = bits(dict(tree_flatten((weights, optimizer.state))))
+        updates.begin()
+        gradients = {path: mx.ones_like(array) * (mx.nan if path == wrong else 1) for path, array in weights.items()}
+        new = updates(weights, gradients, together=together)
+        assert updates.finish() == [wrong]
+        after = bits(dict(tree_flatten(({path: made[0] for path, made in new.items()}, optimizer.state))))
+        assert {name for name in after if after[name] != before[name]} == CHANGED[wrong]
+
+
+CHANGED = {"weight": {"0.bias", "1.bias.m", "1.bias.v", "1.step"}, "bias": {"0.weight", "1.step"}}
 
 
 def test_a_norm_that_is_not_finite_changes_nothing():
