@@ -15,6 +15,7 @@ head_dim is not the width over the heads. The shape of ``v`` says them: along ea
 """
 
 import math
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +26,7 @@ from ember_mlx.optimizers import adam_mini_kernel, module_roles
 from ember_mlx.optimizers.body import BodyOptimizer, Rate, Tree, rows_of_block
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum, groups_of
 from ember_mlx.optimizers.ember import LEAST_BETA, bias_correction, mean_squares, update_second_moment
+from ember_mlx.optimizers.guarded import applied_if
 from ember_mlx.optimizers.in_float32 import kernel_of_its_own
 from ember_mlx.shared.ember_options import check_word
 
@@ -88,11 +90,15 @@ def step_by_kernel(
     beta2: float,
     eps: float,
     weight_decay: float | mx.array,
+    finite: bool | mx.array = True,
 ) -> tuple[mx.array, mx.array | tuple[mx.array, mx.array], mx.array]:
-    """As ``adam_mini_step``, each weight read and written once; where blocks are no rows, after their means."""
+    """As ``adam_mini_step``, each weight read and written once; where blocks are no rows, after their means.
+
+    Where ``finite`` is False, all three are what they were, whatever ``g`` holds.
+    """
     rows_are_blocks = v.shape[:-1] == w.shape[:-1]
     if not rows_are_blocks:
-        v = update_second_moment(v, block_mean_squares(g, v.shape), beta2)
+        v = mx.where(finite, update_second_moment(v, block_mean_squares(g, v.shape), beta2), v)
     numbers = adam_mini_kernel.Numbers(
         learning_rate / bias_correction(t, beta1),
         1 - learning_rate * weight_decay,
@@ -104,7 +110,7 @@ def step_by_kernel(
     codes, scales = m if isinstance(m, tuple) else (as_rows(m), None)
     of_rows = spread(v, w.shape).reshape(-1)
     new, codes, scales, of_rows = adam_mini_kernel.step_rows(
-        as_rows(w), as_rows(g), codes, scales, of_rows, numbers, rows_are_blocks
+        as_rows(w), as_rows(g), codes, scales, of_rows, numbers, rows_are_blocks, finite
     )
     m = codes.reshape(w.shape) if scales is None else (codes, scales)
     return new.reshape(w.shape), m, of_rows.reshape(v.shape) if rows_are_blocks else v
@@ -278,10 +284,24 @@ class AdamMini(BodyOptimizer):
         return state
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        new, m, state["v"] = adam_mini_step(
+        return self._stepped(adam_mini_step, gradient, parameter, state)
+
+    def apply_single_if(
+        self, finite: mx.array, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
+        """As :meth:`apply_single` where ``finite``, a bool array (), else nothing changes; a kernel selects itself."""
+        if kernel_takes(parameter, gradient, self._momentum(state), state["v"], *self.betas):
+            return self._stepped(partial(step_by_kernel, finite=finite), gradient, parameter, state)
+        return applied_if(finite, self.apply_single, gradient, parameter, state)
+
+    def _momentum(self, state):
+        return state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"])
+
+    def _stepped(self, step, gradient, parameter, state):
+        new, m, state["v"] = step(
             parameter,
             gradient,
-            state["m"] if self.momentum == "float32" else (state["m"], state["m_scales"]),
+            self._momentum(state),
             state["v"],
             self.step,
             self.learning_rate,

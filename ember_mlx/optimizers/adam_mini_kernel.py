@@ -7,13 +7,23 @@ the step. Weights and momentum are read and written once. A group of 32 codes li
 MLX gives the outputs of such a kernel memory of their own: nothing is updated in place.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import BYTES_AT_ONCE, MOST_THREADS, SIMDGROUP, Text, kernel, launch_of, scalars
+from ember_mlx.kernels.metal_and_cuda import (
+    BYTES_AT_ONCE,
+    MOST_THREADS,
+    SIMDGROUP,
+    Text,
+    flag,
+    kernel,
+    launch_of,
+    scalars,
+)
 from ember_mlx.optimizers.companded import GROUP, decode_momentum, encode_momentum
-from ember_mlx.optimizers.flash_kernel import FUNCTIONS, MOST_FLIPPED
+from ember_mlx.optimizers.flash_kernel import FUNCTIONS, MOST_FLIPPED, changed
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
 __all__ = ["Numbers", "differences", "step_rows"]
@@ -22,12 +32,15 @@ __all__ = ["Numbers", "differences", "step_rows"]
 # still in the cache when it is read again.
 CUDA_THREADS, CUDA_THREADS_INT8 = 1024, 512
 
+NUMBERS = ("learning_rate", "kept", "forgotten1", "forgotten2", "correction2", "eps")
+
 # The body of the kernel, in Metal's words.
 SOURCE = """
     constexpr int LANES = GROUP / VECTOR;
     const int thread_index = thread_position_in_threadgroup.x, threads = threads_per_threadgroup.x;
     const int64_t row = threadgroup_position_in_grid.x, columns = w_shape[1], corner = row * columns;
     const float decay = kept[0], forget = forgotten1[0];
+    const bool steps = finite[0];
     threadgroup float sums[MOST_SIMDGROUPS];
 
     float square = v[row];
@@ -55,7 +68,7 @@ SOURCE = """
         threadgroup_barrier(mem_flags::mem_threadgroup);
         sum = 0;
         for (int k = 0; k < threads / SIMDGROUP; k++) sum += sums[k];
-        square = square + forgotten2[0] * (sum / columns - square);
+        if (steps) square = square + forgotten2[0] * (sum / columns - square);
     }
     if (thread_index == 0) new_v[row] = square;
     const float rate = learning_rate[0] / (sqrt(square / correction2[0]) + eps[0]);
@@ -79,6 +92,7 @@ SOURCE = """
         const float scale = INT8 && left > 0 ? m_scales[at / GROUP] : 0.0f;
         #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
+            if (!steps) continue;
             const float part = quotient(first[i], 127.0f);
             const float old = INT8 ? quotient(scale * part, 2 - fabs(part)) : first[i];
             first[i] = old + forget * (x[i] - old);
@@ -90,11 +104,11 @@ SOURCE = """
             #pragma unroll
             for (int distance = LANES / 2; distance > 0; distance /= 2)
                 largest = larger(largest, simd_shuffle_xor(largest, distance));
-            if (left > 0 && at % GROUP == 0) new_m_scales[at / GROUP] = largest;
+            if (left > 0 && at % GROUP == 0) new_m_scales[at / GROUP] = steps ? largest : scale;
             #pragma unroll
             for (int i = 0; i < VECTOR; i++) {
                 const float z = quotient(first[i], largest);
-                codes[i] = code_of(127 * (2 * quotient(z, 1 + fabs(z))));
+                codes[i] = steps ? code_of(127 * (2 * quotient(z, 1 + fabs(z)))) : static_cast<int>(first[i]);
             }
         }
         write_as<VECTOR, W>(new_w + at, left, y);
@@ -108,7 +122,7 @@ SOURCE = """
 
 TEXT = Text(
     name="ember_adam_mini_step",
-    inputs=("w", "g", "m", "m_scales", "v", "learning_rate", "kept", "forgotten1", "forgotten2", "correction2", "eps"),
+    inputs=("w", "g", "m", "m_scales", "v", *NUMBERS, "finite"),
     outputs=("new_w", "new_m", "new_m_scales", "new_v"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
@@ -135,6 +149,7 @@ def step_rows(
     v: mx.array,
     numbers: Numbers,
     rows_are_blocks: bool,
+    finite: bool | mx.array = True,
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
     """One step of the rows of a matrix, on the GPU that is MLX's default device.
 
@@ -146,12 +161,13 @@ def step_rows(
         v (array): Second moments of the rows, (rows,) float32: those before this step where ``rows_are_blocks``, which
             the kernel then updates; else those of this step.
         numbers (Numbers): Of this step.
+        finite (bool or array): False, and all four are what they were, whatever ``g`` holds.
 
     Returns:
         The new ``w``, ``m``, ``m_scales`` and ``v``.
     """
     scales = mx.zeros(1) if m_scales is None else m_scales
-    inputs = [w, g, m, scales, v, *scalars(*numbers)]
+    inputs = [w, g, m, scales, v, *scalars(*numbers), flag(finite)]
     w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales, rows_are_blocks))
     return w, m, None if m_scales is None else scales, v
 
@@ -186,6 +202,7 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
 
     More columns than the threads take at once, rows that begin at any address, over eight decades; momentum in float32
     and in 8 bits. A GPU may round a sum of products once where plain operations round twice, which moves a few codes.
+    By a gradient that is not finite nothing may change.
     """
     numbers = Numbers(*map(mx.array, (1e-2, 0.999)), 0.1, 0.001, mx.array(0.002), 1e-8)
     odd = MOST_THREADS * BYTES_AT_ONCE // g_dtype.size + 37
@@ -203,7 +220,8 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
             square = v + own * numbers.forget2 * (mx.square(g.astype(mx.float32)).mean(axis=1) - v)
             rates = numbers.learning_rate / (mx.sqrt(square / numbers.correction2) + numbers.eps)
             expected = numbers.kept * w.astype(mx.float32) - rates[:, None] * momentum
-            if wrong := _difference(found, expected, momentum, square):
+            left = step_rows(w, g * math.nan, *stored, v, numbers, own, finite=False)
+            if wrong := _difference(found, expected, momentum, square) or changed(left, (w, *stored, v)):
                 kind = "8-bit momentum" if int8 else "float32 momentum"
                 return f"{wrong}, of {w_dtype} weights, {g_dtype} gradients and {kind}"
     return None

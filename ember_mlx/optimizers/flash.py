@@ -15,6 +15,7 @@ from ember_mlx.optimizers.body import BodyOptimizer, Rate
 from ember_mlx.optimizers.companded import GROUP, grouped, groups_of, ungrouped
 from ember_mlx.optimizers.ember import LEAST_BETA
 from ember_mlx.optimizers.flash_arithmetic import Stored, flash_step, numbers_of
+from ember_mlx.optimizers.guarded import applied_if
 from ember_mlx.optimizers.split_weights import WEIGHTS, check_some_are_bfloat16
 from ember_mlx.shared.ember_options import check_word
 from ember_mlx.shared.errors import InputError
@@ -57,12 +58,24 @@ class _Flash(BodyOptimizer):
         return state
 
     def apply_single(self, gradient, parameter, state):
+        return self._stepped(gradient, parameter, state)
+
+    def apply_single_if(
+        self, finite: mx.array, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+    ) -> mx.array:
+        """As ``apply_single`` where ``finite``, a bool array (), else nothing changes; a kernel selects itself."""
+        if self._has_kernel_for(gradient, parameter):
+            return self._stepped(gradient, parameter, state, finite)
+        return applied_if(finite, self.apply_single, gradient, parameter, state)
+
+    def _stepped(self, gradient, parameter, state, finite=True):
+        """Plain operations take no heed of ``finite``."""
         decay = self.weight_decay_of(parameter)
         numbers = numbers_of(self.step, self.learning_rate, decay, self.betas, self.eps)
         moments = [state.get(name) for name in Stored._fields[2:]]
         rest = state["rest"] if self._splits(parameter.dtype) else None
-        if parameter.size < MOST_FLAT and self._kernel_takes(parameter.dtype, gradient.dtype):
-            new = flash_kernel.flash_step(Stored(parameter, rest, *moments), gradient, numbers)
+        if self._has_kernel_for(gradient, parameter):
+            new = flash_kernel.flash_step(Stored(parameter, rest, *moments), gradient, numbers, finite)
         else:
             weights = grouped(parameter), None if rest is None else grouped(rest)
             new = flash_step(Stored(*weights, *moments), grouped(gradient), numbers, self.state_format == "published")
@@ -74,6 +87,9 @@ class _Flash(BodyOptimizer):
 
     def _splits(self, dtype):
         return self.weights is not None and dtype == mx.bfloat16
+
+    def _has_kernel_for(self, gradient, parameter):
+        return parameter.size < MOST_FLAT and self._kernel_takes(parameter.dtype, gradient.dtype)
 
     def _kernel_takes(self, w_dtype, g_dtype):
         """float16 weights, the published format and small betas are left to plain operations."""

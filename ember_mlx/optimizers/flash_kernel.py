@@ -5,17 +5,19 @@ registers. A group of 32 weights lies in one simdgroup: 4 threads take 8 weights
 group is shuffled together. Each weight is read and written once, with 8 bits of each moment.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, kernel, launch_of, scalars
+from ember_mlx.kernels.metal_and_cuda import MOST_THREADS, Text, flag, kernel, launch_of, scalars
 from ember_mlx.optimizers.companded import GROUP
 from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 from ember_mlx.optimizers.split_weights import join
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 
-__all__ = ["FUNCTIONS", "MOST_FLIPPED", "differences", "flash_step"]
+__all__ = ["FUNCTIONS", "MOST_FLIPPED", "changed", "differences", "flash_step"]
 
 NUMBERS = ("learning_rate", "kept", "forgotten1", "forgotten2", "correction1", "correction2", "eps")
 VECTOR = 8  # weights of a thread
@@ -31,6 +33,7 @@ SOURCE = """
     const int64_t left = size - at, left_of_codes = groups * GROUP - at;
     const float rate = learning_rate[0], decay = kept[0], forget1 = forgotten1[0], forget2 = forgotten2[0];
     const float bias1 = correction1[0], bias2 = correction2[0], least_denominator = eps[0];
+    const bool steps = finite[0];
     const float m_scale = group < groups ? m_scales[group] : 0.0f;
     const float v_scale = ADAMW && group < groups ? v_scales[group] : 0.0f;
 
@@ -55,6 +58,7 @@ SOURCE = """
     float largest_m = 0, largest_root = 0;
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
+        if (!steps) continue;
         if (SPLIT) y[i] = joined(y[i], r[i]);
         const float part = quotient(first[i], 127.0f);
         const float old = quotient(m_scale * part, 2 - fabs(part));
@@ -84,12 +88,18 @@ SOURCE = """
     largest_m = larger(largest_m, least);
     largest_root = larger(largest_root, least);
     if (at % GROUP == 0) {
-        new_m_scales[group] = largest_m;
-        if (ADAMW) new_v_scales[group] = largest_root;
+        new_m_scales[group] = steps ? largest_m : m_scale;
+        if (ADAMW) new_v_scales[group] = steps ? largest_root : v_scale;
     }
     int m_codes[VECTOR], v_codes[VECTOR], rests[VECTOR];
     #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
+        if (!steps) {  // what was read
+            m_codes[i] = static_cast<int>(first[i]);
+            if (ADAMW) v_codes[i] = static_cast<int>(second[i]);
+            if (SPLIT) rests[i] = static_cast<int>(r[i]);
+            continue;
+        }
         const float z = quotient(first[i], largest_m);
         m_codes[i] = code_of(127 * (2 * quotient(z, 1 + fabs(z))));
         if (ADAMW) {
@@ -143,27 +153,28 @@ FUNCTION float joined(float low, float rest) {
 
 TEXT = Text(
     name="ember_flash_step",
-    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", *NUMBERS),
+    inputs=("w", "rest", "g", "m", "m_scales", "v", "v_scales", *NUMBERS, "finite"),
     outputs=("new_w", "new_rest", "new_m", "new_m_scales", "new_v", "new_v_scales"),
     source=SOURCE.replace("SMALLEST_NORMAL", f"{SMALLEST_NORMAL!r}f"),
     functions=FUNCTIONS,
 )
 
 
-def flash_step(stored: Stored, g: mx.array, numbers: Numbers) -> Stored:
+def flash_step(stored: Stored, g: mx.array, numbers: Numbers, finite: bool | mx.array = True) -> Stored:
     """As ``flash_block`` of ``flash_arithmetic``, on the GPU, in its own format; ``w`` and ``g`` have any shape.
 
     Args:
         stored (Stored): With ``w`` in float32 or bfloat16, and ``rest``, if any, in one and the same shape.
         g (array): The gradient, in the shape of ``w``; a transposed one is copied.
         numbers (Numbers): Of this step.
+        finite (bool or array): False, and all is what it was, whatever ``g`` holds.
     """
     nothing = mx.zeros(1)
     given = [nothing.astype(mx.int8) if stored.rest is None else stored.rest, g, stored.m, stored.m_scales]
     given += [nothing.astype(mx.uint8), nothing] if stored.v is None else [stored.v, stored.v_scales]
     n = numbers._replace(beta1=1 - numbers.beta1, beta2=1 - numbers.beta2)
     flat = [array.reshape(-1) for array in (stored.w, *given)]
-    made = kernel(TEXT)(inputs=flat + scalars(*n), **launch(stored, g))
+    made = kernel(TEXT)(inputs=[*flat, *scalars(*n), flag(finite)], **launch(stored, g))
     return Stored(*(
         None if old is None else new.reshape(old.shape) for old, new in zip(stored, made, strict=True)
     ))  # fmt: skip
@@ -194,7 +205,7 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
 
     Groups that no threadgroup fills evenly, over eight decades; AdamW and Lion, with a rest and without
     where the weights are bfloat16. A GPU may round a sum of products once where plain operations round twice, which
-    moves a few codes to their neighbour.
+    moves a few codes to their neighbour. By a gradient that is not finite nothing may change.
     """
     groups = 2 * MOST_THREADS * VECTOR // GROUP + 3
     numbers = Numbers(*map(mx.array, (1e-3, 0.9999)), 0.9, 0.999, *map(mx.array, (0.1, 0.001)), 1e-8)
@@ -208,9 +219,16 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
         for second in ((mx.abs(v).astype(mx.uint8), scale[:, 0]), (None, None)):
             stored = Stored(w, rest, m.astype(mx.int8), scale[:, 0], *second)
             found, expected = flash_step(stored, g, numbers), flash_block(stored, g, numbers, False)
-            if wrong := _difference(found, expected, w):
+            left = flash_step(stored, g * math.nan, numbers, finite=False)
+            if wrong := _difference(found, expected, w) or changed(left, stored):
                 return f"{wrong}, of {w_dtype} weights and {g_dtype} gradients"
     return None
+
+
+def changed(left: Sequence[mx.array | None], before: Sequence[mx.array | None]) -> str | None:
+    """What a step by a gradient that is not finite has changed, in words, or None."""
+    wrong = sum((new != old).sum().item() for new, old in zip(left, before, strict=True) if old is not None)
+    return f"{wrong} values change by a gradient that is not finite" if wrong else None
 
 
 def _difference(found, expected, before):

@@ -32,6 +32,7 @@ __all__ = [
     "Guard",
     "GuardedOptimizer",
     "all_finite",
+    "applied_if",
     "check_clip_grad_norm",
     "clip_by_norm",
     "fill",
@@ -167,6 +168,16 @@ def selected(
         if value is not state.get(name):
             new[name] = mx.where(finite, value, state[name])
     return mx.where(finite, updated, parameter)
+
+
+def applied_if(
+    finite: mx.array, apply_single: Callable, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]
+) -> mx.array:
+    """What ``apply_single`` gives where ``finite``; else it changes nothing, ``state`` included. Both are computed."""
+    new = dict(state)
+    updated = selected(finite, apply_single(gradient, parameter, new), parameter, new, state)
+    state.update(new)
+    return updated
 
 
 def rates_are_safe(state: Tree) -> mx.array:

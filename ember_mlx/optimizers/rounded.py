@@ -18,7 +18,7 @@ from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
 from ember_mlx.optimizers import adam_kernel, sinkgd_kernel
 from ember_mlx.optimizers.ember import bias_correction, update_table
-from ember_mlx.optimizers.guarded import selected
+from ember_mlx.optimizers.guarded import applied_if
 from ember_mlx.optimizers.in_float32 import adam_moments, wide_step
 from ember_mlx.optimizers.sinkgd import SinkGD, sinkhorn_factors
 from ember_mlx.shared.errors import InputError
@@ -126,11 +126,7 @@ class StochasticRounding(Optimizer):
         """As :meth:`apply_single` where ``finite``, a bool array (), else nothing changes; a kernel selects itself."""
         if (step := self._kernel_for(gradient, parameter, state)) is not None:
             return step(gradient, parameter, state, finite)
-        new = dict(state)
-        updated = self.apply_single(gradient, parameter, new)
-        updated = selected(finite, updated, parameter, new, state)
-        state.update(new)
-        return updated
+        return applied_if(finite, self.apply_single, gradient, parameter, state)
 
     @property
     def _is_adam(self):

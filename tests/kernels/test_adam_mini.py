@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from kernels.test_flash import same_bits
 
 from ember_mlx.optimizers import AdamMini, adam_mini_kernel
 from ember_mlx.optimizers.adam_mini_kernel import Numbers
@@ -41,9 +42,9 @@ def plain(w, g, m, scales, v, own):
     return NUMBERS.kept * w.astype(mx.float32) - rates[:, None] * m, m, v
 
 
-def run(monkeypatch, kernel, inputs, own):
+def run(monkeypatch, kernel, inputs, own, finite=True):
     monkeypatch.setattr(adam_mini_kernel, "kernel", lambda text: kernel)
-    return adam_mini_kernel.step_rows(*inputs, NUMBERS, own)
+    return adam_mini_kernel.step_rows(*inputs, NUMBERS, own, finite)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,9 @@ def test_the_texts_step_as_plain_operations_do_touch_nothing_else_and_have_no_ra
             unit = 2.0**-8 if w.dtype == mx.bfloat16 else 2.0**-23
             step = mx.abs(exact - inputs[0].astype(mx.float32)).max()
             assert (mx.abs(w.astype(mx.float32) - exact) <= unit * mx.abs(exact) + 1e-5 * step).all()
+            old_w, g, *state = inputs
+            old_w = mx.where(old_w < 0, -0.0, old_w)
+            assert same_bits(run(monkeypatch, kernel, [old_w, g * mx.inf, *state], own, finite=False), [old_w, *state])
 
 
 def test_a_nan_stays_in_its_row_and_its_group(emulated, monkeypatch):
@@ -89,16 +93,29 @@ def test_a_nan_stays_in_its_row_and_its_group(emulated, monkeypatch):
 FAULTS = {
     "another row's second moment": ("float square = v[row]", "float square = v[0]"),
     "half a group": ("distance = LANES / 2", "distance = LANES / 4"),
-    "the old scale": ("new_m_scales[at / GROUP] = largest", "new_m_scales[at / GROUP] = scale"),
+    "the old scale": ("steps ? largest : scale", "scale"),
     "the first simdgroup's sum": ("k < threads / SIMDGROUP", "k < 1"),
     "truncated weights": ("+ 0x7fffu + ((bits >> 16) & 1u)", ""),
     "no decay": ("decay * y[i]", "y[i]"),
+}
+
+FAULTS_OF_NAN = {
+    "the flag is not read": ("steps = finite[0]", "steps = true"),
+    "second moments": ("if (steps) square", "square"),
+    "weights": ("if (!steps) continue;", ""),
+    "scales": ("steps ? largest : scale", "largest"),
+    "codes": ("codes[i] = steps ?", "codes[i] = true ?"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_check_of_a_machine_sees_a_planted_fault(found_with, fault):
     assert found_with(adam_mini_kernel, *FAULTS[fault])
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_NAN)
+def test_the_check_of_a_machine_sees_what_a_nan_changes(found_with, fault):
+    assert "by a gradient that is not finite" in found_with(adam_mini_kernel, *FAULTS_OF_NAN[fault])
 
 
 @pytest.mark.parametrize(("language", "dtype"), [("metal", mx.bfloat16), ("cuda", mx.float32)], ids=str)
@@ -108,18 +125,38 @@ def test_the_check_of_a_machine_finds_nothing_in_the_text_as_it_is(emulated, mon
     assert adam_mini_kernel.differences(dtype, dtype) is None
 
 
-@pytest.mark.parametrize("momentum", ["float32", "int8"])
-def test_adam_mini_with_the_kernel_steps_as_with_plain_operations(emulated, monkeypatch, momentum):
-    """Rows, experts, vectors and heads by the kernel; what no kernel takes, and LoRA's columns, beside them."""
-    random = np.random.RandomState(1)
-    shapes = {"rows": (7, 64), "heads": (8, 64), "experts": (2, 3, 32), "norm": (64,), "scale": (),
+# Rows, experts, vectors and heads by the kernel; what no kernel takes, and LoRA's columns, beside them.
+OF_A_MODEL = {"rows": (7, 64), "heads": (8, 64), "experts": (2, 3, 32), "norm": (64,), "scale": (),
               "odd": (5, 33), "columns": (32, 32)}  # fmt: skip
-    w, *gradients = ({name: mx.array(np.float32(random.normal(size=s))) for name, s in shapes.items()} for _ in "123")
 
-    def make():
-        optimizer = AdamMini(1e-2, momentum=momentum, weight_decay=0.1)
-        optimizer._heads, optimizer._by_column = {"heads": 2}, {"columns"}
-        return optimizer
+
+def of_a_model():
+    random = np.random.RandomState(1)
+    return [{name: mx.array(np.float32(random.normal(size=s))) for name, s in OF_A_MODEL.items()} for _ in "123"]
+
+
+def adam_mini(momentum):
+    optimizer = AdamMini(1e-2, momentum=momentum, weight_decay=0.1)
+    optimizer._heads, optimizer._by_column = {"heads": 2}, {"columns"}
+    return optimizer
+
+
+@pytest.fixture
+def calls(emulated, monkeypatch):
+    """calls(): from here on AdamMini has the kernel; the texts that it calls go into what that returns."""
+
+    def have_it():
+        kernel, texts = emulated("metal", "memory", module=adam_mini_kernel), []
+        monkeypatch.setattr(adam_mini_kernel, "kernel", lambda text: texts.append(text) or kernel)
+        monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: kernel is adam_mini_kernel)
+        return texts
+
+    return have_it
+
+
+@pytest.mark.parametrize("momentum", ["float32", "int8"])
+def test_adam_mini_with_the_kernel_steps_as_with_plain_operations(calls, momentum):
+    w, *gradients = of_a_model()
 
     def steps(optimizer):
         after = w
@@ -127,17 +164,31 @@ def test_adam_mini_with_the_kernel_steps_as_with_plain_operations(emulated, monk
             after = optimizer.apply_gradients(gradient, after)
         return after
 
-    one, other = make(), make()
+    one, other = adam_mini(momentum), adam_mini(momentum)
     expected = steps(one)
-    kernel, calls = emulated("metal", "memory", module=adam_mini_kernel), []
-    monkeypatch.setattr(adam_mini_kernel, "kernel", lambda text: calls.append(text) or kernel)
-    monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: kernel is adam_mini_kernel)
+    texts = calls()
     found = steps(other)
-    assert len(calls) == 2 * (4 if momentum == "int8" else 6)
+    assert len(texts) == 2 * (4 if momentum == "int8" else 6)
     for name in w:
         np.testing.assert_allclose(np.array(found[name]), np.array(expected[name]), rtol=0, atol=1e-6)
         assert all(other.state[name][key].shape == array.shape for key, array in one.state[name].items())
         np.testing.assert_allclose(np.array(other.state[name]["v"]), np.array(one.state[name]["v"]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", ["float32", "int8"])
+def test_adam_mini_changes_no_bit_where_a_gradient_is_not_finite(calls, momentum):
+    optimizer, (w, gradients, _) = adam_mini(momentum), of_a_model()
+    w = optimizer.apply_gradients(gradients, w)
+    texts = calls()
+    for name, g in gradients.items():
+        before = optimizer.state[name]
+        for finite, bad in ((False, mx.nan), (False, mx.inf), (True, 1)):
+            state = dict(before)
+            new = optimizer.apply_single_if(mx.array(finite), g * bad, w[name], state)
+            expected = dict(before)
+            stepped = optimizer.apply_single(g, w[name], expected) if finite else w[name]
+            assert same_bits([new, *state.values()], [stepped, *expected.values()]), name
+    assert len(texts) == 4 * (4 if momentum == "int8" else 6)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ember_mlx.optimizers import FlashAdamW, flash_kernel
+from ember_mlx.optimizers import FlashAdamW, FlashLion, flash_kernel
 from ember_mlx.optimizers.companded import GROUP, grouped, groups_of
 from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
 
@@ -52,15 +52,20 @@ def plain(before, g):
     return after._replace(w=flat(after.w), rest=flat(after.rest))
 
 
-def run(kernel, before, g):
+def run(kernel, before, g, finite=True):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flash_kernel, "kernel", lambda text: kernel)
-        return flash_kernel.flash_step(before, g, NUMBERS)
+        return flash_kernel.flash_step(before, g, NUMBERS, finite)
 
 
 def same(found, expected):
     pairs = zip(found, expected, strict=True)
     return all(mx.array_equal(*pair, equal_nan=True) if pair[1] is not None else pair[0] is None for pair in pairs)
+
+
+def same_bits(found, expected):
+    pairs = [pair for pair in zip(found, expected, strict=True) if pair[1] is not None]
+    return all(mx.array_equal(*(mx.view(each.reshape(-1), mx.uint8) for each in pair)) for pair in pairs)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,8 @@ def test_the_texts_step_as_plain_operations_do_touch_nothing_else_and_have_no_ra
         before, g = stored(size, dtype, adamw, split), gradient(size, g_dtype)
         # g++ for plain x86-64 contracts nothing: every bit is the same.
         assert same(run(kernel, before, g), plain(before, g)), size
+        before.w[1] = -0.0
+        assert same_bits(run(kernel, before, g * mx.inf, finite=False), before), size
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=["adamw", "lion"])
@@ -96,16 +103,29 @@ def test_a_nan_makes_its_weight_and_the_scales_of_its_group_nan(emulated, kind):
 FAULTS = {
     "codes begin at another thread": ("m + at", "m + at + VECTOR"),
     "half a group": ("distance = LANES / 2", "distance = LANES / 4"),
-    "the old scale": ("new_m_scales[group] = largest_m", "new_m_scales[group] = m_scale"),
+    "the old scale": ("steps ? largest_m : m_scale", "m_scale"),
     "a positive second moment at code 0": ("second[i] > 0 && code < 1 ? 1 : code", "code"),
     "truncated weights": ("+ 0x7fffu + ((bits >> 16) & 1u)", ""),
     "the rest left out": ("if (SPLIT) y[i] = joined(y[i], r[i]);", ""),
+}
+
+FAULTS_OF_NAN = {
+    "the flag is not read": ("steps = finite[0]", "steps = true"),
+    "weights": ("if (!steps) continue;", ""),
+    "codes": ("if (!steps) {", "if (false) {"),
+    "scales of m": ("steps ? largest_m : m_scale", "largest_m"),
+    "scales of v": ("steps ? largest_root : v_scale", "largest_root"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_check_of_a_machine_sees_a_planted_fault(found_with, fault):
     assert found_with(flash_kernel, *FAULTS[fault])
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_NAN)
+def test_the_check_of_a_machine_sees_what_a_nan_changes(found_with, fault):
+    assert "by a gradient that is not finite" in found_with(flash_kernel, *FAULTS_OF_NAN[fault])
 
 
 def test_the_check_of_a_machine_finds_nothing_in_the_text_as_it_is(emulated, monkeypatch):
@@ -126,6 +146,25 @@ def test_flash_adamw_with_the_kernel_steps_as_with_plain_operations(emulated, mo
     assert calls
     assert mx.array_equal(found["a"], expected["a"])
     assert all(mx.array_equal(other.state["a"][name], one.state["a"][name]) for name in one.state["a"])
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("weights", [None, "bf16+int8"])
+@pytest.mark.parametrize("make", [FlashAdamW, FlashLion])
+def test_nothing_changes_a_bit_where_a_gradient_is_not_finite(emulated, monkeypatch, make, weights, has_kernel):
+    random = np.random.RandomState(1)
+    w, g = (mx.array(random.uniform(-1, 1, size=(7, 33))).astype(mx.bfloat16) for _ in range(2))
+    optimizer = make(1e-3, weights=weights)
+    w = optimizer.apply_gradients({"a": g}, {"a": w})["a"]
+    if has_kernel:
+        kernel = emulated("metal", "memory", module=flash_kernel)
+        monkeypatch.setattr(flash_kernel, "kernel", lambda text: kernel)
+    monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: has_kernel and kernel is flash_kernel)
+    for finite, bad in ((False, mx.nan), (False, mx.inf), (True, 1)):
+        state, expected = dict(optimizer.state["a"]), dict(optimizer.state["a"])
+        new = optimizer.apply_single_if(mx.array(finite), g * bad, w, state)
+        stepped = optimizer.apply_single(g, w, expected) if finite else w
+        assert same_bits([new, *state.values()], [stepped, *expected.values()])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")

@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 from streaming.small_steps import SHORT, arrays_of, batch_of, bits, llama, paired
 
-from ember_mlx.optimizers import SinkGD
+from ember_mlx.optimizers import AdamMini, FlashAdamW, FlashLion, SinkGD
 from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.streaming import StreamedStep
 from ember_mlx.streaming.updates import Updates
@@ -75,24 +75,35 @@ def test_a_nan_on_the_way_back_reaches_no_weight_and_is_named(tied):
     assert step.accumulated([batch_of(SHORT)]).nonfinite == ()
 
 
+OPTIMIZERS = {
+    "SinkGD": lambda: StochasticRounding(SinkGD(0.1)),
+    "AdamMini": lambda: AdamMini(0.1),
+    "AdamMini int8": lambda: AdamMini(0.1, momentum="int8"),
+    "FlashAdamW": lambda: FlashAdamW(0.1),
+    "FlashAdamW bf16+int8": lambda: FlashAdamW(0.1, weights="bf16+int8"),
+    "FlashLion": lambda: FlashLion(0.1),
+}
+CASES = [(name, dtype) for name in OPTIMIZERS for dtype in (mx.bfloat16, mx.float16)
+         if dtype == mx.bfloat16 or "bf16" not in name]  # fmt: skip
+
+
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
-def test_a_weight_is_judged_by_its_own_gradient(together, dtype):
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_a_weight_is_judged_by_its_own_gradient(together, name, dtype):
     model = nn.Linear(4, 3)
     model.set_dtype(dtype)
-    optimizer = StochasticRounding(SinkGD(0.1))
+    optimizer = OPTIMIZERS[name]()
     updates, weights = Updates(optimizer, model), dict(tree_flatten(model.parameters()))
-    for wrong in weights:
+    for wrong, other in (("weight", "bias"), ("bias", "weight")):
         before = bits(dict(tree_flatten((weights, optimizer.state))))
         updates.begin()
         gradients = {path: mx.ones_like(array) * (mx.nan if path == wrong else 1) for path, array in weights.items()}
         new = updates(weights, gradients, together=together)
         assert updates.finish() == [wrong]
         after = bits(dict(tree_flatten(({path: made[0] for path, made in new.items()}, optimizer.state))))
-        assert {name for name in after if after[name] != before[name]} == CHANGED[wrong]
-
-
-CHANGED = {"weight": {"0.bias", "1.bias.m", "1.bias.v", "1.step"}, "bias": {"0.weight", "1.step"}}
+        assert {name for name in after if after[name] != before[name]} == {
+            f"0.{other}", "1.step", *(f"1.{other}.{part}" for part in optimizer.state[other] if part != "seed")
+        }  # fmt: skip
 
 
 def test_a_norm_that_is_not_finite_changes_nothing():
