@@ -198,9 +198,11 @@ def rows_to_send(inputs: np.ndarray, number: int | None = None) -> np.ndarray:
         Distinct row numbers.
     """
     number = inputs.size if number is None else number
-    found = np.unique(inputs)
-    others = np.setdiff1d(np.arange(number), found)[: number - len(found)]
-    return np.concatenate([found, others.astype(found.dtype)])
+    occurs = np.zeros(max(number, inputs.max(initial=0) + 1), bool)
+    occurs[inputs.reshape(-1)] = True
+    found = np.flatnonzero(occurs)
+    others = np.flatnonzero(~occurs[:number])[: number - len(found)]
+    return np.concatenate([found, others]).astype(inputs.dtype)
 
 
 def shared_loss(loss: Callable) -> Callable:

@@ -191,7 +191,10 @@ HELP: Help = {
             "End the run, with what it has saved, when MLX takes more memory than SIZE, such as 12GB; none: never. "
             "Default: what Metal recommends, elsewhere 0.9 of the GPU's or the machine's memory.",
         ),
-        "clear_cache_threshold": ("SIZE", "Clear MLX's cache after each step that leaves more than SIZE, such as 2GB."),
+        "clear_cache_threshold": (
+            "SIZE",
+            "Clear MLX's cache after each step that leaves more than SIZE, such as 2GB. Default: 0; on CUDA all stays.",
+        ),
     },
     "several workers, by mlx.launch": {
         "shard_optimizer": (

@@ -12,7 +12,7 @@ from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import run_length
 from ember_mlx.finetune.choices import BITS
-from ember_mlx.finetune.memory_limit import NO_LIMIT
+from ember_mlx.finetune.memory_limit import NO_LIMIT, cache_kept
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
 from ember_mlx.finetune.optimizer_names import ALIASES, BODY, TABLE_RATE, decided_defaults, named
 from ember_mlx.finetune.option_checks import check
@@ -279,7 +279,7 @@ def command_to_resume(arguments: list[str], resume_words: list[str]) -> list[str
 def defaults() -> dict[str, Any]:
     """The defaults of all options: mlx_lm.lora's, and our own."""
     # The default of 16 layers is more than many models have: what None means is settled once the model is known.
-    return CONFIG_DEFAULTS | _own_defaults() | {"num_layers": None}
+    return CONFIG_DEFAULTS | _own_defaults() | {"num_layers": None, "clear_cache_threshold": cache_kept()}
 
 
 def _warn_aside(line):

@@ -255,9 +255,15 @@ def launch_of(
 
 def scalars(*numbers: float | mx.array) -> list[mx.array]:
     """Each number as an input of a kernel, float32 of shape (1,): by itself, since to join them takes a kernel each."""
-    return [mx.array(number, mx.float32).reshape(1) for number in numbers]
+    return [_input(number, mx.float32) for number in numbers]
 
 
 def flag(value: bool | mx.array) -> mx.array:
     """A bool as an input of a kernel, of shape (1,)."""
-    return mx.array(value, mx.bool_).reshape(1)
+    return _input(value, mx.bool_)
+
+
+def _input(value, dtype):
+    """``mx.array`` of an array takes a kernel that copies it, even where it has that dtype."""
+    array = value.astype(dtype) if isinstance(value, mx.array) else mx.array(value, dtype)
+    return array.reshape(1)

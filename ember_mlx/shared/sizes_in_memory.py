@@ -100,9 +100,19 @@ class HeadBlocks(NamedTuple):
 
 
 def blocks_of_a_head(
-    vocabulary: int, features: int, width: float, tokens: int, weights: float, on_a_gpu: bool
+    vocabulary: int,
+    features: int,
+    width: float,
+    tokens: int,
+    weights: float,
+    on_a_gpu: bool,
+    *,
+    tokens_of_a_layer: int = 0,
+    outputs_of_a_layer: int = 0,
 ) -> HeadBlocks:
     """How a head of (V, D) is cut.
+
+    The passes that only read may take as much as a layer's backward pass holds: then that is the peak, not they.
 
     Args:
         vocabulary, features: V and D.
@@ -110,6 +120,7 @@ def blocks_of_a_head(
         tokens: Of a step.
         weights: Bytes of all weights.
         on_a_gpu: Whether blocks cost time by their number.
+        tokens_of_a_layer, outputs_of_a_layer: As of :func:`keeps_gradient_of_a_head`.
     """
     least = min(max(128, LOGITS_AT_ONCE // tokens // 128 * 128), _multiple(-(-vocabulary // BLOCKS)))
     if not on_a_gpu:
@@ -124,7 +135,9 @@ def blocks_of_a_head(
         most = max(least, nbytes // (of_logits + of_a_row))
         return _multiple(-(-vocabulary // max(FEWEST_BLOCKS, -(-vocabulary // most))))  # of one size
 
-    return HeadBlocks(rows(scratch, squared), rows(scratch - waiting, int(stepped)), waiting)
+    of_a_layer = _held_by_a_layer(features, width, on_a_gpu, tokens_of_a_layer, outputs_of_a_layer)
+    read = rows(max(scratch, int(of_a_layer)), squared)
+    return HeadBlocks(read, rows(scratch - waiting, int(stepped)), waiting)
 
 
 def keeps_gradient_of_a_head(
@@ -150,11 +163,15 @@ def keeps_gradient_of_a_head(
     """
     if not outputs_of_a_layer:
         return False
-    held = HELD_ON_A_GPU if on_a_gpu else HELD_ON_A_CPU
-    of_a_layer = held * (outputs_of_a_layer + features) * tokens_of_a_layer * width
+    of_a_layer = _held_by_a_layer(features, width, on_a_gpu, tokens_of_a_layer, outputs_of_a_layer)
     stepped = blocks_of_a_head(vocabulary, features, width, tokens, weights, on_a_gpu).stepped
     taken = vocabulary * features * width + stepped * (3 * 4 * tokens + 4 * features)
     return tokens > features // 2 and taken <= of_a_layer
+
+
+def _held_by_a_layer(features, width, on_a_gpu, tokens, outputs):
+    """Bytes that a layer's backward pass holds, of activations and cotangents."""
+    return (HELD_ON_A_GPU if on_a_gpu else HELD_ON_A_CPU) * (outputs + features) * tokens * width
 
 
 def _multiple(rows):

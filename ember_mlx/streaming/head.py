@@ -198,14 +198,13 @@ class StreamedHead:
         vocabulary, (n, features) = self.head.vocabulary, self._hidden.shape
         on_a_gpu, width = self._pace.ahead > 0, self._hidden.itemsize
         shape = vocabulary, features, width, n, self._nbytes, on_a_gpu
-        sizes = blocks_of_a_head(*shape)
+        of_layers = {"tokens_of_a_layer": at_once, "outputs_of_a_layer": self._outputs_of_a_layer}
+        sizes = blocks_of_a_head(*shape, **of_layers)
         keeps = self._keep_logits
         if keeps is None:
             keeps = n * vocabulary * width <= bytes_of_kept_logits(self._nbytes, on_a_gpu)
         keeps = keeps and bool(self.table or self.others)
-        self._may_keep_gradient = keeps_gradient_of_a_head(
-            *shape, tokens_of_a_layer=at_once, outputs_of_a_layer=self._outputs_of_a_layer
-        )
+        self._may_keep_gradient = keeps_gradient_of_a_head(*shape, **of_layers)
         self._waiting = sizes.waiting
         stepped = self._block_rows or sizes.stepped
         read = stepped if keeps else self._block_rows or sizes.rows

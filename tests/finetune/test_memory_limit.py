@@ -147,6 +147,15 @@ def test_a_run_that_never_fitted_leaves_nothing_in_the_way_of_the_next(monkeypat
     run(parse("--memory-limit", "none"))
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_cache_is_cleared_after_each_step_but_on_cuda(monkeypatch, parse, cuda):
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu) if cuda else mx.Device(mx.cpu))
+    monkeypatch.setattr(memory_limit, "machine_limit", lambda: 1000)
+    assert parse().clear_cache_threshold == (1000 if cuda else 0)
+    assert parse("--clear-cache-threshold", "0").clear_cache_threshold == 0
+
+
 @pytest.mark.parametrize("text", ["0", "lots", "nan", "-3GB", "12XB", "30", "2e9", "", "GB", "1.2.3GB", "0.5MB"])
 @pytest.mark.parametrize("flag", ["--memory-limit", "--clear-cache-threshold", "--memory"])
 def test_no_size_is_refused_by_name_and_in_the_same_words(parse, tmp_path, flag, text):

@@ -52,6 +52,15 @@ def test_a_cpu_has_36_blocks_and_keeps_logits_and_long_batches_are_cut_alike_any
     assert here[:2] == there[:2] == (4096, 4096)
 
 
+def test_where_a_layer_holds_more_than_their_share_blocks_that_are_read_take_as_much():
+    vocabulary, features, weights = SHAPES["Qwen3-0.6B"]
+    shape = vocabulary, features, 2, 4 * 1024, weights, True
+    own, beside = blocks_of_a_head(*shape), blocks_of_a_head(*shape, tokens_of_a_layer=4096, outputs_of_a_layer=12288)
+    assert (-(-vocabulary // own.rows), -(-vocabulary // beside.rows)) == (38, 15)
+    assert beside[1:] == own[1:]
+    assert beside.rows * (12 * 4096 + 4 * features) <= 5 * (12288 + features) * 4096 * 2
+
+
 def trained(ahead, tokens=9, tied=False, keep_logits=None, note=None, **options):
     """The weights after a step, and the step."""
     model = randomized(tiny_llama(tied=tied, vocabulary=VOCABULARY, hidden=HIDDEN)).train()
@@ -156,11 +165,10 @@ def test_the_scratch_of_a_head_is_what_is_counted(tokens, tied):
 
     gc.collect()
     mx.clear_cache()
-    weights, _ = trained(2**20, tokens, tied, note=note)
-    n, nbytes = 2 * (tokens - 1), sum(array.nbytes for array in weights.values())
-    sizes = blocks_of_a_head(VOCABULARY, HIDDEN, 4, n, nbytes, True)
-    read = sizes.rows * (12 * n + 4 * HIDDEN * (n > HIDDEN // 2))
-    counted = max(read, sizes.stepped * (12 * n + 8 * HIDDEN) + sizes.waiting)
+    _, step = trained(2**20, tokens, tied, note=note)
+    n, rows, stepped = 2 * (tokens - 1), step._head._read[0].stop, step._head.blocks[0].stop
+    read = rows * (12 * n + 4 * HIDDEN * (n > HIDDEN // 2))
+    counted = max(read, stepped * (12 * n + 8 * HIDDEN) + step._head._waiting)
     assert 0.5 * counted < max(phases[phase] for phase in ("loss", "embedding" if tied else "head")) <= counted
 
 
