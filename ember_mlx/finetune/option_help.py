@@ -193,7 +193,7 @@ HELP: Help = {
         ),
         "clear_cache_threshold": (
             "SIZE",
-            "Clear MLX's cache after a step that leaves more than SIZE, such as 2GB. Default: 0, but on CUDA all stays.",
+            "Clear MLX's cache after a step that leaves more than SIZE, such as 2GB. Default: 0, but on CUDA it stays.",
         ),
     },
     "several workers, by mlx.launch": {
