@@ -258,9 +258,9 @@ def scalars(*numbers: float | mx.array) -> list[mx.array]:
     return [_input(number, mx.float32) for number in numbers]
 
 
-def flag(value: bool | mx.array) -> mx.array:
-    """A bool as an input of a kernel, of shape (1,)."""
-    return _input(value, mx.bool_)
+def flag(value: mx.array | None) -> mx.array:
+    """A bool as an input of a kernel, of shape (1,); None for one that is not read."""
+    return _input(True if value is None else value, mx.bool_)
 
 
 def _input(value, dtype):

@@ -31,7 +31,7 @@ SOURCE = """
     const int64_t first = thread_index * VECTOR, left = size - first;
     const float kept1 = betas[0], taken1 = betas[1], kept2 = betas[2], taken2 = betas[3], eps = betas[4];
     const float rate = learning_rate[0], kept = decay[0], scale = correction[0];
-    const bool steps = finite[0];
+    const bool steps = !SELECTS || finite[0];
     const uint32_t step_key = mix(seed[0] ^ mix(t[0]));
     int64_t row = quotient_of(first, columns), column = first - row * columns;
     uint32_t row_key = mix(step_key ^ static_cast<uint32_t>(row));
@@ -121,7 +121,7 @@ def step_weight(
     correction: float | mx.array,
     betas: tuple[float, float],
     eps: float,
-    finite: bool | mx.array = True,
+    finite: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """One step on the GPU that is MLX's default device, computed in float32; new ``w``, ``m`` and ``v``.
 
@@ -135,20 +135,21 @@ def step_weight(
         decay (float or array): What a weight is multiplied by.
         correction (float or array): What the root of ``v`` is multiplied by: 1, or 1 / sqrt(1 - beta2^t).
         betas, eps: As of ``mlx.optimizers.Adam``.
-        finite (bool or array): False, and all three are what they were, whatever ``g`` holds.
+        finite (array, optional): A bool. Where it is False, all three are what they were, whatever ``g`` holds.
     """
     columns = w.shape[-1] if w.ndim else 1
     sizes = mx.array([w.size // columns, columns], mx.uint32)
     numbers = mx.array([betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], mx.float32)
     rates = [*scalars(learning_rate, decay, correction), flag(finite)]
     inputs = [w, g, m, v, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
-    return tuple(kernel(TEXT)(inputs=inputs, **launch(w, g, m)))
+    return tuple(kernel(TEXT)(inputs=inputs, **launch(w, g, m, finite is not None)))
 
 
-def launch(w: mx.array, g: mx.array, m: mx.array) -> dict:
+def launch(w: mx.array, g: mx.array, m: mx.array, selects: bool) -> dict:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
     vector = min(MOST_AT_ONCE, BYTES_AT_ONCE // max(w.itemsize, g.itemsize, m.itemsize))
     constants = {
+        "SELECTS": int(selects),
         "W": w.dtype,
         "M": m.dtype,
         "BFLOAT16": int(m.dtype == mx.bfloat16),
@@ -172,16 +173,18 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype, m_dtype: mx.Dtype) -> str 
     for shape in ((9, 2 * MOST_THREADS), (5, 301), (7,)):
         w, g, m, v = (mx.random.normal(shape, key=mx.random.key(number)) for number in range(4))
         w, g, m, v = w.astype(w_dtype), mx.round(8 * g).astype(g_dtype), m.astype(m_dtype), mx.abs(v).astype(m_dtype)
-        found = step_weight(w, g, m, v, seed, t, **options)
         wide_w, wide_g, wide_m, wide_v = (array.astype(mx.float32) for array in (w, g, m, v))
         new_m, new_v = 0.5 * wide_m + 0.5 * wide_g, 0.5 * wide_v + 0.5 * mx.square(wide_g)
         stepped = wide_w * 0.5 - 0.5 * new_m / (mx.sqrt(new_v) * 2 + 1)
         random = random_bits(*bit_keys(seed, t, w.size // shape[-1], shape[-1])).reshape(shape)
         expected = round_stochastically(wide_w - (wide_w - stepped), random, w_dtype), new_m, new_v
-        found += step_weight(w, g * math.nan, m, v, seed, t, **options, finite=False)
-        names = ("weight", "m", "v", "weight left alone", "m left alone", "v left alone")
-        for name, a, b in zip(names, found, (*expected, w, m, v), strict=True):
-            wrong = (a != b.astype(a.dtype)).sum().item()
-            if wrong:
-                return f"{wrong} of the {a.size} values of {name} of {shape} differ, in {w_dtype} and {m_dtype}"
+        ways = {"": (None, g, expected), " by one that is finite": (mx.array(True), g, expected)}
+        ways[" by one that is not"] = mx.array(False), g * math.nan, (w, m, v)
+        for way, (finite, gradient, right) in ways.items():
+            found = step_weight(w, gradient, m, v, seed, t, **options, finite=finite)
+            for name, a, b in zip(("weight", "m", "v"), found, right, strict=True):
+                wrong = (a != b.astype(a.dtype)).sum().item()
+                if wrong:
+                    values = f"{wrong} of the {a.size} values of {name} of {shape}"
+                    return f"{values} differ, in {w_dtype} and {m_dtype}{way}"
     return None

@@ -90,15 +90,16 @@ def step_by_kernel(
     beta2: float,
     eps: float,
     weight_decay: float | mx.array,
-    finite: bool | mx.array = True,
+    finite: mx.array | None = None,
 ) -> tuple[mx.array, mx.array | tuple[mx.array, mx.array], mx.array]:
     """As ``adam_mini_step``, each weight read and written once; where blocks are no rows, after their means.
 
-    Where ``finite`` is False, all three are what they were, whatever ``g`` holds.
+    Where ``finite``, if given, is False, all three are what they were, whatever ``g`` holds.
     """
     rows_are_blocks = v.shape[:-1] == w.shape[:-1]
     if not rows_are_blocks:
-        v = mx.where(finite, update_second_moment(v, block_mean_squares(g, v.shape), beta2), v)
+        new_v = update_second_moment(v, block_mean_squares(g, v.shape), beta2)
+        v = new_v if finite is None else mx.where(finite, new_v, v)
     numbers = adam_mini_kernel.Numbers(
         learning_rate / bias_correction(t, beta1),
         1 - learning_rate * weight_decay,

@@ -40,7 +40,7 @@ SOURCE = """
     const int thread_index = thread_position_in_threadgroup.x, threads = threads_per_threadgroup.x;
     const int64_t row = threadgroup_position_in_grid.x, columns = w_shape[1], corner = row * columns;
     const float decay = kept[0], forget = forgotten1[0];
-    const bool steps = finite[0];
+    const bool steps = !SELECTS || finite[0];
     threadgroup float sums[MOST_SIMDGROUPS];
 
     float square = v[row];
@@ -149,7 +149,7 @@ def step_rows(
     v: mx.array,
     numbers: Numbers,
     rows_are_blocks: bool,
-    finite: bool | mx.array = True,
+    finite: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
     """One step of the rows of a matrix, on the GPU that is MLX's default device.
 
@@ -161,18 +161,20 @@ def step_rows(
         v (array): Second moments of the rows, (rows,) float32: those before this step where ``rows_are_blocks``, which
             the kernel then updates; else those of this step.
         numbers (Numbers): Of this step.
-        finite (bool or array): False, and all four are what they were, whatever ``g`` holds.
+        finite (array, optional): A bool. Where it is False, all four are what they were, whatever ``g`` holds.
 
     Returns:
         The new ``w``, ``m``, ``m_scales`` and ``v``.
     """
     scales = mx.zeros(1) if m_scales is None else m_scales
     inputs = [w, g, m, scales, v, *scalars(*numbers), flag(finite)]
-    w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales, rows_are_blocks))
+    w, m, scales, v = kernel(TEXT)(inputs=inputs, **launch(w, g, m, scales, rows_are_blocks, finite is not None))
     return w, m, None if m_scales is None else scales, v
 
 
-def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array, rows_are_blocks: bool) -> dict[str, Any]:
+def launch(
+    w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array, rows_are_blocks: bool, selects: bool
+) -> dict[str, Any]:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
     rows, columns = w.shape
     int8 = m.dtype == mx.int8
@@ -181,6 +183,7 @@ def launch(w: mx.array, g: mx.array, m: mx.array, m_scales: mx.array, rows_are_b
     most = on_cuda if mx.cuda.is_available() else MOST_THREADS
     threads = min(most, -(-columns // (SIMDGROUP * vector)) * SIMDGROUP)
     constants = {
+        "SELECTS": int(selects),
         "W": w.dtype,
         "G": g.dtype,
         "M": m.dtype,
@@ -215,13 +218,15 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
         stored = encode_momentum(m) if int8 else (m, None)
         old = decode_momentum(*stored, shape) if int8 else m
         for own in (True, False):
-            found = step_rows(w, g, *stored, v, numbers, own)
             momentum = old + numbers.forget1 * (g.astype(mx.float32) - old)
             square = v + own * numbers.forget2 * (mx.square(g.astype(mx.float32)).mean(axis=1) - v)
             rates = numbers.learning_rate / (mx.sqrt(square / numbers.correction2) + numbers.eps)
             expected = numbers.kept * w.astype(mx.float32) - rates[:, None] * momentum
-            left = step_rows(w, g * math.nan, *stored, v, numbers, own, finite=False)
-            if wrong := _difference(found, expected, momentum, square) or changed(left, (w, *stored, v)):
+            given = *stored, v, numbers, own
+            wrong = changed(step_rows(w, g * math.nan, *given, mx.array(False)), (w, *stored, v))
+            for finite in (None, mx.array(True)):
+                wrong = wrong or _difference(step_rows(w, g, *given, finite), expected, momentum, square)
+            if wrong:
                 kind = "8-bit momentum" if int8 else "float32 momentum"
                 return f"{wrong}, of {w_dtype} weights, {g_dtype} gradients and {kind}"
     return None

@@ -68,7 +68,7 @@ class _Flash(BodyOptimizer):
             return self._stepped(gradient, parameter, state, finite)
         return applied_if(finite, self.apply_single, gradient, parameter, state)
 
-    def _stepped(self, gradient, parameter, state, finite=True):
+    def _stepped(self, gradient, parameter, state, finite=None):
         """Plain operations take no heed of ``finite``."""
         decay = self.weight_decay_of(parameter)
         numbers = numbers_of(self.step, self.learning_rate, decay, self.betas, self.eps)

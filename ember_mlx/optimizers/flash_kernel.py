@@ -33,7 +33,7 @@ SOURCE = """
     const int64_t left = size - at, left_of_codes = groups * GROUP - at;
     const float rate = learning_rate[0], decay = kept[0], forget1 = forgotten1[0], forget2 = forgotten2[0];
     const float bias1 = correction1[0], bias2 = correction2[0], least_denominator = eps[0];
-    const bool steps = finite[0];
+    const bool steps = !SELECTS || finite[0];
     const float m_scale = group < groups ? m_scales[group] : 0.0f;
     const float v_scale = ADAMW && group < groups ? v_scales[group] : 0.0f;
 
@@ -160,29 +160,30 @@ TEXT = Text(
 )
 
 
-def flash_step(stored: Stored, g: mx.array, numbers: Numbers, finite: bool | mx.array = True) -> Stored:
+def flash_step(stored: Stored, g: mx.array, numbers: Numbers, finite: mx.array | None = None) -> Stored:
     """As ``flash_block`` of ``flash_arithmetic``, on the GPU, in its own format; ``w`` and ``g`` have any shape.
 
     Args:
         stored (Stored): With ``w`` in float32 or bfloat16, and ``rest``, if any, in one and the same shape.
         g (array): The gradient, in the shape of ``w``; a transposed one is copied.
         numbers (Numbers): Of this step.
-        finite (bool or array): False, and all is what it was, whatever ``g`` holds.
+        finite (array, optional): A bool. Where it is False, all is what it was, whatever ``g`` holds.
     """
     nothing = mx.zeros(1)
     given = [nothing.astype(mx.int8) if stored.rest is None else stored.rest, g, stored.m, stored.m_scales]
     given += [nothing.astype(mx.uint8), nothing] if stored.v is None else [stored.v, stored.v_scales]
     n = numbers._replace(beta1=1 - numbers.beta1, beta2=1 - numbers.beta2)
     flat = [array.reshape(-1) for array in (stored.w, *given)]
-    made = kernel(TEXT)(inputs=[*flat, *scalars(*n), flag(finite)], **launch(stored, g))
+    made = kernel(TEXT)(inputs=[*flat, *scalars(*n), flag(finite)], **launch(stored, g, finite is not None))
     return Stored(*(
         None if old is None else new.reshape(old.shape) for old, new in zip(stored, made, strict=True)
     ))  # fmt: skip
 
 
-def launch(stored: Stored, g: mx.array) -> dict[str, Any]:
+def launch(stored: Stored, g: mx.array, selects: bool) -> dict[str, Any]:
     """What the kernel is called with: its constants, the size of its grid, and its outputs."""
     constants = {
+        "SELECTS": int(selects),
         "W": stored.w.dtype,
         "G": g.dtype,
         "M": mx.int8,
@@ -218,9 +219,11 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
     for rest in (None, m.astype(mx.int8)) if w_dtype == mx.bfloat16 else (None,):
         for second in ((mx.abs(v).astype(mx.uint8), scale[:, 0]), (None, None)):
             stored = Stored(w, rest, m.astype(mx.int8), scale[:, 0], *second)
-            found, expected = flash_step(stored, g, numbers), flash_block(stored, g, numbers, False)
-            left = flash_step(stored, g * math.nan, numbers, finite=False)
-            if wrong := _difference(found, expected, w) or changed(left, stored):
+            expected = flash_block(stored, g, numbers, False)
+            wrong = changed(flash_step(stored, g * math.nan, numbers, mx.array(False)), stored)
+            for finite in (None, mx.array(True)):
+                wrong = wrong or _difference(flash_step(stored, g, numbers, finite), expected, w)
+            if wrong:
                 return f"{wrong}, of {w_dtype} weights and {g_dtype} gradients"
     return None
 

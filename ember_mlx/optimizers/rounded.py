@@ -150,7 +150,7 @@ class StochasticRounding(Optimizer):
             return self._step_adam if kernels.usable(adam_kernel, *dtypes) else None
         return None
 
-    def _step_adam(self, gradient, parameter, state, finite=True):
+    def _step_adam(self, gradient, parameter, state, finite=None):
         optimizer, (b1, b2) = self.optimizer, self.optimizer.betas
         rate, correction = optimizer.learning_rate.astype(mx.float32), 1.0
         decay = 1 - rate * self._decay_of(parameter)
@@ -165,7 +165,7 @@ class StochasticRounding(Optimizer):
         )  # fmt: skip
         return new
 
-    def _step_sinkgd(self, gradient, parameter, state, finite=True):
+    def _step_sinkgd(self, gradient, parameter, state, finite=None):
         """Of a matrix or matrices, (..., m, n)."""
         optimizer, flat = self.optimizer, lambda x, axes: x.reshape(-1, *x.shape[x.ndim - axes :])
         a, b = sinkhorn_factors(gradient, optimizer.passes, optimizer.eps)

@@ -46,7 +46,7 @@ SOURCE = """
     const bool together = rows >= VECTOR && left >= VECTOR && columns % VECTOR == 0 && aligned<VECTOR>(w)
         && (along_rows || row_step == 1) && g_step % VECTOR == 0 && aligned<VECTOR>(g + g_at);
     const float rate = learning_rate[0], kept = decay[0];
-    const bool steps = finite[0];
+    const bool steps = !SELECTS || finite[0];
     const uint32_t step_key = mix(seed[0] ^ mix(t[0]));
     float of_column[VECTOR];
     uint32_t column_keys[VECTOR];
@@ -134,7 +134,7 @@ def update_matrix(
     *,
     learning_rate: float | mx.array,
     decay: float | mx.array,
-    finite: bool | mx.array = True,
+    finite: mx.array | None = None,
 ) -> mx.array:
     """New ``w`` on the GPU that is MLX's default device: ``decay * w - learning_rate * a g b``, computed in float32.
 
@@ -146,19 +146,22 @@ def update_matrix(
         seed, t (array): Of the weight and of this step, uint32: they key the random bits, by all axes but the last, and
             that one.
         learning_rate, decay (float or array): Of the step, and what a weight is multiplied by.
-        finite (bool or array): False, and the new ``w`` is ``w``, whatever ``g`` holds.
+        finite (array, optional): A bool. Where it is False, the new ``w`` is ``w``, whatever ``g`` holds.
     """
     arrays = [mx.contiguous(w), g, mx.contiguous(a), mx.contiguous(b), seed.reshape(1), t.reshape(1)]
-    return kernel(TEXT)(inputs=[*arrays, *scalars(learning_rate, decay), flag(finite)], **launch(w, g))[0]
+    return kernel(TEXT)(
+        inputs=[*arrays, *scalars(learning_rate, decay), flag(finite)], **launch(w, g, finite is not None)
+    )[0]
 
 
-def launch(w: mx.array, g: mx.array) -> dict:
+def launch(w: mx.array, g: mx.array, selects: bool) -> dict:
     """What the kernel is called with: its constants, the size of its grid, and its output."""
     matrices, height, columns = w.shape
     vector = BYTES_AT_ONCE // max(w.itemsize, g.itemsize)
     across = SIMDGROUPS * SIMDGROUP // DOWN * vector
     groups = matrices * -(-height // (DOWN * vector)) * -(-columns // across)
     constants = {
+        "SELECTS": int(selects),
         "W": w.dtype,
         "G": g.dtype,
         "VECTOR": vector,
@@ -178,7 +181,7 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
     Blocks are whole, and read at once, or end inside; gradients lie in memory as most do, and then transposed. By one
     that is not finite nothing may change.
     """
-    seed, t = table_seed(0, 1), mx.array(3, mx.uint32)
+    seed, t, rates = table_seed(0, 1), mx.array(3, mx.uint32), {"learning_rate": 0.25, "decay": 0.5}
     for shape in ((2, 40, SIMDGROUP * SIMDGROUPS * 2 + 16), (2, 35, 21)):
         w, g = (mx.random.normal(shape, key=mx.random.key(number)) for number in range(2))
         w, g = (w * 2 ** mx.linspace(-24, 12, shape[2])).astype(w_dtype), g.astype(g_dtype)
@@ -188,10 +191,11 @@ def differences(w_dtype: mx.Dtype, g_dtype: mx.Dtype) -> str | None:
         bits = random_bits(*bit_keys(seed, t, 2 * shape[1], shape[2])).reshape(shape)
         expected = round_stochastically(wide - (wide - moved), bits, w_dtype)
         for way, gradient in {"": g, "transposed ": mx.contiguous(g.swapaxes(1, 2)).swapaxes(1, 2)}.items():
-            found = update_matrix(w, gradient, a, b, seed, t, learning_rate=0.25, decay=0.5)
-            left = update_matrix(w, gradient * math.nan, a, b, seed, t, learning_rate=0.25, decay=0.5, finite=False)
-            wrong = (found != expected).sum().item() + (left != w).sum().item()
-            if wrong:
-                values = f"{wrong} of the {2 * w.size} values of {w_dtype} matrices of {shape}"
-                return f"{values} differ, by {way}{g_dtype} gradients"
+            left = update_matrix(w, gradient * math.nan, a, b, seed, t, **rates, finite=mx.array(False))
+            found = [update_matrix(w, gradient, a, b, seed, t, **rates, finite=each) for each in (None, mx.array(True))]
+            for each, right in zip((*found, left), (expected, expected, w), strict=True):
+                wrong = (each != right).sum().item()
+                if wrong:
+                    values = f"{wrong} of the {w.size} values of {w_dtype} matrices of {shape}"
+                    return f"{values} differ, by {way}{g_dtype} gradients{' that are not finite' * (each is left)}"
     return None

@@ -28,12 +28,13 @@ def backend():
 
 
 def commit():
-    """That of the checkout; of a copy without git, what EMBER_COMMIT says, or None."""
+    """What EMBER_COMMIT says, for a copy whose git is not its own; else the checkout's, "-dirty" if it was changed."""
+    if told := os.environ.get("EMBER_COMMIT"):
+        return told
     with contextlib.suppress(OSError):
-        words = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-        told = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-        return told or os.environ.get("EMBER_COMMIT")
-    return os.environ.get("EMBER_COMMIT")
+        words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=7", "--exclude", "*"]
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip() or None
+    return None
 
 
 def machine(on=None):

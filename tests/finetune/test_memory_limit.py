@@ -148,11 +148,11 @@ def test_a_run_that_never_fitted_leaves_nothing_in_the_way_of_the_next(monkeypat
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_the_cache_is_cleared_after_each_step_but_on_cuda(monkeypatch, parse, cuda):
+def test_the_cache_is_cleared_after_each_step_but_where_cuda_has_room(monkeypatch, parse, cuda):
     monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu) if cuda else mx.Device(mx.cpu))
     monkeypatch.setattr(memory_limit, "machine_limit", lambda: 1000)
-    assert parse().clear_cache_threshold == (1000 if cuda else 0)
+    assert parse().clear_cache_threshold == (500 if cuda else 0)
     assert parse("--clear-cache-threshold", "0").clear_cache_threshold == 0
 
 

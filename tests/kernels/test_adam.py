@@ -77,7 +77,7 @@ def test_vectors_under_sinkgd_step_as_plain_operations_do(emulated, monkeypatch,
     [
         ("i < left; i++", "i < VECTOR; i++", "heap-buffer-overflow"),
         ("static_cast<uint32_t>(++row)", "static_cast<uint32_t>(row)", "values of weight"),
-        ("if (!steps) continue;", "", "values of weight left alone"),
+        ("if (!steps) continue;", "", "by one that is not"),
     ],
 )
 def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with, old, new, says):

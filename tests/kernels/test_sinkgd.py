@@ -49,8 +49,8 @@ def test_the_texts_step_as_plain_operations_do(make_emulated, monkeypatch, dtype
     [
         ("k < VECTOR && k < rows", "k < VECTOR", "heap-buffer-overflow"),
         ("x[v][k] = column[v]", "x[k][v] = column[v]", "by transposed"),
-        ("if (steps) y[v] =", "y[v] =", "values of"),
-        ("steps ? stepped", "true ? stepped", "values of"),
+        ("if (steps) y[v] =", "y[v] =", "that are not finite"),
+        ("steps ? stepped", "true ? stepped", "that are not finite"),
     ],
 )
 def test_a_planted_fault_is_found_by_the_check_of_a_machine(found_with, old, new, says):
