@@ -205,8 +205,8 @@ class AdamMini(BodyOptimizer):
     r"""The Adam-mini optimizer [1], for the body of a model, at the learning rates of AdamW.
 
     State of a weight: ``m``, float32 of its shape, and ``v``, float32, one number a block: 4 bytes a weight. With
-    ``momentum="int8"``, ``m`` is codes (groups, 32) int8 and ``m_scales`` (groups,) float32: 1.13 bytes. The formula
-    stands at the top of this file.
+    ``momentum="int8"``, ``m`` is codes (groups, 32) int8 and ``m_scales`` (groups,) float32: 1.13 bytes. Of
+    the shape such state tells ``v``'s alone: load the weights first. The formula stands at the top of this file.
 
     [1]: Adam-mini: Use Fewer Learning Rates To Gain More. arXiv 2406.16793.
 

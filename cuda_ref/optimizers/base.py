@@ -241,6 +241,11 @@ class CheckedOptimizer(Optimizer):
                     f".load_state_dict: the state has {has} for a {self.noun} of shape {tuple(w.shape)}, which needs "
                     f"shape {shape} and {dtype}: load the state of this model, made with these options{alike}"
                 )
+        for name in sorted(state.keys() - wanted.keys()):
+            raise self._error(
+                f".load_state_dict: the state has {name} for a {self.noun} of shape {tuple(w.shape)}, which needs no "
+                f"{name}: load the state of this model, made by {type(self).__name__} with these options"
+            )
 
     def _error(self, what):
         return InputError(f"{type(self).__name__}{what}")

@@ -73,19 +73,21 @@ class _Flash(BodyOptimizer):
         return self.weights is not None and dtype == torch.bfloat16
 
     def _check_state(self, w, state, wanted):
-        super()._check_state(w, state, wanted)
         if "rest" in state and not self._splits(w.dtype):
             raise self._error(
                 f".load_state_dict: the state has a rest for a weight of shape {tuple(w.shape)}, so its run had "
                 "weights='bf16+int8': give that option, or start without that state"
             )
+        super()._check_state(w, state, wanted)
 
 
 class FlashAdamW(_Flash):
     r"""AdamW with 8-bit moments [1]: 2.25 bytes of state a weight, 3.25 with the rest of bfloat16 weights.
 
     Of a parameter of any shape, N weights in groups of 32 neighbours, it keeps the codes ``m`` int8 and ``v`` uint8 of
-    shape (groups, 32), and ``m_scales`` and ``v_scales`` of shape (groups,), float32; the last group is padded.
+    shape (groups, 32), and ``m_scales`` and ``v_scales`` of shape (groups,), float32; the last group is padded. Only
+    a rest tells a weight's shape. Without one a weight of another shape in as many groups takes the state: load the
+    weights first.
 
     [1]: FlashOptim. arXiv 2602.23349.
 

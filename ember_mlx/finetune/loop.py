@@ -93,6 +93,7 @@ class Training:
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
         self.same_batches = bool(args.token_tables or args.keep_best or args.patience)
         self.steps_done = args.iters
+        self.loss_after = None  # of the validation that ended the run, if one did
         self.nonfinite = NonfiniteSteps(optimizer, args.on_nonfinite, self._save_checkpoint, saving.go_back)
 
     def train(self, loss: Callable, train_set: Sequence, valid_set: CacheDataset) -> int:
@@ -141,9 +142,9 @@ class Training:
                     if step == args.iters > 1 and args.iters % args.steps_per_eval:
                         # Evaluated only because it is the last: a longer run resumes as if it had not been.
                         before_extra_evaluation = numpy_random()
-                    self._evaluate(step, loss, valid_set, ui)
+                    value = self._evaluate(step, loss, valid_set, ui)
                     if self.history.validations.exhausted:
-                        self.steps_done = step - 1
+                        self.steps_done, self.loss_after = step - 1, value
                         break
 
                 start = time.perf_counter()
@@ -184,8 +185,10 @@ class Training:
         if not valid_set:
             first, last = found.get("train_loss", [math.nan] * 2)  # none of a finite loss
             return (first if args.iters > args.steps_per_report else None), last
-        with self.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
-            last = evaluate(args, self.model, loss, valid_set, args.val_batches, self.deadline.passed)
+        last = self.loss_after
+        if last is None:
+            with self.batches.as_first_evaluated():  # a test that follows draws what mlx-lm would
+                last = evaluate(args, self.model, loss, valid_set, args.val_batches, self.deadline.passed)
         if self.same_batches:
             self._validated(self.steps_done, last, is_saved=True)
         return found.get("val_loss", [last])[0], last
@@ -210,7 +213,7 @@ class Training:
                     self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
     def _evaluate(self, step, loss, valid_set, ui):
-        """The validation loss before ``step``."""
+        """The validation loss before ``step``; before the last it is not shown where that after it compares with it."""
         args = self.args
         start = time.perf_counter()
         whole = len(valid_set) // args.batch_size
@@ -225,13 +228,15 @@ class Training:
                 value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
         self.model.train()
         seconds = time.perf_counter() - start
-        ui.report_val(step - 1, value, seconds)
+        if not (step == args.iters > 1 and self.same_batches):
+            ui.report_val(step - 1, value, seconds)
         self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
         with self.whole(self.args.sample_prompts is not None):
             for watcher in self.watchers:
                 watcher.after_validation(step, value)
         if self.same_batches:
             self._validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
+        return value
 
     def _report_dropped(self):
         done = self.steps_done

@@ -171,9 +171,12 @@ def _best(result):
         if result.loss_before is not None and not result.loss_after < result.loss_before:
             yield "No validation loss was lower than before training: best/ is not kept; try a lower --learning-rate"
         return
-    folder = shlex.quote(str(result.files[0].parent / adapters.BEST))
-    loss, step = result.best.validation_loss, result.best.step
-    yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {folder}"
+    folder, loss, step = result.files[0].parent, result.best.validation_loss, result.best.step
+    if loss == result.loss_after:
+        yield f"The last validation loss is the lowest: use it with --adapter-path {shlex.quote(str(folder))}"
+        return
+    best = shlex.quote(str(folder / adapters.BEST))
+    yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {best}"
 
 
 def _losses(result):

@@ -22,6 +22,7 @@ Tree = dict[str, Any]
 
 # MLX computes up to 20 blocks at once, each with a few float32 copies of itself.
 MOST_BLOCKS, SMALLEST_BLOCK = 512, 2**15  # elements
+OF_WRAPPERS = ("rest", "seed")  # what SplitWeights and StochasticRounding keep beside a subclass's state
 
 
 def rows_of_block(x: mx.array) -> int:
@@ -112,4 +113,11 @@ class BodyOptimizer(CheckedOptimizer):
                 raise InputError(
                     f"{type(self).__name__}: the state has {has} for {path} of shape {parameter.shape}, which needs "
                     f"{name} of shape {shape} and dtype {dtype}; load the state of this model, made with these options"
+                )
+        for name, found in tree_flatten(state):
+            if name not in wanted and name not in OF_WRAPPERS:
+                raise InputError(
+                    f"{type(self).__name__}: the state has {name} of shape {found.shape} and dtype {found.dtype} for "
+                    f"{path} of shape {parameter.shape}, which needs no {name}; load the state of this model, made by "
+                    f"{type(self).__name__} with these options"
                 )

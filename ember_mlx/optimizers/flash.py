@@ -97,20 +97,21 @@ class _Flash(BodyOptimizer):
         return takes and kernels.usable(flash_kernel, w_dtype, g_dtype)
 
     def _check_state(self, path, parameter, state, wanted):
-        super()._check_state(path, parameter, state, wanted)
         if "rest" in state and "rest" not in wanted:
             raise InputError(
                 f"{type(self).__name__}: the state has a rest for {path}, so its run had weights='bf16+int8': give "
                 "that option, or start without that state"
             )
+        super()._check_state(path, parameter, state, wanted)
 
 
 class FlashAdamW(_Flash):
     r"""AdamW with 8-bit moments [1]: 2.25 bytes of state a weight, 3.25 with the rest of bfloat16 weights.
 
     Of a parameter of any shape, N weights in groups of 32 neighbours, it keeps the codes ``m`` int8 and ``v`` uint8 of
-    shape (groups, 32), and ``m_scales`` and ``v_scales`` of shape (groups,), float32; the last group is padded. So the
-    state does not tell a weight's shape, and one of another shape in as many groups takes it: load the weights first.
+    shape (groups, 32), and ``m_scales`` and ``v_scales`` of shape (groups,), float32; the last group is padded. Only
+    a rest tells a weight's shape. Without one a weight of another shape in as many groups takes the state: load the
+    weights first.
 
     [1]: FlashOptim. arXiv 2602.23349.
 

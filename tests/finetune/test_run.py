@@ -18,6 +18,7 @@ from tiny_models import write_model
 from ember_mlx import InputError, load
 from ember_mlx.finetune import loop as loop_module
 from ember_mlx.finetune import run as run_module
+from ember_mlx.finetune import run_log
 from ember_mlx.finetune.adapters import ADAPTERS, REFUSAL
 from ember_mlx.finetune.base_models import load_base
 from ember_mlx.finetune.run import run
@@ -192,6 +193,15 @@ def test_the_loss_after_is_of_the_same_batches_as_the_loss_before(parse, folders
     losses = [default_loss(model, *batch) for batch in last]
     mean = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
     assert result.loss_after == pytest.approx(mean.item(), abs=1e-5)
+
+
+def test_the_end_of_a_run_tells_one_loss_and_its_log_tells_both(parse, tmp_path, capsys):
+    for words, shown in (((), ["0", "1", "3"]), (("--train-tables", "none"), ["0", "1", "3", "4"])):  # of other batches
+        log = tmp_path / f"{len(words)}.jsonl"
+        run(parse("--iters", 5, "--steps-per-eval", 2, "--log-jsonl", log, *words, adapter=log.stem))
+        assert re.findall(r"^ +(\d+) +val ", capsys.readouterr().out, re.MULTILINE) == shown
+        rows = run_log.read(log)
+        assert [row["step"] for row in rows.validation + rows.end] == [0, 1, 3, 4, 5]
 
 
 def test_a_run_goes_on_from_an_adapter_file_and_its_tables(parse, folders, tmp_path):

@@ -1,5 +1,7 @@
 """AdamMini and SinkGD: blocks from modules, awkward gradients, vectors, and their place beside Ember."""
 
+from itertools import permutations
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from ember_mlx import Ember, InputError, PairedOptimizer
-from ember_mlx.optimizers import AdamMini, SinkGD
+from ember_mlx.optimizers import SAGE, AdamMini, FlashAdamW, FlashLion, SinkGD
 from ember_mlx.optimizers.sinkgd import sinkhorn_factors
 from ember_mlx.parity.body_oracles import AdamMiniOracle, SinkGDOracle
 
@@ -15,6 +17,12 @@ MAKE = {
     "AdamMini": AdamMini,
     "int8": lambda *a, **k: AdamMini(*a, momentum="int8", **k),
     "SinkGD": SinkGD,
+}
+KEEPING = MAKE | {  # state of vectors, and all but SinkGD of matrices
+    "FlashAdamW": FlashAdamW,
+    "FlashLion": FlashLion,
+    "with a rest": lambda *a: FlashAdamW(*a, weights="bf16+int8"),
+    "SAGE": SAGE,
 }
 # Vectors, matrices, experts; none of them whole groups of 32, and one of rank 8.
 SHAPES = {"norm": (7,), "scale": (), "matrix": (9, 5), "lora": (8, 33), "experts": (2, 5, 3)}
@@ -149,6 +157,31 @@ def test_state_of_another_format_is_refused_by_name():
     other.state = saved.state
     with pytest.raises(InputError, match=r"AdamMini: the state has m of shape .*int8 for .*needs m of shape .*float32"):
         other.apply_gradients(random_tree(1), random_tree(0))
+
+
+def state_for(other, made, shape, other_shape):
+    """Give ``other`` the state that ``made`` has for one shape, and weights of another."""
+    made.init({"w": mx.zeros(shape, mx.bfloat16)})
+    other.state = made.state
+    other.init({"w": mx.zeros(other_shape, mx.bfloat16)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "other"),
+    [(kind, (33,), (60,)) for kind in ("AdamMini", "SinkGD", "SAGE", "with a rest")]
+    + [(kind, (4, 8), (8, 4)) for kind in ("AdamMini", "SAGE", "with a rest", "int8")]  # int8 by v alone
+    + [("SinkGD", (8,), (4, 8))],  # it stepped the matrix as if it were a vector
+)
+def test_state_of_another_shape_in_as_many_groups_is_refused_where_the_state_tells_it(kind, shape, other):
+    with pytest.raises(InputError, match="the state has .*of shape .* for w of shape .*; load the state of this model"):
+        state_for(KEEPING[kind](1e-3), KEEPING[kind](1e-3), shape, other)
+
+
+@pytest.mark.parametrize(("made", "other"), list(permutations(KEEPING, 2)))
+def test_state_of_another_optimizer_is_refused(made, other):
+    shape = (40,) if made == "SinkGD" else (64, 32)
+    with pytest.raises(InputError, match=r"the state has .* for w"):
+        state_for(KEEPING[other](1e-3), KEEPING[made](1e-3), shape, shape)
 
 
 def test_beside_ember_in_a_paired_optimizer_guarded_clipped_and_resumed(make):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,9 +11,15 @@ from torch import nn
 from torch_tables import bits
 
 from cuda_ref import InputError, PairedOptimizer
-from cuda_ref.optimizers import AdamMini, Ember, SinkGD
+from cuda_ref.optimizers import SAGE, AdamMini, Ember, FlashAdamW, FlashLion, SinkGD, SplitWeights
 
 MAKE = {"AdamMini": (AdamMini, {}), "int8": (AdamMini, {"momentum": "int8"}), "SinkGD": (SinkGD, {})}
+KEEPING = MAKE | {  # state of vectors, and all but SinkGD of matrices
+    "FlashAdamW": (FlashAdamW, {}),
+    "FlashLion": (FlashLion, {}),
+    "with a rest": (FlashAdamW, {"weights": "bf16+int8"}),
+    "SAGE": (SAGE, {}),
+}
 SHAPES = [(7,), (), (9, 5), (8, 33), (2, 5, 3)]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -74,6 +81,36 @@ def test_state_of_another_format_is_refused_and_nothing_is_loaded():
     with pytest.raises(InputError, match=r"AdamMini.load_state_dict: the state has m of shape .*int8.*float32"):
         other.load_state_dict(saved)
     assert everything(other) == before
+
+
+def made_for(kind, shape):
+    made, options = KEEPING[kind]
+    return made([nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))], lr=1e-2, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "other"),
+    [(kind, (33,), (60,)) for kind in ("AdamMini", "SinkGD", "SAGE", "with a rest")]
+    + [(kind, (4, 8), (8, 4)) for kind in ("AdamMini", "SAGE", "with a rest", "int8")]  # int8 by v alone
+    + [("SinkGD", (8,), (4, 8))],
+)
+def test_state_of_another_shape_in_as_many_groups_is_refused_where_the_state_tells_it(kind, shape, other):
+    saved = train(made_for(kind, shape), 0, 1).state_dict()
+    with pytest.raises(InputError, match=r"the state has .* for a weight of shape \(.*: load the state of this model"):
+        made_for(kind, other).load_state_dict(saved)
+
+
+@pytest.mark.parametrize(("made", "other"), list(permutations(KEEPING, 2)))
+def test_state_of_another_optimizer_is_refused(made, other):
+    shape = (40,) if made == "SinkGD" else (64, 32)
+    with pytest.raises(InputError, match="the state has .* for a weight"):
+        made_for(other, shape).load_state_dict(train(made_for(made, shape), 0, 1).state_dict())
+
+
+def test_a_rest_is_not_left_out_of_the_state_in_silence():
+    saved = train(SplitWeights(made_for("AdamMini", (4, 8))), 0, 1).state_dict()
+    with pytest.raises(InputError, match="the state has rest for a weight"):
+        made_for("AdamMini", (4, 8)).load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
