@@ -148,7 +148,7 @@ def safe_norms(gradients: list[mx.array]) -> list[mx.array]:
             arrays = [gradients[place].reshape(-1, gradients[place].shape[-1]) for place in some]
             flags = norm_is_safe(mx.sqrt(kernels.norms.largest_sums(arrays, FLAG_BYTES)))
             for place, flag in zip(some, mx.split(flags, len(some)), strict=True):
-                safe[place] = flag[0]
+                safe[place] = flag[:1].reshape(())  # by an index it would be a kernel
     return safe
 
 
