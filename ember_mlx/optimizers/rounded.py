@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from ember_mlx import kernels
 from ember_mlx.kernels.stochastic_rounding import DROPPED_BITS, bit_keys, table_seed
 from ember_mlx.optimizers import adam_kernel, sinkgd_kernel
-from ember_mlx.optimizers.ember import update_table
+from ember_mlx.optimizers.ember import bias_correction, update_table
 from ember_mlx.optimizers.guarded import applied_if
 from ember_mlx.optimizers.in_float32 import adam_moments, wide_step
 from ember_mlx.optimizers.sinkgd import SinkGD, sinkhorn_factors
@@ -47,12 +47,6 @@ def round_step(w: mx.array, new: mx.array, seed: mx.array, t: mx.array) -> mx.ar
     keys, ones = bit_keys(seed, t, rows, columns), (mx.ones((rows,)), mx.ones((columns,)))
     w_rows, step = w.reshape(rows, columns), step.reshape(rows, columns)
     return update_table(w_rows, step, *ones, 1.0, 0.0, 0.0, keys).reshape(w.shape)
-
-
-def bias_of_all(t: mx.array, beta: float) -> mx.array:
-    """``1 - beta ** t`` by tanh, as precise: mx.compile has one kernel of it for all weights, of expm1 one for each."""
-    half = mx.tanh(t.astype(mx.float32) * (-math.log(beta) / 2 if beta > 0 else math.inf))
-    return 2 * half / (1 + half)
 
 
 class StochasticRounding(Optimizer):
@@ -155,7 +149,7 @@ class StochasticRounding(Optimizer):
         rate, correction = optimizer.learning_rate.astype(mx.float32), 1.0
         decay = 1 - rate * self._decay_of(parameter)
         if type(optimizer) is SinkGD:
-            rate, correction = rate / bias_of_all(self.step, b1), 1 / mx.sqrt(bias_of_all(self.step, b2))
+            rate, correction = rate / bias_correction(self.step, b1), 1 / mx.sqrt(bias_correction(self.step, b2))
         elif optimizer.bias_correction:
             rate, correction = rate / (1 - b1**self.step), mx.rsqrt(1 - b2**self.step)
         new, state["m"], state["v"] = adam_kernel.step_weight(
