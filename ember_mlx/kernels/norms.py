@@ -96,17 +96,18 @@ def sums_of_squares(arrays: Sequence[mx.array]) -> mx.array:
     return kernel(TEXT)(inputs=padded, **launch(padded))[0]
 
 
-def largest_sums(arrays: Sequence[mx.array]) -> mx.array:
-    """Of each array the largest sum of squares of ``CHUNK`` elements, (len(arrays),) float32; NaN where one is NaN.
+def largest_sums(arrays: Sequence[mx.array], times: int = 1) -> mx.array:
+    """Of each array the largest sum of squares of ``CHUNK`` elements, float32; NaN where one is NaN.
 
     Args:
         arrays: As of :func:`sums_of_squares`.
+        times (int): How often each number stands in the result, (len(arrays) * times,).
     """
     ends = np.cumsum([-(-array.size // CHUNK) for array in arrays])
     first = np.array([0, *ends[:-1]])
     most = max(ends - first)
     # An array of fewer chunks than another has its last one several times.
-    chunks = np.minimum(first[:, None] + np.arange(most), ends[:, None] - 1)
+    chunks = np.minimum(first[:, None] + np.arange(most), ends[:, None] - 1).repeat(times, axis=0)
     return sums_of_squares(arrays)[mx.array(chunks.astype(np.uint32))].max(axis=1)
 
 

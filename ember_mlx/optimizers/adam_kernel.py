@@ -141,7 +141,8 @@ def step_weight(
     sizes = mx.array([w.size // columns, columns], mx.uint32)
     numbers = mx.array([betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], mx.float32)
     rates = [*scalars(learning_rate, decay, correction), flag(finite)]
-    inputs = [w, g, m, v, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
+    arrays = mx.atleast_1d(w, g, m, v)  # one without axes is no pointer in Metal's signature
+    inputs = [*arrays, sizes, seed.reshape(1), t.reshape(1), numbers, *rates]
     return tuple(kernel(TEXT)(inputs=inputs, **launch(w, g, m, finite is not None)))
 
 

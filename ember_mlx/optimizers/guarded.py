@@ -53,6 +53,7 @@ COUNT = "nonfinite_steps"
 SMALL = 2**16  # elements
 LEAST_OF_KERNEL = 64
 SCRATCH = 2**17  # elements
+FLAG_BYTES = 4  # what Metal asks of the address of a kernel's constant input; flags are views into one array
 NEIGHBOURS = 16  # arrays: about those of one layer's adapters
 
 
@@ -137,7 +138,7 @@ def safe_norms(gradients: list[mx.array]) -> list[mx.array]:
     """
     safe, alike = [None] * len(gradients), {}
     for place, gradient in enumerate(gradients):
-        if kernels.usable(kernels.norms, gradient.dtype):
+        if gradient.ndim and gradient.size and kernels.usable(kernels.norms, gradient.dtype):
             alike.setdefault(gradient.dtype, []).append(place)
         else:
             safe[place] = sum_is_safe(gradient)
@@ -145,9 +146,9 @@ def safe_norms(gradients: list[mx.array]) -> list[mx.array]:
         for first in range(0, len(places), ARRAYS):
             some = places[first : first + ARRAYS]
             arrays = [gradients[place].reshape(-1, gradients[place].shape[-1]) for place in some]
-            flags = norm_is_safe(mx.sqrt(kernels.norms.largest_sums(arrays)))
+            flags = norm_is_safe(mx.sqrt(kernels.norms.largest_sums(arrays, FLAG_BYTES)))
             for place, flag in zip(some, mx.split(flags, len(some)), strict=True):
-                safe[place] = flag.reshape(())
+                safe[place] = flag[:1].reshape(())  # by an index it would be a kernel
     return safe
 
 

@@ -170,7 +170,7 @@ def _applied(leaf, together, triples, shared, scale, totals):
 def _applied_to_one(leaf, gradient, weight, state, finite):
     new = dict(state)
     may_overflow = weight.dtype == mx.float16 or isinstance(_inner(leaf), Adafactor)  # of finite gradients
-    if hasattr(leaf, "apply_single_if") and not may_overflow:
+    if _selects_by_itself(leaf) and not may_overflow:
         updated = leaf.apply_single_if(finite, gradient, weight, new)
     else:
         updated = leaf.apply_single(gradient, weight, new).astype(weight.dtype)
@@ -179,6 +179,12 @@ def _applied_to_one(leaf, gradient, weight, state, finite):
         updated = selected(finite, updated, weight, new, state)
     changed = {name: value for name, value in new.items() if value is not state.get(name)}
     return updated, changed, finite
+
+
+def _selects_by_itself(leaf):
+    """Whether its ``apply_single_if`` is of the step that it takes: a subclass may have a step of its own."""
+    owner = next(each for each in type(leaf).__mro__ if "apply_single" in vars(each))
+    return "apply_single_if" in vars(owner) and "apply_single" not in vars(leaf)
 
 
 def _all(flags):

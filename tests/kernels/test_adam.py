@@ -10,11 +10,12 @@ from ember_mlx.optimizers.rounded import StochasticRounding
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
 SHAPES = [
+    (),
     (3,),
     (9, 5),
     (2, 3, 8),
     (1, 1100),
-]  # fewer than a thread's, rows that end within it, more than a threadgroup's
+]  # one without axes, fewer than a thread's, rows that end within it, more than a threadgroup's
 
 
 def drawn(dtype, number):

@@ -1,12 +1,14 @@
 """The step of FlashAdamW and FlashLion: its Metal and its CUDA text emulated, and itself where there is a GPU."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from ember_mlx.optimizers import FlashAdamW, FlashLion, flash_kernel
 from ember_mlx.optimizers.companded import GROUP, grouped, groups_of
 from ember_mlx.optimizers.flash_arithmetic import Numbers, Stored, flash_block
+from ember_mlx.streaming.updates import Updates
 
 ON_GPU = mx.default_device().type == mx.DeviceType.gpu
 # Fewer than 8 elements, which Metal gets in another address space; part of a group; whole threadgroups; and some more.
@@ -165,6 +167,22 @@ def test_nothing_changes_a_bit_where_a_gradient_is_not_finite(emulated, monkeypa
         new = optimizer.apply_single_if(mx.array(finite), g * bad, w, state)
         stepped = optimizer.apply_single(g, w, expected) if finite else w
         assert same_bits([new, *state.values()], [stepped, *expected.values()])
+
+
+def test_a_streamed_step_of_a_subclass_is_its_own(emulated, monkeypatch):
+    class Doubled(FlashAdamW):
+        def apply_single(self, gradient, parameter, state):
+            return 2 * super().apply_single(gradient, parameter, state)
+
+    kernel = emulated("metal", "memory", module=flash_kernel)
+    monkeypatch.setattr(flash_kernel, "kernel", lambda text: kernel)
+    monkeypatch.setattr("ember_mlx.kernels.usable", lambda kernel, *dtypes: kernel is flash_kernel)
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    model = nn.Linear(32, 1, bias=False)
+    updates, weights = Updates(Doubled(1e-6), model), model.parameters()
+    updates.begin()
+    (new, _), *_ = updates(weights, {"weight": mx.ones((1, 32))}).values()
+    assert mx.allclose(new, 2 * weights["weight"], atol=1e-5)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU")

@@ -64,6 +64,28 @@ def test_of_several_gradients_each_is_judged_by_its_own_numbers(emulated, monkey
     assert len(launches) == 4 * -(-12 // norms.ARRAYS)
 
 
+def test_gradients_without_axes_or_elements_are_judged_beside_others(emulated, monkeypatch):
+    kernel = emulated("metal", "memory", module=norms)
+    monkeypatch.setattr(norms, "kernel", lambda text: kernel)
+    monkeypatch.setattr(kernels, "usable", lambda module, dtype: module is norms)
+    gradients = [mx.array(1.0), mx.ones((5,)), mx.array(mx.nan), mx.zeros((0, 3)), mx.zeros((0,)), mx.array([mx.nan])]
+    assert [flag.item() for flag in guarded.safe_norms(gradients)] == [True, True, False, True, True, False]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_each_flag_lies_where_metal_reads_a_constant(monkeypatch, traced):
+    """Metal gets a view by its offset, which in the constant address space must be a multiple of 4 bytes."""
+    squares = lambda arrays: mx.stack([mx.square(array).sum() for array in arrays])  # noqa: E731
+    monkeypatch.setattr(norms, "sums_of_squares", squares)
+    monkeypatch.setattr(kernels, "usable", lambda module, dtype: module is norms)
+    with mx.stream(mx.cpu):
+        safe_norms = mx.compile(guarded.safe_norms) if traced else guarded.safe_norms
+        flags = safe_norms([mx.ones((3,)), mx.full((2, 3), mx.nan), mx.ones((4,))])
+        assert [flag.item() for flag in flags] == [True, False, True]
+        given = [np.array(metal_and_cuda.flag(flag), copy=False) for flag in flags]
+    assert [flag.__array_interface__["data"][0] % 4 for flag in given] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
 def test_the_metal_text_is_right_touches_nothing_else_and_has_no_races(emulated, dtype):
     first = emulated("metal", "memory", module=norms)

@@ -56,7 +56,8 @@ class Laid:
 
     def as_mlx(self):
         """The same numbers as an array of MLX, wherever that puts them."""
-        return mx.array(np.ascontiguousarray(self.bits)).view(self.dtype)
+        in_rows = np.ascontiguousarray(self.bits).reshape(self.shape)  # NumPy gives one without axes an axis
+        return mx.array(in_rows).view(self.dtype)
 
 
 def laid(way, x):
