@@ -12,9 +12,9 @@ From MLX 0.32: ``eval_impl`` in mlx/transforms.cpp, ``gpu::eval`` and ``CommandE
 
 from collections import Counter, deque
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["DEVICES", "Array", "Device", "Operation", "Peak", "evaluation_order", "peak_memory"]
+__all__ = ["DEVICES", "Array", "Device", "Operation", "Peak", "evaluation_order", "peak_memory", "with_cache"]
 
 WIDTH = 20  # MLX_BFS_MAX_WIDTH
 TASKS_AHEAD = 10  # MAX_ACTIVE_TASKS
@@ -31,7 +31,7 @@ class Device:
         bytes_a_second, products_a_second (float): How fast it moves memory and multiplies matrices, in floating-point
             operations.
         seconds_to_encode, new_bytes_a_second (float): What the program takes for an operation and the views around it,
-            and how fast it gets memory that the step has not had yet: mlx-lm empties MLX's cache between steps.
+            and how fast it gets memory that the step has not had yet, where MLX's cache does not have it.
 
     The four speeds decide only how far the program runs ahead.
     """
@@ -57,6 +57,11 @@ DEVICES = {
     "cuda": Device(100, 1000 * 2**20, TASKS_AHEAD, 1.5e12, 400e12, 16e-6, 250e9),
     "cpu": Device(0, float("inf"), CPU_OPERATIONS_AHEAD, 10e9, 50e9, 8e-6, float("inf")),
 }
+
+
+def with_cache(device: Device) -> Device:
+    """The same, where MLX's cache has what the step before has let go of, as by default in ``train`` on CUDA."""
+    return replace(device, new_bytes_a_second=float("inf"))
 
 
 class Array:

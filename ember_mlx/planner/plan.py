@@ -9,7 +9,7 @@ from typing import Any
 from ember_mlx.finetune.choices import DEFAULT_LAYERS, choose, refuse_frozen_rows
 from ember_mlx.finetune.optimizer_names import planned
 from ember_mlx.planner.architecture import Architecture
-from ember_mlx.planner.evaluation import DEVICES, peak_memory
+from ember_mlx.planner.evaluation import DEVICES, peak_memory, with_cache
 from ember_mlx.planner.graph import Run
 from ember_mlx.planner.network import Traffic, traffic
 from ember_mlx.planner.operations import operations
@@ -62,7 +62,9 @@ def plan(model: Architecture, run: Run, backend: str) -> Plan:
         phases = streamed_phases(model, run, backend, step)
         peak = of_step = _worst(phases.values())
     else:
-        graph = step.results, step.existing, DEVICES[backend], step.evaluations, step.waits, step.late
+        # Streamed steps are planned closer without.
+        device = with_cache(DEVICES[backend])
+        graph = step.results, step.existing, device, step.evaluations, step.waits, step.late
         peak = of_step = peak_memory(*graph)
     if run.evaluation_length > run.length or run.stream:
         of_evaluation = _evaluation_peak(model, run, backend)
