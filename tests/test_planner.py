@@ -290,6 +290,21 @@ def test_the_command_says_whether_it_fits(tmp_path, capsys):
     assert report["planned"]["peak"] == sum(report["planned"]["at_peak"].values())
 
 
+@pytest.mark.parametrize(("backend", "lacks"), [("cuda", "no CUDA GPU"), ("metal", "no Metal")])
+def test_no_other_machine_is_judged_by_the_memory_of_this_one(tmp_path, capsys, monkeypatch, backend, lacks):
+    monkeypatch.setattr("ember_mlx.planner.machine.backend", lambda: "cpu")
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    words = ["--model", str(tmp_path), "--max-seq-length", "65", "--backend", backend]
+    main(words)
+    said = capsys.readouterr().out
+    assert f"\nWhether it fits is not known. Give --memory: this machine has {lacks}.\n" in said
+    main([*words, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["memory"], report["fits"], report["changes"]) == (None, None, [])
+    main([*words, "--memory-limit", "1GB"])
+    assert "--memory-limit is 1.000 GB: it fits" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -128,7 +128,7 @@ def test_train_takes_what_is_switched_on_and_its_records_say_so(folders, tmp_pat
     assert "Switched on: --stream, since this run is planned to take " in said
     assert "and this machine has 1 bytes: " in said
     assert "--no-stream turns it off" in said
-    assert "Streamed: every weight is stepped inside the backward pass" in said
+    assert "Streamed: every weight that trains is stepped inside the backward pass" in said
     saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     assert {name: saved[name] for name in SAVINGS} == {CHECKPOINT: False, CHUNKED: False, STREAM: True}
     train.main([*words, "--iters", "2", "--resume"])

@@ -1,6 +1,7 @@
 """``ember-mlx plan``: the flags of ``train``, and what that run will take."""
 
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--link {own.link}: no effect: it is for several hosts; add --workers N, or leave it out")
     backend = own.backend or machine.backend()
     memory, source = machine.limited(args, *machine.memory(own.memory, backend), own.memory)
+    available = math.inf if memory is None else memory
     inputs = with_rows_of_data(args, read_inputs(args, workers), usual_rows="max_seq_length" not in own.given)
     model, run = inputs.model, inputs.run
     warning = choose(args, model.shapes(), workers=workers).warning
@@ -80,8 +82,8 @@ def main(arguments: list[str]) -> None:
         alternatives={
             flags: (other, plan(model, other, backend)) for flags, other in alternatives(args, model, run).items()
         },
-        changes=advice(args, model, run, backend, memory) if planned.peak > memory else [],
-        recommendations=recommendations(model, run, backend, planned, memory),
+        changes=advice(args, model, run, backend, available) if planned.peak > available else [],
+        recommendations=recommendations(model, run, backend, planned, available),
         steps=inputs.iters,
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",

@@ -264,9 +264,10 @@ def _unfinished(folder):
         return f": checkpoints are for `ember-mlx train --resume`; give {run}, which has the adapter"
     step = int(checkpoints.NAME.fullmatch(checkpoints.in_folder(run)[-1].name)[1])
     end = f", or ends it there with --resume --iters {step}" if step else ""
+    best = f"give {run / BEST}, which has the lowest validation loss; or " if (run / BEST / CONFIG).is_file() else ""
     return (
-        f": the run in {run} stopped at step {step}, before it saved an adapter; the same `ember-mlx train` command "
-        f"goes on with --resume{end}"
+        f": the run in {run} stopped at step {step}, before it saved an adapter; {best}the same `ember-mlx train` "
+        f"command goes on with --resume{end}"
     )
 
 

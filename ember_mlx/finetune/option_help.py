@@ -176,9 +176,9 @@ HELP: Help = {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "stream": (
             None,
-            "Step every weight inside the backward pass: a run then takes little more memory than the weights and the "
-            "optimizer's state. With lora it does so for the tables and the loss. Default: on for full with tables, "
-            "but with several workers, with --clip-grad-norm, and where it cannot be, which train says.",
+            "Step every weight that trains inside the backward pass, with lora too: a run then takes little more "
+            "memory than the weights and the optimizer's state. Default: on for full with tables, but with several "
+            "workers, with --clip-grad-norm, and where it cannot be, which train says.",
         ),
         "keep_inputs": (
             "K",

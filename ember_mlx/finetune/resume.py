@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import checkpoints, options, safe_reading
+from ember_mlx.finetune.adapters import ADAPTERS, BEST
 from ember_mlx.finetune.build_optimizer import body_learning_rate, peak
 from ember_mlx.finetune.checkpoints import Checkpoint
 from ember_mlx.finetune.option_checks import check
@@ -219,11 +220,7 @@ def refuse_changes(
         if fits:
             or_else = ", or --resume-with-changes to use its weights and state anyway"
         elif weights_fit:
-            adapter = checkpoint.folder.absolute().parents[1] / "adapters.safetensors"
-            or_else = (
-                ". The optimizer's state cannot be used with that; the weights alone can, by a new run: "
-                f"--resume-adapter-file {adapter}, without --resume, and with a new --adapter-path"
-            )
+            or_else = f". The optimizer's state cannot be used with that; {_weights_alone(checkpoint)}"
         raise InputError(f"{where} is of another run: {'; '.join(changed)}. Give what it was made with{or_else}")
     if changed:
         rprint(f"Resuming with changes: {'; '.join(changed)}")
@@ -283,6 +280,20 @@ def _fit(arrays, tree):
     return arrays.keys() == own.keys() and all(
         (array.shape, array.dtype) == (own[name].shape, own[name].dtype) for name, array in arrays.items()
     )
+
+
+def _weights_alone(checkpoint):
+    """In words, how another run begins with what this one has learned; a run that was stopped has saved no adapter."""
+    folder = checkpoint.folder.absolute().parents[1]
+    begin = "the weights alone can, by a new run: --resume-adapter-file"
+    end = ", without --resume, and with a new --adapter-path"
+    saved = [path for path in (folder / ADAPTERS, folder / BEST / ADAPTERS) if path.is_file()]
+    if saved:
+        return f"{begin} {saved[0]}{end}"
+    if not checkpoint.position.step:
+        return "no weight is trained yet: start without --resume"
+    first = f"end this run first, as it was made, with --resume --iters {checkpoint.position.step}"
+    return f"{begin} {folder / ADAPTERS}{end}. To have that file, {first}"
 
 
 def _other_added_tokens(args, saved):

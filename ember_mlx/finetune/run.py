@@ -16,7 +16,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 from ember_mlx.finetune import adapter_saving, adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
 from ember_mlx.finetune.before_loading import check_inputs, no_validation
-from ember_mlx.finetune.best import keeps_best
+from ember_mlx.finetune.best import keeps_best, read_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.build_optimizer import build_optimizer
 from ember_mlx.finetune.choices import Choices, choose
@@ -208,6 +208,7 @@ def train_model(
     training = Training(
         args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
     )
+    training.signals.saves = kept.checkpoints > 0
     valid_rows = CacheDataset(valid_set)  # tokenized once for all validations
     with telling_what_helps(args):  # by now it is known whether it streams
         peak_memory = training.train(loss, train_set, valid_rows)
@@ -266,6 +267,9 @@ def _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers):
         if workers.leads:
             if args.resume is not None:
                 start, resumed = _go_on(args, model, optimizer, own_made_of, rows[0])
+                if in_place and not kept.best and (old := read_best(Path(args.adapter_path) / adapters.BEST)):
+                    why = "--no-keep-best" if args.keep_best is False else "that takes --keep-best"
+                    rprint(f"{adapters.BEST}/ is of step {old.step} and is not kept up: {why}")
             disk = refuse_full_disk(args, model, optimizer, kept)
             if not (in_place and start.step == args.iters):
                 rprint(f"Disk: at most {disk}")

@@ -37,11 +37,13 @@ class StopSignals:
     But for SIGHUP: when a terminal is closed, both it and its shell send that. A pipe that nobody reads any more sets
     ``number`` to SIGPIPE, which Python itself ignores; nothing that is told raises. In any thread but the main one this
     does nothing, as Python hears of signals there alone, and a signal that was ignored (nohup) stays so. The handlers
-    of before are put back at the end; ``number`` then still tells what was announced, 0 for nothing.
+    of before are put back at the end; ``number`` then still tells what was announced, 0 for nothing. ``saves``, which
+    may be set, is whether the run then writes a checkpoint.
     """
 
     def __init__(self):
         self.number = 0
+        self.saves = True
         self._before = {}
         self._thread = None
         self._output = ExitStack()
@@ -91,4 +93,5 @@ class StopSignals:
                 os._exit(128 + number)
             heard = True
             self._wish(number)
-            print(f"{name}: finishing this step, then saving; once more leaves at once", file=sys.stderr, flush=True)
+            then = "then saving" if self.saves else "saving nothing (--keep-checkpoints 0)"
+            print(f"{name}: finishing this step, {then}; once more leaves at once", file=sys.stderr, flush=True)

@@ -159,5 +159,6 @@ def step_of(
             raise
         rprint(f"Not streamed: {str(error).removeprefix('--stream: ')}\n")
         return args | {"stream": False}, ordinary, nullcontext
-    rprint("\n".join(["Streamed: every weight is stepped inside the backward pass", *streamed.notes]) + "\n")
+    told = ["Streamed: every weight that trains is stepped inside the backward pass", *streamed.notes]
+    rprint("\n".join(told) + "\n")
     return args | {"streaming_notes": streamed.notes}, lambda *_: streamed, streamed.whole

@@ -43,8 +43,8 @@ class Report:
         steps (int): Of the run.
         disk (DiskUse): What it takes on the disk.
         link (str): Of several workers, one of :data:`ember_mlx.planner.network.LINKS`.
-        memory (int): Bytes that this run may take.
-        memory_source (str): Whose they are, as the subject and verb of a sentence: "this machine has".
+        memory (int, optional): Bytes that this run may take, if they are known.
+        memory_source (str): Whose they are, as the subject and verb of a sentence: "this machine has"; or what to give.
     """
 
     options: Options
@@ -59,7 +59,7 @@ class Report:
     steps: int
     disk: DiskUse
     link: str
-    memory: int
+    memory: int | None
     memory_source: str
 
     def to_text(self) -> str:
@@ -110,7 +110,7 @@ class Report:
             "evaluation_length": self.run.evaluation_length or self.run.length,
             "supposed": self.assumptions,
             "vocabulary": self.model.vocabulary,
-            "fits": self.planned.peak <= self.memory,
+            "fits": None if self.memory is None else self.planned.peak <= self.memory,
             "planned": _plan_as_json(self.planned),
             "alternatives": {
                 flags: _plan_as_json(other_plan) | {"stream": other.stream, "layers": other.layers}
@@ -195,7 +195,10 @@ class Report:
         return [*self.model.notes, whole]
 
     def _verdict(self):
-        has = f"{self.memory_source[0].upper()}{self.memory_source[1:]} {in_units(self.memory)}"
+        source = f"{self.memory_source[0].upper()}{self.memory_source[1:]}"
+        if self.memory is None:
+            return [f"Whether it fits is not known. {source}."]
+        has = f"{source} {in_units(self.memory)}"
         if self.planned.peak <= self.memory:
             fits = "what is planned fits (see the note)" if self._notes() else "it fits"
             return [f"{has}: {fits}, with {in_units(self.memory - self.planned.peak)} to spare."]

@@ -64,6 +64,49 @@ def test_what_a_stopped_run_left_says_how_to_make_an_adapter_of_it(parse, tmp_pa
             adapters.read_config(folder)
 
 
+def test_what_a_stopped_run_left_names_its_best(parse, tmp_path, folders):
+    best = tmp_path / "adapters" / "best"
+    with pytest.raises(Interrupted):
+        run(parse("--iters", 9, "--steps-per-eval", 2, "--table-learning-rate", 1e-2), Sends(signal.SIGINT))
+    with pytest.raises(InputError, match=f"before it saved an adapter; give {best}, which has the lowest validation"):
+        adapters.read_config(best.parent)
+    assert adapters.load(folders["untied"], adapter_path=best)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_where_the_state_cannot_be_used_the_weights_of_a_stopped_run_are_named_where_they_are(parse, tmp_path, keeps):
+    words = ["--iters", 4, "--steps-per-eval", 2, "--table-learning-rate", 1e-2]
+    words.append("--keep-best" if keeps else "--no-keep-best")
+    with pytest.raises(Interrupted):
+        run(parse(*words, "--optimizer", "adam-mini"), Sends(signal.SIGINT))
+    with pytest.raises(InputError) as refused:
+        run(parse(*words, "--optimizer", "sinkgd", "--resume"))
+    file = tmp_path / "adapters" / ("best" if keeps else "") / "adapters.safetensors"
+    assert f"by a new run: --resume-adapter-file {file}, without" in str(refused.value)
+    first = "To have that file, end this run first, as it was made, with --resume --iters 3"
+    assert str(refused.value).endswith(first) is not keeps
+    if not keeps:
+        run(parse(*words, "--optimizer", "adam-mini", "--iters", 3, "--resume"))
+    run(parse(*words, "--optimizer", "sinkgd", "--resume-adapter-file", file, adapter="new"))
+
+
+def test_weights_that_no_step_has_trained_are_not_offered(parse, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="step-0000000 is saved"):
+        patched.setattr("ember_mlx.finetune.loop.Display", stops_at_once)
+        run(parse("--optimizer", "adam-mini"))
+    with pytest.raises(InputError, match="cannot be used with that; no weight is trained yet: start without --resume"):
+        run(parse("--optimizer", "sinkgd", "--resume"))
+
+
+def test_a_best_that_is_not_kept_up_is_told_of(parse, capsys):
+    words = ["--steps-per-eval", 2, "--table-learning-rate", 1e-2]
+    run(parse(*words))
+    run(parse(*words, "--iters", 4, "--resume"))
+    assert "kept up" not in capsys.readouterr().out
+    run(parse(*words, "--iters", 5, "--resume", "--no-keep-best"))
+    assert "best/ is of step 4 and is not kept up: --no-keep-best\n" in capsys.readouterr().out
+
+
 def test_while_gradients_gather_the_checkpoint_is_of_the_update_before(parse, tmp_path):
     with pytest.raises(Interrupted, match="stopped at step 4"):
         run(parse("--iters", 9, "--grad-accumulation-steps", 4), Sends(signal.SIGINT, iteration=6))
@@ -88,9 +131,10 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(parse, monkeypatch)
     assert len(batches) == 1
 
 
-def test_with_no_checkpoints_to_keep_it_says_that_there_is_nothing_to_go_on_from(parse):
+def test_with_no_checkpoints_to_keep_it_says_that_nothing_is_saved(parse, capfd):
     with pytest.raises(Interrupted, match="no checkpoint exists to resume from"):
         run(parse("--iters", 9, "--keep-checkpoints", 0), Sends(signal.SIGINT))
+    assert "SIGINT: finishing this step, saving nothing (--keep-checkpoints 0); once more" in capfd.readouterr().err
 
 
 def test_in_another_thread_signals_are_left_alone():

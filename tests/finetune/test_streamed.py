@@ -274,12 +274,32 @@ def test_a_signal_inside_a_step_waits_for_its_end(parse, tmp_path, monkeypatch):
     assert arrays(tmp_path / "adapters") == arrays(tmp_path / "whole")
 
 
+def test_with_lora_too_every_weight_that_trains_is_stepped_inside_the_backward_pass(parse, monkeypatch, capsys):
+    stepped = set()
+    arrays, table = Stepping.arrays, Stepping.table
+
+    def of_arrays(self, gradients):
+        stepped.update(gradients)
+        arrays(self, gradients)
+
+    def of_table(self, of, *arguments):
+        stepped.add(of.path)
+        table(self, of, *arguments)
+
+    monkeypatch.setattr(Stepping, "arrays", of_arrays)
+    monkeypatch.setattr(Stepping, "table", of_table)
+    trained = watched(parse("--stream")).weights[-1]
+    assert any("lora" in name for name in trained)
+    assert stepped == trained.keys()
+    assert "Streamed: every weight that trains is stepped inside the backward pass" in capsys.readouterr().out
+
+
 def test_the_run_says_that_it_streams_and_records_it(parse, tmp_path, capsys):
     log = tmp_path / "run.jsonl"
     words = ["--grad-checkpoint", "--chunked-loss", "--clip-grad-norm", 1, "--log-jsonl", log]
     run(parse(*FULL, "--stream", *words, "--table-optimizer", "sgd"))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    start = lines.index("Streamed: every weight is stepped inside the backward pass")
+    start = lines.index("Streamed: every weight that trains is stepped inside the backward pass")
     notes = lines[start + 1 : lines.index("", start)]
     assert notes[0] == "lm_head.weight is not trained by Ember: its gradient is whole"
     assert notes[1] == "--grad-checkpoint and --chunked-loss: streaming includes them"
