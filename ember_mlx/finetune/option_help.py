@@ -176,7 +176,7 @@ HELP: Help = {
         "grad_checkpoint": (None, "Recompute each layer in the backward pass: less memory, more time."),
         "stream": (
             None,
-            "Step every weight that trains inside the backward pass, with lora too: a run then takes little more "
+            "Step every weight that trains inside the backward pass, with lora too. A run then takes little more "
             "memory than the weights and the optimizer's state. Default: on for full with tables, but with several "
             "workers, with --clip-grad-norm, and where it cannot be, which train says.",
         ),

@@ -93,5 +93,5 @@ class StopSignals:
                 os._exit(128 + number)
             heard = True
             self._wish(number)
-            then = "then saving" if self.saves else "saving nothing (--keep-checkpoints 0)"
+            then = "then saving" if self.saves else "saving no checkpoint (--keep-checkpoints 0)"
             print(f"{name}: finishing this step, {then}; once more leaves at once", file=sys.stderr, flush=True)

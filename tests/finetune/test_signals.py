@@ -91,9 +91,10 @@ def test_where_the_state_cannot_be_used_the_weights_of_a_stopped_run_are_named_w
 
 
 def test_weights_that_no_step_has_trained_are_not_offered(parse, monkeypatch):
-    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="step-0000000 is saved"):
+    with monkeypatch.context() as patched:
         patched.setattr("ember_mlx.finetune.loop.Display", stops_at_once)
-        run(parse("--optimizer", "adam-mini"))
+        with pytest.raises(Interrupted, match="step-0000000 is saved"):
+            run(parse("--optimizer", "adam-mini"))
     with pytest.raises(InputError, match="cannot be used with that; no weight is trained yet: start without --resume"):
         run(parse("--optimizer", "sinkgd", "--resume"))
 
@@ -131,10 +132,10 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(parse, monkeypatch)
     assert len(batches) == 1
 
 
-def test_with_no_checkpoints_to_keep_it_says_that_nothing_is_saved(parse, capfd):
+def test_with_no_checkpoints_to_keep_it_says_that_none_is_saved(parse, capfd):
     with pytest.raises(Interrupted, match="no checkpoint exists to resume from"):
         run(parse("--iters", 9, "--keep-checkpoints", 0), Sends(signal.SIGINT))
-    assert "SIGINT: finishing this step, saving nothing (--keep-checkpoints 0); once more" in capfd.readouterr().err
+    assert "SIGINT: finishing this step, saving no checkpoint (--keep-checkpoints 0)" in capfd.readouterr().err
 
 
 def test_in_another_thread_signals_are_left_alone():
