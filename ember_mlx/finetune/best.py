@@ -94,10 +94,14 @@ class Validations:
             return
         if steps_done == 0:
             self.untrained = loss
-        if self.lowest is None or loss < self.lowest:
+        if self.is_lowest(loss, batches):
             self.lowest, self.step, self.waited = loss, steps_done, 0
         else:
             self.waited += counts
+
+    def is_lowest(self, loss: float, batches: str) -> bool:
+        """Whether no loss of the same batches was as low."""
+        return math.isfinite(loss) and (batches != self.batches or self.lowest is None or loss < self.lowest)
 
     @property
     def exhausted(self) -> bool:
@@ -108,9 +112,11 @@ class Validations:
         """What a checkpoint keeps of it."""
         return {name: getattr(self, name) for name in self.TYPES}
 
-    def end(self) -> str:
-        """Why the run ends, in a line."""
+    def end(self, not_kept: str = "") -> str:
+        """Why the run ends, in a line; ``not_kept`` says why ``best/`` does not hold the weights of the lowest loss."""
         lowest = "none was finite" if self.lowest is None else f"the lowest is {self.lowest:.3f} after step {self.step}"
+        if not_kept and self.step:
+            lowest += f" (its weights were not kept: {not_kept})"
         validations = "1 validation" if self.waited == 1 else f"{self.waited} validations"
         return (
             f"--patience {self.patience}: {validations} found no lower loss; {lowest}. --resume with a "

@@ -173,7 +173,7 @@ class Training:
                 if signal >= OVER_MEMORY:
                     self._end_over_memory(step)
         if self.steps_done < args.iters:
-            rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end()}")
+            rprint(f"Stopped after step {self.steps_done}, by {self.history.validations.end(self._not_kept())}")
         self._report_dropped()
 
     def losses(self, loss: Callable, valid_set: CacheDataset) -> tuple[float | None, float]:
@@ -203,7 +203,7 @@ class Training:
             is_saved: Whether the adapter folder holds the same weights.
         """
         validations = self.history.validations
-        batches = batches_id(self.args, self.saving.described["made_of"], self.batches.first_evaluation)
+        batches = self._batches_id()
         validations.hear(steps_done, loss, batches, counts)
         if self.saving.best:
             now = Best(steps_done, loss, batches)
@@ -213,7 +213,10 @@ class Training:
                     self.saving.save_best(now, validations.untrained, self.batches.position, is_saved)
 
     def _evaluate(self, step, loss, valid_set, ui):
-        """The validation loss before ``step``; before the last it is not shown where that after it compares with it."""
+        """The validation loss before ``step``.
+
+        Where the one after the last step compares with that before it, this is shown only if it is the lowest so far.
+        """
         args = self.args
         start = time.perf_counter()
         whole = len(valid_set) // args.batch_size
@@ -228,7 +231,10 @@ class Training:
                 value = evaluate(args, self.model, loss, valid_set, args.val_batches, between_batches)
         self.model.train()
         seconds = time.perf_counter() - start
-        if not (step == args.iters > 1 and self.same_batches):
+        shown = not (step == args.iters > 1 and self.same_batches)
+        if not shown and (self.saving.best or args.patience):  # which tell of the lowest
+            shown = self.history.validations.is_lowest(value, self._batches_id())
+        if shown:
             ui.report_val(step - 1, value, seconds)
         self.history.on_val_loss_report({"iteration": step - 1, "val_loss": value, "val_time": seconds})
         with self.whole(self.args.sample_prompts is not None):
@@ -237,6 +243,14 @@ class Training:
         if self.same_batches:
             self._validated(step - 1, value, counts=step > 1 and step % args.steps_per_eval == 0)
         return value
+
+    def _batches_id(self):
+        return batches_id(self.args, self.saving.described["made_of"], self.batches.first_evaluation)
+
+    def _not_kept(self):
+        if self.saving.best:
+            return ""
+        return "--no-keep-best" if self.args.keep_best is False else "add --keep-best"
 
     def _report_dropped(self):
         done = self.steps_done

@@ -88,7 +88,10 @@ class Saving:
             return
         losses = {"loss_name": "Validation loss", "loss_before": untrained, "loss_after": now.validation_loss}
         recorded = {RESULT: losses | {"steps": now.step} | self.recorded}
-        _tell(self._tried(f"{adapters.BEST}/ of step {now.step}", self.best.hear, now, untrained, is_saved, recorded))
+        what = f"{adapters.BEST}/ of step {now.step}"
+        names = self._tried(what, self.best.hear, now, untrained, is_saved, recorded)
+        if names:
+            _tell(names, f"    [ui.accent]val[/ui.accent] [ui.strong]{self.best.found.validation_loss:.3f}[/ui.strong]")
 
     def record(self, result: dict) -> None:
         """Put what came of the run into the config of the adapter, for its model card."""
@@ -172,9 +175,9 @@ class Saving:
             return []
 
 
-def _tell(names):
+def _tell(names, more=""):
     if names:
-        make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]")
+        make_console().print(f"  [ui.good]save[/ui.good]  [ui.muted]{', '.join(names)}[/ui.muted]{more}")
 
 
 def refuse_full_disk(

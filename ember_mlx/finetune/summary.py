@@ -28,6 +28,7 @@ from ember_mlx.shared.units import format_bytes
 __all__ = ["Result", "Trained", "format_result", "format_table", "what_trains"]
 
 ROUNDED = ", stochastic rounding"
+ITS_OWN = "its own"
 STATES = ("optimizer state", "Adam would keep")
 
 
@@ -169,7 +170,7 @@ def _best(result):
         return
     if result.best is None:
         if result.loss_before is not None and not result.loss_after < result.loss_before:
-            yield "No validation loss was lower than before training: best/ is not kept; try a lower --learning-rate"
+            yield f"No validation loss was lower than before training: best/ is not kept{_lower_rates(result.trained)}"
         return
     folder, loss, step = result.files[0].parent, result.best.validation_loss, result.best.step
     if loss == result.loss_after:
@@ -177,6 +178,16 @@ def _best(result):
         return
     best = shlex.quote(str(folder / adapters.BEST))
     yield f"The lowest validation loss was {loss:.3f}, after step {step}: use it with --adapter-path {best}"
+
+
+def _lower_rates(trained):
+    """What to try; an optimizer with a rate of its own leaves the flag alone."""
+    asked = [line for line in trained if line.learning_rate != ITS_OWN]
+    flags = ["--learning-rate"] if any(not line.table for line in asked) else []
+    flags += ["--table-learning-rate"] if any(line.table for line in asked) else []
+    if not flags:
+        return ""
+    return f"; try lower rates ({', '.join(flags)})" if len(flags) > 1 else f"; try a lower {flags[0]}"
 
 
 def _losses(result):
@@ -218,7 +229,7 @@ def _name(optimizer):
 def _rate(optimizer: optim.Optimizer, options):
     inside = optimizer.optimizer if isinstance(optimizer, SplitWeights | StochasticRounding) else optimizer
     if getattr(inside, "relative_step", False):  # Adafactor as mlx-lm makes it: it leaves --learning-rate alone
-        return "its own"
+        return ITS_OWN
     schedule = rate_schedule(inside)
     return f"up to {peak(schedule, updates(options)):.3g}" if schedule else f"{optimizer.learning_rate.item():.3g}"
 

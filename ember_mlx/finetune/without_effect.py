@@ -14,8 +14,9 @@ from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
+from ember_mlx.shared.units import counted
 
-__all__ = ["OF_TEST", "RULES", "Rule", "refuse_idle"]
+__all__ = ["OF_TEST", "RULES", "Rule", "idle_patience", "refuse_idle"]
 
 OF_TEST = frozenset(
     [
@@ -168,6 +169,22 @@ def refuse_idle(
     if options.train:
         for line in _nothing_moves(options):
             warn(f"Warning: {line}")
+
+
+def idle_patience(options: Any, step: int = 0, waited: int = 0) -> str | None:
+    """A warning where ``--patience`` can never end the run, whose length is settled.
+
+    Args:
+        options: The run's.
+        step: How many steps are done.
+        waited: How many validations in a row had found no lower loss by then.
+    """
+    each = options.steps_per_eval
+    validations = options.iters // each - max(step, 1) // each  # the one before the first step does not count
+    if options.patience is None or step == options.iters or waited + validations >= options.patience:
+        return None
+    has = f"{counted(validations, 'validation')}{' left' if step else ''} at --steps-per-eval {each}"
+    return f"Warning: --patience {options.patience}: never ends this run: it has {has}"
 
 
 def _nothing_moves(options):

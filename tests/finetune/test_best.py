@@ -1,6 +1,7 @@
 """``best/``, ``--patience``, and what a run takes on the disk."""
 
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -60,6 +61,26 @@ def best_of(folder):
     return found and (found.step, found.validation_loss)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words", "shown", "saved"),
+    [
+        (2.5, 3.0, [], ["0", "1", "3", "5"], ["2.900", "2.500"]),
+        (2.5, 2.25, [], ["0", "1", "3", "5"], ["2.900", "2.500", "2.250"]),
+        (2.95, 2.25, [], ["0", "1", "3"], ["2.900", "2.250"]),
+        (float("nan"), 3.0, [], ["0", "1", "3"], ["2.900"]),
+        (2.5, 3.0, ["--no-keep-best"], ["0", "1", "3"], []),
+        (2.5, 3.0, ["--no-keep-best", "--patience", 3], ["0", "1", "3", "5"], []),
+    ],
+)
+def test_every_lowest_loss_is_shown_and_one_that_no_line_speaks_of_is_not(
+    train, capsys, before, after, words, shown, saved
+):
+    train([3.0, 2.9, 2.95, before, after], *words)
+    said = capsys.readouterr().out
+    assert re.findall(r"^ +(\d+) +val ", said, re.MULTILINE) == shown
+    assert re.findall(r"^  save  best    val (.*)$", said, re.MULTILINE) == saved
+
+
 @pytest.mark.parametrize("lowest", [1, 4])
 def test_the_weights_of_the_lowest_loss_are_kept_and_taken(train, parse, folders, tmp_path, losses, capsys, lowest):
     result = train([2.0 if i == lowest else 3.0 for i in range(5)])
@@ -70,6 +91,7 @@ def test_the_weights_of_the_lowest_loss_are_kept_and_taken(train, parse, folders
     is_last = f"The last validation loss is the lowest: use it with --adapter-path {best.parent}\n"
     is_earlier = f"The lowest validation loss was 2.000, after step {step}: use it with --adapter-path {best}\n"
     assert (is_last in said, is_earlier in said) == (step == 6, step != 6)
+    assert "  save  best    val 2.000\n" in said
     losses[:] = [3.0] * 9
     run(parse(*EVERY_2, "--iters", step, "--no-keep-best", adapter="short"))
     assert not (tmp_path / "short" / "best").exists()
@@ -138,7 +160,7 @@ def test_a_branch_brings_the_best_of_before_it_and_no_later_one(train, tmp_path,
     folder = tmp_path / "adapters"
     train([2.5, 2.5], "--resume", folder / "checkpoints" / "step-0000004", adapter="after")
     assert best_of(tmp_path / "after") == (3, 2.0)
-    assert "save  best (still that of step 3, whose loss was lower)\n" in capsys.readouterr().out
+    assert "save  best (still that of step 3, whose loss was lower)    val 2.000\n" in capsys.readouterr().out
     assert equal(tmp_path / "after" / "best", folder / "best")
     train([2.5, 2.7, 2.9], "--resume", folder / "checkpoints" / "step-0000002", adapter="before")
     assert best_of(tmp_path / "before") == (3, 2.5)
@@ -185,6 +207,34 @@ def test_patience_ends_a_run_as_if_it_had_finished(train, parse, losses, tmp_pat
     train([2.5, 2.5], *common, "--patience", 3, "--resume")  # after steps 5 and 7
     assert "Stopped after step 7" in " ".join(capsys.readouterr().out.split())
     assert best_of(tmp_path / "adapters") == (1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "lowest"),
+    [
+        ([], [3.0, 2.0, 3.0, 3.0], "2.000 after step 1."),
+        (["--no-keep-best"], [3.0, 2.0, 3.0, 3.0], "2.000 after step 1 (its weights were not kept: --no-keep-best)."),
+        (["--no-keep-best"], [2.0, 3.0, 3.0], "2.000 after step 0."),
+        (["--train-tables", "none"], [3.0, 2.0, 3.0, 3.0], "2.000 after step 1 (its weights were not kept: add --keep"),
+    ],
+)
+def test_patience_says_where_the_weights_of_the_lowest_loss_are_gone(train, capsys, words, found, lowest):
+    train(found, "--patience", 2, *words)
+    assert f"no lower loss; the lowest is {lowest}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        ([], "lower rates (--learning-rate, --table-learning-rate)"),
+        (["--num-layers", 0], "a lower --table-learning-rate"),
+        (["--train-tables", "none", "--keep-best"], "a lower --learning-rate"),
+        (["--optimizer", "adafactor"], "a lower --table-learning-rate"),
+    ],
+)
+def test_after_a_loss_that_rose_the_rates_of_the_run_are_named(train, capsys, words, rates):
+    train([2.0, 3.0, 3.0, 3.0, 3.0], *words)
+    assert capsys.readouterr().out.endswith(f": best/ is not kept; try {rates}\n")
 
 
 def test_patience_counts_regular_validations_since_the_lowest():

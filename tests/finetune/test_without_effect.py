@@ -9,7 +9,7 @@ from ember_mlx.finetune.data import load_sets
 from ember_mlx.finetune.keywords import options_of
 from ember_mlx.finetune.row_keys import layout_of
 from ember_mlx.finetune.run import run
-from ember_mlx.finetune.without_effect import OF_TEST, RULES
+from ember_mlx.finetune.without_effect import OF_TEST, RULES, idle_patience
 from ember_mlx.shared.command_line import actions_of, flag
 
 REFUSED = [  # an option of ours that asks for something, and what leaves it nothing to do
@@ -126,6 +126,34 @@ def test_what_the_run_knows_alone_is_told_by_the_run(parse, capsys):
     with pytest.raises(InputError, match=r"--overwrite: --resume continues the run in --adapter-path"):
         run(parse("--peer-timeout", 9, "--resume", "--overwrite"))
     assert "Warning: --peer-timeout 9: no effect: it is for several workers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "done", "has"),
+    [
+        ("--patience 5 --iters 200", (), "1 validation at --steps-per-eval 200"),
+        ("--patience 1 --iters 199", (), "0 validations at --steps-per-eval 200"),
+        ("--patience 1 --iters 200", (), None),
+        ("--patience 4 --iters 4 --steps-per-eval 1", (), "3 validations at --steps-per-eval 1"),  # all after a step
+        ("--patience 3 --iters 4 --steps-per-eval 1", (), None),
+        ("--patience 5 --iters 800", (400, 2), "2 validations left at --steps-per-eval 200"),
+        ("--patience 5 --iters 800", (400, 3), None),
+        ("--patience 5 --iters 200", (200, 1), None),  # nothing is left to train
+        ("--iters 9", (), None),
+    ],
+)
+def test_a_patience_that_outlasts_the_run_is_warned_of(words, done, has):
+    line = idle_patience(options.parse(words.split()), *done)
+    assert line == (has and f"Warning: --patience {words.split()[1]}: never ends this run: it has {has}")
+
+
+def test_with_epochs_the_rows_say_whether_a_patience_outlasts_the_run(folders, tmp_path, capsys):
+    words = ["--model", folders["untied"], "--data", folders["data"], "--adapter-path", tmp_path / "a"]
+    short = ["--batch-size", 2, "--epochs", 1, "--steps-per-eval", 4]
+    for patience, warned in ((2, True), (1, False)):
+        run(options.parse([str(word) for word in [*words, *short, "--patience", patience, "--overwrite"]]))
+        line = f"Warning: --patience {patience}: never ends this run: it has 1 validation at --steps-per-eval 4\n"
+        assert (line in capsys.readouterr().out) == warned
 
 
 def test_a_part_to_split_off_is_not_asked_for_in_vain(parse, capsys):
