@@ -141,7 +141,7 @@ def test_the_head_of_a_gpu_is_planned_in_its_own_blocks(monkeypatch):
     for share in (8, 16):
         monkeypatch.setattr(sizes_in_memory, "SHARE_OF_SCRATCH", share)
         planned = plan(model, run, "cuda")
-        rows, stepped, _ = sizes_in_memory.blocks_of_a_head(32768, 512, 2, 256, planned.weights, True)
+        rows, stepped, *_ = sizes_in_memory.blocks_of_a_head(32768, 512, 2, 256, planned.weights, True)
         found.append((rows, stepped, planned.phases))
     (rows, stepped, large), (fewer, fewer_stepped, small) = found
     assert rows > fewer
@@ -274,7 +274,10 @@ def test_operations_are_counted():
 def test_a_head_whose_gradient_is_kept_is_not_the_peak(monkeypatch, tokens, kept, tied):
     model, run = run_with(QWEN | {"vocab_size": 32_000, "tie_word_embeddings": tied}, *FULL, "--stream", length=tokens)
     found = plan(model, run, "cuda")
-    monkeypatch.setattr(streamed_tables, "keeps_gradient_of_a_head", lambda *_, **of: False)
+    cut = streamed_tables.blocks_of_a_head
+    monkeypatch.setattr(
+        streamed_tables, "blocks_of_a_head", lambda *of, **layers: cut(*of, **layers)._replace(keeps_gradient=False)
+    )
     twice = plan(model, run, "cuda")
     phase = "embedding" if tied else "head"
     assert found.peak == twice.peak

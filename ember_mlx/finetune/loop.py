@@ -88,7 +88,7 @@ class Training:
         self.make_step = make_step
         self.workers = deadline.workers
         self.deadline = deadline
-        self.signals = StopSignals()
+        self.signals = StopSignals(saving.checkpoints.keep > 0)
         self.deadline.signalled = lambda: bool(self.signals.number)
         self.history = LossHistory(args, callbacks, optimizer, start.record if start else None)
         self.same_batches = bool(args.token_tables or args.keep_best or args.patience)

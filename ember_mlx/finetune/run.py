@@ -209,7 +209,6 @@ def train_model(
     training = Training(
         args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
     )
-    training.signals.saves = kept.checkpoints > 0
     idle = idle_patience(args, start.step if start else 0, training.history.validations.waited)
     if idle:
         rprint(f"{idle}\n")

@@ -37,13 +37,15 @@ class StopSignals:
     But for SIGHUP: when a terminal is closed, both it and its shell send that. A pipe that nobody reads any more sets
     ``number`` to SIGPIPE, which Python itself ignores; nothing that is told raises. In any thread but the main one this
     does nothing, as Python hears of signals there alone, and a signal that was ignored (nohup) stays so. The handlers
-    of before are put back at the end; ``number`` then still tells what was announced, 0 for nothing. ``saves``, which
-    may be set, is whether the run then writes a checkpoint.
+    of before are put back at the end; ``number`` then still tells what was announced, 0 for nothing.
+
+    Args:
+        saves (bool): Whether the run then writes a checkpoint.
     """
 
-    def __init__(self):
+    def __init__(self, saves: bool = True):
         self.number = 0
-        self.saves = True
+        self._saves = saves
         self._before = {}
         self._thread = None
         self._output = ExitStack()
@@ -93,5 +95,5 @@ class StopSignals:
                 os._exit(128 + number)
             heard = True
             self._wish(number)
-            then = "then saving" if self.saves else "saving no checkpoint (--keep-checkpoints 0)"
+            then = "then saving" if self._saves else "saving no checkpoint (--keep-checkpoints 0)"
             print(f"{name}: finishing this step, {then}; once more leaves at once", file=sys.stderr, flush=True)

@@ -2,13 +2,13 @@
 
 from ember_mlx.planner.architecture import Architecture
 from ember_mlx.planner.graph import Run
-from ember_mlx.shared.sizes_in_memory import keeps_gradient_of_a_head
+from ember_mlx.shared.sizes_in_memory import blocks_of_a_head
 
 __all__ = ["operations", "sizes_of_a_layer"]
 
 
 def sizes_of_a_layer(model: Architecture, run: Run) -> dict[str, int]:
-    """What :func:`~ember_mlx.shared.sizes_in_memory.keeps_gradient_of_a_head` asks of the layers, by name."""
+    """What :func:`~ember_mlx.shared.sizes_in_memory.blocks_of_a_head` asks of the layers, by name."""
     outputs = sum(linear.outputs for linear in model.linears(0)) if _gone_back_through(model, run) else 0
     return {"tokens_of_a_layer": run.batch_size * run.length, "outputs_of_a_layer": outputs}
 
@@ -31,7 +31,7 @@ def operations(model: Architecture, run: Run, backend: str = "cpu") -> float:
     if head_trains:
         on_a_gpu = backend != "cpu"
         shape = model.vocabulary, model.hidden, model.width, tokens, weights, on_a_gpu
-        once = run.workers == 1 and keeps_gradient_of_a_head(*shape, **sizes_of_a_layer(model, run))
+        once = run.workers == 1 and blocks_of_a_head(*shape, **sizes_of_a_layer(model, run)).keeps_gradient
         passes += 1 if once else min(2 * tokens / model.hidden, 1) + 1  # statistics, and the rows' gradient
         passes += on_a_gpu * (1 if once else 2)  # the logits again, for each of these
     return layer * (model.layers + backward * (1 + run.norm_pass)) + head * passes

@@ -10,7 +10,6 @@ from ember_mlx.shared.sizes_in_memory import (
     TARGETS_AT_ONCE,
     blocks_of_a_head,
     bytes_of_kept_logits,
-    keeps_gradient_of_a_head,
 )
 
 __all__ = ["Head", "step_looked_up"]
@@ -32,9 +31,8 @@ class Head:
         self.width = model.width
         self.tokens = n = run.micro_batches * run.batch_size * run.length
         shape = table.rows, table.columns, model.width, n, weights, on_a_gpu
-        of_layers = sizes_of_a_layer(model, run)
-        sizes = blocks_of_a_head(*shape, **of_layers)
-        self.keeps_gradient = run.workers == 1 and keeps_gradient_of_a_head(*shape, **of_layers)
+        sizes = blocks_of_a_head(*shape, **sizes_of_a_layer(model, run))
+        self.keeps_gradient = run.workers == 1 and sizes.keeps_gradient
         self.keeps = trained and n * table.rows * model.width <= bytes_of_kept_logits(weights, on_a_gpu)
         self.waiting = sizes.waiting
         self.blocks, self.stepped = (

@@ -11,7 +11,6 @@ __all__ = [
     "blocks_of_a_head",
     "bytes_ahead",
     "bytes_of_kept_logits",
-    "keeps_gradient_of_a_head",
     "sent_together",
     "words_of_a_sharded_head",
 ]
@@ -92,11 +91,13 @@ class HeadBlocks(NamedTuple):
         rows: Of a block in the passes that only read the head, a multiple of 128.
         stepped: Of a block in the pass that steps the rows, and wherever the logits are kept.
         waiting: Bytes of new rows that may wait to be written.
+        keeps_gradient: Whether its gradient is made once and kept, from its statistics to its step, and not made twice.
     """
 
     rows: int
     stepped: int
     waiting: int
+    keeps_gradient: bool
 
 
 def blocks_of_a_head(
@@ -112,7 +113,9 @@ def blocks_of_a_head(
 ) -> HeadBlocks:
     """How a head of (V, D) is cut.
 
-    The passes that only read may take as much as a layer's backward pass holds: then that is the peak, not they.
+    Where a layer's backward pass holds more than the passes over the head take, it is the peak, not they. So those that
+    only read may take as much, and the gradient is kept where it fits into that with its scratch. Few tokens have their
+    statistics from quadratic forms, without it.
 
     Args:
         vocabulary, features: V and D.
@@ -120,58 +123,32 @@ def blocks_of_a_head(
         tokens: Of a step.
         weights: Bytes of all weights.
         on_a_gpu: Whether blocks cost time by their number.
-        tokens_of_a_layer, outputs_of_a_layer: As of :func:`keeps_gradient_of_a_head`.
+        tokens_of_a_layer: Of the largest micro-batch, which a layer's backward pass takes at a time.
+        outputs_of_a_layer: Numbers of a token that its linears give together; 0 where no layer has a backward pass.
     """
+    has_gradient = tokens > features // 2  # else there are quadratic forms
+    held = HELD_ON_A_GPU if on_a_gpu else HELD_ON_A_CPU
+    of_a_layer = held * (outputs_of_a_layer + features) * tokens_of_a_layer * width
+
+    def keeps(stepped):
+        taken = vocabulary * features * width + stepped * (3 * 4 * tokens + 4 * features)
+        return bool(outputs_of_a_layer) and has_gradient and taken <= of_a_layer
+
     least = min(max(128, LOGITS_AT_ONCE // tokens // 128 * 128), _multiple(-(-vocabulary // BLOCKS)))
     if not on_a_gpu:
-        return HeadBlocks(least, least, 0)
+        return HeadBlocks(least, least, 0, keeps(least))
     scratch = int(min(weights // SHARE_OF_SCRATCH, MOST_SCRATCH))
     waiting = scratch // SHARE_THAT_WAITS
     of_logits = 3 * 4 * tokens  # bytes of a row: the logits in 16 bits, and what is made of them in float32
-    squared = 4 * features if tokens > features // 2 else 0  # the gradient, else there are quadratic forms
+    squared = 4 * features if has_gradient else 0
     stepped = 2 * width * features  # the gradient and the new row
 
     def rows(nbytes, of_a_row):
         most = max(least, nbytes // (of_logits + of_a_row))
         return _multiple(-(-vocabulary // max(FEWEST_BLOCKS, -(-vocabulary // most))))  # of one size
 
-    of_a_layer = _held_by_a_layer(features, width, on_a_gpu, tokens_of_a_layer, outputs_of_a_layer)
-    read = rows(max(scratch, int(of_a_layer)), squared)
-    return HeadBlocks(read, rows(scratch - waiting, int(stepped)), waiting)
-
-
-def keeps_gradient_of_a_head(
-    vocabulary: int,
-    features: int,
-    width: float,
-    tokens: int,
-    weights: float,
-    on_a_gpu: bool,
-    *,
-    tokens_of_a_layer: int,
-    outputs_of_a_layer: int,
-) -> bool:
-    """Whether a head's gradient is made once and kept, from its statistics to its step, in place of being made twice.
-
-    So it is where a layer's backward pass takes more than it does with its scratch: then it is not the peak. Few tokens
-    have their statistics from quadratic forms.
-
-    Args:
-        vocabulary, features, width, tokens, weights, on_a_gpu: As of :func:`blocks_of_a_head`.
-        tokens_of_a_layer: Of the largest micro-batch, which a layer's backward pass takes at a time.
-        outputs_of_a_layer: Numbers of a token that its linears give together; 0 where no layer has a backward pass.
-    """
-    if not outputs_of_a_layer:
-        return False
-    of_a_layer = _held_by_a_layer(features, width, on_a_gpu, tokens_of_a_layer, outputs_of_a_layer)
-    stepped = blocks_of_a_head(vocabulary, features, width, tokens, weights, on_a_gpu).stepped
-    taken = vocabulary * features * width + stepped * (3 * 4 * tokens + 4 * features)
-    return tokens > features // 2 and taken <= of_a_layer
-
-
-def _held_by_a_layer(features, width, on_a_gpu, tokens, outputs):
-    """Bytes that a layer's backward pass holds, of activations and cotangents."""
-    return (HELD_ON_A_GPU if on_a_gpu else HELD_ON_A_CPU) * (outputs + features) * tokens * width
+    of_the_step = rows(scratch - waiting, int(stepped))
+    return HeadBlocks(rows(max(scratch, int(of_a_layer)), squared), of_the_step, waiting, keeps(of_the_step))
 
 
 def _multiple(rows):

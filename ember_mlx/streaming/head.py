@@ -20,7 +20,6 @@ from ember_mlx.shared.sizes_in_memory import (
     TARGETS_AT_ONCE,
     blocks_of_a_head,
     bytes_of_kept_logits,
-    keeps_gradient_of_a_head,
 )
 from ember_mlx.streaming.head_module import Head
 from ember_mlx.streaming.pacing import Pace
@@ -197,14 +196,13 @@ class StreamedHead:
         """Cut the head for these tokens; say whether the logits are kept, which then have the blocks of the step."""
         vocabulary, (n, features) = self.head.vocabulary, self._hidden.shape
         on_a_gpu, width = self._pace.ahead > 0, self._hidden.itemsize
-        shape = vocabulary, features, width, n, self._nbytes, on_a_gpu
         of_layers = {"tokens_of_a_layer": at_once, "outputs_of_a_layer": self._outputs_of_a_layer}
-        sizes = blocks_of_a_head(*shape, **of_layers)
+        sizes = blocks_of_a_head(vocabulary, features, width, n, self._nbytes, on_a_gpu, **of_layers)
         keeps = self._keep_logits
         if keeps is None:
             keeps = n * vocabulary * width <= bytes_of_kept_logits(self._nbytes, on_a_gpu)
         keeps = keeps and bool(self.table or self.others)
-        self._may_keep_gradient = keeps_gradient_of_a_head(*shape, **of_layers)
+        self._may_keep_gradient = sizes.keeps_gradient
         self._waiting = sizes.waiting
         stepped = self._block_rows or sizes.stepped
         read = stepped if keeps else self._block_rows or sizes.rows

@@ -12,7 +12,7 @@ from tiny_models import tiny_llama
 
 from ember_mlx import Ember, PairedOptimizer
 from ember_mlx.shared import sizes_in_memory
-from ember_mlx.shared.sizes_in_memory import blocks_of_a_head, bytes_of_kept_logits, keeps_gradient_of_a_head
+from ember_mlx.shared.sizes_in_memory import blocks_of_a_head, bytes_of_kept_logits
 from ember_mlx.streaming import StreamedStep, head
 
 SHAPES = {  # vocabulary, features, bytes of all weights in 16 bits
@@ -41,7 +41,7 @@ def test_blocks_on_a_gpu_are_as_large_as_their_share_of_the_weights(shape, token
 
 def test_a_cpu_has_36_blocks_and_keeps_logits_and_long_batches_are_cut_alike_anywhere():
     for vocabulary, features, weights in SHAPES.values():
-        rows, stepped, waiting = blocks_of_a_head(vocabulary, features, 2, 512, weights, False)
+        rows, stepped, waiting, _ = blocks_of_a_head(vocabulary, features, 2, 512, weights, False)
         assert rows == stepped
         assert 35 <= -(-vocabulary // rows) <= 36
         assert waiting == 0
@@ -57,7 +57,7 @@ def test_where_a_layer_holds_more_than_their_share_blocks_that_are_read_take_as_
     shape = vocabulary, features, 2, 4 * 1024, weights, True
     own, beside = blocks_of_a_head(*shape), blocks_of_a_head(*shape, tokens_of_a_layer=4096, outputs_of_a_layer=12288)
     assert (-(-vocabulary // own.rows), -(-vocabulary // beside.rows)) == (38, 15)
-    assert beside[1:] == own[1:]
+    assert (beside.stepped, beside.waiting) == (own.stepped, own.waiting)
     assert beside.rows * (12 * 4096 + 4 * features) <= 5 * (12288 + features) * 4096 * 2
 
 
@@ -94,7 +94,10 @@ def test_large_blocks_take_the_same_step(tokens, tied, keep_logits, monkeypatch)
 def test_a_gradient_that_is_kept_takes_the_same_step(tied, keep_logits, clip, monkeypatch):
     def steps(keeps):
         made = []
-        monkeypatch.setattr(head, "keeps_gradient_of_a_head", lambda *_, **of: keeps)
+        cut = blocks_of_a_head
+        monkeypatch.setattr(
+            head, "blocks_of_a_head", lambda *shape, **of: cut(*shape, **of)._replace(keeps_gradient=keeps)
+        )
         by_logits = head.StreamedHead._by_logits
         monkeypatch.setattr(head.StreamedHead, "_by_logits", lambda *of: made.append(1) or by_logits(*of))
         weights, step = trained(2**20, 41, tied, keep_logits, **clip)
@@ -122,14 +125,16 @@ def test_a_gradient_is_kept_where_a_batch_is_long(shape, least):
 
 def keeps(vocabulary, features, tokens, weights, of_a_layer, outputs):
     of_layers = {"tokens_of_a_layer": of_a_layer, "outputs_of_a_layer": outputs}
-    return keeps_gradient_of_a_head(vocabulary, features, 2, tokens, weights, True, **of_layers)
+    return blocks_of_a_head(vocabulary, features, 2, tokens, weights, True, **of_layers).keeps_gradient
 
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_a_head_is_told_of_the_layers_is_what_the_plan_counts(tied, monkeypatch):
     asked = []
-    monkeypatch.setattr(head, "keeps_gradient_of_a_head", lambda *_, **of: asked.append(of))
+    monkeypatch.setattr(
+        head, "blocks_of_a_head", lambda *shape, **of: asked.append(of) or blocks_of_a_head(*shape, **of)
+    )
     model = tiny_llama(tied=tied, hidden=HIDDEN)
     step = StreamedStep(model, PairedOptimizer(model, tables=Ember(1e-2), rest=optim.SGD(0.1)))
     step.accumulated([(mx.ones((rows, 9), mx.int32), mx.array([[0, 9]] * rows)) for rows in (2, 3, 1)])
