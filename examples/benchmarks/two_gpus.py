@@ -334,7 +334,8 @@ def main():
                 subprocess.SubprocessError,
             ) as error:
                 told = {"holds": False, "seen": f"{type(error).__name__}: {error}"}
-            told |= {"must hold": " ".join(part.__doc__.split()), "seconds": round(time.monotonic() - start, 1)}
+            told |= {"must hold": " ".join(part.__doc__.split()), "commit": here["commit"]}
+            told["seconds"] = round(time.monotonic() - start, 1)
             report["parts"][name] = told
             print(f"{'holds' if told['holds'] else 'FAILS'}  {name} ({told['seconds']} s): {told['seen']}", flush=True)
             write(args.out, report)
