@@ -201,7 +201,7 @@ def test_lora_begins_as_the_model_that_it_is_put_into(base):
     ids = torch.randint(0, 128, (2, 9))
     torch.testing.assert_close(lora(ids), plain(ids), rtol=0, atol=0)
     a = lora.lora()["model.layers.1.mlp.down_proj.lora_a"]
-    assert a.shape == (24, 8)
+    assert a.shape == (8, 24)
     assert 0.5 / 24**0.5 < a.abs().max() <= 1 / 24**0.5  # as mlx-lm: uniform within 1 / sqrt(inputs)
     assert sum(name.startswith("model.layers.0") for name in lora.lora()) == 0
     assert len(lora.lora()) == 2 * 7  # A and B of q, k, v, o, gate, up and down
@@ -219,7 +219,7 @@ def test_lora_is_that_of_mlx_lm():
     torch.nn.init.normal_(ours.lora_a), torch.nn.init.normal_(ours.lora_b)
     theirs = LoRALinear(6, 5, r=defaults["rank"], scale=defaults["scale"])
     theirs.linear.weight, theirs.lora_a, theirs.lora_b = (
-        mx.array(p.detach().numpy()) for p in (ours.weight, ours.lora_a, ours.lora_b)
+        mx.array(p.detach().numpy()) for p in (ours.weight, ours.lora_a.T, ours.lora_b.T)
     )
     x = torch.randn(3, 6)
     expected = torch.from_numpy(np.array(theirs(mx.array(x.numpy()))))

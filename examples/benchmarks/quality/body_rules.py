@@ -152,6 +152,7 @@ BODY_RULES = {
     "adam-mlx": BodyRule(lambda groups, lr, model: MLXAdamW(groups, lr, dtype=torch.float32),
                          "MLX's Adam, float32, not corrected", clipped=False),
     "flash": BodyRule(_flash, "FlashAdamW, bf16 + int8 rest", rounding="rest"),
+    "flash-float32": BodyRule(_flash, "FlashAdamW, float32"),
     "adam-mini": BodyRule(_adam_mini, "Adam-mini"),
     "adam-mini-int8": BodyRule(partial(_adam_mini, momentum="int8"), "Adam-mini, int8 momentum"),
     "sinkgd": BodyRule(_sinkgd, "SinkGD", guess=-1),

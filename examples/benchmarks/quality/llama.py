@@ -36,15 +36,18 @@ class Shape:
 
 
 class LoRALinear(nn.Linear):
-    """W x + scale * B A x, with A and B as mlx-lm keeps them: (inputs, rank) and (rank, outputs)."""
+    """W x + scale * B A x, with A and B in PyTorch's order, (rank, inputs) and (outputs, rank): mlx-lm's, transposed.
+
+    AdamMini's blocks are rows in PyTorch: of A by rank, of B by output, as in MLX.
+    """
 
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias=bias)
-        self.lora_a = nn.Parameter(torch.zeros(inputs, LORA_RANK))
-        self.lora_b = nn.Parameter(torch.zeros(LORA_RANK, outputs))
+        self.lora_a = nn.Parameter(torch.zeros(LORA_RANK, inputs))
+        self.lora_b = nn.Parameter(torch.zeros(outputs, LORA_RANK))
 
     def forward(self, x):
-        return F.linear(x, self.weight) + LORA_SCALE * ((x @ self.lora_a) @ self.lora_b)
+        return F.linear(x, self.weight) + LORA_SCALE * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 class Attention(nn.Module):
@@ -156,8 +159,9 @@ class Llama(nn.Module):
         self.load_state_dict({**state, **self.lora()})
         generator = torch.Generator(self.model.norm.weight.device).manual_seed(seed)
         for name, p in self.lora().items():
-            bound = 1 / math.sqrt(p.shape[0]) if name.endswith("lora_a") else 0.0
-            p.uniform_(-bound, bound, generator=generator)
+            bound = 1 / math.sqrt(p.shape[1]) if name.endswith("lora_a") else 0.0
+            drawn = torch.empty(p.T.shape, device=p.device)  # in mlx-lm's order, as in earlier campaigns
+            p.copy_(drawn.uniform_(-bound, bound, generator=generator).T)
 
     def forward(self, ids):
         """Hidden states after the last norm, (batch, length, width), of token ids, (batch, length)."""

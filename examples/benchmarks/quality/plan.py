@@ -88,6 +88,11 @@ MORE_RECIPES = (
     ("sinkgd-bf16", "ember-bf16-stochastic"), ("sinkgd", "columns"), ("adamw", "sage"), ("sinkgd", "adamw"),
     ("adam-mini", "adamw"), ("flash", "flash-bf16"), ("sinkgd-bf16-stochastic", "ember-bf16-stochastic"),
 )  # fmt: skip
+# LoRA's factors are float32, as mlx-lm makes them; what its users would have if tables trained, too, comes second.
+LORA_RECIPES = (
+    ("adamw", "adamw"), ("adam-mlx", ONE_RATE), ("sinkgd", "ember"), ("flash-float32", "ember-bf16-stochastic"),
+    ("adam-mini-int8", "ember"), ("adamw", "ember"), ("sinkgd", "sage"),
+)  # fmt: skip
 FLOOR_RECIPES = tuple(
     ("adamw", rule) for rule in ("ember-floor3", "columns", "ember-floor10", "ember-floor30", "ember-floor100")
 )
@@ -101,6 +106,7 @@ SMALL, BIG = ("untied-4k", "tied-4k"), ("untied-16k", "tied-16k")
 LARGE = tuple(name for name, setting in SETTINGS.items() if setting.start == "smollm2" and not setting.constant)
 CONSTANT = tuple(name for name, setting in SETTINGS.items() if setting.constant)
 WHOLE = ("smollm2-wikisql", "smollm2-rasbt", "smollm2-shakespeare")  # all weights train
+LORA = tuple(f"{name}-lora" for name in WHOLE)
 OWN = ("own-wikisql", "own-shakespeare", "own-rasbt")
 
 
@@ -145,6 +151,9 @@ PHASES = {
     "pretraining": _recipe_by_recipe(("llama-16k",), PRETRAINING_RECIPES),
     "quarter-decades": _one_by_one(WHOLE, (), recipes=(*RECIPES, *FLOOR_RECIPES)),
     "more-recipes": _recipe_by_recipe(WHOLE, (*MORE_RECIPES, *FLOOR_RECIPES[3:])),
+    "lora-recipes": [
+        Phase(LORA, (), seeds=(1,), recipes=(("frozen", "frozen"),)), *_one_by_one(LORA, (), recipes=LORA_RECIPES),
+    ],
     "core": [*_one_by_one(SMALL, MAIN), *_one_by_one(SMALL, VARIANTS[:3])],
     "smollm2": [  # "frozen": how much there is to win
         *_one_by_one(LARGE, (*MAIN, "frozen")), *_one_by_one(LARGE, ("ember-growing", *IN_BF16[:2])),
