@@ -111,7 +111,7 @@ def cheapest_savings(
 
 
 def _sets(model, run, allowed) -> Iterable[tuple[str, ...]]:
-    """What to try, the least time first. A streamed step took 1.13 to 1.64 times a checkpointed one."""
+    """What to try, the least time first. A streamed step took 1.13 to 1.55 times a checkpointed one."""
     if run.stream:
         return
     kinds = [name for name in ("grad_checkpoint", "chunked_loss") if name in allowed and not getattr(run, name)]
