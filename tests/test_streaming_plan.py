@@ -230,6 +230,22 @@ def test_a_step_is_run_as_far_ahead_as_it_is_planned(words, tied, workers, monke
     assert seen[1] == (weights, pytest.approx(state, rel=0.01))
 
 
+def test_many_layers_of_adapters_are_in_flight_on_a_gpu(monkeypatch):
+    """Their updates are few bytes, which is all that the run-ahead counts; with all weights they hold it up."""
+    wide = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+    wide |= {"num_key_value_heads": 8, "head_dim": 128, "torch_dtype": "bfloat16"}
+    model, grown = read_architecture(LONG | wide, "config.json"), {}
+    for kind in ("lora", "full"):
+        words = ["--fine-tune-type", kind, "--num-layers", "-1", "--batch-size", "4", "--max-seq-length", "1025"]
+        run, peaks = run_of(options.parse([*words, "--stream"]), model), []
+        for ahead in (2, 2**25):
+            monkeypatch.setattr("ember_mlx.planner.streamed_phase.bytes_ahead", lambda *_, ahead=ahead: ahead)
+            peaks.append(plan(model, run, "cuda").phases["layers"])
+        grown[kind] = peaks[1] / peaks[0]
+    assert grown["lora"] > 1.4, grown
+    assert 1 < grown["full"] < 1.1, grown
+
+
 def test_a_run_that_does_not_fit_is_told_to_stream():
     def advised(*words):
         model = read_architecture(LONG, "config.json")

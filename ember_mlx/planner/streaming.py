@@ -19,7 +19,7 @@ from ember_mlx.planner.streamed_tables import Head, step_looked_up
 
 __all__ = ["streamed_phases", "streamed_runs"]
 
-LAYERS = 3  # so many are in flight at most
+LAYERS = 3  # so many are in flight at most; where adapters train, whose updates are few bytes, there may be more
 
 
 def streamed_phases(model: Architecture, run: Run, backend: str, step: Graph) -> dict[str, Peak]:
@@ -136,7 +136,8 @@ class _Planned:
         d = back(graph.exist(phase.input, graph.width, "scratch"))
         graph.gradients.clear()
         phase.one_behind(d)
-        for i in reversed(range(max(self.lowest, model.layers - LAYERS), model.layers)):
+        layers = LAYERS if self.run.fine_tune_type == "full" else model.layers
+        for i in reversed(range(max(self.lowest, model.layers - layers), model.layers)):
             for _ in range(min(self.run.micro_batches, 2)):
                 _, back = layer(graph, phase.take_input(), i)
                 d = back(d, i > self.lowest or self.embedding.name in self.whole or self.looked_up)
