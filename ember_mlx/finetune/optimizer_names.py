@@ -14,6 +14,7 @@ __all__ = [
     "BODY",
     "CLASSES",
     "FLOORED_TABLE_RATE",
+    "LORA_RATES",
     "RATES",
     "ROW_FLOOR",
     "SPLIT",
@@ -37,13 +38,21 @@ CLASSES = {
 }
 """The class of :mod:`ember_mlx.optimizers` by name."""
 RATES = {"adam-mini": 1e-4, "sinkgd": 1e-4, "flash-adamw": 1e-4, "flash-lion": 3e-5}
-"""The default of ``--learning-rate`` by optimizer of ours; mlx-lm's have mlx-lm's 1e-5, at which ours hardly learn.
+"""The default of ``--learning-rate`` for all weights, by optimizer of ours; mlx-lm's have mlx-lm's 1e-5, at which ours
+hardly learn.
 
 They rest on all weights of SmolLM2-135M, three data sets (examples/benchmarks/quality). AdamMini's is the best half
 decade, or 0.0005 nats off. SinkGD's is the best on the longest, where 3.2e-4 is 0.12 to 0.14 nats worse; on the others
 it is at most 0.029 behind 3.2e-4. FlashAdamW's were 3.2e-4, 3.2e-4 and 1e-4, with warm-up and a cosine: at a constant
 rate it has AdamW's careful one of our recipes. A quarter decade lower is 0.008 to 0.013 better for all three on the
 longest. FlashLion's is a third of FlashAdamW's, by advice alone.
+"""
+LORA_RATES = {"adam-mini": 3e-4, "sinkgd": 3e-4, "flash-adamw": 3e-4, "flash-lion": 1e-4}
+"""The same for adapters, which may step further.
+
+On the same data sets, with warm-up and a cosine, the best half decades were 3.2e-4 and 1e-3; wherever 1e-4 was run, it
+was 0.015 to 0.12 nats behind them (results/recipes/h200_8.jsonl). At a constant rate AdamW's were 3.2e-4, 3.2e-4, and
+1e-4, 0.0002 ahead of 3.2e-4 (results/h200_2.jsonl); ours have not run so. FlashLion's is by advice alone.
 """
 ROW_FLOOR, FLOORED_TABLE_RATE, TABLE_RATE = 3.0, 3e-4, 1e-4
 """The defaults of ``--table-row-floor`` with Ember, and of ``--table-learning-rate`` with a floor and without one.
@@ -64,7 +73,8 @@ def canonical(name: str) -> str:
 
 def decided_defaults(given: Mapping[str, Any]) -> dict[str, float | None]:
     """The defaults that other options decide, by name; ``given`` has None for what is not given."""
-    rate = RATES.get(canonical(given["optimizer"] or ""))
+    rates = RATES if given["fine_tune_type"] == "full" else LORA_RATES
+    rate = rates.get(canonical(given["optimizer"] or ""))
     return _table_defaults(given) | ({} if rate is None else {"learning_rate": rate})
 
 

@@ -3,7 +3,7 @@
 mlx-lm's own texts are replaced, since what they say is not all true here.
 """
 
-from ember_mlx.finetune.optimizer_names import FLOORED_TABLE_RATE, RATES, ROW_FLOOR, TABLE_RATE
+from ember_mlx.finetune.optimizer_names import FLOORED_TABLE_RATE, LORA_RATES, RATES, ROW_FLOOR, TABLE_RATE
 from ember_mlx.shared.command_line import Help
 
 __all__ = ["EPILOG", "HELP", "USAGE"]
@@ -92,7 +92,7 @@ HELP: Help = {
         "learning_rate": (
             "RATE",
             "Learning rate of all that is no token table. The YAML key lr_schedule replaces it. Not given, it is "
-            f"{', '.join(f'{rate:g} with {name}' for name, rate in RATES.items())}.",
+            f"{', '.join(f'{LORA_RATES[name]:g} with {name} (full: {rate:g})' for name, rate in RATES.items())}.",
         ),
         "warmup": (
             "N",

@@ -191,10 +191,13 @@ def test_a_value_out_of_range_is_refused_with_its_name(arguments, message):
         options.parse(arguments.split())
 
 
+@pytest.mark.parametrize("kind", [[], ["--fine-tune-type", "dora"], ["--fine-tune-type", "full"]])
 @pytest.mark.parametrize("name", [*options.CONFIG_DEFAULTS["optimizer_config"], *optimizer_names.BODY])
-def test_a_rate_that_is_not_given_is_the_optimizers_own(name, tmp_path):
+def test_a_rate_that_is_not_given_is_the_optimizers_own(name, kind, tmp_path):
     """Of SinkGD, which hardly learns at mlx-lm's; what is given, as a flag or in a file, goes before it."""
-    usual = optimizer_names.RATES.get(name, lora.CONFIG_DEFAULTS["learning_rate"])
+    of_mlx_lm = lora.CONFIG_DEFAULTS["learning_rate"]
+    of_all_weights, of_adapters = (r.get(name, of_mlx_lm) for r in (optimizer_names.RATES, optimizer_names.LORA_RATES))
+    usual = of_all_weights if "full" in kind else of_adapters
     file = tmp_path / "c.yaml"
     for text, words, rate in [
         ("", ["--optimizer", name], usual),
@@ -204,7 +207,8 @@ def test_a_rate_that_is_not_given_is_the_optimizers_own(name, tmp_path):
         ("", ["--optimizer", name, "--learning-rate", "0"], 0),
     ]:
         file.write_text(text or "{}")
-        assert options.parse(["--config", str(file), *words]).learning_rate == rate
+        assert options.parse(["--config", str(file), *words, *kind]).learning_rate == rate
     text = option_help.HELP["what trains"]["learning_rate"][1]
-    assert optimizer_names.RATES.keys() == set(optimizer_names.BODY)  # mlx-lm's keep mlx-lm's
-    assert (f"{usual:g} with {name}" in text) == (name in optimizer_names.RATES)
+    assert optimizer_names.RATES.keys() == optimizer_names.LORA_RATES.keys() == set(optimizer_names.BODY)
+    told = f"{of_adapters:g} with {name} (full: {of_all_weights:g})" in text
+    assert told == (name in optimizer_names.BODY)  # mlx-lm's keep mlx-lm's

@@ -125,7 +125,7 @@ def test_a_run_of_before_the_floor_is_resumed_without_it_bit_for_bit(folders, tm
         ("--table-row-floor 0", "--table-row-floor 0", ""),
         ("--table-row-floor 0 --table-learning-rate 3e-4", "--table-row-floor 0", "--table-learning-rate 0.0003"),
         ("", "", ""),
-        ("--optimizer sinkgd --learning-rate 3e-4", "--optimizer sinkgd", "--learning-rate 0.0003"),
+        ("--optimizer sinkgd --learning-rate 2e-4", "--optimizer sinkgd", "--learning-rate 0.0002"),
         ("--optimizer sinkgd --learning-rate 3e-4", "--optimizer sinkgd --learning-rate 1e-4", ""),
         ("--optimizer adamw --learning-rate 3e-4", "--optimizer adamw", "--learning-rate 0.0003"),
         ("--optimizer adamw --learning-rate 3e-4", "--optimizer sgd", ""),  # has its own
