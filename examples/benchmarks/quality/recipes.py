@@ -26,8 +26,9 @@ from ember_mlx.plots.style import save_light_and_dark
 HERE = Path(__file__).parent
 ADAMW, UNTRAINED = (BASELINE, BASELINE), ("frozen", "frozen")
 ORDER = dict.fromkeys(
-    (*plan.RECIPES, *plan.MORE_RECIPES, *plan.FLOOR_RECIPES, (BASELINE, "frozen"), UNTRAINED, *plan.PRETRAINING_RECIPES)
-)
+    (*plan.RECIPES, *plan.MORE_RECIPES, *plan.LORA_RECIPES, *plan.FLOOR_RECIPES, (BASELINE, "frozen"), UNTRAINED,
+     *plan.PRETRAINING_RECIPES)
+)  # fmt: skip
 
 # Of pretraining, beside each other: the SAGE paper's claims, Ember beside SinkGD, and what its beta2 is worth.
 PAIRS = (
@@ -293,9 +294,10 @@ def main():
     results = Recipes(earlier, lines)
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
     write_tables(results, args.out / "recipes.md", [*earlier, *lines])
-    for name, chosen in (("recipes", True), ("pretraining_recipes", False)):
-        compared = [s for s in results.settings if results.reported(s, ADAMW).by_seed]
-        shown = [s for s in compared if bool(SETTINGS[s].start) == chosen]
+    compared = [s for s in results.settings if results.reported(s, ADAMW).by_seed]
+    from_scratch = [s for s in compared if not SETTINGS[s].start]
+    for name, chosen in (("recipes", plan.WHOLE), ("lora_recipes", plan.LORA), ("pretraining_recipes", from_scratch)):
+        shown = [s for s in compared if s in chosen]
         if shown:
             rows = len({recipe for s in shown for recipe in results.recipes(s)})
             save_light_and_dark(
