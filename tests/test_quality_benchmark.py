@@ -226,6 +226,39 @@ def test_lora_is_that_of_mlx_lm():
     torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_lora_begins_as_in_the_campaigns_that_kept_it_as_mlx_lm_does(base):
+    """Runs of before are compared with those of today by seed."""
+    model = llama.Llama(LORA.shape)
+    model.load(base, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.lora().items():
+        drawn = torch.empty(p.T.shape).uniform_(-1, 1, generator=generator) / p.shape[1] ** 0.5
+        expected = drawn.T if name.endswith("lora_a") else torch.zeros_like(p)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
+
+
+def test_adam_mini_has_the_blocks_of_lora_that_it_has_in_mlx():
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.tuner.lora import LoRALinear
+
+    from ember_mlx import AdamMini
+
+    ours, theirs = llama.LoRALinear(6, 5), LoRALinear(6, 5, r=llama.LORA_RANK)
+    torch.nn.init.normal_(ours.lora_a), torch.nn.init.normal_(ours.lora_b)
+    factors = {"lora_a": ours.lora_a, "lora_b": ours.lora_b}
+    weights = {name: mx.array(p.detach().numpy().T) for name, p in factors.items()}
+    build = body_rules.BODY_RULES["adam-mini"].build
+    optimizer = build([{"params": list(factors.values())}], torch.tensor(0.01), ours)
+    of_mlx = AdamMini(0.01, betas=body_rules.BODY_BETAS, model=theirs)
+    for _ in range(3):
+        for p in factors.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        weights = of_mlx.apply_gradients({name: mx.array(p.grad.numpy().T) for name, p in factors.items()}, weights)
+    for name, p in factors.items():
+        torch.testing.assert_close(p.detach().T, torch.from_numpy(np.array(weights[name])), rtol=1e-5, atol=1e-6)
+
+
 def test_lora_trains_a_and_b_and_the_tables_and_nothing_else(data, base):
     result = training.Trainer("cpu", data, data).train(plan.Run("a", "ember", -4, -4, 1), LORA, data / "kept.pt")
     assert result["losses"][-1] < result["losses"][0]

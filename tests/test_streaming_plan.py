@@ -246,6 +246,15 @@ def test_many_layers_of_adapters_are_in_flight_on_a_gpu(monkeypatch):
     assert 1 < grown["full"] < 1.1, grown
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "metal"])
+@pytest.mark.parametrize("words", [(), ("--num-layers", "2"), ("--fine-tune-type", "full", "--num-layers", "1")])
+def test_micro_batches_are_planned_where_nothing_trains_below_the_layers(words, backend):
+    """The lowest gives no cotangent; ``plan`` looks at such a run beside every other, as the one with frozen tables."""
+    model, run = run_with(LONG, *words, "--stream", "--train-tables", "none")
+    found = plan(model, replace(run, micro_batches=2), backend)
+    assert found.phases["layers"] > found.weights + found.optimizer_state
+
+
 def test_a_run_that_does_not_fit_is_told_to_stream():
     def advised(*words):
         model = read_architecture(LONG, "config.json")

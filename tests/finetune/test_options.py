@@ -1,6 +1,8 @@
 """Options: mlx_lm.lora's, taken from it, and the token tables'."""
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -212,3 +214,10 @@ def test_a_rate_that_is_not_given_is_the_optimizers_own(name, kind, tmp_path):
     assert optimizer_names.RATES.keys() == optimizer_names.LORA_RATES.keys() == set(optimizer_names.BODY)
     told = f"{of_adapters:g} with {name} (full: {of_all_weights:g})" in text
     assert told == (name in optimizer_names.BODY)  # mlx-lm's keep mlx-lm's
+
+
+def test_the_rates_are_those_of_the_page():
+    page = (Path(__file__).parents[2] / "ember_mlx/optimizers/README.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([\d.e-]+) \| ([\d.e-]+) \|", page, re.MULTILINE)
+    assert {name: float(rate) for name, rate, _ in rows} == optimizer_names.LORA_RATES
+    assert {name: float(rate) for name, _, rate in rows} == optimizer_names.RATES
