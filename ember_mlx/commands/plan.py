@@ -72,6 +72,7 @@ def main(arguments: list[str]) -> None:
     if warning:
         print(warning, file=sys.stderr)
     planned = plan(model, run, backend)
+    changes = advice(args, model, run, backend, available) if planned.peak > available else []
     report = Report(
         options=args,
         model=model,
@@ -82,8 +83,8 @@ def main(arguments: list[str]) -> None:
         alternatives={
             flags: (other, plan(model, other, backend)) for flags, other in alternatives(args, model, run).items()
         },
-        changes=advice(args, model, run, backend, available) if planned.peak > available else [],
-        recommendations=recommendations(model, run, backend, planned, available),
+        changes=changes,
+        recommendations=[] if changes else recommendations(model, run, backend, planned, available),
         steps=inputs.iters,
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",

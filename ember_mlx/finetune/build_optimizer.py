@@ -12,7 +12,7 @@ from mlx_lm.tuner.utils import build_schedule
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.optimizer_names import BODY, canonical, settings
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.run_length import updates
+from ember_mlx.finetune.run_length import updates, warmup_of
 from ember_mlx.finetune.yaml_sections import make_optimizer
 from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
@@ -151,13 +151,17 @@ def body_learning_rate(options: Options) -> float | Schedule:
 
 
 def table_learning_rate(options: Options) -> float | Schedule:
-    """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
+    """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate.
+
+    A run that ends within the warm-up reaches no peak, and its tables no more of theirs than the body of its own.
+    """
     if options.table_lr_schedule:
         return _schedule("table_lr_schedule", options)
     if not options.lr_schedule:
         return _warmed_up(options.table_learning_rate, options)
     body = body_learning_rate(options)
-    highest = peak(body, updates(options))
+    warmup = int(options.warmup or warmup_of(options.lr_schedule) or 0)
+    highest = max(peak(body, updates(options)), body(mx.array(warmup)).item())
     return lambda step: options.table_learning_rate * (body(step) / highest)  # a quotient cannot overflow
 
 

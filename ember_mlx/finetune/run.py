@@ -51,7 +51,7 @@ from ember_mlx.finetune.summary import Result, format_result, format_table, what
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.where_it_writes import check_adapter_folder, check_what_is_written, resumes_in_place
-from ember_mlx.finetune.without_effect import idle_patience
+from ember_mlx.finetune.without_effect import endless_warmups, idle_patience
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.streaming.mean_loss import mean_loss
@@ -210,8 +210,8 @@ def train_model(
         args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
     )
     idle = idle_patience(args, start.step if start else 0, training.history.validations.waited)
-    if idle:
-        rprint(f"{idle}\n")
+    for line in [*endless_warmups(args), *([idle] if idle else [])]:
+        rprint(f"{line}\n")
     valid_rows = CacheDataset(valid_set)  # tokenized once for all validations
     with telling_what_helps(args):  # by now it is known whether it streams
         peak_memory = training.train(loss, train_set, valid_rows)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.optimizer_names import canonical, settings
-from ember_mlx.finetune.run_length import SCHEDULES
+from ember_mlx.finetune.run_length import SCHEDULES, updates, warmup_of
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 from ember_mlx.shared.units import counted
 
-__all__ = ["OF_TEST", "RULES", "Rule", "idle_patience", "refuse_idle"]
+__all__ = ["OF_TEST", "RULES", "Rule", "endless_warmups", "idle_patience", "refuse_idle"]
 
 OF_TEST = frozenset(
     [
@@ -185,6 +185,14 @@ def idle_patience(options: Any, step: int = 0, waited: int = 0) -> str | None:
         return None
     has = f"{counted(validations, 'validation')}{' left' if step else ''} at --steps-per-eval {each}"
     return f"Warning: --patience {options.patience}: never ends this run: it has {has}"
+
+
+def endless_warmups(options: Any) -> list[str]:
+    """A warning for each schedule whose warm-up outlasts the run, whose length is settled; ``--warmup`` is refused."""
+    number = updates(options)
+    warmups = {key: warmup_of(getattr(options, key)) or 0 for key in SCHEDULES}
+    has = f"never ends in this run: it has {counted(number, 'update')}, so no learning rate reaches its peak"
+    return [f"Warning: {key}: warmup {warmup}: {has}" for key, warmup in warmups.items() if warmup >= number]
 
 
 def _nothing_moves(options):

@@ -140,8 +140,10 @@ class _Planned:
         for i in reversed(range(max(self.lowest, model.layers - layers), model.layers)):
             for _ in range(min(self.run.micro_batches, 2)):
                 _, back = layer(graph, phase.take_input(), i)
-                d = back(d, i > self.lowest or self.embedding.name in self.whole or self.looked_up)
-                phase.one_behind(*([] if d is None else [d]))
+                below = back(d, i > self.lowest or self.embedding.name in self.whole or self.looked_up)
+                if below is not None:  # else nothing trains there
+                    d = below
+                    phase.one_behind(d)
                 if others:
                     phase.one_behind(*graph.gradients.values())
             phase.step(sorted(reversed(graph.gradients), key=_place_in_layer, reverse=True))

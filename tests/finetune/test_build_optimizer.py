@@ -133,6 +133,18 @@ def test_the_tables_follow_the_bodys_schedule_at_their_own_scale(parse):
             assert tables(mx.array(step)).item() == pytest.approx(1000 * body(mx.array(step)).item())
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_tables_of_a_run_that_ends_within_its_warmup_keep_their_share_of_the_bodys_rate(parse, flag):
+    schedule = {"name": "cosine_decay", "arguments": [1e-4, 360, 1e-5]}
+    args = parse("--table-learning-rate", 3.2e-5, "--iters", 5)
+    # Of a flag, train refuses so long a warm-up.
+    args |= {"lr_schedule": schedule, "warmup": 40} if flag else {"lr_schedule": schedule | {"warmup": 40}}
+    body, tables = body_learning_rate(args), table_learning_rate(args)
+    for step in range(1, 5):
+        assert body(mx.array(step)).item() == pytest.approx(1e-4 * step / 40)
+        assert tables(mx.array(step)).item() == pytest.approx(3.2e-5 * step / 40)
+
+
 @pytest.mark.parametrize("accumulation", [2, 5])
 def test_schedules_count_updates_and_the_summary_reports_what_is_reached(parse, accumulation):
     rising = {"name": "linear_schedule", "arguments": [0.0, 1e-3, 10]}
