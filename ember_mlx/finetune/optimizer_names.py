@@ -52,8 +52,9 @@ LORA_RATES = {"adam-mini": 3e-4, "sinkgd": 3e-4, "flash-adamw": 3e-4, "flash-lio
 
 With LoRA on the same data sets, with warm-up and a cosine, the best half decades were 3.2e-4 and 1e-3; wherever 1e-4
 was run, it was 0.015 to 0.12 nats behind the best (results/recipes/h200_8.jsonl). At a constant rate AdamW's were
-3.2e-4, 3.2e-4, and 1e-4, 0.0002 ahead of 3.2e-4 (results/h200_2.jsonl); ours have not run so, and DoRA not at all.
-FlashLion's is by advice alone.
+3.2e-4, 3.2e-4, and 1e-4, 0.0002 ahead of 3.2e-4 (results/h200_2.jsonl). Adam's without bias correction was 1e-4
+(results/recipes/h200_5.jsonl). Ours correct it, or have none; they have not run so, and DoRA not at all. FlashLion's is
+by advice alone.
 """
 ROW_FLOOR, FLOORED_TABLE_RATE, TABLE_RATE = 3.0, 3e-4, 1e-4
 """The defaults of ``--table-row-floor`` with Ember, and of ``--table-learning-rate`` with a floor and without one.
