@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options, run_log_writer
+from ember_mlx.finetune.as_given import naming_as_given
 from ember_mlx.finetune.before_loading import check_inputs
 from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.run import run, run_with
@@ -62,7 +63,8 @@ def main(arguments: list[str]) -> None:
     out = parser.parse_args(arguments).out
     # The last of two equal flags counts: the user's own wins.
     own, args = options.parse_command(parser, ["--adapter-path", str(out / "adapters"), *arguments], data_required=True)
-    check(args, own.out)
+    with naming_as_given(args.given):
+        check(args, own.out)
     args |= {"stream": False}
     # Nothing is saved there, but the run checks the free space of the disk that --out is on.
     with tempfile.TemporaryDirectory(prefix="timing-", dir=existing_parent(own.out)) as folder:

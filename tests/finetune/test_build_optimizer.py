@@ -18,7 +18,7 @@ from ember_mlx.finetune.build_optimizer import (
 )
 from ember_mlx.finetune.choices import choose, rounding
 from ember_mlx.finetune.run_length import updates
-from ember_mlx.finetune.summary import what_trains
+from ember_mlx.finetune.summary import default_rates, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 
@@ -168,6 +168,27 @@ def test_the_summary_names_no_rate_that_adafactor_does_not_take(parse):
     assert [line.learning_rate for line in lines][-1] == "its own"
     fixed = args | {"optimizer_config": {"adafactor": {"relative_step": False}}}
     assert what_trains(model, build_optimizer(model, fixed, choices), fixed, choices)[-1].learning_rate == "1e-05"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--optimizer flash-adamw", "By default: --table-learning-rate 0.0003 and --learning-rate 0.0003"),
+        ("--optimizer flash-adamw --learning-rate 3e-4 --warmup 2", "By default: --table-learning-rate 0.0003"),
+        ("--table-learning-rate 3e-4", "By default: --learning-rate 1e-05"),
+        ("--train-tables none", "By default: --learning-rate 1e-05"),
+        ("--num-layers 0", "By default: --table-learning-rate 0.0003"),
+        ("--optimizer adafactor --table-learning-rate 3e-4", ""),
+        ("--resume", ""),  # they may be the checkpoint's
+    ],
+)
+def test_rates_that_nobody_has_given_are_told(parse, words, told):
+    model, args = tiny_llama(), parse(*words.split())
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    lines = what_trains(model, build_optimizer(model, args, choices), args, choices)
+    assert default_rates(lines, args) == told
+    assert len(told) <= 80
 
 
 def test_the_tables_can_have_a_schedule_of_their_own(parse):

@@ -100,9 +100,23 @@ def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
     file.write_text(f"table_row_clip: 3\ntest_batches: 9\n{schedule}\nlearning_rate: 1e-4\n")
     options.parse(["--config", str(file), "--train-tables", "none"])
     said = capsys.readouterr().out
-    assert said == "Warning: table_row_clip 3: no effect: no table trains with --train-tables none\n"
+    assert said == f"Warning: --config {file}: table_row_clip 3: no effect: no table trains with --train-tables none\n"
     options.parse(["--config", str(file), "--learning-rate", "1e-3"])
     assert capsys.readouterr().out == "Warning: --learning-rate 0.001: no effect: lr_schedule replaces it\n"
+
+
+def test_of_a_file_file_and_key_are_named_and_of_the_command_line_the_flag(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("bias_correction: true\noptimizer_config: {adamw: {eps: 1e-7}}\ntable_row_clip: 3\n")
+    options.parse(
+        ["--config", str(file), "--optimizer", "flash-adamw", "--train-tables", "none", "--test-batches", "9"]
+    )
+    clip, idle, flags = capsys.readouterr().out.splitlines()
+    assert idle.startswith(
+        f"Warning: --config {file}: bias_correction: no effect: flash-adamw always corrects its bias"
+    )
+    assert clip.startswith(f"Warning: --config {file}: table_row_clip 3: no effect: ")
+    assert flags.startswith("Warning: --test-batches 9: no effect: ")
 
 
 def test_a_schedule_of_the_tables_replaces_their_rate(capsys):
