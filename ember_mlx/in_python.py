@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from ember_mlx.finetune import summary
+from ember_mlx.finetune.as_given import naming_as_given
 from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.keywords import naming_keywords, options_of
 from ember_mlx.finetune.lost_peers import PeerDeadline, reporting_lost_peers
@@ -115,6 +116,7 @@ def train(
         stack.enter_context(naming_keywords())
         given, named = _given(model, data)
         args, asked = options_of({"train": True} | options | named)
+        stack.enter_context(naming_as_given(args.given))
         if not args.train:
             raise InputError("train: False would not train; leave it out, or use `ember-mlx train --test`")
         stack.enter_context(_random_states_kept())

@@ -82,7 +82,8 @@ def test_flags_and_yaml_have_the_same_ranges(parse, tmp_path, written, option, g
         return parse("--config", tmp_path / "config.yaml")
 
     assert getattr(given(good), option) == good
-    with pytest.raises(InputError, match="--" + option.replace("_", "-")):
+    named = "^--" + option.replace("_", "-") if written == "flag" else f"^--config .*config.yaml: {option} "
+    with pytest.raises(InputError, match=named):
         given(bad)
 
 

@@ -77,7 +77,8 @@ def test_advice_for_several_hosts_names_whole_batches():
     run = run_of(args, model, 2)
     flags = [flags for flags, _ in advice(args, model, run, "cpu", 1)]
     assert "--stream" in flags
-    assert "--batch-size 2" in flags
+    assert "--batch-size 2 --grad-accumulation-steps 2 --iters 2000" in flags
+    assert not any("--batch-size 1" in each for each in flags)
 
 
 def test_the_command_tells_of_one_host(tmp_path, capsys):

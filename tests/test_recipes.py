@@ -14,6 +14,7 @@ import ember_mlx
 from ember_mlx import InputError, cli
 from ember_mlx.commands import recipes
 from ember_mlx.finetune import options
+from ember_mlx.finetune.build_optimizer import body_optimizer, check_rates
 from ember_mlx.finetune.keywords import NAMES
 from ember_mlx.finetune.mlx_lm_internals import load_yaml
 from ember_mlx.recipes import RECIPES
@@ -64,6 +65,22 @@ def test_the_flags_names_and_commands_in_its_comments_exist(name, tmp_path, monk
         else:
             parser = import_module(f"ember_mlx.commands.{command}")._parser()
             assert isinstance(parser.parse_args(words), argparse.Namespace)
+
+
+@each
+def test_every_optimizer_and_its_own_advice_go_over_it_without_a_word(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipes.main([name])
+    capsys.readouterr()
+    (choices,) = (action.choices for action in options.build_parser()._actions if action.dest == "optimizer")
+    advice = re.findall(r"`(--[^`]+)`", " ".join(comments(name)))
+    assert len(advice) == (name == "full-on-16gb")
+    for flags in (*(f"--optimizer {optimizer}" for optimizer in choices), *advice):
+        args = options.parse(["--config", f"{name}.yaml", *flags.split()])
+        check_rates(args, tables=True)
+        assert args.optimizer == flags.split()[1]
+    assert body_optimizer(options.parse(["--config", f"{name}.yaml"])).bias_correction
+    assert capsys.readouterr().out == ""
 
 
 def section_of(text, setting):

@@ -7,9 +7,11 @@ from mlx_lm.utils import load_tokenizer
 
 from ember_mlx.finetune import options
 from ember_mlx.finetune.added_tokens import grow_tokenizer, read_tokens
+from ember_mlx.finetune.as_given import naming_as_given
 from ember_mlx.finetune.base_models import check_model, why_not_loaded
 from ember_mlx.finetune.data import check_data_folder, load_data
 from ember_mlx.finetune.data_report import LEARNED, count, rendered
+from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.packing import PackedRows, packed
 from ember_mlx.shared.command_line import describe
 from ember_mlx.shared.errors import InputError
@@ -42,11 +44,16 @@ def main(arguments: list[str]) -> None:
     """
     own, args = options.parse_command(_parser(), arguments)
     if own.file is not None:
-        args = args | {"data": own.file}
+        args = Options({**args.given, "data": ""}, **(vars(args) | {"data": own.file}))
     elif args.data == options.defaults()["data"] and not getattr(args, "hf_dataset", None):
         raise InputError("DATA is required: ember-mlx data FILE, with a folder, a file or a name on the hub")
     if own.show is not None and own.show < 0:
         raise InputError(f"--show {own.show}: must be at least 0")
+    with naming_as_given(args.given):
+        _show(own, args)
+
+
+def _show(own, args):
     check_data_folder(args)
     tokenizer = _tokenizer(args, "" if "model" in own.given else " (the default)")
     sets = dict(zip(("train", "valid", "test"), load_data(args, tokenizer), strict=True))

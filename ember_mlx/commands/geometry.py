@@ -11,9 +11,11 @@ import numpy as np
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import options, run_log_writer
+from ember_mlx.finetune.as_given import naming_as_given
 from ember_mlx.finetune.before_loading import check_inputs
 from ember_mlx.finetune.given import Given
 from ember_mlx.finetune.run import run, run_with
+from ember_mlx.finetune.run_length import SCHEDULES
 from ember_mlx.finetune.safe_writing import existing_parent
 from ember_mlx.finetune.where_it_writes import check_adapter_folder
 from ember_mlx.finetune.workers import Workers
@@ -61,7 +63,8 @@ def main(arguments: list[str]) -> None:
     out = parser.parse_args(arguments).out
     # The last of two equal flags counts: the user's own wins.
     own, args = options.parse_command(parser, ["--adapter-path", str(out / "adapters"), *arguments], data_required=True)
-    check(args, own.out)
+    with naming_as_given(args.given):
+        check(args, own.out)
     args |= {"stream": False}
     # Nothing is saved there, but the run checks the free space of the disk that --out is on.
     with tempfile.TemporaryDirectory(prefix="timing-", dir=existing_parent(own.out)) as folder:
@@ -134,7 +137,9 @@ def time_without_measuring(args: options.Options, folder: Path) -> tuple[np.ndar
     plain = args | {"iters": (TIMED_UPDATES + 2) * args.grad_accumulation_steps, "steps_per_eval": 10**9}
     plain |= {"save_every": 10**9, "keep_checkpoints": 0, "keep_best": False, "adapter_path": str(folder / "adapters")}
     plain |= {"report_to": None, "log_jsonl": None, "sample_prompts": None}
-    plain |= {"warmup": None}  # it may be longer than these few updates
+    # A warm-up may be longer than these few updates.
+    schedules = {key: getattr(args, key) | {"warmup": 0} for key in SCHEDULES if getattr(args, key)}
+    plain |= schedules | {"warmup": None}
     timer = Timer(args.grad_accumulation_steps)
     with suppress(Timed):
         run(plain, watchers=[timer])

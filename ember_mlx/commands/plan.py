@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 from ember_mlx.finetune import options
+from ember_mlx.finetune.as_given import as_given, naming_as_given
 from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.choices import choose
@@ -56,6 +57,11 @@ def main(arguments: list[str]) -> None:
     if os.environ.get("MLX_RANK", "0") != "0":
         return  # the plan is the same for all, and the first prints it
     own, args = options.parse_command(_parser(), arguments)
+    with naming_as_given(args.given):
+        _plan(own, args)
+
+
+def _plan(own, args):
     if args.train and args.epochs is None:
         check_rates(args, tables=args.train_tables != "none")
     workers = announced_workers() if own.workers is None else own.workers
@@ -70,8 +76,9 @@ def main(arguments: list[str]) -> None:
     model, run = inputs.model, inputs.run
     warning = choose(args, model.shapes(), workers=workers).warning
     if warning:
-        print(warning, file=sys.stderr)
+        print(as_given(warning, args.given), file=sys.stderr)
     planned = plan(model, run, backend)
+    changes = advice(args, model, run, backend, available) if planned.peak > available else []
     report = Report(
         options=args,
         model=model,
@@ -82,8 +89,8 @@ def main(arguments: list[str]) -> None:
         alternatives={
             flags: (other, plan(model, other, backend)) for flags, other in alternatives(args, model, run).items()
         },
-        changes=advice(args, model, run, backend, available) if planned.peak > available else [],
-        recommendations=recommendations(model, run, backend, planned, available),
+        changes=changes,
+        recommendations=[] if changes else recommendations(model, run, backend, planned, available),
         steps=inputs.iters,
         disk=_disk(args, inputs, planned),
         link=own.link or "10GbE",

@@ -4,6 +4,7 @@ import shlex
 import sys
 
 from ember_mlx.finetune import options
+from ember_mlx.finetune.as_given import naming_as_given
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
 from ember_mlx.finetune.lost_peers import PeerDeadline, PeerLost, leave, reporting_lost_peers
 from ember_mlx.finetune.resume import rates_as_before
@@ -22,7 +23,8 @@ def main(arguments: list[str]) -> None:
     try:
         args, given = _parse_together(arguments, workers)
         if args.train and workers.size == 1:
-            refuse_misfits(args)
+            with naming_as_given(args.given):
+                refuse_misfits(args)
         run(with_savings(args, given) if args.train else args)
     except PeerLost as lost:
         leave(lost)
@@ -43,4 +45,5 @@ def _parse_together(arguments, workers):
     with reporting_lost_peers(workers), deadline:
         with workers.one_outcome():
             args, given = options.parse_given(arguments, data_required=True)
-        return rates_as_before(args, given, workers), given
+        with naming_as_given(args.given):
+            return rates_as_before(args, given, workers), given

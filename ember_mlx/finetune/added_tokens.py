@@ -21,6 +21,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken
 
+from ember_mlx.finetune.as_given import as_given
 from ember_mlx.finetune.choices import ROLES
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.trainable import dequantize_to_train
@@ -71,7 +72,8 @@ def add_asked_tokens(
     rprint(f"Added {len(tokens)} tokens, ids {tokens[0].id} to {tokens[-1].id}; {size}")
     for table in tables:
         if table.role not in ROLES[options.train_tables]:
-            rprint(f"Warning: --train-tables {options.train_tables}: the new rows of {table.path} are not trained")
+            line = f"Warning: --train-tables {options.train_tables}: the new rows of {table.path} are not trained"
+            rprint(as_given(line, options.given))
     return tokenizer, [{"content": t.content, "special": t.special, "id": t.id} for t in tokens]
 
 

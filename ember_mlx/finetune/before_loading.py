@@ -8,6 +8,7 @@ from mlx_lm.tuner.callbacks import SUPPORT_CALLBACK
 
 from ember_mlx.finetune import adapters, checkpoints
 from ember_mlx.finetune.added_tokens import read_tokens
+from ember_mlx.finetune.as_given import as_given
 from ember_mlx.finetune.best import keeps_best
 from ember_mlx.finetune.build_optimizer import check_rates
 from ember_mlx.finetune.data import Rows, check_data_folder, may_validate
@@ -78,7 +79,8 @@ def _check_workers(args, workers):
     if args.train and args.shard_optimizer:
         workers.refuse_without_sum_scatter("--shard-optimizer")
     if workers.size == 1 and args.peer_timeout != defaults()["peer_timeout"]:
-        rprint(f"Warning: --peer-timeout {args.peer_timeout}: no effect: it is for several workers")
+        line = f"Warning: --peer-timeout {args.peer_timeout}: no effect: it is for several workers"
+        rprint(as_given(line, args.given))
 
 
 def _check_services(report_to):

@@ -9,10 +9,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.cli_ui import rprint
 from mlx_lm.tuner.utils import build_schedule
 
+from ember_mlx.finetune.as_given import as_given
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.optimizer_names import BODY, canonical, settings
 from ember_mlx.finetune.options import Options
-from ember_mlx.finetune.run_length import updates
+from ember_mlx.finetune.run_length import updates, warmup_of
+from ember_mlx.finetune.without_effect import CORRECTED
 from ember_mlx.finetune.yaml_sections import make_optimizer
 from ember_mlx.optimizers import Ember
 from ember_mlx.optimizers.guarded import SAFE_RATE, GuardedOptimizer
@@ -81,12 +83,13 @@ def body_optimizer(options: Options, model: nn.Module | None = None) -> optim.Op
 
     Ours take the ``model``, with its adapters, for what modules say of their weights.
 
-    ``--bias-correction`` sets that of Adam and AdamW, unless ``optimizer_config`` does.
+    ``--bias-correction`` sets that of Adam and AdamW, unless ``optimizer_config`` does. Others have no such option:
+    without_effect.py says so.
     """
     name = canonical(options.optimizer)
-    if options.bias_correction and name not in ("adam", "adamw"):
-        raise InputError(f"--bias-correction: is for adam and adamw, not for {name}; leave it out")
-    given = {"model": model} if name in FROM_MODULES else {"bias_correction": True} if options.bias_correction else {}
+    given = {"model": model} if name in FROM_MODULES else {}
+    if options.bias_correction and name in CORRECTED:
+        given = {"bias_correction": True}
     made = make_optimizer(name, body_learning_rate(options), given, settings(options, name))
     return made if name in BODY else in_place(made)
 
@@ -97,7 +100,8 @@ def _tell_of_float32(model, options, tables):
         array.dtype == mx.float32 for path, array in tree_flatten(model.trainable_parameters()) if path not in tables
     ]
     if options.body_rounding is not None and all(wide):
-        rprint("Warning: --body-rounding stochastic: no effect: what trains beside the tables is float32")
+        line = "Warning: --body-rounding stochastic: no effect: what trains beside the tables is float32"
+        rprint(as_given(line, options.given))
 
 
 def table_optimizer(options: Options, rounding: str) -> optim.Optimizer:
@@ -151,13 +155,17 @@ def body_learning_rate(options: Options) -> float | Schedule:
 
 
 def table_learning_rate(options: Options) -> float | Schedule:
-    """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate."""
+    """A number, the schedule of table_lr_schedule, or the body's scaled so that it peaks at --table-learning-rate.
+
+    A run that ends within the warm-up reaches no peak, and its tables no more of theirs than the body of its own.
+    """
     if options.table_lr_schedule:
         return _schedule("table_lr_schedule", options)
     if not options.lr_schedule:
         return _warmed_up(options.table_learning_rate, options)
     body = body_learning_rate(options)
-    highest = peak(body, updates(options))
+    warmup = int(options.warmup or warmup_of(options.lr_schedule) or 0)
+    highest = max(peak(body, updates(options)), body(mx.array(warmup)).item())
     return lambda step: options.table_learning_rate * (body(step) / highest)  # a quotient cannot overflow
 
 

@@ -13,6 +13,7 @@ from mlx_lm.cli_ui import rprint
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import load_dataset
 
+from ember_mlx.finetune.as_given import as_given
 from ember_mlx.finetune.data_files import FORMATS, PlacedRow, read_file
 from ember_mlx.finetune.options import Options
 from ember_mlx.finetune.row_keys import Layout, layout_of, mlx_lm_row
@@ -148,10 +149,11 @@ def load_data(
         tried.append(TriedRows(found.rows if used else [], found.where))
     unshared = sum(rows.unshared for rows in tried)
     if unshared:
-        rprint(
+        line = (
             f"--mask-prompt: in {unshared} of {sum(map(len, tried))} rows the chat template begins an answer otherwise "
             "than after a prompt (an empty think block?); what row and prompt share is masked"
         )
+        rprint(as_given(line, args.given))
     for rows in tried:
         if rows.empty_answers:
             rprint(
@@ -169,10 +171,11 @@ def _tell_of_cut_rows(args, sets):
     if any(cut.values()):
         told = " and ".join(f"{cut[name]:,} of {len(sets[name]):,} {name} rows" for name in sets if cut[name])
         longest = max(max(rows.lengths, default=0) for rows in sets.values())
-        rprint(
+        line = (
             f"Warning: --max-seq-length {limit} cuts {told}; the longest has {longest:,} tokens, and what is cut is "
             "left out. Raise it, or split these rows"
         )
+        rprint(as_given(line, args.given))
 
 
 def load_sets(args: Options, tokenizer: TokenizerWrapper, given: Rows | None = None) -> dict[str, DataSet]:
@@ -221,7 +224,8 @@ def _sets(args, tokenizer, given):
     else:
         placed = _sets_of_hub(args)
     if args.train and placed["valid"][0] and args.valid_fraction is not None:
-        rprint(f"Warning: --valid-fraction {args.valid_fraction:g}: no effect: the data has validation rows")
+        line = f"Warning: --valid-fraction {args.valid_fraction:g}: no effect: the data has validation rows"
+        rprint(as_given(line, args.given))
     if args.train and not placed["valid"][0]:
         rows, layout = placed["train"]
         size, told = split_off(args, len(rows))

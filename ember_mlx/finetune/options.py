@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from mlx_lm.cli_ui import rprint
 
 from ember_mlx.finetune import run_length
+from ember_mlx.finetune.as_given import as_given, naming_as_given
 from ember_mlx.finetune.choices import BITS
 from ember_mlx.finetune.memory_limit import NO_LIMIT, cache_kept
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS, build_lora_parser, is_size
@@ -20,7 +21,7 @@ from ember_mlx.finetune.option_help import EPILOG, HELP, USAGE
 from ember_mlx.finetune.without_effect import refuse_idle
 from ember_mlx.finetune.yaml_reading import read_yaml
 from ember_mlx.finetune.yaml_sections import passed_over
-from ember_mlx.shared.command_line import actions_of, describe, flag, in_any_case, size_or_zero
+from ember_mlx.shared.command_line import actions_of, describe, flag, in_any_case, is_of_another, size_or_zero
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import A_SIZE, parse_size
 
@@ -123,7 +124,15 @@ class Options(types.SimpleNamespace):
     """The options of one run, as attributes. They are decided once: nothing can be assigned.
 
     ``options | {"iters": 5}`` makes others, and ``vars(options)`` is the dictionary that mlx-lm and JSON take.
+
+    ``given`` is no option: where each one that was given is, as :func:`ember_mlx.finetune.as_given.as_given` has it.
     """
+
+    __slots__ = ("given",)
+
+    def __init__(self, given: Mapping[str, str] | None = None, /, **options: Any):
+        super().__init__(**options)
+        object.__setattr__(self, "given", given or {})
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"options are never written to: make others, as options | {{{name!r}: ...}}")
@@ -132,7 +141,7 @@ class Options(types.SimpleNamespace):
         raise AttributeError(f"options are never written to: {name!r} stays")
 
     def __or__(self, changes: Mapping[str, Any]) -> "Options":
-        return Options(**(vars(self) | changes))
+        return Options(self.given, **(vars(self) | changes))
 
 
 def build_parser(prog: str = "ember-mlx train", **how: Any) -> argparse.ArgumentParser:
@@ -202,7 +211,7 @@ def parse_command(
     own = {action.dest for action in actions_of(parser)} - {action.dest for action in actions_of(build_parser())}
     return (
         argparse.Namespace(given=given, **{name: options[name] for name in own}),
-        Options(**{name: value for name, value in options.items() if name not in own}),
+        Options(made.given, **{name: value for name, value in options.items() if name not in own}),
     )
 
 
@@ -236,15 +245,24 @@ def complete(
         for key, value in config.items():
             if options.get(key) is None:
                 options[key] = value
-    given = frozenset(name for name, value in options.items() if value is not None)
+    given = {
+        name: "" if name in flags else f"--config {options['config']}: "
+        for name, value in options.items()
+        if value is not None
+    }
+    with naming_as_given(given):
+        return _completed(options, given, data_required, lambda line: warn(as_given(line, given))), frozenset(given)
+
+
+def _completed(options, given, data_required, warn):
     if data_required and options["data"] is None and not options.get("hf_dataset"):
         raise InputError(
             f"--data is required: a folder with train.jsonl, or a file. (mlx-lm's default, {CONFIG_DEFAULTS['data']}, "
             "must be given by name, and needs: pip install 'mlx-lm[train]')"
         )
     if options["iters"] is not None and options["epochs"] is not None:
-        of = "" if flags & HOW_LONG.keys() else f"--config {options['config']}: "
-        both = f"{of}--iters {options['iters']} and --epochs {options['epochs']:g}"
+        first, second = (name if given[name] else flag(name) for name in HOW_LONG)  # both are in one place
+        both = f"{first} {options['iters']} and {second} {options['epochs']:g}"
         raise InputError(f"{both}: each says how long to train; give one of them")
     # `train` is the command's name; but as with mlx_lm.lora, --test without --train tests an adapter alone.
     if options["train"] is None:
@@ -255,12 +273,12 @@ def complete(
     options["optimizer_config"] = named(options["optimizer_config"], CONFIG_DEFAULTS["optimizer_config"])
     for key in run_length.SCHEDULES:
         options[key] = run_length.named(options[key])
-    args = Options(**options)
+    args = Options(given, **options)
     check(args)
     for line in passed_over(args):
         warn(line)
-    refuse_idle(args, given, flags, _own_defaults(), warn)
-    return run_length.settled(args), given
+    refuse_idle(args, _own_defaults(), warn)
+    return run_length.settled(args)
 
 
 def command_to_resume(arguments: list[str], resume_words: list[str]) -> list[str]:
@@ -321,7 +339,8 @@ def typed(where: str, value: Any, action: argparse.Action) -> Any:
         found = in_any_case(action.choices)(str(value))
         if found not in action.choices:
             words = [str(choice) for choice in action.choices]
-            raise InputError(f"{where} must be one of {', '.join(words)}{did_you_mean(str(value), words)}")
+            hint = did_you_mean(str(value), words) + is_of_another(str(value), actions_of(build_parser()))
+            raise InputError(f"{where} must be one of {', '.join(words)}{hint}")
         return found
     if action.type is str and not isinstance(value, str):
         raise InputError(f"{where} must be text")

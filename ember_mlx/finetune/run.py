@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 
 from ember_mlx.finetune import adapter_saving, adapters, checkpoints, run_log_writer, safe_writing
 from ember_mlx.finetune.added_tokens import add_asked_tokens
+from ember_mlx.finetune.as_given import as_given, naming_as_given
 from ember_mlx.finetune.before_loading import check_inputs, no_validation
 from ember_mlx.finetune.best import keeps_best, read_best
 from ember_mlx.finetune.broken_pipes import outliving_its_readers
@@ -47,11 +48,11 @@ from ember_mlx.finetune.samples import Samples
 from ember_mlx.finetune.saving import Saving, refuse_full_disk
 from ember_mlx.finetune.sharded_tables import ShardedTables, check_modules
 from ember_mlx.finetune.streamed import as_it_began, step_of
-from ember_mlx.finetune.summary import Result, format_result, format_table, what_trains
+from ember_mlx.finetune.summary import Result, default_rates, format_result, format_table, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.finetune.watchers import Watcher
 from ember_mlx.finetune.where_it_writes import check_adapter_folder, check_what_is_written, resumes_in_place
-from ember_mlx.finetune.without_effect import idle_patience
+from ember_mlx.finetune.without_effect import endless_warmups, idle_patience
 from ember_mlx.finetune.workers import Workers
 from ember_mlx.shared.errors import InputError, reason_of
 from ember_mlx.streaming.mean_loss import mean_loss
@@ -108,7 +109,7 @@ def run_with(
         gc.collect()  # the model of a run before lies in circles of references, and would count in the peak of this one
     workers = Workers.join()
     deadline = PeerDeadline(workers, args.peer_timeout)
-    with colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
+    with naming_as_given(args.given), colours_on_a_terminal_alone(), reporting_lost_peers(workers), deadline:
         workers.agree(options_to_agree(args))
         with workers.one_outcome():
             check_inputs(args, given.rows, workers)
@@ -192,9 +193,12 @@ def train_model(
     rows = [len(train_set), len(valid_set)]
     start, saving, log = _begin(args, model, optimizer, own_made_of, kept, rows, lock, workers)
     print_trainable_parameters(model)
-    rprint(f"\n{format_table(trained)}\n\n{passes(args, len(train_set))}\n")
+    rprint(f"\n{format_table(trained)}")
+    if rates := default_rates(trained, args):
+        rprint(rates)
+    rprint(f"\n{passes(args, len(train_set))}\n")
     if choices.warning:
-        rprint(choices.warning)
+        rprint(as_given(choices.warning, args.given))
     sharded = None
     if args.shard_tables:
         sharded = ShardedTables(model, optimizer, choices.tables, workers, loss, chunked=bool(args.chunked_loss))
@@ -210,8 +214,8 @@ def train_model(
         args, model, optimizer, choices.tables, saving, callbacks, watchers, start, make_step, deadline, whole
     )
     idle = idle_patience(args, start.step if start else 0, training.history.validations.waited)
-    if idle:
-        rprint(f"{idle}\n")
+    for line in [*endless_warmups(args), *([idle] if idle else [])]:
+        rprint(f"{as_given(line, args.given)}\n")
     valid_rows = CacheDataset(valid_set)  # tokenized once for all validations
     with telling_what_helps(args):  # by now it is known whether it streams
         peak_memory = training.train(loss, train_set, valid_rows)

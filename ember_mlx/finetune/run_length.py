@@ -11,7 +11,7 @@ from typing import Any
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.units import counted
 
-__all__ = ["SCHEDULES", "asked", "batches_an_epoch", "check", "named", "passes", "settled", "updates"]
+__all__ = ["SCHEDULES", "asked", "batches_an_epoch", "check", "named", "passes", "settled", "updates", "warmup_of"]
 
 MOST_EPOCHS = 10**6
 FEW_BATCHES = 10  # of packs, each of many rows: as few steps an epoch learn little
@@ -55,7 +55,7 @@ def check(options: Any) -> None:
             f"--warmup {warmup:g}: must be a share of the run below 1, such as 0.03, or a whole number of updates"
         )
     for key in SCHEDULES:
-        own = _warmup_of(getattr(options, key))
+        own = warmup_of(getattr(options, key))
         if own:
             raise InputError(f"--warmup {warmup:g}: {key} has a warmup of its own, {own}; give one of them")
 
@@ -80,7 +80,7 @@ def settled(options: Any, batches: int | None = None) -> Any:
         options |= {"iters": math.ceil(round(options.epochs * batches / each, 9)) * each}
     number = updates(options)
     for key in SCHEDULES:
-        share = _warmup_of(getattr(options, key))
+        share = warmup_of(getattr(options, key))
         if isinstance(share, float) and 0 < share < 1:
             options |= {key: getattr(options, key) | {"warmup": round(share * number)}}
     if options.warmup is not None:
@@ -127,5 +127,6 @@ def passes(options: Any, rows: int) -> str:
     return line
 
 
-def _warmup_of(schedule):
+def warmup_of(schedule: Any) -> Any:
+    """The warm-up that a schedule of the YAML file has of its own, if it has one."""
     return schedule.get("warmup") if isinstance(schedule, Mapping) else None

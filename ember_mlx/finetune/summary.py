@@ -17,7 +17,7 @@ from ember_mlx.finetune.build_optimizer import peak
 from ember_mlx.finetune.choices import Choices
 from ember_mlx.finetune.history import perplexity
 from ember_mlx.finetune.mlx_lm_internals import rate_schedule
-from ember_mlx.finetune.options import Options
+from ember_mlx.finetune.options import Options, flag
 from ember_mlx.finetune.run_length import updates
 from ember_mlx.optimizers import SplitWeights
 from ember_mlx.optimizers.guarded import GuardedOptimizer
@@ -25,7 +25,7 @@ from ember_mlx.optimizers.rounded import StochasticRounding
 from ember_mlx.shared.text_tables import is_narrow, text_table
 from ember_mlx.shared.units import format_bytes
 
-__all__ = ["Result", "Trained", "format_result", "format_table", "what_trains"]
+__all__ = ["Result", "Trained", "default_rates", "format_result", "format_table", "what_trains"]
 
 ROUNDED = ", stochastic rounding"
 ITS_OWN = "its own"
@@ -145,6 +145,20 @@ def format_table(lines: list[Trained]) -> str:
     ]
     header = ("trains", "optimizer", "learning rate", "parameters", *STATES)
     return text_table(header, rows, right=(3, 4, 5), total=True)
+
+
+def default_rates(lines: list[Trained], options: Options) -> str:
+    """Which learning rates nobody has given, in a line; "" where there are none, and for a run that is resumed.
+
+    They differ by optimizer, and a resumed run has those that it had.
+    """
+    body, tables = "learning_rate", "table_learning_rate"
+    used = {tables if line.table else body for line in lines if line.learning_rate != ITS_OWN}
+    replaced = {tables: options.table_lr_schedule, body: options.lr_schedule}
+    left = [name for name in replaced if name in used and name not in options.given and not replaced[name]]
+    if not left or options.resume is not None:
+        return ""
+    return "By default: " + " and ".join(f"{flag(name)} {getattr(options, name):g}" for name in left)
 
 
 def format_result(result: Result) -> str:

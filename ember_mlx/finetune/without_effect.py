@@ -5,18 +5,18 @@ warned of: those with a default; mlx-lm's, which it takes in silence; those of a
 What ``--stream`` alone has, :mod:`ember_mlx.finetune.choices` refuses; what rows decide, the data's readers.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ember_mlx.finetune.mlx_lm_internals import CONFIG_DEFAULTS
 from ember_mlx.finetune.optimizer_names import canonical, settings
-from ember_mlx.finetune.run_length import SCHEDULES
+from ember_mlx.finetune.run_length import SCHEDULES, updates, warmup_of
 from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 from ember_mlx.shared.float_formats import SMALLEST_NORMAL
 from ember_mlx.shared.units import counted
 
-__all__ = ["OF_TEST", "RULES", "Rule", "idle_patience", "refuse_idle"]
+__all__ = ["CORRECTED", "OF_TEST", "RULES", "Rule", "endless_warmups", "idle_patience", "refuse_idle"]
 
 OF_TEST = frozenset(
     [
@@ -33,6 +33,14 @@ OF_TABLES = (
     *("table_optimizer", "table_learning_rate", "table_weight_decay", "table_beta2", "table_beta2_decay"),
     *("table_row_clip", "table_row_floor", "table_rounding", "table_lr_schedule", "auto_savings"),
 )
+CORRECTED = ("adam", "adamw")
+ITS_BIAS = {
+    "adam-mini": "adam-mini always corrects its bias",
+    "flash-adamw": "flash-adamw always corrects its bias",
+    "sinkgd": "sinkgd's vectors always have their bias corrected, and its matrices have none",
+    "flash-lion": "flash-lion has no bias to correct",
+}
+"""Why our optimizers leave ``--bias-correction`` nothing to do."""
 
 
 class Rule(NamedTuple):
@@ -41,12 +49,12 @@ class Rule(NamedTuple):
     Attributes:
         names: Of the options; None for all that a test does not read.
         where: Says of a run's options whether that is so.
-        why: In words, with what makes them have one.
+        why: In words, with what makes them have one; or says it of the options.
     """
 
     names: tuple[str, ...] | None
     where: Callable[[Any], bool]
-    why: str
+    why: str | Callable[[Any], str]
 
 
 def _tables_alone(options):
@@ -56,6 +64,11 @@ def _tables_alone(options):
 def _has_its_own_rate(options):
     asked = settings(options, "adafactor")
     return canonical(options.optimizer) == "adafactor" and asked.get("relative_step", True) is not False
+
+
+def _why_not_corrected(options):
+    why = ITS_BIAS.get(canonical(options.optimizer), f"{options.optimizer} corrects no bias")
+    return f"{why}; it is for {' and '.join(CORRECTED)}"
 
 
 def _has_new_adapters_rounded(options):
@@ -89,6 +102,7 @@ RULES = (
         _has_its_own_rate,
         "adafactor takes a rate of its own; set relative_step: false under optimizer_config",
     ),
+    Rule(("bias_correction",), lambda run: canonical(run.optimizer) not in CORRECTED, _why_not_corrected),
     Rule(("sample_tokens",), lambda run: run.sample_prompts is None, "nothing is answered; add --sample-prompts"),
     Rule(("test_batches",), lambda run: not run.test, "nothing is tested; add --test"),
     Rule(("project_name",), lambda run: run.report_to is None, "nothing is reported; add --report-to"),
@@ -97,20 +111,25 @@ RULES = (
 )
 
 
-def _idle(options, given):
+def _idle(options):
     """The options of those given that change nothing, each with why. One that is switched off asks for nothing."""
     found = {}
     for rule in RULES:
-        names = set(given) - OF_TEST if rule.names is None else set(given) & set(rule.names)
+        given = options.given.keys()
+        names = given - OF_TEST if rule.names is None else given & set(rule.names)
         if names and rule.where(options):
+            why = rule.why(options) if callable(rule.why) else rule.why
             for name in sorted(names):
                 if getattr(options, name, None) not in (None, False):
-                    found.setdefault(name, rule.why)
+                    found.setdefault(name, why)
     return found
 
 
 def _idle_sections(options):
-    """The YAML keys with values of their own that say more than mlx-lm's defaults in vain, by why: its files do too."""
+    """The YAML keys with values of their own that say more than mlx-lm's defaults in vain, by why: its files do too.
+
+    A file may say something of several optimizers: of those that ``--optimizer`` goes over, nothing is said.
+    """
     alone = ALONE if _tables_alone(options) else ""
     no_adapters = "--fine-tune-type full has no adapters" if options.fine_tune_type == "full" else alone
     found = {}
@@ -124,6 +143,8 @@ def _idle_sections(options):
             why = "" if used else "no table trains with --table-optimizer sage"
         elif canonical(name) == canonical(options.optimizer):
             why = alone
+        elif options.given.get("optimizer") == "" and options.given.get("optimizer_config"):
+            why = ""
         else:
             why = f"--optimizer is {options.optimizer}"
         if why:
@@ -135,19 +156,11 @@ def _idle_sections(options):
     return found
 
 
-def refuse_idle(
-    options: Any,
-    given: Collection[str],
-    flags: Collection[str],
-    own: Mapping[str, Any],
-    warn: Callable[[str], None],
-) -> None:
+def refuse_idle(options: Any, own: Mapping[str, Any], warn: Callable[[str], None]) -> None:
     """Refuse the first option that changes nothing, or warn of it, as the top of this file says.
 
     Args:
-        options: The run's.
-        given: The names of those that the user has given.
-        flags: Which of these are of the command line, and not of a YAML file.
+        options: The run's, with where each is given.
         own: The defaults of those that mlx-lm does not have.
         warn: Is told each warning, a line.
 
@@ -155,17 +168,20 @@ def refuse_idle(
         InputError: for one of ours without a default, on the command line of a run that trains. A test alone may be
             given all that its run was given.
     """
-    warnings = _idle_sections(options) if options.train else {}
-    for name, why in _idle(options, given).items():
-        value = getattr(options, name)
-        named = flag(name) if name in flags and name not in SCHEDULES else name
+    warnings = {}  # by where and why
+    for why, keys in (_idle_sections(options) if options.train else {}).items():
+        for key in keys:
+            warnings.setdefault((options.given.get(key.partition(":")[0], ""), why), []).append(key)
+    for name, why in _idle(options).items():
+        value, file = getattr(options, name), options.given[name]
+        named = name if file or name in SCHEDULES else flag(name)
         shown = named if value is True else f"{named} {value:g}" if isinstance(value, float) else f"{named} {value}"
-        if name in flags and name not in OBSOLETE and options.train and not own.get(name, "mlx-lm's"):
+        if not file and name not in OBSOLETE and options.train and not own.get(name, "mlx-lm's"):
             raise InputError(f"{shown}: no effect: {why}, or leave it out")
-        if name in flags or name in own:  # files of mlx-lm's have every key
-            warnings.setdefault(why, []).append(shown)
-    for why, several in warnings.items():
-        warn(f"Warning: {', '.join(several)}: no effect: {why}")
+        if not file or name in own:  # files of mlx-lm's have every key
+            warnings.setdefault((file, why), []).append(shown)
+    for (file, why), several in warnings.items():
+        warn(f"Warning: {file}{', '.join(several)}: no effect: {why}")
     if options.train:
         for line in _nothing_moves(options):
             warn(f"Warning: {line}")
@@ -185,6 +201,14 @@ def idle_patience(options: Any, step: int = 0, waited: int = 0) -> str | None:
         return None
     has = f"{counted(validations, 'validation')}{' left' if step else ''} at --steps-per-eval {each}"
     return f"Warning: --patience {options.patience}: never ends this run: it has {has}"
+
+
+def endless_warmups(options: Any) -> list[str]:
+    """A warning for each schedule whose warm-up outlasts the run, whose length is settled; ``--warmup`` is refused."""
+    number = updates(options)
+    warmups = {key: warmup_of(getattr(options, key)) or 0 for key in SCHEDULES}
+    has = f"never ends in this run: it has {counted(number, 'update')}, so no learning rate reaches its peak"
+    return [f"Warning: {key}: warmup {warmup}: {has}" for key, warmup in warmups.items() if warmup >= number]
 
 
 def _nothing_moves(options):

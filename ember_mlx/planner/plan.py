@@ -15,6 +15,7 @@ from ember_mlx.planner.network import Traffic, traffic
 from ember_mlx.planner.operations import operations
 from ember_mlx.planner.step import build_step
 from ember_mlx.planner.streaming import streamed_phases, streamed_runs
+from ember_mlx.shared.command_line import flag
 from ember_mlx.shared.errors import InputError
 
 __all__ = ["Plan", "advice", "alternatives", "plan", "run_of"]
@@ -182,7 +183,7 @@ def advice(options: Any, model: Architecture, run: Run, backend: str, memory: in
         if now.peak <= memory:
             break
         candidate = _changed(options | changes_of_it, model, run)
-        if candidate is None:
+        if candidate in (None, run):
             continue
         after = plan(model, candidate, backend)
         if after.peak < 0.99 * now.peak:
@@ -211,12 +212,15 @@ def _changes(options, model, run):
         yield "--chunked-loss", {"chunked_loss": True}
     for flags, other in streamed_runs(model, run):
         yield flags, {"stream": True} if flags == "--stream" else {"keep_inputs": other.keep_inputs}
+    yield from _fewer_rows_at_a_time(options, run)
     if run.stochastic_rounding and run.table_optimizer == "ember" and not run.stream:
         yield "--table-rounding nearest", {"table_rounding": "nearest"}
     length = max(run.length, run.evaluation_length) + 1
     while length // 2 >= SHORTEST:
         length //= 2
         yield f"--max-seq-length {length}", {"max_seq_length": length}
+    if run.batch_size % 2 == 0:
+        yield _accumulating(options, 1)  # fewer rows a step: where what is accumulated takes more than it saves
     size = run.batch_size
     while size > 1:
         size //= 2
@@ -230,6 +234,26 @@ def _changes(options, model, run):
         yield flags, of_lora
     if run.tables:
         yield "--train-tables none", {"train_tables": "none"}
+
+
+def _fewer_rows_at_a_time(options, run):
+    """As many rows a step and as many steps: halves alone, so that every worker keeps as many rows as the others.
+
+    On a GPU short rows take longer so, which operations do not show: it comes after all that is the same training.
+    """
+    size, times = run.batch_size, 1
+    while size % 2 == 0:
+        size, times = size // 2, times * 2
+        flags, changes = _accumulating(options, times)
+        yield f"--batch-size {size * run.workers} {flags}", changes | {"batch_size": size * run.workers}
+
+
+def _accumulating(options, times):
+    """So many times the batches a step; ``--iters`` counts batches."""
+    changes = {"grad_accumulation_steps": options.grad_accumulation_steps * times}
+    if options.epochs is None:
+        changes["iters"] = options.iters * times
+    return " ".join(f"{flag(name)} {value}" for name, value in changes.items()), changes
 
 
 def _bytes(arrays):

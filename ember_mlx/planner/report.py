@@ -39,7 +39,7 @@ class Report:
         assumptions (list[str]): Lines on what was assumed: how long rows are, and why.
         alternatives (dict[str, tuple[Run, Plan]]): Other optimizers on the tables, by the flags that ask for them.
         changes (list[tuple[str, Plan]]): What would make it fit.
-        recommendations (list[Recommendation]): What saves memory and changes no result.
+        recommendations (list[Recommendation]): What saves memory and changes no result; beside changes none.
         steps (int): Of the run.
         disk (DiskUse): What it takes on the disk.
         link (str): Of several workers, one of :data:`ember_mlx.planner.network.LINKS`.
@@ -174,10 +174,10 @@ class Report:
         return [text_table(("streamed step, phase by phase", "peak"), rows, right=(1,)), ""]
 
     def _recommended(self):
-        """What is not among the changes; what was turned off, as an alternative."""
-        told = {flags for flags, _ in self.changes}
-        if any(each.flags in told for each in self.recommendations):
-            return []
+        """The changes, where they make it fit; beside none what saves memory, or was turned off, as an alternative."""
+        if self.changes and self._fits_in_the_end():
+            flags = " ".join(flags for flags, _ in self.changes)
+            return [f"Recommended: {flags}, with a peak of {in_units(self.changes[-1][1].peak)}."]
         begin = "Recommended" if self.options.stream is not False else f"Alternative to {TURNED_OFF}"
         lines = []
         for each in self.recommendations:
@@ -210,10 +210,15 @@ class Report:
             for flags, after in self.changes
         ]
         lines.append(text_table(("  change", "new peak", "time of a token"), changes, right=(1, 2)))
-        lines.append("Time: by operations alone, over the run as planned.")
-        if self.changes[-1][1].peak > self.memory:
+        few = any("--grad-accumulation-steps" in flags for flags, _ in self.changes)
+        on_a_gpu = " On a GPU few short rows at a time take longer." if few else ""
+        lines.append(f"Time: by operations alone, over the run as planned.{on_a_gpu}")
+        if not self._fits_in_the_end():
             lines.append(f"With all of these it still does not fit: choose a smaller model{self._or_quantized()}.")
         return lines
+
+    def _fits_in_the_end(self):
+        return self.changes[-1][1].peak <= self.memory
 
     def _time(self, after):
         return after.operations / self.planned.operations

@@ -141,8 +141,9 @@ class _Planned:
             for _ in range(min(self.run.micro_batches, 2)):
                 _, back = layer(graph, phase.take_input(), i)
                 below = back(d, i > self.lowest or self.embedding.name in self.whole or self.looked_up)
-                phase.one_behind(*([] if below is None else [below]))
-                d = below or d  # the lowest layer gives none, and the other micro-batch takes one
+                if below is not None:  # else nothing trains there
+                    d = below
+                    phase.one_behind(d)
                 if others:
                     phase.one_behind(*graph.gradients.values())
             phase.step(sorted(reversed(graph.gradients), key=_place_in_layer, reverse=True))

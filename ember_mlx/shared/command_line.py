@@ -8,7 +8,16 @@ from typing import Any
 from ember_mlx.shared.errors import InputError, did_you_mean
 from ember_mlx.shared.units import parse_size
 
-__all__ = ["Help", "actions_of", "describe", "flag", "in_any_case", "size_or_zero", "with_one_line_errors"]
+__all__ = [
+    "Help",
+    "actions_of",
+    "describe",
+    "flag",
+    "in_any_case",
+    "is_of_another",
+    "size_or_zero",
+    "with_one_line_errors",
+]
 
 # {group: {dest: (metavar, text)}}; the metavar is None for switches and choices.
 Help = Mapping[str, Mapping[str, tuple[str | None, str]]]
@@ -48,6 +57,16 @@ def in_any_case(choices: Iterable[Any]) -> Callable[[str], Any]:
     """What reads a name: the choice that it is, whatever its case, or else the same word, for the error to name."""
     known = {str(choice).lower(): choice for choice in choices}
     return lambda word: known.get(word.lower(), word)
+
+
+def is_of_another(word: str, actions: Iterable[argparse.Action]) -> str:
+    """ "; X is for --flag" where a word that is no choice of one option is a choice of others; or ""."""
+    flags = " and ".join(
+        action.option_strings[0]
+        for action in actions
+        if action.option_strings and action.choices and word.lower() in map(str, action.choices)
+    )
+    return f"; {word.lower()} is for {flags}" if flags else ""
 
 
 def describe(
@@ -111,7 +130,7 @@ def with_one_line_errors(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
                 if action.choices and "/".join(action.option_strings) == flags
                 for choice in action.choices
             ]
-            message += did_you_mean(word, choices)
+            message += did_you_mean(word, choices) + is_of_another(word, actions_of(parser))
         raise InputError(f"{message}; {parser.prog} --help lists the options")
 
     parser.error, parser.allow_abbrev = error, False

@@ -73,9 +73,9 @@ def test_rates_that_are_not_fit_are_refused_before_a_model_is_loaded(folders, tm
     config = tmp_path / "config.yaml"
     short = f"--model {folders['untied']} --data {folders['data']} --adapter-path {tmp_path}/a --config {config}"
     for lines, says in (
-        (falling, "^lr_schedule .*at least 0"),
-        (still, "^table_lr_schedule .*not all 0"),
-        (decay, "^--optimizer AdamW.*at most 2"),
+        (falling, f"^--config {config}: lr_schedule .*at least 0"),
+        (still, f"^--config {config}: table_lr_schedule .*not all 0"),
+        (decay, f"^--config {config}: optimizer AdamW.*at most 2"),
         (of_tables, "^--table-optimizer Ember.*at most 2"),
     ):
         for length in ("iters: 3", "epochs: 0.5"):  # of 6 batches

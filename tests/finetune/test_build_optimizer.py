@@ -18,7 +18,7 @@ from ember_mlx.finetune.build_optimizer import (
 )
 from ember_mlx.finetune.choices import choose, rounding
 from ember_mlx.finetune.run_length import updates
-from ember_mlx.finetune.summary import what_trains
+from ember_mlx.finetune.summary import default_rates, what_trains
 from ember_mlx.finetune.trainable import make_trainable, shapes_of
 from ember_mlx.optimizers.guarded import GuardedOptimizer
 
@@ -133,6 +133,18 @@ def test_the_tables_follow_the_bodys_schedule_at_their_own_scale(parse):
             assert tables(mx.array(step)).item() == pytest.approx(1000 * body(mx.array(step)).item())
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_tables_of_a_run_that_ends_within_its_warmup_keep_their_share_of_the_bodys_rate(parse, flag):
+    schedule = {"name": "cosine_decay", "arguments": [1e-4, 360, 1e-5]}
+    args = parse("--table-learning-rate", 3.2e-5, "--iters", 5)
+    # Of a flag, train refuses so long a warm-up.
+    args |= {"lr_schedule": schedule, "warmup": 40} if flag else {"lr_schedule": schedule | {"warmup": 40}}
+    body, tables = body_learning_rate(args), table_learning_rate(args)
+    for step in range(1, 5):
+        assert body(mx.array(step)).item() == pytest.approx(1e-4 * step / 40)
+        assert tables(mx.array(step)).item() == pytest.approx(3.2e-5 * step / 40)
+
+
 @pytest.mark.parametrize("accumulation", [2, 5])
 def test_schedules_count_updates_and_the_summary_reports_what_is_reached(parse, accumulation):
     rising = {"name": "linear_schedule", "arguments": [0.0, 1e-3, 10]}
@@ -156,6 +168,27 @@ def test_the_summary_names_no_rate_that_adafactor_does_not_take(parse):
     assert [line.learning_rate for line in lines][-1] == "its own"
     fixed = args | {"optimizer_config": {"adafactor": {"relative_step": False}}}
     assert what_trains(model, build_optimizer(model, fixed, choices), fixed, choices)[-1].learning_rate == "1e-05"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--optimizer flash-adamw", "By default: --table-learning-rate 0.0003 and --learning-rate 0.0003"),
+        ("--optimizer flash-adamw --learning-rate 3e-4 --warmup 2", "By default: --table-learning-rate 0.0003"),
+        ("--table-learning-rate 3e-4", "By default: --learning-rate 1e-05"),
+        ("--train-tables none", "By default: --learning-rate 1e-05"),
+        ("--num-layers 0", "By default: --table-learning-rate 0.0003"),
+        ("--optimizer adafactor --table-learning-rate 3e-4", ""),
+        ("--resume", ""),  # they may be the checkpoint's
+    ],
+)
+def test_rates_that_nobody_has_given_are_told(parse, words, told):
+    model, args = tiny_llama(), parse(*words.split())
+    choices = choose(args, shapes_of(model))
+    make_trainable(model, args, choices)
+    lines = what_trains(model, build_optimizer(model, args, choices), args, choices)
+    assert default_rates(lines, args) == told
+    assert len(told) <= 80
 
 
 def test_the_tables_can_have_a_schedule_of_their_own(parse):

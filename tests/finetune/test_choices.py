@@ -86,7 +86,8 @@ def test_a_module_that_is_named_in_vain_is_warned_of(parse, tmp_path, capsys):
     config.write_text("lora_parameters: {rank: 4, scale: 1.0, dropout: 0.0, keys: [self_attn.q_proj, self_attn.k_prj]}")
     args = parse("--config", config, "--iters", 1)
     run(args)
-    line = "Warning: lora_parameters: keys: self_attn.k_prj: no effect: no layer that trains has it (did you mean 'self"
+    where = f"Warning: --config {config}: lora_parameters: keys: self_attn.k_prj"
+    line = f"{where}: no effect: no layer that trains has it (did you mean 'self"
     assert line in capsys.readouterr().out
     plan.main(["--config", str(config), "--model", args.model, "--json"])
     assert line in capsys.readouterr().err

@@ -101,9 +101,21 @@ def test_a_plan_knows_only_the_settings_that_change_the_state(parse):
         assert optimizer_names.planned(args) == "sinkgd"
 
 
-def test_ours_have_no_bias_to_correct_and_sage_no_options_of_ember(parse):
-    with pytest.raises(InputError, match="--bias-correction: is for adam and adamw, not for sinkgd"):
-        body_optimizer(parse("--optimizer", "sinkgd", "--bias-correction"))
+@pytest.mark.parametrize("name", [*optimizer_names.BODY, "adamw_8bit", "muon"])
+def test_ours_correct_their_bias_unasked(parse, name):
+    says = {"muon": "muon corrects no bias", "flash-lion": "flash-lion has no bias to correct"}
+    with pytest.raises(InputError, match=f"^--bias-correction: no effect: {says.get(name, '.* always .*correct')}"):
+        parse("--optimizer", name, "--bias-correction")
+    if name in says:
+        return
+    made = body_optimizer(parse("--optimizer", name, "--learning-rate", 1e-3))
+    vector, gradient = {"w": mx.zeros(32)}, {"w": mx.full(32, 0.01)}
+    made.init(vector)  # without a correction the first step of (0.9, 0.999) has 3.2 times the rate
+    step = mx.abs(made.apply_gradients(gradient, vector)["w"])
+    assert step.tolist() == pytest.approx([1e-3] * 32, rel=1e-2)
+
+
+def test_sage_has_no_options_of_ember(parse):
     with pytest.raises(InputError, match="--table-row-clip: is for ember alone, not for sage"):
         parse("--table-optimizer", "sage", "--table-row-clip", 1)
     made = table_optimizer(parse("--table-optimizer", "sage", "--table-weight-decay", 0.5), "nearest")

@@ -111,6 +111,8 @@ def test_names_in_any_case_are_recorded_in_one_by_flags_yaml_and_keywords(tmp_pa
     ("text", "message"),
     [
         ("optimizer: ADAMWW", "must be one of adam, .*did you mean 'adamw'"),
+        ("optimizer: sage", "must be one of adam, .*; sage is for --table-optimizer$"),
+        ("table_optimizer: Adam", "must be one of ember, .*did you mean 'adamw'.*; adam is for --optimizer$"),
         ("optimizer_config: {ADAMWW: {}}", "ADAMWW: is the name of no optimizer .did you mean 'adamw'"),
         ("optimizer_config: {AdamW: {}, adamw: {}}", "optimizer_config: adamw: its settings are there twice"),
     ],
@@ -182,6 +184,8 @@ def test_a_yaml_value_that_cannot_be_is_refused(tmp_path, text, message):
         ("--grad-accumulation-steps 8 --iters 4", "exceeds --iters 4, so nothing would be learned"),
         ("--val-batches 0", "--val-batches 0: must be at least 1, or -1"),
         ("--train-tables both", "argument --train-tables: invalid choice: 'both'"),
+        ("--optimizer Ember", "invalid choice: 'Ember' .*; ember is for --table-optimizer; "),
+        ("--table-optimizer sinkgd", "invalid choice: 'sinkgd' .*; sinkgd is for --optimizer; "),
         ("--lr 1e-4", r"unrecognized arguments: --lr 1e-4 \(did you mean '--learning-rate'\?\)"),
         ("data.csv", "unrecognized arguments: data.csv; a value needs its flag, such as --data;"),
         ("lora.yaml", "unrecognized arguments: lora.yaml; a value needs its flag, such as --config;"),

@@ -15,8 +15,11 @@ def parsed(words, tmp_path, text="{}\n"):
 
 @pytest.mark.parametrize("number", [-2, -5, -(10**6)])
 def test_no_number_of_layers_below_all_is_taken(number, tmp_path):
-    for words, text in ((f"--num-layers {number}", "{}"), ("", f"num_layers: {number}")):
-        with pytest.raises(InputError, match=f"--num-layers {number}: must be .* 0 for none or -1 for all"):
+    for words, text, shown in (
+        (f"--num-layers {number}", "{}", "^--num-layers"),
+        ("", f"num_layers: {number}", "num_layers"),
+    ):
+        with pytest.raises(InputError, match=f"{shown} {number}: must be .* 0 for none or -1 for all"):
             parsed(words, tmp_path, text)
     assert [parsed(f"--num-layers {n}", tmp_path).num_layers for n in (-1, 0, 3)] == [-1, 0, 3]
 

@@ -91,7 +91,7 @@ def test_the_length_on_the_command_line_goes_before_that_of_the_file(tmp_path, c
 @pytest.mark.parametrize(
     ("values", "arguments", "message"),
     [
-        ({"epochs": 1, "iters": 9}, [], r"--config .*: --iters 9 and --epochs 1: each says how long"),
+        ({"epochs": 1, "iters": 9}, [], r"^--config .*: iters 9 and epochs 1: each says how long"),
         ({"epochs": "many"}, [], "epochs: 'many' must be a number"),
         ({"lr_schedule": SCHEDULE | {"warmup": 3}}, ["--warmup", 0.1], "--warmup 0.1: lr_schedule has a warmup of its"),
         ({"table_lr_schedule": SCHEDULE | {"warmup": 3}, "warmup": 2}, [], "table_lr_schedule has a warmup of its own"),

@@ -129,6 +129,18 @@ def test_what_is_not_finite_is_never_written(tmp_path, value, dtype):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_row_at_a_time_is_the_step_of_all_rows():
+    rows, models = mx.random.randint(0, 260, (4, 9), key=mx.random.key(2)), []
+    for accumulation in (1, 4):
+        model, optimizer = made(rest=lambda: optim.SGD(0.1))
+        step = Step(model, optimizer, counted, accumulation)
+        for i, batch in enumerate(mx.split(rows, accumulation)):
+            result = step((batch,), last_of_accumulation=i == accumulation - 1)
+        assert result.updated
+        models.append(everything(model, optimizer))
+    assert all(mx.allclose(models[0][name], models[1][name], rtol=1e-4, atol=1e-6) for name in models[0])
+
+
 def test_a_step_of_several_workers_takes_the_memory_of_one(monkeypatch):
     """Beside what the mean itself takes, which is none here: logits are what is largest."""
     tokens, peaks = (mx.random.randint(0, 8192, (2, 65), key=mx.random.key(0)),), []

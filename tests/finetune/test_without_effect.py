@@ -9,7 +9,7 @@ from ember_mlx.finetune.data import load_sets
 from ember_mlx.finetune.keywords import options_of
 from ember_mlx.finetune.row_keys import layout_of
 from ember_mlx.finetune.run import run
-from ember_mlx.finetune.without_effect import OF_TEST, RULES, idle_patience
+from ember_mlx.finetune.without_effect import OF_TEST, RULES, endless_warmups, idle_patience
 from ember_mlx.shared.command_line import actions_of, flag
 
 REFUSED = [  # an option of ours that asks for something, and what leaves it nothing to do
@@ -100,9 +100,23 @@ def test_of_a_yaml_file_a_flag_may_leave_lines_without_effect(tmp_path, capsys):
     file.write_text(f"table_row_clip: 3\ntest_batches: 9\n{schedule}\nlearning_rate: 1e-4\n")
     options.parse(["--config", str(file), "--train-tables", "none"])
     said = capsys.readouterr().out
-    assert said == "Warning: table_row_clip 3: no effect: no table trains with --train-tables none\n"
+    assert said == f"Warning: --config {file}: table_row_clip 3: no effect: no table trains with --train-tables none\n"
     options.parse(["--config", str(file), "--learning-rate", "1e-3"])
     assert capsys.readouterr().out == "Warning: --learning-rate 0.001: no effect: lr_schedule replaces it\n"
+
+
+def test_of_a_file_file_and_key_are_named_and_of_the_command_line_the_flag(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("bias_correction: true\noptimizer_config: {adamw: {eps: 1e-7}}\ntable_row_clip: 3\n")
+    options.parse(
+        ["--config", str(file), "--optimizer", "flash-adamw", "--train-tables", "none", "--test-batches", "9"]
+    )
+    clip, idle, flags = capsys.readouterr().out.splitlines()
+    assert idle.startswith(
+        f"Warning: --config {file}: bias_correction: no effect: flash-adamw always corrects its bias"
+    )
+    assert clip.startswith(f"Warning: --config {file}: table_row_clip 3: no effect: ")
+    assert flags.startswith("Warning: --test-batches 9: no effect: ")
 
 
 def test_a_schedule_of_the_tables_replaces_their_rate(capsys):
@@ -154,6 +168,26 @@ def test_with_epochs_the_rows_say_whether_a_patience_outlasts_the_run(folders, t
         run(options.parse([str(word) for word in [*words, *short, "--patience", patience, "--overwrite"]]))
         line = f"Warning: --patience {patience}: never ends this run: it has 1 validation at --steps-per-eval 4\n"
         assert (line in capsys.readouterr().out) == warned
+
+
+def test_a_warmup_that_outlasts_the_run_is_warned_of():
+    schedule = {"name": "cosine_decay", "arguments": [1e-4, 360], "warmup": 40}
+    short = options.parse(["--iters", "80", "--grad-accumulation-steps", "2"]) | {"lr_schedule": schedule}
+    (line,) = endless_warmups(short)
+    has = "never ends in this run: it has 40 updates, so no learning rate reaches its peak"
+    assert line == f"Warning: lr_schedule: warmup 40: {has}"
+    assert len(endless_warmups(short | {"table_lr_schedule": schedule})) == 2
+    assert endless_warmups(short | {"iters": 82}) == []  # the last update has the whole rate
+    assert endless_warmups(short | {"lr_schedule": schedule | {"warmup": 0}}) == []
+
+
+def test_with_epochs_the_rows_say_whether_a_warmup_outlasts_the_run(folders, tmp_path, capsys):
+    words = ["--model", folders["untied"], "--data", folders["data"], "--adapter-path", tmp_path / "a"]
+    args = options.parse([str(word) for word in [*words, "--batch-size", 2, "--epochs", 1, "--overwrite"]])
+    for warmup in (9, 2):
+        run(args | {"lr_schedule": {"name": "step_decay", "arguments": [1e-5, 1, 1], "warmup": warmup}})
+        warned = f"Warning: lr_schedule: warmup {warmup}: never ends in this run: it has " in capsys.readouterr().out
+        assert warned == (warmup == 9)
 
 
 def test_a_part_to_split_off_is_not_asked_for_in_vain(parse, capsys):

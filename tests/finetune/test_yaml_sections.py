@@ -79,7 +79,7 @@ def test_a_mistake_is_named_before_anything_is_loaded(read, text, message):
     # An optimizer's settings matter where it is the run's.
     used = next((name for name in OPTIMIZERS if text.startswith(f"optimizer_config: {{{name}: ")), None)
     used = f"\noptimizer: {used}" if used not in (None, "sage") else ""
-    with pytest.raises(InputError, match=f"^(optimizer_config: )?{message}"):
+    with pytest.raises(InputError, match=f"^--config [^:]*: (optimizer_config: )?{message}"):
         read(text + used)
 
 
@@ -97,7 +97,7 @@ def test_a_mistake_is_named_before_anything_is_loaded(read, text, message):
 def test_what_mlx_lm_passes_over_is_no_more_than_warned_of(read, capsys, text, warning):
     read(text)
     said = capsys.readouterr().out
-    assert re.match(f"Warning: {warning}.*\n$", said) if warning else said == ""
+    assert re.match(f"Warning: --config [^:]*: {warning}.*\n$", said) if warning else said == ""
 
 
 def test_a_whole_number_may_stand_in_quotes_as_other_numbers_may(read):
@@ -160,7 +160,7 @@ def test_a_warm_up_may_be_a_share_of_the_run(read):
     assert read(f"iters: 10\n{schedule}").lr_schedule["warmup"] == 5
 
 
-def test_settings_that_change_nothing_are_warned_of_unless_they_are_mlx_lms_defaults(read, capsys):
+def test_settings_that_change_nothing_are_warned_of_unless_they_are_mlx_lms_defaults(read, tmp_path, capsys):
     idle = "optimizer_config: {adam: {}, sgd: {momentum: 0.9}, adamw_8bit: {eps: 1e-7}, sage: {eps: 1e-7}}\n"
     other = "lora_parameters: {rank: 4, scale: 20.0, dropout: 0.0}\n"
     usual = "lora_parameters: {rank: 8, scale: 20.0, dropout: 0.0}\n"
@@ -184,4 +184,5 @@ def test_settings_that_change_nothing_are_warned_of_unless_they_are_mlx_lms_defa
         read(text)
         said = capsys.readouterr().out.splitlines()
         assert len(said) == len(lines)
-        assert all(line.startswith(f"Warning: {start}") for line, start in zip(said, lines, strict=True))
+        where = f"--config {tmp_path / 'options.yaml'}: "
+        assert all(line.startswith(f"Warning: {where}{start}") for line, start in zip(said, lines, strict=True))
