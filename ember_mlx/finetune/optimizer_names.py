@@ -53,7 +53,8 @@ LORA_RATES = {"adam-mini": 3e-4, "sinkgd": 3e-4, "flash-adamw": 3e-4, "flash-lio
 With LoRA on the same data sets, with warm-up and a cosine, the best half decades were 3.2e-4 and 1e-3; wherever 1e-4
 was run, it was 0.015 to 0.12 nats behind the best (results/recipes/h200_8.jsonl). At a constant rate AdamW's were
 3.2e-4, 3.2e-4, and 1e-4, 0.0002 ahead of 3.2e-4 (results/h200_2.jsonl). Adam's without bias correction was 1e-4
-(results/recipes/h200_5.jsonl). Ours correct it, or have none; they have not run so, and DoRA not at all. FlashLion's is
+(results/recipes/h200_5.jsonl). Ours correct it, or have none. On one data set 3.2e-4 was 0.057 and 0.033 ahead of 1e-4
+with SinkGD and FlashAdamW, 0.004 behind with AdamMini (results/cpu/lora_rates.jsonl). DoRA has not run. FlashLion's is
 by advice alone.
 """
 ROW_FLOOR, FLOORED_TABLE_RATE, TABLE_RATE = 3.0, 3e-4, 1e-4
