@@ -141,7 +141,8 @@ class Campaign:
             time.sleep(5)
             self.hosts.link(1, "up")
 
-        return self.disturbed(disturb)
+        # TCP tries again after pauses that double: a cable may be back for as long as it was out before it is used.
+        return self.disturbed(disturb, "--peer-timeout", "20")
 
     def case_stop(self):
         """A host stands still for 10 seconds: the run goes on."""
